@@ -1,0 +1,94 @@
+"""What an adapter is made of: :class:`LoRAConfig`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, get_args
+
+import torch
+
+Init = Literal["kaiming", "gaussian", "pissa", "loftq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which modules get an adapter, and of what kind.
+
+    ``target_modules`` holds names (``"q_proj"`` or ``"self_attn.q_proj"``: whole dotted parts from the right), regular
+    expressions (an entry with any of ``*+?[](){}|^$\\``, matched against whole dotted parts from the right), or is the
+    text ``"all-linear"``: every linear layer but the output projection. The same holds for ``exclude_modules``,
+    ``modules_to_save`` (modules trained in full beside the adapter) and ``quantize_skip``. ``target_parameters`` names
+    stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape ``[experts, out, in]``. Keys of ``rank_pattern``
+    and ``alpha_pattern`` are names or expressions too, and the first that matches a module decides for it.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
+    exclude_modules: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: Init = "kaiming"
+    quantize_base: bool = False
+    quantize_skip: tuple[str, ...] = ("lm_head",)
+    dtype: torch.dtype | None = None
+    """dtype of the adapter's parameters; None: that of the base weight."""
+
+    def __post_init__(self) -> None:
+        self._make_tuples()
+        _check_rank("rank", self.rank)
+        _check_alpha("alpha", self.alpha)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        for pattern, rank in self.rank_pattern.items():
+            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        if not (self.target_modules or self.target_parameters or self.modules_to_save):
+            raise ValueError("target_modules is empty: name at least one module, such as 'q_proj', or use 'all-linear'")
+        if self.init not in get_args(Init):
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        if self.init == "loftq" and not self.quantize_base:
+            raise ValueError("init='loftq' needs quantize_base=True: it starts from what quantization loses")
+        if self.target_parameters and (self.dropout or self.use_dora or self.init != "kaiming"):
+            raise ValueError("target_parameters works with dropout=0, use_dora=False and init='kaiming' only")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating point type, got {self.dtype}")
+
+    def _make_tuples(self) -> None:
+        """Lists (from YAML or JSON) become tuples; a single name becomes a tuple of one."""
+        for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "quantize_skip"):
+            value = getattr(self, name)
+            if name == "target_modules" and value == "all-linear":
+                continue
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+
+    def scaling(self, rank: int, alpha: float) -> float:
+        """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (https://arxiv.org/abs/2312.03732)."""
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    def with_(self, **changes: object) -> "LoRAConfig":
+        """A copy with some fields changed."""
+        unknown = set(changes) - {f.name for f in fields(self)}
+        if unknown:
+            raise ValueError(f"LoRAConfig has no field {sorted(unknown)[0]!r}")
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _check_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+
+
+def _check_alpha(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
