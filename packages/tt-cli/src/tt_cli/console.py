@@ -1,0 +1,156 @@
+"""What a run shows on a terminal: facts before step 1, a progress bar with the whole run's ETA, a table at the end."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from tt_cli.marking import mark, shorten
+from tt_train import console as plain
+from tt_train.console import RunFacts
+
+SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample
+
+
+class LineConsole(plain.Console):
+    """tt_train's plain lines; remembers where the run writes, from the moment that it has begun."""
+
+    run_dir: Path | None = None
+
+    def start(self, facts: RunFacts) -> None:
+        self.run_dir = Path(facts.run_dir)
+        super().start(facts)
+
+    def close(self) -> None:
+        """Stop drawing, whatever happened."""
+
+
+class TerminalConsole(LineConsole):
+    """The same on a terminal, with rich."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+
+    def start(self, facts: RunFacts) -> None:
+        self.run_dir = Path(facts.run_dir)
+        self._line("model", _model(facts))
+        self._line("data", _data(facts))
+        for problem in facts.problems:
+            self.warn(problem)
+        self._show_sample(facts)
+        self._line("run", f"{facts.run_dir}, on {facts.device} in {facts.dtype}")
+        self.progress = Progress(
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            RunEta(),
+            console=self.terminal,
+            expand=True,
+        )
+        self.task = self.progress.add_task(
+            "", total=facts.steps_total, completed=facts.step_first, figures="", eta=None
+        )
+        self.progress.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        if self.progress is None:
+            return
+        figures = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
+        self.progress.update(self.task, completed=row["step"], figures=figures, eta=row["eta_s"])
+        if "eval_loss" in row:
+            self.note(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
+
+    def note(self, text: str) -> None:
+        self.terminal.print(Text(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self.terminal.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        self.close()
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, value in summary_rows(summary):
+            table.add_row(Text(name, style="dim"), Text(value))
+        self.terminal.print()
+        self.terminal.print(table)
+        self.terminal.print()
+        for command in summary.get("next", []):
+            self.terminal.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def _line(self, name: str, text: str) -> None:
+        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), text), soft_wrap=True)
+
+    def _show_sample(self, facts: RunFacts) -> None:
+        if not facts.sample:
+            return
+        color = self.terminal.color_system is not None and not self.terminal.no_color
+        self._line("row 1", "trained tokens in green" if color else f"trained tokens {'...'.join(plain.MARKS)}")
+        sample = mark(shorten(facts.sample, limit=SAMPLE_LIMIT), color=color)
+        self.terminal.print(Text.from_ansi(sample), soft_wrap=True)
+
+
+class RunEta(ProgressColumn):
+    """How long the rest of the run takes, evaluations and checkpoints included, as its metrics say."""
+
+    def render(self, task: Task) -> Text:
+        eta = task.fields.get("eta")
+        return Text("" if eta is None else f"{duration(eta)} left", style="dim")
+
+
+def console_here() -> LineConsole:
+    """The rich console when stderr is a terminal, plain lines anywhere else."""
+    terminal = Terminal(stderr=True, highlight=False)
+    return TerminalConsole(terminal) if sys.stderr.isatty() and not terminal.is_dumb_terminal else LineConsole()
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The end of a run as (name, value); figures that it does not have are left out."""
+    rows = [("steps", f"{summary['steps']:,}")]
+    first, last = summary.get("loss_first"), summary.get("loss_last")
+    if first is not None and last is not None:
+        rows.append(("loss", f"{first:.4f} -> {last:.4f}"))
+    if summary.get("eval_loss") is not None:
+        rows.append(("held-out loss", f"{summary['eval_loss']:.4f}"))
+    seconds, tokens = summary.get("seconds"), summary.get("tokens")
+    if seconds is not None:
+        rows.append(("time", duration(seconds)))
+    if tokens is not None:
+        rate = f" ({tokens / seconds:,.0f} per second)" if seconds else ""
+        rows.append(("tokens", f"{tokens:,}{rate}"))
+    rows.append(("run", str(summary["run_dir"])))
+    return rows
+
+
+def duration(seconds: float) -> str:
+    """``1h02m``, ``2m05s`` or ``7s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _model(facts: RunFacts) -> str:
+    share = 100 * facts.trainable / max(facts.parameters, 1)
+    return (
+        f"{facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %, {facts.method})"
+    )
+
+
+def _data(facts: RunFacts) -> str:
+    dropped = f"{sum(facts.dropped.values()):,} dropped"
+    if facts.dropped:
+        dropped += " (" + ", ".join(f"{count:,} {reason}" for reason, count in facts.dropped.items()) + ")"
+    held_out = f", {facts.eval_rows:,} held out" if facts.eval_rows else ""
+    return f"{facts.rows:,} {facts.schema} rows{held_out}, {dropped}, {facts.truncated:,} truncated"

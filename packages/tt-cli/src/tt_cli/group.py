@@ -1,0 +1,145 @@
+"""The two click classes of ``tt``: a group that imports a verb when it is asked for, and a verb."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import click
+from click.shell_completion import CompletionItem
+
+from tt_train.errors import did_you_mean
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass
+class Invocation:
+    """What the one place that reports errors must know of the running verb; it is click's ``ctx.obj``."""
+
+    verbose: bool = False
+    json: bool = False
+    run_dir: Path | None = None  # set once a run has begun: later errors are failures, not wrong input
+
+
+pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
+
+
+class LazyGroup(click.Group):
+    """A click group over a table ``name -> (module, help)``; a module is imported when its verb runs."""
+
+    def __init__(self, name: str, *, table: Mapping[str, tuple[str, str]], help: str, **settings: Any) -> None:
+        super().__init__(name, help=help, invoke_without_command=True, callback=_help_when_alone, **settings)
+        self.table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.table:
+            return None
+        command: click.Command = importlib.import_module(self.table[cmd_name][0]).command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.table and not name.startswith("-"):
+            raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{did_you_mean(name, self.table)}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(name, help) for name, (_, help) in self.table.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        verbs = [CompletionItem(n, help=help) for n, (_, help) in self.table.items() if n.startswith(incomplete)]
+        return verbs + click.Command.shell_complete(self, ctx, incomplete)
+
+
+class Verb(click.Command):
+    """A command with ``-v``, and, when it takes ``--json``, one that also fails in JSON."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(
+            click.Option(
+                ["-v", "--verbose"],
+                is_flag=True,
+                is_eager=True,
+                expose_value=False,
+                callback=_set_verbose,
+                help="Show tracebacks.",
+            )
+        )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        # Noted before parsing, so that a mistake in the options is answered in JSON as well.
+        if any("--json" in param.opts for param in self.params):
+            ctx.ensure_object(Invocation).json = "--json" in args
+        return super().parse_args(ctx, args)
+
+
+class ConfigVerb(Verb):
+    """A verb that takes ``key=value`` words: a word with dashes is answered with the key that it may mean."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            word, _, value = error.option_name.lstrip("-").replace("-", "_").partition("=")
+            options = [option for param in self.params for option in param.opts]
+            hint = did_you_mean(error.option_name, options) or _key_hint(word, value)
+            raise click.UsageError(f"no option {error.option_name}{hint}", ctx) from None
+
+
+def json_option(function: Function) -> Function:
+    """The ``--json`` flag, given to the verb as ``as_json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Answer as one JSON object.")(function)
+
+
+def print_json(answer: Mapping[str, Any]) -> None:
+    """Print ``answer`` as the verb's one JSON object; ``ok`` says that there were no mistakes."""
+    click.echo(json.dumps({"ok": True, **answer}, indent=2, default=str))
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Whether to colour what is written to ``stream``: a terminal, unless NO_COLOR; or FORCE_COLOR."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+
+def _help_when_alone() -> None:
+    ctx = click.get_current_context()
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def _key_hint(word: str, value: str) -> str:
+    """The config key that ``--word`` stands for, in the form in which it is overridden."""
+    from tt_train.config import AdapterSection, SFTConfig, to_dict
+
+    keys = list(_dotted(to_dict(SFTConfig(adapter=AdapterSection()))))
+    homes = [key for key in keys if key.rsplit(".", 1)[-1] == word] or [key for key in keys if key == word]
+    if not homes:
+        close = get_close_matches(word, [key.rsplit(".", 1)[-1] for key in keys], n=1)
+        homes = [key for key in keys if close and key.rsplit(".", 1)[-1] == close[0]]
+    example = f"{homes[0] if homes else word or 'key'}={value or 'VALUE'}"
+    return f"; {'did you mean' if homes else 'a config key is written'} {example}{'?' if homes else ''}"
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+
+
+def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    ctx.ensure_object(Invocation).verbose |= value

@@ -1,0 +1,31 @@
+"""Registered recipes and configs by name: looked up, and completed in the shell. Imports no torch."""
+
+from pathlib import Path
+
+import click
+from click.shell_completion import CompletionItem
+
+from tt_train import registry
+from tt_train.errors import did_you_mean
+
+
+def runnable_names() -> list[str]:
+    """The names that `tt run`, `tt cat` and `tt cp` take: recipes, then configs."""
+    return [*registry.recipe_names(), *registry.config_names()]
+
+
+def path_of(name: str) -> Path:
+    """The file of a registered recipe or config."""
+    for find in (registry.recipe_path, registry.config_path):
+        try:
+            return find(name)
+        except ValueError:
+            continue
+    hint = did_you_mean(name, [*registry.RECIPES, *registry.config_names()])
+    raise ValueError(f"no recipe or config '{name}'{hint} (`tt ls` lists them)")
+
+
+def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Names first, and files for those who have their own."""
+    named = [CompletionItem(name) for name in runnable_names() if name.startswith(incomplete)]
+    return named or [CompletionItem(incomplete, type="file")]

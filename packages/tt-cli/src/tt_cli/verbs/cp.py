@@ -1,0 +1,43 @@
+"""``tt cp``: own a recipe or a config."""
+
+import os
+from pathlib import Path
+
+import click
+
+from tt_cli.group import Verb
+from tt_cli.names import complete_runnable, path_of
+
+
+@click.command("cp", cls=Verb)
+@click.argument("name", shell_complete=complete_runnable)
+@click.argument("destination", metavar="DEST", type=click.Path())
+@click.option("-n", "--no-clobber", is_flag=True, help="Leave a file that exists as it is.")
+@click.option("--make-parents", is_flag=True, help="Create the folders that DEST needs.")
+def command(name: str, destination: str, no_clobber: bool, make_parents: bool) -> None:
+    """Copy the recipe or config NAME to DEST, a file or a folder, and print where it went.
+
+    A DEST without a suffix gets the one of what is copied; a DEST with one keeps it.
+    """
+    source = path_of(name)
+    target = _target(destination, source)
+    if target.is_dir():
+        raise IsADirectoryError(f"{target} is a folder; name a file in it")
+    if not target.parent.is_dir():
+        if not make_parents:
+            raise FileNotFoundError(f"no folder {target.parent} to copy {name} to; --make-parents creates it")
+        target.parent.mkdir(parents=True)
+    if no_clobber and os.path.lexists(target):
+        click.echo(f"{target} exists and is left as it is", err=True)
+        return
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target} is the file to copy itself")
+    target.write_bytes(source.read_bytes())
+    click.echo(target)
+
+
+def _target(destination: str, source: Path) -> Path:
+    target = Path(destination)
+    if target.is_dir() or destination.endswith(("/", os.sep)):
+        return target / source.name
+    return target if target.suffix else target.with_name(target.name + source.suffix)

@@ -1,0 +1,59 @@
+"""``tt ls``: what there is to run, to copy, to build and to talk to."""
+
+from typing import Any
+
+import click
+
+from tt_cli.group import Verb, json_option, print_json
+
+KINDS = ("recipes", "configs", "models", "runs")
+
+
+@click.command("ls", cls=Verb)
+@click.argument("kind", required=False, type=click.Choice(KINDS))
+@json_option
+def command(kind: str | None, as_json: bool) -> None:
+    """List recipes and configs, or only KIND."""
+    found = {name: _LISTS[name]() for name in ((kind,) if kind else ("recipes", "configs"))}
+    if as_json:
+        print_json(found)
+        return
+    for name, rows in found.items():
+        if kind is None:
+            click.secho(name, bold=True)
+        for line in _table(rows) or [f"no {name} here"]:
+            click.echo(("" if kind else "  ") + line)
+
+
+def _recipes() -> list[dict[str, Any]]:
+    from tt_train import registry
+
+    return [{"name": name} for name in registry.recipe_names()]
+
+
+def _configs() -> list[dict[str, Any]]:
+    from tt_train import registry
+
+    return [{"name": name} for name in registry.config_names()]
+
+
+def _models() -> list[dict[str, Any]]:
+    import tt_models
+
+    return [{"name": name} for name in tt_models.list_models()]
+
+
+def _runs() -> list[dict[str, Any]]:
+    from tt_train.run_dir import list_runs
+
+    return list_runs("runs")
+
+
+_LISTS = {"recipes": _recipes, "configs": _configs, "models": _models, "runs": _runs}
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """``rows`` as aligned columns; what is None is left blank."""
+    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]

@@ -1,0 +1,23 @@
+"""``tt report``: what a run did, on one page."""
+
+from pathlib import Path
+
+import click
+
+from tt_cli.group import Verb, json_option, print_json
+
+
+@click.command("report", cls=Verb)
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: report.html in the first run.")
+@json_option
+def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
+    """Write a self-contained HTML page and a PNG about RUN (default: the newest), or comparing several."""
+    from tt_train.report import write_report
+    from tt_train.run_dir import find_run
+
+    html, png = write_report([find_run(run) for run in runs or (None,)], output)
+    if as_json:
+        print_json({"html": str(html), "png": str(png)})
+    else:
+        click.echo(f"{html}\n{png}")

@@ -1,0 +1,27 @@
+"""``tt validate``: every mistake that can be known before weights load."""
+
+import click
+
+from tt_cli.group import ConfigVerb, json_option, print_json
+from tt_cli.names import complete_runnable
+from tt_train.errors import ConfigError
+
+
+@click.command("validate", cls=ConfigVerb)
+@click.argument("config", shell_complete=complete_runnable)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
+@json_option
+def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ...], as_json: bool) -> None:
+    """Check CONFIG (a recipe, a registered config or a YAML file) with overrides: keys, paths, columns, shapes."""
+    from tt_train.config import compose
+    from tt_train.validate import problems
+
+    composed = compose(config, overrides=overrides, allow_import=allow_import)
+    found = problems(composed)
+    if found:
+        raise ConfigError(found)
+    if as_json:
+        print_json({"config": config})
+    else:
+        click.echo(f"{config}: no mistakes found")

@@ -1,0 +1,81 @@
+"""The table of verbs, help, version and completion: quick, without torch."""
+
+import importlib
+import os
+import time
+
+import click
+import pytest
+
+import tt_cli
+from tt_cli.main import VERBS
+
+LIGHT = [line.split() for line in ("--help", "--version", "ls", "ls --json", "run --help", "data --help")]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_row_of_the_table_is_a_command_of_that_name(verb):
+    command = importlib.import_module(VERBS[verb][0]).command
+    assert isinstance(command, click.Command)
+    assert command.name == verb
+
+
+@pytest.mark.parametrize("args", LIGHT, ids=" ".join)
+def test_light_commands_import_neither_torch_nor_rich_nor_a_leaf(tt_process, args):
+    answer = tt_process(*args, python=["-X", "importtime"])
+    assert answer.code == 0
+    imported = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in answer.err.splitlines() if "|" in line}
+    assert "click" in imported
+    assert not imported & {"torch", "numpy", "rich", "omegaconf", "tt_models", "tt_data", "tt_peft", "tt_ckpt"}
+
+
+@pytest.mark.parametrize("args", LIGHT[:4], ids=" ".join)
+def test_light_commands_take_less_than_200_ms(tt_process, args):
+    def seconds() -> float:
+        start = time.perf_counter()
+        tt_process(*args)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(5)) < 0.2
+
+
+def test_completion_offers_verbs_and_recipes_without_torch(tt_process):
+    def complete(words: str, position: int) -> list[str]:
+        wanted = {"_TT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}
+        answer = tt_process(python=["-X", "importtime"], env={**os.environ, **wanted})
+        assert "| torch" not in answer.err
+        return [line.partition(",")[2] for line in answer.out.splitlines()]
+
+    assert complete("tt r", 1) == ["run", "report"]
+    assert "sft" in complete("tt run s", 2)
+    assert "sft" in complete("tt cp ", 2)
+
+
+def test_alone_it_prints_its_help_on_stdout(tt):
+    answer = tt()
+    assert answer.code == 0
+    assert answer.err == ""
+    assert all(verb in answer.out for verb in VERBS)
+
+
+def test_version(tt):
+    assert tt("--version").out == f"tt {tt_cli.__version__}\n"
+
+
+def test_a_wrong_verb_is_answered_with_the_right_one(tt):
+    answer = tt("rnu")
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err == "error: tt has no verb 'rnu'; did you mean 'run'? (see tt --help)\n"
+
+
+def test_a_wrong_verb_within_data_is_answered_with_the_right_one(tt):
+    answer = tt("data", "shwo")
+    assert answer.code == 2
+    assert "did you mean 'show'?" in answer.err
+
+
+def test_a_wrong_option_is_answered_with_the_right_one(tt):
+    answer = tt("ls", "--jsn")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == "error: no option --jsn; did you mean '--json'? (see tt ls --help)\n"
