@@ -1,0 +1,80 @@
+"""``model_type`` to family: the one table, and the functions that go through it."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from tt_models import llama, mistral
+from tt_models.config import ModelConfig, nearest
+from tt_models.decoder import Decoder, init_weights_
+
+
+class Family(NamedTuple):
+    """A config class, what builds a decoder from it, and the published sizes."""
+
+    config: type[ModelConfig]
+    decoder: Callable[[Any], Decoder]
+    sizes: Mapping[str, ModelConfig]
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(llama.LlamaConfig, llama.llama, llama.SIZES),
+    "mistral": Family(mistral.MistralConfig, mistral.mistral, mistral.SIZES),
+}
+
+
+def list_models() -> list[str]:
+    """The names that ``build`` and ``get_config`` know, family by family."""
+    return [name for family in FAMILIES.values() for name in family.sizes]
+
+
+def get_config(name: str) -> ModelConfig:
+    """The published configuration of a named size, such as ``llama3_2_1b``."""
+    for family in FAMILIES.values():
+        if name in family.sizes:
+            return family.sizes[name]
+    close = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}?" if close else "see tt_models.list_models()"
+    raise ValueError(f"no model is named {name!r}: {hint}")
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The configuration in a ``config.json`` of either generation (``rope_theta`` or ``rope_parameters``).
+
+    What the reference defaults is defaulted alike. ValueError for a ``model_type``, a rope type, or a key that may
+    change the maths and is not known.
+    """
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ValueError(f"config.json has no model_type; supported are {', '.join(FAMILIES)}")
+    if model_type not in FAMILIES:
+        architectures = ", ".join(config.get("architectures") or ["not named"])
+        raise ValueError(
+            f"config.json: model_type {nearest(model_type, FAMILIES)} (architectures: {architectures}); "
+            f"supported: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type].config.from_hf(config)
+
+
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """A ``config.json`` that transformers reads; rope is written in both generations' spelling."""
+    return config.to_hf()
+
+
+def build(
+    name_or_config: str | ModelConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Decoder:
+    """A decoder with random weights from torch's global generator (standard deviation ``initializer_range``).
+
+    On ``device="meta"`` it has shapes only; materialize its parameters to use it (there are no buffers).
+    """
+    config = get_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    device = torch.get_default_device() if device is None else torch.device(device)
+    with torch.device("meta"):
+        model = FAMILIES[config.model_type].decoder(config).to(dtype or torch.get_default_dtype())
+    if device.type != "meta":
+        model.to_empty(device=device)
+        init_weights_(model, config.initializer_range)
+    return model

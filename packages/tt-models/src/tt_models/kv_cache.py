@@ -1,0 +1,97 @@
+"""The keys and values of tokens already seen, of KV heads only."""
+
+import torch
+from torch import Tensor
+
+from tt_models.config import ModelConfig
+
+
+class LayerCache:
+    """One layer's share, [batch, kv heads, capacity, head_dim] twice; with a window a ring of that many columns."""
+
+    def __init__(self, keys: Tensor, values: Tensor, *, ring: bool) -> None:
+        self.keys, self.values, self.ring = keys, values, ring
+
+    @property
+    def capacity(self) -> int:
+        """How many columns are held."""
+        return self.keys.shape[2]
+
+    def columns_after(self, length: int, new: int, device: torch.device) -> Tensor:
+        """The column of each key that ``update`` will return for ``new`` tokens after ``length``."""
+        end = length + new
+        if not self.ring or end <= self.capacity:
+            return torch.arange(end, device=device)
+        if new > 1:
+            return torch.arange(max(0, length - self.capacity + 1), end, device=device)
+        slots = torch.arange(self.capacity, device=device)
+        return end - 1 - (end - 1 - slots) % self.capacity
+
+    def update(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Store the new columns, and give all that the new queries may see."""
+        return self._update(self.keys, keys, length), self._update(self.values, values, length)
+
+    def _update(self, store: Tensor, new: Tensor, length: int) -> Tensor:
+        batch, count, end = new.shape[0], new.shape[2], length + new.shape[2]
+        store = store[:batch]
+        if not self.ring or end <= self.capacity:
+            store[:, :, length:end] = new.detach()
+            return store[:, :, :end]
+        if count == 1:
+            store[:, :, (end - 1) % self.capacity] = new[:, :, 0].detach()
+            return store
+        before = torch.arange(max(0, length - self.capacity + 1), length, device=store.device) % self.capacity
+        seen = torch.cat((store[:, :, before], new), dim=2)
+        kept = torch.arange(end - self.capacity, end, device=store.device)
+        kept = kept[kept >= length] if count < self.capacity else kept
+        store[:, :, kept % self.capacity] = new[:, :, -kept.numel() :].detach()
+        return seen
+
+
+class KVCache:
+    """What a decoder remembers of up to ``batch_size`` sequences of up to ``max_seq_len`` tokens.
+
+    A layer with a sliding window holds no more than its window. ``reset`` forgets everything, keeping the memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        batch_size: int,
+        max_seq_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if batch_size <= 0 or max_seq_len <= 0:
+            raise ValueError(
+                f"KVCache: batch_size and max_seq_len must be positive, got {batch_size} and {max_seq_len}"
+            )
+        self.batch_size, self.max_seq_len = batch_size, max_seq_len
+        self.layers = []
+        for window in config.layer_windows:
+            columns = max_seq_len if window is None else min(window, max_seq_len)
+            shape = (batch_size, config.kv_heads, columns, config.head_size)
+            keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+            self.layers.append(LayerCache(keys, values, ring=columns < max_seq_len))
+        self.length = 0  # columns filled
+        self.first: Tensor | None = None  # [batch], the column where each row's present document began; None: all at 0
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self.length, self.first = 0, None
+
+    def check_room(self, batch: int, seq_len: int) -> None:
+        """ValueError where ``seq_len`` more tokens of ``batch`` rows do not fit."""
+        if batch > self.batch_size:
+            raise ValueError(f"KVCache was made for {self.batch_size} rows, got {batch}")
+        if self.length + seq_len > self.max_seq_len:
+            raise ValueError(
+                f"KVCache holds {self.max_seq_len} tokens: {self.length} are in it, {seq_len} more do not fit; "
+                "make it with a larger max_seq_len"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all keys and values."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in (layer.keys, layer.values))
