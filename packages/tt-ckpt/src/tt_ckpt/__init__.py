@@ -1,3 +1,15 @@
-"""Hugging Face, Meta and torchtune checkpoints, conversion, crash-safe training checkpoints, hub transfer."""
+"""Checkpoints of open LLMs: Hugging Face directories, training state that survives crashes, hub transfer."""
 
-__version__ = "0.1.0"
+from tt_ckpt.hf import read_config, resolve, save_hf
+from tt_ckpt.load import load_weights
+from tt_ckpt.train_checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
+
+__all__ = [
+    "read_config",
+    "resolve",
+    "load_weights",
+    "save_hf",
+    "TrainCheckpoint",
+    "TrainState",
+    "CheckpointNotSaved",
+]

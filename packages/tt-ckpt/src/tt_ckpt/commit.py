@@ -1,0 +1,152 @@
+"""Files and folders that are whole or absent: write beside, fsync, list in a manifest, rename; verify when read.
+
+A folder is prepared under a name of its own (``.tmp-...``), so a crash at any moment leaves either the old state or the
+new one. The manifest lists size and sha256 of every other file and a sha256 of itself.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tt_ckpt.names import check_basename
+
+MANIFEST_NAME = "MANIFEST.json"
+TMP_PREFIX = ".tmp-"
+_CHUNK = 1 << 22
+
+
+def create(path: str | Path) -> IO[bytes]:
+    """A new file for writing, mode 0644 less the umask. Never an existing one: somebody may have it mapped."""
+    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o644))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """A new file with these bytes, on the disk when this returns."""
+    with create(path) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def copy_file(source: Path, destination: Path) -> None:
+    with source.open("rb") as reader, create(destination) as writer:
+        shutil.copyfileobj(reader, writer, _CHUNK)
+        writer.flush()
+        os.fsync(writer.fileno())
+
+
+def fsync_dir(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Every file below ``path``, then every folder, deepest first: also what others have written there."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_dir(Path(folder))
+
+
+def make_tmp(destination: Path) -> Path:
+    """An empty folder beside ``destination``, to be renamed to it."""
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    tmp = destination.parent / f"{TMP_PREFIX}{destination.name}-{secrets.token_hex(4)}"
+    tmp.mkdir(mode=0o755)
+    return tmp
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder or file, whatever state it is in."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- the manifest --------------------------------------------------------------------------------------------------
+
+
+def list_files(directory: Path) -> list[str]:
+    """Every file below ``directory`` but the manifest, as relative names with forward slashes."""
+    found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
+    return sorted(name for name in found if name != MANIFEST_NAME)
+
+
+def write_manifest(directory: Path, info: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
+    """Write MANIFEST.json over all files of ``directory``; ``known`` holds sha256 sums that need not be computed."""
+    known = known or {}
+    files = {}
+    for name in list_files(directory):
+        path = directory / name
+        files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
+    body = json.loads(json.dumps({**info, "files": files}, allow_nan=False))
+    write_json(directory / MANIFEST_NAME, {**body, "sha256": _digest(body)})
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest when it is whole; otherwise a ValueError or OSError that names it."""
+    path = directory / MANIFEST_NAME
+    try:
+        body = json.loads(path.read_bytes())
+        claimed = body.pop("sha256")
+        entries = body["files"]
+        sound = claimed == _digest(body) and all(
+            isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in entries.values()
+        )
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing: the save did not finish") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: damaged")
+    for name in entries:
+        for part in name.split("/"):
+            check_basename(part, where=path)
+    result: dict[str, Any] = body
+    return result
+
+
+def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
+    """Compare every file with the manifest: sizes always, contents when ``hashes``. Returns the manifest.
+
+    The first file that is missing, changed or not listed is a ValueError that names it.
+    """
+    manifest = read_manifest(directory)
+    entries = manifest["files"]
+    for name in list_files(directory):
+        if name not in entries:
+            raise ValueError(f"{directory / name}: not in the manifest")
+    for name, entry in entries.items():
+        path = directory / name
+        if path.is_symlink() or not path.is_file():
+            raise ValueError(f"{path}: missing")
+        if path.stat().st_size != entry["size"]:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}")
+    if hashes:
+        for name, entry in entries.items():
+            if sha256_of(directory / name) != entry["sha256"]:
+                raise ValueError(f"{directory / name}: contents changed since it was written (sha256 differs)")
+    return manifest

@@ -1,0 +1,175 @@
+"""Weights from a Hugging Face directory into a module: lazily, shard by shard, strict about every name and shape."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tt_ckpt.hf import read_config, resolve
+from tt_ckpt.mismatch import describe_mismatch, refuse_quantized
+from tt_ckpt.shards import OpenShards, Shards, find_shards
+from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of
+
+logger = logging.getLogger(__name__)
+
+OUTPUT = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """Which keys fill which slot, and everything that does not fit."""
+
+    fills: list[tuple[Slot, str, list[str]]] = field(default_factory=list)  # slot, the name of it in use, its keys
+    equal: list[tuple[str, str]] = field(default_factory=list)  # keys of tied tensors, which must agree
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # key, ours, the file's
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    check_finite: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Fill every base parameter of ``model`` from the safetensors files of ``path`` (a directory or a hub id).
+
+    Nothing is copied before every name and shape fits; then one tensor at a time is copied from a mapped shard.
+    Parameters on the meta device are created on ``device`` (default: the CPU) in ``dtype`` (default: the file's).
+    Others keep their device and dtype unless these are given. Adapter parameters are left alone, and a module with
+    ``load_base_(name, tensor)`` receives its tensors through it. ``progress(bytes done, bytes in all)`` follows.
+
+    Raises FileNotFoundError or ValueError, in one line, for what is missing, unexpected, of another shape, damaged or
+    (with ``check_finite``) not finite.
+    """
+    directory = resolve(path)
+    shards = find_shards(directory)
+    config = read_config(directory) if (directory / "config.json").exists() else {}
+    refuse_quantized(directory, config)
+    plan = make_plan(model, shards)
+    if plan.missing or plan.unexpected or plan.shapes:
+        raise ValueError(describe_mismatch(directory, model, plan.missing, plan.unexpected, plan.shapes))
+    _refuse_meta_buffers(model)
+    tensors = OpenShards(shards)
+    for kept, other in plan.equal:
+        if not torch.equal(tensors[kept], tensors[other]):
+            raise ValueError(f"{directory}: {kept} and {other} differ, but the model ties them (tie_word_embeddings)")
+    bad: list[str] = []
+    casts: dict[tuple[torch.dtype, torch.dtype], int] = {}
+    done = 0
+    for slot, name, keys, finished in _by_shard(plan, shards):
+        tensor = join(model, name, [tensors[key] for key in keys])
+        new = _fill(slot, tensor, dtype=dtype, device=device)
+        if new.dtype != tensor.dtype:
+            casts[tensor.dtype, new.dtype] = casts.get((tensor.dtype, new.dtype), 0) + 1
+        if check_finite and (problem := _not_finite(tensor, new)):
+            bad.append(f"{name} ({problem})")
+        done += sum(shards.spec(key).nbytes for key in keys)
+        if progress:
+            progress(done, shards.nbytes)
+        del tensor, new
+        for file in finished:
+            tensors.release(file)
+    for (old, new_dtype), count in casts.items():
+        logger.info("%s: %d tensors cast from %s to %s", directory, count, old, new_dtype)
+    if bad:
+        raise ValueError(f"{directory}: {len(bad)} tensors are not finite: {', '.join(bad[:3])}; download again")
+
+
+def make_plan(model: nn.Module, shards: Shards) -> Plan:
+    """Match the slots of ``model`` with the keys of the files, without reading a tensor."""
+    plan = Plan()
+    used: set[str] = set()
+    for slot in find_slots(model):
+        found = [(name, keys) for name in slot.names if _all_in(keys := sources_of(model, name), shards)]
+        if not found:
+            plan.missing += [key for key in sources_of(model, slot.name) if key not in shards.where]
+            used.update(sources_of(model, slot.name))
+            continue
+        name, keys = found[0]
+        plan.fills.append((slot, name, keys))
+        used.update(key for _, others in found for key in others)
+        plan.equal += [pair for _, others in found[1:] for pair in zip(keys, others, strict=True)]
+        plan.shapes += _wrong_shapes(model, slot, name, keys, shards)
+    for key in shards.where:
+        if key in used or key.endswith("rotary_emb.inv_freq"):
+            continue
+        if key == OUTPUT and EMBEDDING in used and EMBEDDING in shards.where:
+            plan.equal.append((EMBEDDING, OUTPUT))
+        else:
+            plan.unexpected.append(key)
+    return plan
+
+
+def _all_in(keys: list[str], shards: Shards) -> bool:
+    return all(key in shards.where for key in keys)
+
+
+def _wrong_shapes(
+    model: nn.Module, slot: Slot, name: str, keys: list[str], shards: Shards
+) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    ours = tuple(slot.tensor.shape)
+    parts = [meta(shards.spec(key)) for key in keys]
+    try:
+        theirs = tuple(join(model, name, parts).shape)
+    except (RuntimeError, ValueError, IndexError):  # parts that do not even fit each other
+        theirs = tuple(parts[0].shape)
+    return [] if ours == theirs else [(name, ours, theirs)]
+
+
+def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str], list[str]]]:
+    """The fills in the order of the files, each with the files that are not needed afterwards."""
+
+    def last_file(fill: tuple[Slot, str, list[str]]) -> tuple[str, int]:
+        return max((shards.where[key], shards.files[shards.where[key]].offsets[key]) for key in fill[2])
+
+    fills = sorted(plan.fills, key=last_file)
+    last_use = {shards.where[key]: i for i, (_, _, keys) in enumerate(fills) for key in keys}
+    for i, (slot, name, keys) in enumerate(fills):
+        yield slot, name, keys, [file for file, last in last_use.items() if last == i]
+
+
+def _fill(slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+    """Copy ``tensor`` into the slot; returns what the slot holds (or what its module was given)."""
+    old = slot.tensor
+    on_meta = old.device.type == "meta"
+    target_dtype = (dtype or (tensor.dtype if on_meta else old.dtype)) if tensor.is_floating_point() else tensor.dtype
+    target_device = torch.device(device or ("cpu" if on_meta else old.device))
+    module, local = slot.places[0]
+    if callable(loader := getattr(module, "load_base_", None)):
+        given = tensor.to(device=target_device, dtype=dtype or tensor.dtype)
+        loader(local, given)
+        return given
+    with torch.no_grad():
+        if not on_meta and old.dtype == target_dtype and old.device == target_device:
+            old.copy_(tensor)
+            return old
+        new = tensor.to(device=target_device, dtype=target_dtype, copy=True).contiguous()
+    slot.put(new)
+    return new
+
+
+def _not_finite(source: Tensor, filled: Tensor) -> str | None:
+    """How many values are NaN or infinite, in words. A finite sum proves that none is: one pass, nothing allocated."""
+    if not source.is_floating_point() or bool(torch.isfinite(filled.detach().float().sum())):
+        return None
+    count = int((~torch.isfinite(filled.float())).sum())
+    if count == 0:
+        return None
+    if bool(torch.isfinite(source.float()).all()):
+        return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
+    return f"{count} of {filled.numel()} values"
+
+
+def _refuse_meta_buffers(model: nn.Module) -> None:
+    held = {id(slot.tensor) for slot in find_slots(model)}
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta" and id(buffer) not in held:
+            raise ValueError(f"buffer {name} is on the meta device and in no file; build the model on a real device")

@@ -1,0 +1,110 @@
+"""What to tell when the files do not hold the model that the config describes: one line, grouped, with the cause."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+_SHOWN = 3
+# which config field stands behind which dimension of which weight
+_FIELDS = (
+    ("embed_tokens.weight", 0, "vocab_size", "embedding rows"),
+    ("lm_head.weight", 0, "vocab_size", "output rows"),
+    ("embed_tokens.weight", 1, "hidden_size", "embedding width"),
+    ("norm.weight", 0, "hidden_size", "norm width"),
+    ("gate_proj.weight", 0, "intermediate_size", "gate_proj rows"),
+    ("up_proj.weight", 0, "intermediate_size", "up_proj rows"),
+)
+
+
+def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
+    settings = config.get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+        raise ValueError(
+            f"{directory / 'config.json'}: quantization_config: {method}; only unquantized weights can be loaded: "
+            "use the original model (and quantize_base for QLoRA)"
+        )
+
+
+def describe_mismatch(
+    directory: Path,
+    model: nn.Module,
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    """One line: how many tensors are missing, unexpected or of another shape, which, and why if it can be told."""
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} tensors missing ({_grouped(missing)})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({_grouped(unexpected)})")
+    if shapes:
+        first = shapes[:_SHOWN]
+        shown = ", ".join(f"{key}: the model has {list(ours)}, the file {list(theirs)}" for key, ours, theirs in first)
+        parts.append(f"{len(shapes)} of another shape ({shown}{', ...' if len(shapes) > _SHOWN else ''})")
+    cause = _cause(model, missing, unexpected, shapes)
+    return f"{directory}: the weights do not fit the model: {'; '.join(parts)}{'; ' + cause if cause else ''}"
+
+
+def _grouped(keys: Iterable[str]) -> str:
+    """``layers.1.*: 9 tensors`` for what belongs to a layer, the bare name for the rest."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        match = re.match(r"(.*?\blayers\.\d+)\.", key)
+        groups.setdefault(f"{match[1]}.*" if match else key, []).append(key)
+    words = [f"{name}: {len(held)} tensors" if name.endswith(".*") else name for name, held in groups.items()]
+    return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN} more groups" if len(words) > _SHOWN else "")
+
+
+def _cause(
+    model: nn.Module,
+    missing: list[str],
+    unexpected: list[str],
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+) -> str:
+    config = getattr(model, "config", None)
+    if shapes:
+        return "; ".join(dict.fromkeys(filter(None, (_shape_cause(config, *shape) for shape in shapes))))
+    if missing and unexpected:
+        for prefix in ("model.", "transformer.", "module.", "language_model.", "model.language_model."):
+            longer, shorter = {prefix + key for key in unexpected}, {prefix + key for key in missing}
+            if longer & set(missing) or shorter & set(unexpected):
+                return f"names differ by the prefix {prefix!r}: saved from another class of model"
+        close = difflib.get_close_matches(missing[0], unexpected, 1, 0.8)
+        return f"is {close[0]} meant to be {missing[0]}?" if close else ""
+    ours, extra = _layers(missing), _layers(unexpected)
+    layers = getattr(config, "num_hidden_layers", None)
+    if layers is not None and ours and not extra:
+        return f"config.num_hidden_layers={layers}, the files hold {min(ours)} whole layers"
+    if layers is not None and extra and not ours:
+        return f"config.num_hidden_layers={layers}, the files hold {max(extra) + 1}"
+    if missing == ["lm_head.weight"]:
+        return "is tie_word_embeddings meant to be true?"
+    return ""
+
+
+def _layers(keys: list[str]) -> set[int]:
+    return {int(match[1]) for key in keys if (match := re.search(r"\blayers\.(\d+)\.", key))}
+
+
+def _shape_cause(config: Any, key: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
+    if len(ours) != len(theirs):
+        return ""
+    for suffix, dim, name, what in _FIELDS:
+        if key.endswith(suffix) and ours[dim] != theirs[dim] and getattr(config, name, None) == ours[dim]:
+            return f"config.{name}={ours[dim]} vs {what} {theirs[dim]}"
+    heads, kv_heads = getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)
+    for projections, name, count in (
+        (("q_proj.weight",), "num_attention_heads", heads),
+        (("k_proj.weight", "v_proj.weight"), "num_key_value_heads", kv_heads),
+    ):
+        if key.endswith(projections) and count and ours[0] % count == 0:
+            width = ours[0] // count
+            if ours[0] != theirs[0] and theirs[0] % width == 0:
+                return f"config.{name}={count} vs {theirs[0] // width} in the file, at {width} per head"
+    return ""

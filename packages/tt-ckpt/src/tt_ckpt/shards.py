@@ -1,0 +1,206 @@
+"""Which tensor lies in which file: the shards of a directory, their index, and splitting anew.
+
+The rule for splitting and the index's form are those of huggingface_hub, so that files come out the same.
+"""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tt_ckpt.names import safe_file
+from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, is_lfs_pointer, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """The weight files of a directory: ``files`` maps names to headers, ``where`` a key to its file's name."""
+
+    directory: Path
+    files: dict[str, Header]
+    where: dict[str, str]
+    index: dict[str, Any] | None
+
+    def spec(self, key: str) -> TensorSpec:
+        return self.files[self.where[key]].tensors[key]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for header in self.files.values() for spec in header.tensors.values())
+
+
+def find_shards(directory: Path) -> Shards:
+    """Read the index and every header of a Hugging Face directory; what is missing or odd is named."""
+    if (directory / INDEX_NAME).exists():
+        index = read_json(directory / INDEX_NAME)
+        names = _index_files(directory, index)
+    elif (directory / SINGLE_NAME).exists():
+        index, names = None, [SINGLE_NAME]
+    else:
+        raise FileNotFoundError(_describe_no_weights(directory))
+    files = {name: read_header(safe_file(directory, name)) for name in names}
+    where: dict[str, str] = {}
+    for name, header in files.items():
+        for key in header.tensors:
+            if key in where:
+                raise ValueError(f"{directory}: tensor {key!r} stands in both {where[key]} and {name}; download again")
+            where[key] = name
+    if index is not None and where != index["weight_map"]:
+        wrong = sorted(set(where.items()) ^ set(index["weight_map"].items()))[0]
+        raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {wrong[0]!r}; download again")
+    return Shards(directory=directory, files=files, where=where, index=index)
+
+
+def _index_files(directory: Path, index: Any) -> list[str]:
+    path = directory / INDEX_NAME
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{path}: expected an object with a weight_map from tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    if not names:
+        raise ValueError(f"{path}: its weight_map is empty; download again")
+    missing = [name for name in names if not safe_file(directory, name).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}{_missing_size(directory, index, names)}; "
+            "run tt download again, it resumes"
+        )
+    return names
+
+
+def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> str:
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if not isinstance(total, int):
+        return ""
+    present = sum((directory / name).stat().st_size for name in names if (directory / name).exists())
+    return f" (about {format_size(max(total - present, 0))})"
+
+
+def _describe_no_weights(directory: Path) -> str:
+    names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    convert = f"tt convert {directory} DEST --to hf --allow-pickle"
+    if "adapter_model.safetensors" in names:
+        return f"{directory}: an adapter, no model; give the directory of its base model"
+    if "params.json" in names and any(re.fullmatch(r"consolidated.*\.(pth|safetensors)", name) for name in names):
+        return f"{directory}: a Meta checkpoint, no Hugging Face one; run: {convert}"
+    pickles = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+    if pickles:
+        return (
+            f"{directory}: weights only as pickles ({pickles[0]}), which can run code; if you trust them run: {convert}"
+        )
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if shards:
+        close = difflib.get_close_matches(SINGLE_NAME, shards, 1, 0.0)[0]
+        return f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}, only {close}; rename it or download the index too"
+    found = ", ".join(names[:8]) or "nothing"
+    return f"{directory}: no weights: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file, or a ValueError with its path, line and what it may be instead."""
+    try:
+        return json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: 0 bytes; download it again") from None
+        if is_lfs_pointer(path):
+            raise ValueError(f"{path}: a git-lfs pointer, not JSON; run: git lfs pull") from None
+        line = getattr(error, "lineno", 1)
+        raise ValueError(f"{path}:{line}: not valid JSON ({error}); download it again") from None
+
+
+class OpenShards:
+    """The tensors of a directory by key, each file mapped when first needed and let go by ``release``."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards = shards
+        self._open: dict[str, MappedFile] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        name = self.shards.where[key]
+        if name not in self._open:
+            header = self.shards.files[name]
+            self._open[name] = MappedFile(header.path, header)
+        return self._open[name].tensor(key)
+
+    def release(self, name: str) -> None:
+        if name in self._open:
+            self._open.pop(name).close()
+
+
+# ---- splitting ---------------------------------------------------------------------------------------------------
+
+
+def parse_size(size: str | int) -> int:
+    """``"5GB"`` -> 5_000_000_000. An integer is a number of bytes."""
+    if isinstance(size, int):
+        number, unit = float(size), 1
+    else:
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]B)\s*", size, re.IGNORECASE)
+        if match is None or match[1].count(".") > 1:
+            raise ValueError(f"max_shard_size: expected a number with KB, MB, GB or TB such as '5GB', got {size!r}")
+        number, unit = float(match[1]), _UNITS[match[2].upper()]
+    if number <= 0 or not math.isfinite(number):
+        raise ValueError(f"max_shard_size: expected more than 0, got {size!r}")
+    return int(number * unit)
+
+
+def format_size(nbytes: int) -> str:
+    for unit, size in reversed(_UNITS.items()):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"
+
+
+def split(specs: Mapping[str, TensorSpec], max_shard_size: str | int) -> dict[str, list[str]]:
+    """File name -> keys, filled in the given order; a tensor over the limit has a file of its own."""
+    limit = parse_size(max_shard_size)
+    groups: list[list[str]] = []
+    current: list[str] = []
+    filled = 0
+    for key, spec in specs.items():
+        if spec.nbytes > limit:
+            groups.append([key])
+            continue
+        if filled + spec.nbytes > limit:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(key)
+        filled += spec.nbytes
+    if current:
+        groups.append(current)
+    if len(groups) <= 1:
+        return {SINGLE_NAME: groups[0] if groups else []}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}
+
+
+def encode_index(files: Mapping[str, Iterable[str]], specs: Mapping[str, TensorSpec]) -> str:
+    """The text of ``model.safetensors.index.json``, as transformers writes it."""
+    total = {
+        "total_parameters": sum(spec.numel for spec in specs.values()),
+        "total_size": sum(spec.nbytes for spec in specs.values()),
+    }
+    where = {key: name for name, keys in files.items() for key in keys}
+    return json.dumps({"metadata": total, "weight_map": where}, indent=2, sort_keys=True) + "\n"
+
+
+def same_layout(source: Shards, specs: Mapping[str, TensorSpec], max_shard_size: str | int) -> bool:
+    """Whether ``source``'s files hold exactly these tensors and respect the limit, so that its layout can be kept."""
+    limit = parse_size(max_shard_size)
+    held = {key: spec for header in source.files.values() for key, spec in header.tensors.items()}
+    fits: Callable[[Header], bool] = lambda header: (  # noqa: E731
+        len(header.tensors) == 1 or sum(spec.nbytes for spec in header.tensors.values()) <= limit
+    )
+    return held == dict(specs) and all(fits(header) for header in source.files.values())

@@ -1,0 +1,265 @@
+"""One safetensors file: a strict header, tensors read through a memory map, tensors written one at a time.
+
+The format: https://github.com/huggingface/safetensors#format. Headers are checked here before anything is allocated
+(and again by the safetensors library when a file is mapped). Writing is done here because the library's ``save_file``
+wants every tensor at once, does not fsync, and leaves the file with mode 0600.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tt_ckpt.commit import create
+
+MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
+_COPY_BYTES = 1 << 24
+
+# In the order in which the safetensors library lays tensors out (widest first), so that our files equal its files.
+DTYPES: dict[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """What a header says of one tensor: dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """The tensors of one file in the order of their bytes, and the file's own text metadata."""
+
+    path: Path
+    tensors: dict[str, TensorSpec]
+    offsets: dict[str, int]
+    metadata: dict[str, str] | None
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    return TensorSpec(dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+
+def canonical_order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """The order in which the safetensors library writes: by dtype, then by name."""
+    return sorted(specs, key=lambda name: (_RANK[_NAME_OF[specs[name].dtype]], name))
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_header(path: str | Path) -> Header:
+    """Read and check a safetensors header; a damaged file is a ValueError that names the file and what is wrong."""
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(8)
+        if first.startswith(b"version "):
+            raise ValueError(_describe_lfs_pointer(path))
+        if len(first) < 8:
+            raise ValueError(f"{path}: {size} bytes, too short for a safetensors file; download it again")
+        (length,) = struct.unpack("<Q", first)
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: no safetensors file (its header would be {length} bytes); download it again")
+        if 8 + length > size:
+            raise ValueError(f"{path}: cut short: {size} bytes of at least {8 + length}; download it again")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        return _parse_header(path, entries, size - 8 - length)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if str(error).startswith(str(path)) else f"{path}: damaged safetensors header: {error}"
+        raise ValueError(reason) from None
+
+
+def _parse_header(path: Path, entries: Any, data_bytes: int) -> Header:
+    if not isinstance(entries, dict):
+        raise ValueError("it is no JSON object")
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        raise ValueError("__metadata__ must map text to text")
+    spans = sorted((_parse_entry(name, entry) for name, entry in entries.items()), key=lambda span: span[1:3])
+    position = 0
+    for name, start, end, spec in spans:
+        if start != position or end - start != spec.nbytes:
+            span = f"{position} to {position + spec.nbytes}"
+            raise ValueError(f"tensor {name!r} has bytes {start} to {end}, expected {span}")
+        position = end
+    if position != data_bytes:
+        have, want = path.stat().st_size, path.stat().st_size - data_bytes + position
+        what = "cut short" if have < want else "too long"
+        raise ValueError(f"{path}: {what}: {have} bytes, its header says {want}; download it again")
+    return Header(
+        path=path,
+        tensors={name: spec for name, _, _, spec in spans},
+        offsets={name: start for name, start, _, _ in spans},
+        metadata=metadata,
+    )
+
+
+def _parse_entry(name: str, entry: Any) -> tuple[str, int, int, TensorSpec]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+    return name, offsets[0], offsets[1], TensorSpec(dtype=DTYPES[dtype], shape=tuple(shape))
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r} stands twice")
+    return found
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(23) == b"version https://git-lfs"
+
+
+def _describe_lfs_pointer(path: Path) -> str:
+    fields = dict(line.split(" ", 1) for line in path.read_text("utf-8", "replace")[:1024].splitlines() if " " in line)
+    oid, size = fields.get("oid", "?")[:19], fields.get("size", "?")
+    return f"{path}: a git-lfs pointer (oid {oid}..., {size} bytes), not the weights; run: git lfs pull"
+
+
+class MappedFile:
+    """A safetensors file whose tensors are views of a private memory map: pages are read when a tensor is used."""
+
+    def __init__(self, path: str | Path, header: Header | None = None) -> None:
+        self.header = header or read_header(path)
+        self._file: Any = safe_open(path, framework="pt", device="cpu")
+
+    def tensor(self, name: str) -> Tensor:
+        result: Tensor = self._file.get_tensor(name)
+        return result
+
+    def close(self) -> None:
+        self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
+    """Length and JSON of a file that holds ``specs`` in their order, byte for byte as the safetensors library does."""
+    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    position = 0
+    for name, spec in specs.items():
+        end = position + spec.nbytes
+        entries[name] = {"dtype": _NAME_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def write_tensors(
+    path: str | Path,
+    specs: Mapping[str, TensorSpec],
+    get: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    hashed: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> str | None:
+    """Write the tensors ``get(name)``, one at a time and in the order of ``specs``, to a new file, and fsync it.
+
+    Returns the sha256 of the file when ``hashed``. ``progress`` is called with the bytes of each tensor written.
+    """
+    digest = hashlib.sha256() if hashed else None
+    with create(path) as file:
+        _put(file, [memoryview(encode_header(specs, metadata))], digest)
+        for name, spec in specs.items():
+            tensor = get(name)
+            if spec_of(tensor) != spec:
+                raise ValueError(f"{path}: tensor {name!r} is {spec_of(tensor)}, announced as {spec}")
+            _put(file, _byte_views(tensor), digest)
+            if progress:
+                progress(spec.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest() if digest else None
+
+
+def write_tensor_dict(path: str | Path, tensors: Mapping[str, Tensor], *, hashed: bool = False) -> str | None:
+    """``write_tensors`` for tensors in hand, in the library's order."""
+    specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
+    ordered = {name: specs[name] for name in canonical_order(specs)}
+    return write_tensors(path, ordered, lambda name: tensors[name], metadata={"format": "pt"}, hashed=hashed)
+
+
+def _byte_views(tensor: Tensor) -> Iterable[memoryview]:
+    """The bytes of a tensor, in pieces, copied only where it is not contiguous on the CPU."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _COPY_BYTES):
+        yield memoryview(flat[start : start + _COPY_BYTES].numpy())  # type: ignore[arg-type]
+
+
+def _put(file: IO[bytes], pieces: Iterable[memoryview], digest: Any) -> None:
+    for piece in pieces:
+        file.write(piece)
+        if digest is not None:
+            digest.update(piece)
