@@ -1,0 +1,51 @@
+"""One page, and one picture, of what a run or several runs came to."""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tt_train.report_figure import write_png
+from tt_train.report_html import page
+from tt_train.report_run import read_runs
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path]:
+    """Write the report of one run, or of several compared, and return its HTML page and its PNG.
+
+    The page is a single file that loads nothing from anywhere. ``output`` is the page's name (``*.html``; the picture
+    lies beside it) or a folder. By default a run's report lies in its directory as ``report.html``, and a comparison
+    beside the first run as ``comparison.html``.
+
+    Raises FileNotFoundError for a directory without metrics.jsonl. A cut last line, rows without a figure, and a
+    missing manifest, config or samples are named on the page instead.
+    """
+    paths = [Path(run) for run in runs]
+    read = read_runs(paths)
+    html = _destination(paths, None if output is None else Path(output))
+    html.parent.mkdir(parents=True, exist_ok=True)
+    png = html.with_suffix(".png")
+    _replace(html, page(read).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        drawing = Path(folder) / png.name
+        write_png(read, drawing)
+        _replace(png, drawing.read_bytes())
+    return html, png
+
+
+def _destination(paths: Sequence[Path], output: Path | None) -> Path:
+    name = "report.html" if len(paths) == 1 else "comparison.html"
+    if output is None:
+        return (paths[0] if len(paths) == 1 else paths[0].parent) / name
+    if output.suffix.lower() in (".html", ".htm"):
+        return output
+    if output.suffix and not output.is_dir():
+        raise ValueError(f"{output}: a report is an .html page or a folder, found {output.suffix!r}")
+    return output / name
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Whole or not at all: a page that is open in a browser is never half written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(path)

@@ -1,0 +1,105 @@
+"""The report as a picture, for a chat or a pull request. matplotlib is imported when one is drawn."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tt_train.redact import redact
+from tt_train.report_headline import as_count, as_figure, as_percent, as_time, headline
+from tt_train.report_run import Run, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = ("#2f5fd0", "#d9622b", "#16876b", "#a8429b", "#b38600", "#2492b8", "#c2405a", "#6b6f78")
+INK, SOFT, GRID = "#1b1d21", "#5c626c", "#e8e8e4"
+
+
+PANELS = {
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "tokens_per_s": "Tokens per second",
+    "memory_gib": "Peak memory, GiB",
+}
+
+
+def write_png(runs: Sequence[Run], path: Path) -> None:
+    """The loss above, learning rate, gradient norm, throughput and memory below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7.6), dpi=130, facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 4, height_ratios=(1.75, 1), hspace=0.32, wspace=0.3)
+    grid.update(left=0.055, right=0.98, top=0.855, bottom=0.075)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+    figure.text(0.055, 0.945, _plain(title), fontsize=17, fontweight="bold", color=INK)
+    figure.text(0.055, 0.908, _plain(_summary(runs)), fontsize=10.5, color=SOFT)
+    _draw_loss(figure.add_subplot(grid[0, :]), runs)
+    for column, (key, name) in enumerate(PANELS.items()):
+        axes = figure.add_subplot(grid[1, column])
+        for index, run in enumerate(runs):
+            _line(axes, run, run.column(key), color=COLOURS[index % len(COLOURS)], linewidth=1.4)
+        _dress(axes, name)
+        axes.set_ylim(0, 1.06 * max((value for run in runs for value in run.figures(key)), default=1.0) or 1.0)
+    figure.savefig(path, format="png")
+
+
+def _draw_loss(axes: "Axes", runs: Sequence[Run]) -> None:
+    for index, run in enumerate(runs):
+        name = _plain(run.name) + ", " if len(runs) > 1 else ""
+        color = COLOURS[index % len(COLOURS)]
+        losses = run.column("loss")
+        if len(losses) > 8:
+            _line(axes, run, losses, color=color, linewidth=0.9, alpha=0.3)
+            _line(axes, run, smooth(losses), color=color, linewidth=2.0, label=f"{name}train, smoothed")
+        else:
+            _line(axes, run, losses, color=color, linewidth=1.8, label=f"{name}train")
+        held = [(row["step"], value) for row in run.rows if (value := row["eval_loss"]) is not None]
+        if held:
+            steps, values = zip(*held, strict=True)
+            axes.plot(
+                steps, values, "o--", color=color, markersize=4.5, markerfacecolor="white", label=f"{name}held-out"
+            )
+    _dress(axes, "Loss")
+    axes.set_xlabel("step", color=SOFT, fontsize=8.5, loc="right")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9.5, labelcolor=SOFT)
+
+
+def _line(axes: "Axes", run: Run, values: Sequence[float | None], **style: Any) -> None:
+    known = [math.nan if value is None else value for value in values]
+    alone = len(run.figures("step")) < 3  # a line through one point is nothing
+    axes.plot(run.figures("step"), known, marker="o" if alone else None, markersize=4, **style)
+
+
+def _dress(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=INK, fontweight="bold")
+    axes.grid(True, axis="y", color=GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=SOFT, labelsize=8.5, length=0)
+    axes.yaxis.set_major_formatter(lambda value, _: as_count(value) if abs(value) >= 1000 else f"{value:.3g}")
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+
+
+def _summary(runs: Sequence[Run]) -> str:
+    heads = [headline(run) for run in runs]
+    if len(runs) > 1:
+        last = [as_figure(one.loss_last if one.eval_last is None else one.eval_last) for one in heads]
+        return "   |   ".join(f"{run.name}: {figure}" for run, figure in zip(runs, last, strict=True))
+    one = heads[0]
+    parts = [f"loss {as_figure(one.loss_first)} to {as_figure(one.loss_last)}"]
+    parts += [f"held-out {as_figure(one.eval_last)}"] if one.eval_last is not None else []
+    parts += [f"{as_count(one.tokens)} tokens in {as_time(one.seconds)}"] if one.tokens else []
+    if one.parameters:
+        share = as_percent((one.trainable or 0) / one.parameters)
+        parts.append(f"{as_count(one.parameters)} parameters, {share} trained")
+    return "   |   ".join(parts)
+
+
+def _plain(text: str) -> str:
+    """A dollar sign would start a formula."""
+    return redact(text).replace("$", r"\$")

@@ -1,0 +1,151 @@
+"""The figures that sum a run up, and how the report writes numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tt_train.report_run import Run, flatten
+
+DASH = "\u2013"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """None where the run does not say."""
+
+    steps: int
+    loss_first: float | None
+    loss_last: float | None
+    eval_last: float | None
+    eval_best: float | None
+    eval_best_step: float | None
+    tokens: float | None
+    seconds: float | None
+    tokens_per_s: float | None  # median over the steps
+    memory_gib: float | None  # peak
+    epochs: float | None
+    parameters: float | None
+    trainable: float | None
+    rows: float | None
+    eval_rows: float | None
+    truncated: float | None
+    dropped: dict[str, float] = field(default_factory=dict)  # reason: rows
+    matches: tuple[int, int, int] | None = None  # samples answered as expected at first, at last, of how many
+
+    @property
+    def lost(self) -> float:
+        return sum(self.dropped.values())
+
+    @property
+    def right(self) -> float | None:
+        return self.matches[1] / self.matches[2] if self.matches else None
+
+
+def headline(run: Run) -> Headline:
+    losses, evals = run.figures("loss"), run.figures("eval_loss")
+    held = [(value, row["step"]) for row in run.rows if (value := row["eval_loss"]) is not None]
+    best = min(held, default=(None, None), key=lambda pair: pair[0])
+    facts = flatten(run.manifest)
+    dropped = {key.rsplit(".", 1)[1]: value for key, value in facts.items() if ".dropped." in f".{key}"}
+    return Headline(
+        steps=int(run.rows[-1]["step"] or 0) if run.rows else 0,
+        loss_first=losses[0] if losses else None,
+        loss_last=losses[-1] if losses else None,
+        eval_last=evals[-1] if evals else None,
+        eval_best=best[0],
+        eval_best_step=best[1],
+        tokens=max(run.figures("tokens"), default=None),
+        seconds=max(run.figures("elapsed_s"), default=None),
+        tokens_per_s=median(run.figures("tokens_per_s")),
+        memory_gib=max(run.figures("memory_gib"), default=None),
+        epochs=max(run.figures("epoch"), default=None),
+        parameters=fact(facts, "parameters"),
+        trainable=fact(facts, "trainable"),
+        rows=fact(facts, "rows"),
+        eval_rows=fact(facts, "eval_rows"),
+        truncated=fact(facts, "truncated"),
+        dropped={key: value for key, value in dropped.items() if _is_number(value)},
+        matches=_matches(run),
+    )
+
+
+def fact(facts: dict[str, Any], name: str) -> float | None:
+    """A number of the manifest by the last part of its key: the shallowest one counts."""
+    keys = sorted((key for key in facts if key.rsplit(".", 1)[-1] == name), key=lambda key: key.count("."))
+    return next((facts[key] for key in keys if _is_number(facts[key])), None)
+
+
+def answers(run: Run) -> dict[str, list[dict[str, Any]]]:
+    """The samples of a run by prompt, each list in the order of steps."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for sample in run.samples:
+        grouped.setdefault(str(sample["prompt"]), []).append(sample)
+    for samples in grouped.values():
+        samples.sort(key=lambda sample: sample["step"] if _is_number(sample.get("step")) else math.inf)
+    return grouped
+
+
+def is_expected(sample: dict[str, Any]) -> bool | None:
+    """Whether the answer is the expected one, blanks around it aside; None where nothing is expected."""
+    if not isinstance(sample.get("expected"), str):
+        return None
+    return bool(str(sample.get("generation", "")).strip() == sample["expected"].strip())
+
+
+def _matches(run: Run) -> tuple[int, int, int] | None:
+    checked = [samples for samples in answers(run).values() if is_expected(samples[-1]) is not None]
+    if not checked:
+        return None
+    before = sum(is_expected(samples[0]) is True for samples in checked)
+    return before, sum(is_expected(samples[-1]) is True for samples in checked), len(checked)
+
+
+def median(values: Sequence[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_figure(value: float | None, digits: int = 4) -> str:
+    """0.4213, 12,345, 2.0e-05, or a dash."""
+    if value is None:
+        return DASH
+    if value != 0 and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def as_count(value: float | None) -> str:
+    """950, 12.3k, 134M, 8.03B, or a dash."""
+    if value is None:
+        return DASH
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"
+    return f"{value:,.0f}"
+
+
+def as_time(seconds: float | None) -> str:
+    """38 s, 4 min 05 s, 2 h 14 min, or a dash."""
+    if seconds is None:
+        return DASH
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+
+
+def as_percent(share: float | None) -> str:
+    """0.42 %, 12 %, 100 %, or a dash."""
+    if share is None:
+        return DASH
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"

@@ -1,0 +1,174 @@
+"""The report as one HTML page that loads nothing: all of it is inline, and its own policy forbids any request."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from tt_train.redact import redact
+from tt_train.report_headline import as_figure
+from tt_train.report_run import NUMBERS, Run, smooth, thin
+from tt_train.report_samples import COLOURS, samples_section
+from tt_train.report_sections import config_section, manifest_section, reproduce_section
+from tt_train.report_tiles import comparison, tiles
+
+BUCKETS = 300  # of the rows drawn: each keeps the lowest and the highest of every curve
+TABLE_ROWS = 30
+NOTICES = 6
+SMOOTHED = 8  # rows from which on a smoothed curve says more than the curve
+
+Chart = dict[str, Any]
+CHARTS: list[Chart] = [
+    {
+        "name": "loss",
+        "title": "Loss",
+        "unit": "mean per trained token",
+        "zero": False,
+        "series": [
+            {"key": "loss", "label": "train", "width": 1.2, "opacity": 0.35, "faint": True},
+            {"key": "smooth", "label": "train, smoothed", "width": 2.2, "opacity": 1},
+            {"key": "eval_loss", "label": "held-out", "width": 1.6, "opacity": 1, "sparse": True},
+        ],
+    },
+    *(
+        {
+            "name": name,
+            "title": title,
+            "unit": unit,
+            "zero": True,
+            "series": [{"key": name, "label": label, "width": 1.8}],
+        }
+        for name, title, unit, label in (
+            ("lr", "Learning rate", "", "learning rate"),
+            ("grad_norm", "Gradient norm", "before clipping", "gradient norm"),
+            ("tokens_per_s", "Throughput", "tokens per second", "tokens per second"),
+            ("memory_gib", "Memory", "peak GiB", "GiB"),
+        )
+    ),
+]
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The whole page. Every text that comes from a run is escaped; secrets are blanked."""
+    folder = files("tt_train") / "report_page"
+    script = (folder / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    data = [_data(run, index) for index, run in enumerate(runs)]
+    thinned = any(len(one["columns"].get("step", ())) < len(run.rows) for one, run in zip(data, runs, strict=True))
+    slots = {
+        "title": escape(_title(runs)),
+        "eyebrow": "Fine-tuning report" if len(runs) == 1 else "Comparison",
+        "facts": "".join(f"<span>{escape(text)}</span>" for text in _facts(runs)),
+        "notices": _notices(runs),
+        "headline": tiles(runs[0]) if len(runs) == 1 else comparison(runs),
+        "charts": _charts(data),
+        "thinned": "Long runs are drawn by the lowest and highest of every stretch." if thinned else "",
+        "table": "".join(_table(run, several=len(runs) > 1) for run in runs if run.rows),
+        "samples": samples_section(runs),
+        "config": config_section(runs),
+        "reproduce": reproduce_section(runs),
+        "manifest": manifest_section(runs),
+        "data": _json({"runs": data, "charts": CHARTS}),
+    }
+    slots = {name: redact(text) for name, text in slots.items()}
+    slots["style"] = (folder / "report.css").read_text(encoding="utf-8")
+    slots["script"] = script
+    slots["policy"] = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    template = (folder / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: slots[match.group(1)], template)  # one pass: no value is a template
+
+
+def _title(runs: Sequence[Run]) -> str:
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+
+
+def _facts(runs: Sequence[Run]) -> list[str]:
+    """The line under the title: what was trained, how, on what and when, as far as all runs agree."""
+    facts: list[str] = []
+    for name in ("model", "method", "device", "dtype", "created"):
+        values = {str(run.manifest.get(name) or "") for run in runs}
+        facts += values if len(values) == 1 else []
+    return [fact for fact in facts if fact]
+
+
+def _notices(runs: Sequence[Run]) -> str:
+    """What was wrong with the run directories, said once and not hidden."""
+    problems = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
+    problems += [f"{run.name}: no step was recorded" for run in runs if not run.rows]
+    if not problems:
+        return ""
+    more = [f"and {len(problems) - NOTICES:,} more like these"] if len(problems) > NOTICES else []
+    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems[:NOTICES] + more)
+    return f'<div class="notices card" role="note"><ul>{items}</ul></div>'
+
+
+def _data(run: Run, index: int) -> dict[str, Any]:
+    """The columns that the script draws, without the rows that nobody could tell apart."""
+    columns = {name: run.column(name) for name in NUMBERS}
+    if len(run.rows) > SMOOTHED:
+        columns["smooth"] = smooth(columns["loss"])
+    drawn = [name for name in ("loss", "eval_loss", "grad_norm", "tokens_per_s") if name in columns]
+    rows = thin([columns[name] for name in drawn], buckets=BUCKETS)
+    kept = {name: [_rounded(values[row]) for row in rows] for name, values in columns.items()}
+    kept = {name: values for name, values in kept.items() if any(value is not None for value in values)}
+    return {"name": run.name, "colour": index % COLOURS, "columns": kept}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.7g}")
+
+
+def _json(data: dict[str, Any]) -> str:
+    """JSON that may stand inside a script element: no character of it can close the element."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _charts(data: Sequence[dict[str, Any]]) -> str:
+    """An empty frame for each chart; the script draws into it."""
+    legend = {
+        "loss": '<i class="raw"></i>train',
+        "smooth": "<i></i>smoothed",
+        "eval_loss": '<i class="held"></i>held-out',
+    }
+    shown = [f"<span>{text}</span>" for key, text in legend.items() if any(key in one["columns"] for one in data)]
+    figures = ""
+    for chart in CHARTS:
+        label = f"{chart['title']} over the run"
+        wide = len(chart["series"]) > 1
+        unit = f'<span class="unit">{chart["unit"]}</span>' if chart["unit"] else ""
+        legends = f'<div class="legend">{"".join(shown)}</div>' if wide else ""
+        figures += (
+            f'<figure class="chart card{" wide" * wide}" data-chart="{chart["name"]}" data-label="{label}">'
+            f"<figcaption><h3>{chart['title']}{unit}</h3>{legends}</figcaption>"
+            f'<div class="plot" tabindex="0" role="group" aria-label="{label}; arrow keys read it off"></div></figure>'
+        )
+    missing = "The curves need JavaScript. The PNG beside this page shows the same, and so does the table below."
+    return f'<div class="charts">{figures}</div><noscript><p class="note">{missing}</p></noscript>'
+
+
+def _table(run: Run, *, several: bool) -> str:
+    """The curves as text, at evenly spaced steps."""
+    columns = {
+        "step": "step",
+        "loss": "train loss",
+        "eval_loss": "held-out",
+        "lr": "learning rate",
+        "grad_norm": "gradient norm",
+        "tokens_per_s": "tokens/s",
+        "memory_gib": "GiB",
+    }
+    stride = max(1, -(-len(run.rows) // TABLE_ROWS))
+    last = len(run.rows) - 1
+    shown = [row for index, row in enumerate(run.rows) if index % stride == 0 or index == last]
+    head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
+    body = "".join("<tr>" + "".join(f"<td>{as_figure(row[key])}</td>" for key in columns) + "</tr>" for row in shown)
+    of = f" of {escape(run.name)}" if several else ""
+    return (
+        f'<details><summary>Figures{of} as a table</summary><div class="card scroll" tabindex="0">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"
+    )

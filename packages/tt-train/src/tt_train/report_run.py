@@ -1,0 +1,185 @@
+"""What a run directory says, read for the report: rows, samples, manifest and config, whatever state they are in."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eval_loss")
+
+Row = dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run. ``rows`` are in the order of their steps, a step once; a figure that is not finite is None."""
+
+    path: Path
+    name: str
+    rows: list[Row]
+    config: dict[str, Any] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def column(self, name: str) -> list[float | None]:
+        return [row.get(name) for row in self.rows]
+
+    def figures(self, name: str) -> list[float]:
+        """The finite values of a column."""
+        return [value for value in self.column(name) if value is not None]
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a resolved config has none, and a few lines of them unfold to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        return super().compose_node(parent, index)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run, under names that tell them apart. All paths that are no run are named in one error."""
+    if not paths:
+        raise ValueError("a report needs at least one run directory")
+    missing = [str(path) for path in paths if not (path / "metrics.jsonl").is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"no metrics.jsonl in {', '.join(missing)}: expected a run directory, as `tt run` writes it (`tt ls runs`)"
+        )
+    names = [path.resolve().name for path in paths]
+    shown = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    return [read_run(path, name=name) for path, name in zip(paths, shown, strict=True)]
+
+
+def read_run(path: Path, *, name: str) -> Run:
+    problems: list[str] = []
+    rows: dict[float, Row] = {}
+    for record in _json_lines(path / "metrics.jsonl", problems):
+        row = {key: _number(record.get(key)) for key in NUMBERS}
+        step = row["step"]
+        if step is not None:
+            rows[step] = row  # a resumed run writes a step again: the later row is the one that counts
+            problems.extend(
+                f"step {step:g}: {key} was {record[key]}"
+                for key in ("loss", "grad_norm", "eval_loss")
+                if row[key] is None and record.get(key) is not None
+            )
+    return Run(
+        path=path,
+        name=name,
+        rows=[rows[step] for step in sorted(rows)],
+        config=_mapping(path / "config.yaml", problems),
+        manifest=_mapping(path / "manifest.json", problems),
+        samples=[record for record in _json_lines(path / "samples.jsonl", problems) if "prompt" in record],
+        problems=problems,
+    )
+
+
+def smooth(values: Sequence[float | None]) -> list[float | None]:
+    """An exponential average over a thirtieth of the run, both ways so that it does not lag. Gaps stay gaps."""
+    ahead, behind = _sums(values), _sums(values[::-1])[::-1]
+    return [
+        None if value is None else (total + other - value) / (weight + other_weight - 1)
+        for value, (total, weight), (other, other_weight) in zip(values, ahead, behind, strict=True)
+    ]
+
+
+def _sums(values: Sequence[float | None]) -> list[tuple[float, float]]:
+    """Decayed sum and weight up to and with each value; the value itself weighs 1."""
+    decay = 1 - 1 / max(1.0, len(values) / 30)
+    total = weight = 0.0
+    sums = []
+    for value in values:
+        total, weight = decay * total, decay * weight
+        if value is not None:
+            total, weight = total + value, weight + 1
+        sums.append((total, weight))
+    return sums
+
+
+def thin(columns: Sequence[Sequence[float | None]], *, buckets: int) -> list[int]:
+    """Which rows to draw: the lowest and the highest of every column in each bucket, so that no spike is lost."""
+    length = len(columns[0])
+    if length <= 2 * buckets:
+        return list(range(length))
+    kept = {0, length - 1}
+    for bucket in range(buckets):
+        indices = range(bucket * length // buckets, (bucket + 1) * length // buckets)
+        for column in columns:
+            finite = [(value, index) for index in indices if (value := column[index]) is not None]
+            if finite:
+                kept.update((min(finite)[1], max(finite)[1]))
+    return sorted(kept)
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    if not isinstance(values, dict) or not values:
+        return {prefix: values}
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def differences(configs: Sequence[dict[str, Any]]) -> list[str]:
+    """The dotted keys whose values are not the same in every config, in the order of their first appearance."""
+    flat = [flatten(config) if config else {} for config in configs]
+    keys = dict.fromkeys(key for one in flat for key in one)
+    missing = object()
+    return [
+        key
+        for key in keys
+        if key != "output_dir" and any(one.get(key, missing) != flat[0].get(key, missing) for one in flat[1:])
+    ]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number; everything else is a gap."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict):
+            yield record
+        else:
+            where = "the last line, cut when the run was stopped" if number == len(lines) else "not a JSON object"
+            problems.append(f"{path.name}:{number}: left out ({where})")
+
+
+def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        problems.append(f"{path.name}: not there")
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _PlainLoader)  # noqa: S506
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        problems.append(f"{path.name}: left out ({str(error).splitlines()[0]})")
+        return {}
+    if not isinstance(values, dict):
+        problems.append(f"{path.name}: left out (expected a mapping, found {type(values).__name__})")
+        return {}
+    return {str(key): value for key, value in values.items()}
