@@ -21,7 +21,7 @@ MISTAKES = [
     (ValueError("rank must be positive,\n  got 0"), "rank must be positive,; got 0"),
     (FileNotFoundError(2, "No such file or directory", "rows.jsonl"), "rows.jsonl: no such file or directory"),
     (PermissionError(13, "Permission denied", "/root"), "/root: permission denied"),
-    (click.UsageError("Give one of the two."), "give one of the two"),
+    (click.UsageError("Give one of the two."), "give one of the two (see tt --help)"),
 ]
 
 

@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -89,13 +89,15 @@ class ConfigVerb(Verb):
     """A verb that takes ``key=value`` words: a word with dashes is answered with the key that it may mean."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)  # the parser empties its list
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            word, _, value = error.option_name.lstrip("-").replace("-", "_").partition("=")
+            index = next(i for i, word in enumerate(given) if word.startswith(error.option_name))
+            name, _, value = given[index].partition("=")
             options = [option for param in self.params for option in param.opts]
-            hint = did_you_mean(error.option_name, options) or _key_hint(word, value)
-            raise click.UsageError(f"no option {error.option_name}{hint}", ctx) from None
+            hint = did_you_mean(name, options) or _key_hint(name, value or _value_after(given[index + 1 :]))
+            raise click.UsageError(f"no option {name}{hint}", ctx) from None
 
 
 def json_option(function: Function) -> Function:
@@ -121,16 +123,22 @@ def _help_when_alone() -> None:
         click.echo(ctx.get_help())
 
 
-def _key_hint(word: str, value: str) -> str:
-    """The config key that ``--word`` stands for, in the form in which it is overridden."""
+def _value_after(words: Sequence[str]) -> str:
+    """The value of ``--key value``, where the next word is one."""
+    return words[0] if words and "=" not in words[0] and not words[0].startswith("-") else "VALUE"
+
+
+def _key_hint(name: str, value: str) -> str:
+    """The config key that ``name`` stands for, in the form in which it is overridden."""
     from tt_train.config import AdapterSection, SFTConfig, to_dict
 
+    word = name.lstrip("-").replace("-", "_")
     keys = list(_dotted(to_dict(SFTConfig(adapter=AdapterSection()))))
-    homes = [key for key in keys if key.rsplit(".", 1)[-1] == word] or [key for key in keys if key == word]
+    homes = [key for key in keys if word in (key, key.rsplit(".", 1)[-1])]
     if not homes:
         close = get_close_matches(word, [key.rsplit(".", 1)[-1] for key in keys], n=1)
         homes = [key for key in keys if close and key.rsplit(".", 1)[-1] == close[0]]
-    example = f"{homes[0] if homes else word or 'key'}={value or 'VALUE'}"
+    example = f"{homes[0] if homes else word or 'key'}={value}"
     return f"; {'did you mean' if homes else 'a config key is written'} {example}{'?' if homes else ''}"
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--config", "config_file", metavar="CONFIG", help="A YAML file or registered config, for a recipe.")
 @click.option("-o", "--output-dir", metavar="DIR", help="The run directory; default: runs/<time>-<model>-<method>.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from this one.")
-@click.option("--dry-run", is_flag=True, help="Check everything, and stop before the weights load.")
+@click.option("--dry-run", is_flag=True, help="Load and show everything, and stop before step 1.")
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @pass_invocation
 def command(
@@ -66,7 +66,9 @@ def _prepare(
 
     if what.endswith(".py"):
         module = _load_file(Path(what))
-        return compose("sft", config=config_file, overrides=overrides, allow_import=allow_import), module
+        schema = getattr(module, "Config", None)
+        composed = compose("sft", config=config_file, overrides=overrides, allow_import=allow_import, schema=schema)
+        return composed, module
     if config_file is not None and what not in registry.RECIPES:
         raise click.UsageError(f"--config belongs to a recipe; '{what}' is a config itself: give one of the two")
     config = compose(what, config=config_file, overrides=overrides, allow_import=allow_import)

@@ -1,0 +1,84 @@
+"""A prompt becomes ids, and ids become text while they are generated: what ``tt chat`` and ``tt generate`` share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; the names are those of the options."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+
+def sampling_options(function: Function) -> Function:
+    """``--max-new-tokens``, ``--temperature``, ``--top-k``, ``--top-p`` and ``--seed``."""
+    whole = click.IntRange(min=1)
+    options = [
+        click.option("--max-new-tokens", type=whole, default=512, show_default=True, help="Stop there at the latest."),
+        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy."),
+        click.option("--top-k", type=whole, help="Draw from the K likeliest tokens only."),
+        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest up to P."),
+        click.option("--seed", type=int, help="Draw the same again."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+class Speaker:
+    """A loaded model with its tokenizer, asked for text."""
+
+    def __init__(self, path: str | None, *, adapter: bool = True) -> None:
+        from tt_train.load import load
+        from tt_train.run_dir import find_run
+
+        self.path = str(path if path is not None else find_run())
+        self.model: Any
+        self.model, self.tokenizer = load(self.path, adapter=adapter)
+
+    def reply(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
+        """The answer to ``ids`` in pieces of text, as soon as each is known to be whole characters."""
+        import torch
+
+        import tt_models
+
+        limit = self.model.config.max_position_embeddings
+        if len(ids) >= limit:
+            raise ValueError(f"the prompt has {len(ids)} tokens, {self.path} reads {limit} with its answer; shorten it")
+        tokens = tt_models.stream(
+            self.model,
+            torch.tensor([list(ids)], device=self.model.output_weight.device),
+            max_new_tokens=min(sampling.max_new_tokens, limit - len(ids)),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            eos_ids=self.tokenizer.eos_ids,
+            seed=sampling.seed,
+        )
+        return pieces(tokens, self.tokenizer.decode)
+
+
+def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Text as it grows. A character whose bytes are not all there yet is held back."""
+    ids: list[int] = []
+    shown = ""
+    text = ""
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        if not text.endswith("\ufffd") and text.startswith(shown):
+            yield text[len(shown) :]
+            shown = text
+    if text != shown:
+        yield text[len(shown) :]

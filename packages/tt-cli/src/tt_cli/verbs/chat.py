@@ -1,0 +1,91 @@
+"""``tt chat``: talk to a model in the template that it was trained with."""
+
+import sys
+from collections.abc import Iterator
+
+import click
+
+from tt_cli.group import Verb
+from tt_cli.marking import visible
+from tt_cli.talk import Messages, Sampling, Speaker, sampling_options
+from tt_train.errors import did_you_mean
+
+COMMANDS = {
+    "/exit": "leave (Ctrl-D does, too)",
+    "/reset": "forget the conversation",
+    "/system": "TEXT: start over with this system message; alone: with none",
+    "/help": "these lines",
+}
+
+
+@click.command("chat", cls=Verb)
+@click.argument("model", required=False, metavar="[RUN|MODEL]")
+@click.option("--system", metavar="TEXT", help="A system message to begin with.")
+@click.option("--no-adapter", is_flag=True, help="Talk to the base model of a run.")
+@sampling_options
+def command(model: str | None, system: str | None, no_adapter: bool, **sampling: object) -> None:
+    """Talk to RUN or MODEL (default: the newest run). Prompts are lines of standard input."""
+    speaker = Speaker(model, adapter=not no_adapter)
+    settings = Sampling(**sampling)  # type: ignore[arg-type]
+    interactive = sys.stdin.isatty()
+    if interactive:
+        click.echo(f"{speaker.path}; /help shows commands, /exit leaves", err=True)
+    messages = _opening(system)
+    for line in _lines(interactive):
+        word, _, rest = line.partition(" ")
+        if word in ("/exit", "/quit"):
+            return
+        if word == "/help":
+            for name, does in COMMANDS.items():
+                click.echo(f"{name:<8} {does}", err=True)
+        elif word == "/reset":
+            messages = [message for message in messages if message["role"] == "system"]
+        elif word == "/system":
+            messages = _opening(rest.strip() or None)
+        elif interactive and word.startswith("/"):
+            click.echo(f"no command {word}{did_you_mean(word, COMMANDS)}", err=True)
+        else:
+            _take_turn(speaker, messages, line, settings)
+
+
+def _opening(system: str | None) -> Messages:
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """Prompts that are not blank, from the keyboard or from a pipe."""
+    if not interactive:
+        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        return
+    import readline  # noqa: F401  (input() then has a history and can be edited)
+
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            click.echo()
+            return
+        if line.strip():
+            yield line
+
+
+def _take_turn(speaker: Speaker, messages: Messages, prompt: str, settings: Sampling) -> None:
+    """Print the answer as it grows; both sides join the conversation. Ctrl-C cuts the answer, not the conversation."""
+    messages.append({"role": "user", "content": prompt})
+    show = visible if sys.stdout.isatty() else str
+    answer = []
+    try:
+        for piece in speaker.reply(speaker.chat_ids(messages), settings):
+            answer.append(piece)
+            click.echo(show(piece), nl=False)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
+    except ValueError as error:
+        messages.pop()
+        if not sys.stdin.isatty():
+            raise
+        click.echo(f"{error}; /reset forgets the conversation", err=True)
+        return
+    click.echo()
+    messages.append({"role": "assistant", "content": "".join(answer)})

@@ -1,0 +1,156 @@
+"""What a run shows: plain lines in a pipe, rich on a terminal."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console as Terminal
+
+from tt_cli.console import LineConsole, TerminalConsole, console_here, duration, summary_rows
+from tt_train.console import RunFacts
+
+FACTS = RunFacts(
+    model="tiny",
+    method="lora",
+    parameters=1_234_567,
+    trainable=12_345,
+    rows=990,
+    eval_rows=50,
+    schema="alpaca",
+    dropped={"no trainable token": 7, "not JSON": 3},
+    truncated=4,
+    problems=["rows.jsonl:12: not JSON"],
+    steps_total=20,
+    device="cpu",
+    dtype="bf16",
+    run_dir="runs/one",
+    sample=[("2+2? [not a tag] ", False), ("4", True)],
+)
+ROW = {"step": 5, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 1234.5, "eta_s": 125.0}
+SUMMARY = {
+    "run_dir": "runs/one",
+    "steps": 20,
+    "loss_first": 3.0,
+    "loss_last": 1.25,
+    "eval_loss": 1.5,
+    "seconds": 62.0,
+    "tokens": 6200,
+    "next": ["tt chat runs/one", "tt merge runs/one -o model"],
+}
+
+
+@pytest.fixture
+def terminal() -> Terminal:
+    return Terminal(file=io.StringIO(), force_terminal=True, width=100, highlight=False, color_system="standard")
+
+
+def shown(terminal: Terminal) -> str:
+    assert isinstance(terminal.file, io.StringIO)
+    return terminal.file.getvalue()
+
+
+def told(terminal: Terminal, facts: RunFacts = FACTS) -> str:
+    console = TerminalConsole(terminal)
+    console.start(facts)
+    console.step(ROW)
+    console.end(SUMMARY)
+    return shown(terminal)
+
+
+def test_before_step_1_a_terminal_shows_parameters_rows_and_the_sample_in_colour(terminal):
+    text = told(terminal)
+    assert "1,234,567 parameters, 12,345 trained (1.00 %, lora)" in text
+    assert "990 alpaca rows, 50 held out, 10 dropped (7 no trainable token, 3 not JSON), 4 truncated" in text
+    assert "rows.jsonl:12: not JSON" in text
+    assert "2+2? [not a tag] \x1b[32m4\x1b[0m" in text
+
+
+def test_without_colour_the_sample_has_marks(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    text = told(Terminal(file=io.StringIO(), force_terminal=True, width=100))
+    assert "2+2? [not a tag] \u27e64\u27e7" in text
+    assert "\x1b[3" not in text
+
+
+def test_the_bar_counts_steps_and_shows_the_eta_of_the_whole_run(terminal):
+    text = told(terminal)
+    assert "step 5/20" in text
+    assert "loss 1.5000" in text
+    assert "2m05s left" in text
+
+
+def test_a_resumed_run_begins_where_it_stopped(terminal):
+    console = TerminalConsole(terminal)
+    console.start(replace(FACTS, step_first=7))
+    console.close()
+    assert "step 7/20" in shown(terminal)
+
+
+def test_an_evaluation_stays_on_the_screen(terminal):
+    console = TerminalConsole(terminal)
+    console.start(FACTS)
+    console.step({**ROW, "eval_loss": 1.75})
+    console.close()
+    assert "step 5: held-out loss 1.7500" in shown(terminal)
+
+
+def test_the_end_is_a_table_and_the_next_commands(terminal):
+    text = told(terminal)
+    assert "3.0000 -> 1.2500" in text
+    assert text.rstrip().endswith("tt merge runs/one -o model\x1b[0m")
+
+
+def test_closing_gives_the_cursor_back_and_may_be_repeated(terminal):
+    console = TerminalConsole(terminal)
+    console.start(FACTS)
+    assert "\x1b[?25l" in shown(terminal)
+    console.close()
+    console.close()
+    assert shown(terminal).rstrip().endswith("\x1b[?25h")
+
+
+def test_long_text_of_a_note_is_not_wrapped(terminal):
+    TerminalConsole(terminal).warn("x" * 300)
+    assert "x" * 300 in shown(terminal)
+
+
+def test_figures_that_a_run_does_not_have_are_left_out():
+    rows = dict(summary_rows({"run_dir": "r", "steps": 0, "loss_first": None, "loss_last": None, "eval_loss": None}))
+    assert rows == {"steps": "0", "run": "r"}
+
+
+def test_tokens_per_second_are_over_the_whole_run():
+    assert dict(summary_rows(SUMMARY))["tokens"] == "6,200 (100 per second)"
+
+
+def test_a_pipe_gets_plain_lines_and_the_run_directory_is_known_once_it_began(capsys):
+    console = console_here()
+    assert type(console) is LineConsole
+    assert console.run_dir is None
+    console.start(FACTS)
+    console.step(ROW)
+    console.end(SUMMARY)
+    console.close()
+    out, err = capsys.readouterr()
+    assert console.run_dir == Path("runs/one")
+    assert out == ""
+    assert "\x1b" not in err
+    assert "\u27e64\u27e7" in err
+
+
+def test_a_terminal_gets_rich(monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", Screen())
+    assert isinstance(console_here(), TerminalConsole)
+    monkeypatch.setenv("TERM", "dumb")
+    assert type(console_here()) is LineConsole
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(6.6, "7s"), (125, "2m05s"), (3599.7, "1h00m"), (90061, "25h01m")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
