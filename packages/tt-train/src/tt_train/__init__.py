@@ -1,3 +1,46 @@
 """Configs, losses, the training step, recipes, run directories and reports."""
 
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tt_train.composing import compose
+    from tt_train.errors import ConfigError, Interrupted, TrainingError
+    from tt_train.loading import load
+    from tt_train.losses import cross_entropy, linear_cross_entropy
+    from tt_train.merge import merge_run
+    from tt_train.step import train_step
+
+_HOMES = {
+    "compose": "composing",
+    "ConfigError": "errors",
+    "Interrupted": "errors",
+    "TrainingError": "errors",
+    "load": "loading",
+    "cross_entropy": "losses",
+    "linear_cross_entropy": "losses",
+    "merge_run": "merge",
+    "train_step": "step",
+}
+
+__all__ = [
+    "ConfigError",
+    "Interrupted",
+    "TrainingError",
+    "compose",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "load",
+    "merge_run",
+    "train_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: the command line reads names from here without loading torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tt_train' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"tt_train.{_HOMES[name]}"), name)

@@ -82,7 +82,7 @@ def read_run(path: Path, *, name: str) -> Run:
 
 
 def smooth(values: Sequence[float | None]) -> list[float | None]:
-    """An exponential average over a thirtieth of the run, both ways so that it does not lag. Gaps stay gaps."""
+    """An exponential average over a fortieth of the run, both ways so that it does not lag. Gaps stay gaps."""
     ahead, behind = _sums(values), _sums(values[::-1])[::-1]
     return [
         None if value is None else (total + other - value) / (weight + other_weight - 1)
@@ -92,7 +92,7 @@ def smooth(values: Sequence[float | None]) -> list[float | None]:
 
 def _sums(values: Sequence[float | None]) -> list[tuple[float, float]]:
     """Decayed sum and weight up to and with each value; the value itself weighs 1."""
-    decay = 1 - 1 / max(1.0, len(values) / 30)
+    decay = 1 - 1 / max(1.0, len(values) / 40)
     total = weight = 0.0
     sums = []
     for value in values:

@@ -1,0 +1,200 @@
+"""What a run is made of: dataclasses whose fields are the keys of a YAML file, and checks that need no other file."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import yaml
+
+from tt_train.composing import compose
+from tt_train.errors import did_you_mean
+
+__all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "SFTConfig",
+           "SamplesSection", "ScheduleSection", "compose", "mistakes", "to_dict", "to_yaml"]  # fmt: skip
+
+
+@dataclass
+class ModelSection:
+    """``path``: directory, run directory or hub id. ``name`` alone: random weights, with ``tokenizer`` from a path."""
+
+    path: str | None = None
+    name: str | None = None
+    tokenizer: str | None = None  # where it differs from path
+    dtype: str = "bf16"  # bf16 | fp32
+
+
+@dataclass
+class AdapterSection:
+    """Absent: full fine-tune. The fields are those of tt_peft.LoRAConfig."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])  # names, or all-linear
+    quantize_base: bool = False
+    use_dora: bool = False
+    use_rslora: bool = False
+    path: str | None = None  # start from this adapter
+
+
+@dataclass
+class DataSection:
+    """Rows to train on, rows held out, and how they become tokens."""
+
+    train: Any = None  # file, list of files, directory, hub id, registered name, or {source: weight}
+    eval: Any = None  # the same, or a fraction of train such as 0.05
+    columns: dict[str, str] = field(default_factory=dict)
+    max_seq_len: int = 2048
+    packing: bool = False
+    train_on: str = "assistant"  # assistant | last | all
+    template: str | None = None  # the model's own; or a registered name
+    split: str | None = None
+    on_bad_row: str = "drop"  # drop | error
+    num_workers: int = 0
+    shuffle: bool = True
+
+
+@dataclass
+class LossSection:
+    """A registered loss, or with --allow-import the dotted path of a function ``(model, batch) -> (sum, count)``."""
+
+    name: str = "cross_entropy"
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class OptimizerSection:
+    """A registered optimizer of torch.optim, or with --allow-import the dotted path of a class."""
+
+    name: str = "adamw"
+    lr: float = 2e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0  # sgd only
+
+
+@dataclass
+class ScheduleSection:
+    """The learning rate over the run; the rules are those of transformers' schedulers of the same names."""
+
+    name: str = "cosine"  # cosine | linear | constant
+    warmup_steps: int = 10
+    min_lr_ratio: float = 0.0  # where cosine and linear end, as a share of lr
+
+
+@dataclass
+class SamplesSection:
+    """Prompts from the rows, answered by the model at every evaluation and at the end, into samples.jsonl."""
+
+    num: int = 3
+    max_new_tokens: int = 64
+
+
+@dataclass
+class SFTConfig:
+    """Supervised fine-tuning, full or with an adapter."""
+
+    recipe: str = "sft"
+    model: ModelSection = field(default_factory=ModelSection)
+    adapter: AdapterSection | None = None
+    data: DataSection = field(default_factory=DataSection)
+    loss: LossSection = field(default_factory=LossSection)
+    batch_size: int = 16
+    micro_batch_size: int = 2
+    epochs: int = 1
+    max_steps: int | None = None
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    max_grad_norm: float | None = 1.0
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep_last: int = 2
+    samples: SamplesSection = field(default_factory=SamplesSection)
+    activation_checkpointing: bool = False
+    on_nonfinite: str = "stop"  # stop | skip
+    compile: bool = False
+    device: str = "auto"
+    seed: int = 0
+    output_dir: str | None = None
+    loggers: list[str] = field(default_factory=list)
+
+
+def to_dict(config: SFTConfig) -> dict[str, Any]:
+    """The config as plain containers, ready for YAML or JSON."""
+    plain = asdict(config)
+    plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
+    return plain
+
+
+def to_yaml(config: SFTConfig) -> str:
+    """The config as YAML that ``compose`` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+_CHOICES = {
+    "model.dtype": ("bf16", "fp32"),
+    "data.train_on": ("assistant", "last", "all"),
+    "data.on_bad_row": ("drop", "error"),
+    "schedule.name": ("cosine", "linear", "constant"),
+    "on_nonfinite": ("stop", "skip"),
+}
+_AT_LEAST = {
+    "batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "save_every": 1,
+    "keep_last": 2, "data.max_seq_len": 2, "data.num_workers": 0, "schedule.warmup_steps": 0, "samples.num": 0,
+    "samples.max_new_tokens": 1, "adapter.rank": 1, "optimizer.weight_decay": 0, "optimizer.momentum": 0, "seed": 0,
+}  # fmt: skip
+
+
+def _look_up(plain: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        plain = plain.get(part) or {} if part != key.rsplit(".", 1)[-1] else plain.get(part)  # type: ignore[assignment]
+    return plain
+
+
+def mistakes(config: SFTConfig) -> list[str]:
+    """Values that cannot be meant, one line each; what needs files is checked by tt_train.validate."""
+    plain = to_dict(config)
+    found = []
+    for key, known in _CHOICES.items():
+        value = _look_up(plain, key)
+        if key == "model.dtype" and value in ("fp16", "float16", "half"):
+            found.append("model.dtype: fp16 overflows in training (its largest number is 65,504); use bf16 or fp32")
+        elif value not in known:
+            found.append(f"{key}: expected one of {', '.join(known)}, got {value!r}{did_you_mean(str(value), known)}")
+    for key, least in _AT_LEAST.items():
+        value = _look_up(plain, key)
+        if value is not None and value < least:
+            found.append(f"{key}: must be at least {least}, got {value}")
+    found += _number_mistakes(config)
+    if config.model.path is None and config.model.name is None:
+        found.append("model.path: missing; give a model directory or hub id: model.path=DIR")
+    if config.model.path is None and config.model.name is not None and config.model.tokenizer is None:
+        found.append(
+            "model.tokenizer: missing; model.name alone has random weights and no tokenizer: model.tokenizer=DIR"
+        )
+    if config.data.train is None:
+        found.append("data.train: missing; give a file of rows: data.train=rows.jsonl")
+    return found
+
+
+def _number_mistakes(config: SFTConfig) -> list[str]:
+    found = []
+    if not config.optimizer.lr > 0:
+        found.append(f"optimizer.lr: must be positive, got {config.optimizer.lr}")
+    if config.max_grad_norm is not None and not config.max_grad_norm > 0:
+        found.append(f"max_grad_norm: must be positive, or null for no clipping, got {config.max_grad_norm}")
+    shares = {
+        "loss.label_smoothing": config.loss.label_smoothing,
+        "schedule.min_lr_ratio": config.schedule.min_lr_ratio,
+    }
+    if config.adapter is not None:
+        shares["adapter.dropout"] = config.adapter.dropout
+    for key, value in shares.items():
+        if not 0 <= value < 1:
+            found.append(f"{key}: must be at least 0 and below 1, got {value}")
+    batch, micro = config.batch_size, config.micro_batch_size
+    if batch >= 1 and micro >= 1 and batch % micro:
+        lower, upper = batch // micro * micro, (batch // micro + 1) * micro
+        near = " or ".join(str(value) for value in (lower, upper) if value)
+        found.append(f"batch_size: {batch} does not divide by micro_batch_size {micro}; nearest that do: {near}")
+    return found

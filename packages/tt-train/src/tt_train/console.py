@@ -1,0 +1,74 @@
+"""What a recipe tells while it runs. This one prints plain lines to stderr; tt_cli shows the same with rich."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+MARKS = ("\u27e6", "\u27e7")  # around trained tokens where there is no colour
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known before step 1."""
+
+    model: str
+    method: str  # full | lora | qlora | dora
+    parameters: int
+    trainable: int
+    rows: int
+    eval_rows: int
+    schema: str
+    dropped: dict[str, int] = field(default_factory=dict)
+    truncated: int = 0
+    problems: list[str] = field(default_factory=list)
+    steps_total: int
+    step_first: int = 0
+    device: str
+    dtype: str
+    run_dir: str
+    sample: list[tuple[str, bool]] = field(default_factory=list)  # pieces of text, and whether their tokens are trained
+
+
+class Console:
+    """Plain lines on stderr: for pipes, logs and library use."""
+
+    def start(self, facts: RunFacts) -> None:
+        """Before the first step."""
+        share = 100 * facts.trainable / max(facts.parameters, 1)
+        self.note(f"model {facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %)")
+        dropped = ", ".join(f"{count} {reason}" for reason, count in facts.dropped.items()) or "none"
+        self.note(
+            f"data {facts.schema}: {facts.rows:,} rows, dropped: {dropped}, truncated: {facts.truncated:,}"
+            f", held out: {facts.eval_rows:,}"
+        )
+        for problem in facts.problems:
+            self.warn(problem)
+        marked = "".join(f"{MARKS[0]}{text}{MARKS[1]}" if trained else text for text, trained in facts.sample)
+        if marked:
+            self.note(f"first row ({MARKS[0]}trained{MARKS[1]}): {marked!r}")
+        self.note(
+            f"{facts.steps_total - facts.step_first} steps on {facts.device} in {facts.dtype}, to {facts.run_dir}"
+        )
+
+    def step(self, row: dict[str, Any]) -> None:
+        """After a step: ``row`` is its line in metrics.jsonl."""
+        text = f"step {row['step']} loss {row['loss']:.4f} lr {row['lr']:.2e} grad_norm {row['grad_norm']:.3f}"
+        text += f" tokens/s {row['tokens_per_s']:.0f} eta {row['eta_s']:.0f}s"
+        if "eval_loss" in row:
+            text += f" eval_loss {row['eval_loss']:.4f}"
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A fact worth a line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Something that may be wrong."""
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """After the last step: figures, and the commands that come next."""
+        figures = {key: value for key, value in summary.items() if key != "next"}
+        self.note("done: " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+        for command in summary.get("next", []):
+            self.note(f"  {command}")

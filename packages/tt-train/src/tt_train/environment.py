@@ -1,0 +1,82 @@
+"""What a run ran on: versions, devices, and the state of the working tree."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "tt-models",
+    "tt-peft",
+    "tt-data",
+    "tt-ckpt",
+    "tt-train",
+    "tt-cli",
+    "torch",
+    "torchao",
+    "safetensors",
+    "tokenizers",
+    "sentencepiece",
+    "datasets",
+    "huggingface_hub",
+    "omegaconf",
+    "transformers",
+    "peft",
+)
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices and settings as plain data, for ``tt env`` and a run's manifest; no value of any secret."""
+    import torch
+
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": versions(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda,
+        "devices": devices,
+        "variables": {
+            name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE") if name in os.environ
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    """The installed version of each package that matters; absent ones are left out."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """Commit and cleanliness of the repository that ``folder`` lies in; None where there is none."""
+    where = folder or Path.cwd()
+    try:
+        commit = _git(where, "rev-parse", "HEAD")
+        return {"commit": commit, "dirty": bool(_git(where, "status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
+
+
+def command_line() -> str:
+    """The command that started this process, as a user would type it."""
+    import shlex
+
+    program = Path(sys.argv[0])
+    name = "python -m " + program.parent.name if program.name == "__main__.py" else program.name
+    return shlex.join([*name.split(), *sys.argv[1:]])

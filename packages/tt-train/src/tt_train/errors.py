@@ -1,0 +1,35 @@
+"""What can go wrong, as the user meets it: mistakes to mend (exit 2), failures (1), interruptions (130, 143)."""
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """Mistakes that the user can mend before training. ``problems`` holds one line for each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = [" ".join(problem.split("\n")) for problem in problems]
+        super().__init__("\n".join(self.problems))
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on: a non-finite loss, a checkpoint that cannot be written, no memory left."""
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)
+    """A signal stopped the run after it saved ``checkpoint``; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, checkpoint: str, step: int) -> None:
+        self.exit_code = 128 + signal_number
+        self.checkpoint = checkpoint
+        name = signal.Signals(signal_number).name
+        super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}; go on with --resume auto")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the closest known word, else the empty string."""
+    known = list(known)
+    folded = {name.lower().replace("-", "_"): name for name in known}
+    close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=0.6)
+    return f"; did you mean {folded[close[0]]!r}?" if close else ""

@@ -1,0 +1,31 @@
+"""README.md of a run: what was trained on what, in the form that the hub shows."""
+
+import json
+from typing import Any
+
+from tt_train.config import to_yaml
+from tt_train.recipes._assemble import Job
+
+
+def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> str:
+    """The card's markdown, with the metadata block of a Hugging Face model card."""
+    header = {"library_name": "transformers" if job.lora is None else "peft", "base_model": job.base_model,
+              "tags": ["tt", job.config.recipe, job.method]}  # fmt: skip
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
+    lines += [f"# {job.base_model.rstrip('/').split('/')[-1]}, {job.method} fine-tune", ""]
+    lines += ["| | |", "|---|---|"]
+    facts = {
+        "base model": job.base_model,
+        "method": job.method,
+        "rows": f"{len(job.train):,} ({job.train.report['schema']})",
+        "data fingerprint": job.train.fingerprint,
+        "steps": summary["steps"],
+        "trained tokens": f"{summary['tokens']:,}",
+        "loss, first and last step": f"{summary['loss_first']:.4f}, {summary['loss_last']:.4f}",
+        "held-out loss": "not measured" if summary.get("eval_loss") is None else f"{summary['eval_loss']:.4f}",
+        "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["packages"].items()),
+    }
+    lines += [f"| {key} | {value} |" for key, value in facts.items()]
+    lines += ["", "## Config", "", "```yaml", to_yaml(job.config).rstrip(), "```", ""]
+    lines += ["Its limits are those of the base model and of the rows; nothing else was measured.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,286 @@
+"""From a config to what a recipe needs: everything that can be found wrong is, before weights load."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import tt_ckpt
+import tt_data
+import tt_models
+import tt_peft
+from tt_train.config import AdapterSection, SFTConfig
+from tt_train.errors import ConfigError
+from tt_train.losses import Objective
+from tt_train.memory import checkpoint_activations_, compile_
+from tt_train.registry import LOSSES, resolve
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(kw_only=True)
+class Job:
+    """A config with its files read: tokenizer, rows and shapes, but no weights yet."""
+
+    config: SFTConfig
+    model_path: Path | None  # None: random weights
+    model_config: Any
+    hf_config: dict[str, Any]
+    lora: tt_peft.LoRAConfig | None
+    tokenizer: Any
+    train: Any
+    held_out: Any | None
+    device: torch.device
+    dtype: torch.dtype
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        adapter = self.config.adapter
+        if adapter is None:
+            return "full"
+        return "qlora" if adapter.quantize_base else "dora" if adapter.use_dora else "lora"
+
+    @property
+    def base_model(self) -> str:
+        """The name to write into adapters and cards: a hub id stays one, a folder becomes absolute."""
+        path = self.config.model.path
+        if path is None:
+            return self.config.model.name or "random"
+        return str(self.model_path) if Path(path).exists() else path
+
+    @property
+    def steps_total(self) -> int:
+        per_epoch = tt_data.steps_per_epoch(len(self.train), self.config.batch_size)
+        return self.config.max_steps or self.config.epochs * per_epoch
+
+
+class Subset:
+    """Rows of a dataset chosen by index; what else the dataset knows is passed on."""
+
+    def __init__(self, dataset: Any, indices: list[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.dataset[self.indices[index]]
+        return row
+
+    def rendered(self, index: int) -> list[tuple[str, bool]]:
+        pieces: list[tuple[str, bool]] = self.dataset.rendered(self.indices[index])
+        return pieces
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def assemble(config: SFTConfig) -> Job:
+    """Read what the config names, all but the weights. ConfigError holds every mistake that was found."""
+    problems: list[str] = []
+    notes: list[str] = []
+    device = _collect(problems, "device", lambda: pick_device(config.device))
+    model_path = _collect(problems, "model.path", lambda: model_folder(config))
+    hf_config = model_config = tokenizer = lora = train = held_out = None
+    if not problems:
+        hf_config = _collect(problems, "model.path", lambda: read_hf_config(config, model_path))
+    if hf_config is not None:
+        model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
+    if model_config is not None and config.adapter is not None:
+        lora = _collect(problems, "adapter", lambda: check_adapter(config.adapter, model_config))
+    source = config.model.tokenizer or model_path
+    if source is not None:
+        tokenizer = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
+    if tokenizer is not None and model_config is not None:
+        problems += vocabulary_mistakes(tokenizer, model_config)
+        length = sequence_length(config, model_config, notes)
+        train = _collect(problems, "data.train", lambda: read_rows(config, config.data.train, tokenizer, length))
+        if train is not None and config.data.eval is not None:
+            parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
+            train, held_out = parts or (train, None)
+    if config.eval_every and config.data.eval is None:
+        problems.append(
+            "eval_every: set, but there is nothing to evaluate on; give data.eval a file or a share such as 0.05"
+        )
+    if problems:
+        raise ConfigError(problems)
+    assert hf_config is not None
+    assert device is not None
+    return Job(
+        config=config,
+        model_path=model_path,
+        model_config=model_config,
+        hf_config=hf_config,
+        lora=lora,
+        tokenizer=tokenizer,
+        train=train,
+        held_out=held_out,
+        device=device,
+        dtype=DTYPES[config.model.dtype],
+        notes=notes,
+    )
+
+
+def _collect(problems: list[str], key: str, action: Any) -> Any:
+    """``action()``; what is wrong with the user's input becomes a line under ``key``."""
+    try:
+        return action()
+    except ConfigError as error:
+        problems += error.problems
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        problems += [f"{key}: {line}" for line in text.splitlines() if line.strip()] or [
+            f"{key}: {type(error).__name__}"
+        ]
+    return None
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: the GPU where there is one. A device that is not there is refused."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError([f"device: unknown device {name!r}; known: auto, cpu, cuda, cuda:0"]) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            [f"device: {name} asked for, {torch.cuda.device_count()} CUDA devices visible; use device=cpu or auto"]
+        )
+    return device
+
+
+def model_folder(config: SFTConfig) -> Path | None:
+    """The folder of ``model.path``: itself, a run's full model, or a snapshot of a hub id."""
+    path = config.model.path
+    if path is None:
+        return None
+    folder = Path(path)
+    if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
+        if (folder / "model" / "config.json").is_file():
+            return (folder / "model").resolve()
+        raise ConfigError(
+            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {path} -o DIR"]
+        )
+    return tt_ckpt.resolve(path)
+
+
+def read_hf_config(config: SFTConfig, model_path: Path | None) -> dict[str, Any]:
+    """config.json of the model, or of the named size."""
+    if model_path is not None:
+        return tt_ckpt.read_config(model_path)
+    assert config.model.name is not None
+    return tt_models.config_to_hf(tt_models.get_config(config.model.name))
+
+
+def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
+    """The adapter block as tt_peft knows it."""
+    targets = section.target_modules
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = [name.strip() for name in targets.split(",")]
+    return tt_peft.LoRAConfig(
+        rank=section.rank,
+        alpha=section.alpha,
+        dropout=section.dropout,
+        quantize_base=section.quantize_base,
+        target_modules=targets if isinstance(targets, str) else tuple(str(name) for name in targets),
+        use_dora=section.use_dora,
+        use_rslora=section.use_rslora,
+    )
+
+
+def check_adapter(section: AdapterSection, model_config: Any) -> tt_peft.LoRAConfig:
+    """The LoRAConfig, tried on a model without memory: a target that matches nothing is found here."""
+    lora = lora_config(section)
+    tt_peft.apply_lora_(tt_models.build(model_config, device="meta"), lora)
+    if section.path is not None and not (Path(section.path) / "adapter_config.json").is_file():
+        raise ConfigError([f"adapter.path: {section.path} has no adapter_config.json; give the folder of an adapter"])
+    return lora
+
+
+def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:
+    """Tokens that the embedding has no row for."""
+    if tokenizer.vocab_size <= model_config.vocab_size:
+        return []
+    first, last = model_config.vocab_size, tokenizer.vocab_size - 1
+    return [
+        f"model: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {first}; ids {first} to "
+        f"{last} have no embedding; use the model's own tokenizer"
+    ]
+
+
+def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> int:
+    """``data.max_seq_len``, or less where the model's positions end before it."""
+    longest = getattr(model_config, "max_position_embeddings", None) or config.data.max_seq_len
+    if longest < config.data.max_seq_len:
+        notes.append(f"max_seq_len is {longest}, the model's max_position_embeddings, not {config.data.max_seq_len}")
+    return min(longest, config.data.max_seq_len)
+
+
+def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int) -> Any:
+    """The rows of ``source`` as token ids and labels."""
+    data = config.data
+    return tt_data.load_dataset(
+        source,
+        tokenizer,
+        columns=data.columns or None,
+        train_on=data.train_on,
+        max_seq_len=max_seq_len,
+        packing=data.packing,
+        split=data.split,
+        seed=config.seed,
+        on_bad_row=data.on_bad_row,
+        template=data.template,
+    )
+
+
+def hold_out(config: SFTConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
+    """(rows to train on, rows held out): another source, or a seeded share of the training rows."""
+    share = config.data.eval
+    if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
+        share = float(share)
+    if not isinstance(share, int | float):
+        return train, read_rows(config, share, tokenizer, max_seq_len)
+    if not 0 < share < 1:
+        raise ConfigError([f"data.eval: a share must lie between 0 and 1, got {share}"])
+    if len(train) < 2:
+        raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a file of its own"])
+    number = min(len(train) - 1, max(1, round(share * len(train))))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))
+
+
+def load_model(job: Job) -> nn.Module:
+    """The model with its weights and, if the config says so, its adapter; ready to train."""
+    torch.manual_seed(job.config.seed)
+    if job.model_path is None:
+        model = tt_models.build(job.model_config, device=job.device, dtype=job.dtype)
+    else:
+        model = tt_models.build(job.model_config, device="meta", dtype=job.dtype)
+        tt_ckpt.load_weights(model, job.model_path, dtype=job.dtype, device=job.device)
+    if job.lora is not None:
+        torch.manual_seed(job.config.seed)  # A is the same whether the weights were drawn or read
+        adapter = job.config.adapter
+        assert adapter is not None
+        tt_peft.apply_lora_(model, job.lora)
+        if adapter.path is not None:
+            tt_peft.load_adapter(model, Path(adapter.path))
+    if job.config.activation_checkpointing:
+        checkpoint_activations_(model)
+    if job.config.compile:
+        compile_(model)
+    return model.train()
+
+
+def make_objective(config: SFTConfig) -> Objective:
+    """The loss that the config names."""
+    objective: Objective = resolve(config.loss.name, LOSSES)
+    if config.loss.label_smoothing:
+        return functools.partial(objective, label_smoothing=config.loss.label_smoothing)  # type: ignore[call-arg]
+    return objective

@@ -1,0 +1,100 @@
+"""Names that a config or a command may use, and what they stand for. Importing this loads no torch, no recipe."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tt_train.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from tt_train.config import SFTConfig
+
+HERE = Path(__file__).parent
+
+# what a user may type -> our recipe; torchtune 0.1.0's names come after ours
+RECIPES = {
+    "sft": "sft",
+    "full_finetune_single_device": "sft",
+    "lora_finetune_single_device": "sft",
+}
+OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
+              "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop"}  # fmt: skip
+LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
+LOGGERS = {"tensorboard": "tt_train.metrics.tensorboard", "wandb": "tt_train.metrics.wandb"}
+
+
+def recipe_names() -> list[str]:
+    """Our recipes, each once."""
+    return sorted(set(RECIPES.values()))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe, to read or to copy."""
+    if name not in RECIPES:
+        raise ConfigError([f"{name}: unknown recipe{did_you_mean(name, RECIPES)}; known: {', '.join(recipe_names())}"])
+    return HERE / "recipes" / f"{RECIPES[name]}.py"
+
+
+def config_names() -> list[str]:
+    """The configs that come with the package, such as ``llama/tiny_lora``."""
+    folder = HERE / "configs"
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def config_path(name: str) -> Path:
+    """The file of a registered config."""
+    if name not in config_names():
+        known = config_names()
+        raise ConfigError([f"{name}: unknown config{did_you_mean(name, known)}; tt ls configs lists them"])
+    return HERE / "configs" / f"{name}.yaml"
+
+
+def find_config(name: str | Path) -> Path:
+    """A YAML file by path or registered name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if str(name) in config_names():
+        return config_path(str(name))
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        siblings = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        hint = did_you_mean(str(name), [*siblings, *config_names()])
+        raise ConfigError([f"{name}: no such config file (looked in {Path.cwd()}){hint}"])
+    known = [*RECIPES, *config_names()]
+    raise ConfigError(
+        [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(str(name), known)}; see tt ls"]
+    )
+
+
+def name_mistakes(config: "SFTConfig", allow_import: Sequence[str]) -> list[str]:
+    """Component names that are neither registered nor allowed to be imported."""
+    named = [("optimizer.name", config.optimizer.name, OPTIMIZERS), ("loss.name", config.loss.name, LOSSES)]
+    named += [("loggers", logger, LOGGERS) for logger in config.loggers]
+    found = []
+    for key, name, known in named:
+        if name in known:
+            continue
+        module = name.rpartition(".")[0]
+        if not module:
+            found.append(f"{key}: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        elif module not in allow_import:
+            found.append(f"{key}: {name!r} is a dotted path; to let it be imported, add --allow-import {module}")
+        else:
+            _ALLOWED.add(name)
+            try:
+                resolve(name, known)
+            except (ImportError, AttributeError) as error:
+                found.append(f"{key}: {name!r} cannot be imported: {error}")
+    return found
+
+
+_ALLOWED: set[str] = set()  # dotted names that this process was allowed to import, on its command line
+
+
+def resolve(name: str, known: dict[str, str]) -> Any:
+    """The object behind a registered name, or behind a dotted path that ``--allow-import`` admitted."""
+    if name not in known and name not in _ALLOWED:
+        raise ConfigError([f"{name!r} is not registered{did_you_mean(name, known)}; known: {', '.join(known)}"])
+    module, _, attribute = known.get(name, name).rpartition(".")
+    return getattr(importlib.import_module(module), attribute)

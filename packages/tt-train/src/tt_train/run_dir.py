@@ -1,0 +1,197 @@
+"""The run directory: what a run leaves behind, and how it is found again. See docs/run-directory.md."""
+
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tt_train.errors import ConfigError, Interrupted, did_you_mean
+from tt_train.redact import redact
+
+MARKER = "config.yaml"
+
+
+class RunDir:
+    """A run directory; every file in it is written through here, with secrets blanked.
+
+    As a context manager it keeps train.log: progress, and the traceback of what ended the run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._handler: logging.Handler | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def write_text(self, name: str, text: str) -> None:
+        """Replace a file as a whole: a reader sees the old one or the new one."""
+        partial = self.path / f".{name}.part"
+        partial.write_text(redact(text), encoding="utf-8")
+        partial.replace(self.path / name)
+
+    def append(self, name: str, row: dict[str, Any]) -> None:
+        """Add a line of JSON and hand it to the operating system."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(redact(json.dumps(row, ensure_ascii=False)) + "\n")
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out."""
+        return list(read_rows(self.path / name))
+
+    def keep_until(self, step: int) -> None:
+        """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (self.path / name).exists():
+                kept = [row for row in self.rows(name) if row.get("step", 0) <= step]
+                self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Replace a file by ``value`` as JSON."""
+        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Set keys of manifest.json."""
+        self.write_json("manifest.json", read_json(self.path / "manifest.json") | changes)
+
+    def __enter__(self) -> "RunDir":
+        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self._handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("tt_train")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self._handler)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        logger = logging.getLogger("tt_train")
+        try:
+            if isinstance(error, Interrupted):
+                logger.info("%s", error)
+                self.update_manifest(state="stopped")
+            elif error is not None:
+                logger.error("the run ended", exc_info=error)
+                self.update_manifest(state="failed")
+        finally:
+            if self._handler is not None:
+                logger.removeHandler(self._handler)
+                self._handler.close()
+
+
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a ``.jsonl`` file, without lines that are broken or no object."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def default_name(model: str, method: str) -> str:
+    """``<time>-<model>-<method>``, safe as a folder's name."""
+    stem = re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-.") or "model"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}-{method}"
+
+
+def new_path(output_dir: str | None, model: str, method: str, *, root: Path | None = None) -> Path:
+    """Where a new run goes; an ``output_dir`` that already holds something is refused."""
+    if output_dir is None:
+        base = (root or Path("runs")) / default_name(model, method)
+        path, number = base, 2
+        while path.exists():  # two runs within a second
+            path, number = base.with_name(f"{base.name}-{number}"), number + 1
+        return path
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ConfigError([f"output_dir: {path} is a file; choose another -o"])
+    if path.is_dir() and any(path.iterdir()):
+        kept = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
+        cure = "go on with --resume auto, or choose another -o" if (path / MARKER).exists() else "choose another -o"
+        raise ConfigError([f"output_dir: {path} is not empty (it holds {kept}); {cure}"])
+    return path
+
+
+def probe_writable(path: Path) -> None:
+    """Find out now, not at the first checkpoint, that ``path`` cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.write_bytes(b"tt")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            [f"output_dir: {path} cannot be written ({error.strerror or error}); choose another -o"]
+        ) from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory."""
+    return (path / MARKER).is_file() and (path / "manifest.json").is_file()
+
+
+def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
+    """The runs under ``root``, newest first: path, state, model, last step and loss."""
+    folder = Path(root)
+    found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
+    found.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
+    return [_describe(path) for path in found]
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    manifest = read_json(path / "manifest.json")
+    last = next(iter(reversed(list(read_rows(path / "metrics.jsonl")))), {})
+    return {
+        "path": str(path),
+        "recipe": manifest.get("recipe"),
+        "model": manifest.get("base_model"),
+        "method": manifest.get("method"),
+        "state": manifest.get("state"),
+        "step": last.get("step"),
+        "loss": last.get("loss"),
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``; ValueError names the file where it is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Path:
+    """The run at ``path``, or the newest one under ``root``; ConfigError with a cure where there is none."""
+    if path is None:
+        runs = list_runs(root)
+        if not runs:
+            raise ConfigError([f"no run found under {Path(root).resolve()}; name one, or start with: tt run sft ..."])
+        return Path(runs[0]["path"])
+    folder = Path(path)
+    if is_run(folder):
+        return folder
+    if not folder.exists():
+        known = [os.path.relpath(run["path"]) for run in list_runs(root)]
+        raise ConfigError([f"{path}: no such run{did_you_mean(str(path), known)}; tt ls runs lists them"])
+    holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) if folder.is_dir() else "a file"
+    raise ConfigError([f"{path}: not a run directory (no config.yaml and manifest.json; found: {holds or 'nothing'})"])

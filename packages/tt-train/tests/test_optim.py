@@ -1,0 +1,93 @@
+"""Learning rates against transformers' schedulers; optimizers against torch's."""
+
+import pytest
+import torch
+
+from tt_train import ConfigError
+from tt_train.config import OptimizerSection, ScheduleSection
+from tt_train.optim import (
+    learning_rate,
+    load_optimizer_tensors_,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_the_schedule_is_that_of_transformers(name, warmup):
+    transformers = pytest.importorskip("transformers")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    reference = transformers.get_scheduler(
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=20,
+    )
+    section = ScheduleSection(name=name, warmup_steps=warmup)
+    for step in range(20):
+        ours = learning_rate(section, base=0.5, step=step, steps_total=20)
+        assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_the_floor_of_the_schedule_is_kept():
+    section = ScheduleSection(name="cosine", warmup_steps=0, min_lr_ratio=0.1)
+    assert learning_rate(section, base=2.0, step=10, steps_total=10) == pytest.approx(0.2)
+    assert learning_rate(section, base=2.0, step=0, steps_total=10) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("section", "reference"),
+    [
+        (OptimizerSection(name="adamw", lr=0.1, weight_decay=0.3, betas=(0.5, 0.7), eps=1e-3),
+         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3, betas=(0.5, 0.7), eps=1e-3)),
+        (OptimizerSection(name="sgd", lr=0.1, weight_decay=0.3, momentum=0.5),
+         lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.5)),
+        (OptimizerSection(name="rmsprop", lr=0.1), lambda p: torch.optim.RMSprop(p, lr=0.1, weight_decay=0.01)),
+    ],
+)  # fmt: skip
+def test_optimizers_are_torchs_with_every_argument(section, reference):
+    ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 8)) for _ in range(2))
+    first, second = make_optimizer([ours], section), reference([theirs])
+    for step in range(5):
+        for parameter in (ours, theirs):
+            parameter.grad = torch.cos(parameter.detach() * (step + 1))
+        first.step()
+        second.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_an_argument_that_the_optimizer_lacks_is_refused():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(ConfigError, match=r"optimizer\.momentum: adamw has no momentum"):
+        make_optimizer([parameter], OptimizerSection(name="adamw", momentum=0.9))
+
+
+def test_a_group_scales_its_rate():
+    parameters = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "lr_scale": 16.0}], lr=1.0)
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 8.0]
+
+
+def test_state_goes_out_and_in_exactly():
+    def trained(steps, state=None, start=None):
+        parameter = torch.nn.Parameter(torch.ones(4) if start is None else start.clone())
+        optimizer = make_optimizer([parameter], OptimizerSection(lr=0.1))
+        if state:
+            load_optimizer_tensors_(optimizer, state, {parameter: "w"})
+        for _ in range(steps):
+            parameter.grad = torch.sin(parameter.detach() + torch.arange(4))
+            optimizer.step()
+        return parameter.detach(), optimizer_tensors(optimizer, {parameter: "w"})
+
+    whole, _ = trained(6)
+    half, state = trained(3)
+    assert set(state) == {"w/step", "w/exp_avg", "w/exp_avg_sq"}
+    resumed, _ = trained(3, {key: value.clone() for key, value in state.items()}, half)
+    assert torch.equal(whole, resumed)
+    with pytest.raises(ValueError, match="'v', which this run does not train"):
+        load_optimizer_tensors_(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]), {"v/step": torch.ones(())}, {})
