@@ -88,8 +88,10 @@ def _dress(axes: "Axes", title: str) -> None:
 def _summary(runs: Sequence[Run]) -> str:
     heads = [headline(run) for run in runs]
     if len(runs) > 1:
-        last = [as_figure(one.loss_last if one.eval_last is None else one.eval_last) for one in heads]
-        return "   |   ".join(f"{run.name}: {figure}" for run, figure in zip(runs, last, strict=True))
+        held = all(one.eval_last is not None for one in heads)
+        last = [as_figure(one.eval_last if held else one.loss_last) for one in heads]
+        figures = "   |   ".join(f"{run.name} {figure}" for run, figure in zip(runs, last, strict=True))
+        return f"{'held-out' if held else 'training'} loss at the end:   {figures}"
     one = heads[0]
     parts = [f"loss {as_figure(one.loss_first)} to {as_figure(one.loss_last)}"]
     parts += [f"held-out {as_figure(one.eval_last)}"] if one.eval_last is not None else []

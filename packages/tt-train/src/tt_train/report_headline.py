@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tt_train.report_run import Run, flatten
+from tt_train.report_run import Run
 
 DASH = "\u2013"
 
@@ -46,8 +46,7 @@ def headline(run: Run) -> Headline:
     losses, evals = run.figures("loss"), run.figures("eval_loss")
     held = [(value, row["step"]) for row in run.rows if (value := row["eval_loss"]) is not None]
     best = min(held, default=(None, None), key=lambda pair: pair[0])
-    facts = flatten(run.manifest)
-    dropped = {key.rsplit(".", 1)[1]: value for key, value in facts.items() if ".dropped." in f".{key}"}
+    dropped = at(run.manifest, "data.report.dropped")
     return Headline(
         steps=int(run.rows[-1]["step"] or 0) if run.rows else 0,
         loss_first=losses[0] if losses else None,
@@ -60,20 +59,28 @@ def headline(run: Run) -> Headline:
         tokens_per_s=median(run.figures("tokens_per_s")),
         memory_gib=max(run.figures("memory_gib"), default=None),
         epochs=max(run.figures("epoch"), default=None),
-        parameters=fact(facts, "parameters"),
-        trainable=fact(facts, "trainable"),
-        rows=fact(facts, "rows"),
-        eval_rows=fact(facts, "eval_rows"),
-        truncated=fact(facts, "truncated"),
-        dropped={key: value for key, value in dropped.items() if _is_number(value)},
+        parameters=_number(run.manifest, "parameters"),
+        trainable=_number(run.manifest, "trainable"),
+        rows=_number(run.manifest, "data.rows"),
+        eval_rows=_number(run.manifest, "data.held_out_rows"),
+        truncated=_number(run.manifest, "data.report.truncated"),
+        dropped={key: value for key, value in dropped.items() if _is_number(value)}
+        if isinstance(dropped, dict)
+        else {},
         matches=_matches(run),
     )
 
 
-def fact(facts: dict[str, Any], name: str) -> float | None:
-    """A number of the manifest by the last part of its key: the shallowest one counts."""
-    keys = sorted((key for key in facts if key.rsplit(".", 1)[-1] == name), key=lambda key: key.count("."))
-    return next((facts[key] for key in keys if _is_number(facts[key])), None)
+def at(values: Any, dotted: str) -> Any:
+    """``values["a"]["b"]`` for ``a.b``; None where there is no such thing."""
+    for key in dotted.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def _number(values: dict[str, Any], dotted: str) -> float | None:
+    value = at(values, dotted)
+    return value if _is_number(value) else None
 
 
 def answers(run: Run) -> dict[str, list[dict[str, Any]]]:

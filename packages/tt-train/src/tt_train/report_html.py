@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from tt_train.redact import redact
-from tt_train.report_headline import as_figure
+from tt_train.report_headline import as_figure, at
 from tt_train.report_run import NUMBERS, Run, smooth, thin
 from tt_train.report_samples import COLOURS, samples_section
 from tt_train.report_sections import config_section, manifest_section, reproduce_section
@@ -87,12 +88,21 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _facts(runs: Sequence[Run]) -> list[str]:
-    """The line under the title: what was trained, how, on what and when, as far as all runs agree."""
-    facts: list[str] = []
-    for name in ("model", "method", "device", "dtype", "created"):
-        values = {str(run.manifest.get(name) or "") for run in runs}
-        facts += values if len(values) == 1 else []
-    return [fact for fact in facts if fact]
+    """The line under the title: what was trained, how, in what, on what; as far as all runs agree."""
+    facts: list[list[str]] = []
+    for run in runs:
+        model = str(at(run.manifest, "base_model") or "")
+        devices = at(run.manifest, "environment.devices") or ["cpu"]
+        facts.append(
+            [
+                Path(model).name if model.startswith(("/", ".")) else model,
+                str(at(run.manifest, "method") or ""),
+                str(at(run.config, "model.dtype") or ""),
+                str(devices[0]) if run.manifest and isinstance(devices, list) else "",
+                str(at(run.manifest, "state") or ""),
+            ]
+        )
+    return [values[0] for values in zip(*facts, strict=True) if values[0] and len(set(values)) == 1]
 
 
 def _notices(runs: Sequence[Run]) -> str:

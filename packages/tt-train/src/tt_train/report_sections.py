@@ -12,6 +12,9 @@ from tt_train.report_headline import DASH
 from tt_train.report_run import Run, differences, flatten
 from tt_train.report_samples import clipped, dot
 
+SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
+PACKAGES = "environment.packages."
+
 
 def config_section(runs: Sequence[Run]) -> str:
     """The resolved config. With several runs: the keys that differ, then every config with those lines marked."""
@@ -102,8 +105,10 @@ def manifest_section(runs: Sequence[Run]) -> str:
     """What the manifest records, as it is."""
     blocks = ""
     for index, run in enumerate(runs):
-        flat = {key: value for key, value in flatten(run.manifest).items() if key not in ("", "command")}
-        if flat:
+        flat = flatten({key: value for key, value in run.manifest.items() if key not in SHOWN_ELSEWHERE})
+        packages = [f"{key.removeprefix(PACKAGES)} {flat.pop(key)}" for key in list(flat) if key.startswith(PACKAGES)]
+        flat |= {"packages": packages} if packages else {}
+        if run.manifest:
             facts = "".join(f"<dt>{escape(key)}</dt><dd>{clipped(_fact(value))}</dd>" for key, value in flat.items())
             name = f"<h3>{dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
             blocks += f'<div class="card">{name}<dl class="manifest">{facts}</dl></div>'

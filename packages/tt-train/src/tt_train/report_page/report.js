@@ -171,6 +171,7 @@
   const tip = (figure, found) => {
     const box = html("div", { class: "tip card", "aria-hidden": "true" }, html("b", {}, where()));
     for (const one of found) {
+      if (one.series.faint && runs.length > 1 && present(one.run, "smooth")) continue;
       const [label, value] = said(one);
       const dot = html("i", { class: "dot" });
       dot.style.setProperty("--colour", `var(--run-${one.run.colour})`);

@@ -1,0 +1,341 @@
+"""The report: what it reads, what it says, and that a run's text stays text."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tt_train.report import write_report
+from tt_train.report_headline import as_count, as_figure, as_percent, as_time, headline, is_expected
+from tt_train.report_run import differences, flatten, read_run, read_runs, smooth, thin
+from tt_train.report_sections import yaml_lines
+
+CONFIG = "recipe: sft\nadapter:\n  rank: 8\n  target_modules: [q_proj, v_proj]\noptimizer:\n  lr: 0.0002\n"
+
+
+def rows(steps, **extra):
+    return [
+        {"step": step, "epoch": step / steps, "loss": 3.0 / step, "lr": 1e-4, "grad_norm": 1.0, "tokens": 100 * step}
+        | {"tokens_per_s": 50.0, "memory_gib": 1.5, "elapsed_s": 2.0 * step, "eta_s": 0.0}
+        | extra
+        for step in range(1, steps + 1)
+    ]
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name="run", records=None, *, config=CONFIG, manifest=None, samples=(), tail=""):
+        path = tmp_path / name
+        path.mkdir()
+        lines = [json.dumps(record) + "\n" for record in (rows(5) if records is None else records)]
+        (path / "metrics.jsonl").write_text("".join(lines) + tail)
+        if config is not None:
+            (path / "config.yaml").write_text(config)
+        if manifest is not None:
+            (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "samples.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples))
+        return path
+
+    return make
+
+
+def page_of(*paths, **options):
+    return write_report(paths, **options)[0].read_text()
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page).group(1))
+
+
+def test_a_run_gets_a_page_and_a_picture_in_its_directory(make_run):
+    run = make_run()
+    html, png = write_report([run])
+    assert (html, png) == (run / "report.html", run / "report.png")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert len(list(run.iterdir())) == 5  # nothing half written is left behind
+
+
+def test_output_is_a_page_or_a_folder(make_run, tmp_path):
+    run = make_run()
+    assert write_report([run], tmp_path / "a" / "mine.html") == (tmp_path / "a/mine.html", tmp_path / "a/mine.png")
+    assert write_report([run], tmp_path / "b")[0] == tmp_path / "b" / "report.html"
+    assert write_report([run, make_run("other")])[0] == tmp_path / "comparison.html"
+    with pytest.raises(ValueError, match=r"an \.html page or a folder, found '\.pdf'"):
+        write_report([run], tmp_path / "report.pdf")
+
+
+def test_what_is_no_run_is_named_with_the_cure(make_run, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl in .*nowhere.*tt ls runs") as caught:
+        write_report([make_run(), tmp_path / "nowhere"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="at least one run"):
+        write_report([])
+
+
+def test_the_curves_of_the_page_are_those_of_the_file(make_run):
+    records = rows(20)
+    records[9]["eval_loss"] = records[19]["eval_loss"] = 0.7
+    (run,) = data_of(page_of(make_run(records=records)))["runs"]
+    assert run["columns"]["step"] == list(range(1, 21))
+    assert run["columns"]["loss"] == pytest.approx([3.0 / step for step in range(1, 21)], rel=1e-6)
+    assert run["columns"]["eval_loss"] == [None] * 9 + [0.7] + [None] * 9 + [0.7]
+    assert len(run["columns"]["smooth"]) == 20
+
+
+def test_text_of_a_run_is_never_markup(make_run):
+    evil = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+    run = make_run(
+        "a<b>&",
+        config=f"note: {json.dumps(evil)}\n{json.dumps(evil)}: 1\n",
+        manifest={
+            "command": evil,
+            "base_model": evil,
+            evil: evil,
+            "data": {"rows": 3, "report": {"dropped": {evil: 2}}},
+        },
+        samples=[{"step": 0, "prompt": evil, "generation": evil, "expected": evil}, {"step": evil, "prompt": evil}],
+        tail="{" + evil,
+    )
+    for page in (page_of(run), page_of(run, make_run("</script>".replace("/", "\u2215"), config=f"note: {evil!r}"))):
+        assert page.count("<script") == 2  # the figures and our own
+        assert "alert(1)" in page
+        assert "<img" not in page
+        assert "a<b>" not in page
+
+
+def test_a_value_that_looks_like_a_slot_of_the_template_stays_as_it_is(make_run):
+    page = page_of(make_run(samples=[{"step": 0, "prompt": "{{script}} {{data}}", "generation": "{{nothing}}"}]))
+    assert "{{script}} {{data}}" in page
+    assert "{{nothing}}" in page
+
+
+def test_secrets_are_blanked(make_run, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-canary-canary")
+    run = make_run(manifest={"command": "tt run canary-canary-canary"}, config="note: canary-canary-canary")
+    assert "canary" not in page_of(run)
+
+
+def test_the_page_asks_for_nothing(make_run):
+    page = page_of(make_run(samples=[{"step": 0, "prompt": "see http://example.com/x.png", "generation": ""}]))
+    markup = re.sub(r"<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    assert not re.search(r"""(src|href|action|data)\s*=\s*["']?\s*(https?:|//)""", markup)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|<iframe|<link(?! rel=\"icon\" href=\"data:,\")", markup)
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        rows(1),
+        rows(2),
+        rows(3, loss=math.nan, grad_norm=math.inf),
+        rows(3, loss=0.0, lr=0.0, memory_gib=0.0),
+        rows(3, loss=None),
+        rows(3, loss="nan"),
+        rows(3, loss=10**400),
+        [{"step": 1}],
+        [{"loss": 1.0}],
+        rows(12, loss=-1.0),
+    ],
+    ids=["none", "one", "two", "nan", "zero", "null", "text", "huge", "bare", "no step", "negative"],
+)
+def test_odd_rows_still_give_a_report(make_run, records):
+    html, png = write_report([make_run(records=records), make_run("other")])
+    assert png.stat().st_size > 1000
+    assert "NaN" not in html.read_text().split('id="data">')[1].split("</script>")[0]
+
+
+def test_what_is_broken_is_left_out_and_named(make_run):
+    run = make_run(records=[*rows(2), ["no object"], *rows(3)[2:]], tail='{"step": 4, "lo', config="a: [1\nb: 2")
+    read = read_run(run, name="run")
+    assert [row["step"] for row in read.rows] == [1, 2, 3]
+    page = page_of(run)
+    for words in (
+        "metrics.jsonl:3: left out",
+        "metrics.jsonl:5: left out (the last line, cut",
+        "config.yaml: left out",
+    ):
+        assert words in page
+    assert "manifest.json: not there" in page
+
+
+def test_a_figure_that_is_not_finite_is_named_with_its_step(make_run):
+    page = page_of(make_run(records=rows(8, loss=math.nan)))
+    assert "step 1: loss was nan" in page
+    assert "and 3 more like these" in page  # 8 steps and the missing manifest, six shown
+
+
+def test_a_step_written_again_after_a_resume_counts_once(make_run):
+    again = [row | {"loss": 9.0} for row in rows(4)[2:]]
+    read = read_run(make_run(records=[*rows(4), *again]), name="run")
+    assert [row["loss"] for row in read.rows] == [3.0, 1.5, 9.0, 9.0]
+
+
+def test_a_separator_inside_a_text_does_not_end_the_line(make_run):
+    run = make_run()
+    (run / "samples.jsonl").write_text('{"prompt": "a\u2028b\u0085c", "generation": "d"}\n', encoding="utf-8")
+    assert [sample["prompt"] for sample in read_run(run, name="run").samples] == ["a\u2028b\u0085c"]
+
+
+def test_yaml_aliases_do_not_unfold(make_run):
+    run = make_run(config="a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n")
+    assert read_run(run, name="run").config == {}
+    assert "config.yaml: left out (aliases" in page_of(run)
+
+
+def test_runs_of_the_same_name_are_told_apart(make_run, tmp_path):
+    (tmp_path / "sub").mkdir()
+    names = [run.name for run in read_runs([make_run("one"), make_run("sub/one"), make_run("two")])]
+    assert names == [str(tmp_path / "one"), str(tmp_path / "sub/one"), "two"]
+
+
+MANIFEST = {
+    "base_model": "tiny",
+    "parameters": 2_000_000,
+    "trainable": 5_000,
+    "data": {
+        "rows": 120,
+        "held_out_rows": 7,
+        "report": {"truncated": 4, "dropped": {"empty answer": 3, "too long": 2}},
+    },
+}
+
+
+def test_headline_figures_come_from_rows_and_manifest(make_run):
+    records = rows(10)
+    records[3]["eval_loss"], records[9]["eval_loss"] = 0.5, 0.6
+    samples = [
+        {"step": step, "prompt": prompt, "generation": answer, "expected": "4"}
+        for step, prompt, answer in ((0, "2+2", "5"), (10, "2+2", " 4\n"), (0, "1+3", "?"), (10, "1+3", "3"))
+    ]
+    one = headline(read_run(make_run(records=records, manifest=MANIFEST, samples=samples), name="run"))
+    assert (one.steps, one.loss_first, one.loss_last) == (10, 3.0, pytest.approx(0.3))
+    assert (one.eval_last, one.eval_best, one.eval_best_step) == (0.6, 0.5, 4)
+    assert (one.tokens, one.seconds, one.tokens_per_s, one.memory_gib, one.epochs) == (1000, 20, 50, 1.5, 1)
+    assert (one.parameters, one.trainable, one.rows, one.eval_rows, one.truncated) == (2_000_000, 5_000, 120, 7, 4)
+    assert (one.dropped, one.lost) == ({"empty answer": 3, "too long": 2}, 5)
+    assert (one.matches, one.right) == ((0, 1, 2), 0.5)
+
+
+def test_the_page_shows_the_headline(make_run):
+    page = page_of(make_run(manifest=MANIFEST))
+    for words in ("2M", "5,000 trained, 0.25 %", "5 dropped (3 empty answer, 2 too long), 4 cut, 7 held out", "10 s"):
+        assert words in page, words
+
+
+def test_samples_are_shown_before_and_after(make_run):
+    samples = [
+        {"step": step, "prompt": "p", "generation": f"answer {step}", "expected": "answer 9"} for step in (9, 0, 5)
+    ]
+    page = page_of(make_run(samples=samples))
+    order = [page.index(words) for words in ("Before, step 0", "answer 0", "After, step 9", "answer 9", "answer 5")]
+    assert order == sorted(order)
+    assert page.count('badge right">right') == 1
+    assert page.count('badge wrong">wrong') == 2
+    assert '<div class="tag">Expected' not in page  # the last answer says it
+    assert "Samples</h2>" not in page_of(make_run("bare"))
+
+
+def test_long_and_many_samples_are_cut(make_run):
+    samples = [{"step": 0, "prompt": f"prompt {i:02}", "generation": "x" * 10_000} for i in range(20)]
+    page = page_of(make_run(samples=samples))
+    assert "prompt 11" in page
+    assert "prompt 12" not in page
+    assert "12 of 20 prompts" in page
+    assert "6,000 more characters" in page
+
+
+@pytest.mark.parametrize(
+    ("sample", "expected"),
+    [({"expected": "a", "generation": " a "}, True), ({"expected": "a"}, False), ({"generation": "a"}, None)],
+)
+def test_an_answer_is_right_when_it_is_the_expected_one(sample, expected):
+    assert is_expected(sample) is expected
+
+
+def test_differences_between_configs_are_tabled_and_marked(make_run):
+    other = CONFIG.replace("8", "16").replace("v_proj", "o_proj") + "seed: 3\noutput_dir: elsewhere\n"
+    page = page_of(make_run("first"), make_run("second", config=other))
+    table = page[page.index("What differs") : page.index("The whole configs")]
+    assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["adapter.rank", "adapter.target_modules", "seed"]
+    assert "<td>8</td><td>16</td>" in table
+    assert page.count('<span class="changed">') == 5  # rank and target_modules twice, seed once
+
+
+def test_a_comparison_sets_off_the_best_and_says_what_is_shared(make_run):
+    page = page_of(make_run("first", manifest=MANIFEST), make_run("second", rows(5, loss=0.1), manifest=MANIFEST))
+    assert '<td class="best">0.1</td>' in page
+    assert '<td class="best">0.6</td>' not in page
+    assert "The same in all: steps 5" in page
+    assert "parameters 2M" in page
+
+
+def test_the_commands_that_made_the_run_are_shown(make_run, tmp_path, monkeypatch):
+    run = make_run(manifest={"command": ["tt", "run", "sft", "note=two words"]})
+    monkeypatch.chdir(tmp_path.parent)
+    page = page_of(run)
+    assert "<pre>tt run sft &#x27;note=two words&#x27;</pre>" in page
+    assert f"<pre>tt run {tmp_path.name}/run/config.yaml</pre>" in page  # as one would type it here
+    monkeypatch.chdir("/")
+    assert f"<pre>tt chat {str(run)[1:]}</pre>" in page_of(run)
+
+
+def test_smoothing_follows_without_lag_and_keeps_gaps():
+    line = [float(i) for i in range(200)]
+    assert smooth(line)[100] == pytest.approx(100.0)
+    assert smooth([5.0] * 50) == pytest.approx([5.0] * 50)
+    with_gap = smooth([1.0, None, 3.0] * 40)
+    assert with_gap[1] is None
+    assert 1.0 < with_gap[60] < 3.0
+
+
+def test_thinning_keeps_every_spike():
+    values = [0.0] * 10_000
+    values[1234], values[8765] = 99.0, -99.0
+    kept = thin([values, [None] * 10_000], buckets=100)
+    assert {0, 1234, 8765, 9999} <= set(kept)
+    assert len(kept) <= 402
+    assert kept == sorted(kept)
+    assert thin([[1.0] * 50], buckets=100) == list(range(50))
+
+
+def test_a_long_run_is_a_page_of_bounded_size(make_run):
+    page = page_of(make_run(records=rows(20_000)))
+    assert len(data_of(page)["runs"][0]["columns"]["step"]) < 2_500
+    assert "Long runs are drawn" in page
+
+
+def test_configs_are_flattened_and_written_line_by_line():
+    config = {"a": {"b": [1, "x: y"], "c": {}}, "d": None}
+    assert flatten(config) == {"a.b": [1, "x: y"], "a.c": {}, "d": None}
+    assert list(yaml_lines(config)) == [("a", "a:"), ("a.b", "  b: [1, 'x: y']"), ("a.c", "  c: {}"), ("d", "d: null")]
+    assert differences([config, {"a": {"b": [1, "x: y"]}, "e": 1}]) == ["a.c", "d", "e"]
+
+
+def test_numbers_are_written_for_people():
+    assert [as_count(n) for n in (None, 950, 12_345, 134_515_008, 8.03e9)] == [
+        "\u2013",
+        "950",
+        "12.3k",
+        "135M",
+        "8.03B",
+    ]
+    assert [as_figure(n) for n in (None, 0, 2e-5, 0.42134, 12345)] == ["\u2013", "0", "2.0e-05", "0.4213", "12,345"]
+    assert [as_time(s) for s in (None, 3.21, 59.4, 245, 8040)] == [
+        "\u2013",
+        "3.2 s",
+        "59 s",
+        "4 min 05 s",
+        "2 h 14 min",
+    ]
+    assert [as_percent(x) for x in (None, 0.0042, 0.125, 1)] == ["\u2013", "0.42 %", "12 %", "100 %"]
+
+
+def test_matplotlib_and_torch_are_not_loaded_with_the_module():
+    code = "import sys, tt_train.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["False", "False"]
