@@ -89,7 +89,7 @@ def compose(
                 [f"recipe: unknown recipe {recipe!r}{did_you_mean(str(recipe), known)}; see tt ls recipes"]
             )
     settings = [setting for setting in settings if setting[0] != "recipe"]
-    result = _merge(schema, settings, problems)
+    result: SFTConfig = _merge(schema, settings, problems)
     if not problems:
         problems += mistakes(result) + registry.name_mistakes(result, allow_import)
     if problems:
@@ -110,7 +110,7 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
+            event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(
                 None, None, "aliases (*name) are not read; write the value again", event.start_mark
             )
@@ -133,7 +133,9 @@ def _read_file(path: Path, schema: type, problems: list[str]) -> Iterator[Settin
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        problems.append(f"{path}:1: expected keys and values, such as 'batch_size: 16', found a {root.id}")
+        problems.append(
+            f"{path}:1: expected keys and values, such as 'batch_size: 16'"
+        )
         return
     yield from _walk(root, "", path, schema, problems)
 
@@ -157,7 +159,7 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, schema: type, problem
 
 def _construct(node: yaml.Node) -> Any:
     loader = yaml.SafeLoader("")
-    return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    return loader.construct_object(node, deep=True)
 
 
 def _read_words(words: Sequence[str], problems: list[str]) -> list[Setting]:

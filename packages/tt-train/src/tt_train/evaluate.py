@@ -66,7 +66,12 @@ def prompts(dataset: Any, tokenizer: Any, *, num: int, max_prompt: int) -> list[
 
 
 def answer(
-    model: nn.Module, tokenizer: Any, asked: Sequence[dict[str, Any]], *, max_new_tokens: int, device: torch.device
+    model: tt_models.Decoder,
+    tokenizer: Any,
+    asked: Sequence[dict[str, Any]],
+    *,
+    max_new_tokens: int,
+    device: torch.device,
 ) -> list[dict[str, Any]]:
     """Greedy answers to ``prompts``: rows of samples.jsonl without their step."""
     rows = []

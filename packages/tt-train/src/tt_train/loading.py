@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import tt_ckpt
 import tt_data
@@ -20,7 +19,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     adapter: bool = True,
-) -> tuple[nn.Module, Any]:
+) -> tuple[tt_models.Decoder, Any]:
     """The model at ``path``, in evaluation mode, and its tokenizer.
 
     Args:
@@ -43,7 +42,7 @@ def load(
     return load_base(source, device=device, dtype=dtype), tt_data.load_tokenizer(source)
 
 
-def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tt_models.Decoder:
     """A Hugging Face model directory as one of our models."""
     hf_config = tt_ckpt.read_config(source)
     dtype = dtype or saved_dtype(hf_config)
@@ -74,7 +73,7 @@ def _load_adapter(
     dtype: torch.dtype | None,
     adapter: bool,
     tokenizer: str | None = None,
-) -> tuple[nn.Module, Any]:
+) -> tuple[tt_models.Decoder, Any]:
     source = tt_ckpt.resolve(base)
     model = load_base(source, device=device, dtype=dtype)
     if adapter:
@@ -82,7 +81,9 @@ def _load_adapter(
     return model.eval(), tt_data.load_tokenizer(tokenizer or source)
 
 
-def _load_run(run: Path, device: torch.device, dtype: torch.dtype | None, adapter: bool) -> tuple[nn.Module, Any]:
+def _load_run(
+    run: Path, device: torch.device, dtype: torch.dtype | None, adapter: bool
+) -> tuple[tt_models.Decoder, Any]:
     manifest = read_json(run / "manifest.json")
     section = (manifest.get("config") or {}).get("model") or {}
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}.get(str(section.get("dtype")))
@@ -95,7 +96,7 @@ def _load_run(run: Path, device: torch.device, dtype: torch.dtype | None, adapte
     return _load_stopped(run, device, adapter)
 
 
-def _load_stopped(run: Path, device: torch.device, adapter: bool) -> tuple[nn.Module, Any]:
+def _load_stopped(run: Path, device: torch.device, adapter: bool) -> tuple[tt_models.Decoder, Any]:
     """A run without results yet: its newest checkpoint over its base."""
     from tt_train.composing import compose
     from tt_train.recipes import _assemble

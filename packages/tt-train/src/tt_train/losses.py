@@ -72,7 +72,9 @@ def linear_cross_entropy(
     if not bool(keep.all()):
         hidden_ND, labels_N = hidden_ND[keep], labels_N[keep]
     chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * weight.shape[0]))
-    total: Tensor = _LinearCrossEntropy.apply(hidden_ND, weight, labels_N, label_smoothing, softcap, chunk_size)
+    total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, weight, labels_N, label_smoothing, softcap, chunk_size
+    )
     return total if reduction == "sum" else total / labels_N.numel()
 
 
@@ -110,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
         scaled = [None if kept is None else kept * grad.to(kept.dtype) for kept in (grad_hidden_ND, grad_weight_VD)]
         return scaled[0], scaled[1], None, None, None, None

@@ -26,13 +26,13 @@ def tensorboard(run_path: Path, config: dict[str, Any]) -> Logger:
         raise ConfigError(["loggers: tensorboard is not installed; pip install tensorboard, or leave it out"])
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    writer = SummaryWriter(str(run_path / "tb"))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(run_path / "tb"))
 
     def log(row: dict[str, Any]) -> None:
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
-                writer.add_scalar(key, value, row["step"])  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+                writer.add_scalar(key, value, row["step"])
+        writer.flush()
 
     return log
 

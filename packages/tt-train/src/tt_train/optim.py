@@ -58,9 +58,9 @@ def optimizer_tensors(
 ) -> dict[str, torch.Tensor]:
     """The optimizer's state as flat tensors: ``<parameter name>/<entry>``."""
     return {
-        f"{names[parameter]}/{entry}": value
-        for parameter, state in optimizer.state.items()
-        for entry, value in state.items()
+        f"{name}/{entry}": value
+        for parameter, name in names.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor)
     }
 

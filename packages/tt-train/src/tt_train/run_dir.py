@@ -157,7 +157,8 @@ def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
 
 def _describe(path: Path) -> dict[str, Any]:
     manifest = read_json(path / "manifest.json")
-    last = next(iter(reversed(list(read_rows(path / "metrics.jsonl")))), {})
+    rows = list(read_rows(path / "metrics.jsonl"))
+    last = rows[-1] if rows else {}
     return {
         "path": str(path),
         "recipe": manifest.get("recipe"),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import tt_ckpt
 import tt_data
@@ -256,7 +255,7 @@ def hold_out(config: SFTConfig, train: Any, tokenizer: Any, max_seq_len: int) ->
     return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))
 
 
-def load_model(job: Job) -> nn.Module:
+def load_model(job: Job) -> tt_models.Decoder:
     """The model with its weights and, if the config says so, its adapter; ready to train."""
     torch.manual_seed(job.config.seed)
     if job.model_path is None:
