@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,3 +56,84 @@ def tt_process() -> Tt:
         return Answer(done.returncode, done.stdout, done.stderr)
 
     return call
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+ROWS = [{"instruction": f"Repeat the word {word}.", "output": word} for word in ("red", "blue", "green", "black") * 2]
+
+
+def write_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> int:
+    """A byte-level BPE in the files of a Hugging Face directory. Returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["instruction"] for row in ROWS], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "model_max_length": 256}
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer.get_vocab_size()
+
+
+def write_model(folder: Path, **settings: Any) -> Path:
+    """A random Llama of two layers, as a Hugging Face directory."""
+    import torch
+
+    import tt_ckpt
+    import tt_models
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": write_tokenizer(folder, **settings),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+    }
+    torch.manual_seed(0)
+    model = tt_models.build(tt_models.config_from_hf(config), dtype=torch.float32)
+    tt_ckpt.save_hf(model, folder, config=config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return file
+
+
+@pytest.fixture(scope="session")
+def lora_run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, rows_file: Path) -> Path:
+    """A finished LoRA run of three steps."""
+    run = tmp_path_factory.mktemp("runs") / "runs" / "one"
+    words = [f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "adapter.rank=4", "batch_size=4"]
+    words += ["max_steps=3", "optimizer.lr=1e-2", "samples.max_new_tokens=4", "schedule.warmup_steps=0"]
+    assert main(["run", "sft", *words, "-o", str(run)]) == 0
+    return run

@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import subprocess
+import sys
 import time
 
 import click
@@ -79,3 +81,17 @@ def test_a_wrong_option_is_answered_with_the_right_one(tt):
     answer = tt("ls", "--jsn")
     assert (answer.code, answer.out) == (2, "")
     assert answer.err == "error: no option --jsn; did you mean '--json'? (see tt ls --help)\n"
+
+
+def test_a_pipe_that_closes_early_is_no_traceback(tmp_path):
+    script = f"{sys.executable} -m tt_cli cat sft model.path=m data.train=d | head -n 1"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "recipe: sft\n"
+    assert done.stderr == ""
+
+
+def test_a_terminal_that_lacks_a_character_shows_its_escape(tt_process):
+    code = "import sys; from tt_cli.main import main; main(['--version']); print(chr(0x27e6))"
+    settings = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=settings, timeout=60)
+    assert done.stdout.splitlines()[1] == "\\u27e6"

@@ -26,6 +26,7 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
             args, prog_name="tt", standalone_mode=False, obj=invocation, color=wants_color(sys.stdout)
         )
     except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
         return INTERRUPTED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED)

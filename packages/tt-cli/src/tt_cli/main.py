@@ -1,5 +1,7 @@
 """The ``tt`` command: a table of verbs, of which only the one that is asked for is imported."""
 
+import io
+import sys
 from collections.abc import Sequence
 
 import click
@@ -50,4 +52,7 @@ def _print_version(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``tt`` with ``args`` (default: the command line's) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its escape instead of failing
+            stream.reconfigure(errors="backslashreplace")
     return errors.run(cli, args)

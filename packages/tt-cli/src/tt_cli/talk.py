@@ -40,12 +40,29 @@ class Speaker:
     """A loaded model with its tokenizer, asked for text."""
 
     def __init__(self, path: str | None, *, adapter: bool = True) -> None:
-        from tt_train.load import load
+        from tt_train import load
         from tt_train.run_dir import find_run
 
         self.path = str(path if path is not None else find_run())
         self.model: Any
         self.model, self.tokenizer = load(self.path, adapter=adapter)
+
+    def raw_ids(self, text: str) -> list[int]:
+        """``text`` as it stands, as the beginning of a document."""
+        ids: list[int] = self.tokenizer.encode(text, add_bos=self.tokenizer.adds_bos, add_eos=False)
+        return ids
+
+    def chat_ids(self, messages: Messages) -> list[int]:
+        """The conversation up to the model's turn; a tokenizer without a chat template has turns without roles."""
+        ids: list[int]
+        if self.tokenizer.has_chat_template:
+            ids = self.tokenizer.encode_prompt(messages)
+        else:
+            import tt_data
+
+            turns = [tt_data.Message(message["role"], message["content"]) for message in messages]
+            ids = self.tokenizer.encode_turns(turns).ids
+        return ids
 
     def reply(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The answer to ``ids`` in pieces of text, as soon as each is known to be whole characters."""

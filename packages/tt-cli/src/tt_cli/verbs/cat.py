@@ -13,7 +13,8 @@ from tt_cli.names import complete_runnable
 @json_option
 def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ...], as_json: bool) -> None:
     """Show CONFIG (a recipe, a registered config or a YAML file) with overrides and every default filled in."""
-    from tt_train.config import compose, to_dict, to_yaml
+    from tt_train import compose
+    from tt_train.config import to_dict, to_yaml
 
     composed = compose(config, overrides=overrides, allow_import=allow_import)
     if as_json:

@@ -1,6 +1,7 @@
 """``tt data show``: rows as the model sees them."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -38,10 +39,11 @@ def command(
 
     What is trained is green, or stands between marks where there is no colour.
     """
+    import tt_ckpt
     import tt_data
 
-    renamed = _columns(columns)
-    dataset = tt_data.load_dataset(data, tt_data.load_tokenizer(tokenizer), columns=renamed or None, **settings)
+    path = tokenizer if Path(tokenizer).exists() else tt_ckpt.resolve(tokenizer)
+    dataset = tt_data.load_dataset(data, tt_data.load_tokenizer(path), columns=_columns(columns) or None, **settings)
     if stats:
         _print_stats(dataset, as_json)
     else:

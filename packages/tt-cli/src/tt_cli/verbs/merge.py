@@ -16,10 +16,10 @@ def command(run: str, output: Path, dtype: str | None, as_json: bool) -> None:
     """Write RUN as one Hugging Face model directory, its adapter merged into the weights."""
     import torch
 
-    from tt_train.merge import merge_run
+    import tt_train
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    written = merge_run(run, output, dtype=dtypes[dtype] if dtype else None)
+    written = tt_train.merge_run(run, output, dtype=dtypes[dtype] if dtype else None)
     if as_json:
         print_json({"model": str(written)})
     else:

@@ -61,8 +61,7 @@ def _prepare(
     what: str, config_file: str | None, overrides: tuple[str, ...], allow_import: tuple[str, ...]
 ) -> tuple["SFTConfig", ModuleType]:
     """The checked config, and the module whose ``main`` takes it."""
-    from tt_train import registry
-    from tt_train.config import compose
+    from tt_train import compose, registry
 
     if what.endswith(".py"):
         module = _load_file(Path(what))

@@ -14,7 +14,7 @@ from tt_train.errors import ConfigError
 @json_option
 def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ...], as_json: bool) -> None:
     """Check CONFIG (a recipe, a registered config or a YAML file) with overrides: keys, paths, columns, shapes."""
-    from tt_train.config import compose
+    from tt_train import compose
     from tt_train.validate import problems
 
     composed = compose(config, overrides=overrides, allow_import=allow_import)

@@ -1,0 +1,76 @@
+"""``tt cat`` and ``tt validate``: a config as a run would see it, and what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def words(model_dir, rows_file) -> list[str]:
+    return [f"model.path={model_dir}", f"data.train={rows_file}"]
+
+
+def test_cat_shows_yaml_that_runs_again_as_it_is(tt, words):
+    shown = tt("cat", "sft", *words, "optimizer.lr=1e-4").out
+    assert yaml.safe_load(shown)["optimizer"]["lr"] == 1e-4
+    Path("again.yaml").write_text(shown)
+    assert tt("cat", "again.yaml").out == shown
+
+
+def test_cat_in_json_is_the_same_config(tt, words):
+    assert tt("cat", "sft", *words, "--json").json["config"] == yaml.safe_load(tt("cat", "sft", *words).out)
+
+
+def test_a_torchtune_recipe_is_ours(tt, words):
+    assert tt("cat", "lora_finetune_single_device", *words).out == tt("cat", "sft", *words).out
+
+
+def test_validate_finds_nothing_wrong_with_a_good_config(tt, words):
+    assert tt("validate", "sft", *words, "adapter.rank=4").out == "sft: no mistakes found\n"
+    assert tt("validate", "sft", *words, "--json").json["ok"] is True
+
+
+def test_a_mistake_in_a_file_names_its_line(tt, words):
+    Path("mine.yaml").write_text("batch_size: 4\noptimizer:\n  lrr: 3\n")
+    answer = tt("validate", "mine.yaml", *words)
+    assert answer.code == 2
+    assert answer.err == "error: mine.yaml:3: optimizer.lrr: unknown key; did you mean 'optimizer.lr'?\n"
+
+
+BAD = [
+    "model.path=nowhere/model",
+    "data.train=rosw.jsonl",
+    "adapter.target_modules=[q_prj]",
+    "data.columns={prompt: nothing}",
+    "device=cuda:7",
+    "data.template=lama2",
+    "batch_size=3",
+    "model.dtype=fp16",
+]
+
+
+@pytest.mark.parametrize("word", BAD)
+def test_every_verb_that_takes_a_config_answers_a_bad_value_in_the_same_line(tt, words, word, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checked = tt("validate", "sft", *words, word, "adapter.rank=4" if "adapter" not in word else "seed=0")
+    assert checked.code == 2
+    assert checked.out == ""
+    assert checked.err.startswith("error: ")
+    assert checked.err.count("\n") == 1
+    assert word.split("=")[0] in checked.err
+    run = tt("run", "sft", *words, word, "adapter.rank=4" if "adapter" not in word else "seed=0", "-o", "run")
+    assert (run.code, run.out, run.err) == (2, "", checked.err)
+    assert not Path("run").exists()
+
+
+def test_all_mistakes_are_told_at_once_and_are_in_the_json_too(tt, words):
+    answer = tt("validate", "sft", *words, "batch_size=3", "model.dtype=fp16", "--json")
+    assert answer.code == 2
+    assert len(answer.json["errors"]) == 2
+    assert answer.err.count("\n") == 2

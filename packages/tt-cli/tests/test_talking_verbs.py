@@ -1,0 +1,196 @@
+"""``tt chat``, ``tt generate``, ``tt merge`` and ``tt report`` on a run and on a model, with no config."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def beside_the_run(lora_run, monkeypatch) -> Path:
+    """The working directory is where ``runs/`` lies."""
+    monkeypatch.chdir(lora_run.parents[1])
+    return Path("runs/one")
+
+
+def pipe(monkeypatch, *lines: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+
+
+def generate(tt, *words: str) -> dict:
+    answer = tt("generate", *words, "--json", "--max-new-tokens", "12")
+    assert answer.code == 0, answer.err
+    return answer.json
+
+
+def test_generate_answers_on_stdout_alone(tt, lora_run):
+    answer = tt("generate", str(lora_run), "-p", "Repeat the word red.", "--max-new-tokens", "5")
+    assert answer.code == 0
+    assert answer.out.endswith("\n")
+    assert answer.err == ""
+
+
+def test_generate_reads_the_prompt_from_a_pipe(tt, lora_run, monkeypatch):
+    pipe(monkeypatch, "Repeat the word", "red.")
+    assert generate(tt, str(lora_run))["prompt"] == "Repeat the word\nred."
+
+
+def test_the_newest_run_answers_where_none_is_named(tt, beside_the_run):
+    assert generate(tt, "-p", "red")["model"] == str(beside_the_run)
+
+
+def test_greedy_is_the_default_and_repeats_itself(tt, lora_run):
+    first, again = (generate(tt, str(lora_run), "-p", "red") for _ in range(2))
+    assert first == again
+
+
+def test_a_seed_repeats_itself_and_another_does_not(tt, lora_run):
+    drawn = [generate(tt, str(lora_run), "-p", "red", "--temperature", "3", "--seed", seed)["text"] for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("words", [("--top-k", "1"), ("--top-p", "1e-6")])
+def test_the_narrowest_draw_is_greedy(tt, lora_run, words):
+    greedy = generate(tt, str(lora_run), "-p", "red")
+    assert generate(tt, str(lora_run), "-p", "red", "--temperature", "3", "--seed", "1", *words) == greedy
+
+
+def test_max_new_tokens_bounds_the_answer(tt, lora_run):
+    texts = [tt("generate", str(lora_run), "-p", "red", "--max-new-tokens", number).out for number in ("1", "12")]
+    assert len(texts[0]) < len(texts[1])
+
+
+@pytest.mark.parametrize("words", [("--raw",), ("--system", "Be brief."), ("--no-adapter",)])
+def test_raw_system_and_no_adapter_change_the_answer(tt, lora_run, words):
+    assert generate(tt, str(lora_run), "-p", "red", *words)["text"] != generate(tt, str(lora_run), "-p", "red")["text"]
+
+
+def test_without_its_adapter_a_run_answers_like_its_base(tt, lora_run, model_dir):
+    base = generate(tt, str(model_dir), "-p", "red")["text"]
+    assert generate(tt, str(lora_run), "-p", "red", "--no-adapter")["text"] == base
+
+
+def test_raw_and_system_exclude_each_other(tt, lora_run):
+    answer = tt("generate", str(lora_run), "-p", "red", "--raw", "--system", "Be brief.")
+    assert answer.code == 2
+    assert "give one of the two" in answer.err
+
+
+def test_a_prompt_that_does_not_fit_is_one_line(tt, lora_run):
+    answer = tt("generate", str(lora_run), "-p", "red " * 200)
+    assert answer.code == 2
+    assert "reads 128 with its answer" in answer.err
+    assert answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [("chat",), ("generate", "-p", "red"), ("merge", "-o", "out"), ("report",)])
+def test_a_run_that_is_not_there_is_one_line(tt, beside_the_run, verb, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    answer = tt(*verb, "runs/oen")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err.startswith("error: runs/oen")
+    assert answer.err.count("\n") == 1
+
+
+def test_without_any_run_the_cure_is_named(tt, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = tt("generate", "-p", "red")
+    assert answer.code == 2
+    assert "tt run" in answer.err
+
+
+def test_chat_answers_every_line_of_a_pipe_and_prints_nothing_else(tt, lora_run, monkeypatch):
+    alone = tt("generate", str(lora_run), "-p", "red", "--max-new-tokens", "6").out
+    pipe(monkeypatch, "red", "", "blue")
+    answer = tt("chat", str(lora_run), "--max-new-tokens", "6")
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith(alone)
+    assert len(answer.out) > len(alone)
+
+
+def test_chat_remembers_until_reset(tt, lora_run, monkeypatch):
+    options = ("chat", str(lora_run), "--max-new-tokens", "6")
+    pipe(monkeypatch, "red")
+    once = tt(*options).out
+    pipe(monkeypatch, "red", "/reset", "red")
+    assert tt(*options).out == once * 2
+    pipe(monkeypatch, "red", "red")
+    assert tt(*options).out != once * 2
+
+
+def test_chat_takes_a_system_message_by_option_and_by_command(tt, lora_run, monkeypatch):
+    options = ("chat", str(lora_run), "--max-new-tokens", "6")
+    pipe(monkeypatch, "red")
+    with_option = tt(*options, "--system", "Be brief.").out
+    pipe(monkeypatch, "/system Be brief.", "red", "/exit", "never asked")
+    assert tt(*options).out == with_option
+    pipe(monkeypatch, "/system", "red")
+    assert tt(*options, "--system", "Be brief.").out != with_option
+
+
+def test_reset_keeps_the_system_message(tt, lora_run, monkeypatch):
+    options = ("chat", str(lora_run), "--max-new-tokens", "6", "--system", "Be brief.")
+    pipe(monkeypatch, "red", "/reset", "red")
+    first, second = tt(*options).out, ""
+    pipe(monkeypatch, "red")
+    second = tt(*options).out
+    assert first == second * 2
+
+
+def test_merge_writes_a_model_that_answers_like_the_run(tt, lora_run, tmp_path):
+    out = tmp_path / "merged"
+    answer = tt("merge", str(lora_run), "-o", str(out))
+    assert (answer.code, answer.out) == (0, f"{out}\n")
+    assert generate(tt, str(out), "-p", "red")["text"] == generate(tt, str(lora_run), "-p", "red")["text"]
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_merge_refuses_a_folder_that_holds_something(tt, lora_run, tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    answer = tt("merge", str(lora_run), "-o", str(tmp_path), "--json")
+    assert answer.code == 2
+    assert not answer.json["ok"]
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_merge_writes_the_dtype_that_is_asked_for(tt, lora_run, tmp_path):
+    def size(dtype: str) -> int:
+        assert tt("merge", str(lora_run), "-o", str(tmp_path / dtype), "--dtype", dtype).code == 0
+        return (tmp_path / dtype / "model.safetensors").stat().st_size
+
+    assert size("bf16") < 0.6 * size("fp32")
+
+
+def test_report_writes_a_page_and_a_picture_and_names_them(tt, lora_run, tmp_path):
+    answer = tt("report", str(lora_run), "-o", str(tmp_path / "page.html"), "--json")
+    assert answer.code == 0, answer.err
+    assert Path(answer.json["html"]).read_text().startswith("<!")
+    assert Path(answer.json["png"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_is_about_the_newest_run_where_none_is_named(tt, beside_the_run):
+    assert tt("report").out == "runs/one/report.html\nruns/one/report.png\n"
+
+
+def test_the_run_is_listed(tt, beside_the_run):
+    runs = tt("ls", "runs", "--json").json["runs"]
+    assert [Path(run["path"]).name for run in runs] == ["one"]
+    assert runs[0]["step"] == 3
+    assert "runs/one" in tt("ls", "runs").out
+
+
+def test_before_step_1_the_sample_is_marked_and_counts_are_told(tt, model_dir, rows_file, tmp_path):
+    words = [f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "--dry-run"]
+    answer = tt("run", "sft", *words, "-o", str(tmp_path / "run"))
+    assert answer.code == 0, answer.err
+    assert "\u27e6red" in answer.err
+    assert "parameters" in answer.err
+    assert "8 rows" in answer.err
+
+
+def test_env_answers_in_both_forms(tt):
+    facts = tt("env", "--json").json
+    assert facts["packages"]["tt-cli"] in tt("env").out
+    assert json.dumps(facts["python"])[1:-1] in tt("env").out
