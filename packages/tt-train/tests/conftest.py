@@ -36,12 +36,21 @@ def tokenizer_dir(tmp_path_factory):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(WORDS), "say user assistant system"] * 20, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-              "chat_template": TEMPLATE, "model_max_length": 128, "clean_up_tokenization_spaces": False}  # fmt: skip
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "chat_template": TEMPLATE,
+        "model_max_length": 128,
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
     return folder
@@ -55,13 +64,31 @@ def model_dir(tmp_path_factory, tokenizer_dir):
 
     folder = tmp_path_factory.mktemp("model")
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 400, "hidden_size": 32,
-        "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "rope_scaling": None, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-        "tie_word_embeddings": False, "initializer_range": 0.05, "bos_token_id": None, "eos_token_id": 2,
-        "pad_token_id": None, "torch_dtype": "float32", "use_cache": True,
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": None,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
     torch.manual_seed(5)
     model = tt_models.build(tt_models.config_from_hf(config))
     tt_ckpt.save_hf(model, folder, config=config, source=tokenizer_dir)
@@ -71,5 +98,15 @@ def model_dir(tmp_path_factory, tokenizer_dir):
 @pytest.fixture
 def words(model_dir, rows_file):
     """The words of a small run: ``compose("sft", overrides=[*words, ...])``."""
-    return [f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "batch_size=8", "micro_batch_size=4",
-            "max_steps=6", "device=cpu", "optimizer.lr=5e-3", "schedule.warmup_steps=2", "samples.max_new_tokens=4"]  # fmt: skip
+    return [
+        f"model.path={model_dir}",
+        f"data.train={rows_file}",
+        "model.dtype=fp32",
+        "batch_size=8",
+        "micro_batch_size=4",
+        "max_steps=6",
+        "device=cpu",
+        "optimizer.lr=5e-3",
+        "schedule.warmup_steps=2",
+        "samples.max_new_tokens=4",
+    ]

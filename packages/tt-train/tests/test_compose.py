@@ -27,7 +27,9 @@ def test_defaults_come_from_the_dataclass():
 def test_an_override_switches_the_adapter_on_and_null_switches_it_off(tmp_path):
     assert compose("sft", overrides=[*BASE, "adapter.rank=4"]).adapter.rank == 4
     file = tmp_path / "lora.yaml"
-    file.write_text("recipe: sft\nmodel: {path: DIR}\nadapter:\n  rank: 4\n  target_modules: all-linear\ndata: {train: a}\n")
+    file.write_text(
+        "recipe: sft\nmodel: {path: DIR}\nadapter:\n  rank: 4\n  target_modules: all-linear\ndata: {train: a}\n"
+    )
     config = compose(file)
     assert config.adapter.rank == 4
     assert config.adapter.target_modules == "all-linear"
@@ -36,8 +38,16 @@ def test_an_override_switches_the_adapter_on_and_null_switches_it_off(tmp_path):
 
 
 def test_values_are_yaml_split_at_the_first_equals_sign():
-    config = compose("sft", overrides=["model.path=a=b", "data.train=[x.jsonl, y.jsonl]", "optimizer.lr=2e-5",
-                                       "data.columns.messages=conv", "max_grad_norm=null"])  # fmt: skip
+    config = compose(
+        "sft",
+        overrides=[
+            "model.path=a=b",
+            "data.train=[x.jsonl, y.jsonl]",
+            "optimizer.lr=2e-5",
+            "data.columns.messages=conv",
+            "max_grad_norm=null",
+        ],
+    )
     assert config.model.path == "a=b"
     assert config.data.train == ["x.jsonl", "y.jsonl"]
     assert config.optimizer.lr == 2e-5

@@ -42,13 +42,17 @@ def test_the_floor_of_the_schedule_is_kept():
 @pytest.mark.parametrize(
     ("section", "reference"),
     [
-        (OptimizerSection(name="adamw", lr=0.1, weight_decay=0.3, betas=(0.5, 0.7), eps=1e-3),
-         lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3, betas=(0.5, 0.7), eps=1e-3)),
-        (OptimizerSection(name="sgd", lr=0.1, weight_decay=0.3, momentum=0.5),
-         lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.5)),
+        (
+            OptimizerSection(name="adamw", lr=0.1, weight_decay=0.3, betas=(0.5, 0.7), eps=1e-3),
+            lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.3, betas=(0.5, 0.7), eps=1e-3),
+        ),
+        (
+            OptimizerSection(name="sgd", lr=0.1, weight_decay=0.3, momentum=0.5),
+            lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.5),
+        ),
         (OptimizerSection(name="rmsprop", lr=0.1), lambda p: torch.optim.RMSprop(p, lr=0.1, weight_decay=0.01)),
     ],
-)  # fmt: skip
+)
 def test_optimizers_are_torchs_with_every_argument(section, reference):
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 8)) for _ in range(2))
     first, second = make_optimizer([ours], section), reference([theirs])

@@ -16,6 +16,12 @@ def test_examples_run(model_dir, rows_file, tmp_path, monkeypatch):
     for example in examples:
         exec(example, namespace)
     assert (tmp_path / "merged" / "config.json").exists()
-    words = [f"model.path={model_dir}", "data.train=rows.jsonl", "max_steps=2", "loss.name=my_losses.focal", "output_dir=f"]
+    words = [
+        f"model.path={model_dir}",
+        "data.train=rows.jsonl",
+        "max_steps=2",
+        "loss.name=my_losses.focal",
+        "output_dir=f",
+    ]
     run = namespace["sft"].main(namespace["compose"]("sft", overrides=words, allow_import=["my_losses"]))
     assert (run / "model" / "config.json").exists()

@@ -51,16 +51,41 @@ def same(first, second):
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory, model_dir, rows_file):
-    words = [f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "batch_size=8",
-             "micro_batch_size=4", "device=cpu", "optimizer.lr=2e-2", "schedule.warmup_steps=2"]  # fmt: skip
-    return run(tmp_path_factory.mktemp("runs") / "lora", words, "adapter.rank=8", "max_steps=20", "data.eval=0.1",
-               "adapter.target_modules=all-linear", "eval_every=10", "samples.max_new_tokens=4")  # fmt: skip
+    words = [
+        f"model.path={model_dir}",
+        f"data.train={rows_file}",
+        "model.dtype=fp32",
+        "batch_size=8",
+        "micro_batch_size=4",
+        "device=cpu",
+        "optimizer.lr=2e-2",
+        "schedule.warmup_steps=2",
+    ]
+    return run(
+        tmp_path_factory.mktemp("runs") / "lora",
+        words,
+        "adapter.rank=8",
+        "max_steps=20",
+        "data.eval=0.1",
+        "adapter.target_modules=all-linear",
+        "eval_every=10",
+        "samples.max_new_tokens=4",
+    )
 
 
 def test_a_run_explains_itself(lora_run):
     names = {entry.name for entry in lora_run.iterdir()}
-    assert {"config.yaml", "manifest.json", "metrics.jsonl", "samples.jsonl", "train.log", "report.html", "report.png",
-            "README.md", "adapter"} <= names  # fmt: skip
+    assert {
+        "config.yaml",
+        "manifest.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "train.log",
+        "report.html",
+        "report.png",
+        "README.md",
+        "adapter",
+    } <= names
     rows = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 21))
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eta_s"}
@@ -123,7 +148,9 @@ def test_killed_and_resumed_ends_in_the_same_bits(tmp_path, words, adapter):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sft.main(
-            compose("sft", overrides=[*words, *adapter, "max_steps=20", "save_every=5", f"output_dir={tmp_path / 'cut'}"]),
+            compose(
+                "sft", overrides=[*words, *adapter, "max_steps=20", "save_every=5", f"output_dir={tmp_path / 'cut'}"]
+            ),
             console=Deadly(),
         )
         os._exit(1)
@@ -190,11 +217,28 @@ def test_the_curve_is_that_of_a_loop_in_plain_torch(tmp_path, words, model_dir, 
 
 
 @pytest.mark.parametrize(
-    "word", ["seed=1", "optimizer.weight_decay=0.9", "optimizer.betas=[0.5, 0.6]", "optimizer.eps=0.1", "optimizer.name=adam",
-             "max_grad_norm=0.01", "loss.label_smoothing=0.2", "schedule.name=constant", "schedule.warmup_steps=5",
-             "schedule.min_lr_ratio=0.5", "batch_size=4", "data.train_on=all", "data.shuffle=false", "data.max_seq_len=12",
-             "model.dtype=bf16", "optimizer.lr=1e-3", "adapter.rank=4", "data.template=alpaca"],
-)  # fmt: skip
+    "word",
+    [
+        "seed=1",
+        "optimizer.weight_decay=0.9",
+        "optimizer.betas=[0.5, 0.6]",
+        "optimizer.eps=0.1",
+        "optimizer.name=adam",
+        "max_grad_norm=0.01",
+        "loss.label_smoothing=0.2",
+        "schedule.name=constant",
+        "schedule.warmup_steps=5",
+        "schedule.min_lr_ratio=0.5",
+        "batch_size=4",
+        "data.train_on=all",
+        "data.shuffle=false",
+        "data.max_seq_len=12",
+        "model.dtype=bf16",
+        "optimizer.lr=1e-3",
+        "adapter.rank=4",
+        "data.template=alpaca",
+    ],
+)
 def test_every_key_has_an_effect(tmp_path, words, word):
     plain = run(tmp_path / "a", words, "max_steps=4")
     other = run(tmp_path / "b", words, "max_steps=4", word)
@@ -202,9 +246,15 @@ def test_every_key_has_an_effect(tmp_path, words, word):
 
 
 @pytest.mark.parametrize(
-    "word", ["adapter.alpha=64", "adapter.dropout=0.5", "adapter.target_modules=[k_proj]", "adapter.use_rslora=true",
-             "adapter.use_dora=true"],
-)  # fmt: skip
+    "word",
+    [
+        "adapter.alpha=64",
+        "adapter.dropout=0.5",
+        "adapter.target_modules=[k_proj]",
+        "adapter.use_rslora=true",
+        "adapter.use_dora=true",
+    ],
+)
 def test_every_key_of_the_adapter_has_an_effect(tmp_path, words, word):
     plain = run(tmp_path / "a", words, "max_steps=4", "adapter.rank=4")
     assert losses(plain) != losses(run(tmp_path / "b", words, "max_steps=4", "adapter.rank=4", word))
@@ -227,13 +277,34 @@ def test_an_adapter_goes_on_from_an_adapter(lora_run, tmp_path, words):
 
 
 def test_random_weights_by_name_need_only_a_tokenizer(tmp_path, tokenizer_dir, rows_file, monkeypatch):
-    monkeypatch.setattr(tt_models, "get_config", lambda name: tt_models.config_from_hf({
-        "model_type": "llama", "vocab_size": 400, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
-    }))  # fmt: skip
-    words = ["model.name=llama2_7b", f"model.tokenizer={tokenizer_dir}", f"data.train={rows_file}", "max_steps=2",
-             "model.dtype=fp32", f"output_dir={tmp_path / 'r'}"]  # fmt: skip
+    monkeypatch.setattr(
+        tt_models,
+        "get_config",
+        lambda name: tt_models.config_from_hf(
+            {
+                "model_type": "llama",
+                "vocab_size": 400,
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 128,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 10000.0,
+                "hidden_act": "silu",
+                "tie_word_embeddings": True,
+            }
+        ),
+    )
+    words = [
+        "model.name=llama2_7b",
+        f"model.tokenizer={tokenizer_dir}",
+        f"data.train={rows_file}",
+        "max_steps=2",
+        "model.dtype=fp32",
+        f"output_dir={tmp_path / 'r'}",
+    ]
     path = sft.main(compose("sft", overrides=words), console=Silent())
     assert tt_ckpt.read_config(path / "model")["vocab_size"] == 400
     load(path)

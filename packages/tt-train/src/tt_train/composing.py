@@ -133,9 +133,7 @@ def _read_file(path: Path, schema: type, problems: list[str]) -> Iterator[Settin
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
-        problems.append(
-            f"{path}:1: expected keys and values, such as 'batch_size: 16'"
-        )
+        problems.append(f"{path}:1: expected keys and values, such as 'batch_size: 16'")
         return
     yield from _walk(root, "", path, schema, problems)
 

@@ -21,7 +21,7 @@ def merge_run(path: str | Path, output: str | Path, *, dtype: torch.dtype | None
     if any(hasattr(module, "adapter_params") for module in model.modules()):
         tt_peft.merge_lora_(model)
     source = model_source(folder)
-    config = dict(tt_ckpt.read_config(source)) if source else tt_models.config_to_hf(model.config)  # type: ignore[arg-type]
+    config = dict(tt_ckpt.read_config(source)) if source else tt_models.config_to_hf(model.config)
     tt_ckpt.save_hf(model, target, config=config, source=source)
     return target
 

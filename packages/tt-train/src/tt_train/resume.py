@@ -1,6 +1,8 @@
 """The training state of a run, out and back in: weights, optimizer, place in the data, and what it belonged to."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,47 +82,68 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return plain
 
 
-def trained_names(model: nn.Module) -> dict[nn.Parameter, str]:
-    """Each parameter that trains, and its name."""
-    return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+class TrainingState:
+    """What a run saves and restores: its trained weights and its optimizer. An adapter run leaves its base."""
 
+    def __init__(self, run: RunDir, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.job, self.model, self.optimizer = job, model, optimizer
+        self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=job.config.keep_last)
+        self.failed = 0  # saves in a row
 
-def save_training_state(
-    run: RunDir, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer, *, step: int, progress: dict[str, Any]
-) -> Path:
-    """Write a checkpoint after ``step`` steps. An adapter run saves its adapter; the base is on disk already."""
-    names = trained_names(model)
-    weights = (
-        tt_peft.adapter_state_dict(model) if job.lora is not None else {name: p.detach() for p, name in names.items()}
-    )
-    tensors = {
-        "adapter" if job.lora is not None else "model": weights,
-        "optimizer": optimizer_tensors(optimizer, names),
-    }
-    state = {"step": step, "data": job.train.fingerprint, "progress": progress}
-    return tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=job.config.keep_last).save(
-        step, tensors=tensors, state=state
-    )
+    def check_space(self) -> None:
+        """ConfigError where the checkpoints that are to come cannot fit on the disk."""
+        size = 3 * sum(parameter.nbytes for parameter in self.names)  # weights and two moments
+        needed = int(1.2 * size * (self.job.config.keep_last + 1))
+        free = shutil.disk_usage(self.checkpoints.directory.parent).free
+        if free < needed:
+            raise ConfigError(
+                [
+                    f"output_dir: {free / 2**30:.1f} GiB free on its disk, checkpoints need {needed / 2**30:.1f} "
+                    "GiB; choose another -o, or lower keep_last"
+                ]
+            )
 
+    def save(self, step: int, progress: dict[str, Any]) -> Path:
+        """Write a checkpoint after ``step`` steps; raises CheckpointNotSaved."""
+        adapted = self.job.lora is not None
+        weights = tt_peft.adapter_state_dict(self.model) if adapted else self._weights()
+        tensors = {
+            "adapter" if adapted else "model": weights,
+            "optimizer": optimizer_tensors(self.optimizer, self.names),
+        }
+        state = {"step": step, "data": self.job.train.fingerprint, "progress": progress}
+        return self.checkpoints.save(step, tensors=tensors, state=state)
 
-def restore_training_state(
-    path: Path, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, dict[str, Any]]:
-    """Put a checkpoint into ``model`` and ``optimizer``; returns (steps made, progress)."""
-    saved = tt_ckpt.TrainCheckpoint(path.parent, keep_last=job.config.keep_last).restore(path)
-    if saved.state["data"] != job.train.fingerprint:
-        raise ConfigError(
-            [
-                f"--resume: the rows of data.train are not those that {path.parent.parent} trained on; restore "
-                "them, or start a new run"
-            ]
-        )
-    names = trained_names(model)
-    if job.lora is not None:
-        tt_peft.load_adapter_state_(model, saved.tensors["adapter"])
-    else:
-        with torch.no_grad():
-            for parameter, name in names.items():
-                parameter.copy_(saved.tensors["model"][name])
-    load_optimizer_tensors_(optimizer, saved.tensors["optimizer"], names)
-    return int(saved.state["step"]), dict(saved.state["progress"])
+    def try_to_save(self, step: int, progress: dict[str, Any], warn: Callable[[str], None]) -> None:
+        """Save; a failure is a warning as long as an older checkpoint exists and the last save went well."""
+        try:
+            self.save(step, progress)
+            self.failed = 0
+        except tt_ckpt.CheckpointNotSaved as error:
+            self.failed += 1
+            if self.failed > 1 or self.checkpoints.latest(hashes=False) is None:
+                raise
+            warn(f"{error}; training goes on, the checkpoint before it is whole")
+
+    def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Put a checkpoint into the model and the optimizer; returns (steps made, progress)."""
+        saved = self.checkpoints.restore(path)
+        if saved.state["data"] != self.job.train.fingerprint:
+            raise ConfigError(
+                [
+                    f"--resume: the rows of data.train are not those that {path} was trained on; restore them, or "
+                    "start a new run"
+                ]
+            )
+        if self.job.lora is not None:
+            tt_peft.load_adapter_state_(self.model, saved.tensors["adapter"])
+        else:
+            with torch.no_grad():
+                for name, weight in self._weights().items():
+                    weight.copy_(saved.tensors["model"][name])
+        load_optimizer_tensors_(self.optimizer, saved.tensors["optimizer"], self.names)
+        return int(saved.state["step"]), dict(saved.state["progress"])
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach() for parameter, name in self.names.items()}

@@ -18,6 +18,7 @@ class StepResult:
     grad_norm: float
     tokens: int
     updated: bool
+    first_nonfinite: str | None = None  # the parameter whose gradient was the first that is not finite
 
 
 def train_step(
@@ -55,13 +56,13 @@ def train_step(
         scale = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
         torch._foreach_mul_(gradients, scale / count)
         optimizer.step()
+    culprit = None if finite else _first_nonfinite_gradient(model)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss=total / count, grad_norm=norm, tokens=count, updated=finite)
+    return StepResult(loss=total / count, grad_norm=norm, tokens=count, updated=finite, first_nonfinite=culprit)
 
 
-def first_nonfinite(model: nn.Module) -> str | None:
-    """The first parameter with a value that is not finite."""
+def _first_nonfinite_gradient(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
             return name
     return None

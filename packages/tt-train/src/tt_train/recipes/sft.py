@@ -13,13 +13,14 @@ from tt_train.config import SFTConfig, to_dict
 from tt_train.console import Console
 from tt_train.errors import Interrupted, TrainingError
 from tt_train.evaluate import answer, held_out_loss, prompts, to_device
+from tt_train.memory import explaining_memory
 from tt_train.metrics import open_loggers, peak_memory_gib
 from tt_train.optim import learning_rate, make_optimizer, set_learning_rate
 from tt_train.recipes._assemble import Job, assemble, load_model, make_objective
 from tt_train.recipes._begin_and_end import begin, finish, opening_facts, with_absolute_paths
-from tt_train.resume import restore_training_state, save_training_state, trained_names
+from tt_train.resume import TrainingState
 from tt_train.run_dir import RunDir
-from tt_train.step import train_step
+from tt_train.step import StepResult, train_step
 from tt_train.stop import StopRequest
 
 Config = SFTConfig
@@ -59,8 +60,11 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
     config = job.config
     model = load_model(job)
     objective = make_objective(config)
-    optimizer = make_optimizer(trained_names(model), config.optimizer)
-    first, progress = restore_training_state(checkpoint, job, model, optimizer) if checkpoint else (0, {})
+    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
+    state = TrainingState(run, job, model, optimizer)
+    first, progress = state.restore(checkpoint) if checkpoint else (0, {})
+    if config.save_every:
+        state.check_space()
     console.start(opening_facts(job, model, run.path, first))
     run.keep_until(first)
 
@@ -74,10 +78,6 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
     def sample(step: int) -> None:
         for row in answer(model, job.tokenizer, asked, max_new_tokens=config.samples.max_new_tokens, device=job.device):
             run.append("samples.jsonl", {"step": step, **row})
-
-    def save(step: int) -> Path:
-        state = {"tokens": tokens, "elapsed_s": round(before + time.perf_counter() - started, 3)}
-        return save_training_state(run, job, model, optimizer, step=step, progress=state)
 
     if first == 0:
         sample(0)
@@ -93,12 +93,10 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
             rate = learning_rate(config.schedule, base=config.optimizer.lr, step=step - 1, steps_total=steps_total)
             set_learning_rate(optimizer, rate)
             micro_batches = [to_device(batch, job.device) for batch in next(batches)]
-            result = train_step(model, micro_batches, objective, optimizer, max_grad_norm=config.max_grad_norm)
+            with explaining_memory(micro_batches, lambda: peak_memory_gib(job.device)):
+                result = train_step(model, micro_batches, objective, optimizer, max_grad_norm=config.max_grad_norm)
             if not result.updated and config.on_nonfinite == "stop":
-                raise TrainingError(
-                    f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the update was not made. "
-                    "Lower optimizer.lr, look at the rows (tt data show), or go on past it with on_nonfinite=skip"
-                )
+                raise TrainingError(not_finite(step, result, job))
             tokens += result.tokens
             now = time.perf_counter()
             row: dict[str, Any] = {
@@ -109,7 +107,7 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
                 "eta_s": round((now - started) / (step - first) * (steps_total - step), 1),
             }  # fmt: skip
             if not result.updated:
-                console.warn(f"step {step}: not finite, skipped")
+                console.warn(f"{not_finite(step, result, job)}; skipped")
             if job.held_out and (step == steps_total or (config.eval_every and step % config.eval_every == 0)):
                 row["eval_loss"] = held_out_loss(
                     model, job.held_out, objective, micro_batch_size=config.micro_batch_size,
@@ -122,12 +120,25 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
                 logger(row)
             console.step(row)
             log.info("step %d loss %.6f grad_norm %.4f", step, result.loss, result.grad_norm)
+            progress = {"tokens": tokens, "elapsed_s": row["elapsed_s"]}
             if stop.signal is not None:
-                raise Interrupted(stop.signal, str(save(step)), step)
+                raise Interrupted(stop.signal, str(state.save(step, progress)), step)
             if config.save_every and (step % config.save_every == 0 or step == steps_total):
-                save(step)
+                state.try_to_save(step, progress, console.warn)
     sample(steps_total)
     console.end(finish(run, job, model))
+
+
+def not_finite(step: int, result: StepResult, job: Job) -> str:
+    """What is known about a step whose update would have spoiled the weights."""
+    config = job.config
+    rows = tt_data.rows_at(
+        step - 1, num_rows=len(job.train), batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
+    )
+    return (
+        f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} (first in {result.first_nonfinite}) are not "
+        f"finite; the weights were left alone. Look at rows {rows[:16]} with tt data show, or lower optimizer.lr"
+    )
 
 
 def _is_nan(value: Any) -> bool:
