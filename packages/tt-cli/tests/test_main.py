@@ -83,11 +83,10 @@ def test_a_wrong_option_is_answered_with_the_right_one(tt):
     assert answer.err == "error: no option --jsn; did you mean '--json'? (see tt ls --help)\n"
 
 
-def test_a_pipe_that_closes_early_is_no_traceback(tmp_path):
-    script = f"{sys.executable} -m tt_cli cat sft model.path=m data.train=d | head -n 1"
+def test_a_pipe_that_closes_early_is_no_traceback():
+    script = f"{sys.executable} -m tt_cli cat sft model.path=m data.train=d | true"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60)
-    assert done.stdout == "recipe: sft\n"
-    assert done.stderr == ""
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def test_a_terminal_that_lacks_a_character_shows_its_escape(tt_process):

@@ -39,8 +39,8 @@ class TerminalConsole(LineConsole):
 
     def start(self, facts: RunFacts) -> None:
         self.run_dir = Path(facts.run_dir)
-        self._line("model", _model(facts))
-        self._line("data", _data(facts))
+        self._line("model", _model(facts), soft_wrap=False)
+        self._line("data", _data(facts), soft_wrap=False)
         for problem in facts.problems:
             self.warn(problem)
         self._show_sample(facts)
@@ -52,6 +52,7 @@ class TerminalConsole(LineConsole):
             RunEta(),
             console=self.terminal,
             expand=True,
+            refresh_per_second=4,
         )
         self.task = self.progress.add_task(
             "", total=facts.steps_total, completed=facts.step_first, figures="", eta=None
@@ -88,14 +89,15 @@ class TerminalConsole(LineConsole):
             self.progress.stop()
             self.progress = None
 
-    def _line(self, name: str, text: str) -> None:
-        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), text), soft_wrap=True)
+    def _line(self, name: str, text: str, *, soft_wrap: bool = True) -> None:
+        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), text), soft_wrap=soft_wrap)
 
     def _show_sample(self, facts: RunFacts) -> None:
         if not facts.sample:
             return
         color = self.terminal.color_system is not None and not self.terminal.no_color
-        self._line("row 1", "trained tokens in green" if color else f"trained tokens {'...'.join(plain.MARKS)}")
+        how = "in green" if color else f"between {' and '.join(plain.MARKS)}"
+        self._line("row", f"the first one; what is trained is {how}")
         sample = mark(shorten(facts.sample, limit=SAMPLE_LIMIT), color=color)
         self.terminal.print(Text.from_ansi(sample), soft_wrap=True)
 

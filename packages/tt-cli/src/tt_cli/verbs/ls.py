@@ -1,10 +1,12 @@
 """``tt ls``: what there is to run, to copy, to build and to talk to."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from tt_cli.group import Verb, json_option, print_json
+from tt_train import registry
 
 KINDS = ("recipes", "configs", "models", "runs")
 
@@ -26,15 +28,20 @@ def command(kind: str | None, as_json: bool) -> None:
 
 
 def _recipes() -> list[dict[str, Any]]:
-    from tt_train import registry
-
-    return [{"name": name} for name in registry.recipe_names()]
+    return [{"name": name, "about": _about(registry.recipe_path(name))} for name in registry.recipe_names()]
 
 
 def _configs() -> list[dict[str, Any]]:
-    from tt_train import registry
+    return [{"name": name, "about": _about(registry.config_path(name))} for name in registry.config_names()]
 
-    return [{"name": name} for name in registry.config_names()]
+
+def _about(path: Path) -> str:
+    """What a file's first line says of it, in a docstring or a comment."""
+    with path.open(encoding="utf-8") as file:
+        line = file.readline().strip()
+    if line.startswith('"""'):
+        return line.strip('"').partition(":")[0].rstrip(".")
+    return line.strip("# ").partition(". tt run")[0].rstrip(".") if line.startswith("#") else ""
 
 
 def _models() -> list[dict[str, Any]]:
