@@ -12,9 +12,7 @@ from torch import nn
 
 def pytest_addoption(parser):
     group = parser.getgroup("tt-ckpt")
-    group.addoption(
-        "--crashes", type=int, default=6, help="SIGKILLs during saves in the crash test (200 for the promise)"
-    )
+    group.addoption("--crashes", type=int, default=6, help="SIGKILLs during saves (200 keeps the promise)")
 
 
 class Attention(nn.Module):

@@ -2,6 +2,7 @@ import json
 import logging
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_a_meta_model_is_materialised_in_the_files_dtype(tiny, model_dir, equal_
 def test_what_was_loaded_is_no_view_of_the_file(tiny, model_dir):
     source, model = model_dir(), tiny(device="meta")
     tt_ckpt.load_weights(model, source)
-    maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
+    maps = Path("/proc/self/maps").read_text() if os.path.exists("/proc/self/maps") else ""
     assert str(source) not in maps
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -248,7 +249,7 @@ def test_names_without_their_prefix_are_explained(tiny, model_dir):
     source = model_dir()
     weights = {key.removeprefix("model."): value for key, value in load_file(source / "model.safetensors").items()}
     save_file(weights, source / "model.safetensors")
-    with pytest.raises(ValueError, match="differ by the prefix 'model.'"):
+    with pytest.raises(ValueError, match=r"differ by the prefix 'model.'"):
         tt_ckpt.load_weights(tiny(), source)
 
 
@@ -257,7 +258,7 @@ def test_a_renamed_tensor_is_suggested(tiny, model_dir):
     weights = load_file(source / "model.safetensors")
     weights["model.norms.weight"] = weights.pop("model.norm.weight")
     save_file(weights, source / "model.safetensors")
-    with pytest.raises(ValueError, match="is model.norms.weight meant to be model.norm.weight"):
+    with pytest.raises(ValueError, match=r"is model.norms.weight meant to be model.norm.weight"):
         tt_ckpt.load_weights(tiny(), source)
 
 
@@ -270,7 +271,7 @@ def test_quantized_repositories_are_refused(tiny, model_dir):
 def test_a_buffer_left_on_meta_is_named(tiny, model_dir):
     source, model = model_dir(), tiny(device="meta")
     model.model.register_buffer("cos", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(ValueError, match="buffer model.cos is on the meta device"):
+    with pytest.raises(ValueError, match=r"buffer model.cos is on the meta device"):
         tt_ckpt.load_weights(model, source)
 
 

@@ -33,8 +33,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def encode_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
+    write_bytes(path, encode_json(value))
 
 
 def copy_file(source: Path, destination: Path) -> None:
@@ -110,11 +114,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest when it is whole; otherwise a ValueError or OSError that names it."""
     path = directory / MANIFEST_NAME
     try:
-        body = json.loads(path.read_bytes())
+        raw = path.read_bytes()
+        body = json.loads(raw)
+        as_written = encode_json(body) == raw
         claimed = body.pop("sha256")
         entries = body["files"]
-        sound = claimed == _digest(body) and all(
-            isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in entries.values()
+        sound = (
+            as_written
+            and claimed == _digest(body)
+            and all(isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in entries.values())
         )
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: missing: the save did not finish") from None

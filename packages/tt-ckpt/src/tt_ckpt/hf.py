@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tt_ckpt import commit
+from tt_ckpt.names import safe_file
 from tt_ckpt.shards import INDEX_NAME, Shards, encode_index, find_shards, read_json, same_layout, split
 from tt_ckpt.slots import find_slots, meta
 from tt_ckpt.slots import split as split_parameter
@@ -211,12 +212,12 @@ def copy_companions(source: Path, destination: Path) -> None:
     """Copy tokenizer, template, generation and license files."""
     for entry in sorted(source.iterdir()):
         if entry.is_file() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS):
-            commit.copy_file(entry, destination / entry.name)
+            commit.copy_file(safe_file(source, entry.name), destination / entry.name)
         elif entry.is_dir() and entry.name in COMPANION_FOLDERS:
             (destination / entry.name).mkdir(mode=0o755)
             for file in sorted(entry.iterdir()):
                 if file.is_file():
-                    commit.copy_file(file, destination / entry.name / file.name)
+                    commit.copy_file(safe_file(entry, file.name), destination / entry.name / file.name)
 
 
 def _old_weights(path: Path) -> list[Path]:
