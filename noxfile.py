@@ -1,0 +1,146 @@
+"""Checks of the six packages. `nox` runs what CI runs, `nox -l` lists it, `nox -s quickstart` tells the whole story."""
+
+import os
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+PACKAGES = {
+    path.parent.name: tomllib.loads(path.read_text()) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
+}
+PYTHONS = ["3.11", "3.12", "3.13"]
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the one that runs nox is the default
+TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
+ORACLES = ["transformers", "peft"]  # independent references: tests compare with them, no package needs them
+CALM = {  # tiny models: one thread is faster than two that wait for each other, and nothing needs the network
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.error_on_missing_interpreters = False
+
+
+def install(session: nox.Session, *words: str) -> None:
+    """Install under constraints.txt. uv is told of PIP_FIND_LINKS, where a torch without CUDA may lie."""
+    env = {"PIP_NO_COMPILE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    if links := os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS"):
+        env["UV_FIND_LINKS"] = ",".join(links.split())
+    session.install("-c", str(ROOT / "constraints.txt"), *words, env=env)
+
+
+def siblings(package: str) -> list[str]:
+    """The packages of this repository that ``package`` needs, itself last."""
+    lines = PACKAGES[package]["project"]["dependencies"]
+    needed = [name for name in PACKAGES if any(line.startswith(name) for line in lines)]
+    return list(dict.fromkeys([*(name for one in needed for name in siblings(one)), package]))
+
+
+def wheels(package: str) -> list[str]:
+    """The wheels of ``package`` and its siblings, as the build session made them."""
+    names = {name: f"{name.replace('-', '_')}-{PACKAGES[name]['project']['version']}" for name in siblings(package)}
+    return [str(DIST / f"{name}-py3-none-any.whl") for name in names.values()]
+
+
+def in_dev(session: nox.Session, *command: str, python: str = HERE) -> None:
+    """Run a command in the environment that the dev session made."""
+    bin_folder = ROOT / ".nox" / f"dev-{python.replace('.', '-')}" / ("Scripts" if os.name == "nt" else "bin")
+    env = CALM | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    session.run(str(bin_folder / command[0]), *command[1:], external=True, env=env)
+
+
+@nox.session(python=PYTHONS, reuse_venv=True, default=False)
+def dev(session: nox.Session) -> None:
+    """Make the environment that tests, lint, types and docs share: the packages, editable, with tools and oracles."""
+    install(session, "hatchling", "editables")
+    editable = [word for package in PACKAGES for word in ("-e", str(ROOT / "packages" / package))]
+    install(session, "--no-build-isolation", *editable, *TOOLS, *ORACLES)
+
+
+@nox.session(default=False)
+def build(session: nox.Session) -> None:
+    """Build every wheel, once, into dist/."""
+    install(session, "hatchling")
+    shutil.rmtree(DIST, ignore_errors=True)
+    for package in PACKAGES:
+        with session.chdir(ROOT / "packages" / package):
+            session.run("hatchling", "build", "-t", "wheel", "-d", str(DIST), silent=True)
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
+def lint(session: nox.Session) -> None:
+    """ruff, as checker and as formatter."""
+    in_dev(session, "ruff", "check", ".")
+    in_dev(session, "ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
+def types(session: nox.Session) -> None:
+    """mypy, strict, on what is shipped."""
+    in_dev(session, "mypy", *(f"packages/{package}/src" for package in PACKAGES))
+
+
+@nox.session(requires=["build"])
+def imports(session: nox.Session) -> None:
+    """Who may import whom; and tt_models, in an environment with torch alone, loads torch and nothing else."""
+    install(session, *wheels("tt-models"))
+    session.run("python", "-I", "tests/only_torch.py")
+    install(session, "pytest")
+    session.run("pytest", "-p", "no:cacheprovider", "tests/test_import_contracts.py")
+
+
+for version in PYTHONS:
+
+    @nox.session(name=f"tests-{version}", venv_backend="none", requires=[f"dev-{version}"], default=version == HERE)
+    @nox.parametrize("package", [*PACKAGES, "together"])
+    def tests(session: nox.Session, package: str) -> None:
+        """A package's tests, with the oracles; `together` is what crosses packages."""
+        python = session.name.partition("(")[0].removeprefix("tests-")
+        folder = "tests" if package == "together" else f"packages/{package}/tests"
+        in_dev(session, "pytest", folder, "--ignore=tests/test_docs.py", *session.posargs, python=python)
+
+
+@nox.session(requires=["build"])
+@nox.parametrize("package", list(PACKAGES))
+def wheel(session: nox.Session, package: str) -> None:
+    """A built wheel and its siblings with only what they declare: its tests, from another folder."""
+    install(session, *wheels(package), "pytest")
+    away = Path(session.create_tmp()) / package
+    shutil.rmtree(away, ignore_errors=True)
+    away.mkdir()
+    shutil.copytree(ROOT / "packages" / package / "tests", away / "tests")
+    shutil.copy(ROOT / "packages" / package / "README.md", away)
+    with session.chdir(away):
+        session.run("python", "-I", str(ROOT / "tests" / "installed_files.py"), package, str(ROOT), env=CALM)
+        options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", ".", "-p", "no:cacheprovider"]
+        session.run("pytest", *options, "tests", *session.posargs, env=CALM)
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
+def docs(session: nox.Session) -> None:
+    """Every marked code block of README.md and docs/, run; every link between pages, followed."""
+    in_dev(session, "pytest", "tests/test_docs.py", *session.posargs)
+
+
+@nox.session(requires=["build"])
+def quickstart(session: nox.Session) -> None:
+    """What a new user sees: install the wheels, then `tt quickstart`, without network and without a model."""
+    install(session, *wheels("tt-cli"))
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    session.run("tt", "quickstart", *session.posargs, env=offline)
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
+def bench(session: nox.Session) -> None:
+    """The figures of benchmarks/, on this machine: `nox -s bench -- start_up`."""
+    chosen = session.posargs or sorted(path.stem for path in ROOT.glob("benchmarks/[a-z]*.py"))
+    for name in chosen:
+        in_dev(session, "python", f"benchmarks/{name}.py")

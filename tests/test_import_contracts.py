@@ -1,0 +1,158 @@
+"""Who may import whom, read from the source: nothing is imported here, and conditional imports count too."""
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEAVES = ("tt_models", "tt_peft", "tt_data", "tt_ckpt")
+PACKAGES = (*LEAVES, "tt_train", "tt_cli")
+
+# Modules of tt_train outside recipes/ that may know more than one leaf. Everything else works on tensors and dicts.
+ASSEMBLY = {
+    "evaluate": "held-out loss and samples: batches in, generation out",
+    "loading": "tt_train.load",
+    "merge": "tt_train.merge_run",
+    "resume": "training state: optimizer, adapter and data position",
+}
+# Imports that a module makes for itself, inside a function, where the user asked for it by name.
+OPTIONAL = {"tt_train": {"wandb", "tensorboard"}, "tt_data": {"tiktoken"}, "tt_cli": set()}
+
+
+def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
+    """Dotted name and syntax tree of every module of a package."""
+    source = ROOT / "packages" / package.replace("_", "-") / "src"
+    for path in sorted((source / package).rglob("*.py")):
+        name = ".".join(path.relative_to(source).with_suffix("").parts).removesuffix(".__init__")
+        yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(tree: ast.AST, *, at_import_time: bool = False) -> set[str]:
+    """Dotted names that a module imports, wherever it does; with ``at_import_time`` only those that run on import."""
+    found: set[str] = set()
+    todo: list[ast.AST] = [tree]
+    while todo:
+        node = todo.pop()
+        if at_import_time and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if at_import_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this repository"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module"):
+            found |= {word.value for word in node.args[:1] if isinstance(word, ast.Constant)}
+        todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def tops(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_knows_no_sibling(leaf):
+    for name, tree in modules(leaf):
+        assert not tops(imported(tree)) & (set(PACKAGES) - {leaf}), f"{name} imports a sibling"
+
+
+def test_training_does_not_know_the_command_line():
+    for name, tree in modules("tt_train"):
+        assert "tt_cli" not in tops(imported(tree)), f"{name} imports tt_cli"
+
+
+def test_only_recipes_and_assembly_join_the_leaves():
+    for name, tree in modules("tt_train"):
+        if not name.startswith("tt_train.recipes") and name.removeprefix("tt_train.") not in ASSEMBLY:
+            known = tops(imported(tree)) & set(LEAVES)
+            assert len(known) <= 1, f"{name} joins {sorted(known)}: that is for a recipe, or for ASSEMBLY with a reason"
+
+
+def test_the_list_of_assembly_modules_is_no_longer_than_it_must_be():
+    joining = {
+        name.removeprefix("tt_train.")
+        for name, tree in modules("tt_train")
+        if len(tops(imported(tree)) & set(LEAVES)) > 1
+    }
+    assert set(ASSEMBLY) <= joining
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_imported_is_declared(package):
+    project = tomllib.loads((ROOT / "packages" / package.replace("_", "-") / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[<>=!~;\[ ]", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
+    declared |= {"yaml"} if "pyyaml" in declared else set()
+    if package == "tt_cli":
+        declared |= set(LEAVES) | {"torch", "omegaconf", "yaml"}  # tt-train's; a verb imports what it needs
+    allowed = declared | OPTIONAL.get(package, set()) | sys.stdlib_module_names | {package}
+    for name, tree in modules(package):
+        unknown = tops(imported(tree)) - allowed
+        assert not unknown, f"{name} imports {sorted(unknown)}, which {project['name']} does not declare"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_is_optional_is_imported_where_it_is_used(package):
+    for name, tree in modules(package):
+        early = tops(imported(tree, at_import_time=True)) & (OPTIONAL.get(package, set()) | {"matplotlib"})
+        assert not early, f"{name} imports {sorted(early)} when it is imported itself"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_torchao_has_one_door(package):
+    doors = [name for name, tree in modules(package) if "torchao" in tops(imported(tree))]
+    assert len(doors) <= (package in ("tt_peft", "tt_train")), f"torchao is imported by {doors}"
+
+
+def test_nothing_heavy_is_loaded_with_the_command_line():
+    heavy = {"torch", "transformers", "datasets", "omegaconf", "matplotlib", *LEAVES}
+    light = {"tt_cli", "tt_cli.main", "tt_train", "tt_train.registry", "tt_train.errors", "tt_train.report"}
+    found = {
+        name: tops(imported(tree, at_import_time=True)) & heavy
+        for package in ("tt_cli", "tt_train")
+        for name, tree in modules(package)
+    }
+    assert {name: found[name] for name in light if found[name]} == {}
+
+
+READERS_OF_PICKLES: dict[str, str] = {}  # module -> why; none so far: weights are safetensors
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_nothing_can_run_code_from_a_file(package):
+    """Security rules S1, S6 and S12 (SECURITY.md), beside what ruff's S rules see."""
+    forbidden = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    calls = {
+        "torch.load",
+        "yaml.load",
+        "yaml.unsafe_load",
+        "eval",
+        "exec",
+        "os.system",
+        "os.popen",
+        "numpy.load",
+        "np.load",
+    }
+    for name, tree in modules(package):
+        if name in READERS_OF_PICKLES:
+            continue
+        assert not tops(imported(tree)) & forbidden, f"{name} imports a pickle reader"
+        made = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) in calls]
+        unsafe = [ast.unparse(node) for node in made if not _is_safe_yaml(node, tree)]
+        assert not unsafe, f"{name}: {unsafe}"
+
+
+def _is_safe_yaml(call: ast.Call, tree: ast.Module) -> bool:
+    """``yaml.load`` with a loader that this module derives from SafeLoader."""
+    loaders = {
+        node.name for node in tree.body
+        if isinstance(node, ast.ClassDef) and [ast.unparse(base) for base in node.bases] == ["yaml.SafeLoader"]
+    }  # fmt: skip
+    given = [ast.unparse(word) for word in [*call.args[1:], *(keyword.value for keyword in call.keywords)]]
+    return ast.unparse(call.func) == "yaml.load" and len(given) == 1 and given[0] in loaders | {"yaml.SafeLoader"}
