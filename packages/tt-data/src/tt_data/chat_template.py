@@ -1,0 +1,187 @@
+"""A model's chat template: found in its directory, rendered in a process of its own (``render_worker``)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MAX_TEMPLATE_BYTES = 64 * 1024
+MAX_OUTPUT_CHARACTERS = 8_000_000
+RENDER_SECONDS = 2.0  # of CPU time, for one conversation
+_ANSWER_SECONDS = 30.0  # until a process that hangs outside Python is killed
+_JOBS_PER_REQUEST = 64
+
+
+class TemplateError(ValueError):
+    """The chat template refused a conversation, failed, or went over a limit."""
+
+
+class ChatTemplate:
+    """A Jinja chat template with the variables it may read. Starts its process when first used."""
+
+    def __init__(
+        self, source: str, *, variables: Mapping[str, Any] | None = None, controls: Sequence[str] = (),
+        ends: Sequence[str] = (), name: str = "chat template",
+    ) -> None:  # fmt: skip
+        if len(source.encode()) > MAX_TEMPLATE_BYTES:
+            raise TemplateError(f"{name}: {len(source.encode())} bytes, expected at most {MAX_TEMPLATE_BYTES}")
+        self.source, self.name = source, name
+        self._setup = {
+            "source": source, "variables": dict(variables or {}), "controls": list(controls), "ends": list(ends),
+            "output_limit": MAX_OUTPUT_CHARACTERS, "time_limit": RENDER_SECONDS,
+        }  # fmt: skip
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+        self._facts: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def turn_ends(self) -> tuple[str, ...]:
+        """The control strings that end an assistant turn."""
+        with self._lock:
+            self._start()
+            return tuple(self._facts["ends"])
+
+    def run(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Render ``jobs``; each answer has ``text`` (with ``spans`` where a job says what is trained) or ``error``."""
+        answers: list[dict[str, Any]] = []
+        with self._lock:
+            for first in range(0, len(jobs), _JOBS_PER_REQUEST):
+                self._start()
+                request = jobs[first : first + _JOBS_PER_REQUEST]
+                answers += self._ask(request) or self._one_by_one(request)
+        return answers
+
+    def describe(self, answer: Mapping[str, Any]) -> str:
+        """The sentence for an answer that is an error: which template, which line, what."""
+        line = answer.get("line")
+        return f"{self.name}{f', line {line}' if line else ''}: {answer['error']}"
+
+    def _one_by_one(self, request: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """A request killed the process: find the job that did."""
+        answers: list[dict[str, Any]] = []
+        for job in request:
+            self._start()
+            answers += self._ask([job]) or [{"error": "rendering used more time or memory than it may"}]
+        return answers
+
+    def _start(self) -> None:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tt_data.render_worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, encoding="utf-8", errors="surrogatepass", env=_environment(),
+        )  # fmt: skip
+        self._owner = os.getpid()
+        weakref.finalize(self, _stop, self._process, self._owner)
+        answers = self._ask([self._setup])
+        if answers is None:
+            raise TemplateError(f"{self.name}: compiling it used more time or memory than it may")
+        if "error" in answers[0]:
+            _stop(self._process, self._owner)
+            raise TemplateError(self.describe(answers[0]))
+        self._facts = answers[0]
+
+    def _ask(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """The answers, or None when the process died or had to be killed."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(_ANSWER_SECONDS, process.kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            process.stdin.write(json.dumps(list(jobs)) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            timer.cancel()
+        if not line.endswith("\n"):
+            _stop(process, self._owner)
+            self._process = None
+            return None
+        answers: list[dict[str, Any]] = json.loads(line)
+        return answers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "source": self.source, "_setup": self._setup}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _process=None, _owner=0, _facts={}, _lock=threading.Lock())
+
+
+def _environment() -> dict[str, str]:
+    """What the rendering process may see of ours: no tokens, no keys."""
+    kept = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "TZ", "LD_LIBRARY_PATH") if key in os.environ}
+    return {**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"}
+
+
+def _stop(process: subprocess.Popen[str], owner: int) -> None:
+    if owner != os.getpid():  # a forked child holds a copy of the pipes, but the process is not its own
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def find_chat_template(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """The templates of a model directory by name (``default``, ``tool_use``, ...), and the file they came from.
+
+    ``chat_template.jinja`` and ``additional_chat_templates/`` go before ``tokenizer_config.json``, as in transformers.
+    """
+    file = directory / "chat_template.jinja"
+    templates: dict[str, str] = {}
+    if file.is_file():
+        templates["default"] = file.read_text(encoding="utf-8")
+    for extra in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        templates[extra.stem] = extra.read_text(encoding="utf-8")
+    if templates:
+        return templates, str(file)
+    source, origin = config.get("chat_template"), directory / "tokenizer_config.json"
+    legacy = directory / "chat_template.json"
+    if source is None and legacy.is_file():
+        source, origin = json.loads(legacy.read_text(encoding="utf-8")).get("chat_template"), legacy
+    if isinstance(source, str):
+        return {"default": source}, str(origin)
+    if isinstance(source, list):
+        named = {str(entry["name"]): str(entry["template"]) for entry in source if isinstance(entry, dict)}
+        return named, str(origin)
+    return {}, str(origin)
+
+
+def escape_controls(value: Any, controls: Any, nonce: str) -> Any:
+    """``value`` with every control string in it broken by ``nonce``; the same object where there is none.
+
+    A string that ends like the beginning of one is broken too: the template may write the rest.
+    """
+    if isinstance(value, str):
+        text = controls.sub(lambda m: m.group()[0] + nonce + m.group()[1:], value)
+        return text if text != value else value
+    if isinstance(value, Mapping):
+        changed = {key: escape_controls(item, controls, nonce) for key, item in value.items()}
+        return changed if any(changed[key] is not value[key] for key in value) else value
+    if isinstance(value, (list, tuple)):
+        items = [escape_controls(item, controls, nonce) for item in value]
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
+
+
+def new_nonce() -> str:
+    """Letters that no data holds."""
+    return f"q{secrets.token_hex(16)}q"

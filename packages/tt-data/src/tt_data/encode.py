@@ -1,0 +1,142 @@
+"""Examples to token ids and trained spans, a batch of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, get_args
+
+from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens
+from tt_data.messages import Message, roles_of, validate_messages
+from tt_data.rendered import Encoded, Rendered, Span, join_spans
+from tt_data.tokenizer import Tokenizer
+
+TrainOn = Literal["assistant", "last", "all"]
+Unit = Conversation | Completion | Text | Tokens
+Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
+
+
+def check_train_on(train_on: str) -> None:
+    """Raise ValueError unless ``train_on`` is one of its three values."""
+    if train_on not in get_args(TrainOn):
+        raise ValueError(f"train_on must be one of {', '.join(get_args(TrainOn))}, got {train_on!r}")
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, *, train_on: TrainOn
+) -> list[Parts | BadRowError]:
+    """Each example's parts, or what is wrong with it."""
+    results: list[list[Encoded] | BadRowError] = [[] for _ in examples]
+    units: list[tuple[int, Unit]] = []
+    for i, example in enumerate(examples):
+        try:
+            units += [(i, _checked(unit)) for unit in _units(example)]
+        except BadRowError as bad:
+            results[i] = bad
+    units = [(i, unit) for i, unit in units if not isinstance(results[i], BadRowError)]
+    for (i, _), encoded in zip(units, _encode_units([u for _, u in units], tokenizer, train_on), strict=True):
+        so_far = results[i]
+        if isinstance(so_far, list):
+            if isinstance(encoded, BadRowError):
+                results[i] = encoded
+            else:
+                so_far.append(encoded)
+    return [result if isinstance(result, BadRowError) else tuple(result) for result in results]
+
+
+def _units(example: Example) -> list[Unit]:
+    if isinstance(example, Pair):
+        return [example.chosen, example.rejected]
+    return [example.answer if isinstance(example, Judged) else example]
+
+
+def _checked(unit: Unit) -> Unit:
+    """``unit``, when its turns make a conversation that ends with an answer. Raises BadRowError."""
+    if isinstance(unit, Conversation):
+        try:
+            validate_messages(unit.messages)
+        except ValueError as error:
+            raise BadRowError("wrong roles", str(error)) from None
+        if unit.messages[-1].role != "assistant":
+            raise BadRowError(
+                "ends with user", f"the last turn is not the assistant's (roles: {roles_of(unit.messages)})"
+            )
+    return unit
+
+
+def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
+    results: list[Encoded | BadRowError] = [BadRowError("", "")] * len(units)
+    chats = [(i, unit) for i, unit in enumerate(units) if isinstance(unit, Conversation)]
+    texts: list[tuple[int, Rendered]] = []
+    if chats:
+        rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for _, chat in chats]
+        for (i, _), rendered in zip(chats, tokenizer.render_rows(rows), strict=True):
+            if isinstance(rendered, str):
+                results[i] = BadRowError("template", rendered)
+            else:
+                texts.append((i, rendered))
+    documents = [(i, _document(unit, train_on)) for i, unit in enumerate(units) if isinstance(unit, (Text, Completion))]
+    encoded = tokenizer.encode_rendered([rendered for _, rendered in texts + documents])
+    for (i, _), row in zip(texts, encoded, strict=False):
+        results[i] = row
+    for (i, document), row in zip(documents, encoded[len(texts) :], strict=True):
+        results[i] = _with_ends(row, document, tokenizer)
+    for i, unit in enumerate(units):
+        if isinstance(unit, Tokens):
+            results[i] = _from_tokens(unit, tokenizer.vocab_size)
+    return results
+
+
+def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:
+    """The messages, with those masked that ``train_on`` leaves out. A message that is masked already stays so."""
+    if train_on == "all":
+        return list(messages)
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    kept = {last} if train_on == "last" else {i for i, m in enumerate(messages) if m.role == "assistant"}
+    return [
+        message if i in kept or message.masked else replace(message, masked=True) for i, message in enumerate(messages)
+    ]
+
+
+def _document(unit: Text | Completion, train_on: TrainOn) -> Rendered:
+    if isinstance(unit, Text):
+        return Rendered(unit.text, [(0, len(unit.text))], controls=[])
+    text = unit.prompt + unit.completion
+    return Rendered(text, [(0 if train_on == "all" else len(unit.prompt), len(text))], controls=[])
+
+
+def _with_ends(row: Encoded, document: Rendered, tokenizer: Tokenizer) -> Encoded:
+    """The document between bos (where this model has it) and eos, which is trained."""
+    ids, spans = row.ids, row.trained
+    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+        whole = bool(document.trained) and document.trained[0][0] == 0
+        ids = [tokenizer.bos_id, *ids]
+        spans = [(a + 1, b + 1) for a, b in spans]
+        if whole and spans:
+            spans[0] = (0, spans[0][1])
+    if tokenizer.eos_id is not None:
+        spans = join_spans([*spans, (len(ids), len(ids) + 1)])
+        ids = [*ids, tokenizer.eos_id]
+    return Encoded(ids, spans)
+
+
+def _from_tokens(unit: Tokens, vocab_size: int) -> Encoded | BadRowError:
+    ids = list(unit.input_ids)
+    if not ids:
+        return BadRowError("empty", "input_ids is empty")
+    if max(ids) >= vocab_size:
+        return BadRowError("unknown id", f"token id {max(ids)}, but the vocabulary has {vocab_size}")
+    return Encoded(ids, spans_of([label != -100 for label in unit.labels]))
+
+
+def spans_of(flags: Sequence[bool]) -> list[Span]:
+    """The runs of True."""
+    spans: list[Span] = []
+    start = None
+    for i, flag in enumerate([*flags, False]):
+        if flag and start is None:
+            start = i
+        elif not flag and start is not None:
+            spans.append((start, i))
+            start = None
+    return spans

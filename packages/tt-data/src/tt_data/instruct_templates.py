@@ -1,0 +1,71 @@
+"""Fixed prompts for rows with columns such as ``instruction``: ``ALPACA.format(row)`` is what the model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class InstructTemplate:
+    """A prompt written from the ``columns`` of a row. ``format(row, column_map)`` reads mapped columns instead."""
+
+    columns: tuple[str, ...]
+    write: Callable[[Mapping[str, str]], str]
+    optional: tuple[str, ...] = ()
+
+    def format(self, sample: Row, column_map: Mapping[str, str] | None = None) -> str:
+        """The prompt. Raises ValueError for a column that the row lacks."""
+        names = {column: (column_map or {}).get(column, column) for column in self.columns}
+        missing = [name for column, name in names.items() if column not in self.optional and sample.get(name) is None]
+        if missing:
+            raise ValueError(f"no column {missing[0]!r}, the row has {', '.join(map(repr, sample)) or 'none'}")
+        return self.write({column: str(sample.get(name) or "") for column, name in names.items()})
+
+
+def _alpaca(row: Mapping[str, str]) -> str:
+    if row["input"]:
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{row['instruction']}\n\n### Input:\n{row['input']}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{row['instruction']}\n\n### Response:\n"
+    )
+
+
+AlpacaInstructTemplate = InstructTemplate(("instruction", "input"), _alpaca, optional=("input",))
+GrammarErrorCorrectionTemplate = InstructTemplate(
+    ("sentence",), lambda row: f"Correct this to standard English: {row['sentence']}\n---\nCorrected: "
+)
+SummarizeTemplate = InstructTemplate(
+    ("dialogue",), lambda row: f"Summarize this dialogue:\n{row['dialogue']}\n---\nSummary:\n"
+)
+StackExchangedPairedTemplate = InstructTemplate(("prompt",), lambda row: f"Question: {row['prompt']}\n\nAnswer: ")
+
+INSTRUCT_TEMPLATES = {
+    "alpaca": AlpacaInstructTemplate,
+    "grammar": GrammarErrorCorrectionTemplate,
+    "summarize": SummarizeTemplate,
+    "stack_exchange_paired": StackExchangedPairedTemplate,
+}
+
+
+def get_instruct_template(name: str) -> InstructTemplate:
+    """A registered template. Raises ValueError with the nearest name."""
+    if name in INSTRUCT_TEMPLATES:
+        return INSTRUCT_TEMPLATES[name]
+    near = get_close_matches(name, INSTRUCT_TEMPLATES, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown instruct template {name!r}, expected one of {', '.join(INSTRUCT_TEMPLATES)}{hint}")
+
+
+def register_instruct_template(name: str, template: InstructTemplate) -> None:
+    """Make ``template`` known by ``name``."""
+    INSTRUCT_TEMPLATES[name] = template

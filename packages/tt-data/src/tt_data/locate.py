@@ -1,0 +1,110 @@
+"""What a ``source`` means: local files, a hub data set, or rows in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tt_data.sources import READERS, Placed, file_kind, local_files, read_rows
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again; ``digest`` stands for their content."""
+
+    name: str
+    rows: Callable[[], Iterator[Placed]]
+    digest: Callable[[], str]
+    path: Path | None = None
+
+
+def open_sources(source: Any, split: str | None = None) -> list[Source]:
+    """The sources that ``source`` means. Raises FileNotFoundError or ValueError that names what is there instead."""
+    if isinstance(source, (str, Path)):
+        return _from_name(source, split)
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
+        return [found for item in source for found in _from_name(item, split)]
+    if isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
+        return [_from_rows(source)]
+    raise ValueError(f"data source: expected a path, a list of paths, a hub id or rows, got {type(source).__name__}")
+
+
+def _from_name(name: str | Path, split: str | None) -> list[Source]:
+    path = Path(name).expanduser()
+    if path.exists():
+        return [_from_file(file) for file in local_files(path, split)]
+    text = str(name)
+    looks_local = isinstance(name, Path) or file_kind(path) is not None or text.startswith((".", "/", "~"))
+    if looks_local or not _HUB_ID.fullmatch(text):
+        return [_from_file(file) for file in local_files(path, split)]  # raises with the nearest file
+    return [_from_hub(text, split)]
+
+
+def _from_file(path: Path) -> Source:
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} has 0 rows (0 bytes)")
+    if file_kind(path) is None:
+        raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}")
+    return Source(str(path), partial(read_rows, path), partial(_file_digest, path), path)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _from_rows(rows: Iterable[Any]) -> Source:
+    kept = rows if hasattr(rows, "__getitem__") else list(rows)
+    name = "rows"
+
+    def placed() -> Iterator[Placed]:
+        for number, row in enumerate(kept):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{name}:{number}: expected an object with columns, found {type(row).__name__}")
+            yield number, dict(row)
+
+    def digest() -> str:
+        total = hashlib.sha256()
+        for _, row in placed():
+            total.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return total.hexdigest()
+
+    return Source(name, placed, digest)
+
+
+def _from_hub(name: str, split: str | None) -> Source:
+    """A data set of the hub, through ``datasets`` (its cache and environment variables; no remote code)."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, split=split)
+    except ValueError as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileNotFoundError(
+            f"{name}: no such file here (looked from {Path.cwd()}), and not to be had from the hub ({reason})"
+        ) from None
+    if isinstance(found, Mapping):
+        splits = list(found)
+        if "train" not in splits and len(splits) > 1:
+            near = get_close_matches("train", splits, 1)
+            raise ValueError(
+                f"{name}: name a split, expected one of {splits}{f'; did you mean {near[0]!r}?' if near else ''}"
+            )
+        found = found["train" if "train" in splits else splits[0]]
+    return Source(name, partial(_numbered, found), lambda: str(found._fingerprint))
+
+
+def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterator[Placed]:
+    for number, row in enumerate(rows):
+        yield number, dict(row)

@@ -1,0 +1,100 @@
+"""A conversation is a list of ``Message``; ``validate_messages`` says whether a model can learn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SPELLINGS = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "ipython": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+}
+_OPENS_REPLY = ("user", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. ``masked`` turns give no loss; ``extra`` holds what templates also read (``tool_calls``,
+    ``reasoning_content``, ``name``, ...)."""
+
+    role: str
+    content: str
+    masked: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(unknown_role(self.role))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict that a chat template sees."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+def unknown_role(role: object) -> str:
+    """The sentence for a role that is none of ``ROLES``, with the nearest one."""
+    known = _SPELLINGS.get(str(role).lower())
+    if known is None:
+        known = next(iter(get_close_matches(str(role).lower(), [*ROLES, *_SPELLINGS], 1)), None)
+        known = _SPELLINGS.get(known, known) if known else None
+    hint = f"; did you mean {known!r}?" if known else ""
+    return f"unknown role {role!r}, expected one of {', '.join(ROLES)}{hint}"
+
+
+def normal_role(role: object) -> str:
+    """``role`` in our spelling (sharegpt's human and gpt, Llama's ipython, ...). Raises ValueError when unknown."""
+    name = str(role).strip().lower() if isinstance(role, str) else str(role)
+    name = _SPELLINGS.get(name, name)
+    if name not in ROLES:
+        raise ValueError(unknown_role(role))
+    return name
+
+
+def roles_of(messages: Sequence[Message]) -> str:
+    """``user, assistant, user`` (shortened), to show a conversation's shape in an error."""
+    names = [message.role for message in messages[:8]]
+    return ", ".join(names) + (", ..." if len(messages) > 8 else "")
+
+
+def validate_messages(messages: Sequence[Message]) -> None:
+    """Raise ValueError unless system comes first, turns alternate, and everything but assistant turns has content.
+
+    A tool's answers may follow an assistant turn, and any number of them each other.
+    """
+    if len(messages) < 2:
+        raise ValueError(f"a conversation needs at least 2 messages, got {len(messages)}")
+    last = None
+    for i, message in enumerate(messages):
+        problem = _misplaced(message, last, i)
+        if problem:
+            raise ValueError(f"{problem} at message {i} (roles: {roles_of(messages)})")
+        if message.role not in ("assistant", "tool") and not message.content.strip():
+            raise ValueError(f"the {message.role} message {i} is empty")
+        last = message.role
+
+
+def _misplaced(message: Message, last: str | None, i: int) -> str | None:
+    role = message.role
+    if role in ("system", "developer") and i > 0 and last not in ("system", "developer"):
+        return f"{role} must come first, found"
+    if role == "assistant" and last not in _OPENS_REPLY:
+        return "two assistant turns in a row" if last == "assistant" else "assistant before any user turn"
+    if role == "user" and last == "user":
+        return "two user turns in a row"
+    if role == "tool" and last not in ("assistant", "tool"):
+        return "a tool answer without an assistant turn before it"
+    return None

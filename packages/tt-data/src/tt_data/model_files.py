@@ -1,0 +1,147 @@
+"""A tokenizer from a model directory or a tokenizer file."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from tt_data.chat_template import find_chat_template
+from tt_data.sentencepiece_model import read_sentencepiece
+from tt_data.tokenizer import Backend, Tokenizer
+from tt_data.tokenizer_json import JsonTokenizer, read_tokenizer_json
+
+_log = logging.getLogger(__name__)
+_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "original/tokenizer.model")
+
+
+def load_tokenizer(path: str | Path, *, template: str | None = None, text_specials: Sequence[str] = ()) -> Tokenizer:
+    """The tokenizer of a model directory, or of one ``tokenizer.json`` or ``tokenizer.model`` file.
+
+    ``template``: a built-in chat template's name or a ``.jinja`` file instead of the model's own. ``text_specials``:
+    control tokens that become their id also where they stand in data. Raises FileNotFoundError or ValueError.
+    """
+    path = Path(path)
+    directory, file = (path, _tokenizer_file(path)) if path.is_dir() else (path.parent, path)
+    if not file.is_file():
+        raise FileNotFoundError(_missing(path))
+    config = _read_json(directory / "tokenizer_config.json")
+    if "auto_map" in config:
+        _log.warning(
+            "%s: auto_map is ignored, code of a model directory never runs", directory / "tokenizer_config.json"
+        )
+    tokenizer = _build(file, directory, config, text_specials)
+    if template is not None:
+        from tt_data.chat_formats import resolve_template
+
+        return tokenizer.with_template(*resolve_template(template))
+    return tokenizer
+
+
+def _tokenizer_file(directory: Path) -> Path:
+    found = next((directory / name for name in _FILES if (directory / name).is_file()), None)
+    if found is None:
+        present = sorted(p.name for p in directory.iterdir())[:8]
+        raise FileNotFoundError(
+            f"{directory}: no tokenizer, expected tokenizer.json or tokenizer.model, "
+            f"found {', '.join(present) or 'nothing'}"
+        )
+    return found
+
+
+def _missing(path: Path) -> str:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = get_close_matches(path.name, siblings, 1)
+    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+    return f"{path}: no such tokenizer file or model directory (looked from {Path.cwd()}){hint}"
+
+
+def _build(file: Path, directory: Path, config: Mapping[str, Any], text_specials: Sequence[str]) -> Tokenizer:
+    names = _token_names(directory, config)
+    backend: Backend
+    if _is_json(file):
+        backend = read_tokenizer_json(file)
+        adds_bos = _adds_bos_json(backend, names, config)
+    elif _is_tiktoken(file):
+        from tt_data.tiktoken_file import read_tiktoken
+
+        backend = read_tiktoken(file)
+        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
+        adds_bos = True
+    else:
+        backend = read_sentencepiece(
+            file, added=_added_tokens(directory, config), prefix_once=config.get("legacy") is False
+        )
+        names = {**_sentencepiece_names(backend), **names}
+        adds_bos = bool(config.get("add_bos_token", True))
+    templates, origin = find_chat_template(directory, config)
+    return Tokenizer(
+        backend, names=names, adds_bos=adds_bos, templates=templates, template_name=origin,
+        extra_eos_ids=_generation_eos(directory), text_specials=text_specials,
+    )  # fmt: skip
+
+
+def _is_json(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(64).lstrip()[:1] == b"{"
+
+
+def _is_tiktoken(file: Path) -> bool:
+    """A line of base64, a space, a number: Llama 3's own tokenizer.model."""
+    with file.open("rb") as stream:
+        first = stream.readline(1024).split()
+    return len(first) == 2 and first[1].isdigit()
+
+
+def _adds_bos_json(backend: JsonTokenizer, names: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    bos = names.get("bos_token")
+    index = backend.token_id(bos) if isinstance(bos, str) else None
+    by_default = backend.first_by_default()
+    return bool(by_default) and by_default[0] == index
+
+
+def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """bos_token, eos_token, ... as strings; what tokenizer_config.json says goes before special_tokens_map.json."""
+    names: dict[str, Any] = {}
+    for source in (_read_json(directory / "special_tokens_map.json"), config):
+        for key, value in source.items():
+            content = value.get("content") if isinstance(value, Mapping) else value
+            if key.endswith("_token") and isinstance(content, str):
+                names[key] = content
+    return names
+
+
+def _sentencepiece_names(backend: Any) -> dict[str, str]:
+    ids: Mapping[str, int] = backend.special_ids()
+    return {f"{name}_token": backend.token(index) for name, index in ids.items() if index >= 0}
+
+
+def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
+    added = {str(token): int(index) for token, index in _read_json(directory / "added_tokens.json").items()}
+    for index, token in config.get("added_tokens_decoder", {}).items():
+        added[str(token["content"])] = int(index)
+    return added
+
+
+def _generation_eos(directory: Path) -> tuple[int, ...]:
+    found = _read_json(directory / "generation_config.json").get("eos_token_id")
+    if found is None:
+        found = _read_json(directory / "config.json").get("eos_token_id")
+    values = found if isinstance(found, list) else [found]
+    return tuple(value for value in values if isinstance(value, int))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none. Raises ValueError with the place of a mistake."""
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); is it a git-lfs pointer or cut off?") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data

@@ -1,0 +1,76 @@
+"""Which rows a rank sees at a step: a pure function of (seed, step, rank), in memory that does not grow."""
+
+from __future__ import annotations
+
+import hashlib
+
+_ROUNDS = 6
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Steps until every row has been seen once; the last one may be short."""
+    _check(num_rows, batch_size)
+    return -(-num_rows // batch_size)
+
+
+def rows_at(
+    step: int,
+    *,
+    num_rows: int,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    shuffle: bool = True,
+) -> list[int]:
+    """This rank's rows of ``step`` (counted from 0). ``batch_size`` counts the rows of one step over all ranks.
+
+    Every row comes exactly once per epoch, in an order of its own for each epoch; no step holds rows of two epochs.
+    """
+    _check(num_rows, batch_size)
+    if step < 0:
+        raise ValueError(f"step must be at least 0, got {step}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, {world_size}), got {rank}")
+    epoch, within = divmod(step, steps_per_epoch(num_rows, batch_size))
+    first = within * batch_size
+    places = range(first, min(first + batch_size, num_rows))[rank::world_size]
+    if not shuffle:
+        return list(places)
+    permute = Permutation(num_rows, (seed, epoch))
+    return [permute(place) for place in places]
+
+
+def _check(num_rows: int, batch_size: int) -> None:
+    if num_rows <= 0:
+        raise ValueError(f"num_rows must be positive, got {num_rows}")
+    if batch_size <= 0:
+        raise ValueError(f"batch_size must be positive, got {batch_size}")
+
+
+class Permutation:
+    """A keyed permutation of ``range(size)``, computed per element: a Feistel network that walks its cycles.
+
+    https://en.wikipedia.org/wiki/Format-preserving_encryption
+    """
+
+    def __init__(self, size: int, key: tuple[int, ...]) -> None:
+        self.size = size
+        self.half = max(1, -(-(size - 1).bit_length() // 2))
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * _ROUNDS).digest()
+        self.keys = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") for i in range(_ROUNDS)]
+
+    def __call__(self, place: int) -> int:
+        value = self._network(place)
+        while value >= self.size:
+            value = self._network(value)
+        return value
+
+    def _network(self, value: int) -> int:
+        half, mask = self.half, (1 << self.half) - 1
+        left, right = value >> half, value & mask
+        for key in self.keys:
+            mixed = ((right + 1) * 0x9E3779B97F4A7C15 ^ key) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32 ^ mixed) & mask
+        return left << half | right

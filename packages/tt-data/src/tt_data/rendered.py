@@ -1,0 +1,55 @@
+"""Text on its way to token ids: which parts are control tokens, and which parts are trained."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+Span = tuple[int, int]
+
+
+@dataclass(slots=True)
+class Rendered:
+    """``text`` with character spans. ``controls=None``: every control string in it is a control token."""
+
+    text: str
+    trained: list[Span] = field(default_factory=list)
+    controls: list[Span] | None = None
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Token ids, and which of their spans ``[start, end)`` are trained."""
+
+    ids: list[int]
+    trained: list[Span] = field(default_factory=list)
+
+
+def substitute(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence[Span]) -> tuple[str, list[Span]]:
+    """Replace ``text[a:b]`` by a string for each edit (ascending, disjoint), and move ``spans`` along."""
+    pieces: list[str] = []
+    ends: list[int] = []
+    shifts = [0]
+    position = 0
+    for start, end, new in edits:
+        pieces += (text[position:start], new)
+        position = end
+        ends.append(end)
+        shifts.append(shifts[-1] + len(new) - (end - start))
+    pieces.append(text[position:])
+    moved = [(a + shifts[bisect_right(ends, a)], b + shifts[bisect_right(ends, b)]) for a, b in spans]
+    return "".join(pieces), moved
+
+
+def join_spans(spans: Sequence[Span]) -> list[Span]:
+    """Drop empty spans and join those that touch; ``spans`` ascend."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if end <= start:
+            continue
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
+        else:
+            joined.append((start, end))
+    return joined

@@ -1,0 +1,92 @@
+"""Llama 3's own ``tokenizer.model``: a line of base64 bytes and a rank for each token (tiktoken's format)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from itertools import pairwise
+from pathlib import Path
+
+from tt_data.tokenizer_json import JsonTokenizer
+
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NUM_SPECIAL = 256
+_SPECIAL = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    5: "<|step_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+
+
+def read_tiktoken(path: Path) -> JsonTokenizer:
+    """The tokenizer of a tiktoken file, with Llama 3's 256 special tokens behind its ranks."""
+    ranks = _read_ranks(path)
+    return JsonTokenizer(json.dumps(_as_tokenizer_json(ranks)), name=str(path))
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: expected base64 bytes and a rank, found {line[:40]!r}") from None
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError(f"{path}: the ranks are not 0 to {len(ranks) - 1}, each once")
+    return ranks
+
+
+def _as_tokenizer_json(ranks: dict[bytes, int]) -> dict[str, object]:
+    """The same merges as a byte-level BPE: a token's parts are those that it merges from last."""
+    letters = _byte_letters()
+    spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) > 1:
+            left, right = _last_merge(token, ranks)
+            merges.append([spelt[left], spelt[right]])
+    names = {i: _SPECIAL.get(i, f"<|reserved_special_token_{i}|>") for i in range(_NUM_SPECIAL)}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    split = {"type": "Split", "pattern": {"Regex": _SPLIT}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": len(ranks) + i, "content": name, **flags} for i, name in names.items()],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE", "ignore_merges": True, "merges": merges,
+            "vocab": {spelt[token]: rank for token, rank in ranks.items()},
+        },
+    }  # fmt: skip
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two parts left of ``token`` when only merges of a lower rank have been done."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts))]
+        rank, i = min(pairs)
+        if rank >= ranks[token]:
+            break
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    if len(parts) != 2:
+        raise ValueError(f"token {token!r} cannot be made by merging two lower ones")
+    return parts[0], parts[1]
+
+
+def _byte_letters() -> dict[int, str]:
+    """Byte-level BPE's letter for each byte: printable ones are themselves, the others follow from U+0100."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return {byte: chr(byte) if byte in printable else chr(next(others)) for byte in range(256)}

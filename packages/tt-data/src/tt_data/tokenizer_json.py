@@ -1,0 +1,138 @@
+"""``tokenizer.json`` through the ``tokenizers`` library."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tt_data.rendered import Encoded, Rendered, Span, join_spans, substitute
+
+
+class JsonTokenizer:
+    """Encodes with the library; text that merely looks like a control token goes through a copy that knows none.
+
+    In that copy every control token is spelt as a marker that nobody can have typed, so that markers stand where a
+    template put control tokens, and the typed ones are plain text. Ids, merges and white space handling are the same.
+    """
+
+    def __init__(self, source: str, *, name: str = "tokenizer.json") -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(source)
+        except Exception as error:
+            raise ValueError(f"{name}: not a tokenizer.json that this version of tokenizers reads ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.added: dict[str, int] = {token.content: index for index, token in added.items()}
+        self.control: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
+        self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        self._marked: Any = None
+        self._markers: dict[str, str] = {}
+
+    def set_control(self, control: dict[str, int]) -> None:
+        """Which strings are control tokens: never made from text that someone typed."""
+        self.control, self._marked = control, None
+
+    def token_id(self, token: str) -> int | None:
+        index: int | None = self._tokenizer.token_to_id(token)
+        return index
+
+    def token(self, index: int) -> str | None:
+        text: str | None = self._tokenizer.id_to_token(index)
+        return text
+
+    def to_str(self) -> str:
+        text: str = self._tokenizer.to_str()
+        return text
+
+    def first_by_default(self) -> list[int]:
+        """The ids that the file's own post-processor puts around a text."""
+        ids: list[int] = self._tokenizer.encode("a", add_special_tokens=True).ids
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        return text
+
+    def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]:
+        plain = [i for i, row in enumerate(rows) if row.controls is None or not self._has_control(row.text)]
+        marked = sorted(set(range(len(rows))) - set(plain))
+        encoded: list[Encoded | None] = [None] * len(rows)
+        self._encode_into(encoded, plain, [rows[i] for i in plain], self._tokenizer)
+        if marked:
+            tokenizer = self._with_markers()
+            self._encode_into(encoded, marked, [self._mark(rows[i]) for i in marked], tokenizer)
+        return [row for row in encoded if row is not None]
+
+    def _has_control(self, text: str) -> bool:
+        return any(token in text for token in self.control)
+
+    @staticmethod
+    def _encode_into(encoded: list[Encoded | None], places: list[int], rows: list[Rendered], tokenizer: Any) -> None:
+        texts = [row.text for row in rows]
+        if all(not row.trained or row.trained == [(0, len(row.text))] for row in rows):
+            fast = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            for i, row, encoding in zip(places, rows, fast, strict=True):
+                ids = encoding.ids
+                encoded[i] = Encoded(ids, [(0, len(ids))] if row.trained and ids else [])
+            return
+        for i, row, encoding in zip(places, rows, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+            ids = encoding.ids
+            encoded[i] = Encoded(ids, _token_spans(encoding, row.trained, len(ids)))
+
+    def _mark(self, row: Rendered) -> Rendered:
+        edits = [(a, b, self._markers[row.text[a:b]]) for a, b in row.controls or ()]
+        text, trained = substitute(row.text, edits, row.trained)
+        return Rendered(text, trained)
+
+    def _with_markers(self) -> Any:
+        if self._marked is None:
+            from tokenizers import Tokenizer
+
+            nonce = secrets.token_hex(8)
+            self._markers = {token: f"\U000ffffe{nonce}{i}\U000ffffe" for i, token in enumerate(self.control)}
+            self._marked = Tokenizer.from_str(_rename_tokens(self._tokenizer.to_str(), self._markers))
+        return self._marked
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_marked": None, "_markers": {}}
+
+
+def _rename_tokens(source: str, names: dict[str, str]) -> str:
+    """A tokenizer.json in which the tokens of ``names`` are spelt otherwise, with the same ids."""
+    data = json.loads(source)
+    for token in data["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = data["model"]
+    if isinstance(model.get("vocab"), dict):
+        model["vocab"] = {names.get(token, token): index for token, index in model["vocab"].items()}
+    elif model.get("vocab"):
+        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    data["post_processor"] = None
+    return json.dumps(data)
+
+
+def _token_spans(encoding: Any, spans: Sequence[Span], count: int) -> list[Span]:
+    """The tokens that hold a character of each span."""
+    found: list[Span] = []
+    for start, end in spans:
+        first = next((t for t in map(encoding.char_to_token, range(start, end)) if t is not None), None)
+        if first is None:
+            continue
+        last = next(t for t in map(encoding.char_to_token, range(end - 1, start - 1, -1)) if t is not None)
+        while last + 1 < count and encoding.token_to_chars(last + 1)[0] < end:
+            last += 1
+        found.append((first, last + 1))
+    return join_spans(found)
+
+
+def read_tokenizer_json(path: Path) -> JsonTokenizer:
+    """The tokenizer of a ``tokenizer.json`` file."""
+    return JsonTokenizer(path.read_text(encoding="utf-8"), name=str(path))
