@@ -13,7 +13,7 @@ _KNOWN = ("role", "from", "content", "value", "text", "weight", "loss", "train")
 
 
 def read_messages(turns: Any) -> list[Message]:
-    """Messages from ``[{"role", "content"}]`` or ``[{"from", "value"}]``. Raises BadRowError with the turn that is wrong.
+    """Messages from ``[{"role", "content"}]`` or ``[{"from", "value"}]``. Raises BadRowError naming the turn.
 
     ``weight: 0`` (OpenAI) and ``loss``/``train: false`` mask a turn; content lists are joined where they are text.
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 from typing import Any
 
 Messages = list[dict[str, Any]]
@@ -46,7 +45,7 @@ def turn_spans(
 ) -> tuple[str, list[Span]]:
     """The conversation's text and its trained spans: the turns whose flag is set.
 
-    ``control`` matches the tokenizer's control strings, ``ends`` are those that end a turn. Raises AmbiguousTemplateError.
+    ``control`` matches the tokenizer's control strings, ``ends`` are those ending a turn. Raises AmbiguousTemplateError.
     """
     full = render(messages, False)
     if all(trained):
@@ -61,6 +60,18 @@ def turn_spans(
                 raise AmbiguousTemplateError(f"the chat template renders message {i} inside an earlier one")
             spans.append((start, end))
     return full, spans
+
+
+def _shared_length(one: str, other: str) -> int:
+    """How many characters both texts begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one.startswith(other[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 class _Finder:
@@ -87,7 +98,7 @@ class _Finder:
         # deletes): the turn starts where two different answers begin to differ.
         before = self.boundary(i)
         others = [self.render(self._with(i, probe), False) for probe in _PROBES]
-        start = len(commonprefix(others))
+        start = _shared_length(*others)
         if start < before or not self.full.startswith(others[0][:start]):
             raise self._ambiguous(i)
         return start
@@ -101,7 +112,7 @@ class _Finder:
         # with the same conversation that goes on differently.
         if i + 1 < len(self.messages):
             other = self.render([*self.messages[: i + 1], {**self.messages[i + 1], "content": _PROBES[0]}], False)
-            limit = len(commonprefix([other, self.full]))
+            limit = _shared_length(other, self.full)
             found = [self.full.find(end, start, limit) for end in self.ends]
             position, end = min(((p, e) for p, e in zip(found, self.ends, strict=True) if p >= 0), default=(-1, ""))
             if position >= 0:
