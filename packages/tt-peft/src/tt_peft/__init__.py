@@ -1,19 +1,24 @@
 """LoRA, QLoRA and DoRA on any ``nn.Module``, in place; merge; PEFT adapter files both ways."""
 
-from tt_peft.adapter_files import adapter_config, load_adapter, save_adapter
-from tt_peft.apply import (
+from tt_peft.adapter_files import load_adapter, save_adapter
+from tt_peft.apply import apply_lora_
+from tt_peft.config import LoRAConfig
+from tt_peft.dora import DoRALinear, QDoRALinear
+from tt_peft.initial import init_adapter_
+from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
+from tt_peft.merge import LayerLoss, MergeReport, merge_lora_, unmerge_lora_
+from tt_peft.nf4 import NF4Linear, to_nf4
+from tt_peft.optim import lora_plus_groups
+from tt_peft.quantize import dequantize_, quantize_nf4_
+from tt_peft.state import adapter_state_dict, load_adapter_state_
+from tt_peft.switch import (
+    active_adapters,
+    adapter_config,
     adapter_names,
     adapter_parameters,
-    adapter_state_dict,
-    apply_lora_,
     disable_adapter,
-    load_adapter_state_,
     set_adapter_,
 )
-from tt_peft.config import LoRAConfig
-from tt_peft.initial import init_adapter_
-from tt_peft.lora import LoRAEmbedding, LoRALinear
-from tt_peft.merge import merge_lora_
 
 __version__ = "0.1.0"
 
@@ -22,15 +27,27 @@ __all__ = [
     "apply_lora_",
     "init_adapter_",
     "adapter_parameters",
+    "lora_plus_groups",
     "adapter_state_dict",
     "load_adapter_state_",
     "save_adapter",
     "load_adapter",
     "adapter_config",
     "adapter_names",
+    "active_adapters",
     "set_adapter_",
-    "merge_lora_",
     "disable_adapter",
+    "merge_lora_",
+    "unmerge_lora_",
+    "MergeReport",
+    "LayerLoss",
+    "quantize_nf4_",
+    "dequantize_",
+    "to_nf4",
     "LoRALinear",
     "LoRAEmbedding",
+    "DoRALinear",
+    "QLoRALinear",
+    "QDoRALinear",
+    "NF4Linear",
 ]

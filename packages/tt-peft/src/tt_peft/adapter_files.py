@@ -2,26 +2,26 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tt_peft.apply import (
-    adapted_modules,
-    adapter_names,
-    adapter_state_dict,
-    apply_lora_,
-    load_adapter_state_,
-    own_module_names,
-    target_names,
-)
+from tt_peft.apply import apply_lora_, saved_names, spec_of, stacked_names, target_names
 from tt_peft.config import LoRAConfig
 from tt_peft.fingerprint import difference, encode, fingerprint
-from tt_peft.lora import LowRank
-from tt_peft.peft_config import config_from_peft, config_to_peft
+from tt_peft.lora import LoRAEmbedding, LoRALinear
+from tt_peft.lowrank import low_ranks
+from tt_peft.peft_config import Members, config_from_peft, config_to_peft
+from tt_peft.saved import SavedModule
+from tt_peft.stacked import StackedLoRA
+from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
+from tt_peft.switch import adapter_config, adapter_names, modules_of
+from tt_peft.targets import nearest, own_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -40,23 +40,38 @@ def save_adapter(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     base_model = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {_PREFIX + k: _whole(t) for k, t in adapter_state_dict(model, adapter).items()}
+    tensors = {
+        _PREFIX + key: _whole(tensor) for key, tensor in without_start(adapter_state_dict(model, adapter)).items()
+    }
     metadata = {"format": "pt", _BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
-    _write(folder / WEIGHTS_FILE, save(tensors, metadata))
-    names = [n for n, m in adapted_modules(model).items() if adapter in m.adapters]
-    settings = config_to_peft(adapter_config(model, adapter), names, own_module_names(model), base_model)
+    _write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
+    settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)
     _write(folder / CONFIG_FILE, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
     return folder
 
 
-def adapter_config(model: nn.Module, adapter: str = "default") -> LoRAConfig:
-    """The config with which an adapter was applied."""
-    for module in adapted_modules(model).values():
-        if adapter in module.adapters:
-            low_rank = module.adapters[adapter]
-            assert isinstance(low_rank, LowRank)
-            return low_rank.spec.config
-    raise ValueError(f"the model has no adapter {adapter!r}; it has: {', '.join(adapter_names(model)) or 'none'}")
+def without_start(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter counted from the untouched base: what PiSSA started from becomes more rank: ``[A; A0] [B, -B0]``."""
+    plain = {key: tensor for key, tensor in state.items() if ".start_" not in key}
+    for key, start in state.items():
+        if key.endswith("start_A.weight"):
+            own = key.replace(".start_", ".lora_")
+            plain[own] = torch.cat([_whole(state[own]), _whole(start)])
+        elif key.endswith("start_B.weight"):
+            own = key.replace(".start_", ".lora_")
+            plain[own] = torch.cat([_whole(state[own]), -_whole(start)], dim=1)
+    return plain
+
+
+def _members(model: nn.Module, adapter: str) -> Members:
+    """The names that an adapter's config file must mention."""
+    modules = modules_of(model, adapter)
+    return Members(
+        linear=[name for name, m in modules.items() if isinstance(m, LoRALinear | LoRAEmbedding)],
+        stacked=[f"{n}.{x}" for n, m in modules.items() if isinstance(m, StackedLoRA) for x in low_ranks(m, adapter)],
+        saved=[name for name, m in modules.items() if isinstance(m, SavedModule)],
+        everything=list(own_modules(model)),
+    )
 
 
 def load_adapter(
@@ -66,6 +81,7 @@ def load_adapter(
     adapter: str = "default",
     base_model: str | None = None,
     check_base: bool = True,
+    quantize_base: bool = False,
 ) -> LoRAConfig:
     """Load an adapter folder, ours or one that ``peft`` wrote; returns its config.
 
@@ -77,12 +93,17 @@ def load_adapter(
     state, metadata = read_adapter_weights(folder)
     if check_base:
         _check_base(model, folder, settings, metadata, base_model)
-    config = config_from_peft(settings, folder / CONFIG_FILE)
-    if adapter not in adapter_names(model):
-        _check_targets(model, config, state, folder)
+    state = _without_base_copies(model, state, folder)
+    config = config_from_peft(settings, folder / CONFIG_FILE).with_(quantize_base=quantize_base)
+    config = config.with_(modules_to_save=_names_ending_in(model, config.modules_to_save, folder))
+    _check_targets(model, config, state, folder)
+    if adapter in adapter_names(model):
+        _check_same(model, config, adapter, folder)
+    else:
         apply_lora_(model, config, adapter=adapter)
+    starts = {e.key: e.parameter.detach() for e in entries(model, adapter) if ".start_" in e.key and e.key not in state}
     try:
-        load_adapter_state_(model, state, adapter=adapter)
+        load_adapter_state_(model, {**state, **starts}, adapter=adapter)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     return config
@@ -136,18 +157,63 @@ def _check_base(
         raise ValueError(f"{title}, but the model here is {base_model}; pass check_base=False if they are the same")
 
 
+def _without_base_copies(model: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """PEFT puts the base of adapted embeddings into the file as well; that must be what the model has."""
+    kept = {}
+    for key, tensor in state.items():
+        owner, found, local = key.rpartition(".base_layer.")
+        if not found or ".lora_" in key:
+            kept[key] = tensor
+            continue
+        own = dict(model.named_parameters(remove_duplicate=False)).get(f"{owner}.{local}")
+        if own is not None and own.shape != tensor.shape:
+            raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, the base has {list(own.shape)}")
+        if own is not None and not own.is_meta and not torch.allclose(own.float().cpu(), tensor.float(), rtol=1e-2):
+            raise ValueError(f"{folder}: {key} holds other base weights than the model: another base, or a changed one")
+    return kept
+
+
+def _names_ending_in(model: nn.Module, endings: Sequence[str], folder: Path) -> tuple[str, ...]:
+    """PEFT reads ``modules_to_save`` as endings, not as whole parts: "norm" means "input_layernorm" too."""
+    names = list(own_modules(model))
+    for ending in endings:
+        if not any(name.endswith(ending) for name in names):
+            raise ValueError(f"{folder}: modules_to_save: {ending!r} matches no module{nearest(ending, names)}")
+    return tuple(name for name in names if name.endswith(tuple(endings)))
+
+
 def _check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
     """An adapter file for more or fewer layers than the model has is of another base."""
     try:
-        wanted = set(target_names(model, config))
+        stacked = {name.rpartition(".")[0] for name in stacked_names(model, config)}
+        wanted = {*target_names(model, config), *stacked}
+        saved = saved_names(model, config)
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
-    found = {key.rsplit(".lora_", 1)[0] for key in state if ".lora_" in key}
-    for title, names in (("has no weights for", wanted - found), ("has weights for unknown", found - wanted)):
+    found = {key.split(".lora_", 1)[0].replace(".base_layer", "") for key in state if ".lora_" in key}
+    strangers = {key for key in state if ".lora_" not in key and not any(key.startswith(f"{name}.") for name in saved)}
+    for title, names in (
+        ("has no weights for", wanted - found),
+        ("has weights for unknown", found - wanted | strangers),
+    ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             listed = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{folder}: the adapter is of another base: it {title} {listed}{more}")
+            raise ValueError(f"{folder}: the adapter is of another base or kind: it {title} {listed}{more}")
+
+
+def _check_same(model: nn.Module, config: LoRAConfig, adapter: str, folder: Path) -> None:
+    """The model's adapter must compute with the numbers that the file's was trained with."""
+    for name, module in modules_of(model, adapter).items():
+        for local, low_rank in low_ranks(module, adapter).items():
+            own, given = low_rank.spec, spec_of(f"{name}.{local}" if local else name, config)
+            for what, here, there in (
+                ("rank", own.rank, given.rank),
+                ("scaling", own.scaling, given.scaling),
+                ("use_dora", own.config.use_dora, given.config.use_dora),
+            ):
+                if here != there:
+                    raise ValueError(f"{folder}: {what} is {there} for {name}, but the model's {adapter!r} has {here}")
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -155,6 +221,14 @@ def _whole(tensor: Tensor) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)
     whole: Tensor = gather() if gather is not None else tensor
     return whole.detach().cpu().contiguous()
+
+
+def _sorted_header(content: bytes) -> bytes:
+    """safetensors writes metadata in an order of its own at each call; equal adapters should be equal files."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def _write(file: Path, content: bytes) -> None:

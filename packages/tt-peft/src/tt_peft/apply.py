@@ -1,200 +1,132 @@
-"""The verbs over a whole model: give it adapters, find them, switch them."""
+"""Give a model adapters, in place."""
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tt_peft.config import LoRAConfig
+from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.initial import init_adapter_
-from tt_peft.lora import AdapterModule, LoRAEmbedding, LoRALinear, LowRank, LowRankSpec
-from tt_peft.targets import first_match, in_layers, matches, output_projection_names, plain_linear, select
-
-_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
+from tt_peft.lowrank import AdapterModule, LowRankSpec
+from tt_peft.nf4 import NF4Base
+from tt_peft.quantize import quantize_nf4_
+from tt_peft.saved import SavedModule, save_module_
+from tt_peft.stacked import stack_lora_
+from tt_peft.switch import adapter_names, set_adapter_
+from tt_peft.targets import first_match, is_linear, matches, nearest, select, select_modules
 
 
 def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default") -> list[str]:
-    """Freeze ``model`` and give every target module an adapter, in place. Returns the names of the adapted modules.
+    """Freeze ``model`` and give every target an adapter, in place. Returns the names of what was adapted.
 
-    The starting values are drawn from torch's global generator; the model computes what it did before (B is zero).
-    A second call with another ``adapter`` name adds a second adapter and makes it the active one. On a model on the
-    meta device, load the base weights afterwards and then call ``init_adapter_`` or ``load_adapter``.
+    The starting values are drawn from torch's global generator; the model computes what it did before. With
+    ``quantize_base`` every linear layer becomes NF4, adapted or not, except ``quantize_skip`` and modules trained in
+    full. A second call with another ``adapter`` name adds a second adapter and makes it the active one.
+
+    On a model on the meta device nothing is drawn: load the base weights, then call ``init_adapter_`` or
+    ``load_adapter``.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", adapter):
         raise ValueError(f"adapter name {adapter!r} is not valid: use letters, digits, - and _")
     if adapter in adapter_names(model):
         raise ValueError(f"the model already has an adapter {adapter!r}: give the new one another name")
-    for name in ("use_dora", "quantize_base", "target_parameters", "modules_to_save"):
-        if getattr(config, name):
-            raise ValueError(f"{name} is not available yet")
-    names = target_names(model, config)
-    modules = {name: model.get_submodule(name) for name in names}
-    _check_modules(modules, config)
+    names, saved, stacked = target_names(model, config), saved_names(model, config), stacked_names(model, config)
+    _check(model, config, names, saved)
     model.requires_grad_(False)
-    for name, module in modules.items():
-        _adapt_(module).add_adapter_(adapter, _spec(name, module, config))
+    for name in saved:
+        save_module_(model.get_submodule(name), adapter)
+    for name in names:
+        _adapt_(model.get_submodule(name), config).add_adapter_(adapter, spec_of(name, config))
+    for owner, locals_ in _by_owner(stacked).items():
+        stack_lora_(model.get_submodule(owner), adapter, {x: spec_of(f"{owner}.{x}", config) for x in locals_})
+    if config.quantize_base:
+        quantize_nf4_(model, skip=config.quantize_skip)
+    set_adapter_(model, adapter)
     if not any(p.is_meta for p in model.parameters()):
         init_adapter_(model, adapter)
-    set_adapter_(model, adapter)
-    return names
+    return names + stacked + saved
 
 
 def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the modules that ``config`` targets, in the model's order."""
-    names = own_module_names(model)
-    if config.target_modules == "all-linear":
-        head = set(output_projection_names(model))
-        chosen = [n for n in names if plain_linear(model.get_submodule(n)) and n not in head]
-        if not chosen:
-            raise ValueError("target_modules: the model has no linear layer for 'all-linear'")
-    else:
-        chosen = select(tuple(config.target_modules), names, what="target_modules")
+    """Names of the linear layers and embeddings that ``config`` targets, in the model's order."""
+    chosen = select_modules(model, config.target_modules, what="target_modules")
     if config.exclude_modules:
-        excluded = set(select(config.exclude_modules, names, what="exclude_modules"))
+        excluded = set(select_modules(model, config.exclude_modules, what="exclude_modules"))
         chosen = [n for n in chosen if n not in excluded]
-    chosen = [n for n in chosen if in_layers(n, config.layers_to_transform)]
-    if not chosen:
+    if config.layers_to_transform is not None:
+        chosen = [n for n in chosen if _layer_of(n) in config.layers_to_transform]
+    if config.target_modules and not chosen:
         raise ValueError("target_modules: nothing is left after exclude_modules and layers_to_transform")
-    for pattern in (*config.rank_pattern, *config.alpha_pattern):
-        if not any(matches(pattern, n) for n in chosen):
-            raise ValueError(f"rank_pattern, alpha_pattern: {pattern!r} matches no adapted module")
+    adapted = chosen + stacked_names(model, config)
+    for what in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, what):
+            if not any(matches(pattern, n) for n in adapted):
+                raise ValueError(f"{what}: {pattern!r} matches no adapted module{nearest(pattern, adapted)}")
     return chosen
 
 
-def own_module_names(model: nn.Module) -> list[str]:
-    """Names of all modules but the root and what adapters added."""
-    added = [m.adapters for m in model.modules() if isinstance(m, AdapterModule)]
-    skip = {id(part) for modules in added for part in modules.modules()}
-    return [name for name, module in model.named_modules() if name and id(module) not in skip]
+def saved_names(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the modules that are trained in full."""
+    return select_modules(model, config.modules_to_save, what="modules_to_save")
 
 
-def _check_modules(modules: dict[str, nn.Module], config: LoRAConfig) -> None:
-    for name, module in modules.items():
-        if not isinstance(module, LoRALinear | LoRAEmbedding | nn.Embedding) and not plain_linear(module):
+def stacked_names(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the stacked parameters that ``config`` targets."""
+    names = [name for name, p in model.named_parameters() if p.dim() == 3 and ".adapters." not in name]
+    return select(config.target_parameters, names, what="target_parameters")
+
+
+def _by_owner(parameters: Sequence[str]) -> dict[str, list[str]]:
+    owners: dict[str, list[str]] = {}
+    for owner, _, local in (name.rpartition(".") for name in parameters):
+        owners.setdefault(owner, []).append(local)
+    return owners
+
+
+def _layer_of(name: str) -> int | None:
+    """The first number among the parts of a name."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Sequence[str]) -> None:
+    for name in names:
+        module = model.get_submodule(name)
+        inside = next((s for s in saved if name == s or name.startswith(s + ".")), None)
+        if inside or isinstance(module, SavedModule):
+            raise ValueError(f"{name} is in target_modules and trained in full by modules_to_save: choose one")
+        if not is_linear(module) and not isinstance(module, nn.Embedding):
             raise ValueError(f"{name} is a {type(module).__name__}: LoRA goes on nn.Linear and nn.Embedding")
-        rank = first_match(config.rank_pattern, name, config.rank)
-        limit = min(module.get_parameter("weight").shape)
+        if isinstance(module, nn.Embedding) and (config.use_dora or config.init != "kaiming"):
+            raise ValueError(f"{name} is an embedding: use_dora=False and init='kaiming' only")
+        rank, limit = first_match(config.rank_pattern, name, config.rank), min(module.get_parameter("weight").shape)
         if rank > limit:
-            warnings.warn(f"{name}: rank {rank} is above min(in, out) = {limit} and adds nothing over it", stacklevel=3)
+            text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can do all that it can"
+            warnings.warn(text, stacklevel=3)
+    for name in saved:
+        if isinstance(module := model.get_submodule(name), AdapterModule) and not isinstance(module, SavedModule):
+            raise ValueError(f"modules_to_save: {name} has a LoRA adapter already")
 
 
-def _adapt_(module: nn.Module) -> LoRALinear | LoRAEmbedding:
-    """Change the class of a plain layer; the object, its parameters and its hooks stay."""
-    if not isinstance(module, AdapterModule):
-        module.__class__ = LoRAEmbedding if isinstance(module, nn.Embedding) else LoRALinear
-        module.become_adapted_()  # type: ignore[operator]
+def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:
+    """Change the class of a layer; the object, its parameters and its hooks stay."""
+    fresh = not isinstance(module, AdapterModule)
+    if isinstance(module, nn.Embedding):
+        module.__class__ = LoRAEmbedding
+    elif config.use_dora or isinstance(module, DoRALinear):
+        module.__class__ = QDoRALinear if isinstance(module, NF4Base) else DoRALinear
+    else:
+        module.__class__ = QLoRALinear if isinstance(module, NF4Base) else LoRALinear
     assert isinstance(module, LoRALinear | LoRAEmbedding)
+    if fresh:
+        module.become_adapted_()
     return module
 
 
-def _spec(name: str, module: nn.Module, config: LoRAConfig) -> LowRankSpec:
+def spec_of(name: str, config: LoRAConfig) -> LowRankSpec:
+    """Rank and scaling of the module ``name``."""
     rank = first_match(config.rank_pattern, name, config.rank)
     alpha = first_match(config.alpha_pattern, name, config.alpha)
     return LowRankSpec(rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha), config=config)
-
-
-def adapted_modules(model: nn.Module) -> dict[str, AdapterModule]:
-    """Every module that owns adapters, by the name it has without wrappers (DDP, compile, checkpointing)."""
-    return {clean_name(n): m for n, m in model.named_modules() if isinstance(m, AdapterModule)}
-
-
-def clean_name(name: str) -> str:
-    return _WRAPPERS.sub("", name).removeprefix("module.")
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """Names of the adapters that the model has."""
-    return list(dict.fromkeys(key for m in adapted_modules(model).values() for key in m.adapters))
-
-
-def set_adapter_(model: nn.Module, adapter: str | Sequence[str]) -> None:
-    """Make one adapter (or several, whose changes add up) the active one; only its parameters train."""
-    chosen = (adapter,) if isinstance(adapter, str) else tuple(adapter)
-    known = adapter_names(model)
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"the model has no adapter {name!r}; it has: {', '.join(known) or 'none'}")
-    for module in adapted_modules(model).values():
-        module.active = tuple(name for name in chosen if name in module.adapters)
-        for name, part in module.adapters.items():
-            for local, parameter in part.named_parameters():
-                parameter.requires_grad_(name in chosen and not local.endswith("_start"))
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters to train, by their full names: those of the active adapter."""
-    return {
-        f"{prefix}.{local}" if prefix else local: parameter
-        for prefix, module in model.named_modules()
-        if isinstance(module, AdapterModule)
-        for local in module.adapter_params()
-        if (parameter := module.get_parameter(local)).requires_grad
-    }
-
-
-@contextmanager
-def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base computes: a free reference model."""
-    modules = list(adapted_modules(model).values())
-    if not modules:
-        raise ValueError("the model has no adapter to disable (merge_lora_ removes adapters)")
-    before = [module.disabled for module in modules]
-    try:
-        for module in modules:
-            module.disabled = True
-        yield
-    finally:
-        for module, disabled in zip(modules, before, strict=True):
-            module.disabled = disabled
-
-
-def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors under the names of PEFT files without their ``base_model.model.`` prefix."""
-    return {key: parameter.detach() for key, parameter in _parameters_by_key(model, adapter).items()}
-
-
-@torch.no_grad()
-def load_adapter_state_(model: nn.Module, state: dict[str, Tensor], *, adapter: str = "default") -> None:
-    """The inverse of ``adapter_state_dict``: set every tensor of an adapter that the model has."""
-    own = _parameters_by_key(model, adapter)
-    problems = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    problems += [
-        f"{k} has shape {list(state[k].shape)}, expected {list(p.shape)}"
-        for k, p in own.items()
-        if k in state and state[k].shape != p.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"the adapter does not fit this model: {'; '.join(problems[:3])}{more}")
-    for module in adapted_modules(model).values():
-        weight = module.get_parameter("weight")
-        if adapter in module.adapters and not weight.is_meta:
-            if any(p.is_meta for p in module.adapters[adapter].parameters()):
-                module.adapters[adapter].to_empty(device=weight.device)
-    for key, parameter in _parameters_by_key(model, adapter).items():
-        if parameter.is_meta:
-            raise ValueError(f"{key}: the base is on the meta device; load the base weights before the adapter")
-        parameter.copy_(state[key])
-
-
-def _parameters_by_key(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    keys: dict[str, nn.Parameter] = {}
-    for name, module in adapted_modules(model).items():
-        if adapter in module.adapters:
-            low_rank = module.adapters[adapter]
-            assert isinstance(low_rank, LowRank)
-            for local, parameter in low_rank.named_parameters():
-                keys[f"{name}.{_file_name(module, local)}"] = parameter
-    if not keys:
-        known = adapter_names(model)
-        raise ValueError(f"the model has no adapter {adapter!r}; it has: {', '.join(known) or 'none'}")
-    return keys
-
-
-def _file_name(module: AdapterModule, local: str) -> str:
-    if isinstance(module, LoRAEmbedding):
-        return local.replace("lora_", "lora_embedding_")
-    return local if local == "lora_magnitude_vector" else f"{local}.weight"

@@ -1,7 +1,7 @@
 """What an adapter is made of: :class:`LoRAConfig`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
@@ -69,7 +69,7 @@ class LoRAConfig:
                 continue
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
+            layers: Sequence[int] | int = self.layers_to_transform
             object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
 
     def scaling(self, rank: int, alpha: float) -> float:

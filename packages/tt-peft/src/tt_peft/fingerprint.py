@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_peft.apply import clean_name
-from tt_peft.lora import AdapterModule
+from tt_peft.lowrank import AdapterModule
+from tt_peft.switch import clean_name
 
 _SAMPLES = 16  # values of one tensor
 _TENSORS = 12
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Shapes of the base and a few of its values: ``{"shapes", "parameters", "layers", "values"}``.
+    """Shapes of the base and a few of its values: ``{"shapes", "parameters", "tensors", "values"}``.
 
-    ``shapes`` is a digest of all names and shapes; ``values`` samples tensors that no adapter changes, rounded to
-    bfloat16, so that the same base in another dtype is recognised. Nothing is sampled from the meta device.
+    ``shapes`` is a digest of all names and shapes. ``values`` samples dense tensors, rounded to bfloat16, so that the
+    same base is recognised in another dtype or with other layers in NF4. The meta device and shards are not sampled.
     """
     base = base_parameters(model)
     listing = "\n".join(f"{name} {list(p.shape)}" for name, p in sorted(base.items()))
@@ -26,7 +26,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "shapes": hashlib.sha256(listing.encode()).hexdigest(),
         "parameters": sum(p.numel() for p in base.values()),
         "tensors": len(base),
-        "values": _samples({n: p for n, p in base.items() if not p.requires_grad or not _adapted(model)}),
+        "values": _samples(base),
     }
 
 
@@ -39,10 +39,6 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
         for local in module.adapter_params()
     }
     return {clean_name(name): p for name, p in model.named_parameters() if name not in added}
-
-
-def _adapted(model: nn.Module) -> bool:
-    return any(isinstance(module, AdapterModule) for module in model.modules())
 
 
 def _samples(base: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -66,8 +62,8 @@ def difference(saved: dict[str, Any], model: nn.Module) -> str | None:
     own = fingerprint(model)
     if saved.get("shapes") != own["shapes"]:
         return (
-            f"names or shapes of its weights differ (it has {own['parameters']:,} parameters in {own['tensors']} tensors, "
-            f"the adapter's base had {saved.get('parameters', 0):,} in {saved.get('tensors', 0)})"
+            f"names or shapes differ (here: {own['parameters']:,} parameters in {own['tensors']} tensors; "
+            f"the adapter's base: {saved.get('parameters', 0):,} in {saved.get('tensors', 0)})"
         )
     base = base_parameters(model)
     outside = total = 0

@@ -1,48 +1,84 @@
-"""Starting values of adapters, drawn from torch's global generator in the order of the modules."""
+"""Starting values of adapters, drawn from torch's global generator in the order of the modules.
+
+PiSSA: https://arxiv.org/abs/2404.02948.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tt_peft.lora import AdapterModule, LoRAEmbedding, LoRALinear, LowRank
+from tt_peft.lora import LoRAEmbedding, LoRALinear
+from tt_peft.lowrank import AdapterModule, LowRank, assign_, low_ranks, principal_factors, row_norms
+from tt_peft.nf4 import dense, is_nf4
+from tt_peft.saved import SavedModule, copy_from_base_
+from tt_peft.switch import modules_of
 
 
-def init_adapter_(model: nn.Module, adapter: str = "default", *, device: torch.device | str | None = None) -> None:
-    """Draw the starting values of an adapter; parameters on the meta device are made on that of their base weight.
+def init_adapter_(model: nn.Module, adapter: str = "default") -> None:
+    """Set the starting values of an adapter; parameters on the meta device are made where their base weight is.
 
     ``apply_lora_`` does this by itself, except on a model on the meta device: there, load the base weights first and
-    call this then. The values depend on torch's global generator alone (``torch.manual_seed``), not on the device.
+    call this then. The values depend on torch's global generator alone (``torch.manual_seed``): not on device, dtype
+    or sharding.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, AdapterModule) and adapter in module.adapters:
-            low_rank = module.adapters[adapter]
-            assert isinstance(low_rank, LowRank)
-            weight = module.get_parameter("weight")
-            if weight.is_meta and device is None:
-                raise ValueError(f"{name}.weight is on the meta device: load the base weights before init_adapter_")
-            low_rank.to_empty(device=device or weight.device)
-            _draw_(module, low_rank)
+    for name, module in modules_of(model, adapter).items():
+        materialise_(name, module, adapter)
+        if isinstance(module, SavedModule):
+            copy_from_base_(module, adapter)
+        for low_rank in low_ranks(module, adapter).values():
+            start_(name, module, low_rank)
+
+
+def materialise_(name: str, module: AdapterModule, adapter: str) -> None:
+    """Give an adapter on the meta device memory on its base's device."""
+    part = module.adapters[adapter]
+    if any(p.is_meta for p in part.parameters()):
+        base = next(p for p in module.parameters(recurse=False)) if not isinstance(module, SavedModule) else None
+        base = base if base is not None else next(iter(module.parameters()))
+        if base.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the base weights before the adapter's values")
+        part.to_empty(device=base.device)
 
 
 @torch.no_grad()
-def _draw_(module: nn.Module, low_rank: LowRank) -> None:
-    if isinstance(module, LoRAEmbedding):
-        low_rank.lora_A.zero_()
-        low_rank.lora_B.copy_(_normal(low_rank.lora_B.shape, 1.0))
+def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
+    """Set the values of one pair of factors (and DoRA's magnitude: the norms of the base's rows)."""
+    init = low_rank.spec.config.init
+    if init == "loftq" and is_nf4(module.get_parameter("weight")):
+        if not low_rank.started:
+            raise ValueError(
+                f"{name} was NF4 before: init='loftq' needs the dense weight, so quantize with this adapter"
+            )
         return
-    assert isinstance(module, LoRALinear)
-    low_rank.lora_B.zero_()
-    if low_rank.spec.config.init == "gaussian":
-        low_rank.lora_A.copy_(_normal(low_rank.lora_A.shape, 1.0 / low_rank.spec.rank))
-    else:
-        low_rank.lora_A.copy_(_uniform(low_rank.lora_A.shape, 1.0 / math.sqrt(module.in_features)))
+    A, B = _draw(module, low_rank)
+    assign_(low_rank.lora_A, A)
+    assign_(low_rank.lora_B, B)
+    if low_rank.start_A is not None and low_rank.start_B is not None:
+        assign_(low_rank.start_A, A)
+        assign_(low_rank.start_B, B)
+    if low_rank.lora_magnitude_vector is not None:
+        assign_(low_rank.lora_magnitude_vector, row_norms(dense(module.get_parameter("weight")), low_rank))
+    low_rank.started = True
 
 
-def _uniform(shape: torch.Size, bound: float) -> Tensor:
+def _draw(module: AdapterModule, low_rank: LowRank) -> tuple[Tensor, Tensor]:
+    shape_A, shape_B = low_rank.lora_A.shape, low_rank.lora_B.shape
+    config, rank = low_rank.spec.config, low_rank.spec.rank
+    if isinstance(module, LoRAEmbedding):
+        return torch.zeros(shape_A), _normal(shape_B, 1.0)
+    if config.init in ("pissa", "loftq") and isinstance(module, LoRALinear):
+        return principal_factors(dense(module.weight), rank, low_rank.spec.scaling)
+    if config.init == "gaussian":
+        return _normal(shape_A, 1.0 / rank), torch.zeros(shape_B)
+    return _uniform(shape_A, 1.0 / math.sqrt(shape_A[-1])), torch.zeros(shape_B)
+
+
+def _uniform(shape: Sequence[int], bound: float) -> Tensor:
     """In fp32 on the CPU whatever the model's device and dtype, so that a seed means the same values everywhere."""
-    return torch.empty(shape, device="cpu", dtype=torch.float32).uniform_(-bound, bound)
+    return torch.empty(tuple(shape), device="cpu", dtype=torch.float32).uniform_(-bound, bound)
 
 
-def _normal(shape: torch.Size, std: float) -> Tensor:
-    return torch.empty(shape, device="cpu", dtype=torch.float32).normal_(0.0, std)
+def _normal(shape: Sequence[int], std: float) -> Tensor:
+    return torch.empty(tuple(shape), device="cpu", dtype=torch.float32).normal_(0.0, std)

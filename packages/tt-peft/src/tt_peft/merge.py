@@ -1,35 +1,211 @@
-"""Adapters into the base weights: in fp32, and back to the base's dtype."""
+"""Adapters into the base weights and out again."""
+
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tt_peft.apply import adapted_modules
-from tt_peft.lora import AdapterModule, LoRAEmbedding, LowRank
+from tt_peft.dora import DoRALinear
+from tt_peft.lora import LoRAEmbedding, LoRALinear
+from tt_peft.lowrank import AdapterModule, LowRank, low_ranks, row_norms
+from tt_peft.nf4 import NF4Linear, dense, is_nf4
+from tt_peft.saved import SavedModule, own_parameters
+from tt_peft.stacked import StackedLoRA
+from tt_peft.switch import adapted_modules
+from tt_peft.targets import own_modules
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What merging one weight cost. ``lost``: the share of the adapter's change that rounding took (0.01 = 1 %)."""
+
+    name: str
+    dtype: torch.dtype
+    lost: float
+    from_nf4: bool
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What ``merge_lora_`` did; ``str(report)`` is one line for a log."""
+
+    layers: tuple[LayerLoss, ...]
+    dequantized: tuple[str, ...] = ()
+    """NF4 layers that had no adapter."""
+
+    def __str__(self) -> str:
+        text = f"merged {len(self.layers)} weights"
+        if self.layers:
+            worst = max(self.layers, key=lambda layer: layer.lost)
+            kind = str(worst.dtype).removeprefix("torch.")
+            text += f"; rounding to {kind} takes at most {worst.lost:.2%} of an adapter's change ({worst.name})"
+        quantized = sum(layer.from_nf4 for layer in self.layers) + len(self.dequantized)
+        if quantized:
+            text += f"; {quantized} weights were NF4 and are now what NF4 stands for, not what they were before it"
+        return text
+
+
+@dataclass
+class _Before:
+    """What ``unmerge_lora_`` needs: kept beside the module's parameters, not among them."""
+
+    cls: type[nn.Module]
+    fields: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def merge_lora_(model: nn.Module) -> None:
+def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None, keep_base: bool = False) -> MergeReport:
     """Add the active adapters to the base weights and take the adapters off, in place.
 
-    Computed in fp32 and rounded once to the weight's dtype.
+    Computed in fp32 and rounded once, to the weight's dtype or to ``dtype``. NF4 weights become dense. The model's
+    modules and parameters are then those that it had before ``apply_lora_``. ``unmerge_lora_`` undoes it, to the last
+    bit for NF4 weights and with ``keep_base=True``, which keeps a copy of each merged weight.
     """
     modules = adapted_modules(model)
     if not modules:
         raise ValueError("the model has no adapter to merge")
-    for module in modules.values():
-        weight = module.get_parameter("weight")
-        merged = weight.float()
-        for name in module.active:
-            low_rank = module.adapters[name]
-            assert isinstance(low_rank, LowRank)
-            A, B = (factor.float() for factor in low_rank.factors())
-            delta = low_rank.spec.scaling * (B @ A)
-            merged = merged + (delta.T if isinstance(module, LoRAEmbedding) else delta)
-        weight.copy_(merged)
-        _take_off_(module)
+    _check_untied(model, modules)
+    layers = [loss for name, m in modules.items() for loss in _merge(name, m, dtype=dtype, keep_base=keep_base)]
+    rest = [(name, module) for name, module in own_modules(model).items() if type(module) is NF4Linear]
+    for _, module in rest:
+        before = _Before(type(module), weights={"weight": module.weight})
+        weight = dense(module.weight)
+        _become(module, nn.Linear, before, {"weight": weight if dtype is None else weight.to(dtype)})
+    return MergeReport(tuple(layers), tuple(name for name, _ in rest))
 
 
-def _take_off_(module: AdapterModule) -> None:
-    for name in ("adapters", "active", "disabled"):
+@torch.no_grad()
+def unmerge_lora_(model: nn.Module) -> list[str]:
+    """Undo ``merge_lora_``, in place. Returns the names of the modules that have their adapters back."""
+    merged = {name: m for name, m in model.named_modules() if "_before_merge" in m.__dict__}
+    if not merged:
+        raise ValueError("the model is not merged")
+    for module in merged.values():
+        before: _Before = module.__dict__.pop("_before_merge")
+        module.__class__ = before.cls
+        for name, value in before.fields.items():
+            setattr(module, name, value)
+        if isinstance(module, SavedModule):
+            _swap(module)
+        elif isinstance(module, AdapterModule):
+            for local in _merged_names(module):
+                if local not in before.weights:
+                    _set(module, local, _without_adapters(module, local))
+        for local, weight in before.weights.items():
+            _set(module, local, weight)
+    return list(merged)
+
+
+def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_base: bool) -> list[LayerLoss]:
+    """Merge one module; nothing of it changes where the result is not finite."""
+    before = _Before(type(module), {key: getattr(module, key) for key in ("adapters", "active", "disabled")})
+    plain = _plain_class(module)
+    if isinstance(module, SavedModule):
+        _swap(module)
+        _become(module, plain, before, {})
+        return []
+    losses, weights = [], {}
+    for local in _merged_names(module):
+        old = module.get_parameter(local)
+        base = dense(old).float()
+        exact = _with_adapters(module, local, base)
+        stored = exact.to(dtype or old.dtype)
+        if not torch.isfinite(stored).all():
+            raise ValueError(f"{name}.{local}: the merged weight is not finite; the adapter or the base is broken")
+        change = torch.linalg.vector_norm(exact - base)
+        lost = float(torch.linalg.vector_norm(stored.float() - exact) / change) if change > 0 else 0.0
+        losses.append(LayerLoss(f"{name}.{local}", stored.dtype, lost, is_nf4(old)))
+        if keep_base or is_nf4(old) or stored.dtype != old.dtype or isinstance(module, DoRALinear):
+            before.weights[local] = old.detach()
+        weights[local] = stored
+    _become(module, plain, before, weights)
+    return losses
+
+
+def _plain_class(module: AdapterModule) -> type[nn.Module]:
+    if isinstance(module, LoRALinear):
+        return nn.Linear
+    if isinstance(module, LoRAEmbedding):
+        return nn.Embedding
+    return type(module).__mro__[2]  # (LoRAExperts, StackedLoRA, Experts, ...)
+
+
+def _merged_names(module: AdapterModule) -> list[str]:
+    if isinstance(module, StackedLoRA):
+        return list(dict.fromkeys(local for name in module.active for local in low_ranks(module, name)))
+    return ["weight"]
+
+
+def _active(module: AdapterModule, local: str) -> list[LowRank]:
+    parts = [low_ranks(module, name) for name in module.active]
+    return [part[local if isinstance(module, StackedLoRA) else ""] for part in parts]
+
+
+def _delta(module: AdapterModule, low_rank: LowRank) -> Tensor:
+    if isinstance(module, StackedLoRA):
+        return module.delta(low_rank)
+    return low_rank.delta().T if isinstance(module, LoRAEmbedding) else low_rank.delta()
+
+
+def _with_adapters(module: AdapterModule, local: str, base: Tensor) -> Tensor:
+    """The base weight in fp32 with all active adapters."""
+    total = base.clone()
+    for low_rank in _active(module, local):
+        delta = _delta(module, low_rank)
+        if low_rank.lora_magnitude_vector is not None:
+            ratio = (low_rank.lora_magnitude_vector.float() / row_norms(base, low_rank))[:, None]
+            delta = (ratio - 1) * base + ratio * delta
+        total += delta
+    return total
+
+
+def _without_adapters(module: AdapterModule, local: str) -> Tensor:
+    """The merged weight less all active adapters (none of them DoRA: those keep their base)."""
+    merged = module.get_parameter(local)
+    return (merged.float() - sum(_delta(module, low_rank) for low_rank in _active(module, local))).to(merged.dtype)
+
+
+def _become(module: nn.Module, cls: type[nn.Module], before: _Before, weights: dict[str, Tensor]) -> None:
+    """Turn a module into its plain class, with these weights."""
+    for name in before.fields:
         delattr(module, name)
-    module.__class__ = nn.Embedding if isinstance(module, LoRAEmbedding) else nn.Linear  # type: ignore[assignment]
+    module.__class__ = cls
+    module.__dict__["_before_merge"] = before
+    for local, weight in weights.items():
+        _set(module, local, weight)
+
+
+def _set(module: nn.Module, local: str, weight: Tensor) -> None:
+    """In place where that is possible, so that whoever holds the parameter sees the change."""
+    old = module.get_parameter(local)
+    if type(old.detach()) is type(weight) is Tensor and old.dtype == weight.dtype:
+        old.copy_(weight)
+    else:
+        setattr(module, local, nn.Parameter(weight, requires_grad=False))
+
+
+def _swap(module: SavedModule) -> None:
+    """Exchange the values of a module and of its active copy."""
+    if not module.active:
+        return
+    for own, other in zip(own_parameters(module), module.adapters[module.active[-1]].parameters(), strict=True):
+        own.data, other.data = other.data, own.data
+
+
+def _check_untied(model: nn.Module, modules: dict[str, AdapterModule]) -> None:
+    """A weight that two modules share cannot be changed for one of them."""
+    owners: dict[int, list[str]] = {}
+    for name, module in own_modules(model).items():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for name, module in modules.items():
+        shared = [n for p in module.parameters(recurse=False) for n in owners.get(id(p), []) if n != name]
+        if shared or (tied and isinstance(module, nn.Embedding)):
+            with_what = shared[0] if shared else "the output projection"
+            raise ValueError(
+                f"{name} shares its weight with {with_what}: merging would change both; keep the adapter apart, "
+                "or give the model weights of its own (tie_word_embeddings=False) before training"
+            )

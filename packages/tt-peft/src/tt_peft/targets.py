@@ -6,6 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from tt_peft.lora import LoRALinear
+from tt_peft.lowrank import AdapterModule
+from tt_peft.nf4 import NF4Linear
 
 V = TypeVar("V")
 
@@ -51,23 +56,40 @@ def first_match(patterns: Mapping[str, V], name: str, default: V) -> V:
     return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
 
 
-def plain_linear(module: nn.Module) -> bool:
-    """A linear layer whose forward is torch's own; a subclass that computes something else cannot be adapted."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer that computes what torch's does, or one of ours."""
+    if isinstance(module, LoRALinear | NF4Linear):
+        return True
+    return (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not _is_attention_part(module)
+    )
+
+
+def _is_attention_part(module: nn.Module) -> bool:
+    """``nn.MultiheadAttention`` never calls its output projection: an adapter there would do nothing."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def own_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules but the root and what adapters added, by name."""
+    added = {id(part) for m in model.modules() if isinstance(m, AdapterModule) for part in m.adapters.modules()}
+    return {name: module for name, module in model.named_modules() if name and id(module) not in added}
+
+
+def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str) -> list[str]:
+    """Names of the modules that ``targets`` mean; ``"all-linear"``: every linear layer but the output projection."""
+    modules = own_modules(model)
+    if targets != "all-linear":
+        return select((targets,) if isinstance(targets, str) else targets, list(modules), what=what)
+    head = set(output_projection_names(model))
+    chosen = [name for name, module in modules.items() if is_linear(module) and name not in head]
+    if not chosen:
+        raise ValueError(f"{what}: the model has no linear layer for 'all-linear'")
+    return chosen
 
 
 def output_projection_names(model: nn.Module) -> list[str]:
     """Names of the output projection: ``lm_head``, or what ``get_output_embeddings()`` gives."""
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return [
-        n for n, m in model.named_modules() if n.rsplit(".", 1)[-1] == "lm_head" or (head is not None and m is head)
-    ]
-
-
-def in_layers(name: str, layers: Sequence[int] | None) -> bool:
-    """Whether the first number in a dotted name is one of ``layers`` (None: all)."""
-    if layers is None:
-        return True
-    number = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return number is not None and int(number.group(1)) in layers
+    return [n for n, m in own_modules(model).items() if n.rsplit(".", 1)[-1] == "lm_head" or m is head]

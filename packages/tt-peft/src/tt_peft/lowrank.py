@@ -1,0 +1,161 @@
+"""The two factors of an adapter, and a module that owns some."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tt_peft.config import LoRAConfig
+from tt_peft.nf4 import dense
+
+_EXACT_SVD = 2048  # above this size of the smaller side, a randomised SVD: an exact one takes minutes
+
+
+@dataclass(frozen=True)
+class LowRankSpec:
+    """The numbers of one adapter on one layer."""
+
+    rank: int
+    alpha: float
+    scaling: float
+    config: LoRAConfig
+
+
+class LowRank(nn.Module):
+    """The two factors of one adapter on one weight: its change is ``scaling * B @ A``.
+
+    ``lora_A`` is [rank, in] and ``lora_B`` [out, rank]; an embedding has [rank, vocab] and [dim, rank]; stacked experts
+    have [experts, rank, in] and [experts, out, rank]. DoRA adds ``lora_magnitude_vector`` [out]. PiSSA adds the factors
+    it started from: what they stand for is taken from the base weight without touching it.
+    """
+
+    lora_magnitude_vector: nn.Parameter | None
+    start_A: nn.Parameter | None  # noqa: N815
+    start_B: nn.Parameter | None  # noqa: N815
+
+    def __init__(self, spec: LowRankSpec, shape_A: tuple[int, ...], shape_B: tuple[int, ...], like: Tensor) -> None:
+        super().__init__()
+        self.spec = spec
+        options: dict[str, Any] = {"device": like.device, "dtype": spec.config.dtype or like.dtype}
+        self.lora_A = nn.Parameter(torch.empty(shape_A, **options))
+        self.lora_B = nn.Parameter(torch.empty(shape_B, **options))
+        dora, pissa = spec.config.use_dora, spec.config.init == "pissa"
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(shape_B[0], **options)) if dora else None
+        self.start_A = nn.Parameter(torch.empty(shape_A, **options), requires_grad=False) if pissa else None
+        self.start_B = nn.Parameter(torch.empty(shape_B, **options), requires_grad=False) if pissa else None
+        self.started = False  # whether the values were set
+
+    def factors(self, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """``(A, B)``; with a start point ``([A; A0], [B, -B0])``."""
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        if self.start_A is not None and self.start_B is not None:
+            A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
+        return (A, B) if dtype is None else (A.to(dtype), B.to(dtype))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.spec.config.dropout, self.training)
+
+    @property
+    def drops(self) -> bool:
+        return self.training and self.spec.config.dropout > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``scaling * B A x`` for a linear layer; dropout is the caller's."""
+        A, B = self.factors(x.dtype)
+        return F.linear(F.linear(x, A) * self.spec.scaling, B)
+
+    def delta(self) -> Tensor:
+        """The change of the weight in fp32, [out, in] or [experts, out, in]."""
+        A, B = self.factors(torch.float32)
+        return (B @ A) * self.spec.scaling
+
+    def extra_repr(self) -> str:
+        return f"rank={self.spec.rank}, alpha={self.spec.alpha}, dropout={self.spec.config.dropout}"
+
+
+class AdapterModule(nn.Module):
+    """A module that owns adapters, by name; some are active."""
+
+    adapters: nn.ModuleDict
+    active: tuple[str, ...]
+    disabled: bool
+
+    def become_adapted_(self) -> None:
+        """Give a module whose class was just changed the fields of this one."""
+        self.adapters = nn.ModuleDict()
+        self.active = ()
+        self.disabled = False
+
+    def adapter_params(self) -> list[str]:
+        """Local names of the parameters that are no base weights."""
+        return [f"adapters.{name}" for name, _ in self.adapters.named_parameters()]
+
+    def active_adapters(self) -> list[Any]:
+        return [] if self.disabled else [self.adapters[name] for name in self.active]
+
+
+def low_ranks(module: AdapterModule, adapter: str) -> dict[str, LowRank]:
+    """The factors of one adapter on a module, by local name: one, or one for each stacked weight."""
+    if adapter not in module.adapters:
+        return {}
+    return {name: m for name, m in module.adapters[adapter].named_modules() if isinstance(m, LowRank)}
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, adapter: LowRank) -> Tensor:
+    """The norm of each row of ``W + s B A``, [out] in fp32, without forming that matrix.
+
+    ``|w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b`` for a row w of W and b of B.
+    """
+    A, B = adapter.factors(torch.float32)
+    s = adapter.spec.scaling
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) ** 2
+    cross = ((weight @ A.T.to(weight.dtype)).float() * B).sum(dim=1)
+    own = ((B @ (A @ A.T)) * B).sum(dim=1)
+    norms = (squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()
+    clamped: Tensor = norms.clamp(min=torch.finfo(torch.float32).tiny)
+    return clamped
+
+
+@torch.no_grad()
+def principal_factors(matrix: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """``(A, B)`` in fp32 such that ``scaling * B A`` is the best approximation of ``matrix`` of that rank."""
+    matrix = matrix.float()
+    if min(matrix.shape) <= _EXACT_SVD:
+        U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(matrix, q=min(2 * rank + 8, min(matrix.shape)), niter=8)
+        Vh = V.T
+    root = (S[:rank] / scaling).sqrt()
+    return root[:, None] * Vh[:rank], U[:, :rank] * root
+
+
+@torch.no_grad()
+def start_from_loss_(adapter: LowRank, weight: Tensor, quantized: Tensor) -> None:
+    """LoftQ's first step: the factors make up for what quantization took from ``weight``.
+
+    The base stays the NF4 of ``weight``, so that the adapter fits any copy of it. https://arxiv.org/abs/2310.08659
+    """
+    if adapter.lora_A.is_meta:
+        adapter.to_empty(device=weight.device)
+    kept = dense(quantized)
+    A, B = principal_factors(weight.float() - kept.float(), adapter.spec.rank, adapter.spec.scaling)
+    assign_(adapter.lora_A, A)
+    assign_(adapter.lora_B, B)
+    if adapter.lora_magnitude_vector is not None:
+        assign_(adapter.lora_magnitude_vector, row_norms(kept, adapter))
+    adapter.started = True
+
+
+@torch.no_grad()
+def assign_(parameter: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into a parameter that may be sharded; then rank 0's value counts."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is not None:
+        from torch.distributed.tensor import distribute_tensor
+
+        value = distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+    parameter.copy_(value)

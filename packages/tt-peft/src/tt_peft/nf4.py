@@ -1,0 +1,194 @@
+"""Linear layers with a 4-bit NormalFloat weight, the base of QLoRA: https://arxiv.org/abs/2305.14314.
+
+The weight is torchao's ``NF4Tensor``, with torchao's values; only here is torchao imported, and only when a weight is
+quantized. Quantization and dequantization are written out because torchao's are slow on CPU: a bfloat16 number has
+65,536 values, and so have two bytes of NF4 codes (four weights), so both directions are one table lookup.
+"""
+
+import functools
+import importlib
+import logging
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 64
+_SCALER_BLOCK = 256
+
+
+@functools.cache
+def nf4_tensor_class() -> Any:
+    """torchao's ``NF4Tensor`` from where this release of torchao keeps it."""
+    log = logging.getLogger("torchao")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns about each of its extensions that was built for another Python
+    try:
+        for place in ("torchao.quantization", "torchao.dtypes.nf4tensor", "torchao.dtypes"):
+            try:
+                return importlib.import_module(place).NF4Tensor
+            except (ImportError, AttributeError):
+                continue
+    finally:
+        log.setLevel(level)
+    raise ImportError("this torchao has no NF4Tensor; quantize_base needs torchao >= 0.15: pip install -U torchao")
+
+
+def is_nf4(weight: Tensor) -> bool:
+    return hasattr(weight, "quantized_data")
+
+
+def to_nf4(weight: Tensor, *, name: str = "weight") -> Tensor:
+    """A matrix as NF4 with double quantization, equal in value to torchao's ``to_nf4``."""
+    if is_nf4(weight):
+        return weight
+    if weight.numel() % BLOCK:
+        shape = list(weight.shape)
+        raise ValueError(f"{name} {shape} cannot be NF4: its size is no multiple of {BLOCK}; put it in quantize_skip")
+    cls = nf4_tensor_class()
+    flat = weight.detach().contiguous().flatten()
+    blocks = flat.view(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    if not torch.isfinite(absmax).all():
+        raise ValueError(f"{name} has NaN or infinite values: it cannot be quantized")
+    # torchao wants whole groups of block scales; small matrices get smaller groups
+    group = math.gcd(absmax.numel(), _SCALER_BLOCK)
+    scalers, factor, mean = cls.double_quantize_scalers(flat, BLOCK, group)
+    levels = _levels(cls, weight.dtype, weight.device)
+    codes = _codes(cls, blocks / absmax[:, None], levels).flatten()
+    packed = codes[::2] << 4 | codes[1::2]
+    arguments = importlib.import_module(cls.__module__).SubclassTensorArgs
+    stride = (weight.shape[1], 1)
+    meta = arguments(weight.shape, stride, 0, weight.dtype, weight.device, False)
+    made = cls(meta, BLOCK, absmax.numel(), group, scalers, factor, mean, packed, nf4=levels)
+    return cast(Tensor, made)
+
+
+def _levels(cls: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The 16 values of NF4 as this torchao has them: it makes them anew for each tensor, so ask it with a small one."""
+    probe = torch.linspace(-1, 1, BLOCK * 2, dtype=dtype).view(2, BLOCK)
+    return cast(Tensor, cls.from_tensor(probe, BLOCK, 2).nf4.to(device))
+
+
+def _codes(cls: Any, scaled: Tensor, levels: Tensor) -> Tensor:
+    """Index of the nearest level, rounded as torchao does: differences in the tensor's own dtype, ties to the lower."""
+    if scaled.dtype.itemsize == 2:
+        index = scaled.contiguous().view(torch.uint16).flatten().int()
+        return _nearest_table(cls, scaled.dtype).to(scaled.device).index_select(0, index)
+    upper = torch.bucketize(scaled, levels).clamp_(1, levels.numel() - 1)
+    lower = upper - 1
+    nearer = (scaled - levels[lower]).abs() <= (scaled - levels[upper]).abs()
+    return torch.where(nearer, lower, upper).to(torch.uint8)
+
+
+@functools.cache
+def _nearest_table(cls: Any, dtype: torch.dtype) -> Tensor:
+    """The code of every 16-bit number, as torchao computes it."""
+    numbers = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    return cast(Tensor, cls.quantize_tensor_nearest(numbers, _levels(cls, dtype, torch.device("cpu")))).to(torch.uint8)
+
+
+def dequantize(weight: Any) -> Tensor:
+    """The dense matrix of an NF4 weight, in its dtype; equal to torchao's ``get_original_weight``."""
+    dtype, data = weight.dtype, weight.quantized_data
+    groups = weight.quantized_scalers.view(-1, weight.scaler_block_size)
+    scales = (groups / weight.quantization_factor[:, None]).flatten().to(dtype) + weight.scaler_mean
+    if torch.compiler.is_compiling():  # plain arithmetic, for the compiler to fuse
+        values = weight.nf4[torch.stack([data >> 4, data & 15], dim=-1).int()]
+    elif dtype.itemsize == 2 and data.numel() % 2 == 0:
+        values = torch.index_select(_quads(weight.nf4), 0, data.view(torch.uint16).int()).view(dtype)
+    else:
+        values = F.embedding(data.int(), _pairs(weight.nf4))
+    dense: Tensor = values.view(-1, weight.block_size).mul_(scales[:, None])
+    return dense.view(weight.shape)
+
+
+_TABLES: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
+
+
+def _pairs(levels: Tensor) -> Tensor:
+    """[256, 2]: the two values of every byte."""
+    key = (levels.dtype, levels.device, 2)
+    if key not in _TABLES:
+        byte = torch.arange(256, device=levels.device)
+        _TABLES[key] = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)
+    return _TABLES[key]
+
+
+def _quads(levels: Tensor) -> Tensor:
+    """[65536] of int64: the four 16-bit values of every two bytes, in memory order."""
+    key = (levels.dtype, levels.device, 4)
+    if key not in _TABLES:
+        two = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2).int()
+        _TABLES[key] = _pairs(levels)[two.to(levels.device)].view(torch.int64).flatten()
+    return _TABLES[key]
+
+
+def dense(weight: Tensor) -> Tensor:
+    return dequantize(weight) if is_nf4(weight) else weight
+
+
+class _NF4Linear(torch.autograd.Function):
+    """Keeps the quantized weight for the backward, not a dense copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        ctx.weight, ctx.dtype = weight, x.dtype
+        x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        return F.linear(x, dequantize(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (grad_y,) = grads
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_y @ dequantize(ctx.weight).to(grad_y.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad_y.flatten(0, -2).sum(0)
+        return grad_x, None, grad_bias
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b`` with W frozen, dense or NF4."""
+    if not is_nf4(weight):
+        return F.linear(x, weight, bias)
+    return cast(Tensor, _NF4Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
+
+
+class NF4Base(nn.Linear):
+    """A linear layer whose weight is NF4, or will be as soon as it is loaded."""
+
+    weight_name = "weight"  # its full name, for messages
+
+    def load_base_(self, name: str, tensor: Tensor) -> None:
+        """Set ``weight`` or ``bias`` from a dense tensor; the weight is quantized on the way."""
+        if name != "weight":
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            return
+        if tensor.shape != self.weight.shape:
+            raise ValueError(f"{self.weight_name} has shape {list(tensor.shape)}, expected {list(self.weight.shape)}")
+        self.weight = nn.Parameter(to_nf4(tensor, name=self.weight_name), requires_grad=False)
+        self.base_loaded_(tensor)
+
+    def base_loaded_(self, tensor: Tensor) -> None:
+        """Called with the dense weight, the last moment at which it is there."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """``load_state_dict`` with a dense weight quantizes it."""
+        state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        given = state.get(prefix + "weight")
+        if given is not None and not is_nf4(given) and given.shape == self.weight.shape:
+            given = given.to(self.weight.dtype)
+            self.load_base_("weight", given if self.weight.is_meta else given.to(self.weight.device))
+            state[prefix + "weight"] = self.weight
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class NF4Linear(NF4Base):
+    """A frozen linear layer in NF4, without an adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self.weight, self.bias)

@@ -1,0 +1,72 @@
+"""A whole model's linear layers to NF4, tensor by tensor, and back."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from tt_peft.dora import DoRALinear, QDoRALinear
+from tt_peft.lora import LoRALinear, QLoRALinear
+from tt_peft.nf4 import NF4Linear, dequantize, is_nf4
+from tt_peft.saved import SavedModule
+from tt_peft.targets import is_linear, matches, output_projection_names, own_modules, select
+
+_QUANTIZED: dict[type[nn.Module], type[nn.Linear]] = {
+    nn.Linear: NF4Linear,
+    LoRALinear: QLoRALinear,
+    DoRALinear: QDoRALinear,
+}
+_DENSE: dict[type[nn.Module], type[nn.Module]] = {quantized: plain for plain, quantized in _QUANTIZED.items()}
+
+
+def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> list[str]:
+    """Turn the weight of every linear layer into NF4, in place, one at a time. Returns their names.
+
+    ``skip`` holds names or expressions; ``"lm_head"`` means the output projection whatever its name. On a model on
+    the meta device the layers quantize when they are loaded (``load_base_`` or ``load_state_dict``).
+    """
+    modules = own_modules(model)
+    skipped = set(output_projection_names(model) if "lm_head" in skip else ())
+    skipped |= set(select([s for s in skip if s != "lm_head"], list(modules), what="quantize_skip"))
+    skipped |= {name for name in modules if any(matches(s, name) for s in skip)}
+    kept = tuple(f"{name}." for name, m in modules.items() if isinstance(m, SavedModule))
+    used = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
+    done = []
+    for name, module in modules.items():
+        if name in skipped or name.startswith(kept) or type(module) not in _QUANTIZED or not is_linear(module):
+            continue
+        weight = module.get_parameter("weight")
+        if used[id(weight)] > 1:
+            raise ValueError(f"{name}.weight is shared with another module: put {name} in quantize_skip")
+        quantize_linear_(module, name=f"{name}.weight")
+        done.append(name)
+    return done
+
+
+def quantize_linear_(module: nn.Module, *, name: str = "weight") -> None:
+    """One linear layer, plain or adapted, to NF4; on the meta device, as soon as it is loaded."""
+    weight = module.get_parameter("weight")
+    module.__class__ = _QUANTIZED[type(module)]
+    module.weight_name = name  # type: ignore[assignment]
+    if not weight.is_meta:
+        module.load_base_("weight", weight.detach())  # type: ignore[operator]
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module) -> list[str]:
+    """The inverse: every NF4 weight becomes the dense matrix that it stands for. Returns the layers' names."""
+    done = []
+    for name, module in own_modules(model).items():
+        if type(module) in _DENSE:
+            dequantize_linear_(module)
+            done.append(name)
+    return done
+
+
+@torch.no_grad()
+def dequantize_linear_(module: nn.Module) -> None:
+    weight = module.get_parameter("weight")
+    module.__class__ = _DENSE[type(module)]
+    if is_nf4(weight):
+        module.register_parameter("weight", nn.Parameter(dequantize(weight), requires_grad=False))

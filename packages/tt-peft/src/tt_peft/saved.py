@@ -1,0 +1,59 @@
+"""Modules that are trained in full beside the adapter: PEFT's ``modules_to_save``."""
+
+import copy
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from tt_peft.lowrank import AdapterModule
+
+
+class SavedModule(AdapterModule):
+    """A module of any class that an active copy of itself stands in for; its own parameters stay as they are."""
+
+    def add_copy_(self, name: str, original: nn.Module) -> None:
+        self.adapters[name] = original
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        active = self.active_adapters()
+        return active[-1](*args, **kwargs) if active else super().forward(*args, **kwargs)
+
+    def effective_weight(self) -> Tensor:
+        active = self.active_adapters()
+        return cast(Tensor, active[-1].weight if active else self.weight)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _saved_class(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type(f"Saved{cls.__name__}", (SavedModule, cls), {"__module__": cls.__module__})
+    return _CLASSES[cls]
+
+
+def save_module_(module: nn.Module, adapter: str) -> SavedModule:
+    """Give a module a copy of its own that trains as a part of ``adapter``."""
+    if isinstance(module, SavedModule):
+        original = copy.deepcopy(next(iter(module.adapters.values())))
+        for own, part in zip(own_parameters(module), original.parameters(), strict=True):
+            part.data = own.detach().clone()
+    else:
+        original = copy.deepcopy(module)
+        module.__class__ = _saved_class(type(module))
+        assert isinstance(module, SavedModule)
+        module.become_adapted_()
+    module.add_copy_(adapter, original)
+    return module
+
+
+def own_parameters(module: SavedModule) -> list[nn.Parameter]:
+    """The base parameters, in the order in which a copy has them."""
+    return [p for name, p in module.named_parameters() if not name.startswith("adapters.")]
+
+
+def copy_from_base_(module: SavedModule, adapter: str) -> None:
+    """Set the copy to the base's values: where the base was loaded after the adapter was applied."""
+    part = module.adapters[adapter]
+    for own, parameter in zip(own_parameters(module), part.parameters(), strict=True):
+        parameter.data.copy_(own.detach())

@@ -1,0 +1,92 @@
+"""Find, switch and take off the adapters of a model."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from tt_peft.config import LoRAConfig
+from tt_peft.lowrank import AdapterModule, low_ranks
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def clean_name(name: str) -> str:
+    """A name without what wrappers (DDP, compile, checkpointing) put into it."""
+    return _WRAPPERS.sub("", name + ".").removesuffix(".").removeprefix("module.")
+
+
+def adapted_modules(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterModule]:
+    """Every module that owns adapters (or this one), by its clean name."""
+    return {
+        clean_name(name): module
+        for name, module in model.named_modules()
+        if isinstance(module, AdapterModule) and (adapter is None or adapter in module.adapters)
+    }
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of the adapters that the model has."""
+    return list(dict.fromkeys(key for m in adapted_modules(model).values() for key in m.adapters))
+
+
+def modules_of(model: nn.Module, adapter: str) -> dict[str, AdapterModule]:
+    """The modules that own ``adapter``; a ValueError where there is none."""
+    modules = adapted_modules(model, adapter)
+    if not modules:
+        known = ", ".join(adapter_names(model)) or "none"
+        raise ValueError(f"the model has no adapter {adapter!r}; it has: {known}")
+    return modules
+
+
+def adapter_config(model: nn.Module, adapter: str = "default") -> LoRAConfig:
+    """The config with which an adapter was applied."""
+    for module in modules_of(model, adapter).values():
+        for low_rank in low_ranks(module, adapter).values():
+            return low_rank.spec.config
+    raise ValueError(f"adapter {adapter!r} has no low-rank part")
+
+
+def set_adapter_(model: nn.Module, adapter: str | Sequence[str]) -> None:
+    """Make one adapter the active one, or several, whose changes add up; only the active ones' parameters train."""
+    chosen = (adapter,) if isinstance(adapter, str) else tuple(adapter)
+    for name in chosen:
+        modules_of(model, name)
+    for module in adapted_modules(model).values():
+        module.active = tuple(name for name in chosen if name in module.adapters)
+        for name, part in module.adapters.items():
+            for local, parameter in part.named_parameters():
+                parameter.requires_grad_(name in chosen and not local.startswith("start_"))
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters that are active."""
+    return tuple(dict.fromkeys(name for module in adapted_modules(model).values() for name in module.active))
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters to train, by their full names: those of the active adapters."""
+    return {
+        f"{prefix}.{local}" if prefix else local: parameter
+        for prefix, module in model.named_modules()
+        if isinstance(module, AdapterModule)
+        for local in module.adapter_params()
+        if (parameter := module.get_parameter(local)).requires_grad
+    }
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base computes: a reference model for free."""
+    modules = list(adapted_modules(model).values())
+    if not modules:
+        raise ValueError("the model has no adapter to disable (after merge_lora_, unmerge_lora_ brings it back)")
+    before = [module.disabled for module in modules]
+    try:
+        for module in modules:
+            module.disabled = True
+        yield
+    finally:
+        for module, disabled in zip(modules, before, strict=True):
+            module.disabled = disabled
