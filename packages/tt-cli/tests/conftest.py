@@ -62,7 +62,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-ROWS = [{"instruction": f"Repeat the word {word}.", "output": word} for word in ("red", "blue", "green", "black") * 2]
+WORDS = ("red", "blue", "green", "black", "white", "brown", "pink", "grey")
+ROWS = [{"instruction": f"Repeat the word {word}.", "output": word} for word in WORDS]
 
 
 def write_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> int:
@@ -87,7 +88,7 @@ def write_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) 
     return tokenizer.get_vocab_size()
 
 
-def write_model(folder: Path, **settings: Any) -> Path:
+def write_model(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, max_position_embeddings: int = 128) -> Path:
     """A random Llama of two layers, as a Hugging Face directory."""
     import torch
 
@@ -98,13 +99,13 @@ def write_model(folder: Path, **settings: Any) -> Path:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": write_tokenizer(folder, **settings),
+        "vocab_size": write_tokenizer(folder, chat_template=chat_template),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": max_position_embeddings,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -132,8 +133,21 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lora_run(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, rows_file: Path) -> Path:
     """A finished LoRA run of three steps."""
-    run = tmp_path_factory.mktemp("runs") / "runs" / "one"
-    words = [f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "adapter.rank=4", "batch_size=4"]
+    return train(tmp_path_factory.mktemp("runs") / "runs" / "one", model_dir, rows_file)
+
+
+def train(run: Path, model: Path, rows: Path, *more: str) -> Path:
+    words = [f"model.path={model}", f"data.train={rows}", "model.dtype=fp32", "adapter.rank=4", "batch_size=4"]
     words += ["max_steps=3", "optimizer.lr=1e-2", "samples.max_new_tokens=4", "schedule.warmup_steps=0"]
-    assert main(["run", "sft", *words, "-o", str(run)]) == 0
+    assert main(["run", "sft", *words, *more, "-o", str(run)]) == 0
     return run
+
+
+@pytest.fixture
+def train_run() -> Callable[..., Path]:
+    return train
+
+
+@pytest.fixture
+def write_tiny_model() -> Callable[..., Path]:
+    return write_model

@@ -44,7 +44,7 @@ def test_stats_are_over_all_rows(tt, rows_file, model_dir):
     assert "trained tokens" in show(tt, rows_file, model_dir, "--stats").out
 
 
-@pytest.mark.parametrize("words", [("--train-on", "all"), ("--max-seq-len", "20"), ("--template", "llama2")])
+@pytest.mark.parametrize("words", [("--train-on", "all"), ("--max-seq-len", "29"), ("--template", "llama2")])
 def test_settings_of_a_run_change_what_is_shown(tt, rows_file, model_dir, words):
     assert show(tt, rows_file, model_dir, *words, "--json").json != show(tt, rows_file, model_dir, "--json").json
 

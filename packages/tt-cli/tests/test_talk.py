@@ -1,6 +1,8 @@
 """Pieces of text while tokens arrive."""
 
-from tt_cli.talk import pieces
+import pytest
+
+from tt_cli.talk import pieces, prompt_form
 
 
 def bytes_decoder(ids: list[int]) -> str:
@@ -30,3 +32,20 @@ def test_a_decoder_that_drops_the_leading_space_loses_nothing():
 
 def test_nothing_generated_is_no_text():
     assert list(pieces(iter([]), bytes_decoder)) == []
+
+
+@pytest.mark.parametrize(("schema", "template", "has_chat_template", "form"), [
+    ("", None, True, "chat"),
+    ("", None, False, "text"),
+    ("openai", None, True, "chat"),
+    ("alpaca", None, True, "chat"),
+    ("alpaca", None, False, "alpaca"),
+    ("alpaca", "chatml", True, "chat"),
+    ("alpaca", "alpaca", True, "alpaca"),
+    ("alpaca", "summarize", True, "summarize"),
+    ("prompt_completion", None, True, "text"),
+    ("prompt_completion+text", None, True, "text"),
+    ("alpaca+text", None, True, "chat"),
+])  # fmt: skip
+def test_a_prompt_has_the_form_that_its_rows_had(schema, template, has_chat_template, form):
+    assert prompt_form(schema, template, has_chat_template=has_chat_template) == form

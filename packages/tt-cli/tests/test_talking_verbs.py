@@ -194,3 +194,40 @@ def test_env_answers_in_both_forms(tt):
     facts = tt("env", "--json").json
     assert facts["packages"]["tt-cli"] in tt("env").out
     assert json.dumps(facts["python"])[1:-1] in tt("env").out
+
+
+def rows_of(path: Path, **names: str) -> Path:
+    """Rows with these columns: the prompt and the answer."""
+    rows = [dict(zip(names.values(), pair, strict=True)) for pair in (("say red", "red"), ("say blue", "blue"))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nred\n\n### Response:\n"
+)
+
+
+def test_without_a_chat_template_a_run_on_alpaca_rows_is_asked_in_alpacas_words(
+    tt, train_run, write_tiny_model, tmp_path
+):
+    model = write_tiny_model(tmp_path / "model", chat_template=None, max_position_embeddings=512)
+    run = train_run(tmp_path / "run", model, rows_of(tmp_path / "rows.jsonl", a="instruction", b="output"))
+    asked = generate(tt, str(run), "-p", "red")["text"]
+    assert asked == generate(tt, str(run), "-p", ALPACA, "--raw")["text"]
+    assert asked != generate(tt, str(run), "-p", "red", "--raw")["text"]
+    refused = tt("generate", str(run), "-p", "red", "--system", "Be brief.")
+    assert (refused.code, "no chat template" in refused.err) == (2, True)
+
+
+def test_a_run_on_prompts_and_completions_is_asked_in_no_words_but_the_prompts(tt, train_run, model_dir, tmp_path):
+    run = train_run(tmp_path / "run", model_dir, rows_of(tmp_path / "rows.jsonl", a="prompt", b="completion"))
+    assert generate(tt, str(run), "-p", "red") == generate(tt, str(run), "-p", "red", "--raw")
+
+
+def test_a_run_with_a_template_of_its_own_is_asked_in_it(tt, train_run, model_dir, rows_file, tmp_path):
+    run = train_run(tmp_path / "run", model_dir, rows_file, "data.template=llama2")
+    assert generate(tt, str(run), "-p", "red") == generate(tt, str(run), "-p", "[INST] red [/INST]", "--raw") | {
+        "prompt": "red"
+    }

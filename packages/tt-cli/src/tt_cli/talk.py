@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -37,32 +38,40 @@ def sampling_options(function: Function) -> Function:
 
 
 class Speaker:
-    """A loaded model with its tokenizer, asked for text."""
+    """A loaded model with its tokenizer, asked in the form in which its run was trained."""
 
     def __init__(self, path: str | None, *, adapter: bool = True) -> None:
-        from tt_train import load
         from tt_train.run_dir import find_run
 
         self.path = str(path if path is not None else find_run())
+        from tt_data.load import choose_template
+        from tt_train import load  # loads torch: a run that is not there is told before
+
         self.model: Any
-        self.model, self.tokenizer = load(self.path, adapter=adapter)
+        self.model, tokenizer = load(self.path, adapter=adapter)
+        schema, template = trained_on(Path(self.path))
+        self.tokenizer: Any = choose_template(tokenizer, template)
+        self.form = prompt_form(schema, template, has_chat_template=self.tokenizer.has_chat_template)
 
     def raw_ids(self, text: str) -> list[int]:
         """``text`` as it stands, as the beginning of a document."""
         ids: list[int] = self.tokenizer.encode(text, add_bos=self.tokenizer.adds_bos, add_eos=False)
         return ids
 
-    def chat_ids(self, messages: Messages) -> list[int]:
-        """The conversation up to the model's turn; a tokenizer without a chat template has turns without roles."""
-        ids: list[int]
-        if self.tokenizer.has_chat_template:
-            ids = self.tokenizer.encode_prompt(messages)
-        else:
-            import tt_data
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The conversation up to the model's turn; of what is no chat, the last message alone."""
+        if self.form == "chat":
+            ids: list[int] = self.tokenizer.encode_prompt(messages)
+            return ids
+        if messages[0]["role"] == "system":
+            raise ValueError(f"{self.path} has no chat template, so it reads no system message")
+        text = messages[-1]["content"]
+        if self.form != "text":
+            from tt_data.instruct_templates import get_instruct_template
 
-            turns = [tt_data.Message(message["role"], message["content"]) for message in messages]
-            ids = self.tokenizer.encode_turns(turns).ids
-        return ids
+            template = get_instruct_template(self.form)
+            text = template.format({template.columns[0]: text})
+        return self.raw_ids(text)
 
     def reply(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The answer to ``ids`` in pieces of text, as soon as each is known to be whole characters."""
@@ -84,6 +93,30 @@ class Speaker:
             seed=sampling.seed,
         )
         return pieces(tokens, self.tokenizer.decode)
+
+
+def trained_on(path: Path) -> tuple[str, str | None]:
+    """The schema of the rows that a run was trained on, and its ``data.template``; ("", None) for a model."""
+    from tt_train.run_dir import is_run, read_json
+
+    if not is_run(path):
+        return "", None
+    manifest = read_json(path / "manifest.json")
+    report = manifest.get("data", {}).get("report", {})
+    return str(report.get("schema", "")), manifest.get("config", {}).get("data", {}).get("template")
+
+
+def prompt_form(schema: str, template: str | None, *, has_chat_template: bool) -> str:
+    """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
+    from tt_data.instruct_templates import INSTRUCT_TEMPLATES
+
+    if template in INSTRUCT_TEMPLATES:
+        return str(template)
+    if schema and set(schema.split("+")) <= {"prompt_completion", "text"}:
+        return "text"
+    if has_chat_template:
+        return "chat"
+    return "alpaca" if "alpaca" in schema.split("+") else "text"
 
 
 def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

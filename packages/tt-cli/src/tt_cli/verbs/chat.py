@@ -29,7 +29,8 @@ def command(model: str | None, system: str | None, no_adapter: bool, **sampling:
     settings = Sampling(**sampling)  # type: ignore[arg-type]
     interactive = sys.stdin.isatty()
     if interactive:
-        click.echo(f"{speaker.path}; /help shows commands, /exit leaves", err=True)
+        alone = "" if speaker.form == "chat" else f" (trained on {speaker.form} prompts: each stands alone)"
+        click.echo(f"{speaker.path}{alone}; /help shows commands, /exit leaves", err=True)
     messages = _opening(system)
     for line in _lines(interactive):
         word, _, rest = line.partition(" ")
@@ -75,7 +76,7 @@ def _take_turn(speaker: Speaker, messages: Messages, prompt: str, settings: Samp
     show = visible if sys.stdout.isatty() else str
     answer = []
     try:
-        for piece in speaker.reply(speaker.chat_ids(messages), settings):
+        for piece in speaker.reply(speaker.prompt_ids(messages), settings):
             answer.append(piece)
             click.echo(show(piece), nl=False)
     except KeyboardInterrupt:

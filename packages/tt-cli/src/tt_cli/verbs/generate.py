@@ -12,7 +12,7 @@ from tt_cli.talk import Sampling, Speaker, sampling_options
 @click.argument("model", required=False, metavar="[RUN|MODEL]")
 @click.option("-p", "--prompt", metavar="TEXT", help="What to answer; default: standard input.")
 @click.option("--system", metavar="TEXT", help="A system message before it.")
-@click.option("--raw", is_flag=True, help="Continue TEXT as it stands, without the chat template.")
+@click.option("--raw", is_flag=True, help="Continue TEXT as it stands, in no template.")
 @click.option("--no-adapter", is_flag=True, help="Ask the base model of a run.")
 @sampling_options
 @json_option
@@ -28,9 +28,9 @@ def command(
     """Answer one prompt with RUN or MODEL (default: the newest run)."""
     text = prompt if prompt is not None else _read_stdin()
     if raw and system is not None:
-        raise click.UsageError("--system needs the chat template, --raw goes without it: give one of the two")
+        raise click.UsageError("--system needs the chat template, which --raw leaves out: give one of the two")
     speaker = Speaker(model, adapter=not no_adapter)
-    ids = speaker.raw_ids(text) if raw else speaker.chat_ids(_messages(system, text))
+    ids = speaker.raw_ids(text) if raw else speaker.prompt_ids(_messages(system, text))
     answer = speaker.reply(ids, Sampling(**sampling))  # type: ignore[arg-type]
     if as_json:
         print_json({"model": speaker.path, "prompt": text, "text": "".join(answer)})
