@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 import tt_models
 
 

@@ -1,19 +1,26 @@
-"""Grouped-query attention over SDPA: https://arxiv.org/abs/2305.13245.
+"""Grouped-query attention: https://arxiv.org/abs/2305.13245, over SDPA, flex_attention or plain matrix products.
 
 B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimension, E: hidden size.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_models.kv_cache import LayerCache
+from tt_models.masks import Mask, flex_attend
 from tt_models.rope import Rope, rotate
 
 
 class Attention(nn.Module):
-    """Causal self-attention; ``num_key_value_heads`` query groups, rotary positions, optionally a sliding window.
+    """Causal self-attention with ``num_key_value_heads`` groups of query heads.
 
-    Dropout acts on the attention weights, in training only.
+    ``rope``: rotary positions, None for none; ``window``: how many tokens back a query sees, itself included;
+    ``qk_norm(head_dim)`` makes the norms of queries and keys per head; ``scale`` multiplies the scores (default
+    ``head_dim ** -0.5``); ``softcap`` bounds them by ``softcap * tanh(score / softcap)``; ``sinks`` adds a learned
+    score per head that takes part in the softmax and mixes nothing in; ``dropout`` of the weights, in training only.
     """
 
     def __init__(
@@ -25,25 +32,39 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         qkv_bias: bool = False,
         output_bias: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
         rope: Rope | None = None,
         window: int | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         kv_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
         check_heads(hidden_size, num_attention_heads, kv_heads, head_dim, dropout)
+        self.num_heads, self.num_kv_heads = num_attention_heads, kv_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
-        self.rope, self.window, self.dropout = rope, window, dropout
-        self.q_proj = nn.Linear(hidden_size, num_attention_heads * self.head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, kv_heads * self.head_dim, bias=qkv_bias)
+        self.rope, self.window, self.softcap, self.dropout = rope, window, softcap, dropout
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.add_projections(hidden_size, qkv_bias)
         self.o_proj = nn.Linear(num_attention_heads * self.head_dim, hidden_size, bias=output_bias)
+        self.q_norm = None if qk_norm is None else qk_norm(self.head_dim)
+        self.k_norm = None if qk_norm is None else qk_norm(self.head_dim)
+        self.sinks = nn.Parameter(torch.empty(num_attention_heads)) if sinks else None
+
+    def add_projections(self, hidden_size: int, bias: bool) -> None:
+        """The linear layers that ``project`` uses."""
+        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, self.num_kv_heads * self.head_dim, bias=bias)
 
     def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [B, heads, S, D] each."""
+        """Queries, keys and values, [B, S, heads, D] each."""
         shape = (*x_BSE.shape[:2], -1, self.head_dim)
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (projection(x_BSE).view(shape).transpose(1, 2) for projection in projections)
+        q, k, v = self.q_proj(x_BSE).view(shape), self.k_proj(x_BSE).view(shape), self.v_proj(x_BSE).view(shape)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
 
     def forward(
@@ -51,7 +72,7 @@ class Attention(nn.Module):
         x_BSE: Tensor,
         *,
         rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         cache: LayerCache | None = None,
         length: int = 0,
     ) -> Tensor:
@@ -60,23 +81,71 @@ class Attention(nn.Module):
         ``rope``: cos and sin; ``mask``: True where a query sees a key, None: each sees itself and all before it;
         ``cache`` holds ``length`` columns already.
         """
-        q, k, v = self.project(x_BSE)
+        q, k, v = (heads.transpose(1, 2) for heads in self.project(x_BSE))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v, length)
-        mixed = attend(q, k, v, mask=mask, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        mixed = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks, dropout=dropout)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
+    def reset_parameters(self, std: float) -> None:
+        """The sinks; everything else belongs to submodules."""
+        if self.sinks is not None:
+            nn.init.normal_(self.sinks, std=std)
 
-def attend(q_BHSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, *, mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+
+def attend(
+    q_BHSD: Tensor,
+    k_BNKD: Tensor,
+    v_BNKD: Tensor,
+    *,
+    mask: Mask,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """[B, H, S, D]. Without a mask one query sees all keys, and S queries see as many keys causally."""
     causal = mask is None and q_BHSD.shape[2] > 1
     assert not causal or q_BHSD.shape[2] == k_BNKD.shape[2], "a chunk after a cache needs its mask"
+    if mask is not None and not isinstance(mask, Tensor):
+        return flex_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale=scale, softcap=softcap, sinks=sinks)
+    if softcap is not None or sinks is not None:
+        return plain_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale, softcap, sinks, dropout)
     grouped = q_BHSD.shape[1] != k_BNKD.shape[1]
     return F.scaled_dot_product_attention(
-        q_BHSD, k_BNKD, v_BNKD, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        q_BHSD, k_BNKD, v_BNKD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def plain_attend(
+    q_BHSD: Tensor,
+    k_BNKD: Tensor,
+    v_BNKD: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """What SDPA cannot do: softmax in fp32 over bounded scores, and over a sink."""
+    batch, heads, queries, _ = q_BHSD.shape
+    kv_heads, keys = k_BNKD.shape[1:3]
+    q_BNGD = q_BHSD.reshape(batch, kv_heads, heads // kv_heads * queries, -1)  # the queries of a group share their keys
+    scores = (q_BNGD @ k_BNKD.transpose(2, 3)).view(batch, heads, queries, keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None and queries > 1:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(batch, -1, queries, 1)), dim=-1)
+    weights = scores.float().softmax(dim=-1).to(q_BHSD.dtype)[..., :keys]
+    weights = F.dropout(weights, dropout) if dropout else weights
+    return (weights.reshape(batch, kv_heads, -1, keys) @ v_BNKD).view(batch, heads, queries, -1)
 
 
 def check_heads(hidden_size: int, heads: int, kv_heads: int, head_dim: int | None, dropout: float) -> None:

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tt_models import llama, mistral
-from tt_models.config import ModelConfig, nearest
+from tt_models import gemma, gpt_oss, llama, mistral, mixtral, olmo2, phi, qwen, smollm3
+from tt_models.config import ModelConfig
+from tt_models.config_keys import nearest
 from tt_models.decoder import Decoder, init_weights_
 
 
@@ -22,6 +23,17 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "llama": Family(llama.LlamaConfig, llama.llama, llama.SIZES),
     "mistral": Family(mistral.MistralConfig, mistral.mistral, mistral.SIZES),
+    "mixtral": Family(mixtral.MixtralConfig, mixtral.mixtral, mixtral.SIZES),
+    "gemma": Family(gemma.GemmaConfig, gemma.gemma, gemma.SIZES_1),
+    "gemma2": Family(gemma.Gemma2Config, gemma.gemma2, gemma.SIZES_2),
+    "gemma3_text": Family(gemma.Gemma3Config, gemma.gemma3, gemma.SIZES_3),
+    "qwen2": Family(qwen.Qwen2Config, qwen.qwen2, qwen.SIZES_2),
+    "qwen3": Family(qwen.Qwen3Config, qwen.qwen3, qwen.SIZES_3),
+    "qwen3_moe": Family(qwen.Qwen3MoeConfig, qwen.qwen3_moe, qwen.SIZES_3_MOE),
+    "phi3": Family(phi.Phi3Config, phi.phi3, phi.SIZES),
+    "olmo2": Family(olmo2.Olmo2Config, olmo2.olmo2, olmo2.SIZES),
+    "smollm3": Family(smollm3.SmolLM3Config, smollm3.smollm3, smollm3.SIZES),
+    "gpt_oss": Family(gpt_oss.GptOssConfig, gpt_oss.gpt_oss, gpt_oss.SIZES),
 }
 
 
@@ -46,6 +58,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     What the reference defaults is defaulted alike. ValueError for a ``model_type``, a rope type, or a key that may
     change the maths and is not known.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json must be a mapping, got {type(config).__name__}")
     model_type = config.get("model_type")
     if model_type is None:
         raise ValueError(f"config.json has no model_type; supported are {', '.join(FAMILIES)}")

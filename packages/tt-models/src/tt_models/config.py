@@ -1,46 +1,16 @@
 """Model configurations: frozen dataclasses with the field names of ``config.json``, read strictly and written back."""
 
 import dataclasses
-import difflib
-from collections.abc import Collection, Mapping
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
+from tt_models.config_keys import WITHOUT_EFFECT, fits, nearest, refuse_quantized, refuse_unknown, refuse_wrong_types
 from tt_models.mlp import ACTIVATIONS
 from tt_models.rope import check_rope_scaling
 
-# Keys of config.json that leave the logits as they are: provenance, generation and serving settings, other heads.
-WITHOUT_EFFECT = frozenset(
-    [
-        "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-        "_name_or_path", "architectures", "attn_implementation", "auto_map", "bad_words_ids",
-        "begin_suppress_tokens", "bos_token", "cache_implementation", "decoder_start_token_id",
-        "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
-        "eos_token", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-        "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_llama_config",
-        "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length",
-        "model_max_length", "no_repeat_ngram_size", "num_assistant_tokens", "num_beam_groups", "num_beams",
-        "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
-        "output_router_logits", "output_scores", "pad_token", "prefix", "pretraining_tp", "problem_type",
-        "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-        "suppress_tokens", "task_specific_params", "temperature", "tie_encoder_decoder", "tokenizer_class",
-        "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
-        "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
-    ]
-)  # fmt: skip
-
-# Keys that change the maths in general and are harmless at one value.
-ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,),
-    "chunk_size_feed_forward": (0,),
-    "cross_attention_hidden_size": (None,),
-    "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "pruned_heads": ({}, None),
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
-}
-
+FULL, SLIDING = "full_attention", "sliding_attention"
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
@@ -72,6 +42,15 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         self._fill("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -88,10 +67,9 @@ class ModelConfig:
             object.__setattr__(self, name, value)
 
     def _check(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.num_attention_heads % self.kv_heads:
+        if self.head_size <= 0:
+            raise ValueError(f"head_dim must be positive, got {self.head_dim}")
+        if self.kv_heads <= 0 or self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
@@ -135,10 +113,16 @@ class ModelConfig:
             value = keys.pop(alias, None)
             if value is not None and keys.setdefault(name, value) != value:
                 raise ValueError(f"config.json: {alias} = {value!r} contradicts {name} = {keys[name]!r}")
+        hints = typing.get_type_hints(cls)
         names = {field.name for field in dataclasses.fields(cls)}
-        known: dict[str, Any] = {key: value for key, value in keys.items() if key in names}
         refuse_unknown({key: value for key, value in keys.items() if key not in names}, names | set(ROPE_KEYS))
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})  # type: ignore[arg-type]
+        known: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in keys.items()
+            if key in names and (value is not None or fits(None, hints[key]))  # null: not set, so the default
+        }
+        refuse_wrong_types(known, hints)
+        return cls(**known)
 
     @classmethod
     def read_rope(cls, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,52 +139,81 @@ class ModelConfig:
         return head | plain | {"rope_parameters": self.rope_parameters}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LayeredConfig(ModelConfig):
+    """A config whose layers are of two kinds, ``full_attention`` and ``sliding_attention``."""
+
+    sliding_window: int | None = None  # tokens that a sliding layer sees back, itself included
+    layer_types: tuple[str, ...] | None = None  # None: the family's own pattern
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer_types is None:
+            return
+        if len(self.layer_types) != self.num_hidden_layers or {*self.layer_types} - {FULL, SLIDING}:
+            raise ValueError(
+                f"layer_types must be {FULL!r} or {SLIDING!r} for each of {self.num_hidden_layers} layers, "
+                f"got {self.layer_types!r}"
+            )
+        if self.layer_types == self.usual_layer_types():
+            object.__setattr__(self, "layer_types", None)  # so that replace(config, num_hidden_layers=...) works
+
+    def usual_layer_types(self) -> tuple[str, ...]:
+        """The family's own pattern."""
+        raise NotImplementedError
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer."""
+        return self.layer_types or self.usual_layer_types()
+
+    @property
+    def window(self) -> int | None:
+        """The window of sliding layers."""
+        return self.sliding_window
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many tokens back it sees (itself included); None: all."""
+        return tuple(self.window if kind == SLIDING else None for kind in self.layer_kinds)
+
+    def to_hf(self) -> dict[str, Any]:
+        """With the kind of each layer."""
+        return super().to_hf() | {"layer_types": list(self.layer_kinds)}
+
+
+C = TypeVar("C", bound=ModelConfig)
+
+
+def sized(config: C, hidden: int, layers: int, heads: int, kv_heads: int, intermediate: int, **other: Any) -> C:
+    """``config`` with the numbers of one size; ``head_dim`` is ``hidden / heads`` unless among the ``other`` fields."""
+    numbers: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "intermediate_size": intermediate,
+    }
+    return dataclasses.replace(config, **numbers | other)
+
+
 def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Flat ``rope_theta`` and ``rope_scaling`` out of the rope keys of a config.json, refusing contradictions."""
-    flat = {key: keys[key] for key in ("rope_theta", "rope_scaling") if keys.get(key) is not None}
-    parameters = dict(keys.get("rope_parameters") or {})
-    if not parameters:
-        return flat
-    new: dict[str, Any] = {}
-    if "rope_theta" in parameters:
-        new["rope_theta"] = parameters.pop("rope_theta")
-    scaling = check_rope_scaling(parameters)
-    if scaling is not None:
-        new["rope_scaling"] = scaling
-    for key, value in flat.items():
-        old = check_rope_scaling(value) if key == "rope_scaling" else value
-        if old is not None and new.get(key, None if key == "rope_scaling" else old) != old:
-            raise ValueError(
-                f"config.json: {key} = {value!r} contradicts rope_parameters = {keys['rope_parameters']!r}"
-            )
-    return flat | new
-
-
-def refuse_quantized(keys: Mapping[str, Any]) -> None:
-    """Quantized repositories need another loader."""
-    quantization = keys.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"config.json: quantization_config: {method}; only unquantized weights are read, take the original model"
-        )
-
-
-def refuse_unknown(keys: Mapping[str, Any], names: Collection[str]) -> None:
-    """Every key that may change the maths must be known; null means that it is not set."""
-    wrong = []
-    for key, value in keys.items():
-        if value is None:
+    thetas = [keys["rope_theta"]] if keys.get("rope_theta") is not None else []
+    scalings = []
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = keys.get(name)
+        if rope is None or rope == {}:
             continue
-        if key not in ONLY_VALUE:
-            wrong.append(f"unknown key {nearest(key, names, known_as='nearest known key')} (value {value!r})")
-        elif value not in ONLY_VALUE[key]:
-            wrong.append(f"{key} = {value!r} is not supported, only {ONLY_VALUE[key][0]!r}")
-    if wrong:
-        raise ValueError(f"config.json: {'; '.join(wrong)}; a key without effect on the logits may be removed")
-
-
-def nearest(word: str, names: Collection[str], *, known_as: str = "did you mean") -> str:
-    """``word`` quoted, with the closest of ``names`` or all of them."""
-    close = difflib.get_close_matches(str(word), sorted(names), n=1, cutoff=0.6)
-    return f"{word!r}: {known_as} {close[0]!r}" if close else f"{word!r}: known are {', '.join(sorted(names))}"
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"config.json: {name} must be a mapping, got {rope!r}")
+        if rope.get("rope_theta") is not None:
+            thetas.append(rope["rope_theta"])
+        whole_head = rope.get("partial_rotary_factor") == 1
+        without = {"rope_theta", "partial_rotary_factor"} if whole_head else {"rope_theta"}
+        scalings.append(check_rope_scaling({key: value for key, value in rope.items() if key not in without}))
+    for name, found in (("rope_theta", thetas), ("rope_scaling", scalings)):
+        if any(value != found[0] for value in found):
+            raise ValueError(f"config.json: {name} is given twice and differently: {found[0]!r} and {found[-1]!r}")
+    return ({"rope_theta": thetas[0]} if thetas else {}) | ({"rope_scaling": scalings[0]} if scalings else {})

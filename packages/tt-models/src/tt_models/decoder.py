@@ -12,34 +12,25 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig
-from tt_models.kv_cache import KVCache, LayerCache
-from tt_models.masks import document_starts, interval_mask
+from tt_models.kv_cache import KVCache
+from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask
+from tt_models.norm import RMSNorm
 from tt_models.rope import Rope
 
 
 class Block(nn.Module):
     """``x + attention(norm x)``, then ``x + mlp(norm x)``."""
 
-    def __init__(
-        self, self_attn: Attention, mlp: nn.Module, input_norm: nn.Module, post_attention_norm: nn.Module
-    ) -> None:
+    def __init__(self, self_attn: Attention, mlp: nn.Module, input_norm: nn.Module, post_norm: nn.Module) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.mlp = mlp
         self.input_layernorm = input_norm
-        self.post_attention_layernorm = post_attention_norm
+        self.post_attention_layernorm = post_norm
 
-    def forward(
-        self,
-        x_BSE: Tensor,
-        *,
-        rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-        length: int = 0,
-    ) -> Tensor:
-        """[B, S, E] to the same shape; the other arguments are those of ``Attention``."""
-        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), rope=rope, mask=mask, cache=cache, length=length)
+    def forward(self, x_BSE: Tensor, **shared: Any) -> Tensor:
+        """[B, S, E] to the same shape; the keywords are those of ``Attention.forward``."""
+        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), **shared)
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))  # type: ignore[no-any-return]
 
 
@@ -47,71 +38,93 @@ class Stack(nn.Module):
     """Everything below the output projection (``model.`` in Hugging Face names)."""
 
     def __init__(
-        self, embed_tokens: nn.Embedding, layers: Iterable[nn.Module], norm: nn.Module, *, max_positions: int
+        self, config: ModelConfig, layers: Iterable[nn.Module], norm: nn.Module, embed_scale: float | None
     ) -> None:
         super().__init__()
-        self.embed_tokens = embed_tokens
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        self.max_positions = max_positions
+        self.embed_scale = embed_scale
+        self.max_positions = config.max_position_embeddings
         attentions: list[Any] = [layer.self_attn for layer in self.layers]
         self.ropes: list[Rope | None] = [attention.rope for attention in attentions]
         self.windows: list[int | None] = [attention.window for attention in attentions]
+        self.dropout = config.attention_dropout
 
     def forward(
         self, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, E], after the final norm."""
-        batch, seq_len = input_ids_BS.shape
-        length = self.check_length(batch, seq_len, cache)
+        length = self.check_length(input_ids_BS, cache)
         x_BSE = self.embed_tokens(input_ids_BS)
+        if self.embed_scale is not None:
+            x_BSE = x_BSE * torch.tensor(self.embed_scale, dtype=x_BSE.dtype)  # rounded to that dtype first
         positions, starts = locate(input_ids_BS, position_ids_BS, cache)
-        tables = {rope: rope.tables(positions, x_BSE.dtype) for rope in set(self.ropes) if rope is not None}
-        masks = {
-            window: self.mask(window, seq_len, starts, cache, x_BSE.device) for window in dict.fromkeys(self.windows)
-        }
+        tables = self.tables(positions, starts, length, x_BSE.dtype)
+        masks = {window: self.mask(window, x_BSE, starts, cache) for window in set(self.windows)}
         for index, layer in enumerate(self.layers):
-            rope = self.ropes[index]
-            x_BSE = layer(
-                x_BSE,
-                rope=None if rope is None else tables[rope],
-                mask=masks[self.windows[index]],
-                cache=None if cache is None else cache.layers[index],
-                length=length,
-            )
+            shared: dict[str, Any] = {"rope": tables[self.ropes[index]], "mask": masks[self.windows[index]]}
+            if cache is not None:
+                shared |= {"cache": cache.layers[index], "length": length}
+            x_BSE = layer(x_BSE, **shared)
         if cache is not None:
-            cache.length += seq_len
+            cache.length += x_BSE.shape[1]
             cache.first = None if starts is None else starts[:, -1]
         return self.norm(x_BSE)  # type: ignore[no-any-return]
 
-    def check_length(self, batch: int, seq_len: int, cache: KVCache | None) -> int:
+    def check_length(self, input_ids_BS: Tensor, cache: KVCache | None) -> int:
         """How many tokens came before; ValueError where there are too many."""
+        batch, seq_len = input_ids_BS.shape
         length = 0
         if cache is not None:
             cache.check_room(batch, seq_len)
             length = cache.length
-        stretches = any(rope is not None and rope.kind == "dynamic" for rope in self.ropes)
+        stretches = any(rope.kind == "dynamic" for rope in self.ropes if rope is not None)
         if length + seq_len > self.max_positions and not stretches:
             raise ValueError(
                 f"{length + seq_len} tokens are more than max_position_embeddings {self.max_positions}: "
                 "shorten them, or raise it in the config"
             )
+        if cache is not None and self.outgrows_context(cache, seq_len):
+            raise ValueError(
+                "beyond original_max_position_embeddings every position is rotated differently: "
+                "reset the cache and read the whole sequence again"
+            )
         return length
 
-    def mask(
-        self, window: int | None, seq_len: int, starts: Tensor | None, cache: KVCache | None, device: torch.device
-    ) -> Tensor | None:
+    def outgrows_context(self, cache: KVCache, seq_len: int) -> bool:
+        """Whether ``seq_len`` more tokens make what is in the cache wrong (longrope, at its original context)."""
+        original = [rope.original_max_positions for rope in self.ropes if rope is not None and rope.kind == "longrope"]
+        if not original or cache.length == 0 or cache.length + seq_len <= original[0]:
+            return False
+        before = torch.tensor(cache.length) if cache.first is None else cache.length - cache.first
+        return bool(((before > 0) & (before <= original[0]) & (before + seq_len > original[0])).any())
+
+    def tables(
+        self, positions: Tensor, starts: Tensor | None, length: int, dtype: torch.dtype
+    ) -> dict[Rope | None, tuple[Tensor, Tensor] | None]:
+        """cos and sin of each kind of layer."""
+        lengths = None
+        if any(rope.by_length for rope in self.ropes if rope is not None):
+            lengths = document_lengths(positions, starts, offset=length)
+        return {rope: None if rope is None else rope.tables(positions, dtype, lengths) for rope in set(self.ropes)}
+
+    def mask(self, window: int | None, x_BSE: Tensor, starts: Tensor | None, cache: KVCache | None) -> Mask:
         """The mask that layers with this window share; None where the causal flag says all."""
-        length = 0 if cache is None else cache.length
-        queries = torch.arange(length, length + seq_len, device=device)
-        keys = queries
+        length, seq_len, device = 0 if cache is None else cache.length, x_BSE.shape[1], x_BSE.device
+        num_keys = length + seq_len
+        keys = None
         if cache is not None:
             keys = cache.layers[self.windows.index(window)].columns_after(length, seq_len, device)
-        aligned = seq_len == 1 or keys.numel() == seq_len
-        narrow = window is not None and keys.numel() > window
-        if starts is None and aligned and not narrow:
+            num_keys = keys.numel()
+        narrow = window is not None and num_keys > window
+        if starts is None and not narrow and (seq_len == 1 or seq_len == num_keys):
             return None
-        return interval_mask(starts, queries, keys, window)
+        fresh = length == 0 and seq_len > 1  # queries and keys are the same columns
+        if fresh and device.type == "cuda" and not (self.training and self.dropout):
+            return block_mask(starts, seq_len, window, device)
+        queries = torch.arange(length, length + seq_len, device=device)
+        return interval_mask(starts, queries, queries if keys is None else keys, window)
 
 
 def locate(input_ids_BS: Tensor, position_ids_BS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
@@ -120,26 +133,37 @@ def locate(input_ids_BS: Tensor, position_ids_BS: Tensor | None, cache: KVCache 
     columns = torch.arange(length, length + input_ids_BS.shape[1], device=input_ids_BS.device)[None]
     if position_ids_BS is not None:
         if position_ids_BS.dim() != 2 or position_ids_BS.shape[1] != columns.shape[1]:
-            raise ValueError(
-                f"position_ids {list(position_ids_BS.shape)} do not fit input_ids {list(input_ids_BS.shape)}"
-            )
+            shapes = f"position_ids {list(position_ids_BS.shape)} do not fit input_ids {list(input_ids_BS.shape)}"
+            raise ValueError(f"{shapes}: give one position per token")
         starts = document_starts(position_ids_BS, offset=length, first_B=first)
-        return position_ids_BS, starts if bool(starts.any()) else None
+        one_document = position_ids_BS.device.type == "cpu" and not bool(starts.any())
+        return position_ids_BS, None if one_document else starts
     if first is None:
         return columns, None
     return columns - first[:, None], first[:, None].expand(-1, columns.shape[1])
 
 
 class Decoder(nn.Module):
-    """A causal language model. ``model.layers`` are the blocks, ``output_weight`` is the output projection."""
+    """A causal language model. ``model.layers`` are the blocks, ``output_weight`` is the output projection.
+
+    ``embed_scale`` multiplies the embeddings; ``logit_softcap`` bounds the logits by ``cap * tanh(logit / cap)``.
+    """
 
     lm_head: nn.Linear | None
 
-    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module], norm: nn.Module) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: Iterable[nn.Module],
+        norm: nn.Module,
+        *,
+        embed_scale: float | None = None,
+        logit_softcap: float | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
-        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.model = Stack(embed_tokens, layers, norm, max_positions=config.max_position_embeddings)
+        self.model = Stack(config, layers, norm, embed_scale)
+        self.logit_softcap = logit_softcap
         if config.tie_word_embeddings:
             self.lm_head = None
             self.register_load_state_dict_pre_hook(drop_tied_head)  # type: ignore[no-untyped-call]
@@ -159,9 +183,10 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] to [..., V], in the dtype of ``hidden``."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.output_weight)
-        return self.lm_head(hidden)  # type: ignore[no-any-return]
+        logits: Tensor = F.linear(hidden, self.output_weight) if self.lm_head is None else self.lm_head(hidden)
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
 
     def forward(
         self,
@@ -196,5 +221,7 @@ def init_weights_(model: nn.Module, std: float) -> None:
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 with torch.no_grad():
                     module.weight[module.padding_idx].zero_()
+        elif isinstance(module, RMSNorm):
+            module.reset_parameters()
         elif any(True for _ in module.parameters(recurse=False)):
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters(std)  # type: ignore[operator]

@@ -19,6 +19,16 @@ def decode_one_token(model: Decoder, token_B: Tensor, cache: KVCache) -> Tensor:
     return model.logits(model.hidden_states(token_B[:, None], None, cache)[:, -1])
 
 
+def reread(model: Decoder, input_ids_BS: Tensor, cache: KVCache) -> Tensor:
+    """Read everything once more, because longer documents are rotated differently; the next logits, [B, V]."""
+    first = cache.first
+    cache.reset()
+    if first is None:
+        return prefill(model, input_ids_BS, cache)
+    columns = torch.arange(input_ids_BS.shape[1], device=input_ids_BS.device)
+    return prefill(model, input_ids_BS, cache, (columns - first[:, None]).clamp(min=0))
+
+
 def sample(
     logits_BV: Tensor,
     *,
@@ -84,7 +94,12 @@ def tokens(
     for step in range(max_new_tokens):
         token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         yield token
-        if step + 1 < max_new_tokens:
+        if step + 1 == max_new_tokens:
+            return
+        input_ids_BS = torch.cat((input_ids_BS, token[:, None]), dim=1)
+        if model.model.outgrows_context(cache, 1):
+            logits = reread(model, input_ids_BS, cache)
+        else:
             logits = decode_one_token(model, token, cache)
 
 

@@ -1,14 +1,11 @@
-"""Llama 2, 3, 3.1, 3.2, 3.3 and Code Llama: https://arxiv.org/abs/2307.09288, https://arxiv.org/abs/2407.21783."""
+"""Llama 2, 3 to 3.3, Code Llama, SmolLM 1 and 2: https://arxiv.org/abs/2307.09288, https://arxiv.org/abs/2407.21783."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tt_models.attention import Attention
-from tt_models.config import ModelConfig
+from tt_models.config import ModelConfig, sized
 from tt_models.decoder import Block, Decoder
-from tt_models.mlp import MLP
-from tt_models.norm import RMSNorm
-from tt_models.rope import Rope
+from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +15,7 @@ class LlamaConfig(ModelConfig):
     model_type: ClassVar[str] = "llama"
     architecture: ClassVar[str] = "LlamaForCausalLM"
 
-    attention_bias: bool = False
+    attention_bias: bool = False  # of all four projections
     mlp_bias: bool = False
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
@@ -26,91 +23,58 @@ class LlamaConfig(ModelConfig):
 
 def llama(config: LlamaConfig) -> Decoder:
     """Pre-norm blocks with rotary positions and a gated mlp."""
-    rope = Rope(
-        config.head_size,
-        theta=config.rope_theta,
-        scaling=config.rope_scaling,
-        max_position_embeddings=config.max_position_embeddings,
-    )
+    rope, bias = rope_of(config), config.attention_bias
     layers = [
         Block(
-            Attention(
-                config.hidden_size,
-                config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                qkv_bias=config.attention_bias,
-                output_bias=config.attention_bias,
-                rope=rope,
-                dropout=config.attention_dropout,
-            ),
-            MLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act, bias=config.mlp_bias),
-            RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-            RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
+            attention_of(config, layer, rope=rope, qkv_bias=bias, output_bias=bias),
+            mlp_of(config, bias=config.mlp_bias),
+            norm_of(config),
+            norm_of(config),
         )
-        for _ in range(config.num_hidden_layers)
+        for layer in range(config.num_hidden_layers)
     ]
-    return Decoder(config, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+    return Decoder(config, layers, norm_of(config))
 
 
-def llama2(
-    hidden_size: int, layers: int, heads: int, intermediate_size: int, kv_heads: int | None = None
-) -> LlamaConfig:
-    """A size of Llama 2."""
-    return LlamaConfig(
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-    )
-
-
-def llama3(
-    hidden_size: int,
-    layers: int,
-    heads: int,
-    intermediate_size: int,
-    *,
-    scaling_factor: float | None = None,
-    tied: bool = False,
-) -> LlamaConfig:
-    """A size of Llama 3, or of 3.1 and later where a ``scaling_factor`` extends the context."""
-    scaling = {
-        "rope_type": "llama3",
-        "factor": scaling_factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    return LlamaConfig(
-        vocab_size=128256,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=8,
-        max_position_embeddings=131072 if scaling_factor else 8192,
-        rms_norm_eps=1e-5,
-        rope_theta=500000.0,
-        rope_scaling=scaling if scaling_factor else None,
-        tie_word_embeddings=tied,
-        bos_token_id=128000,
-        eos_token_id=128001,
-    )
-
+LLAMA2 = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
+CODE_LLAMA = replace(LLAMA2, vocab_size=32016, max_position_embeddings=16384, rope_theta=1e6)
+LLAMA3 = LlamaConfig(
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    bos_token_id=128000,
+    eos_token_id=128001,
+)
+LONG = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3_1 = replace(LLAMA3, max_position_embeddings=131072, rope_scaling=LONG | {"factor": 8.0})
+LLAMA3_2 = replace(LLAMA3_1, rope_scaling=LONG | {"factor": 32.0}, tie_word_embeddings=True)
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0, tie_word_embeddings=True,
+    initializer_range=0.041666666666666664, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+)  # fmt: skip
 
 SIZES: dict[str, LlamaConfig] = {
-    "llama2_7b": llama2(4096, 32, 32, 11008),
-    "llama2_13b": llama2(5120, 40, 40, 13824),
-    "llama2_70b": llama2(8192, 80, 64, 28672, kv_heads=8),
-    "llama3_8b": llama3(4096, 32, 32, 14336),
-    "llama3_70b": llama3(8192, 80, 64, 28672),
-    "llama3_1_8b": llama3(4096, 32, 32, 14336, scaling_factor=8.0),
-    "llama3_1_70b": llama3(8192, 80, 64, 28672, scaling_factor=8.0),
-    "llama3_2_1b": llama3(2048, 16, 32, 8192, scaling_factor=32.0, tied=True),
-    "llama3_2_3b": llama3(3072, 28, 24, 8192, scaling_factor=32.0, tied=True),
-    "llama3_3_70b": llama3(8192, 80, 64, 28672, scaling_factor=8.0),
+    "llama2_7b": sized(LLAMA2, 4096, 32, 32, 32, 11008),
+    "llama2_13b": sized(LLAMA2, 5120, 40, 40, 40, 13824),
+    "llama2_70b": sized(LLAMA2, 8192, 80, 64, 8, 28672),
+    "code_llama_7b": sized(CODE_LLAMA, 4096, 32, 32, 32, 11008),
+    "code_llama_13b": sized(CODE_LLAMA, 5120, 40, 40, 40, 13824),
+    "code_llama_34b": sized(replace(CODE_LLAMA, vocab_size=32000), 8192, 48, 64, 8, 22016),
+    "code_llama_70b": sized(replace(CODE_LLAMA, max_position_embeddings=2048, rope_theta=1e4), 8192, 80, 64, 8, 28672),
+    "llama3_8b": sized(LLAMA3, 4096, 32, 32, 8, 14336),
+    "llama3_70b": sized(LLAMA3, 8192, 80, 64, 8, 28672),
+    "llama3_1_8b": sized(LLAMA3_1, 4096, 32, 32, 8, 14336),
+    "llama3_1_70b": sized(LLAMA3_1, 8192, 80, 64, 8, 28672),
+    "llama3_2_1b": sized(LLAMA3_2, 2048, 16, 32, 8, 8192),
+    "llama3_2_3b": sized(LLAMA3_2, 3072, 28, 24, 8, 8192),
+    "llama3_3_70b": sized(replace(LLAMA3_1, eos_token_id=(128001, 128008, 128009)), 8192, 80, 64, 8, 28672),
+    "smollm2_135m": sized(SMOLLM2, 576, 30, 9, 3, 1536),
+    "smollm2_360m": sized(SMOLLM2, 960, 32, 15, 5, 2560),
+    "smollm2_1_7b": sized(replace(SMOLLM2, rope_theta=130000.0, initializer_range=0.02), 2048, 24, 32, 32, 8192),
 }

@@ -1,28 +1,46 @@
 """Who sees whom. Every query sees an interval of columns: from the start of its document, or of its window, to itself.
 
 A document begins where position ids do not go on by one; left padding is a document that nobody goes on with.
-B: batch, S: queries, K: keys.
+B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimension, Q, C: blocks of queries, of keys.
 """
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mask: TypeAlias = "Tensor | BlockMask | None"  # True where a query sees a key; None: itself and all before it
+
+BLOCK = 128  # what flex_attention skips or computes as a whole
 
 
 def document_starts(position_ids_BS: Tensor, *, offset: int = 0, first_B: Tensor | None = None) -> Tensor:
     """The column where each token's document begins, int64[B, S].
 
     ``offset`` is the column of the first token given, and ``first_B`` where the documents that it may continue began.
-    A row whose first position is 0 at a later column begins a new document there.
     """
-    seq_len = position_ids_BS.shape[1]
-    columns = torch.arange(offset, offset + seq_len, device=position_ids_BS.device)
+    columns = torch.arange(offset, offset + position_ids_BS.shape[1], device=position_ids_BS.device)
     begins = torch.zeros_like(position_ids_BS, dtype=torch.bool)
     begins[:, 1:] = position_ids_BS[:, 1:] != position_ids_BS[:, :-1] + 1
     begins[:, 0] = (position_ids_BS[:, 0] == 0) & (offset > 0)
     starts = torch.where(begins, columns, 0)
     if first_B is not None:
-        starts[:, 0] = torch.where(begins[:, 0], starts[:, 0], first_B)
+        starts[:, 0] = torch.where(begins[:, 0], offset, first_B)
     return starts.cummax(dim=1).values
+
+
+def document_lengths(position_ids_BS: Tensor, starts_BS: Tensor | None, *, offset: int = 0) -> Tensor:
+    """How many tokens each token's document has up to the last one given, int64[B, S]."""
+    counts = position_ids_BS + 1
+    if starts_BS is None:
+        return counts.amax(dim=1, keepdim=True).expand_as(counts)
+    index = (starts_BS - offset).clamp(min=0)
+    return torch.zeros_like(counts).scatter_reduce(1, index, counts, "amax").gather(1, index)
 
 
 def interval_mask(starts_BS: Tensor | None, queries_S: Tensor, keys_K: Tensor, window: int | None) -> Tensor:
@@ -34,3 +52,82 @@ def interval_mask(starts_BS: Tensor | None, queries_S: Tensor, keys_K: Tensor, w
     if starts_BS is None:
         return sees_SK[None, None]
     return (sees_SK[None] & (keys_K[None, None, :] >= starts_BS[:, :, None]))[:, None]
+
+
+def block_mask(starts_BS: Tensor | None, seq_len: int, window: int | None, device: torch.device) -> "BlockMask":
+    """The same for flex_attention, queries and keys being the same columns, without a matrix of S by S.
+
+    The first column that a query sees never falls from one query to the next, so a block of queries is judged by its
+    first and its last one.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    queries_S = torch.arange(seq_len, device=device)
+    lowest_BS = torch.zeros_like(queries_S)[None] if starts_BS is None else starts_BS
+    if window is not None:
+        lowest_BS = torch.maximum(lowest_BS, queries_S - (window - 1))
+    first_Q = torch.arange(0, seq_len, BLOCK, device=device)
+    last_Q = (first_Q + BLOCK - 1).clamp(max=seq_len - 1)
+    begin_C, end_C = first_Q, last_Q
+    some_BQC = (begin_C <= last_Q[:, None]) & (end_C >= lowest_BS[:, first_Q, None])
+    complete_Q = first_Q + BLOCK <= seq_len
+    whole_BQC = (end_C <= first_Q[:, None]) & (begin_C >= lowest_BS[:, last_Q, None]) & complete_Q[:, None] & complete_Q
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key >= lowest_BS[batch if starts_BS is not None else 0, query])
+
+    counts, indices = ordered_blocks(some_BQC & ~whole_BQC)
+    whole_counts, whole_indices = ordered_blocks(whole_BQC)
+    return BlockMask.from_kv_blocks(
+        counts, indices, whole_counts, whole_indices, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(seq_len, seq_len)
+    )
+
+
+def ordered_blocks(visible_BQC: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each block of queries sees, int32[B, 1, Q], and which, those first, int32[B, 1, Q, C]."""
+    indices = visible_BQC.int().argsort(dim=-1, descending=True, stable=True)
+    return visible_BQC.sum(-1).int()[:, None], indices.int()[:, None]
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Any]:
+    """flex_attention through the compiler, without which it would hold all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def flex_attend(
+    q_BHSD: Tensor,
+    k_BNKD: Tensor,
+    v_BNKD: Tensor,
+    mask: "BlockMask",
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """[B, H, S, D] by flex_attention, which on CUDA runs compiled and never holds the scores."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def bounded(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert softcap is not None
+        return softcap * torch.tanh(score / softcap)
+
+    flex: Callable[..., Any] = flex_attention
+    if q_BHSD.device.type == "cuda" and not torch.compiler.is_compiling():
+        flex = compiled_flex_attention()
+    mixed, extra = flex(
+        q_BHSD,
+        k_BNKD,
+        v_BNKD,
+        score_mod=None if softcap is None else bounded,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=q_BHSD.shape[1] != k_BNKD.shape[1],
+        return_aux=AuxRequest(lse=sinks is not None),
+    )
+    if sinks is None:
+        return mixed  # type: ignore[no-any-return]
+    share = torch.sigmoid(extra.lse - sinks.float()[:, None])  # of the softmax that is left once the sink took its part
+    return mixed * share[..., None].to(mixed.dtype)  # type: ignore[no-any-return]

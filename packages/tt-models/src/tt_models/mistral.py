@@ -1,14 +1,11 @@
-"""Mistral: https://arxiv.org/abs/2310.06825."""
+"""Mistral 7B v0.1 to v0.3, Nemo, Small: https://arxiv.org/abs/2310.06825."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from tt_models.attention import Attention
 from tt_models.config import ModelConfig
 from tt_models.decoder import Block, Decoder
-from tt_models.mlp import MLP
-from tt_models.norm import RMSNorm
-from tt_models.rope import Rope
+from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,32 +30,25 @@ class MistralConfig(ModelConfig):
 
 def mistral(config: MistralConfig) -> Decoder:
     """Pre-norm blocks with grouped queries and a sliding window."""
-    rope = Rope(
-        config.head_size,
-        theta=config.rope_theta,
-        scaling=config.rope_scaling,
-        max_position_embeddings=config.max_position_embeddings,
-    )
+    rope = rope_of(config)
     layers = [
-        Block(
-            Attention(
-                config.hidden_size,
-                config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                rope=rope,
-                window=config.sliding_window,
-                dropout=config.attention_dropout,
-            ),
-            MLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act),
-            RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-            RMSNorm(config.hidden_size, eps=config.rms_norm_eps),
-        )
-        for _ in range(config.num_hidden_layers)
+        Block(attention_of(config, layer, rope=rope), mlp_of(config), norm_of(config), norm_of(config))
+        for layer in range(config.num_hidden_layers)
     ]
-    return Decoder(config, layers, RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+    return Decoder(config, layers, norm_of(config))
 
+
+V1 = MistralConfig(max_position_embeddings=32768, rms_norm_eps=1e-5, sliding_window=4096)
+V3 = replace(V1, vocab_size=32768, sliding_window=None, rope_theta=1e6)
+NEMO = replace(
+    V3, vocab_size=131072, hidden_size=5120, num_hidden_layers=40, max_position_embeddings=131072
+)  # its head_dim stays 128
+SMALL = replace(NEMO, intermediate_size=32768, max_position_embeddings=32768, rope_theta=1e8)
 
 SIZES: dict[str, MistralConfig] = {
-    "mistral_7b": MistralConfig(max_position_embeddings=32768, rms_norm_eps=1e-5, sliding_window=4096),
+    "mistral_7b": V1,
+    "mistral_7b_v0_2": replace(V1, sliding_window=None, rope_theta=1e6),
+    "mistral_7b_v0_3": V3,
+    "mistral_nemo_12b": NEMO,
+    "mistral_small_24b": SMALL,
 }

@@ -1,11 +1,14 @@
-"""Root mean square normalization, computed in fp32: https://arxiv.org/abs/1910.07467."""
+"""Root mean square normalization, computed in fp32: https://arxiv.org/abs/1910.07467.
+
+Three roundings exist among the families; in fp32 the first two are the same.
+"""
 
 import torch
 from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """``y = w * x / sqrt(mean(x^2) + eps)``: fp32 inside, rounded to the dtype of ``x`` before the weight."""
+    """``y = w * x / sqrt(mean(x^2) + eps)``, rounded to the dtype of ``x`` before the weight (Llama and most)."""
 
     def __init__(self, size: int, *, eps: float = 1e-6) -> None:
         super().__init__()
@@ -19,9 +22,34 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to the same shape and dtype."""
-        x_32 = x.float()
-        return self.weight * (x_32 * torch.rsqrt(x_32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * normalized(x, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Size and epsilon."""
         return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class LateRoundingRMSNorm(RMSNorm):
+    """The same, rounded after the weight (OLMo 2, gpt-oss)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to the same shape and dtype."""
+        return (self.weight * normalized(x, self.eps)).to(x.dtype)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """``y = (1 + w) * x / sqrt(mean(x^2) + eps)``, rounded at the end; ``w`` begins at zero (Gemma)."""
+
+    def reset_parameters(self) -> None:
+        """Weight zero."""
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., size] to the same shape and dtype."""
+        return (normalized(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
+
+
+def normalized(x: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps)`` over the last dimension, in fp32."""
+    x_32 = x.float()
+    return x_32 * torch.rsqrt(x_32.pow(2).mean(-1, keepdim=True) + eps)

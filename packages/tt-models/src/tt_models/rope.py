@@ -20,30 +20,45 @@ ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
         frozenset(),
     ),
+    "yarn": (
+        frozenset({"factor", "original_max_position_embeddings"}),
+        frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    ),
+    "longrope": (
+        frozenset({"short_factor", "long_factor", "original_max_position_embeddings"}),
+        frozenset({"factor", "attention_factor"}),
+    ),
 }
+OLD_NAMES = {"su": "longrope"}
 
 
 def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The normal form of a ``rope_scaling`` mapping: None for plain rope, else ``rope_type`` and its numbers."""
     if scaling is None:
         return None
+    if not isinstance(scaling, Mapping):
+        raise ValueError(f"rope_scaling must be a mapping, got {scaling!r}")
     numbers = {key: value for key, value in scaling.items() if key not in ("type", "rope_type") and value is not None}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = OLD_NAMES.get(str(kind), str(kind))
     if kind == "default":
         if numbers:
             raise ValueError(f"rope_scaling of type 'default' takes no numbers, got {', '.join(sorted(numbers))}")
         return None
     if kind not in ROPE_TYPES:
         close = difflib.get_close_matches(str(kind), [*ROPE_TYPES, "default"], n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else "known are"
+        hint = f"did you mean {close[0]!r}?" if close else "it is none of"
         raise ValueError(f"rope_type {kind!r} is not supported: {hint} {', '.join(['default', *ROPE_TYPES])}")
     required, optional = ROPE_TYPES[kind]
     missing, unknown = required - numbers.keys(), numbers.keys() - required - optional
     if missing or unknown:
         wrong = [f"lacks {key}" for key in sorted(missing)] + [f"does not know {key}" for key in sorted(unknown)]
-        raise ValueError(
-            f"rope_scaling of type {kind!r} {', '.join(wrong)}; it takes {', '.join(sorted(required | optional))}"
-        )
+        known = ", ".join(sorted(required | optional))
+        raise ValueError(f"rope_scaling of type {kind!r} {', '.join(wrong)}; it takes {known}")
+    for key, value in numbers.items():
+        values = value if key in ("short_factor", "long_factor") and isinstance(value, list | tuple) else [value]
+        if any(not isinstance(number, int | float) or number < 0 for number in values):
+            raise ValueError(f"rope_scaling: {key} must not hold anything but positive numbers, got {value!r}")
     return {"rope_type": kind, **numbers}
 
 
@@ -53,46 +68,115 @@ class Rope:
     def __init__(
         self, dim: int, *, theta: float, scaling: Mapping[str, Any] | None = None, max_position_embeddings: int = 0
     ) -> None:
-        self.dim, self.theta = dim, theta
-        self.scaling = check_rope_scaling(scaling)
+        if dim % 2 or dim <= 0:
+            raise ValueError(f"rope rotates pairs: the rotated part of a head must be even and positive, got {dim}")
+        self.dim, self.theta = dim, float(theta)
+        self.scaling = check_rope_scaling(scaling) or {}
         self.max_position_embeddings = max_position_embeddings
-        self.kind: str = (self.scaling or {}).get("rope_type", "default")
-        self._frequencies = self.frequencies(0)
+        self.kind: str = self.scaling.get("rope_type", "default")
+        self.amplitude = amplitude(self.scaling, max_position_embeddings)
+        for name in ("short_factor", "long_factor"):
+            if name in self.scaling and len(self.scaling[name]) != dim // 2:
+                raise ValueError(f"rope_scaling: {name} has {len(self.scaling[name])} numbers, {dim // 2} are needed")
+        self._frequencies = self.scaled_frequencies()
 
-    def frequencies(self, seq_len: int) -> Tensor:
-        """fp32[dim / 2] on the CPU, for a sequence of ``seq_len`` tokens."""
-        theta, scaling = self.theta, self.scaling or {}
-        if self.kind == "dynamic":
-            stretch = scaling["factor"] * max(seq_len, self.max_position_embeddings) / self.max_position_embeddings
-            theta *= (stretch - (scaling["factor"] - 1)) ** (self.dim / (self.dim - 2))
-        frequencies = plain_frequencies(self.dim, theta)
+    @property
+    def original_max_positions(self) -> int:
+        """How many tokens the model saw before its context was extended."""
+        return int(self.scaling.get("original_max_position_embeddings", self.max_position_embeddings))
+
+    @property
+    def by_length(self) -> bool:
+        """Whether ``tables`` must know how long each document is."""
+        return self.kind in ("dynamic", "longrope")
+
+    def scaled_frequencies(self, factors: str = "short_factor") -> Tensor:
+        """fp32[D / 2] on the CPU; longrope has factors for documents within and beyond the original context."""
+        frequencies, scaling = torch.reciprocal(torch.pow(self.theta, exponents(self.dim))), self.scaling
         if self.kind == "linear":
-            frequencies = frequencies / scaling["factor"]
+            return frequencies / float(scaling["factor"])
         if self.kind == "llama3":
-            frequencies = llama3_frequencies(frequencies, scaling)
+            return llama3_frequencies(frequencies, scaling)
+        if self.kind == "yarn":
+            return yarn_frequencies(frequencies, self.theta, scaling)
+        if self.kind == "longrope":
+            return frequencies / torch.tensor(scaling[factors], dtype=torch.float32, device="cpu")
         return frequencies
 
-    def tables(self, position_ids_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin, [B, 1, S, D / 2] each: computed in fp32, rounded to ``dtype``."""
-        frequencies = self._frequencies
-        if self.kind == "dynamic":
-            frequencies = self.frequencies(int(position_ids_BS.max()) + 1)
-        angles = position_ids_BS[:, None, :, None].float() * frequencies.to(position_ids_BS.device)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+    def frequencies(self, lengths_BS: Tensor | None, device: torch.device) -> Tensor:
+        """fp32[D / 2] or [B, 1, S, D / 2], where it depends on the length of each token's document."""
+        frequencies = self._frequencies.to(device)
+        if lengths_BS is None or not self.by_length:
+            return frequencies
+        lengths = lengths_BS[:, None, :, None]
+        if self.kind == "longrope":
+            slower = self.scaled_frequencies("long_factor").to(device)
+            return torch.where(lengths > self.original_max_positions, slower, frequencies)
+        factor, longest = float(self.scaling["factor"]), self.max_position_embeddings
+        stretch = factor * lengths.clamp(min=longest) / longest - (factor - 1)  # the base grows with the document
+        theta = self.theta * stretch ** (self.dim / (self.dim - 2))
+        return torch.reciprocal(torch.pow(theta, exponents(self.dim).to(device)))
+
+    def tables(
+        self, position_ids_BS: Tensor, dtype: torch.dtype, lengths_BS: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin, [B, 1, S, D / 2] each: computed in fp32, rounded to ``dtype``.
+
+        ``lengths_BS`` says how long each token's document is; it counts only where ``by_length``.
+        """
+        angles = position_ids_BS[:, None, :, None].float() * self.frequencies(lengths_BS, position_ids_BS.device)
+        cos, sin = angles.cos(), angles.sin()
+        if self.amplitude != 1.0:
+            cos, sin = cos * self.amplitude, sin * self.amplitude
+        return cos.to(dtype), sin.to(dtype)
 
 
-def plain_frequencies(dim: int, theta: float) -> Tensor:
-    """``theta ** (-2 i / dim)``."""
-    exponents = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
-    return torch.reciprocal(theta**exponents)
+def exponents(dim: int) -> Tensor:
+    """``2 i / dim``, fp32[dim / 2] on the CPU."""
+    return torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
 
 
 def llama3_frequencies(frequencies: Tensor, scaling: Mapping[str, Any]) -> Tensor:
     """Long waves slowed by ``factor``, short ones kept, a linear blend between (Llama 3.1)."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high, factor = (float(scaling[name]) for name in ("low_freq_factor", "high_freq_factor", "factor"))
+    turns = float(scaling["original_max_position_embeddings"]) * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return keep * frequencies + (1 - keep) * frequencies / factor
+
+
+def yarn_frequencies(frequencies: Tensor, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """Slow waves divided by ``factor``, fast ones kept, a ramp between: https://arxiv.org/abs/2309.00071."""
+    dim = 2 * frequencies.numel()
+
+    def index_of(turns: float) -> float:
+        """Which frequency, as a real number, makes so many turns in the original context."""
+        return dim * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / 2 / math.log(theta)
+
+    first, last = index_of(scaling.get("beta_fast", 32.0)), index_of(scaling.get("beta_slow", 1.0))
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    last = last if last != first else first + 0.001
+    slow = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - first) / (last - first)).clamp(0.0, 1.0)
+    return (1 - slow) * frequencies + slow * frequencies / float(scaling["factor"])
+
+
+def amplitude(scaling: Mapping[str, Any], max_position_embeddings: int) -> float:
+    """The number by which yarn and longrope multiply cos and sin to keep attention as sharp as it was."""
+    kind = scaling.get("rope_type")
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if "attention_factor" in scaling:
+        return float(scaling["attention_factor"])
+    if kind == "longrope":
+        original = scaling["original_max_position_embeddings"]
+        factor = scaling.get("factor", max_position_embeddings / original)
+        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    log_factor = math.log(max(scaling["factor"], 1.0))
+    above, below = float(scaling.get("mscale", 0)), float(scaling.get("mscale_all_dim", 0))
+    if above and below:
+        return (0.1 * above * log_factor + 1) / (0.1 * below * log_factor + 1)
+    return 0.1 * log_factor + 1
 
 
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

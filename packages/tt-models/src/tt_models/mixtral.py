@@ -1,0 +1,65 @@
+"""Mixtral: https://arxiv.org/abs/2401.04088."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from tt_models.config import ModelConfig
+from tt_models.decoder import Block
+from tt_models.moe import ExpertNames, Experts, MixtureDecoder, MoE, softmax_then_top_k
+from tt_models.parts import attention_of, norm_of, rope_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtralConfig(ModelConfig):
+    """``config.json`` of a Mixtral."""
+
+    model_type: ClassVar[str] = "mixtral"
+    architecture: ClassVar[str] = "MixtralForCausalLM"
+    aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
+
+    intermediate_size: int = 14336
+    num_key_value_heads: int | None = 8
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e6
+    sliding_window: int | None = None
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.001
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The same window in every layer."""
+        return (self.sliding_window,) * self.num_hidden_layers
+
+
+class MixtralDecoder(MixtureDecoder):
+    """With the names of Mixtral's files."""
+
+    names: ClassVar[ExpertNames] = ExpertNames("block_sparse_moe", "w1", "w3", "w2")
+
+
+def mixtral(config: MixtralConfig) -> MixtralDecoder:
+    """Mistral with experts in every layer."""
+    rope = rope_of(config)
+    route = partial(softmax_then_top_k, top_k=config.num_experts_per_tok, renormalize=True)
+    size = (config.num_local_experts, config.hidden_size, config.intermediate_size)
+    layers = [
+        Block(
+            attention_of(config, layer, rope=rope),
+            MoE(config.hidden_size, Experts(*size, activation=config.hidden_act), config.num_local_experts, route),
+            norm_of(config),
+            norm_of(config),
+        )
+        for layer in range(config.num_hidden_layers)
+    ]
+    return MixtralDecoder(config, layers, norm_of(config))
+
+
+SIZES: dict[str, MixtralConfig] = {
+    "mixtral_8x7b": MixtralConfig(max_position_embeddings=32768, router_aux_loss_coef=0.02),
+}

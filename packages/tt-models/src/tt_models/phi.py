@@ -1,0 +1,150 @@
+"""Phi 3, 3.5 and 4: https://arxiv.org/abs/2404.14219, https://arxiv.org/abs/2412.08905, under the name ``phi3``.
+
+Queries, keys and values are one projection in the files and here, and so are gate and up of the mlp.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from tt_models.attention import Attention
+from tt_models.config import ModelConfig, sized
+from tt_models.decoder import Block, Decoder
+from tt_models.mlp import ACTIVATIONS
+from tt_models.parts import attention_of, norm_of, rope_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phi3Config(ModelConfig):
+    """``config.json`` of a Phi 3 or 4."""
+
+    model_type: ClassVar[str] = "phi3"
+    architecture: ClassVar[str] = "Phi3ForCausalLM"
+
+    vocab_size: int = 32064
+    hidden_size: int = 3072
+    intermediate_size: int = 8192
+    max_position_embeddings: int = 4096
+    original_max_position_embeddings: int = 4096  # before longrope extended it
+    partial_rotary_factor: float = 1.0  # the share of a head that is rotated
+    rms_norm_eps: float = 1e-5
+    sliding_window: int | None = None
+    pad_token_id: int | None = 32000
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 32000
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """The same window in every layer."""
+        return (self.sliding_window,) * self.num_hidden_layers
+
+    @property
+    def rope_parameters(self) -> dict[str, Any]:
+        """With the rotated share."""
+        return super().rope_parameters | {"partial_rotary_factor": self.partial_rotary_factor}
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """The original length stands beside the rope, and ``su`` or ``yarn`` say longrope in older files."""
+        config = dict(config)
+        for key in ("rope_scaling", "rope_parameters"):
+            rope = config.get(key)
+            if not isinstance(rope, Mapping):
+                continue
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            rope = {name: value for name, value in rope.items() if name not in ("type", "partial_rotary_factor")}
+            if kind != "default":
+                original = config.get("original_max_position_embeddings", cls.original_max_position_embeddings)
+                rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
+            config[key] = rope
+        share = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
+        return super().from_hf(config if share is None else {"partial_rotary_factor": share} | config)
+
+
+class FusedAttention(Attention):
+    """One projection for queries, keys and values."""
+
+    def add_projections(self, hidden_size: int, bias: bool) -> None:
+        """Queries first, then keys, then values."""
+        self.qkv_proj = nn.Linear(hidden_size, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias=bias)
+
+    def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [B, S, heads, D] each."""
+        q_k_v: Tensor = self.qkv_proj(x_BSE).view(*x_BSE.shape[:2], -1, self.head_dim)
+        q, k, v = torch.split(q_k_v, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        return q, k, v
+
+
+class FusedMLP(nn.Module):
+    """``y = down(act(gate x) * up x)``, gate and up being one projection."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, *, activation: str) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] to the same shape."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate) * up)  # type: ignore[no-any-return]
+
+
+def phi3(config: Phi3Config) -> Decoder:
+    """Llama's blocks with fused projections, rotating a part of each head."""
+    rope = rope_of(config, dim=int(config.head_size * config.partial_rotary_factor))
+    layers = [
+        Block(
+            attention_of(config, layer, kind=FusedAttention, rope=rope),
+            FusedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act),
+            norm_of(config),
+            norm_of(config),
+        )
+        for layer in range(config.num_hidden_layers)
+    ]
+    return Decoder(config, layers, norm_of(config))
+
+
+# https://huggingface.co/microsoft/Phi-4-mini-instruct: how much each of the 48 waves is slowed in a long context.
+LONG_FACTOR = [
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424,
+    6.693110555, 7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252,
+    16.37415215, 18.31155283, 20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6,
+    32.61, 32.64, 32.66, 32.7, 32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77,
+]  # fmt: skip
+PHI3 = Phi3Config(sliding_window=2047)
+PHI4 = Phi3Config(
+    vocab_size=100352,
+    max_position_embeddings=16384,
+    original_max_position_embeddings=16384,
+    rope_theta=250000.0,
+    pad_token_id=100349,
+    bos_token_id=100257,
+    eos_token_id=100265,
+)
+PHI4_MINI = Phi3Config(
+    vocab_size=200064,
+    max_position_embeddings=131072,
+    partial_rotary_factor=0.75,
+    rope_scaling={
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 48,
+        "long_factor": LONG_FACTOR,
+        "original_max_position_embeddings": 4096,
+    },
+    sliding_window=262144,
+    tie_word_embeddings=True,
+    pad_token_id=199999,
+    bos_token_id=199999,
+    eos_token_id=199999,
+)
+SIZES: dict[str, Phi3Config] = {
+    "phi3_mini": sized(PHI3, 3072, 32, 32, 32, 8192),
+    "phi3_medium": sized(PHI3, 5120, 40, 40, 10, 17920),
+    "phi4_14b": sized(PHI4, 5120, 40, 40, 10, 17920),
+    "phi4_mini": sized(PHI4_MINI, 3072, 32, 24, 8, 8192),
+}
