@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tests fork: a child would wait for ever for threads that it does not have
+
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -14,17 +14,17 @@ from tt_train.errors import TrainingError
 
 
 @contextmanager
-def explaining_memory(micro_batches: Sequence[dict[str, Tensor]], peak_gib: Callable[[], float]) -> Iterator[None]:
+def explaining_memory(batches: Sequence[dict[str, Tensor]], peak_gib: Callable[[], float]) -> Iterator[None]:
     """Where memory runs out inside, say what was asked of it and which three keys ask for less."""
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        shapes = [tuple(batch["input_ids"].shape) for batch in micro_batches]
+        shapes = [tuple(batch["input_ids"].shape) for batch in batches]
         rows, length = max(shapes, key=math.prod)
         raise TrainingError(
-            f"out of memory with {rows} sequences of {length} tokens at a time, {peak_gib():.2f} GiB at the peak; lower "
+            f"out of memory with {rows} sequences of {length} tokens at a time, {peak_gib():.2f} GiB at most; lower "
             "micro_batch_size, set activation_checkpointing=true, or lower data.max_seq_len"
         ) from error
 

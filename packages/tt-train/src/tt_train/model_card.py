@@ -21,11 +21,15 @@ def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> s
         "data fingerprint": job.train.fingerprint,
         "steps": summary["steps"],
         "trained tokens": f"{summary['tokens']:,}",
-        "loss, first and last step": f"{summary['loss_first']:.4f}, {summary['loss_last']:.4f}",
-        "held-out loss": "not measured" if summary.get("eval_loss") is None else f"{summary['eval_loss']:.4f}",
+        "loss, first and last step": f"{_figure(summary['loss_first'])}, {_figure(summary['loss_last'])}",
+        "held-out loss": _figure(summary["eval_loss"]),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["packages"].items()),
     }
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
     lines += ["", "## Config", "", "```yaml", to_yaml(job.config).rstrip(), "```", ""]
     lines += ["Its limits are those of the base model and of the rows; nothing else was measured.", ""]
     return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

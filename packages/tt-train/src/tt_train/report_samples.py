@@ -74,7 +74,7 @@ def _answer(sample: dict[str, Any], label: str, *, last: bool = False, mark: str
     badge = f'<span class="badge {verdict}">{verdict}</span>' if verdict else ""
     step = f", step {sample['step']}" if "step" in sample else ""
     generation = str(sample.get("generation", ""))
-    text = clipped(generation) if generation.strip() else '<span class="note">(nothing)</span>'
+    text = clipped(generation) if generation.strip() else '<span class="note">(blank)</span>'
     return (
         f'<div class="answer{" last " * last}{verdict if last else ""}">'
         f'<div class="tag">{mark}<span>{escape(label + step)}</span>{badge}</div><pre>{text}</pre></div>'

@@ -17,7 +17,7 @@ def tiles(run: Run) -> str:
     shown = [
         _tile("Training loss", as_figure(one.loss_last), f"from {as_figure(one.loss_first)}, over {steps}"),
         _tile("Held-out loss", as_figure(one.eval_last), _best(one)),
-        _tile("Tokens", as_count(one.tokens), f"{as_figure(one.epochs, 3)} epochs" if one.epochs else ""),
+        _tile("Trained tokens", as_count(one.tokens), f"{as_figure(one.epochs, 3)} epochs" if one.epochs else ""),
         _tile("Time", as_time(one.seconds), speed),
         _parameters(one),
         _tile("Peak memory", memory),

@@ -102,8 +102,8 @@ def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "run_dir": str(run.path),
         "steps": rows[-1]["step"],
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
         "eval_loss": next((row["eval_loss"] for row in reversed(rows) if row.get("eval_loss") is not None), None),
         "seconds": rows[-1]["elapsed_s"],
         "tokens": rows[-1]["tokens"],

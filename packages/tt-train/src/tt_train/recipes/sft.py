@@ -136,7 +136,7 @@ def not_finite(step: int, result: StepResult, job: Job) -> str:
         step - 1, num_rows=len(job.train), batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
     )
     return (
-        f"step {step}: loss {result.loss} and gradient norm {result.grad_norm} (first in {result.first_nonfinite}) are not "
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} (in {result.first_nonfinite}) are not "
         f"finite; the weights were left alone. Look at rows {rows[:16]} with tt data show, or lower optimizer.lr"
     )
 
