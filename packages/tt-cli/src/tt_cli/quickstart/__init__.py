@@ -1,0 +1,1 @@
+"""The story that ``tt quickstart`` tells: data, tokenizer, base model, fine-tune, scores, all made on the spot."""

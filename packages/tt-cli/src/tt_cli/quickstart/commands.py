@@ -1,0 +1,112 @@
+"""The commands of the quickstart, word for word what it runs itself."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tt_cli.quickstart.scale import Scale, Stage
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where everything lies under the output directory."""
+
+    root: Path
+
+    @property
+    def pretrain_rows(self) -> Path:
+        return self.root / "data" / "pretrain.jsonl"
+
+    @property
+    def finetune_rows(self) -> Path:
+        return self.root / "data" / "finetune.jsonl"
+
+    @property
+    def held_out_rows(self) -> Path:
+        return self.root / "data" / "held_out.jsonl"
+
+    @property
+    def blank(self) -> Path:
+        return self.root / "blank"
+
+    @property
+    def pretrain_run(self) -> Path:
+        return self.root / "runs" / "pretrain"
+
+    @property
+    def base(self) -> Path:
+        return self.pretrain_run / "model"
+
+    @property
+    def lora_run(self) -> Path:
+        return self.root / "runs" / "lora"
+
+    @property
+    def merged(self) -> Path:
+        return self.root / "merged"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
+
+
+def pretrain_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
+    """The ``key=value`` words that train the blank model in full."""
+    words = [f"model.path={folders.blank}", f"data.train={folders.pretrain_rows}", "adapter=null"]
+    return words + _stage_words(scale.pretrain, seed)
+
+
+def lora_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
+    """The ``key=value`` words that train an adapter on the base."""
+    words = [f"model.path={folders.base}", f"data.train={folders.finetune_rows}", f"data.eval={folders.held_out_rows}"]
+    words += [f"adapter.rank={scale.rank}", f"adapter.alpha={2 * scale.rank}", "adapter.target_modules=all-linear"]
+    return words + _stage_words(scale.finetune, seed)
+
+
+def _stage_words(stage: Stage, seed: int) -> list[str]:
+    return [
+        f"max_steps={stage.max_steps}",
+        f"batch_size={stage.batch_size}",
+        f"micro_batch_size={stage.batch_size}",
+        f"optimizer.lr={stage.learning_rate}",
+        "model.dtype=fp32",
+        "device=cpu",
+        "data.max_seq_len=128",
+        "samples.max_new_tokens=16",
+        f"seed={seed}",
+    ]
+
+
+def run_command(words: Sequence[str], output: Path) -> str:
+    """``tt run sft ...`` as it is typed."""
+    return typed("tt", "run", "sft", *words, "-o", output)
+
+
+def chat_command(folders: Folders, question: str) -> str:
+    """One turn of chat with the adapted model."""
+    return f"{typed('echo', question)} | {typed('tt', 'chat', folders.lora_run)}"
+
+
+def go_on(folders: Folders, question: str) -> list[str]:
+    """What to try next on what the quickstart left."""
+    return [
+        typed("tt", "generate", folders.merged, "-p", question),
+        typed("tt", "chat", folders.base),
+        typed("tt", "cat", folders.lora_run / "config.yaml"),
+        typed("tt", "report", folders.lora_run, folders.pretrain_run),
+    ]
+
+
+def on_your_own(folders: Folders, scale: Scale) -> list[str]:
+    """The same with a model from the hub: only the path and the learning rate are others."""
+    run = folders.root / "runs" / "smollm"
+    words = ["model.path=HuggingFaceTB/SmolLM2-135M-Instruct", f"data.train={folders.finetune_rows}"]
+    words += [f"data.eval={folders.held_out_rows}", f"adapter.rank={scale.rank}", f"adapter.alpha={2 * scale.rank}"]
+    words += ["adapter.target_modules=all-linear", "batch_size=32", "micro_batch_size=8", "optimizer.lr=5e-4"]
+    return [run_command(words, run), typed("tt", "chat", run), typed("tt", "merge", run, "-o", f"{run}-merged")]
+
+
+def typed(*words: str | Path) -> str:
+    """Words as one types them in a shell, in the folder that the quickstart was called from."""
+    return shlex.join(str(word) for word in words)

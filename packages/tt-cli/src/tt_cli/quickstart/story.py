@@ -1,0 +1,182 @@
+"""The whole story, from nothing to a merged model, each part done by what users call themselves."""
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import tt_models
+from tt_cli.quickstart import commands
+from tt_cli.quickstart.blank_model import llama_config, write_blank_model
+from tt_cli.quickstart.commands import Folders
+from tt_cli.quickstart.scale import Scale
+from tt_cli.quickstart.scoring import answers, by_kind, largest_difference
+from tt_cli.quickstart.splits import TARGET, Splits, make_splits, write_rows
+from tt_cli.quickstart.telling import Teller, percent
+from tt_cli.quickstart.tokenizer import train_tokenizer
+
+BEFORE_BELOW, AFTER_ABOVE = 0.10, 0.90  # exact match on held-out rows of the target kind
+SAME_LOGITS = 1e-4  # relative: how far merged and adapted may be apart in fp32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of it; scores are the shares of unseen questions answered exactly, by kind."""
+
+    seed: int
+    before: dict[str, float]
+    after: dict[str, float]
+    logits_apart: float  # merged and adapted, relative
+    answers_apart: int  # held-out questions that merged and adapted answer differently
+    question: str  # of the turn of chat
+    answer: str
+    commands: list[str]
+
+    @property
+    def shortfalls(self) -> list[str]:
+        """What should have come out otherwise, one line each; empty when all went well."""
+        before, after = self.before[TARGET], self.after[TARGET]
+        found = []
+        if not before < BEFORE_BELOW:
+            found.append(f"{TARGET} before: {percent(before)} of held-out rows, expected under {percent(BEFORE_BELOW)}")
+        if not after > AFTER_ABOVE:
+            found.append(f"{TARGET} after: {percent(after)} of held-out rows, expected over {percent(AFTER_ABOVE)}")
+        if self.logits_apart > SAME_LOGITS:
+            found.append(f"merged model: logits {self.logits_apart:.0e} from the adapted, expected {SAME_LOGITS:.0e}")
+        if self.answers_apart:
+            found.append(f"merged model: {self.answers_apart} answers differ from the adapted model's, expected none")
+        return found
+
+
+def tell(root: Path, *, seed: int, scale: Scale, teller: Teller) -> Outcome:
+    """Make data, tokenizer and base model, fine-tune, score, chat, merge and report, all under ``root``."""
+    folders = Folders(root)
+    splits = _make_rows(folders, scale, seed, teller)
+    _make_blank(folders, scale, seed, splits, teller)
+    done = [_train("3 Base", folders.pretrain_run, commands.pretrain_words(folders, scale, seed=seed), teller)]
+    before, said_before, _ = _score(folders.base, splits)
+    teller.fact(f"unseen questions: {percent(_base_mean(before))} of its own kinds, {percent(before[TARGET])} {TARGET}")
+
+    done.append(_train("4 Adapter", folders.lora_run, commands.lora_words(folders, scale, seed=seed), teller))
+    after, said_after, adapted = _score(folders.lora_run, splits)
+    teller.fact(f"unseen questions: {percent(after[TARGET])} {TARGET}")
+
+    question = splits.held_out[0].question
+    done.append(commands.chat_command(folders, question))
+    answer = _chat(folders.lora_run, question, done[-1], teller)
+    teller.fact(f"{answer}    (the base alone: {said_before[0] or 'nothing'})")
+    done.append(commands.typed("tt", "merge", folders.lora_run, "-o", folders.merged))
+    logits_apart, answers_apart = _merge(folders, splits, adapted, said_after, done[-1], teller)
+    done.append(commands.typed("tt", "report", folders.lora_run, "-o", folders.report))
+    _report(folders, done[-1], teller)
+    return Outcome(
+        seed=seed,
+        before=before,
+        after=after,
+        logits_apart=logits_apart,
+        answers_apart=answers_apart,
+        question=question,
+        answer=answer,
+        commands=done,
+    )
+
+
+def _make_rows(folders: Folders, scale: Scale, seed: int, teller: Teller) -> Splits:
+    splits = make_splits(
+        seed,
+        num_pretrain=scale.pretrain.num_rows,
+        num_finetune=scale.finetune.num_rows,
+        num_held_out=scale.num_held_out,
+        num_base_held_out=scale.num_base_held_out,
+    )
+    write_rows(folders.pretrain_rows, splits.pretrain)
+    write_rows(folders.finetune_rows, splits.finetune)
+    write_rows(folders.held_out_rows, splits.held_out)
+    kinds = dict.fromkeys(row.kind for row in splits.base_held_out)
+    teller.part("1 Rows", f"{len(splits.pretrain):,} to learn {', '.join(kinds)}; {len(splits.finetune):,} to learn "
+                f"{TARGET}; {len(splits.held_out):,} of {TARGET} held out, in no training file")  # fmt: skip
+    return splits
+
+
+def _make_blank(folders: Folders, scale: Scale, seed: int, splits: Splits, teller: Teller) -> None:
+    texts = (text for row in (*splits.pretrain, *splits.finetune) for text in (row.question, row.answer))
+    vocab_size = train_tokenizer(texts, folders.blank, vocab_size=scale.vocab_size)
+    config = llama_config(
+        vocab_size=vocab_size, hidden_size=scale.hidden_size, num_hidden_layers=scale.num_hidden_layers
+    )
+    parameters = write_blank_model(folders.blank, config, seed=seed)
+    teller.part("2 Model", f"a tokenizer of {vocab_size} tokens trained on the rows, and a Llama of {parameters:,} "
+                f"random parameters, in {folders.blank}")  # fmt: skip
+    teller.command(commands.typed("tt", "data", "show", folders.finetune_rows, "--tokenizer", folders.blank))
+
+
+def _train(title: str, run: Path, words: Sequence[str], teller: Teller) -> str:
+    """Train as ``tt run sft`` does with these words. Returns the command."""
+    from tt_train import compose
+    from tt_train.recipes import sft
+
+    command = commands.run_command(words, run)
+    teller.part(title, "the blank model, trained in full" if "adapter=null" in words else "LoRA on the base")
+    teller.command(command)
+    config = replace(compose("sft", overrides=words), output_dir=str(run))
+    with closing(teller.training_console()) as console:
+        sft.main(config, console=console)
+    return command
+
+
+def _score(path: Path, splits: Splits) -> tuple[dict[str, float], list[str], tt_models.Decoder]:
+    """Exact match by kind, the answers to the held-out rows, and the model."""
+    model, tokenizer = _load(path)
+    said = answers(model, tokenizer, [row.question for row in splits.held_out])
+    others = answers(model, tokenizer, [row.question for row in splits.base_held_out])
+    return by_kind(splits.held_out, said) | by_kind(splits.base_held_out, others), said, model
+
+
+def _chat(run: Path, question: str, command: str, teller: Teller) -> str:
+    """One turn, through what ``tt chat`` is made of. Returns the answer."""
+    from tt_cli.talk import Sampling, Speaker
+
+    teller.part("5 Chat", "one turn with the base and its adapter")
+    teller.command(command)
+    speaker = Speaker(str(run))
+    greedy = Sampling(max_new_tokens=64, temperature=0.0, top_k=None, top_p=None, seed=None)
+    return "".join(speaker.reply(speaker.prompt_ids([{"role": "user", "content": question}]), greedy))
+
+
+def _merge(
+    folders: Folders, splits: Splits, adapted: tt_models.Decoder, said: list[str], command: str, teller: Teller
+) -> tuple[float, int]:
+    """Merge, and compare with the adapted model: logits, and answers to the held-out rows."""
+    from tt_train import merge_run
+
+    teller.part("6 Merge", "one Hugging Face directory, which transformers and others load")
+    teller.command(command)
+    merge_run(folders.lora_run, folders.merged)
+    merged, tokenizer = _load(folders.merged)
+    questions = [row.question for row in splits.held_out]
+    apart = largest_difference(adapted, merged, tokenizer, questions[:32])
+    others = sum(a != b for a, b in zip(said, answers(merged, tokenizer, questions), strict=True))
+    teller.fact(
+        f"against the adapted model: logits within {apart:.0e}, {len(said) - others} of {len(said)} answers the same"
+    )
+    return apart, others
+
+
+def _report(folders: Folders, command: str, teller: Teller) -> None:
+    from tt_train.report import write_report
+
+    teller.part("7 Report", "one page and one picture")
+    teller.command(command)
+    write_report([folders.lora_run], folders.report)
+
+
+def _load(path: Path) -> tuple[tt_models.Decoder, Any]:
+    from tt_train import load
+
+    return load(path, device="cpu")
+
+
+def _base_mean(scores: dict[str, float]) -> float:
+    own = [score for kind, score in scores.items() if kind != TARGET]
+    return sum(own) / len(own)

@@ -1,0 +1,85 @@
+"""``tt quickstart``: the whole story on data of its own, with no network and no model."""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tt_cli.group import Invocation, Verb, json_option, pass_invocation, print_json
+
+if TYPE_CHECKING:
+    from tt_cli.quickstart.scale import Scale
+    from tt_cli.quickstart.story import Outcome
+
+THREADS = 1  # matrices this small gain little from more, lose much when cores are busy, and sum in another order
+
+
+@click.command("quickstart", cls=Verb)
+@click.option("-o", "--output-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: ./tt-quickstart.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of rows and weights.")
+@json_option
+@pass_invocation
+def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json: bool) -> int:
+    """Make rows, a tokenizer and a small base model, fine-tune it on a task that it cannot do, and score it.
+
+    Takes about a minute on one CPU core. Exit code 1 if the task was not learned.
+    """
+    from tt_cli.errors import DONE, FAILED
+    from tt_cli.quickstart.scale import Scale
+
+    began = time.perf_counter()
+    root = _new_folder(output_dir)
+    invocation.run_dir = root
+    scale = Scale()
+    outcome = _on_one_core(root, seed, scale)
+    seconds = round(time.perf_counter() - began, 1)
+    if as_json:
+        print_json(_as_json(outcome, root, seconds))
+    else:
+        _show(outcome, root, scale, seconds)
+    return FAILED if outcome.shortfalls else DONE
+
+
+def _new_folder(wanted: Path | None) -> Path:
+    from tt_cli.quickstart.telling import default_root
+
+    root = wanted or default_root()
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise FileExistsError(f"{root}: exists and is not empty; name a new folder with -o DIR")
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def _on_one_core(root: Path, seed: int, scale: "Scale") -> "Outcome":
+    import torch
+
+    from tt_cli.quickstart.story import tell
+    from tt_cli.quickstart.telling import Teller
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        return tell(root, seed=seed, scale=scale, teller=Teller())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _as_json(outcome: "Outcome", root: Path, seconds: float) -> dict[str, Any]:
+    facts = {"ok": not outcome.shortfalls, "errors": outcome.shortfalls, "output_dir": str(root), "seconds": seconds}
+    return {**facts, **asdict(outcome)}
+
+
+def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> None:
+    from tt_cli.quickstart import commands, telling
+    from tt_cli.quickstart.splits import TARGET
+
+    click.echo()
+    telling.show_scores(outcome.before, outcome.after, target=TARGET)
+    folders = commands.Folders(root)
+    telling.show_commands("Go on from here", commands.go_on(folders, outcome.question))
+    telling.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
+    for line in outcome.shortfalls:
+        click.echo(f"error: {line}", err=True)
+    click.echo(f"\n{'FAILED' if outcome.shortfalls else 'Done'} after {seconds:.0f} s; all of it is in {root}")
