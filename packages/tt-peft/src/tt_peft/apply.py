@@ -12,7 +12,7 @@ from tt_peft.initial import init_adapter_
 from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import AdapterModule, LowRankSpec
 from tt_peft.nf4 import NF4Base
-from tt_peft.quantize import quantize_nf4_
+from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.saved import SavedModule, save_module_
 from tt_peft.stacked import stack_lora_
 from tt_peft.switch import adapter_names, set_adapter_
@@ -35,6 +35,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
         raise ValueError(f"the model already has an adapter {adapter!r}: give the new one another name")
     names, saved, stacked = target_names(model, config), saved_names(model, config), stacked_names(model, config)
     _check(model, config, names, saved)
+    to_quantize = quantizable_names(model, skip=config.quantize_skip, saved=saved) if config.quantize_base else []
     model.requires_grad_(False)
     for name in saved:
         save_module_(model.get_submodule(name), adapter)
@@ -42,8 +43,8 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
         _adapt_(model.get_submodule(name), config).add_adapter_(adapter, spec_of(name, config))
     for owner, locals_ in _by_owner(stacked).items():
         stack_lora_(model.get_submodule(owner), adapter, {x: spec_of(f"{owner}.{x}", config) for x in locals_})
-    if config.quantize_base:
-        quantize_nf4_(model, skip=config.quantize_skip)
+    for name in to_quantize:
+        quantize_linear_(model.get_submodule(name), name=f"{name}.weight")
     set_adapter_(model, adapter)
     if not any(p.is_meta for p in model.parameters()):
         init_adapter_(model, adapter)

@@ -5,6 +5,7 @@ quantized. Quantization and dequantization are written out because torchao's are
 65,536 values, and so have two bytes of NF4 codes (four weights), so both directions are one table lookup.
 """
 
+import copy
 import functools
 import importlib
 import logging
@@ -40,13 +41,17 @@ def is_nf4(weight: Tensor) -> bool:
     return hasattr(weight, "quantized_data")
 
 
+def check_size(weight: Tensor, name: str) -> None:
+    if weight.dim() != 2 or weight.numel() % BLOCK:
+        shape = list(weight.shape)
+        raise ValueError(f"{name} {shape} cannot be NF4: its size is no multiple of {BLOCK}; put it in quantize_skip")
+
+
 def to_nf4(weight: Tensor, *, name: str = "weight") -> Tensor:
     """A matrix as NF4 with double quantization, equal in value to torchao's ``to_nf4``."""
     if is_nf4(weight):
         return weight
-    if weight.numel() % BLOCK:
-        shape = list(weight.shape)
-        raise ValueError(f"{name} {shape} cannot be NF4: its size is no multiple of {BLOCK}; put it in quantize_skip")
+    check_size(weight, name)
     cls = nf4_tensor_class()
     flat = weight.detach().contiguous().flatten()
     blocks = flat.view(-1, BLOCK)
@@ -90,9 +95,16 @@ def _nearest_table(cls: Any, dtype: torch.dtype) -> Tensor:
     return cast(Tensor, cls.quantize_tensor_nearest(numbers, _levels(cls, dtype, torch.device("cpu")))).to(torch.uint8)
 
 
+def copy_nf4(weight: Any) -> Tensor:
+    """The same NF4 matrix in memory of its own."""
+    names, context = weight.__tensor_flatten__()
+    parts = {name: getattr(weight, name).clone() for name in names}
+    return cast(Tensor, type(weight.detach()).__tensor_unflatten__(parts, context, weight.shape, weight.stride()))
+
+
 def dequantize(weight: Any) -> Tensor:
     """The dense matrix of an NF4 weight, in its dtype; equal to torchao's ``get_original_weight``."""
-    dtype, data = weight.dtype, weight.quantized_data
+    dtype, data = weight.nf4.dtype, weight.quantized_data  # of the stored values; ``model.to(dtype)`` changes the other
     groups = weight.quantized_scalers.view(-1, weight.scaler_block_size)
     scales = (groups / weight.quantization_factor[:, None]).flatten().to(dtype) + weight.scaler_mean
     if torch.compiler.is_compiling():  # plain arithmetic, for the compiler to fuse
@@ -102,7 +114,7 @@ def dequantize(weight: Any) -> Tensor:
     else:
         values = F.embedding(data.int(), _pairs(weight.nf4))
     dense: Tensor = values.view(-1, weight.block_size).mul_(scales[:, None])
-    return dense.view(weight.shape)
+    return dense.view(weight.shape).to(weight.dtype)
 
 
 _TABLES: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
@@ -122,7 +134,7 @@ def _quads(levels: Tensor) -> Tensor:
     key = (levels.dtype, levels.device, 4)
     if key not in _TABLES:
         two = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(-1, 2).int()
-        _TABLES[key] = _pairs(levels)[two.to(levels.device)].view(torch.int64).flatten()
+        _TABLES[key] = _pairs(levels)[two.to(levels.device)].flatten(1).view(torch.int64).flatten()
     return _TABLES[key]
 
 
@@ -175,6 +187,15 @@ class NF4Base(nn.Linear):
 
     def base_loaded_(self, tensor: Tensor) -> None:
         """Called with the dense weight, the last moment at which it is there."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NF4Base":
+        """Copies the codes: torchao's ``clone`` quantizes what it dequantized, which changes values."""
+        if is_nf4(self.weight) and id(self.weight) not in memo:
+            memo[id(self.weight)] = nn.Parameter(copy_nf4(self.weight), requires_grad=False)
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """``load_state_dict`` with a dense weight quantizes it."""

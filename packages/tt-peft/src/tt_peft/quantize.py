@@ -8,7 +8,7 @@ from torch import nn
 
 from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.lora import LoRALinear, QLoRALinear
-from tt_peft.nf4 import NF4Linear, dequantize, is_nf4
+from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
 from tt_peft.saved import SavedModule
 from tt_peft.targets import is_linear, matches, output_projection_names, own_modules, select
 
@@ -26,22 +26,32 @@ def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> li
     ``skip`` holds names or expressions; ``"lm_head"`` means the output projection whatever its name. On a model on
     the meta device the layers quantize when they are loaded (``load_base_`` or ``load_state_dict``).
     """
+    names = quantizable_names(model, skip=skip)
+    for name in names:
+        quantize_linear_(model.get_submodule(name), name=f"{name}.weight")
+    return names
+
+
+def quantizable_names(model: nn.Module, *, skip: Sequence[str] = ("lm_head",), saved: Sequence[str] = ()) -> list[str]:
+    """Names of the linear layers to quantize: none of ``skip`` or inside of modules trained in full."""
     modules = own_modules(model)
     skipped = set(output_projection_names(model) if "lm_head" in skip else ())
-    skipped |= set(select([s for s in skip if s != "lm_head"], list(modules), what="quantize_skip"))
     skipped |= {name for name in modules if any(matches(s, name) for s in skip)}
-    kept = tuple(f"{name}." for name, m in modules.items() if isinstance(m, SavedModule))
+    skipped |= set(select([s for s in skip if s != "lm_head"], list(modules), what="quantize_skip"))
+    trained = (*saved, *(name for name, m in modules.items() if isinstance(m, SavedModule)))
     used = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
-    done = []
+    names = []
     for name, module in modules.items():
-        if name in skipped or name.startswith(kept) or type(module) not in _QUANTIZED or not is_linear(module):
+        if name in skipped or type(module) not in _QUANTIZED or not is_linear(module):
+            continue
+        if any(name == t or name.startswith(f"{t}.") for t in trained):
             continue
         weight = module.get_parameter("weight")
         if used[id(weight)] > 1:
             raise ValueError(f"{name}.weight is shared with another module: put {name} in quantize_skip")
-        quantize_linear_(module, name=f"{name}.weight")
-        done.append(name)
-    return done
+        check_size(weight, f"{name}.weight")
+        names.append(name)
+    return names
 
 
 def quantize_linear_(module: nn.Module, *, name: str = "weight") -> None:

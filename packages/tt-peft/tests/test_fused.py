@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import tt_peft
+from tt_peft import LoRAConfig, LoRALinear, apply_lora_
+from tt_peft.fused import fused_lora
+from tt_peft.nf4 import dequantize, to_nf4
+
+
+def plain(x, weight, bias, A, B, scale):
+    return F.linear(x, weight, bias) + scale * F.linear(F.linear(x, A), B)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("nf4", [True, False])
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 64), (64,)])
+def test_forward_and_gradients_are_those_of_the_plain_formula(bias, nf4, shape):
+    torch.manual_seed(0)
+    weight = torch.randn(32, 64, dtype=torch.float64 if not nf4 else torch.float32)
+    kind = {"dtype": weight.dtype}
+    base = to_nf4(weight) if nf4 else weight
+    dense = dequantize(base) if nf4 else weight
+    b = torch.randn(32, **kind) if bias else None
+    leaves = [torch.randn(*shape, **kind), torch.randn(4, 64, **kind), torch.randn(32, 4, **kind)]
+    gradients = []
+    for function in (
+        lambda x, A, B: fused_lora(x, base, b, A, B, scale=0.7),
+        lambda x, A, B: plain(x, dense, b, A, B, 0.7),
+    ):
+        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        y = function(*inputs)
+        y.square().sum().backward()
+        gradients.append([y, *(leaf.grad for leaf in inputs)])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_pass_gradcheck():
+    torch.manual_seed(0)
+    shapes = (3, 4), (5, 4), (5,), (2, 4), (5, 2)
+    x, weight, bias, A, B = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
+    torch.autograd.gradcheck(lambda x, b, A, B: fused_lora(x, weight.detach(), b, A, B, scale=0.3), (x, bias, A, B))
+
+
+def test_the_input_gets_a_gradient_only_where_it_needs_one():
+    A, B = torch.randn(2, 4, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    calls = []
+
+    class Weight(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            calls.append(function.__name__)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    weight = torch.randn(5, 4).as_subclass(Weight)
+    y = fused_lora(torch.randn(3, 4), weight, None, A, B, scale=1.0)
+    calls.clear()
+    y.sum().backward()
+    assert "matmul" not in calls
+    assert "__rmatmul__" not in calls
+    assert A.grad is not None
+
+
+def test_nothing_as_large_as_the_output_is_kept():
+    """Of the tensors that the backward needs, only the input and the [tokens, rank] product depend on the tokens."""
+    saved = []
+    x, A, B = torch.randn(1000, 16), torch.randn(2, 16, requires_grad=True), torch.randn(64, 2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        fused_lora(x, torch.randn(64, 16), None, A, B, scale=1.0)
+    assert sorted(s for s in saved if 1000 in s) == [(1000, 2), (1000, 16)]
+
+
+def test_it_is_chosen_for_one_adapter_without_dropout_and_equals_the_plain_path(make_lm, randomise, ids, monkeypatch):
+    results = {}
+    for fused in (True, False):
+        monkeypatch.setattr(LoRALinear, "fused", fused)
+        model = make_lm()
+        apply_lora_(model, LoRAConfig(target_modules="all-linear"))
+        randomise(model)
+        y = model(ids)
+        found = str(y.grad_fn.next_functions) + str(model.model.layers[0].mlp(torch.randn(2, 32)).grad_fn)
+        assert ("FusedLoRA" in found) == fused
+        y.square().mean().backward()
+        results[fused] = [y, *(p.grad for p in tt_peft.adapter_parameters(model).values())]
+    for a, b in zip(results[True], results[False], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["dropout", "two adapters", "autocast"])
+def test_it_is_not_chosen_where_it_does_not_apply(case):
+    model = nn.ModuleDict({"layer": nn.Linear(4, 4)})
+    apply_lora_(model, LoRAConfig(rank=2, target_modules="layer", dropout=0.5 if case == "dropout" else 0.0))
+    if case == "two adapters":
+        apply_lora_(model, LoRAConfig(rank=2, target_modules="layer"), adapter="second")
+        tt_peft.set_adapter_(model, ("default", "second"))
+    with torch.autocast("cpu", enabled=case == "autocast"):
+        y = model["layer"](torch.randn(3, 4))
+    assert "Fused" not in str(y.grad_fn)
