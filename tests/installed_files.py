@@ -11,6 +11,11 @@ name = package.replace("-", "_")
 module = importlib.import_module(name)
 folder = Path(module.__file__ or "").parent
 
+
+def _ignored(path: Path) -> bool:
+    return any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(repository).parts)
+
+
 problems = []
 if folder.is_relative_to(repository / "packages"):
     problems.append(f"{name} was imported from the working tree, {folder}")
@@ -20,9 +25,7 @@ files = [str(file) for file in importlib.metadata.files(package) or []]
 if not any(file.endswith("licenses/LICENSE") for file in files):
     problems.append("LICENSE is not in the wheel")
 sources = repository / "packages" / package / "src"
-expected = {
-    str(path.relative_to(sources)) for path in sources.rglob("*") if path.is_file() and "__pycache__" not in path.parts
-}
+expected = {str(path.relative_to(sources)) for path in sources.rglob("*") if path.is_file() and not _ignored(path)}
 if missing := expected - set(files):
     problems.append(f"not in the wheel: {', '.join(sorted(missing))}")
 if module.__version__ != importlib.metadata.version(package):
