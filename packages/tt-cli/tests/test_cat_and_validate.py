@@ -73,3 +73,16 @@ def test_all_mistakes_are_told_at_once_and_are_in_the_json_too(tt, words):
     assert answer.code == 2
     assert len(answer.json["errors"]) == 2
     assert answer.err.count("\n") == 2
+
+
+@pytest.mark.parametrize("verb", ["cat", "validate", "run"])
+def test_a_folder_in_place_of_a_config_is_answered_with_the_config_in_it(tt, verb):
+    Path("one").mkdir()
+    assert tt(verb, "one").err == "error: one: a folder, not a config; give a YAML file or a registered name\n"
+    Path("one/config.yaml").write_text("")
+    assert tt(verb, "one").err == "error: one: a folder, not a config; give the config in it, one/config.yaml\n"
+
+
+def test_a_folder_named_like_a_recipe_hides_none(tt, words):
+    Path("sft").mkdir()
+    assert tt("cat", "sft", *words).code == 0

@@ -137,6 +137,8 @@ def test_a_pipe_gets_plain_lines_and_the_run_directory_is_known_once_it_began(ca
     assert out == ""
     assert "\x1b" not in err
     assert "\u27e64\u27e7" in err
+    assert "loss           3.0000 -> 1.2500\n" in err
+    assert err.endswith("  tt merge runs/one -o model\n")
 
 
 def test_a_terminal_gets_rich(monkeypatch):

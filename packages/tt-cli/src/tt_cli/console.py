@@ -25,6 +25,12 @@ class LineConsole(plain.Console):
         self.run_dir = Path(facts.run_dir)
         super().start(facts)
 
+    def end(self, summary: dict[str, Any]) -> None:
+        for name, value in summary_rows(summary):
+            self.note(f"{name:<15}{value}")
+        for command in summary.get("next", []):
+            self.note(f"  {command}")
+
     def close(self) -> None:
         """Stop drawing, whatever happened."""
 

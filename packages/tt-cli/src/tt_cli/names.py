@@ -25,6 +25,14 @@ def path_of(name: str) -> Path:
     raise ValueError(f"no recipe or config '{name}'{hint} (`tt ls` lists them)")
 
 
+def refuse_folder(name: str) -> None:
+    """A folder is no config; ValueError says what of it may have been meant."""
+    if Path(name).is_dir() and name not in runnable_names():
+        config = Path(name) / "config.yaml"
+        cure = f"give the config in it, {config}" if config.is_file() else "give a YAML file or a registered name"
+        raise ValueError(f"{name}: a folder, not a config; {cure}")
+
+
 def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names first, and files for those who have their own."""
     named = [CompletionItem(name) for name in runnable_names() if name.startswith(incomplete)]

@@ -3,7 +3,7 @@
 import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json
-from tt_cli.names import complete_runnable
+from tt_cli.names import complete_runnable, refuse_folder
 
 
 @click.command("cat", cls=ConfigVerb)
@@ -16,6 +16,7 @@ def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ..
     from tt_train import compose
     from tt_train.config import to_dict, to_yaml
 
+    refuse_folder(config)
     composed = compose(config, overrides=overrides, allow_import=allow_import)
     if as_json:
         print_json({"config": to_dict(composed)})

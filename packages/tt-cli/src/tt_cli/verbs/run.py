@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tt_cli.group import ConfigVerb, Invocation, pass_invocation
-from tt_cli.names import complete_runnable
+from tt_cli.names import complete_runnable, refuse_folder
 from tt_train.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ def _prepare(
         schema = getattr(module, "Config", None)
         composed = compose("sft", config=config_file, overrides=overrides, allow_import=allow_import, schema=schema)
         return composed, module
+    refuse_folder(what)
     if config_file is not None and what not in registry.RECIPES:
         raise click.UsageError(f"--config belongs to a recipe; '{what}' is a config itself: give one of the two")
     config = compose(what, config=config_file, overrides=overrides, allow_import=allow_import)

@@ -3,7 +3,7 @@
 import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json
-from tt_cli.names import complete_runnable
+from tt_cli.names import complete_runnable, refuse_folder
 from tt_train.errors import ConfigError
 
 
@@ -17,6 +17,7 @@ def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ..
     from tt_train import compose
     from tt_train.validate import problems
 
+    refuse_folder(config)
     composed = compose(config, overrides=overrides, allow_import=allow_import)
     found = problems(composed)
     if found:
