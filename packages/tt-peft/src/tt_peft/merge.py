@@ -67,21 +67,33 @@ def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None, keep_base
     if not modules:
         raise ValueError("the model has no adapter to merge")
     _check_untied(model, modules)
-    layers = [loss for name, m in modules.items() for loss in _merge(name, m, dtype=dtype, keep_base=keep_base)]
-    rest = [(name, module) for name, module in own_modules(model).items() if type(module) is NF4Linear]
-    for _, module in rest:
-        before = _Before(type(module), weights={"weight": module.weight})
-        weight = dense(module.weight)
-        _become(module, nn.Linear, before, {"weight": weight if dtype is None else weight.to(dtype)})
-    return MergeReport(tuple(layers), tuple(name for name, _ in rest))
+    layers: list[LayerLoss] = []
+    try:
+        for name, module in modules.items():
+            layers += _merge(name, module, dtype=dtype, keep_base=keep_base)
+    except ValueError:
+        _unmerge_all(model)
+        raise
+    rest = {name: module for name, module in own_modules(model).items() if type(module) is NF4Linear}
+    for layer in rest.values():
+        weight = layer.get_parameter("weight")
+        before = _Before(NF4Linear, weights={"weight": weight})
+        plain = nn.Parameter(dense(weight).to(dtype or weight.dtype), requires_grad=False)
+        _become(layer, nn.Linear, before, {"weight": plain})
+    return MergeReport(tuple(layers), tuple(rest))
 
 
 @torch.no_grad()
 def unmerge_lora_(model: nn.Module) -> list[str]:
     """Undo ``merge_lora_``, in place. Returns the names of the modules that have their adapters back."""
-    merged = {name: m for name, m in model.named_modules() if "_before_merge" in m.__dict__}
-    if not merged:
+    names = _unmerge_all(model)
+    if not names:
         raise ValueError("the model is not merged")
+    return names
+
+
+def _unmerge_all(model: nn.Module) -> list[str]:
+    merged = {name: m for name, m in model.named_modules() if "_before_merge" in m.__dict__}
     for module in merged.values():
         before: _Before = module.__dict__.pop("_before_merge")
         module.__class__ = before.cls
@@ -118,7 +130,8 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
         lost = float(torch.linalg.vector_norm(stored.float() - exact) / change) if change > 0 else 0.0
         losses.append(LayerLoss(f"{name}.{local}", stored.dtype, lost, is_nf4(old)))
         if keep_base or is_nf4(old) or stored.dtype != old.dtype or isinstance(module, DoRALinear):
-            before.weights[local] = old.detach()
+            before.weights[local] = old
+            stored = nn.Parameter(stored, requires_grad=False)
         weights[local] = stored
     _become(module, plain, before, weights)
     return losses
@@ -129,7 +142,7 @@ def _plain_class(module: AdapterModule) -> type[nn.Module]:
         return nn.Linear
     if isinstance(module, LoRAEmbedding):
         return nn.Embedding
-    return type(module).__mro__[2]  # (LoRAExperts, StackedLoRA, Experts, ...)
+    return type(module).__bases__[1]  # class LoRAExperts(StackedLoRA, Experts)
 
 
 def _merged_names(module: AdapterModule) -> list[str]:
@@ -178,12 +191,11 @@ def _become(module: nn.Module, cls: type[nn.Module], before: _Before, weights: d
 
 
 def _set(module: nn.Module, local: str, weight: Tensor) -> None:
-    """In place where that is possible, so that whoever holds the parameter sees the change."""
-    old = module.get_parameter(local)
-    if type(old.detach()) is type(weight) is Tensor and old.dtype == weight.dtype:
-        old.copy_(weight)
+    """A parameter takes the place of the old one; a tensor goes into it, so that who holds it sees the change."""
+    if isinstance(weight, nn.Parameter):
+        setattr(module, local, weight)
     else:
-        setattr(module, local, nn.Parameter(weight, requires_grad=False))
+        module.get_parameter(local).copy_(weight)
 
 
 def _swap(module: SavedModule) -> None:

@@ -1,0 +1,54 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tt_peft
+from tt_peft import LoRAConfig, apply_lora_
+from tt_peft.saved import SavedModule
+
+
+def test_a_saved_module_trains_a_copy_and_keeps_its_own_values(make_lm, ids):
+    model = make_lm().train()
+    base = {n: p.clone() for n, p in model.named_parameters()}
+    apply_lora_(model, LoRAConfig(rank=2, modules_to_save=("lm_head", "norm")))
+    optimizer = torch.optim.SGD(tt_peft.adapter_parameters(model).values(), lr=0.5)
+    F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    optimizer.step()
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in base.items())
+    assert not torch.equal(model.lm_head.adapters.default.weight, base["lm_head.weight"])
+    assert isinstance(model.lm_head, SavedModule)
+    assert torch.equal(model.lm_head.effective_weight(), model.lm_head.adapters.default.weight)
+    with tt_peft.disable_adapter(model):
+        assert torch.equal(model(ids), make_lm()(ids))
+        assert torch.equal(model.lm_head.effective_weight(), model.lm_head.weight)
+
+
+def test_each_adapter_has_a_copy_of_the_base(make_lm, randomise, ids):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(rank=2, modules_to_save="norm"))
+    randomise(model)
+    apply_lora_(model, LoRAConfig(rank=2, modules_to_save="norm"), adapter="second")
+    assert torch.equal(model(ids), make_lm()(ids))
+    norm = model.model.norm
+    assert norm.adapters.second.weight.data_ptr() != norm.weight.data_ptr()
+    assert norm.adapter_params() == [f"adapters.{a}.{p}" for a in ("default", "second") for p in ("weight", "bias")]
+
+
+def test_a_module_cannot_have_both(make_lm):
+    with pytest.raises(ValueError, match=r"lm_head is in target_modules and trained in full by modules_to_save"):
+        apply_lora_(make_lm(), LoRAConfig(target_modules="lm_head", modules_to_save="lm_head"))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj is in target_modules and trained in full"):
+        apply_lora_(make_lm(), LoRAConfig(target_modules="all-linear", modules_to_save="mlp"))
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(target_modules="lm_head"))
+    with pytest.raises(ValueError, match=r"modules_to_save: lm_head has a LoRA adapter already"):
+        apply_lora_(model, LoRAConfig(modules_to_save="lm_head"), adapter="second")
+
+
+def test_a_copied_model_keeps_its_saved_modules(make_lm, randomise, ids):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(rank=2, modules_to_save="lm_head"))
+    randomise(model)
+    assert torch.equal(copy.deepcopy(model)(ids), model(ids))
