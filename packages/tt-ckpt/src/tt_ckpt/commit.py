@@ -25,12 +25,17 @@ def create(path: str | Path) -> IO[bytes]:
     return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o644))
 
 
+def sync(file: IO[bytes]) -> None:
+    """Everything written so far is on the disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """A new file with these bytes, on the disk when this returns."""
     with create(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def encode_json(value: Any) -> bytes:
@@ -44,8 +49,7 @@ def write_json(path: Path, value: Any) -> None:
 def copy_file(source: Path, destination: Path) -> None:
     with source.open("rb") as reader, create(destination) as writer:
         shutil.copyfileobj(reader, writer, _CHUNK)
-        writer.flush()
-        os.fsync(writer.fileno())
+        sync(writer)
 
 
 def fsync_dir(path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Hugging Face model directories: where they are, their config, and writing one that transformers loads."""
+"""Writing a Hugging Face model directory that transformers loads, read back before it is there."""
 
-import difflib
-import fnmatch
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,68 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from tt_ckpt import commit
-from tt_ckpt.names import safe_file
-from tt_ckpt.shards import INDEX_NAME, Shards, encode_index, find_shards, read_json, same_layout, split
+from tt_ckpt.directory import check_destination, copy_companions, publish, resolve, write_config
+from tt_ckpt.names import check_basename
+from tt_ckpt.shards import INDEX_NAME, OpenShards, encode_index, find_shards, parse_size, read_json, split
 from tt_ckpt.slots import find_slots, meta
 from tt_ckpt.slots import split as split_parameter
 from tt_ckpt.tensor_file import TensorSpec, canonical_order, spec_of, write_tensors
+from tt_ckpt.weights import Weights, compare
 
-COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
-COMPANION_FOLDERS = ("additional_chat_templates",)
-
-
-def resolve(path: str | Path) -> Path:
-    """The local directory of a model: ``path`` itself when it is one, else the hub snapshot of that repository."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if local.is_file():
-        raise ValueError(f"{path}: a file; give the model directory that holds it")
-    text = str(path)
-    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        raise FileNotFoundError(f"{path}: no such directory{_similar(local)}")
-    from tt_ckpt.hub import snapshot
-
-    return snapshot(text)
-
-
-def _similar(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (nor is {path.parent}; the working directory is {Path.cwd()})"
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    close = difflib.get_close_matches(path.name, beside, 1, 0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else f" (the working directory is {Path.cwd()})"
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model directory or hub id, as a dict."""
-    directory = resolve(path)
-    file = directory / "config.json"
-    if not file.exists():
-        present = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
-        hint = "; a Meta checkpoint: run tt convert" if (directory / "params.json").exists() else ""
-        raise FileNotFoundError(f"{file}: missing; the directory holds {present}{hint}")
-    config = read_json(file)
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-# ---- writing -------------------------------------------------------------------------------------------------------
+LAYOUT_NAME = "hf_layout.json"  # in directories of other formats: how the Hugging Face files lay, to write them again
 
 
 def save_hf(
@@ -91,20 +38,30 @@ def save_hf(
     whose shards and header order are kept when the tensors' names, shapes and dtypes are the same: an unchanged model
     is written byte for byte. ``dtype`` casts floating weights. Adapter parameters are not written: merge first.
 
+    What was written is read back and compared; ``progress(done, total)`` counts bytes, each twice.
     The directory appears whole or not at all. One that holds weights already is a FileExistsError unless ``overwrite``.
     """
+    folder, origin = Path(path), None if source is None else resolve(source)
     pieces = _pieces(model, dtype)
-    specs = {key: spec for key, (spec, _) in pieces.items()}
-    write_model(
-        Path(path),
-        specs,
-        lambda key: pieces[key][1](),
-        config=config,
-        source=None if source is None else resolve(source),
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=progress,
+    weights = Weights(
+        specs={key: spec for key, (spec, _) in pieces.items()},
+        get=lambda key: pieces[key][1](),
+        config=dict(config),
+        format="hf",
+        files=(),
     )
+    old = check_destination(folder, overwrite=overwrite)
+    tmp = commit.make_tmp(folder)
+    try:
+        advance = counter(progress, 2 * weights.nbytes)
+        write_shards(weights, tmp, None if origin is None else read_layout(origin), max_shard_size, advance)
+        compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
+        write_config(tmp / "config.json", config, weights.specs, origin)
+        if origin is not None:
+            copy_companions(origin, tmp)
+        publish(tmp, folder, old)
+    finally:
+        commit.remove_tree(tmp)
 
 
 def _pieces(model: nn.Module, dtype: torch.dtype | None) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
@@ -126,119 +83,107 @@ def _pieces(model: nn.Module, dtype: torch.dtype | None) -> dict[str, tuple[Tens
     return found
 
 
-def write_model(
-    path: Path,
-    specs: Mapping[str, TensorSpec],
-    get: Callable[[str], Tensor],
-    *,
-    config: Mapping[str, Any],
-    source: Path | None,
-    max_shard_size: str | int,
-    overwrite: bool,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write tensors given by name as a model directory; see ``save_hf``."""
-    old = _old_weights(path)
-    if old and not overwrite:
-        raise FileExistsError(f"{path}: holds {old[0].name} already; choose another directory or allow overwriting")
-    layout = _layout_of(source)
-    tmp = commit.make_tmp(path)
-    try:
-        _write_shards(tmp, specs, get, layout, max_shard_size, progress)
-        _write_config(tmp / "config.json", config, specs, source)
-        if source is not None:
-            copy_companions(source, tmp)
-        _publish(tmp, path, old)
-    finally:
-        commit.remove_tree(tmp)
+# ---- the files -----------------------------------------------------------------------------------------------------
 
 
-def _layout_of(source: Path | None) -> Shards | None:
-    """The shards of the source, when it has some that can be read."""
-    if source is None:
-        return None
+def open_hf(folder: Path, config: Mapping[str, Any]) -> Weights:
+    """The safetensors files of a directory."""
+    shards = find_shards(folder)
+    tensors = OpenShards(shards)
+    return Weights(
+        specs={key: shards.spec(key) for key in shards.where},
+        get=tensors.__getitem__,
+        config=dict(config),
+        format="hf",
+        files=tuple(header.path for header in shards.files.values()),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How tensors lie in files: names of files, keys in the order of their bytes, metadata, the text of the index."""
+
+    files: dict[str, list[str]]
+    metadata: dict[str, dict[str, str] | None]
+    index: str | None
+
+    def fits(self, specs: Mapping[str, TensorSpec], max_shard_size: str | int) -> bool:
+        """Whether exactly these tensors can lie so, within the limit."""
+        keys = [key for held in self.files.values() for key in held]
+        limit = parse_size(max_shard_size)
+        return sorted(keys) == sorted(specs) and all(
+            len(held) <= 1 or sum(specs[key].nbytes for key in held) <= limit for held in self.files.values()
+        )
+
+
+def read_layout(directory: Path) -> Layout | None:
+    """The layout of a Hugging Face directory, or the one remembered in a converted one; None where neither is sound."""
     try:
-        return find_shards(source)
+        if (directory / LAYOUT_NAME).exists():
+            return _parse_layout(directory / LAYOUT_NAME)
+        shards = find_shards(directory)
     except (FileNotFoundError, ValueError):
-        return None  # a tokenizer-only directory, or a pickled original: nothing to keep
+        return None
+    return Layout(
+        files={name: list(header.tensors) for name, header in shards.files.items()},
+        metadata={name: header.metadata for name, header in shards.files.items()},
+        index=(directory / INDEX_NAME).read_text("utf-8") if shards.index is not None else None,
+    )
 
 
-def _write_shards(
+def _parse_layout(path: Path) -> Layout:
+    value = read_json(path)
+    try:
+        files = {check_basename(name, where=path): [str(key) for key in keys] for name, keys in value["files"].items()}
+        metadata = {name: value["metadata"][name] for name in files}
+        sound = all(name.endswith(".safetensors") for name in files) and isinstance(value["index"], str | None)
+        sound = sound and all(entry is None or isinstance(entry, dict) for entry in metadata.values())
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: damaged; remove it")
+    return Layout(files=files, metadata=metadata, index=value["index"])
+
+
+def write_layout(layout: Layout, folder: Path) -> None:
+    """Remember a layout beside another format. Not JSON by sorted keys: the order of keys is what is kept."""
+    value = {"files": layout.files, "metadata": layout.metadata, "index": layout.index}
+    commit.write_bytes(folder / LAYOUT_NAME, json.dumps(value).encode())
+
+
+def write_shards(
+    weights: Weights,
     folder: Path,
-    specs: Mapping[str, TensorSpec],
-    get: Callable[[str], Tensor],
-    layout: Shards | None,
+    layout: Layout | None,
     max_shard_size: str | int,
-    progress: Callable[[int, int], None] | None,
+    advance: Callable[[int], None],
 ) -> None:
-    total, done = sum(spec.nbytes for spec in specs.values()), 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, total)
-
-    if layout is not None and same_layout(layout, specs, max_shard_size):
-        for name, header in layout.files.items():
-            write_tensors(folder / name, header.tensors, get, metadata=header.metadata, progress=advance)
+    """Write the safetensors files and their index: as ``layout`` says where it fits, else split anew."""
+    specs = weights.specs
+    if layout is not None and layout.fits(specs, max_shard_size):
+        for name, keys in layout.files.items():
+            held = {key: specs[key] for key in keys}
+            write_tensors(folder / name, held, weights.get, metadata=layout.metadata[name], progress=advance)
         if layout.index is not None:
-            commit.copy_file(layout.directory / INDEX_NAME, folder / INDEX_NAME)
+            commit.write_bytes(folder / INDEX_NAME, layout.index.encode())
         return
     files = split(specs, max_shard_size)
     for name, keys in files.items():
         held = {key: specs[key] for key in keys}
         ordered = {key: held[key] for key in canonical_order(held)}
-        write_tensors(folder / name, ordered, get, metadata={"format": "pt"}, progress=advance)
+        write_tensors(folder / name, ordered, weights.get, metadata={"format": "pt"}, progress=advance)
     if len(files) > 1:
         commit.write_bytes(folder / INDEX_NAME, encode_index(files, specs).encode())
 
 
-def _write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], source: Path | None) -> None:
-    """The config with the dtype that the weights have; the source's own bytes when it says the same."""
-    config = dict(config)
-    dtypes = {spec.dtype for spec in specs.values() if spec.dtype.is_floating_point}
-    for key in ("dtype", "torch_dtype"):
-        if key in config and len(dtypes) == 1:
-            config[key] = str(next(iter(dtypes))).removeprefix("torch.")
-    original = source / "config.json" if source is not None else None
-    if original is not None and original.exists() and read_json(original) == config:
-        commit.copy_file(original, path)
-    else:
-        commit.write_json(path, config)
+def counter(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """``progress(done, total)`` from a call per piece."""
+    done = 0
 
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(min(done, total), total)
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy tokenizer, template, generation and license files."""
-    for entry in sorted(source.iterdir()):
-        if entry.is_file() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS):
-            commit.copy_file(safe_file(source, entry.name), destination / entry.name)
-        elif entry.is_dir() and entry.name in COMPANION_FOLDERS:
-            (destination / entry.name).mkdir(mode=0o755)
-            for file in sorted(entry.iterdir()):
-                if file.is_file():
-                    commit.copy_file(safe_file(entry, file.name), destination / entry.name / file.name)
-
-
-def _old_weights(path: Path) -> list[Path]:
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path}: a file stands there; choose another directory")
-    names = ("model*.safetensors", INDEX_NAME)
-    return sorted(file for pattern in names for file in path.glob(pattern)) if path.exists() else []
-
-
-def _publish(tmp: Path, path: Path, old: list[Path]) -> None:
-    """Rename the finished folder into place; into an existing folder, file by file, after its old weights are gone."""
-    commit.fsync_tree(tmp)
-    if not path.exists():
-        tmp.rename(path)
-    else:
-        for file in old:
-            file.unlink()
-        for entry in sorted(tmp.iterdir(), key=lambda entry: (entry.name == INDEX_NAME, entry.name)):
-            target = path / entry.name
-            if entry.is_dir() and target.is_dir():
-                commit.remove_tree(target)
-            entry.replace(target)
-        commit.fsync_dir(path)
-    commit.fsync_dir(path.parent)
+    return advance

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tt_ckpt.hf import read_config, resolve
+from tt_ckpt.directory import read_config, resolve
 from tt_ckpt.mismatch import describe_mismatch, refuse_quantized
 from tt_ckpt.shards import OpenShards, Shards, find_shards
 from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of

@@ -7,7 +7,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def find_shards(directory: Path) -> Shards:
     elif (directory / SINGLE_NAME).exists():
         index, names = None, [SINGLE_NAME]
     else:
-        raise FileNotFoundError(_describe_no_weights(directory))
+        raise FileNotFoundError(describe_no_weights(directory))
     files = {name: read_header(safe_file(directory, name)) for name in names}
     where: dict[str, str] = {}
     for name, header in files.items():
@@ -88,7 +88,7 @@ def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> s
     return f" (about {format_size(max(total - present, 0))})"
 
 
-def _describe_no_weights(directory: Path) -> str:
+def describe_no_weights(directory: Path) -> str:
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
     convert = f"tt convert {directory} DEST --to hf --allow-pickle"
     if "adapter_model.safetensors" in names:
@@ -194,13 +194,3 @@ def encode_index(files: Mapping[str, Iterable[str]], specs: Mapping[str, TensorS
     }
     where = {key: name for name, keys in files.items() for key in keys}
     return json.dumps({"metadata": total, "weight_map": where}, indent=2, sort_keys=True) + "\n"
-
-
-def same_layout(source: Shards, specs: Mapping[str, TensorSpec], max_shard_size: str | int) -> bool:
-    """Whether ``source``'s files hold exactly these tensors and respect the limit, so that its layout can be kept."""
-    limit = parse_size(max_shard_size)
-    held = {key: spec for header in source.files.values() for key, spec in header.tensors.items()}
-    fits: Callable[[Header], bool] = lambda header: (  # noqa: E731
-        len(header.tensors) == 1 or sum(spec.nbytes for spec in header.tensors.values()) <= limit
-    )
-    return held == dict(specs) and all(fits(header) for header in source.files.values())

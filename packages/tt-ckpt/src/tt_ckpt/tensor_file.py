@@ -7,7 +7,6 @@ wants every tensor at once, does not fsync, and leaves the file with mode 0600.
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tt_ckpt.commit import create
+from tt_ckpt.commit import create, sync
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
 _COPY_BYTES = 1 << 24
@@ -236,11 +235,10 @@ def write_tensors(
             tensor = get(name)
             if spec_of(tensor) != spec:
                 raise ValueError(f"{path}: tensor {name!r} is {spec_of(tensor)}, announced as {spec}")
-            _put(file, _byte_views(tensor), digest)
+            _put(file, byte_views(tensor), digest)
             if progress:
                 progress(spec.nbytes)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
     return digest.hexdigest() if digest else None
 
 
@@ -251,7 +249,7 @@ def write_tensor_dict(path: str | Path, tensors: Mapping[str, Tensor], *, hashed
     return write_tensors(path, ordered, lambda name: tensors[name], metadata={"format": "pt"}, hashed=hashed)
 
 
-def _byte_views(tensor: Tensor) -> Iterable[memoryview]:
+def byte_views(tensor: Tensor) -> Iterable[memoryview]:
     """The bytes of a tensor, in pieces, copied only where it is not contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     for start in range(0, flat.numel(), _COPY_BYTES):

@@ -1,0 +1,127 @@
+"""From one format of model directory to another: streamed, read back, and only then there."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tt_ckpt import commit
+from tt_ckpt.directory import check_destination, copy_companions, publish, resolve, write_config
+from tt_ckpt.formats import open_model
+from tt_ckpt.hf import counter, read_layout, write_layout, write_shards
+from tt_ckpt.meta import write_meta
+from tt_ckpt.torchtune import write_torchtune
+from tt_ckpt.weights import Weights, cast, compare
+
+Format = Literal["hf", "meta", "torchtune"]
+FORMATS = ("hf", "meta", "torchtune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did, or with ``dry_run`` would do. Plain data."""
+
+    source: str
+    destination: str
+    source_format: str
+    to: str
+    model_type: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtypes: list[str]
+    files: list[str]
+    verified: bool
+    seconds: float
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Format,
+    *,
+    allow_pickle: bool = False,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    num_parts: int = 1,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write the model of ``source`` (directory or hub id, any known format) to ``destination`` in the format ``to``.
+
+    One tensor at a time goes from the mapped files to the new ones; then everything is read back and compared, and
+    only then does ``destination`` appear. Tokenizer, template and generation files come along.
+
+    ``allow_pickle``: read ``.pth``, ``.pt`` and ``.bin`` files (restricted unpickler; still only if you trust them).
+    ``config``: a directory with the config.json or params.json that the source lacks. ``dtype``: cast floating
+    tensors. ``max_shard_size``: of hf. ``num_parts``: model-parallel parts of meta. ``progress(done, total)`` counts
+    bytes, each twice: written and read back.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    started = time.monotonic()
+    directory, target = resolve(source), Path(destination)
+    base = None if config is None else resolve(config)
+    weights = open_model(directory, allow_pickle=allow_pickle, config=base)
+    weights = weights if dtype is None else cast(weights, dtype)
+    old = check_destination(target, overwrite=overwrite)
+    files: list[str] = []
+    if not dry_run:
+        tmp = commit.make_tmp(target)
+        try:
+            advance = counter(progress, 2 * weights.nbytes)
+            origins = list(dict.fromkeys([weights.files[0].parent, directory, *([base] if base else [])]))
+            _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
+            compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
+            files = commit.list_files(tmp)
+            publish(tmp, target, old)
+        finally:
+            commit.remove_tree(tmp)
+    return Conversion(
+        source=str(directory),
+        destination=str(target),
+        source_format=weights.format,
+        to=to,
+        model_type=weights.family,
+        num_tensors=len(weights.specs),
+        num_parameters=sum(spec.numel for spec in weights.specs.values()),
+        num_bytes=weights.nbytes,
+        dtypes=sorted({str(spec.dtype).removeprefix("torch.") for spec in weights.specs.values()}),
+        files=files,
+        verified=not dry_run,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _write(
+    weights: Weights,
+    origins: list[Path],
+    tmp: Path,
+    to: str,
+    *,
+    max_shard_size: str | int,
+    num_parts: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Into ``tmp``; config, companions and layout from the first of ``origins`` that has them."""
+    if not weights.config:
+        raise ValueError(f"{origins[0]}: no config.json; give config=DIR of the same model")
+    configured = next((origin for origin in origins if (origin / "config.json").exists()), None)
+    write_config(tmp / "config.json", weights.config, weights.specs, configured)
+    for origin in origins:
+        copy_companions(origin, tmp)
+    layout = next(filter(None, map(read_layout, origins)), None)
+    if to == "hf":
+        write_shards(weights, tmp, layout, max_shard_size, advance)
+        return
+    if to == "meta":
+        write_meta(weights, tmp, num_parts=num_parts, progress=advance)
+    else:
+        write_torchtune(weights, tmp, progress=advance)
+    if layout is not None:
+        write_layout(layout, tmp)

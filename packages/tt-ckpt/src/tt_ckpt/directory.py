@@ -1,0 +1,133 @@
+"""A model directory: where it is, its config, the files that travel with the weights, and its appearance as a whole."""
+
+import difflib
+import fnmatch
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tt_ckpt import commit
+from tt_ckpt.names import safe_file
+from tt_ckpt.shards import INDEX_NAME, read_json
+from tt_ckpt.tensor_file import TensorSpec
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+WEIGHTS = (
+    "model*.safetensors",
+    INDEX_NAME,
+    "consolidated.*",
+    "torchtune_model_*.pt",
+    "pytorch_model*",
+    "params.json",
+    "hf_layout.json",
+)
+COMPANION_FOLDERS = ("additional_chat_templates",)
+
+
+def resolve(path: str | Path) -> Path:
+    """The local directory of a model: ``path`` itself when it is one, else the hub snapshot of that repository."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return local
+    if local.is_file():
+        raise ValueError(f"{path}: a file; give the model directory that holds it")
+    text = str(path)
+    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise FileNotFoundError(f"{path}: no such directory{_similar(local)}")
+    from tt_ckpt.hub import snapshot
+
+    return snapshot(text)
+
+
+def _similar(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor is {path.parent}; the working directory is {Path.cwd()})"
+    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    close = difflib.get_close_matches(path.name, beside, 1, 0.5)
+    return f"; did you mean {path.parent / close[0]}?" if close else f" (the working directory is {Path.cwd()})"
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """``config.json`` of a model directory or hub id, as a dict."""
+    directory = resolve(path)
+    file = directory / "config.json"
+    if not file.exists():
+        present = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+        hint = "; a Meta checkpoint: run tt convert" if (directory / "params.json").exists() else ""
+        raise FileNotFoundError(f"{file}: missing; the directory holds {present}{hint}")
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], source: Path | None) -> None:
+    """The config with the dtype that the weights have; the source's own bytes when it says the same."""
+    config = dict(config)
+    dtypes = {spec.dtype for spec in specs.values() if spec.dtype.is_floating_point}
+    for key in ("dtype", "torch_dtype"):
+        if key in config and len(dtypes) == 1:
+            config[key] = str(next(iter(dtypes))).removeprefix("torch.")
+    original = source / "config.json" if source is not None else None
+    if original is not None and original.exists() and read_json(original) == config:
+        commit.copy_file(original, path)
+    else:
+        commit.write_json(path, config)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy tokenizer, template, generation and license files that are not there yet."""
+    for entry in sorted(source.iterdir()):
+        if (destination / entry.name).exists():
+            continue
+        if entry.is_file() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS):
+            commit.copy_file(safe_file(source, entry.name), destination / entry.name)
+        elif entry.is_dir() and entry.name in COMPANION_FOLDERS:
+            (destination / entry.name).mkdir(mode=0o755)
+            for file in sorted(entry.iterdir()):
+                if file.is_file():
+                    commit.copy_file(safe_file(entry, file.name), destination / entry.name / file.name)
+
+
+def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
+    """The weight files that stand in ``path`` and are to go; a FileExistsError unless they may."""
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path}: a file stands there; choose another directory")
+    found = sorted({file for pattern in WEIGHTS for file in path.glob(pattern)}) if path.exists() else []
+    if found and not overwrite:
+        raise FileExistsError(f"{path}: holds {found[0].name} already; choose another directory or allow overwriting")
+    return found
+
+
+def publish(tmp: Path, path: Path, old: list[Path]) -> None:
+    """Rename the finished folder into place; into an existing folder, file by file, after its old weights are gone."""
+    commit.fsync_tree(tmp)
+    if not path.exists():
+        tmp.rename(path)
+    else:
+        for file in old:
+            file.unlink()
+        for entry in sorted(tmp.iterdir(), key=lambda entry: (entry.name == INDEX_NAME, entry.name)):
+            target = path / entry.name
+            if entry.is_dir() and target.is_dir():
+                commit.remove_tree(target)
+            entry.replace(target)
+        commit.fsync_dir(path)
+    commit.fsync_dir(path.parent)

@@ -1,0 +1,123 @@
+"""What a model directory holds, and its tensors under Hugging Face names, whatever the format."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tt_ckpt.directory import read_config
+from tt_ckpt.hf import open_hf
+from tt_ckpt.meta import from_meta
+from tt_ckpt.names import safe_file
+from tt_ckpt.pickles import read_pickled
+from tt_ckpt.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights, read_json
+from tt_ckpt.tensor_file import MappedFile, spec_of
+from tt_ckpt.torchtune import from_torchtune
+from tt_ckpt.weights import Weights, without_copies
+
+MISTRAL_NAME = "consolidated.safetensors"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+# in the order in which they are looked for; the number in (..) is the epoch, of which the last is taken
+_PICKLE_SETS = (
+    r"consolidated\.\d\d\.pth",
+    r"pytorch_model\.bin",
+    r"torchtune_model_(\d+)\.pt",
+    r"meta_model_(\d+)\.pt",
+    r"hf_model_\d{4}_(\d+)\.pt",
+    r"(?:ft-)?model-\d{5}-of-\d{5}\.bin",
+    r"[^.].*\.(?:pth|pt|bin)",
+)
+_NOT_MODELS = re.compile(r"(adapter|recipe_state|optimizer|scheduler|training_args|rng_state).*")
+
+
+def open_model(directory: Path, *, allow_pickle: bool = False, config: Path | None = None) -> Weights:
+    """Find the weights of ``directory``, say which format they are in, and give them under Hugging Face names.
+
+    ``config``: a directory with config.json or params.json where the weights' own has none.
+    """
+    folder = _newest_epoch(directory)
+    known = _read_settings([folder, directory] if config is None else [config, folder])
+    return without_copies(_open(folder, known, allow_pickle))
+
+
+def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool) -> Weights:
+    if (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists():
+        return open_hf(folder, known.get("config.json", {}))
+    if (folder / MISTRAL_NAME).exists():
+        file = MappedFile(safe_file(folder, MISTRAL_NAME))
+        return _by_names([{name: file.tensor(name) for name in file.header.tensors}], known, [file.header.path])
+    files = _pickle_files(folder)
+    parts = [read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files]
+    return _by_names(parts, known, [folder / name for name in files])
+
+
+def _newest_epoch(directory: Path) -> Path:
+    """``directory``, or its newest ``epoch_N`` where torchtune 0.5 and later put a model."""
+    epochs = [
+        (int(match[1]), entry) for entry in directory.iterdir() if (match := re.fullmatch(r"epoch_(\d+)", entry.name))
+    ]
+    has_weights = any(entry.suffix in (".safetensors", ".bin", ".pt", ".pth") for entry in directory.iterdir())
+    return max(epochs)[1] if epochs and not has_weights else directory
+
+
+def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            found.setdefault("config.json", read_config(folder))
+        if (folder / "params.json").is_file():
+            params = read_json(folder / "params.json")
+            if not isinstance(params, dict):
+                raise ValueError(f"{folder / 'params.json'}: expected a JSON object, found {type(params).__name__}")
+            found.setdefault("params.json", params)
+    return found
+
+
+def _pickle_files(folder: Path) -> list[str]:
+    """The files that together hold one model."""
+    if (folder / PICKLE_INDEX).exists():
+        index = read_json(folder / PICKLE_INDEX)
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{folder / PICKLE_INDEX}: expected an object with a weight_map")
+        names = sorted({str(name) for name in weight_map.values()})
+        missing = [name for name in names if not safe_file(folder, name).exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} files missing: {', '.join(missing[:3])}")
+        return names
+    present = sorted(entry.name for entry in folder.iterdir() if not _NOT_MODELS.fullmatch(entry.name))
+    for pattern in _PICKLE_SETS:
+        matches = [match for name in present if (match := re.fullmatch(pattern, name))]
+        if matches and re.compile(pattern).groups:
+            last = max(int(match[1]) for match in matches)
+            matches = [match for match in matches if int(match[1]) == last]
+        if matches:
+            return [match.string for match in matches]
+    raise FileNotFoundError(describe_no_weights(folder))
+
+
+def _by_names(parts: list[dict[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
+    """Tell the format by the tensors' names."""
+    config = known.get("config.json")
+    keys = parts[0].keys()
+    if any(".attention.wq." in key for key in keys):
+        return from_meta(parts, params=known.get("params.json"), config=config, files=files)
+    together: dict[str, Tensor] = {}
+    for file, part in zip(files, parts, strict=True):
+        twice = sorted(together.keys() & part.keys())
+        if twice:
+            raise ValueError(f"{file}: {twice[0]} stands in another file too; keep one model in {file.parent}")
+        together |= part
+    if any(".attn.q_proj." in key or ".sa_norm." in key for key in keys):
+        if config is None:
+            raise ValueError(f"{files[0].parent}: no config.json, which tells the heads; give config=DIR")
+        return from_torchtune(together, config=config, files=files)
+    if any("embed_tokens" in key or ".self_attn." in key for key in together):
+        specs = {key: spec_of(tensor) for key, tensor in together.items()}
+        return Weights(
+            specs=specs, get=together.__getitem__, config=dict(config or {}), format="hf", files=tuple(files)
+        )
+    shown = ", ".join(sorted(keys)[:3]) or "none"
+    raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); known: Hugging Face, Meta, torchtune")

@@ -1,0 +1,103 @@
+"""A model on its way from one format to another: tensors under Hugging Face names, read when asked for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tt_ckpt.tensor_file import TensorSpec, spec_of
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """``specs`` says what there is, in the order in which it is best read; ``get`` reads or computes one tensor."""
+
+    specs: dict[str, TensorSpec]
+    get: Callable[[str], Tensor]
+    config: dict[str, Any]
+    format: str  # hf, meta or torchtune
+    files: tuple[Path, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    @property
+    def family(self) -> str:
+        return str(self.config.get("model_type", "unknown"))
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The same with floating tensors in ``dtype``."""
+
+    def target(spec: TensorSpec) -> torch.dtype:
+        return dtype if spec.dtype.is_floating_point else spec.dtype
+
+    return replace(
+        weights,
+        specs={name: TensorSpec(dtype=target(spec), shape=spec.shape) for name, spec in weights.specs.items()},
+        get=lambda name: weights.get(name).to(target(weights.specs[name])),
+    )
+
+
+def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable[[int], None] | None = None) -> None:
+    """Raise ValueError, naming the tensor, unless both hold the same names, shapes, dtypes and bytes."""
+    if written.specs.keys() != meant.specs.keys():
+        name = sorted(written.specs.keys() ^ meant.specs.keys())[0]
+        raise ValueError(
+            f"{where}: reading back: {name} is {'extra' if name in written.specs else 'missing'}; please report it"
+        )
+    for name, spec in written.specs.items():
+        ours, theirs = written.get(name), meant.get(name)
+        if spec_of(theirs) != spec or not same_bytes(ours, theirs):
+            raise ValueError(f"{where}: reading back: {name} differs from what was written; the disk may be failing")
+        if progress:
+            progress(spec.nbytes)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Equality of dtype, shape and every bit (NaN equals the same NaN, 0.0 is not -0.0)."""
+    if spec_of(a) != spec_of(b):
+        return False
+    flat_a, flat_b = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b))
+    return all(
+        torch.equal(flat_a[start : start + _PIECE], flat_b[start : start + _PIECE])
+        for start in range(0, flat_a.numel(), _PIECE)
+    )
+
+
+# ---- what a config says ----------------------------------------------------------------------------------------------
+
+
+def positive(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
+    """A whole number above 0 of a config, or a ValueError that names the key."""
+    value = config.get(key)
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or value <= 0:
+        raise ValueError(f"config.json: {key}: expected a whole number above 0, found {value!r}")
+    return value
+
+
+def rotated_heads(config: Mapping[str, Any]) -> dict[str, int]:
+    """How many heads the rows of q_proj and k_proj are."""
+    queries = positive(config, "num_attention_heads")
+    return {"q_proj": queries, "k_proj": positive(config, "num_key_value_heads", default=queries)}
+
+
+def without_copies(weights: Weights) -> Weights:
+    """Leave out what the config makes redundant: the output of a tied model, which must equal the embedding, and the
+    rotary frequencies that old files hold."""
+    specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
+    if weights.config.get("tie_word_embeddings") and OUTPUT in specs and EMBEDDING in specs:
+        if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
+            raise ValueError(f"{weights.files[0]}: {OUTPUT} differs from {EMBEDDING}, but the config ties them")
+        del specs[OUTPUT]
+    return replace(weights, specs=specs)
