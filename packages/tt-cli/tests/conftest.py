@@ -1,10 +1,11 @@
 """What the tests share: ``tt`` called in this process, and as a process of its own."""
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ class Answer:
     code: int
     out: str
     err: str
+    cpu_s: float = field(default=0.0, compare=False)  # of a process; on a busy machine its wall time says nothing
 
     @property
     def json(self) -> Any:
@@ -52,8 +54,11 @@ def tt_process() -> Tt:
 
     def call(*args: str, python: Sequence[str] = (), **settings: Any) -> Answer:
         command = [sys.executable, *python, "-m", "tt_cli", *args]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
-        return Answer(done.returncode, done.stdout, done.stderr)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return Answer(done.returncode, done.stdout, done.stderr, spent)
 
     return call
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 
@@ -45,19 +44,11 @@ def test_wrong_input_is_one_quick_line(tt_process, model_dir, tmp_path, case):
     good = [f"model.path={model_dir}", "data.train=rows.jsonl", "adapter.rank=2", "max_steps=1"]
     words = [word for given in words for word in (good if given == "..." else [given])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_canary_of_the_test"}
-
-    def ask():
-        start = time.perf_counter()
-        answer = tt_process(*words, cwd=tmp_path, env=environment)
-        return answer, time.perf_counter() - start
-
-    answer, seconds = ask()
-    if seconds >= 5:  # a busy machine may have been slow once
-        answer, seconds = ask()
+    answer = tt_process(*words, cwd=tmp_path, env=environment)
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith("error: ")
     assert answer.err.count("\n") == 1
     assert part in answer.err
     assert "canary" not in answer.err
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-    assert seconds < 5
+    assert answer.cpu_s < 5
