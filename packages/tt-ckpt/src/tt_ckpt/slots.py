@@ -47,8 +47,8 @@ class Slot:
 def find_slots(model: nn.Module) -> list[Slot]:
     """All base tensors of ``model`` in module order."""
     found: dict[int, Slot] = {}
+    adapters = adapter_tensor_names(model)
     for prefix, module in model.named_modules(remove_duplicate=False):
-        adapters = set(module.adapter_params()) if callable(getattr(module, "adapter_params", None)) else set()
         transient = module._non_persistent_buffers_set
         tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
         tensors |= {
@@ -57,9 +57,9 @@ def find_slots(model: nn.Module) -> list[Slot]:
             if name not in transient
         }
         for local, tensor in tensors.items():
-            if local in adapters:
-                continue
             name = f"{prefix}.{local}" if prefix else local
+            if name in adapters:
+                continue
             for wrapper in _WRAPPERS:
                 name = name.replace(wrapper, "")
             slot = found.setdefault(id(tensor), Slot(tensor=tensor))
@@ -67,6 +67,16 @@ def find_slots(model: nn.Module) -> list[Slot]:
                 slot.names.append(name)
             slot.places.append((module, local))
     return list(found.values())
+
+
+def adapter_tensor_names(model: nn.Module) -> set[str]:
+    """Full names of what modules with ``adapter_params`` call their adapters' own; a local name may be dotted."""
+    return {
+        f"{prefix}.{local}" if prefix else local
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if callable(ask := getattr(module, "adapter_params", None))
+        for local in ask()
+    }
 
 
 def sources_of(model: nn.Module, name: str) -> list[str]:

@@ -37,8 +37,9 @@ _TWO_NORMS = _COMMON | {_OURS + "post_attention_layernorm.weight": _THEIRS + "ml
 _FOUR_NORMS = _COMMON | {
     "model.norm.weight": "norm.rms_norm.scale",
     _OURS + "post_attention_layernorm.weight": _THEIRS + "sa_scale.scale",
-    _OURS + "pre_feedforward_layernorm.weight": _THEIRS + "mlp_norm.scale",
-    _OURS + "post_feedforward_layernorm.weight": _THEIRS + "mlp_scale.scale",
+    # torchtune exchanges these two (its mlp_norm is the norm before the MLP); its files hold them so, so do ours
+    _OURS + "pre_feedforward_layernorm.weight": _THEIRS + "mlp_scale.scale",
+    _OURS + "post_feedforward_layernorm.weight": _THEIRS + "mlp_norm.scale",
 }
 # Hugging Face keys that hold several of torchtune's tensors, row over row
 _FUSED = {
