@@ -10,19 +10,27 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
-RENDER_SECONDS = 2.0  # of CPU time, for one conversation
-_ANSWER_SECONDS = 30.0  # until a process that hangs outside Python is killed
-_JOBS_PER_REQUEST = 64
+RENDER_SECONDS = 2.0  # of CPU time for one conversation, and for each pair of its messages
+_SECONDS_PER_PAIR = 2e-5
+_SLACK = 2.0  # until a process that hangs outside Python is killed: this many seconds and times the limit
+_PAIRS_PER_REQUEST = 10_000
 
 
 class TemplateError(ValueError):
-    """The chat template refused a conversation, failed, or went over a limit."""
+    """The chat template refused a conversation, failed, or went over a limit.
+
+    ``ambiguous``: it renders, but does not show which of the text is trained.
+    """
+
+    def __init__(self, text: str, *, ambiguous: bool = False) -> None:
+        super().__init__(text)
+        self.ambiguous = ambiguous
 
 
 class ChatTemplate:
@@ -37,7 +45,7 @@ class ChatTemplate:
         self.source, self.name = source, name
         self._setup = {
             "source": source, "variables": dict(variables or {}), "controls": list(controls), "ends": list(ends),
-            "output_limit": MAX_OUTPUT_CHARACTERS, "time_limit": RENDER_SECONDS,
+            "output_limit": MAX_OUTPUT_CHARACTERS, "seconds": RENDER_SECONDS,
         }  # fmt: skip
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
@@ -55,16 +63,19 @@ class ChatTemplate:
         """Render ``jobs``; each answer has ``text`` (with ``spans`` where a job says what is trained) or ``error``."""
         answers: list[dict[str, Any]] = []
         with self._lock:
-            for first in range(0, len(jobs), _JOBS_PER_REQUEST):
+            for request in _requests(jobs):
                 self._start()
-                request = jobs[first : first + _JOBS_PER_REQUEST]
                 answers += self._ask(request) or self._one_by_one(request)
         return answers
 
-    def describe(self, answer: Mapping[str, Any]) -> str:
-        """The sentence for an answer that is an error: which template, which line, what."""
-        line = answer.get("line")
-        return f"{self.name}{f', line {line}' if line else ''}: {answer['error']}"
+    def error(self, answer: Mapping[str, Any], nonce: str = "") -> TemplateError:
+        """The exception for an answer that is one: which template, which line, what. ``nonce`` is taken out."""
+        line, text = answer.get("line"), str(answer["error"])
+        where = f"{self.name}{f', line {line}' if line else ''}"
+        return TemplateError(
+            f"{where}: {text.replace(nonce, '') if nonce else text}",
+            ambiguous=answer.get("kind") == "AmbiguousTemplateError",
+        )
 
     def _one_by_one(self, request: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """A request killed the process: find the job that did."""
@@ -86,10 +97,10 @@ class ChatTemplate:
         weakref.finalize(self, _stop, self._process, self._owner)
         answers = self._ask([self._setup])
         if answers is None:
-            raise TemplateError(f"{self.name}: compiling it used more time or memory than it may")
+            raise TemplateError(f"{self.name}: its first rendering used more time or memory than it may")
         if "error" in answers[0]:
             _stop(self._process, self._owner)
-            raise TemplateError(self.describe(answers[0]))
+            raise self.error(answers[0])
         self._facts = answers[0]
 
     def _ask(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
@@ -98,7 +109,7 @@ class ChatTemplate:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(_ANSWER_SECONDS, process.kill)
+        timer = threading.Timer(_SLACK + _SLACK * max(job["seconds"] for job in jobs), process.kill)
         timer.daemon = True
         timer.start()
         try:
@@ -121,6 +132,21 @@ class ChatTemplate:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _process=None, _owner=0, _facts={}, _lock=threading.Lock())
+
+
+def _requests(jobs: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Jobs with their time limits, in lists that are answered within about a tenth of a second."""
+    request: list[dict[str, Any]] = []
+    pairs = 0
+    for job in jobs:
+        size = len(job["messages"]) ** 2
+        if request and pairs + size > _PAIRS_PER_REQUEST:
+            yield request
+            request, pairs = [], 0
+        request.append({**job, "seconds": RENDER_SECONDS + _SECONDS_PER_PAIR * size})
+        pairs += size
+    if request:
+        yield request
 
 
 def _environment() -> dict[str, str]:
@@ -174,8 +200,10 @@ def escape_controls(value: Any, controls: Any, nonce: str) -> Any:
         text = controls.sub(lambda m: m.group()[0] + nonce + m.group()[1:], value)
         return text if text != value else value
     if isinstance(value, Mapping):
-        changed = {key: escape_controls(item, controls, nonce) for key, item in value.items()}
-        return changed if any(changed[key] is not value[key] for key in value) else value
+        keys = escape_controls(list(value), controls, nonce)
+        items = escape_controls(list(value.values()), controls, nonce)
+        same = all(a is b for a, b in zip([*keys, *items], [*value, *value.values()], strict=True))
+        return value if same else dict(zip(keys, items, strict=True))
     if isinstance(value, (list, tuple)):
         items = [escape_controls(item, controls, nonce) for item in value]
         return items if any(a is not b for a, b in zip(items, value, strict=True)) else value

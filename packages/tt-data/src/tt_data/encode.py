@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
+from tt_data.chat_template import TemplateError
 from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens
 from tt_data.messages import Message, roles_of, validate_messages
 from tt_data.rendered import Encoded, Rendered, Span, join_spans
 from tt_data.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
+AMBIGUOUS = "ambiguous template"  # the reason that no row is to blame for
 Unit = Conversation | Completion | Text | Tokens
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
 
@@ -71,8 +73,8 @@ def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn
     if chats:
         rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for _, chat in chats]
         for (i, _), rendered in zip(chats, tokenizer.render_rows(rows), strict=True):
-            if isinstance(rendered, str):
-                results[i] = BadRowError("template", rendered)
+            if isinstance(rendered, TemplateError):
+                results[i] = BadRowError(AMBIGUOUS if rendered.ambiguous else "template", str(rendered))
             else:
                 texts.append((i, rendered))
     documents = [(i, _document(unit, train_on)) for i, unit in enumerate(units) if isinstance(unit, (Text, Completion))]

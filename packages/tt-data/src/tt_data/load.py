@@ -13,7 +13,7 @@ from typing import Any, Literal
 from tt_data.chat_formats import CHAT_TEMPLATES, resolve_template
 from tt_data.converters import Columns, Schema, detect_schema
 from tt_data.dataset import Tally, TokenDataset, cut, is_trainable
-from tt_data.encode import Parts, TrainOn, check_train_on, encode_examples
+from tt_data.encode import AMBIGUOUS, Parts, TrainOn, check_train_on, encode_examples
 from tt_data.examples import BadRowError, Completion, Example, Judged, Pair
 from tt_data.instruct_templates import INSTRUCT_TEMPLATES, InstructTemplate
 from tt_data.locate import Source, open_sources
@@ -175,6 +175,8 @@ class _Builder:
 
     def _keep(self, number: int, line: int, example: Example, parts: Parts | BadRowError) -> None:
         if isinstance(parts, BadRowError):
+            if parts.reason == AMBIGUOUS:
+                raise ValueError(f"{self.sources[number].name}:{line}: {parts}")
             raise parts
         self._refuse_duplicate(parts)
         kept = self._cut(parts)

@@ -73,7 +73,7 @@ def _build(file: Path, directory: Path, config: Mapping[str, Any], text_specials
         adds_bos = True
     else:
         backend = read_sentencepiece(
-            file, added=_added_tokens(directory, config), prefix_once=config.get("legacy") is False
+            file, added=_added_tokens(directory, config), prefix_once=bool(config) and not config.get("legacy")
         )
         names = {**_sentencepiece_names(backend), **names}
         adds_bos = bool(config.get("add_bos_token", True))

@@ -148,15 +148,19 @@ def _failure(error: BaseException) -> dict[str, Any]:
     line = getattr(error, "lineno", None)
     trace = error.__traceback__
     while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
+        if trace.tb_frame.f_code.co_filename == "<template>" and isinstance(error, Exception):
             line = trace.tb_lineno
         trace = trace.tb_next
-    kind = "" if isinstance(error, (jinja2.TemplateError, ValueError)) else f"{type(error).__name__}: "
-    return {"error": " ".join(f"{kind}{error}".split())[:500], "line": line, "ours": type(error).__name__}
+    kind = "" if isinstance(error, (jinja2.TemplateError, ValueError, _TooLong)) else f"{type(error).__name__}: "
+    return {"error": " ".join(f"{kind}{error}".split())[:500], "line": line, "kind": type(error).__name__}
+
+
+class _TooLong(BaseException):
+    """Not an Exception: nothing on the way may catch it."""
 
 
 def _alarm(signum: int, frame: FrameType | None) -> None:
-    raise TimeoutError("the chat template took too long to render")
+    raise _TooLong("the chat template took too long to render")
 
 
 def _limit_time(seconds: float) -> None:
@@ -181,21 +185,18 @@ def main() -> None:
         signal.signal(signal.SIGVTALRM, _alarm)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     template: _Template | None = None
-    seconds = 1.0
     for line in sys.stdin:
         request = json.loads(line)
         answers: list[dict[str, Any]] = []
         for job in request if isinstance(request, list) else [request]:
             try:
+                _limit_time(job["seconds"])
                 if template is None:
-                    seconds = job["time_limit"]
-                    _limit_time(seconds)
                     template = _Template(job)
                     answers.append({"ends": template.ends, "generation": template.has_generation})
                 else:
-                    _limit_time(seconds)
                     answers.append(_answer(template, job))
-            except Exception as error:
+            except (Exception, _TooLong) as error:
                 answers.append(_failure(error))
             finally:
                 _limit_time(0)

@@ -14,7 +14,7 @@ class SentencePieceTokenizer:
     """Encodes the text between control tokens piece by piece; control tokens are put in by id.
 
     ``prefix_once``: only the beginning of a text gets sentencepiece's dummy prefix, not what follows each control token
-    (``"legacy": false`` in Hugging Face's files).
+    (Hugging Face's files, unless they say ``"legacy": true``).
     """
 
     def __init__(

@@ -146,7 +146,7 @@ class Tokenizer:
         template = self._template(tools)
         answer = template.run([job])[0]
         if "error" in answer:
-            raise TemplateError(template.describe(answer))
+            raise template.error(answer)
         return str(answer["text"])
 
     def encode_prompt(
@@ -156,15 +156,15 @@ class Tokenizer:
         """Ids of the conversation up to where the model writes its next turn."""
         job = {**self._job(messages, tools, variables), "prompt": True}
         rendered = self._rendered([job], tools)[0]
-        if isinstance(rendered, str):
-            raise TemplateError(rendered)
+        if isinstance(rendered, TemplateError):
+            raise rendered
         return self._backend.encode_batch([rendered])[0].ids
 
     def render_rows(
         self, rows: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None, Mapping[str, Any]]]
-    ) -> list[Rendered | str]:
-        """Many (messages, tools, variables), with the unmasked messages trained; a string says why one failed."""
-        results: list[Rendered | str] = [""] * len(rows)
+    ) -> list[Rendered | TemplateError]:
+        """Many (messages, tools, variables), with the unmasked messages trained; or why one failed."""
+        results: list[Rendered | TemplateError] = [Rendered("")] * len(rows)
         for with_tools in (False, True):
             places = [i for i, (_, tools, _) in enumerate(rows) if bool(tools) == with_tools]
             jobs = []
@@ -194,8 +194,8 @@ class Tokenizer:
 
     def _tokenize_with_template(self, messages: Sequence[Message]) -> Encoded:
         rendered = self.render_rows([(messages, None, {})])[0]
-        if isinstance(rendered, str):
-            raise TemplateError(rendered)
+        if isinstance(rendered, TemplateError):
+            raise rendered
         return self._backend.encode_batch([rendered])[0]
 
     def encode_turns(self, messages: Sequence[Message]) -> Encoded:
@@ -243,13 +243,13 @@ class Tokenizer:
     def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {"messages": [_plain(message) for message in messages], "tools": tools or None, "extra": dict(variables)}
 
-    def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | str]:
+    def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
         template, nonce = self._template(tools), new_nonce()
         safe: list[dict[str, Any]] = [escape_controls(job, self._breakable, nonce) for job in jobs]
-        results: list[Rendered | str] = []
+        results: list[Rendered | TemplateError] = []
         for job, original, answer in zip(safe, jobs, template.run(safe), strict=True):
             if "error" in answer:
-                results.append(template.describe({**answer, "error": answer["error"].replace(nonce, "")}))
+                results.append(template.error(answer, nonce))
                 continue
             spans = [(a, b) for a, b in answer.get("spans", ())]
             if job is original:

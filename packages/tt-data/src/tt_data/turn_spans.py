@@ -16,6 +16,7 @@ Render = Callable[[Messages, bool], str]
 Span = tuple[int, int]
 
 _PROBES = ("0probe", "1probe")
+_WORDS = ("content", "reasoning_content", "thinking", "reasoning")
 
 
 class AmbiguousTemplateError(ValueError):
@@ -26,17 +27,28 @@ def find_turn_ends(render: Render, control: re.Pattern[str] | None) -> list[str]
     """The control strings with which this template ends an assistant turn, found by rendering a made-up one."""
     if control is None:
         return []
-    found: list[str] = []
     question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "zq-answer-qz"}
-    for conversation in ([question, answer], [question, answer, question]):
-        try:
-            text = render(conversation, False)
-        except Exception:  # noqa: S112  a template may refuse a conversation that ends with the user
-            continue
-        _, marker, tail = text.partition("zq-answer-qz")
-        match = control.search(tail) if marker else None
-        if match and match.group() not in found:
-            found.append(match.group())
+    last = _controls_behind(render, [question, answer], control)
+    found = last[-1:]
+    middle = _controls_behind(render, [question, answer, question], control)
+    if middle and not set(found) & set(middle):
+        found.append(middle[0])
+    return found
+
+
+def _controls_behind(render: Render, conversation: Messages, control: re.Pattern[str]) -> list[str]:
+    """The first control string behind the made-up answer, with those that follow it directly."""
+    try:
+        text = render(conversation, False)
+    except Exception:  # a template may refuse a conversation that ends with the user
+        return []
+    found: list[str] = []
+    position = None
+    for match in control.finditer(text, text.find("zq-answer-qz")) if "zq-answer-qz" in text else ():
+        if position is not None and match.start() != position:
+            break
+        found.append(match.group())
+        position = match.end()
     return found
 
 
@@ -45,7 +57,7 @@ def turn_spans(
 ) -> tuple[str, list[Span]]:
     """The conversation's text and its trained spans: the turns whose flag is set.
 
-    ``control`` matches the tokenizer's control strings, ``ends`` are those ending a turn. Raises AmbiguousTemplateError.
+    ``control`` matches the tokenizer's control strings, ``ends`` end a turn. Raises AmbiguousTemplateError.
     """
     full = render(messages, False)
     if all(trained):
@@ -99,7 +111,7 @@ class _Finder:
         before = self.boundary(i)
         others = [self.render(self._with(i, probe), False) for probe in _PROBES]
         start = _shared_length(*others)
-        if start < before or not self.full.startswith(others[0][:start]):
+        if others[0] == others[1] or start < before or not self.full.startswith(others[0][:start]):
             raise self._ambiguous(i)
         return start
 
@@ -135,11 +147,14 @@ class _Finder:
         return next((match.end() for match in run if match.group() in self.ends), run[-1].end())
 
     def _with(self, i: int, content: str) -> Messages:
-        return [*self.messages[:i], {"role": "assistant", "content": content}, *self.messages[i + 1 :]]
+        """The conversation with another answer as its turn ``i``: its words and its reasoning, where it has any."""
+        message = {key: content if key in _WORDS else value for key, value in self.messages[i].items()}
+        return [*self.messages[:i], message, *self.messages[i + 1 :]]
 
     def _ambiguous(self, i: int) -> AmbiguousTemplateError:
+        last = len(self.messages) - 1
         return AmbiguousTemplateError(
-            f"the chat template renders message {i} ({self.messages[min(i, len(self.messages) - 1)]['role']}) "
-            "differently once the conversation goes on, so its labels are ambiguous; use train_on: last, or a "
-            "template with {% generation %} blocks"
+            f"the chat template renders what comes before message {i} ({self.messages[min(i, last)]['role']}) or the "
+            "message itself differently once the conversation goes on, so its labels are ambiguous; use "
+            f"{'train_on: last, or ' if i < last else ''}a template with {{% generation %}} blocks"
         )
