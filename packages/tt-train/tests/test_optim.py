@@ -55,7 +55,7 @@ def test_the_floor_of_the_schedule_is_kept():
 )
 def test_optimizers_are_torchs_with_every_argument(section, reference):
     ours, theirs = (torch.nn.Parameter(torch.linspace(-1, 1, 8)) for _ in range(2))
-    first, second = make_optimizer([ours], section), reference([theirs])
+    first, second = make_optimizer([{"params": [ours]}], section), reference([theirs])
     for step in range(5):
         for parameter in (ours, theirs):
             parameter.grad = torch.cos(parameter.detach() * (step + 1))
@@ -67,7 +67,7 @@ def test_optimizers_are_torchs_with_every_argument(section, reference):
 def test_an_argument_that_the_optimizer_lacks_is_refused():
     parameter = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(ConfigError, match=r"optimizer\.momentum: adamw has no momentum"):
-        make_optimizer([parameter], OptimizerSection(name="adamw", momentum=0.9))
+        make_optimizer([{"params": [parameter]}], OptimizerSection(name="adamw", momentum=0.9))
 
 
 def test_a_group_scales_its_rate():
@@ -80,7 +80,7 @@ def test_a_group_scales_its_rate():
 def test_state_goes_out_and_in_exactly():
     def trained(steps, state=None, start=None):
         parameter = torch.nn.Parameter(torch.ones(4) if start is None else start.clone())
-        optimizer = make_optimizer([parameter], OptimizerSection(lr=0.1))
+        optimizer = make_optimizer([{"params": [parameter]}], OptimizerSection(lr=0.1))
         if state:
             load_optimizer_tensors_(optimizer, state, {parameter: "w"})
         for _ in range(steps):

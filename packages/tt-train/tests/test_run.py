@@ -270,6 +270,13 @@ def test_every_key_has_an_effect(tmp_path, words, word, plain_curve):
         "adapter.target_modules=[k_proj]",
         "adapter.use_rslora=true",
         "adapter.use_dora=true",
+        "adapter.init=pissa",
+        "adapter.quantize_base=true",
+        "adapter.lora_plus_ratio=16",
+        "adapter.rank_pattern={q_proj: 2}",
+        "adapter.alpha_pattern={q_proj: 1}",
+        "adapter.exclude_modules=[layers.0.self_attn.q_proj]",
+        "adapter.modules_to_save=[lm_head]",
     ],
 )
 def test_every_key_of_the_adapter_has_an_effect(tmp_path, words, word, plain_curve):

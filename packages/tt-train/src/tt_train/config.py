@@ -33,6 +33,13 @@ class AdapterSection:
     quantize_base: bool = False
     use_dora: bool = False
     use_rslora: bool = False
+    exclude_modules: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)  # stacked expert weights
+    modules_to_save: list[str] = field(default_factory=list)  # trained in full beside the adapter
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init: str = "kaiming"  # kaiming | gaussian | pissa | loftq
+    lora_plus_ratio: float = 1.0  # B learns this much faster than A
     path: str | None = None  # start from this adapter
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,9 +11,8 @@ from tt_train.errors import ConfigError
 from tt_train.registry import OPTIMIZERS, resolve
 
 
-def make_optimizer(parameters: Iterable[torch.nn.Parameter], section: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer that ``section`` names, over ``parameters``; torch's fused kernels where it has them."""
-    parameters = list(parameters)
+def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer that ``section`` names, over ``groups`` of parameters; torch's fused kernels where it has them."""
     optimizer_class = resolve(section.name, OPTIMIZERS)
     accepted = inspect.signature(optimizer_class).parameters
     options: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "betas": tuple(section.betas),
@@ -25,10 +23,10 @@ def make_optimizer(parameters: Iterable[torch.nn.Parameter], section: OptimizerS
             raise ConfigError([f"optimizer.{key}: {section.name} has no {key}; leave it out"])
     chosen = {key: value for key, value in options.items() if key in accepted}
     try:
-        return optimizer_class(parameters, **chosen)  # type: ignore[no-any-return]
+        return optimizer_class(groups, **chosen)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError):  # a subclass tensor or device without a fused kernel
         chosen.pop("fused", None)
-        return optimizer_class(parameters, **chosen)  # type: ignore[no-any-return]
+        return optimizer_class(groups, **chosen)  # type: ignore[no-any-return]
 
 
 def learning_rate(section: ScheduleSection, *, base: float, step: int, steps_total: int) -> float:

@@ -191,6 +191,12 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
         target_modules=targets if isinstance(targets, str) else tuple(str(name) for name in targets),
         use_dora=section.use_dora,
         use_rslora=section.use_rslora,
+        exclude_modules=tuple(section.exclude_modules),
+        target_parameters=tuple(section.target_parameters),
+        modules_to_save=tuple(section.modules_to_save),
+        rank_pattern=section.rank_pattern,
+        alpha_pattern=section.alpha_pattern,
+        init=section.init,  # type: ignore[arg-type]  (checked there)
     )
 
 
@@ -258,23 +264,37 @@ def hold_out(config: SFTConfig, train: Any, tokenizer: Any, max_seq_len: int) ->
 def load_model(job: Job) -> tt_models.Decoder:
     """The model with its weights and, if the config says so, its adapter; ready to train."""
     torch.manual_seed(job.config.seed)
+    adapter = job.config.adapter
     if job.model_path is None:
         model = tt_models.build(job.model_config, device=job.device, dtype=job.dtype)
+        if job.lora is not None:
+            tt_peft.apply_lora_(model, job.lora)
     else:
         model = tt_models.build(job.model_config, device="meta", dtype=job.dtype)
+        if job.lora is not None:  # before the weights: a base of 4 bits is quantized tensor by tensor while it loads
+            tt_peft.apply_lora_(model, job.lora)
         tt_ckpt.load_weights(model, job.model_path, dtype=job.dtype, device=job.device)
-    if job.lora is not None:
-        torch.manual_seed(job.config.seed)  # A is the same whether the weights were drawn or read
-        adapter = job.config.adapter
-        assert adapter is not None
-        tt_peft.apply_lora_(model, job.lora)
-        if adapter.path is not None:
-            tt_peft.load_adapter(model, Path(adapter.path))
+        if job.lora is not None:
+            torch.manual_seed(job.config.seed)
+            tt_peft.init_adapter_(model)
+    if adapter is not None and adapter.path is not None:
+        tt_peft.load_adapter(model, Path(adapter.path))
     if job.config.activation_checkpointing:
         checkpoint_activations_(model)
     if job.config.compile:
         compile_(model)
     return model.train()
+
+
+def trainable_groups(job: Job, model: tt_models.Decoder) -> list[dict[str, Any]]:
+    """What the optimizer trains: one group, or LoRA+'s groups with their share of the learning rate."""
+    section, adapter = job.config.optimizer, job.config.adapter
+    if adapter is None or adapter.lora_plus_ratio == 1.0:
+        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+    groups = tt_peft.lora_plus_groups(
+        model, lr=section.lr, ratio=adapter.lora_plus_ratio, weight_decay=section.weight_decay
+    )
+    return [{**group, "lr_scale": group["lr"] / section.lr} for group in groups]
 
 
 def make_objective(config: SFTConfig) -> Objective:

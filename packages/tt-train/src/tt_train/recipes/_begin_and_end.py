@@ -79,7 +79,7 @@ def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> Run
         schema=str(report["schema"]),
         dropped=dict(report["dropped"]),
         truncated=int(report["truncated"]),
-        problems=[str(problem) for problem in report.get("problems", [])],
+        problems=first_problems([str(problem) for problem in report.get("problems", [])]),
         steps_total=job.steps_total,
         step_first=first,
         device=str(job.device),
@@ -87,6 +87,12 @@ def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> Run
         run_dir=str(run_path),
         sample=job.train.rendered(0),
     )
+
+
+def first_problems(problems: list[str], *, shown: int = 3) -> list[str]:
+    """The first few, and how many more there are."""
+    more = len(problems) - shown
+    return problems[:shown] + ([f"and {more} more such lines; tt data show --stats counts all"] if more > 0 else [])
 
 
 def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tt_train.evaluate import answer, held_out_loss, prompts, to_device
 from tt_train.memory import explaining_memory
 from tt_train.metrics import open_loggers, peak_memory_gib
 from tt_train.optim import learning_rate, make_optimizer, set_learning_rate
-from tt_train.recipes._assemble import Job, assemble, load_model, make_objective
+from tt_train.recipes._assemble import Job, assemble, load_model, make_objective, trainable_groups
 from tt_train.recipes._begin_and_end import begin, finish, opening_facts, with_absolute_paths
 from tt_train.resume import TrainingState
 from tt_train.run_dir import RunDir
@@ -60,7 +60,7 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
     config = job.config
     model = load_model(job)
     objective = make_objective(config)
-    optimizer = make_optimizer((p for p in model.parameters() if p.requires_grad), config.optimizer)
+    optimizer = make_optimizer(trainable_groups(job, model), config.optimizer)
     state = TrainingState(run, job, model, optimizer)
     first, progress = state.restore(checkpoint) if checkpoint else (0, {})
     if config.save_every:
