@@ -16,8 +16,9 @@ from tt_train.evaluate import answer, held_out_loss, prompts, to_device
 from tt_train.memory import explaining_memory
 from tt_train.metrics import open_loggers, peak_memory_gib
 from tt_train.optim import learning_rate, make_optimizer, set_learning_rate
-from tt_train.recipes._assemble import Job, assemble, load_model, make_objective, trainable_groups
+from tt_train.recipes._assemble import Job, assemble
 from tt_train.recipes._begin_and_end import begin, finish, opening_facts, with_absolute_paths
+from tt_train.recipes._model import load_model, make_objective, trainable_groups
 from tt_train.resume import TrainingState
 from tt_train.run_dir import RunDir
 from tt_train.step import StepResult, train_step
