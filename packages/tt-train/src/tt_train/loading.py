@@ -126,4 +126,5 @@ def _load_stopped(run: Path, device: torch.device, adapter: bool) -> tuple[tt_mo
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved.tensors["model"][name])
     source = config.model.tokenizer or model_path
+    assert source is not None  # compose has seen to it
     return model.eval(), tt_data.load_tokenizer(source)

@@ -1,6 +1,6 @@
 """From a config to what a recipe needs: everything that can be found wrong is, before weights load."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -179,21 +179,8 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
     targets = section.target_modules
     if isinstance(targets, str) and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
-    return tt_peft.LoRAConfig(
-        rank=section.rank,
-        alpha=section.alpha,
-        dropout=section.dropout,
-        quantize_base=section.quantize_base,
-        target_modules=targets if isinstance(targets, str) else tuple(str(name) for name in targets),
-        use_dora=section.use_dora,
-        use_rslora=section.use_rslora,
-        exclude_modules=tuple(section.exclude_modules),
-        target_parameters=tuple(section.target_parameters),
-        modules_to_save=tuple(section.modules_to_save),
-        rank_pattern=section.rank_pattern,
-        alpha_pattern=section.alpha_pattern,
-        init=section.init,  # type: ignore[arg-type]  (checked there)
-    )
+    options = {key: value for key, value in asdict(section).items() if key not in ("path", "lora_plus_ratio")}
+    return tt_peft.LoRAConfig(**options | {"target_modules": targets})
 
 
 def check_adapter(section: AdapterSection, model_config: Any) -> tt_peft.LoRAConfig:
@@ -226,19 +213,10 @@ def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> i
 
 def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int) -> Any:
     """The rows of ``source`` as token ids and labels."""
-    data = config.data
-    return tt_data.load_dataset(
-        source,
-        tokenizer,
-        columns=data.columns or None,
-        train_on=data.train_on,
-        max_seq_len=max_seq_len,
-        packing=data.packing,
-        split=data.split,
-        seed=config.seed,
-        on_bad_row=data.on_bad_row,
-        template=data.template,
-    )
+    keys = ("train_on", "packing", "split", "template", "on_bad_row")
+    options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
+    options |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
+    return tt_data.load_dataset(source, tokenizer, **options)
 
 
 def hold_out(config: SFTConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
