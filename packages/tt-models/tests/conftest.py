@@ -136,3 +136,16 @@ def reference_of(config, *, seed=0):
 def reference_of_fixture():
     """The function above."""
     return reference_of
+
+
+@pytest.fixture(name="small")
+def small_fixture(random_hf_config):
+    """A function that builds a small model of a family, in evaluation mode; fields may be given."""
+    import tt_models
+
+    def build(model_type="llama", seed=0, **fields):
+        config = random_hf_config(model_type, seed) | {"initializer_range": 0.2} | fields
+        torch.manual_seed(seed)
+        return tt_models.build(tt_models.config_from_hf(config)).eval()
+
+    return build

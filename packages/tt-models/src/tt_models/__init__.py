@@ -8,6 +8,8 @@ from tt_models.config import ModelConfig
 from tt_models.decoder import Decoder
 from tt_models.generate import generate, stream
 from tt_models.kv_cache import KVCache
+from tt_models.moe import load_balancing_loss, record_router_logits
+from tt_models.parity import verify
 
 __version__ = "0.1.0"
 
@@ -22,6 +24,9 @@ __all__ = [
     "KVCache",
     "ModelConfig",
     "Decoder",
+    "record_router_logits",
+    "load_balancing_loss",
+    "verify",
 ]
 
 

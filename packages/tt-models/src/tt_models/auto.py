@@ -61,13 +61,12 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     if not isinstance(config, Mapping):
         raise ValueError(f"config.json must be a mapping, got {type(config).__name__}")
     model_type = config.get("model_type")
-    if model_type is None:
-        raise ValueError(f"config.json has no model_type; supported are {', '.join(FAMILIES)}")
+    if not isinstance(model_type, str):
+        raise ValueError(f"config.json has no model_type but {model_type!r}; supported are {', '.join(FAMILIES)}")
     if model_type not in FAMILIES:
-        architectures = ", ".join(config.get("architectures") or ["not named"])
+        architectures = f"architectures {config['architectures']}; " if config.get("architectures") else ""
         raise ValueError(
-            f"config.json: model_type {nearest(model_type, FAMILIES)} (architectures: {architectures}); "
-            f"supported: {', '.join(FAMILIES)}"
+            f"config.json: model_type {nearest(model_type, FAMILIES)} {architectures}supported: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type].config.from_hf(config)
 

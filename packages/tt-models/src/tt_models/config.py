@@ -1,5 +1,6 @@
 """Model configurations: frozen dataclasses with the field names of ``config.json``, read strictly and written back."""
 
+import copy
 import dataclasses
 import typing
 from collections.abc import Mapping
@@ -133,10 +134,10 @@ class ModelConfig:
         """The ``config.json`` of this model; see ``tt_models.config_to_hf``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-        for alias, name in self.aliases.items():
-            plain[alias] = plain[name]
-        head = {"architectures": [self.architecture], "model_type": self.model_type}
-        return head | plain | {"rope_parameters": self.rope_parameters}
+        plain |= {alias: plain[name] for alias, name in self.aliases.items()} | {
+            "rope_parameters": self.rope_parameters
+        }
+        return copy.deepcopy({"architectures": [self.architecture], "model_type": self.model_type} | plain)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1,),
     "pruned_heads": ({},),
     "resid_pdrop": (0,),
+    "router_jitter_noise": (0,),
     "rope_interleaved": (False,),
     "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
@@ -65,7 +66,9 @@ def refuse_unknown(keys: Mapping[str, Any], names: Collection[str]) -> None:
         if value is None:
             continue
         if key not in ONLY_VALUE:
-            wrong.append(f"unknown key {nearest(key, names, hint='nearest known key')} (value {value!r})")
+            close = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
+            hint = f", nearest known key {close[0]!r}" if close else ""
+            wrong.append(f"unknown key {key!r} with value {value!r}{hint}")
         elif value not in ONLY_VALUE[key]:
             wrong.append(f"{key} = {value!r} is not supported, only {ONLY_VALUE[key][0]!r}")
     if wrong:
@@ -88,13 +91,15 @@ def fits(value: Any, kind: Any) -> bool:
     """Whether ``value``, out of a JSON file, may be taken for ``kind``."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(fits(element, typing.get_args(kind)[0]) for element in value)
     kind = typing.get_origin(kind) or kind
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else (list, tuple) if kind is tuple else kind)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
-def nearest(word: str, names: Collection[str], *, hint: str = "did you mean") -> str:
+def nearest(word: str, names: Collection[str]) -> str:
     """``word`` quoted, with the closest of ``names`` or all of them."""
     close = difflib.get_close_matches(str(word), sorted(names), n=1, cutoff=0.6)
-    return f"{word!r}: {hint} {close[0]!r}" if close else f"{word!r}: known are {', '.join(sorted(names))}"
+    return f"{word!r}: " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}")

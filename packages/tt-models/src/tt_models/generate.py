@@ -1,22 +1,34 @@
 """Generation: prefill, one token at a time, sampling. B: batch, S: prompt, V: vocabulary."""
 
-from collections.abc import Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
+from tt_models.sampling import Sampling, sample
+
+Prompts = Tensor | Sequence[Sequence[int]]
 
 
 def prefill(model: Decoder, input_ids_BS: Tensor, cache: KVCache, position_ids_BS: Tensor | None = None) -> Tensor:
-    """Read the prompts into the cache; the logits of what comes next, [B, V]."""
+    """Read prompts into the cache; the logits of what comes next, [B, V]."""
     return model.logits(model.hidden_states(input_ids_BS, position_ids_BS, cache)[:, -1])
 
 
 def decode_one_token(model: Decoder, token_B: Tensor, cache: KVCache) -> Tensor:
     """Read one more token of each row; the logits of what comes next, [B, V]."""
     return model.logits(model.hidden_states(token_B[:, None], None, cache)[:, -1])
+
+
+@functools.cache
+def compiled_decode_one_token() -> Callable[[Decoder, Tensor, KVCache], Tensor]:
+    """The same through the compiler."""
+    return torch.compile(decode_one_token)
 
 
 def reread(model: Decoder, input_ids_BS: Tensor, cache: KVCache) -> Tensor:
@@ -29,159 +41,226 @@ def reread(model: Decoder, input_ids_BS: Tensor, cache: KVCache) -> Tensor:
     return prefill(model, input_ids_BS, cache, (columns - first[:, None]).clamp(min=0))
 
 
-def sample(
-    logits_BV: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """A token per row, int64[B]; ``temperature=0`` takes the most probable one."""
-    if temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    logits_BV = logits_BV.float() / temperature
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        least = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        logits_BV = keep_nucleus(logits_BV, top_p)
-    return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator)[:, 0]
-
-
-def keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Only the most probable tokens that together reach ``top_p``: https://arxiv.org/abs/1904.09751."""
-    ordered, index = logits_BV.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
-    ahead = probabilities.cumsum(dim=-1) - probabilities  # of more probable tokens; the first one is always kept
-    ordered = ordered.masked_fill(ahead >= top_p, -torch.inf)
-    return torch.empty_like(logits_BV).scatter_(-1, index, ordered)
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """ValueError for settings outside of their range."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+@contextmanager
+def evaluating(model: Decoder) -> Iterator[None]:
+    """No dropout inside; the model is left as it was."""
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()
 
 
 @torch.no_grad()
-def tokens(
+def steps(
     model: Decoder,
     input_ids_BS: Tensor,
+    lengths_B: Tensor | None,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    prompt_lengths: Tensor | None = None,
-) -> Iterator[Tensor]:
-    """The tokens of each step, int64[B], ``max_new_tokens`` times."""
-    check_sampling(max_new_tokens, temperature, top_k, top_p)
+    sampling: Sampling,
+    seed: int | None,
+    compile: bool,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tokens of each step, int64[B], and the logits [B, V] that they were drawn from."""
     weight = model.output_weight
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
-    batch, seq_len = input_ids_BS.shape
-    cache = KVCache(
-        model.config, batch_size=batch, max_seq_len=seq_len + max_new_tokens, device=weight.device, dtype=weight.dtype
-    )
-    logits = prefill(model, input_ids_BS, cache, left_padded_positions(seq_len, prompt_lengths))
+    batch, room = input_ids_BS.shape  # and one column more than is filled: a full cache would be compiled once more
+    room += max_new_tokens
+    cache = KVCache(model.config, batch_size=batch, max_seq_len=room, device=weight.device, dtype=weight.dtype)
+    decode = compiled_decode_one_token() if compile else decode_one_token
+    seen_BV = seen_tokens(input_ids_BS, lengths_B, weight.shape[0]) if sampling.repetition_penalty != 1.0 else None
+    with evaluating(model):
+        logits = prefill(model, input_ids_BS, cache, left_padded_positions(input_ids_BS, lengths_B))
     for step in range(max_new_tokens):
-        token = sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        yield token
+        token = sample(logits, sampling, seen_BV=seen_BV, generator=generator)
+        yield token, logits
         if step + 1 == max_new_tokens:
             return
+        if seen_BV is not None:
+            seen_BV.scatter_(1, token[:, None], True)
         input_ids_BS = torch.cat((input_ids_BS, token[:, None]), dim=1)
-        if model.model.outgrows_context(cache, 1):
-            logits = reread(model, input_ids_BS, cache)
-        else:
-            logits = decode_one_token(model, token, cache)
+        with evaluating(model):
+            outgrown = model.model.outgrows_context(cache, 1)
+            logits = reread(model, input_ids_BS, cache) if outgrown else decode(model, token, cache)
 
 
-def left_padded_positions(seq_len: int, prompt_lengths: Tensor | None) -> Tensor | None:
+def seen_tokens(input_ids_BS: Tensor, lengths_B: Tensor | None, vocab_size: int) -> Tensor:
+    """bool[B, V]: which tokens stand in each prompt, padding apart."""
+    batch, seq_len = input_ids_BS.shape
+    real = torch.ones_like(input_ids_BS, dtype=torch.int8)
+    if lengths_B is not None:
+        columns = torch.arange(seq_len, device=input_ids_BS.device)
+        real = (columns >= seq_len - lengths_B[:, None]).to(torch.int8)
+    counts = torch.zeros(batch, vocab_size, dtype=torch.int8, device=input_ids_BS.device)
+    return counts.scatter_reduce(1, input_ids_BS, real, "amax").bool()
+
+
+def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Tensor | None:
     """Position ids of rows padded on the left: each prompt counts from 0, and every padding token is alone."""
-    if prompt_lengths is None:
+    if lengths_B is None:
         return None
-    columns = torch.arange(seq_len, device=prompt_lengths.device)
-    return (columns - (seq_len - prompt_lengths[:, None])).clamp(min=0)
+    seq_len = input_ids_BS.shape[1]
+    columns = torch.arange(seq_len, device=input_ids_BS.device)
+    return (columns - (seq_len - lengths_B[:, None])).clamp(min=0)
+
+
+def left_padded(
+    prompts: Prompts, prompt_lengths: Tensor | None, pad_id: int, model: Decoder
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
+    device, vocab_size = model.output_weight.device, model.config.vocab_size
+    if not isinstance(prompts, Tensor):
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
+        prompts = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    if prompts.dim() != 2 or prompts.numel() == 0:
+        raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
+    if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
+        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
+    if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
+        return prompts.to(device), None
+    if prompt_lengths.shape != prompts.shape[:1] or not bool(
+        ((prompt_lengths > 0) & (prompt_lengths <= prompts.shape[1])).all()
+    ):
+        raise ValueError(f"prompt_lengths must be {prompts.shape[0]} numbers from 1 to {prompts.shape[1]}")
+    return prompts.to(device), prompt_lengths.to(device)
+
+
+def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
+    """ValueError where the text would become longer than the model can read."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    longest = model.config.max_position_embeddings
+    scaling = model.config.rope_scaling or {}
+    if seq_len + max_new_tokens - 1 > longest and scaling.get("rope_type") != "dynamic":
+        raise ValueError(
+            f"{seq_len} prompt tokens and max_new_tokens={max_new_tokens} exceed max_position_embeddings {longest}: "
+            f"at most {max(0, longest - seq_len + 1)} new tokens fit"
+        )
+
+
+@overload
+def generate(
+    model: Decoder,
+    input_ids: Prompts,
+    *,
+    max_new_tokens: int,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    min_p: float | None = ...,
+    repetition_penalty: float = ...,
+    eos_ids: Collection[int] = ...,
+    seed: int | None = ...,
+    pad_id: int | None = ...,
+    prompt_lengths: Tensor | None = ...,
+    compile: bool = ...,
+    return_logits: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    model: Decoder,
+    input_ids: Prompts,
+    *,
+    max_new_tokens: int,
+    temperature: float = ...,
+    top_k: int | None = ...,
+    top_p: float | None = ...,
+    min_p: float | None = ...,
+    repetition_penalty: float = ...,
+    eos_ids: Collection[int] = ...,
+    seed: int | None = ...,
+    pad_id: int | None = ...,
+    prompt_lengths: Tensor | None = ...,
+    compile: bool = ...,
+    return_logits: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def generate(
     model: Decoder,
-    input_ids: Tensor,
+    input_ids: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     eos_ids: Collection[int] = (),
     seed: int | None = None,
     pad_id: int | None = None,
     prompt_lengths: Tensor | None = None,
-) -> Tensor:
+    compile: bool = False,
+    return_logits: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Continue prompts: [B, S] to [B, S + n], prompts included, n up to ``max_new_tokens``.
 
-    ``temperature=0`` is greedy. A row ends with one of ``eos_ids`` (kept) and is filled up with ``pad_id`` (default:
-    the first end id, else 0). Rows of unequal length are padded on the left and give their ``prompt_lengths`` [B].
-    ``seed`` makes it repeatable; None draws from torch's global generator.
+    ``input_ids`` may be lists of unequal length; as a tensor, rows of unequal length are padded on the left and give
+    their ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row ends with
+    one of ``eos_ids`` (kept) and is filled up with ``pad_id`` (default: the first end id, else 0). ``seed`` makes it
+    repeatable; None draws from torch's global generator. ``compile`` compiles the step of one token.
+    ``return_logits`` gives the logits [B, n, V] of each step too.
     """
-    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=input_ids.device)
     fill = pad_id if pad_id is not None else next(iter(eos_ids), 0)
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    columns = [input_ids]
-    was_training = model.training
-    model.eval()
-    try:
-        for token in tokens(
-            model,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            prompt_lengths=prompt_lengths,
-        ):
-            columns.append(torch.where(finished, fill, token)[:, None])
+    ids, lengths = left_padded(input_ids, prompt_lengths, fill, model)
+    check_room(model, ids.shape[1], max_new_tokens)
+    sampling = Sampling(
+        repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=ids.device)
+    finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    columns, kept = [ids], []
+    for token, logits in steps(
+        model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile
+    ):
+        columns.append(torch.where(finished, fill, token)[:, None])
+        if return_logits:
+            kept.append(logits)
+        if ends.numel():
             finished = finished | torch.isin(token, ends)
             if bool(finished.all()):
                 break
-    finally:
-        model.train(was_training)
-    return torch.cat(columns, dim=1)
+    found = torch.cat(columns, dim=1)
+    return (found, torch.stack(kept, dim=1)) if return_logits else found
 
 
 def stream(
     model: Decoder,
-    input_ids: Tensor,
+    input_ids: Prompts,
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     eos_ids: Collection[int] = (),
     seed: int | None = None,
+    compile: bool = False,
 ) -> Iterator[int]:
-    """Continue one prompt [1, S] token by token, up to an end id, which is not yielded."""
-    was_training = model.training
-    model.eval()
-    try:
-        for token in tokens(
-            model,
-            input_ids,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-        ):
-            if token.item() in eos_ids:
-                return
-            yield int(token.item())
-    finally:
-        model.train(was_training)
+    """Continue one prompt [1, S] token by token, up to an end id, which is not yielded; see ``generate``."""
+    ids, lengths = left_padded(input_ids, None, 0, model)
+    if ids.shape[0] != 1:
+        raise ValueError(f"stream continues one prompt, got {ids.shape[0]}")
+    check_room(model, ids.shape[1], max_new_tokens)
+    sampling = Sampling(
+        repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
+    return until_end(found, frozenset(eos_ids))
+
+
+def until_end(found: Iterator[tuple[Tensor, Tensor]], ends: Collection[int]) -> Iterator[int]:
+    """The tokens as numbers, up to an end id."""
+    for token, _ in found:
+        number = int(token[0])
+        if number in ends:
+            return
+        yield number

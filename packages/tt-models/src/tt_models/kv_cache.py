@@ -36,15 +36,21 @@ class LayerCache:
         store = store[:batch]
         if not self.ring or end <= self.capacity:
             store[:, :, length:end] = new.detach()
+            if new.requires_grad:  # what was read before is a constant, what is read now is not
+                return torch.cat((store[:, :, :length], new), dim=2)
             return store[:, :, :end]
         if count == 1:
-            store[:, :, (end - 1) % self.capacity] = new[:, :, 0].detach()
+            slot = length % self.capacity
+            store[:, :, slot] = new[:, :, 0].detach()
+            if new.requires_grad:
+                store = store.clone()
+                store[:, :, slot] = new[:, :, 0]
             return store
         before = torch.arange(max(0, length - self.capacity + 1), length, device=store.device) % self.capacity
         seen = torch.cat((store[:, :, before], new), dim=2)
-        kept = torch.arange(end - self.capacity, end, device=store.device)
-        kept = kept[kept >= length] if count < self.capacity else kept
-        store[:, :, kept % self.capacity] = new[:, :, -kept.numel() :].detach()
+        kept = min(count, self.capacity)
+        slots = torch.arange(end - kept, end, device=store.device) % self.capacity
+        store[:, :, slots] = new[:, :, -kept:].detach()
         return seen
 
 

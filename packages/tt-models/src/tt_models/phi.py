@@ -49,19 +49,20 @@ class Phi3Config(ModelConfig):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """The original length stands beside the rope, and ``su`` or ``yarn`` say longrope in older files."""
-        config = dict(config)
+        config, shares = dict(config), {}
         for key in ("rope_scaling", "rope_parameters"):
             rope = config.get(key)
             if not isinstance(rope, Mapping):
                 continue
+            if rope.get("partial_rotary_factor") is not None:
+                shares["partial_rotary_factor"] = rope["partial_rotary_factor"]
             kind = rope.get("rope_type", rope.get("type", "default"))
             rope = {name: value for name, value in rope.items() if name not in ("type", "partial_rotary_factor")}
             if kind != "default":
                 original = config.get("original_max_position_embeddings", cls.original_max_position_embeddings)
                 rope |= {"rope_type": "longrope", "original_max_position_embeddings": original}
             config[key] = rope
-        share = (config.get("rope_parameters") or {}).get("partial_rotary_factor")
-        return super().from_hf(config if share is None else {"partial_rotary_factor": share} | config)
+        return super().from_hf(shares | config)
 
 
 class FusedAttention(Attention):

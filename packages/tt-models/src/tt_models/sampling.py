@@ -1,0 +1,71 @@
+"""From logits to a token. B: batch, V: vocabulary."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn; applied in the order of the fields, the penalty first."""
+
+    repetition_penalty: float = 1.0  # above 1: tokens already seen become less likely, https://arxiv.org/abs/1909.05858
+    temperature: float = 1.0  # 0: the most probable token
+    top_k: int | None = None  # only so many tokens
+    top_p: float | None = None  # only the most probable ones that together reach it, https://arxiv.org/abs/1904.09751
+    min_p: float | None = (
+        None  # only those at least so probable as a share of the best, https://arxiv.org/abs/2407.01082
+    )
+
+    def __post_init__(self) -> None:
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+
+
+def sample(
+    logits_BV: Tensor, sampling: Sampling, *, seen_BV: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """A token per row, int64[B]; ``seen_BV`` marks the tokens that ``repetition_penalty`` acts on."""
+    if sampling.repetition_penalty != 1.0 and seen_BV is not None:
+        logits_BV = penalize(logits_BV, seen_BV, sampling.repetition_penalty)
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    return torch.multinomial(filtered(logits_BV, sampling).softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
+    """Move the logits of tokens already seen down, by division above zero and by multiplication below."""
+    return torch.where(seen_BV, torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty), logits_BV)
+
+
+def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Logits in fp32 by temperature, minus infinity for every token that must not be drawn."""
+    logits_BV = logits_BV.float() / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
+        least = logits_BV.topk(sampling.top_k).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1.0:
+        logits_BV = keep_nucleus(logits_BV, sampling.top_p)
+    if sampling.min_p is not None:
+        probabilities = logits_BV.softmax(dim=-1)
+        least = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
+        logits_BV = logits_BV.masked_fill(probabilities < least, -torch.inf)
+    return logits_BV
+
+
+def keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
+    """Only the most probable tokens that together reach ``top_p``, at least one."""
+    ordered, index = logits_BV.sort(dim=-1, descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    ahead = probabilities.cumsum(dim=-1) - probabilities  # of the tokens more probable than this one
+    ordered = ordered.masked_fill(ahead >= top_p, -torch.inf)
+    return torch.empty_like(logits_BV).scatter_(-1, index, ordered)

@@ -1,0 +1,195 @@
+"""Names, sizes, and config.json read strictly in both generations."""
+
+import dataclasses
+import json
+import random
+import string
+
+import pytest
+import torch
+
+import tt_models
+from tt_models.auto import FAMILIES
+
+LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61}
+
+
+def test_checklist_models_are_listed():
+    assert {"llama2_7b", "llama2_13b", "mistral_7b", "gemma_2b", "qwen3_8b"} <= set(tt_models.list_models())
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'llama2_7b'"):
+        tt_models.get_config("lama2_7b")
+    with pytest.raises(AttributeError, match="no attribute"):
+        tt_models.lama2_7b  # noqa: B018
+
+
+def test_named_functions_are_build(monkeypatch):
+    assert tt_models.gemma_2b(device="meta").config == tt_models.get_config("gemma_2b")
+    assert "gemma_2b" in dir(tt_models)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_defaults_are_those_of_transformers(model_type):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.AutoConfig.for_model(model_type)
+    ours = tt_models.config_from_hf({"model_type": model_type})
+    assert ours == FAMILIES[model_type].config(**({"num_experts": 128} if model_type == "qwen3_moe" else {}))
+    theirs = reference.to_dict()
+    written = tt_models.config_to_hf(ours)
+    shared = (written.keys() & theirs.keys()) - {"architectures", "head_dim", "sliding_window", "layer_types"}
+    assert {key: written[key] for key in shared} == {key: theirs[key] for key in shared}
+    assert written.get("layer_types", theirs.get("layer_types")) == theirs.get(
+        "layer_types", written.get("layer_types")
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_both_generations_say_the_same_and_are_accepted_back(model_type, seed, random_hf_config, reference_of):
+    transformers = pytest.importorskip("transformers")
+    old = random_hf_config(model_type, seed)
+    reference = reference_of(old)
+    config = tt_models.config_from_hf(old)
+    new = json.loads(reference.config.to_json_string(use_diff=False))
+    assert "rope_parameters" in new
+    assert "rope_theta" not in new
+    again = tt_models.config_from_hf(new)
+    if not getattr(config, "use_sliding_window", True):  # transformers forgets a window that is not used
+        config, again = (dataclasses.replace(one, sliding_window=None) for one in (config, again))
+    assert again == config
+    written = tt_models.config_to_hf(config)
+    assert tt_models.config_from_hf(json.loads(json.dumps(written))) == config
+    back = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**written)).eval()
+    back.load_state_dict(reference.state_dict())
+    ids = torch.randint(0, old["vocab_size"], (1, 30))
+    torch.testing.assert_close(back(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_writing_hands_out_copies():
+    config = tt_models.get_config("llama3_1_8b")
+    tt_models.config_to_hf(config)["rope_scaling"]["factor"] = 99.0
+    tt_models.config_to_hf(config)["rope_parameters"]["factor"] = 99.0
+    assert config.rope_scaling["factor"] == 8.0
+
+
+def test_rope_theta_is_read_from_wherever_it_stands():
+    assert tt_models.config_from_hf(LLAMA).rope_theta == 10000.0
+    assert tt_models.config_from_hf(LLAMA | {"rope_theta": 5.0}).rope_theta == 5.0
+    assert tt_models.config_from_hf(LLAMA | {"rope_parameters": {"rope_theta": 6.0}}).rope_theta == 6.0
+    assert tt_models.config_from_hf(LLAMA | {"rope_scaling": {"rope_theta": 7.0, "type": "default"}}).rope_theta == 7.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "lama"}, "did you mean 'llama'"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "architectures .'BertModel'."),
+        ({"model_type": None}, "has no model_type"),
+        ({"hiden_size": 32}, "unknown key 'hiden_size' with value 32, nearest known key 'hidden_size'"),
+        ({"qk_clip": 3.0}, "unknown key 'qk_clip'"),
+        ({"rope_scaling": {"type": "yarm", "factor": 2.0}}, "did you mean 'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "does not know beta_fast"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must"),
+        ({"rope_scaling": 3}, "rope_scaling must be a mapping"),
+        ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta is given twice"),
+        ({"rope_theta": "1e4"}, "rope_theta must be float, got '1e4'"),
+        ({"hidden_size": "32"}, "hidden_size must be int, got '32'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings must be bool"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be positive"),
+        ({"hidden_act": "silou"}, "did you mean 'silu'"),
+        ({"attention_dropout": 1.5}, "attention_dropout must lie in"),
+        ({"pad_token_id": 61}, "pad_token_id 61 lies outside of vocab_size 61"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config: bitsandbytes"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+    ],
+)
+def test_wrong_config_is_refused_in_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        tt_models.config_from_hf(LLAMA | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change", "message"),
+    [
+        ("gemma3_text", {"attn_logit_softcapping": 3.0}, "attn_logit_softcapping must be null"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True is not supported"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"rope_theta": 3.0}},
+            "must be given for full_attention and sliding_attention",
+        ),
+        ("gemma2", {"layer_types": ["full_attention"]}, "for each of 26 layers"),
+        ("gemma2", {"layer_types": ["dense"] * 26}, "layer_types must be"),
+        ("gemma2", {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}, "contradicts"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop = 0.1 is not supported"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "lacks long_factor"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 36"),
+    ],
+)
+def test_wrong_family_config_is_refused(model_type, change, message):
+    with pytest.raises(ValueError, match=message):
+        tt_models.config_from_hf({"model_type": model_type, "pad_token_id": None} | change)
+
+
+def test_keys_without_effect_and_nulls_are_passed_over():
+    extra = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "use_cache": True, "auto_map": {"a": "b"}}
+    config = tt_models.config_from_hf(LLAMA | extra | {"new_feature": None, "head_dim": None, "rms_norm_eps": None})
+    assert config == tt_models.config_from_hf(LLAMA)
+
+
+def test_first_gemma_files_mean_the_tanh_gelu():
+    for spelling in ({"hidden_act": "gelu"}, {"hidden_act": "gelu", "hidden_activation": None}, {}):
+        assert tt_models.config_from_hf({"model_type": "gemma"} | spelling).hidden_act == "gelu_pytorch_tanh"
+
+
+def test_a_named_size_can_be_made_small():
+    for name in tt_models.list_models():
+        small = dataclasses.replace(tt_models.get_config(name), num_hidden_layers=2, **(
+            {"no_rope_layers": None} if name.startswith("smollm3") else {}
+        ))  # fmt: skip
+        assert len(tt_models.build(small, device="meta").model.layers) == 2
+
+
+def random_json(draw, depth=0):
+    kinds = ["none", "bool", "int", "float", "text", "list", "dict"][: 5 if depth > 2 else 7]
+    kind = draw.choice(kinds)
+    if kind == "list":
+        return [random_json(draw, depth + 1) for _ in range(draw.randint(0, 3))]
+    if kind == "dict":
+        keys = ["type", "rope_type", "factor", "full_attention", "rope_theta", "quant_method", "x"]
+        return {draw.choice(keys): random_json(draw, depth + 1) for _ in range(draw.randint(0, 4))}
+    scalars = {
+        "none": None,
+        "bool": draw.random() < 0.5,
+        "int": draw.choice([-1, 0, 1, 4, 10**6]),
+        "float": draw.choice([-0.5, 0.0, 1.5]),
+        "text": draw.choice(["default", "linear", "llama3", "", draw.choice(string.ascii_letters)]),
+    }
+    return scalars[kind]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_any_json_is_read_or_refused_with_a_value_error(model_type):
+    draw = random.Random(model_type)
+    keys = [*(field.name for field in dataclasses.fields(FAMILIES[model_type].config)), "rope_parameters", "unknown"]
+    messages = []
+    for _ in range(300):
+        config = {"model_type": model_type, "pad_token_id": None}
+        config |= {key: random_json(draw) for key in draw.sample(keys, draw.randint(1, 3))}
+        try:
+            tt_models.config_from_hf(config)
+        except ValueError as error:
+            messages.append(str(error))
+    assert len(messages) > 100
+    assert not any("\n" in message for message in messages)
+    for wrong in (None, [], "llama", 3, {"model_type": ["llama"]}, {"model_type": {}}):
+        with pytest.raises(ValueError, match="config.json"):
+            tt_models.config_from_hf(wrong)

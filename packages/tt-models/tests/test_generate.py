@@ -1,0 +1,254 @@
+"""Generation against the full forward, against transformers, and every argument for its effect."""
+
+import importlib
+
+import pytest
+import torch
+
+import tt_models
+from tt_models.auto import FAMILIES
+from tt_models.sampling import Sampling, filtered, penalize, sample
+
+generate_module = importlib.import_module("tt_models.generate")  # tt_models.generate is the function
+
+
+def greedy_by_hand(model, ids, count):
+    for _ in range(count):
+        ids = torch.cat((ids, model(ids)[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_greedy_equals_the_full_forward(model_type, small):
+    model = small(model_type)
+    ids = torch.randint(0, 60, (2, 5))
+    found = tt_models.generate(model, ids, max_new_tokens=14, temperature=0)
+    assert found.tolist() == greedy_by_hand(model, ids, 14).tolist()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_unequal_prompts_in_a_batch_equal_each_prompt_alone(model_type, small):
+    model = small(model_type, 1)
+    prompts = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33, 34]]
+    together = tt_models.generate(model, prompts, max_new_tokens=12, temperature=0, pad_id=1)
+    for row, prompt in zip(together.tolist(), prompts, strict=True):
+        alone = tt_models.generate(model, torch.tensor([prompt]), max_new_tokens=12, temperature=0)
+        assert row == [1] * (9 - len(prompt)) + alone[0].tolist()
+
+
+def test_left_padded_tensor_with_lengths_is_the_same_as_lists(small):
+    model = small()
+    lists = tt_models.generate(model, [[7, 8, 9], [20]], max_new_tokens=6, temperature=0)
+    padded, lengths = torch.tensor([[7, 8, 9], [0, 0, 20]]), torch.tensor([3, 1])
+    assert lists.equal(tt_models.generate(model, padded, prompt_lengths=lengths, max_new_tokens=6, temperature=0))
+    assert not lists.equal(tt_models.generate(model, padded, max_new_tokens=6, temperature=0))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi3", "gpt_oss"])
+def test_left_padding_equals_transformers(model_type, random_hf_config, reference_of):
+    config = random_hf_config(model_type, 1)
+    reference = reference_of(config)
+    model = tt_models.build(tt_models.config_from_hf(config)).eval()
+    model.load_state_dict(reference.state_dict())
+    ids = torch.tensor([[7, 8, 9, 10, 11], [1, 1, 1, 20, 21]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 1, "max_new_tokens": 8}
+    expected = reference.generate(ids, attention_mask=mask, **settings)
+    found = tt_models.generate(model, ids, prompt_lengths=mask.sum(1), max_new_tokens=8, temperature=0)
+    assert found.tolist() == expected.tolist()
+
+
+def test_longrope_generates_across_its_original_context_like_transformers(random_hf_config, reference_of):
+    config = random_hf_config("phi3", 0) | {"original_max_position_embeddings": 16}
+    reference = reference_of(config)
+    model = tt_models.build(tt_models.config_from_hf(config)).eval()
+    model.load_state_dict(reference.state_dict())
+    ids = torch.randint(0, 60, (1, 9))
+    expected = reference.generate(ids, do_sample=False, eos_token_id=None, pad_token_id=1, max_new_tokens=20)
+    assert tt_models.generate(model, ids, max_new_tokens=20, temperature=0).equal(expected)
+    prompts = [ids[0].tolist(), ids[0, :4].tolist()]
+    rows = tt_models.generate(model, prompts, max_new_tokens=20, temperature=0)
+    assert rows[1, 5:].equal(tt_models.generate(model, ids[:, :4], max_new_tokens=20, temperature=0)[0])
+
+
+def test_rows_stop_at_any_end_id_and_are_filled(small):
+    model = small()
+    ids = torch.randint(0, 60, (3, 4))
+    free = tt_models.generate(model, ids, max_new_tokens=10, temperature=0)
+    ends = [int(free[0, 6]), int(free[1, 8])]
+    found = tt_models.generate(model, ids, max_new_tokens=10, temperature=0, eos_ids=ends, pad_id=2)
+    for row, whole in zip(found[:, 4:].tolist(), free[:, 4:].tolist(), strict=True):
+        first = min((whole.index(end) for end in ends if end in whole), default=len(whole))
+        assert row[: first + 1] == whole[: first + 1]
+        assert set(row[first + 1 :]) <= {2}
+    assert tt_models.generate(model, ids[:1], max_new_tokens=10, temperature=0, eos_ids=ends[:1]).shape == (1, 7)
+    default_fill = tt_models.generate(model, ids[:2], max_new_tokens=10, temperature=0, eos_ids=ends)
+    assert default_fill[0, 7:].eq(ends[0]).all()
+
+
+def test_end_is_seen_on_the_first_generated_token(small):
+    model = small()
+    ids = torch.randint(0, 60, (1, 4))
+    first = int(tt_models.generate(model, ids, max_new_tokens=1, temperature=0)[0, -1])
+    assert tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=[first]).shape == (1, 5)
+
+
+def test_seed_repeats_and_none_uses_the_global_generator(small):
+    model = small()
+    ids = torch.randint(0, 60, (2, 4))
+
+    def draw(seed):
+        return tt_models.generate(model, ids, max_new_tokens=12, seed=seed).tolist()
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    torch.manual_seed(5)
+    first = draw(None)
+    assert draw(None) != first
+    torch.manual_seed(5)
+    assert draw(None) == first
+
+
+def test_stream_yields_what_generate_gives_up_to_the_end(small):
+    model = small()
+    ids = torch.randint(0, 60, (1, 4))
+    whole = tt_models.generate(model, ids, max_new_tokens=10, seed=3, temperature=0.8)[0, 4:].tolist()
+    settings = {"max_new_tokens": 10, "seed": 3, "temperature": 0.8}
+    assert list(tt_models.stream(model, ids, **settings)) == whole
+    assert list(tt_models.stream(model, [ids[0].tolist()], **settings)) == whole
+    assert list(tt_models.stream(model, ids, eos_ids={whole[4]}, **settings)) == whole[: whole.index(whole[4])]
+    with pytest.raises(ValueError, match="one prompt, got 2"):
+        tt_models.stream(model, ids.expand(2, -1), max_new_tokens=2)
+
+
+def test_stream_penalizes_and_filters_too(small):
+    model = small()
+    ids = torch.randint(0, 60, (1, 4))
+    penalized = list(tt_models.stream(model, ids, max_new_tokens=12, temperature=0, repetition_penalty=50.0))
+    assert len({*penalized, *ids[0].tolist()}) == 12 + len({*ids[0].tolist()})
+    greedy = list(tt_models.stream(model, ids, max_new_tokens=12, temperature=0))
+    for argument in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert list(tt_models.stream(model, ids, max_new_tokens=12, **argument)) == greedy
+
+
+@pytest.mark.parametrize("argument", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 1e-4}])
+def test_each_filter_at_its_extreme_is_greedy(argument, small):
+    model = small()
+    ids = torch.randint(0, 60, (2, 4))
+    greedy = tt_models.generate(model, ids, max_new_tokens=12, temperature=0)
+    assert tt_models.generate(model, ids, max_new_tokens=12, seed=0, **argument).equal(greedy)
+    assert not tt_models.generate(model, ids, max_new_tokens=12, seed=0).equal(greedy)
+
+
+def test_filters_equal_transformers():
+    transformers = pytest.importorskip("transformers")
+    logits, ids = torch.randn(4, 50) * 3, torch.randint(0, 50, (4, 6))
+    seen = torch.zeros(4, 50, dtype=torch.bool).scatter(1, ids, True)
+    torch.testing.assert_close(
+        penalize(logits, seen, 1.7), transformers.RepetitionPenaltyLogitsProcessor(1.7)(ids, logits)
+    )
+    for settings, warpers in (
+        ({"temperature": 0.7}, [transformers.TemperatureLogitsWarper(0.7)]),
+        ({"top_k": 5}, [transformers.TopKLogitsWarper(5)]),
+        ({"top_p": 0.6}, [transformers.TopPLogitsWarper(0.6)]),
+        ({"min_p": 0.2}, [transformers.MinPLogitsWarper(0.2)]),
+        (
+            {"temperature": 1.5, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
+            [
+                transformers.TemperatureLogitsWarper(1.5),
+                transformers.TopKLogitsWarper(30),
+                transformers.TopPLogitsWarper(0.9),
+                transformers.MinPLogitsWarper(0.05),
+            ],
+        ),
+    ):
+        expected = logits
+        for warper in warpers:
+            expected = warper(ids, expected)
+        torch.testing.assert_close(filtered(logits, Sampling(**settings)), expected)
+
+
+def test_samples_follow_the_probabilities():
+    logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]]).expand(20000, -1)
+    drawn = sample(logits, Sampling(temperature=0.8), generator=torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(drawn, minlength=4) / 20000
+    torch.testing.assert_close(frequencies, (logits[0] / 0.8).softmax(0), atol=0.01, rtol=0)
+
+
+def test_repetition_penalty_leaves_padding_alone(small):
+    model = small()
+    settings = {"max_new_tokens": 8, "temperature": 0, "repetition_penalty": 3.0}
+    alone = tt_models.generate(model, [[20, 21]], **settings)[0, 2:].tolist()
+    for pad_id in (alone[0], 40):
+        rows = tt_models.generate(model, [[7, 8, 9, 10], [20, 21]], pad_id=pad_id, **settings)
+        assert rows[1, 4:].tolist() == alone
+    assert alone != tt_models.generate(model, [[20, 21]], max_new_tokens=8, temperature=0)[0, 2:].tolist()
+
+
+def test_logits_on_request_are_those_of_the_full_forward(small):
+    model = small("gemma2")
+    ids = torch.randint(0, 60, (2, 5))
+    found, logits = tt_models.generate(model, ids, max_new_tokens=6, temperature=0, return_logits=True)
+    torch.testing.assert_close(logits, model(found)[:, 4:-1], rtol=1e-5, atol=1e-5)
+
+
+def test_generation_has_no_dropout_and_leaves_the_mode_alone(small):
+    model = small(attention_dropout=0.5)
+    ids = torch.randint(0, 60, (2, 5))
+    expected = tt_models.generate(model, ids, max_new_tokens=6, temperature=0)
+    model.train()
+    assert tt_models.generate(model, ids, max_new_tokens=6, temperature=0).equal(expected)
+    tokens = tt_models.stream(model, ids[:1], max_new_tokens=6, temperature=0)
+    assert next(tokens) == int(expected[0, 5])
+    assert model.training
+    assert list(tokens) == expected[0, 6:].tolist()
+
+
+def test_compiled_step_gives_the_same_text(small, monkeypatch):
+    compiled = []
+
+    def capture(function, **settings):
+        compiled.append(function.__name__)
+        return real(function, backend="eager", fullgraph=True, **settings)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", capture)
+    generate_module.compiled_decode_one_token.cache_clear()
+    model = small("mistral", 2)
+    ids = torch.randint(0, 60, (2, 5))
+    expected = tt_models.generate(model, ids, max_new_tokens=12, temperature=0)
+    assert not compiled
+    assert tt_models.generate(model, ids, max_new_tokens=12, temperature=0, compile=True).equal(expected)
+    assert compiled == ["decode_one_token"]
+    streamed = tt_models.stream(model, ids[:1], max_new_tokens=12, temperature=0, compile=True)
+    assert list(streamed) == expected[0, 5:].tolist()
+    generate_module.compiled_decode_one_token.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"max_new_tokens": 200}, "at most 125 new tokens fit"),
+        ({"temperature": -1}, "temperature must not be negative"),
+        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_p": 0.0}, "top_p must lie in"),
+        ({"top_p": 1.1}, "top_p must lie in"),
+        ({"min_p": -0.1}, "min_p must lie in"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"prompt_lengths": torch.tensor([5, 1])}, "prompt_lengths must be 2 numbers from 1 to 4"),
+        ({"input_ids": torch.tensor([1, 2])}, "prompts must be"),
+        ({"input_ids": []}, "prompts must be"),
+        ({"input_ids": [[1, 1000]]}, "token ids must lie in"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message, small):
+    arguments = {"input_ids": torch.randint(0, 60, (2, 4)), "max_new_tokens": 3} | arguments
+    with pytest.raises(ValueError, match=message):
+        tt_models.generate(small(), **arguments)
+
+
+def test_text_may_grow_to_the_last_position(small):
+    model = small("mistral")
+    found = tt_models.generate(model, torch.randint(0, 60, (1, 4)), max_new_tokens=125, temperature=0)
+    assert found.shape == (1, 129)
