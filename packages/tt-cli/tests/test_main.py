@@ -45,6 +45,7 @@ def test_completion_offers_verbs_and_recipes_without_torch(tt_process):
     assert complete("tt r", 1) == ["run", "report"]
     assert "sft" in complete("tt run s", 2)
     assert "sft" in complete("tt cp ", 2)
+    assert "adapter.rank" in complete("tt run sft adap", 3)
 
 
 def test_alone_it_prints_its_help_on_stdout(tt):

@@ -72,6 +72,7 @@ def test_resume_and_dry_run_reach_the_recipe(tt, recipe):
     tt("run", "mine.py", *BASE, "-o", "a")
     tt("run", "mine.py", *BASE, "-o", "b", "--resume", "auto", "--dry-run")
     assert (given(Path("a"))["resume"], given(Path("a"))["dry_run"]) == (None, False)
+    assert tt("run", "mine.py", *BASE, "-o", "c", "--dry-run").out == ""
     assert (given(Path("b"))["resume"], given(Path("b"))["dry_run"]) == ("auto", True)
 
 
@@ -85,7 +86,14 @@ def test_an_error_after_the_run_began_is_exit_1_with_its_traceback_in_the_log(tt
     assert (answer.code, answer.out) == (1, "")
     assert "error: step 1 failed\n" in answer.err
     assert "Traceback" not in answer.err
-    assert "ValueError: step 1 failed" in Path("runs/one/train.log").read_text()
+    assert Path("runs/one/train.log").read_text().count("ValueError: step 1 failed") == 1
+
+
+def test_a_traceback_that_the_recipe_has_logged_is_not_logged_again(tt, recipe):
+    logs = '(run / "train.log").write_text("ValueError: step 1 failed\\n")'
+    recipe.write_text(recipe.read_text().replace("    if config.seed == 13:", f"    {logs}\n    if config.seed == 13:"))
+    assert tt("run", "mine.py", *BASE, "seed=13").code == 1
+    assert Path("runs/one/train.log").read_text() == "ValueError: step 1 failed\n"
 
 
 def test_v_shows_the_traceback_of_a_failed_run(tt, recipe):
@@ -156,6 +164,9 @@ def test_a_recipe_file_that_is_missing_or_has_no_main_is_named(tt, recipe):
     Path("empty.py").write_text("")
     answer = tt("run", "empty.py", *BASE)
     assert (answer.code, answer.err.startswith("error: empty.py: has no function main")) == (2, True)
+    Path("broken.py").write_text("def main(:\n")
+    answer = tt("run", "broken.py", *BASE)
+    assert (answer.code, answer.err) == (2, f"error: {Path('broken.py')}:1: invalid syntax\n")
 
 
 def test_a_dotted_component_needs_allow_import(tt, recipe):

@@ -7,6 +7,8 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import click
 
@@ -60,9 +62,17 @@ def report(error: Exception, invocation: Invocation) -> None:
         click.echo(trace, err=True, nl=False)
     if invocation.run_dir is not None:
         log = invocation.run_dir / "train.log"
+        with suppress(OSError):  # a full disk may be what went wrong
+            keep_traceback(log, trace)
+            click.echo(f"the traceback is in {log}", err=True)
+
+
+def keep_traceback(log: Path, trace: str) -> None:
+    """Add ``trace`` to ``log``, unless the recipe has."""
+    written = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    if trace.rstrip().rsplit("\n", 1)[-1] not in written:
         with log.open("a", encoding="utf-8") as file:
             file.write(trace)
-        click.echo(f"the traceback is in {log}", err=True)
 
 
 def lines_of(error: Exception) -> list[str]:

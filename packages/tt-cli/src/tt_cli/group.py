@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TextIO, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -130,23 +131,13 @@ def _value_after(words: Sequence[str]) -> str:
 
 def _key_hint(name: str, value: str) -> str:
     """The config key that ``name`` stands for, in the form in which it is overridden."""
-    from tt_train.config import AdapterSection, SFTConfig, to_dict
-
-    word = name.lstrip("-").replace("-", "_")
-    keys = list(_dotted(to_dict(SFTConfig(adapter=AdapterSection()))))
+    word, keys = name.lstrip("-").replace("-", "_"), config_keys()
     homes = [key for key in keys if word in (key, key.rsplit(".", 1)[-1])]
     if not homes:
         close = get_close_matches(word, [key.rsplit(".", 1)[-1] for key in keys], n=1)
         homes = [key for key in keys if close and key.rsplit(".", 1)[-1] == close[0]]
     example = f"{homes[0] if homes else word or 'key'}={value}"
     return f"; {'did you mean' if homes else 'a config key is written'} {example}{'?' if homes else ''}"
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield prefix + name
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

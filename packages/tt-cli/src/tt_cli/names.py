@@ -1,6 +1,8 @@
-"""Registered recipes and configs by name: looked up, and completed in the shell. Imports no torch."""
+"""Recipes, configs and their keys by name: looked up, and completed in the shell. Imports no torch."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -37,3 +39,22 @@ def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: 
     """Names first, and files for those who have their own."""
     named = [CompletionItem(name) for name in runnable_names() if name.startswith(incomplete)]
     return named or [CompletionItem(incomplete, type="file")]
+
+
+def config_keys() -> list[str]:
+    """Every key that a config may have, dotted."""
+    from tt_train.config import AdapterSection, SFTConfig, to_dict
+
+    return list(_dotted(to_dict(SFTConfig(adapter=AdapterSection()))))
+
+
+def complete_keys(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of a config, to which the user adds ``=value``."""
+    return [CompletionItem(key) for key in config_keys() if key.startswith(incomplete)]
+
+
+def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        yield prefix + name
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")

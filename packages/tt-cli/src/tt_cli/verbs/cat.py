@@ -3,12 +3,12 @@
 import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json
-from tt_cli.names import complete_runnable, refuse_folder
+from tt_cli.names import complete_keys, complete_runnable, refuse_folder
 
 
 @click.command("cat", cls=ConfigVerb)
 @click.argument("config", shell_complete=complete_runnable)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @json_option
 def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ...], as_json: bool) -> None:

@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 @click.command("chat", cls=Verb)
-@click.argument("model", required=False, metavar="[RUN|MODEL]")
+@click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @click.option("--no-adapter", is_flag=True, help="Talk to the base model of a run.")
 @sampling_options

@@ -13,8 +13,8 @@ IGNORE = -100
 
 
 @click.command("show", cls=Verb)
-@click.argument("data")
-@click.option("--tokenizer", required=True, metavar="MODEL", help="A model directory, hub id or tokenizer file.")
+@click.argument("data", type=click.Path())
+@click.option("--tokenizer", required=True, metavar="MODEL", type=click.Path(), help="A directory, hub id or file.")
 @click.option("-n", "--num", type=click.IntRange(min=0), default=3, show_default=True, help="How many rows.")
 @click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="The first row shown.")
 @click.option("--stats", is_flag=True, help="Lengths over all rows, instead of rows.")

@@ -9,7 +9,7 @@ from tt_cli.talk import Sampling, Speaker, sampling_options
 
 
 @click.command("generate", cls=Verb)
-@click.argument("model", required=False, metavar="[RUN|MODEL]")
+@click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
 @click.option("-p", "--prompt", metavar="TEXT", help="What to answer; default: standard input.")
 @click.option("--system", metavar="TEXT", help="A system message before it.")
 @click.option("--raw", is_flag=True, help="Continue TEXT as it stands, in no template.")

@@ -8,7 +8,7 @@ from tt_cli.group import Verb, json_option, print_json
 
 
 @click.command("merge", cls=Verb)
-@click.argument("run")
+@click.argument("run", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model directory to write.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights written; default: as they are.")
 @json_option

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tt_cli.group import ConfigVerb, Invocation, pass_invocation
-from tt_cli.names import complete_runnable, refuse_folder
+from tt_cli.names import complete_keys, complete_runnable, refuse_folder
 from tt_train.errors import Interrupted
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 @click.command("run", cls=ConfigVerb)
 @click.argument("what", metavar="RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--config", "config_file", metavar="CONFIG", help="A YAML file or registered config, for a recipe.")
-@click.option("-o", "--output-dir", metavar="DIR", help="The run directory; default: runs/<time>-<model>-<method>.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
+@click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
+@click.option("-o", "--output-dir", metavar="DIR", type=click.Path(), help="Default: runs/<time>-<model>-<method>.")
 @click.option("--resume", metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from this one.")
 @click.option("--dry-run", is_flag=True, help="Load and show everything, and stop before step 1.")
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
@@ -37,7 +37,7 @@ def command(
     dry_run: bool,
     allow_import: tuple[str, ...],
 ) -> None:
-    """Train, and print the run directory.
+    """Train; the last line of stdout is the run directory.
 
     Words such as optimizer.lr=1e-4 override the config; adapter.rank=8 switches LoRA on, adapter=null off.
     """
@@ -54,7 +54,8 @@ def command(
             raise
         finally:
             invocation.run_dir = console.run_dir
-    click.echo(run_dir)
+    if not dry_run:
+        click.echo(run_dir)
 
 
 def _prepare(
@@ -83,7 +84,10 @@ def _load_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ValueError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ValueError(f"{path}:{error.lineno}: {error.msg}") from error
     if not callable(getattr(module, "main", None)):
         raise ValueError(f"{path}: has no function main(config, *, console, resume, dry_run); tt cat {path.stem}")
     return module
