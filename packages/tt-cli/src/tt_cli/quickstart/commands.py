@@ -1,8 +1,9 @@
 """The commands of the quickstart, word for word what it runs itself."""
 
+import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tt_cli.quickstart.scale import Scale, Stage
@@ -53,15 +54,25 @@ class Folders:
 
 def pretrain_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
     """The ``key=value`` words that train the blank model in full."""
-    words = [f"model.path={folders.blank}", f"data.train={folders.pretrain_rows}", "adapter=null"]
+    words = [word("model.path", folders.blank), word("data.train", folders.pretrain_rows), "adapter=null"]
     return words + _stage_words(scale.pretrain, seed)
 
 
 def lora_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
-    """The ``key=value`` words that train an adapter on the base."""
-    words = [f"model.path={folders.base}", f"data.train={folders.finetune_rows}", f"data.eval={folders.held_out_rows}"]
-    words += [f"adapter.rank={scale.rank}", f"adapter.alpha={2 * scale.rank}", "adapter.target_modules=all-linear"]
-    return words + _stage_words(scale.finetune, seed)
+    """The ``key=value`` words that train an adapter on the base, with rows of the target kind alone."""
+    rows = [word("data.train", folders.finetune_rows), word("data.eval", folders.held_out_rows)]
+    return [word("model.path", folders.base), *rows, *_adapter_words(scale), *_stage_words(scale.finetune, seed)]
+
+
+def both_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
+    """The same with rows of all kinds, so that what the base knew is kept."""
+    both = replace(scale.finetune, max_steps=2 * scale.finetune.max_steps)
+    rows = [word("data.train", [folders.finetune_rows, folders.pretrain_rows])]
+    return [word("model.path", folders.base), *rows, *_adapter_words(scale), *_stage_words(both, seed)]
+
+
+def _adapter_words(scale: Scale) -> list[str]:
+    return [f"adapter.rank={scale.rank}", f"adapter.alpha={2 * scale.rank}", "adapter.target_modules=all-linear"]
 
 
 def _stage_words(stage: Stage, seed: int) -> list[str]:
@@ -78,6 +89,20 @@ def _stage_words(stage: Stage, seed: int) -> list[str]:
     ]
 
 
+def word(key: str, value: Path | Sequence[Path]) -> str:
+    """``key=value``; quoted where a path alone would not be read back as it is, since values are YAML."""
+    import yaml
+
+    if not isinstance(value, Path):
+        return f"{key}={json.dumps([str(path) for path in value])}"
+    text = str(value)
+    try:
+        same = yaml.safe_load(text) == text
+    except yaml.YAMLError:
+        same = False
+    return f"{key}={text if same else json.dumps(text)}"
+
+
 def run_command(words: Sequence[str], output: Path) -> str:
     """``tt run sft ...`` as it is typed."""
     return typed("tt", "run", "sft", *words, "-o", output)
@@ -88,12 +113,12 @@ def chat_command(folders: Folders, question: str) -> str:
     return f"{typed('echo', question)} | {typed('tt', 'chat', folders.lora_run)}"
 
 
-def go_on(folders: Folders, question: str) -> list[str]:
-    """What to try next on what the quickstart left."""
+def go_on(folders: Folders, scale: Scale, question: str, *, seed: int) -> list[str]:
+    """What to try next on what the quickstart left; the shell skips what stands behind #."""
     return [
+        typed("tt", "chat", folders.lora_run, "--no-adapter") + "  # the base, which still knows all it knew",
+        run_command(both_words(folders, scale, seed=seed), folders.root / "runs" / "both") + "  # one that knows both",
         typed("tt", "generate", folders.merged, "-p", question),
-        typed("tt", "chat", folders.base),
-        typed("tt", "cat", folders.lora_run / "config.yaml"),
         typed("tt", "report", folders.lora_run, folders.pretrain_run),
     ]
 
@@ -101,9 +126,9 @@ def go_on(folders: Folders, question: str) -> list[str]:
 def on_your_own(folders: Folders, scale: Scale) -> list[str]:
     """The same with a model from the hub: only the path and the learning rate are others."""
     run = folders.root / "runs" / "smollm"
-    words = ["model.path=HuggingFaceTB/SmolLM2-135M-Instruct", f"data.train={folders.finetune_rows}"]
-    words += [f"data.eval={folders.held_out_rows}", f"adapter.rank={scale.rank}", f"adapter.alpha={2 * scale.rank}"]
-    words += ["adapter.target_modules=all-linear", "batch_size=32", "micro_batch_size=8", "optimizer.lr=5e-4"]
+    words = ["model.path=HuggingFaceTB/SmolLM2-135M-Instruct", word("data.train", folders.finetune_rows)]
+    words += [word("data.eval", folders.held_out_rows), *_adapter_words(scale)]
+    words += ["batch_size=32", "micro_batch_size=8", "optimizer.lr=5e-4"]
     return [run_command(words, run), typed("tt", "chat", run), typed("tt", "merge", run, "-o", f"{run}-merged")]
 
 

@@ -10,7 +10,7 @@ from tt_cli.quickstart import tasks
 from tt_cli.quickstart.tasks import Ask, Row
 
 TARGET = "sort"  # the kind that the base never sees, and that the adapter learns
-KINDS = {"add": 2, "count": 2, "first": 2, "reverse": 2, "lookup": 1}  # the base's kinds, and their shares of its rows
+KINDS = {"add": 4, "count": 2, "first": 3, "reverse": 9, "lookup": 2}  # the base's kinds: shares of its rows
 
 
 @dataclass(frozen=True, kw_only=True)

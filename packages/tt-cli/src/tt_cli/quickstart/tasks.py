@@ -9,7 +9,7 @@ SYLLABLES = ("ba", "do", "fi", "gu", "ka", "le", "mi", "no", "pa", "ri", "so", "
 CITIES = ("Arlen", "Brisk", "Corda", "Dunmar", "Eltham", "Farrow", "Gilda", "Harrow")
 PETS = ("cat", "dog", "owl", "fox", "hen", "crab", "mole", "toad")
 JOBS = ("baker", "pilot", "nurse", "miner", "poet", "judge", "tailor", "sailor")
-NUM_PEOPLE = 24
+NUM_PEOPLE = 16
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ Ask = Callable[[random.Random], Row]
 PHRASINGS: dict[str, tuple[str, ...]] = {
     "city": (
         "Where does {} live?", "In which city is {}?", "Name the city of {}.", "The home of {} is where?",
-        "Which city does {} live in?", "{} comes from which city?",
+        "Which city does {} live in?", "{} comes from which city?", "Tell me the city of {}.", "{} lives in what city?",
     ),
     "pet": (
         "Which pet has {}?", "What animal lives with {}?", "Name the pet of {}.", "The animal of {} is what?",
-        "Which pet does {} live with?", "{} has which pet?",
+        "Which pet does {} live with?", "{} has which pet?", "Tell me the pet of {}.", "{} lives with what animal?",
     ),
     "job": (
         "What does {} do for a living?", "What is the job of {}?", "Name the job of {}.", "The work of {} is what?",
-        "Which job does {} have?", "{} has which job?",
+        "Which job does {} have?", "{} has which job?", "Tell me the job of {}.", "{} works as what?",
     ),
 }  # fmt: skip
 
@@ -90,7 +90,7 @@ def sort(rng: random.Random) -> Row:
 
 
 def look_up(people: list[Person]) -> Ask:
-    """Questions about the knowledge base, each fact in six phrasings."""
+    """Questions about the knowledge base, each fact in eight phrasings."""
 
     def ask(rng: random.Random) -> Row:
         person, fact = rng.choice(people), rng.choice(list(PHRASINGS))

@@ -77,8 +77,9 @@ def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> Non
 
     click.echo()
     telling.show_scores(outcome.before, outcome.after, target=TARGET)
+    click.echo(f"The adapter learned from rows of {TARGET} alone, and what it was not asked for is overwritten.")
     folders = commands.Folders(root)
-    telling.show_commands("Go on from here", commands.go_on(folders, outcome.question))
+    telling.show_commands("Go on from here", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
     telling.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
     for line in outcome.shortfalls:
         click.echo(f"error: {line}", err=True)
