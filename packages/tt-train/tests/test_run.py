@@ -113,6 +113,7 @@ def test_a_run_explains_itself(lora_run):
     manifest = read_json(lora_run / "manifest.json")
     assert manifest["state"] == "finished"
     assert manifest["summary"]["steps"] == 20
+    assert manifest["parameters"] > 20_000 > manifest["trainable"] > 1_000
     samples = [json.loads(line) for line in (lora_run / "samples.jsonl").read_text().splitlines()]
     assert {sample["step"] for sample in samples} == {0, 10, 20}
 

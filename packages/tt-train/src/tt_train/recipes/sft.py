@@ -66,7 +66,9 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
     first, progress = state.restore(checkpoint) if checkpoint else (0, {})
     if config.save_every:
         state.check_space()
-    console.start(opening_facts(job, model, run.path, first))
+    facts = opening_facts(job, model, run.path, first)
+    run.update_manifest(parameters=facts.parameters, trainable=facts.trainable)
+    console.start(facts)
     run.keep_until(first)
 
     loggers = open_loggers(config.loggers, run.path, to_dict(config))
