@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tt_peft
-from tt_peft import LoRAConfig, LoRALinear, apply_lora_
+from tt_peft import LoRAConfig, LoRALinear, apply_lora_, lora
 from tt_peft.fused import fused_lora
 from tt_peft.nf4 import dequantize, to_nf4
 
@@ -73,6 +73,7 @@ def test_nothing_as_large_as_the_output_is_kept():
 
 
 def test_it_is_chosen_for_one_adapter_without_dropout_and_equals_the_plain_path(make_lm, randomise, ids, monkeypatch):
+    monkeypatch.setattr(lora, "FUSE_FROM_ROWS", 1)
     results = {}
     for fused in (True, False):
         monkeypatch.setattr(LoRALinear, "fused", fused)
@@ -88,7 +89,7 @@ def test_it_is_chosen_for_one_adapter_without_dropout_and_equals_the_plain_path(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["dropout", "two adapters", "autocast"])
+@pytest.mark.parametrize("case", ["dropout", "two adapters", "autocast", "few rows"])
 def test_it_is_not_chosen_where_it_does_not_apply(case):
     model = nn.ModuleDict({"layer": nn.Linear(4, 4)})
     apply_lora_(model, LoRAConfig(rank=2, target_modules="layer", dropout=0.5 if case == "dropout" else 0.0))
@@ -96,5 +97,7 @@ def test_it_is_not_chosen_where_it_does_not_apply(case):
         apply_lora_(model, LoRAConfig(rank=2, target_modules="layer"), adapter="second")
         tt_peft.set_adapter_(model, ("default", "second"))
     with torch.autocast("cpu", enabled=case == "autocast"):
-        y = model["layer"](torch.randn(3, 4))
+        y = model["layer"](torch.randn(4 if case == "few rows" else 256, 4))
     assert "Fused" not in str(y.grad_fn)
+    if case == "few rows":
+        assert "Fused" in str(model["layer"](torch.randn(2, 128, 4)).grad_fn)

@@ -125,3 +125,12 @@ def test_merge_and_unmerge(make_moe, randomise, ids):
 def test_only_three_dimensional_parameters_are_stacked(make_lm):
     with pytest.raises(ValueError, match=r"target_parameters: 'q_proj.weight' matches no"):
         apply_lora_(make_lm(), LoRAConfig(target_parameters=("q_proj.weight",)))
+
+
+def test_routers_get_no_adapter_unasked_and_are_not_quantized():
+    moe = nn.Module()
+    moe.gate, moe.experts, moe.shared = nn.Linear(8, 8), Experts(), nn.Linear(8, 8)
+    model = nn.ModuleDict({"mlp": moe})
+    assert apply_lora_(model, LoRAConfig(rank=2, target_modules="all-linear", quantize_base=True)) == ["mlp.shared"]
+    assert type(moe.gate) is nn.Linear
+    assert apply_lora_(model, LoRAConfig(rank=2, target_modules="gate"), adapter="router") == ["mlp.gate"]

@@ -16,10 +16,10 @@ class LoRAConfig:
 
     ``target_modules`` holds names (``"q_proj"`` or ``"self_attn.q_proj"``: whole dotted parts from the right), regular
     expressions (an entry with any of ``*+?[](){}|^$\\``, matched against whole dotted parts from the right), or is the
-    text ``"all-linear"``: every linear layer but the output projection. The same holds for ``exclude_modules``,
-    ``modules_to_save`` (modules trained in full beside the adapter) and ``quantize_skip``. ``target_parameters`` names
-    stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape ``[experts, out, in]``. Keys of ``rank_pattern``
-    and ``alpha_pattern`` are names or expressions too, and the first that matches a module decides for it.
+    text ``"all-linear"``: every linear layer but the output projection and routers of experts. ``exclude_modules``,
+    ``modules_to_save`` (modules trained in full beside the adapter) and ``quantize_skip`` hold the same.
+    ``target_parameters`` names stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape [experts, out, in].
+    Keys of ``rank_pattern`` and ``alpha_pattern`` are names or expressions too; the first that matches decides.
     """
 
     rank: int = 8

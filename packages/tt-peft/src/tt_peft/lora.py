@@ -12,11 +12,13 @@ from tt_peft.fused import fused_lora
 from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec, start_from_loss_
 from tt_peft.nf4 import NF4Base, dense, frozen_linear
 
+FUSE_FROM_ROWS = 256  # measured: benchmarks/peft_linear.py
+
 
 class LoRALinear(AdapterModule, nn.Linear):
     """``y = W x + b + scaling * B A dropout(x)`` with W and b frozen."""
 
-    fused = True  # where it can: one active adapter, no dropout at work, eager, no autocast
+    fused = True  # the fused function where it is faster and applies; False: never
 
     def add_adapter_(self, name: str, spec: LowRankSpec) -> None:
         """A new adapter, its values not yet set."""
@@ -45,7 +47,10 @@ class LoRALinear(AdapterModule, nn.Linear):
 
 
 def can_fuse(x: Tensor, adapter: LowRank) -> bool:
-    return not (adapter.drops or torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
+    """Whether the fused function applies and pays: with few rows its overhead is larger than what it saves."""
+    if adapter.drops or x.numel() < FUSE_FROM_ROWS * x.shape[-1]:
+        return False
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type))
 
 
 class LoRAEmbedding(AdapterModule, nn.Embedding):

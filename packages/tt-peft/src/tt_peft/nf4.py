@@ -178,7 +178,7 @@ class NF4Base(nn.Linear):
     def load_base_(self, name: str, tensor: Tensor) -> None:
         """Set ``weight`` or ``bias`` from a dense tensor; the weight is quantized on the way."""
         if name != "weight":
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            self.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))  # it may be a mapped file
             return
         if tensor.shape != self.weight.shape:
             raise ValueError(f"{self.weight_name} has shape {list(tensor.shape)}, expected {list(self.weight.shape)}")

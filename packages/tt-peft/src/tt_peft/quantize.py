@@ -10,7 +10,7 @@ from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.lora import LoRALinear, QLoRALinear
 from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
 from tt_peft.saved import SavedModule
-from tt_peft.targets import is_linear, matches, output_projection_names, own_modules, select
+from tt_peft.targets import is_linear, matches, output_projection_names, own_modules, router_names, select
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Linear]] = {
     nn.Linear: NF4Linear,
@@ -23,8 +23,9 @@ _DENSE: dict[type[nn.Module], type[nn.Module]] = {quantized: plain for plain, qu
 def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> list[str]:
     """Turn the weight of every linear layer into NF4, in place, one at a time. Returns their names.
 
-    ``skip`` holds names or expressions; ``"lm_head"`` means the output projection whatever its name. On a model on
-    the meta device the layers quantize when they are loaded (``load_base_`` or ``load_state_dict``).
+    ``skip`` holds names or expressions; ``"lm_head"`` means the output projection whatever its name. Routers of experts
+    stay as they are. On a model on the meta device the layers quantize when they are loaded (``load_base_`` or
+    ``load_state_dict``).
     """
     names = quantizable_names(model, skip=skip)
     for name in names:
@@ -35,7 +36,7 @@ def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> li
 def quantizable_names(model: nn.Module, *, skip: Sequence[str] = ("lm_head",), saved: Sequence[str] = ()) -> list[str]:
     """Names of the linear layers to quantize: none of ``skip`` or inside of modules trained in full."""
     modules = own_modules(model)
-    skipped = set(output_projection_names(model) if "lm_head" in skip else ())
+    skipped = {*router_names(model), *(output_projection_names(model) if "lm_head" in skip else ())}
     skipped |= {name for name in modules if any(matches(s, name) for s in skip)}
     skipped |= set(select([s for s in skip if s != "lm_head"], list(modules), what="quantize_skip"))
     trained = (*saved, *(name for name, m in modules.items() if isinstance(m, SavedModule)))

@@ -77,12 +77,12 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str) -> list[str]:
-    """Names of the modules that ``targets`` mean; ``"all-linear"``: every linear layer but the output projection."""
+    """Names of the modules that ``targets`` mean; ``"all-linear"``: all but the output projection and routers."""
     modules = own_modules(model)
     if targets != "all-linear":
         return select((targets,) if isinstance(targets, str) else targets, list(modules), what=what)
-    head = set(output_projection_names(model))
-    chosen = [name for name, module in modules.items() if is_linear(module) and name not in head]
+    left_out = {*output_projection_names(model), *router_names(model)}
+    chosen = [name for name, module in modules.items() if is_linear(module) and name not in left_out]
     if not chosen:
         raise ValueError(f"{what}: the model has no linear layer for 'all-linear'")
     return chosen
@@ -93,3 +93,11 @@ def output_projection_names(model: nn.Module) -> list[str]:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return [n for n, m in own_modules(model).items() if n.rsplit(".", 1)[-1] == "lm_head" or m is head]
+
+
+def router_names(model: nn.Module) -> list[str]:
+    """Names of the layers that choose experts: ``gate`` or ``router`` beside ``experts``."""
+    parents = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "experts", None), nn.Module)}
+    return [
+        f"{n}.{local}" if n else local for n, m in parents.items() for local in ("gate", "router") if hasattr(m, local)
+    ]
