@@ -1,14 +1,13 @@
 """Training state on disk: saved whole or not at all, verified when read, never the only copy.
 
-A checkpoint is a folder ``step-000200`` with a safetensors file per group of tensors, ``state.json``, whatever
-files the caller adds, and a manifest. There is no pickle in it.
+A checkpoint is a folder ``step-000200`` with safetensors files per group of tensors, ``state.json``, whatever files
+the caller adds, and a manifest. There is no pickle in it. Under ``torch.distributed`` every rank makes the same calls;
+each writes and reads the parts that it holds (see ``sharded``), and rank 0 does the rest.
 """
 
 import json
 import logging
 import platform
-import re
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_ckpt import commit
+from tt_ckpt import commit, ranks, run_folder
+from tt_ckpt.background import Background
 from tt_ckpt.names import check_basename
-from tt_ckpt.tensor_file import MappedFile, write_tensor_dict
+from tt_ckpt.parts import Group
+from tt_ckpt.tensor_file import write_tensor_dict
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 STATE_NAME = "state.json"
-_OLD_PREFIX = ".old-"
+Files = Mapping[str, Callable[[Path], None]]
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointNotSaved(RuntimeError):  # noqa: N818  (the name says what happened)
@@ -35,13 +37,25 @@ class CheckpointNotSaved(RuntimeError):  # noqa: N818  (the name says what happe
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What ``restore`` gives. Tensors are views of a memory map: copy them where they are to live."""
+    """What ``restore`` gives. Tensors are views of a memory map, or put together when asked for: copy them."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, Mapping[str, Tensor]]
     state: dict[str, Any]
     path: Path
     manifest: dict[str, Any]
+
+
+@dataclass
+class _Save:
+    """One checkpoint on its way."""
+
+    step: int
+    tensors: Groups
+    state: Mapping[str, Any]
+    info: Mapping[str, Any]
+    tmp: Path
+    destination: Path
 
 
 class TrainCheckpoint:
@@ -52,50 +66,134 @@ class TrainCheckpoint:
             raise ValueError(f"keep_last must be at least 2, so that a damaged newest has a fall-back; got {keep_last}")
         self.directory = Path(directory)
         self.keep_last = keep_last
+        self._ranks = ranks.current()
+        self._background = Background()
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(
         self,
         step: int,
         *,
-        tensors: Mapping[str, Mapping[str, Tensor]],
+        tensors: Groups,
         state: Mapping[str, Any],
-        files: Mapping[str, Callable[[Path], None]] | None = None,
+        files: Files | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> Path:
         """Write a checkpoint and return its folder once it is on the disk under its final name.
 
-        ``tensors``: group -> named tensors, one safetensors file each. ``state``: anything JSON. ``files``: name ->
-        function that writes that file or folder. ``info``: further keys of the manifest (config hash, base model).
-        Raises CheckpointNotSaved, with everything cleaned up and older checkpoints as they were.
+        ``tensors``: group -> named tensors. ``state``: anything JSON (rank 0's counts). ``files``: name -> function
+        that writes that file or folder (called on rank 0). ``info``: further keys of the manifest.
+        On several ranks a plain tensor must be equal wherever its name is used: put the rank into the name otherwise.
+        Raises CheckpointNotSaved, on every rank, with everything cleaned up and older checkpoints as they were.
         """
+        self.wait()
+        return self._finish(self._begin(step, tensors, state, files or {}, info or {}))
+
+    def save_async(
+        self,
+        step: int,
+        *,
+        tensors: Groups,
+        state: Mapping[str, Any],
+        files: Files | None = None,
+        info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """``save``, of copies made now, in the background. A failure is raised by the next ``check`` or ``wait``.
+
+        At most one is under way: a second call waits for the first.
+        """
+        self.wait()
+        saving = self._begin(step, _copies(tensors), json.loads(json.dumps(state)), files or {}, info or {})
+        self._background.start(lambda: self._finish(saving))
+
+    def check(self) -> Path | None:
+        """To be called at every step: the folder of a background save that has just finished, or its failure raised."""
+        return self._background.check()
+
+    def wait(self, timeout: float | None = None) -> Path | None:
+        """Wait for the background save, at most ``timeout`` seconds (then None, and it goes on); raise its failure."""
+        return self._background.wait(timeout)
+
+    def preflight(self, nbytes: int) -> None:
+        """OSError unless the folder can be written and has room for ``keep_last`` + 1 checkpoints of ``nbytes``.
+
+        To be called before training, not hours into it.
+        """
+        run_folder.preflight(self.directory, nbytes, self.keep_last + 1)
+
+    def _begin(
+        self, step: int, tensors: Groups, state: Mapping[str, Any], files: Files, info: Mapping[str, Any]
+    ) -> _Save:
+        """Check, clean up, make the folder, and write what the caller's functions write."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
-        for name in (*tensors, *(files or {})):
+        for name in (*tensors, *files):
             check_basename(name, where="TrainCheckpoint.save")
-        destination = self.directory / f"step-{step:06d}"
-        tmp = None
+        destination = self.directory / run_folder.name_of(step)
+        tmp, failure = None, None
+        if self._ranks.is_first:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                run_folder.remove_leftovers(self.directory)
+                tmp = commit.make_tmp(destination)
+                for name, write in files.items():
+                    write(tmp / name)
+            except Exception as error:
+                failure = error
+        self._agree(destination, tmp, failure)
+        tmp = self._ranks.from_first(tmp)
+        return _Save(step=step, tensors=tensors, state=state, info=info, tmp=tmp, destination=destination)
+
+    def _finish(self, saving: _Save) -> Path:
+        """Write the tensors and everything after them."""
+        failure: Exception | None = None
+        hashes: dict[str, str] = {}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            tmp = commit.make_tmp(destination)
-            hashes = _write(tmp, step, tensors, state, files or {})
-            commit.fsync_tree(tmp)
-            commit.write_manifest(tmp, {**(info or {}), **_facts(step), "groups": sorted(tensors)}, hashes)
-            commit.fsync_dir(tmp)
-            self._publish(tmp, destination)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            if tmp is not None:
+            hashes = _write_tensors(saving.tmp, saving.tensors, self._ranks)
+            if self._ranks.is_first:
+                commit.write_json(saving.tmp / STATE_NAME, dict(saving.state))
+                commit.fsync_tree(saving.tmp)
+                facts = {**_facts(saving.step, self._ranks.size), "groups": sorted(saving.tensors)}
+                commit.write_manifest(saving.tmp, {**saving.info, **facts}, hashes)
+                commit.fsync_dir(saving.tmp)
+        except Exception as error:
+            failure = error
+        self._agree(saving.destination, saving.tmp, failure)
+        if self._ranks.is_first:
+            try:
+                run_folder.publish(saving.tmp, saving.destination)
+            except OSError as error:
+                failure = error
+        self._agree(saving.destination, saving.tmp, failure)
+        if self._ranks.is_first:
+            run_folder.prune(self.directory, self.keep_last)
+        return saving.destination
+
+    def _agree(self, destination: Path, tmp: Path | None, failure: Exception | None) -> None:
+        """Raise on every rank what failed on any, after removing what was begun."""
+        try:
+            told = self._ranks.gather(None if failure is None else str(failure))
+        except RuntimeError as error:  # a rank has died
+            failure, told = error, [f"lost touch with the other ranks: {error}"]
+        reasons = dict.fromkeys(reason for reason in told if reason is not None)  # each once, by rank
+        if reasons:
+            if tmp is not None and self._ranks.is_first:
                 commit.remove_tree(tmp)
-            raise CheckpointNotSaved(f"{destination}: not saved: {error}") from error
-        self._prune(destination)
-        return destination
+            raise CheckpointNotSaved(f"{destination}: not saved: {'; '.join(reasons)}") from failure
+
+    # ---- restoring ---------------------------------------------------------------------------------------------------
 
     def latest(self, *, hashes: bool = True) -> Path | None:
         """The newest checkpoint that is whole, or None. A damaged one is skipped with a warning that names the file.
 
         ``hashes=False`` compares sizes only: for checkpoints so large that reading them twice hurts.
         """
-        for path in reversed(self._candidates()):
+        found: Path | None = self._ranks.from_first(self._newest(hashes) if self._ranks.is_first else None)
+        return found
+
+    def _newest(self, hashes: bool) -> Path | None:
+        for path in reversed(run_folder.candidates(self.directory)):
             try:
                 commit.verify(path, hashes=hashes)
             except (OSError, ValueError) as error:
@@ -104,101 +202,92 @@ class TrainCheckpoint:
             return path
         return None
 
-    def restore(self, path: str | Path | None = None, *, hashes: bool = True) -> TrainState:
-        """Read a checkpoint: ``path``, which must be whole, or the newest whole one."""
-        if path is None:
-            found = self.latest(hashes=hashes)
-            if found is None:
-                raise FileNotFoundError(f"{self.directory}: no usable checkpoint; start the run anew")
-            manifest = commit.read_manifest(found)
-        else:
-            found = Path(path)
-            if not found.is_dir():
-                raise FileNotFoundError(f"{found}: no such checkpoint{self._present()}")
-            manifest = commit.verify(found, hashes=hashes)
-        if manifest.get("version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{found}: format version {manifest.get('version')!r}, this tt_ckpt reads {FORMAT_VERSION}; "
-                f"use tt-ckpt {manifest.get('versions', {}).get('tt_ckpt', 'of the time')}"
-            )
-        groups = {}
-        for group in manifest["groups"]:
-            with MappedFile(found / f"{check_basename(group, where=found)}.safetensors") as file:
-                groups[group] = {name: file.tensor(name) for name in file.header.tensors}
+    def restore(self, path: str | Path | None = None, *, into: Groups | None = None, hashes: bool = True) -> TrainState:
+        """Read a checkpoint: ``path``, which must be whole, or the newest whole one.
+
+        ``into``: group -> name -> tensor or DTensor, filled in place, whatever number of ranks saved them; names,
+        shapes and dtypes must be as saved. Groups that are not in ``into`` are in the result, whole, read when used.
+        """
+        found = self._newest_or_error(hashes) if path is None else Path(path)
+        manifest = self._verified(found, hashes=hashes and path is not None)
+        for group in into or {}:
+            if group not in manifest["groups"]:
+                raise ValueError(f"{found}: no group {group!r}; it holds {', '.join(manifest['groups'])}")
+        if into:
+            self._fill(found, into)
+        groups: dict[str, Mapping[str, Tensor]] = {
+            name: Group(found, check_basename(name, where=found))
+            for name in manifest["groups"]
+            if name not in (into or {})
+        }
         state = json.loads((found / STATE_NAME).read_bytes())
         return TrainState(step=manifest["step"], tensors=groups, state=state, path=found, manifest=manifest)
 
-    # ---- the folder ------------------------------------------------------------------------------------------------
-
-    def _candidates(self) -> list[Path]:
-        """Oldest first. A folder set aside by a replacement that did not finish counts as a checkpoint."""
-        found = []
-        for entry in self.directory.iterdir() if self.directory.is_dir() else ():
-            match = re.fullmatch(r"(\.old-)?step-(\d{6,})(-[0-9a-f]{8})?", entry.name)
-            if match and entry.is_dir() and bool(match[1]) == bool(match[3]):
-                found.append((int(match[2]), match[1] is None, entry))
-        return [entry for _, _, entry in sorted(found)]
-
-    def _present(self) -> str:
-        names = [path.name for path in self._candidates()]
-        return f"; {self.directory} holds {', '.join(names)}" if names else f"; {self.directory} holds none"
-
-    def _publish(self, tmp: Path, destination: Path) -> None:
-        aside = None
-        if destination.exists():  # the same step again, after a fall-back: set aside, never written over
-            aside = destination.parent / f"{_OLD_PREFIX}{destination.name}-{secrets.token_hex(4)}"
-            destination.rename(aside)
-        tmp.rename(destination)
-        commit.fsync_dir(self.directory)
-        if aside is not None:
-            commit.remove_tree(aside)
-
-    def _remove_leftovers(self) -> None:
-        """What saves that were killed have left behind."""
-        for entry in self.directory.glob(f"{commit.TMP_PREFIX}step-*"):
-            commit.remove_tree(entry)
-        for entry in self.directory.glob(f"{_OLD_PREFIX}step-*"):
-            if (self.directory / entry.name.removeprefix(_OLD_PREFIX).rpartition("-")[0]).exists():
-                commit.remove_tree(entry)
-
-    def _prune(self, newest: Path) -> None:
-        """Remove all but the newest whole checkpoints. A damaged one does not count as kept; failing is no failure."""
-        whole = []
-        for path in reversed(self._candidates()):
+    def _verified(self, path: Path, *, hashes: bool) -> dict[str, Any]:
+        """The manifest, after rank 0 has compared it with the files; the same error on every rank."""
+        manifest: dict[str, Any] | Exception = {}
+        if self._ranks.is_first:
             try:
-                commit.verify(path, hashes=False)
-            except (OSError, ValueError):
-                continue
-            whole.append(path)
-        for path in whole[self.keep_last :]:
-            if path != newest:
-                commit.remove_tree(path)
+                if not path.is_dir():
+                    raise FileNotFoundError(f"{path}: no such checkpoint; {run_folder.describe(self.directory)}")
+                manifest = commit.verify(path, hashes=hashes)
+                if manifest.get("version") != FORMAT_VERSION:
+                    wrote = manifest.get("versions", {}).get("tt_ckpt", "of the time")
+                    found = f"format version {manifest.get('version')!r}, this tt_ckpt reads {FORMAT_VERSION}"
+                    raise ValueError(f"{path}: {found}; use tt-ckpt {wrote}")
+            except (OSError, ValueError) as error:
+                manifest = error
+        manifest = self._ranks.from_first(manifest)
+        if isinstance(manifest, Exception):
+            raise manifest
+        return manifest
+
+    def _fill(self, path: Path, into: Groups) -> None:
+        from tt_ckpt.sharded import fill
+
+        failure = None
+        try:
+            fill(path, into)
+        except (OSError, ValueError) as error:
+            failure = error
+        told = self._ranks.gather(None if failure is None else str(failure))
+        if reasons := [reason for reason in told if reason is not None]:
+            raise ValueError(reasons[0]) from failure
+
+    def _newest_or_error(self, hashes: bool) -> Path:
+        found = self.latest(hashes=hashes)
+        if found is None:
+            raise FileNotFoundError(f"{self.directory}: no usable checkpoint; start the run anew")
+        return found
 
 
-def _write(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    files: Mapping[str, Callable[[Path], None]],
-) -> dict[str, str]:
-    """Everything but the manifest; returns the hashes that fell off while writing."""
+def _write_tensors(folder: Path, tensors: Groups, among: ranks.Ranks) -> dict[str, str]:
+    """One file per group, or one per group and rank where tensors are spread; the sha256 of each."""
+    if among.size > 1 or any(hasattr(tensor, "placements") for named in tensors.values() for tensor in named.values()):
+        from tt_ckpt.sharded import save_sharded
+
+        return save_sharded(folder, tensors, among)
     hashes = {}
     for group, named in tensors.items():
-        name = f"{group}.safetensors"
-        digest = write_tensor_dict(folder / name, named, hashed=True)
+        digest = write_tensor_dict(folder / f"{group}.safetensors", named, hashed=True)
         assert digest is not None
-        hashes[name] = digest
-    commit.write_json(folder / STATE_NAME, dict(state))
-    for name, write in files.items():
-        write(folder / name)
+        hashes[f"{group}.safetensors"] = digest
     return hashes
 
 
-def _facts(step: int) -> dict[str, Any]:
+def _copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU that further training does not change."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    staged: dict[str, dict[str, Tensor]] = BlockingAsyncStager().stage({k: dict(v) for k, v in tensors.items()})
+    return staged
+
+
+def _facts(step: int, world_size: int) -> dict[str, Any]:
     return {
         "format": "tt-ckpt training checkpoint",
         "version": FORMAT_VERSION,
         "step": step,
+        "world_size": world_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "tt_ckpt": version("tt-ckpt")},
     }

@@ -1,0 +1,81 @@
+"""The folder that holds a run's checkpoints: which there are, how one appears, which ones go."""
+
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+from tt_ckpt import commit
+from tt_ckpt.shards import format_size
+
+_ASIDE = ".old-"
+_NAME = re.compile(r"(\.old-)?step-(\d{6,})(-[0-9a-f]{8})?")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def candidates(directory: Path) -> list[Path]:
+    """Oldest first. A folder set aside by a replacement that did not finish counts as a checkpoint."""
+    found = []
+    for entry in directory.iterdir() if directory.is_dir() else ():
+        match = _NAME.fullmatch(entry.name)
+        if match and entry.is_dir() and bool(match[1]) == bool(match[3]):
+            found.append((int(match[2]), match[1] is None, entry))
+    return [entry for _, _, entry in sorted(found)]
+
+
+def describe(directory: Path) -> str:
+    names = [path.name for path in candidates(directory)]
+    return f"{directory} holds {', '.join(names) or 'none'}"
+
+
+def publish(tmp: Path, destination: Path) -> None:
+    """Give a finished folder its name. One of the same step is set aside first, never written over."""
+    aside = None
+    if destination.exists():
+        aside = destination.parent / f"{_ASIDE}{destination.name}-{secrets.token_hex(4)}"
+        destination.rename(aside)
+    tmp.rename(destination)
+    commit.fsync_dir(destination.parent)
+    if aside is not None:
+        commit.remove_tree(aside)
+
+
+def remove_leftovers(directory: Path) -> None:
+    """What saves that were killed have left behind."""
+    for entry in directory.glob(f"{commit.TMP_PREFIX}step-*"):
+        commit.remove_tree(entry)
+    for entry in directory.glob(f"{_ASIDE}step-*"):
+        if (directory / entry.name.removeprefix(_ASIDE).rpartition("-")[0]).exists():
+            commit.remove_tree(entry)
+
+
+def prune(directory: Path, keep_last: int) -> None:
+    """Remove all but the newest whole checkpoints; a damaged one does not count as kept."""
+    whole = []
+    for path in reversed(candidates(directory)):
+        try:
+            commit.verify(path, hashes=False)
+        except (OSError, ValueError):
+            continue
+        whole.append(path)
+    for path in whole[keep_last:]:
+        commit.remove_tree(path)
+
+
+def preflight(directory: Path, nbytes: int, copies: int) -> None:
+    """OSError unless files can be written and read back here and ``copies`` times ``nbytes``, and a fifth, are free."""
+    directory.mkdir(parents=True, exist_ok=True)
+    probe = commit.make_tmp(directory / "step-probe")
+    try:
+        commit.write_bytes(probe / "probe", b"probe")
+        if (probe / "probe").read_bytes() != b"probe":
+            raise OSError(f"{directory}: what is written there cannot be read back")
+    finally:
+        commit.remove_tree(probe)
+    free, needed = shutil.disk_usage(directory).free, int(1.2 * copies * nbytes)
+    if free < needed:
+        sizes = f"{format_size(free)} free, {copies} checkpoints need {format_size(needed)}"
+        raise OSError(f"{directory}: {sizes}; free some or choose another output directory")
