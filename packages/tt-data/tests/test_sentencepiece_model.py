@@ -26,9 +26,7 @@ def test_sentencepiece_equals_the_library(sentencepiece_file: Path, random_strin
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])
-def test_sentencepiece_with_control_tokens_equals_transformers(
-    sentencepiece_file: Path, tmp_path: Path, legacy: Any
-) -> None:
+def test_control_tokens_equal_transformers(sentencepiece_file: Path, tmp_path: Path, legacy: Any) -> None:
     transformers = pytest.importorskip("transformers")
     if "unigram" in str(sentencepiece_file):
         pytest.skip("transformers reads Llama's file as BPE")
@@ -61,8 +59,8 @@ def test_leading_white_space_can_be_trimmed(sentencepiece_file: Path) -> None:
 
 def test_messages_without_a_template_are_turns(sentencepiece_file: Path) -> None:
     tokenizer = load_tokenizer(sentencepiece_file)
-    messages = [Message("user", "the cat ", masked=True), Message("assistant", "sat"), Message("user", "hello", masked=True),
-                Message("assistant", "fine")]  # fmt: skip
+    messages = [Message("user", "the cat ", masked=True), Message("assistant", "sat"),
+                Message("user", "hello", masked=True), Message("assistant", "fine")]  # fmt: skip
     ids, masked = tokenizer.tokenize_messages(messages)
     first = [1, *tokenizer.encode("the cat", False, False)]
     answer = [*tokenizer.encode("sat", False, False), 2]

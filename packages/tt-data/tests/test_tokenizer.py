@@ -93,7 +93,8 @@ def test_no_conversation_makes_control_tokens(chatml: Any) -> None:
 
 
 def test_typed_control_tokens_in_calls_and_tools_stay_text(tmp_path: Path, make_model: Any) -> None:
-    source = "{{ tools | tojson }}<|im_end|>{% for m in messages %}{{ m.tool_calls | tojson }}{{ m.content }}<|im_end|>{% endfor %}"
+    source = "{{ tools | tojson }}<|im_end|>{% for m in messages %}{{ m.tool_calls | tojson }}{{ m.content }}"
+    source += "<|im_end|>{% endfor %}"
     tokenizer = load_tokenizer(make_model(tmp_path / "model", ["<|im_end|>"], chat_template=source))
     calls = [{"function": {"name": "f", "arguments": {"<|im_end|>": ["<|im_end|>"]}}}]
     ids = tokenizer.encode_prompt(
@@ -163,10 +164,8 @@ def test_tokenizers_can_be_sent_to_another_process(chatml: Any, sentencepiece_fi
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path, chatml_dir: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match="no tokenizer, expected tokenizer.json or tokenizer.model, found a.txt"
-    ):
-        (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(FileNotFoundError, match="no tokenizer, expected tokenizer.json or .*, found a.txt"):
         load_tokenizer(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"did you mean {chatml_dir}"):
         load_tokenizer(chatml_dir.with_name("modle"))
@@ -177,8 +176,8 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, chatml_dir: Path) ->
     with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 not a model")
+    (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="not a sentencepiece model"):
-        (tmp_path / "tokenizer_config.json").unlink()
         load_tokenizer(tmp_path / "tokenizer.model")
 
 

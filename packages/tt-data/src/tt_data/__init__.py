@@ -8,9 +8,21 @@ from tt_data.chat_formats import (
     register_chat_template,
 )
 from tt_data.chat_template import TemplateError
-from tt_data.collate import collate, padded_collate, padded_collate_dpo
+from tt_data.collate import IGNORE_INDEX, collate, padded_collate, padded_collate_dpo
 from tt_data.converters import Schema, register_schema
 from tt_data.dataset import TokenDataset
+from tt_data.datasets import (
+    alpaca_cleaned_dataset,
+    alpaca_dataset,
+    chat_dataset,
+    grammar_dataset,
+    instruct_dataset,
+    preference_dataset,
+    samsum_dataset,
+    slimorca_dataset,
+    stack_exchange_paired_dataset,
+    stack_exchanged_paired_dataset,
+)
 from tt_data.instruct_templates import (
     AlpacaInstructTemplate,
     GrammarErrorCorrectionTemplate,
@@ -22,39 +34,33 @@ from tt_data.instruct_templates import (
 from tt_data.load import load_dataset
 from tt_data.loader import batches
 from tt_data.messages import Message, validate_messages
+from tt_data.mix import MixedDataset
 from tt_data.model_files import load_tokenizer
+from tt_data.named import DATASETS, NamedDataset, register_dataset
 from tt_data.order import rows_at, steps_per_epoch
-from tt_data.packing import PackedDataset
+from tt_data.packed_stream import PackedStream
+from tt_data.packing import PackedDataset, pack
+from tt_data.show import as_text, show, stats
+from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "load_tokenizer",
-    "Tokenizer",
-    "load_dataset",
-    "TokenDataset",
-    "PackedDataset",
-    "batches",
-    "collate",
-    "rows_at",
-    "steps_per_epoch",
-    "Message",
-    "validate_messages",
-    "TemplateError",
-    "AlpacaInstructTemplate",
-    "GrammarErrorCorrectionTemplate",
-    "InstructTemplate",
-    "StackExchangedPairedTemplate",
-    "SummarizeTemplate",
-    "register_instruct_template",
-    "CHAT_TEMPLATES",
-    "Llama2ChatFormat",
-    "MistralChatFormat",
-    "ChatMLFormat",
-    "register_chat_template",
-    "Schema",
-    "register_schema",
-    "padded_collate",
-    "padded_collate_dpo",
-]
+    # text and conversations to ids
+    "load_tokenizer", "Tokenizer", "Message", "validate_messages", "TemplateError",
+    # rows to ids and labels
+    "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "pack",
+    # ids and labels to batches
+    "batches", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
+    # looking at them
+    "show", "stats", "as_text",
+    # templates, formats and kinds of rows
+    "InstructTemplate", "AlpacaInstructTemplate", "GrammarErrorCorrectionTemplate", "SummarizeTemplate",
+    "StackExchangedPairedTemplate", "register_instruct_template", "CHAT_TEMPLATES", "register_chat_template",
+    "Llama2ChatFormat", "MistralChatFormat", "ChatMLFormat", "Schema", "register_schema",
+    # data sets with a name
+    "DATASETS", "NamedDataset", "register_dataset", "instruct_dataset", "chat_dataset", "preference_dataset",
+    "alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset", "slimorca_dataset",
+    "stack_exchange_paired_dataset", "stack_exchanged_paired_dataset",
+]  # fmt: skip

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from tt_data.examples import BadRowError
 from tt_data.rendered import Encoded
-from tt_data.store import TokenStore, labels_of
+from tt_data.store import Numbers, TokenStore, labels_of
 from tt_data.tokenizer import Tokenizer
 
-MAX_PROBLEMS = 20
+Row = dict[str, Any]
+Piece = tuple[str, bool]
+_SIDES = {"single": ("",), "judged": ("",), "pair": ("chosen_", "rejected_")}
 
 
-@dataclass
-class Tally:
-    """Counts what happens to rows, and keeps the first problems with their places."""
+class Dataset(Protocol):
+    """Rows that ``batches`` takes, and what a person wants to know of them."""
 
-    dropped: Counter[str] = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    seen: int = 0
-    truncated: int = 0
-    longest_prompt: int = 0
+    tokenizer: Tokenizer
+    pad_id: int
+    schema: str
+    fingerprint: str
 
-    def drop(self, where: str, bad: BadRowError) -> None:
-        self.dropped[bad.reason] += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(f"{where}: {bad}")
+    def __len__(self) -> int: ...
+    def __getitem__(self, i: int, /) -> Row: ...
+    def length(self, i: int) -> int: ...
+    def where(self, i: int) -> str: ...
+    def rendered(self, i: int) -> list[Piece]: ...
+    def documents(self, i: int) -> list[list[Piece]]: ...
+    def is_truncated(self, i: int) -> bool: ...
+    @property
+    def report(self) -> dict[str, Any]: ...
 
-    def summary(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+
+def to_row(kind: str, parts: Sequence[Encoded], desirable: bool) -> Row:
+    """Ids and labels of one row under the names of its kind."""
+    row: Row = {}
+    for side, part in zip(_SIDES[kind], parts, strict=True):
+        row[f"{side}input_ids"], row[f"{side}labels"] = part.ids, labels_of(part.ids, part.trained)
+    if kind == "judged":
+        row["desirable"] = desirable
+    return row
 
 
 class TokenDataset:
@@ -43,28 +52,22 @@ class TokenDataset:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, schema: str, sides: Sequence[str], stores: Sequence[TokenStore],
-        names: Sequence[str], places: array[int], tally: Tally, fingerprint: str, desirable: array[int] | None = None,
+        self, tokenizer: Tokenizer, *, schema: str, stores: Sequence[TokenStore], names: Sequence[str],
+        places: Numbers, truncated: Numbers, desirable: Numbers | None, report: Mapping[str, Any], fingerprint: str,
     ) -> None:  # fmt: skip
-        self.tokenizer, self.schema, self.sides, self.stores = tokenizer, schema, tuple(sides), tuple(stores)
-        self.fingerprint, self._names, self._places, self._tally = fingerprint, list(names), places, tally
-        self._desirable = desirable
+        self.tokenizer, self.schema, self.stores, self.fingerprint = tokenizer, schema, tuple(stores), fingerprint
+        self.names, self.places, self.truncated, self.desirable = list(names), places, truncated, desirable
+        self.kind = "pair" if len(self.stores) == 2 else "single" if desirable is None else "judged"
         self.pad_id = tokenizer.pad_id
+        self._report = dict(report)
 
     def __len__(self) -> int:
         return len(self.stores[0])
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"row {i} of {len(self)}")
-        i %= len(self)
-        row: dict[str, Any] = {}
-        for side, store in zip(self.sides, self.stores, strict=True):
-            ids = store.get_ids(i)
-            row[f"{side}input_ids"], row[f"{side}labels"] = ids, labels_of(ids, store.get_spans(i))
-        if self._desirable is not None:
-            row["desirable"] = bool(self._desirable[i])
-        return row
+    def __getitem__(self, i: int) -> Row:
+        i = check_index(i, len(self))
+        parts = [Encoded(store.get_ids(i), store.get_spans(i)) for store in self.stores]
+        return to_row(self.kind, parts, self.desirable is not None and bool(self.desirable[i]))
 
     def length(self, i: int) -> int:
         """Tokens of row ``i``; of the longer side, where there are two."""
@@ -72,40 +75,47 @@ class TokenDataset:
 
     def where(self, i: int) -> str:
         """``rows.jsonl:17``: where row ``i`` was read."""
-        return f"{self._names[self._places[2 * i]]}:{self._places[2 * i + 1]}"
+        return f"{self.names[self.places[2 * i]]}:{self.places[2 * i + 1]}"
+
+    def is_truncated(self, i: int) -> bool:
+        """Whether row ``i`` was cut at ``max_seq_len``."""
+        return bool(self.truncated[i])
 
     @property
     def report(self) -> dict[str, Any]:
-        tally = self._tally
-        return {
-            "schema": self.schema,
-            "rows": len(self),
-            "dropped": dict(tally.dropped),
-            "truncated": tally.truncated,
-            "problems": list(tally.problems),
-        }
+        return {"schema": self.schema, "rows": len(self), **self._report}
 
-    def rendered(self, i: int) -> list[tuple[str, bool]]:
+    def rendered(self, i: int) -> list[Piece]:
         """Row ``i`` as text pieces and whether each is trained. Control tokens are shown."""
-        pieces: list[tuple[str, bool]] = []
-        for store in self.stores:
-            ids, position = store.get_ids(i), 0
-            for start, end in [*store.get_spans(i), (len(ids), len(ids))]:
-                for piece, flag in ((ids[position:start], False), (ids[start:end], True)):
-                    if piece:
-                        pieces.append((self.tokenizer.decode(piece, skip_special=False), flag))
-                position = end
+        return [piece for document in self.documents(i) for piece in document]
+
+    def documents(self, i: int) -> list[list[Piece]]:
+        """The pieces of each document of row ``i``: one, or the chosen and the rejected answer."""
+        i = check_index(i, len(self))
+        return [self._pieces(store, i) for store in self.stores]
+
+    def _pieces(self, store: TokenStore, i: int) -> list[Piece]:
+        """Texts between the ends of spans: what decoding up to there adds, for decoders treat a beginning otherwise."""
+        ids, spans = store.get_ids(i), store.get_spans(i)
+        ends = [(end, trained) for span in spans for end, trained in zip(span, (False, True), strict=True)]
+        pieces: list[Piece] = []
+        before = ""
+        for end, trained in [*ends, (len(ids), False)]:
+            text = self.tokenizer.decode(ids[:end], skip_special=False)
+            if len(text) > len(before):
+                pieces.append((text[len(before) :], trained))
+                before = text
         return pieces
 
-
-def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
-    """The first ``max_seq_len`` tokens; nothing is put at the end."""
-    if max_seq_len is None or len(row.ids) <= max_seq_len:
-        return row
-    spans = [(a, min(b, max_seq_len)) for a, b in row.trained if a < max_seq_len]
-    return Encoded(row.ids[:max_seq_len], spans)
+    def __getstate__(self) -> dict[str, Any]:
+        mapped = {
+            key: array(value.format, value) for key, value in self.__dict__.items() if isinstance(value, memoryview)
+        }
+        return {**self.__dict__, **mapped}
 
 
-def is_trainable(row: Encoded) -> bool:
-    """Whether some token behind the first is trained (the first one is predicted from nothing)."""
-    return any(end > max(start, 1) for start, end in row.trained)
+def check_index(i: int, size: int) -> int:
+    """``i`` counted from the start. Raises IndexError outside of ``size``."""
+    if not -size <= i < size:
+        raise IndexError(f"row {i} of {size}")
+    return i % size

@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from tt_data.chat_template import TemplateError
-from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens
+from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.messages import Message, roles_of, validate_messages
 from tt_data.rendered import Encoded, Rendered, Span, join_spans
 from tt_data.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
 AMBIGUOUS = "ambiguous template"  # the reason that no row is to blame for
-Unit = Conversation | Completion | Text | Tokens
+Unit = Conversation | Turns | Completion | Text | Tokens
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
 
 
@@ -54,7 +54,7 @@ def _units(example: Example) -> list[Unit]:
 
 def _checked(unit: Unit) -> Unit:
     """``unit``, when its turns make a conversation that ends with an answer. Raises BadRowError."""
-    if isinstance(unit, Conversation):
+    if isinstance(unit, (Conversation, Turns)):
         try:
             validate_messages(unit.messages)
         except ValueError as error:
@@ -84,7 +84,9 @@ def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn
     for (i, document), row in zip(documents, encoded[len(texts) :], strict=True):
         results[i] = _with_ends(row, document, tokenizer)
     for i, unit in enumerate(units):
-        if isinstance(unit, Tokens):
+        if isinstance(unit, Turns):
+            results[i] = tokenizer.encode_turns(mask_messages(unit.formatted, train_on))
+        elif isinstance(unit, Tokens):
             results[i] = _from_tokens(unit, tokenizer.vocab_size)
     return results
 

@@ -19,6 +19,14 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """Messages, and the same with a chat format's text around their content, to be encoded one by one."""
+
+    messages: Sequence[Message]
+    formatted: Sequence[Message]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A prompt and what is to follow it, both plain text."""
 
@@ -57,7 +65,7 @@ class Judged:
     desirable: bool
 
 
-Example = Conversation | Completion | Text | Tokens | Pair | Judged
+Example = Conversation | Turns | Completion | Text | Tokens | Pair | Judged
 
 
 class BadRowError(ValueError):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,14 @@ class Source:
     path: Path | None = None
 
 
+def is_hub_id(source: object) -> bool:
+    """Whether ``source`` is meant as a data set of the hub: no file here, and no name that a file would have."""
+    if not isinstance(source, str) or Path(source).expanduser().exists():
+        return False
+    looks_local = file_kind(Path(source)) is not None or source.startswith((".", "/", "~"))
+    return not looks_local and _HUB_ID.fullmatch(source) is not None
+
+
 def open_sources(source: Any, split: str | None = None) -> list[Source]:
     """The sources that ``source`` means. Raises FileNotFoundError or ValueError that names what is there instead."""
     if isinstance(source, (str, Path)):
@@ -39,14 +46,9 @@ def open_sources(source: Any, split: str | None = None) -> list[Source]:
 
 
 def _from_name(name: str | Path, split: str | None) -> list[Source]:
-    path = Path(name).expanduser()
-    if path.exists():
-        return [_from_file(file) for file in local_files(path, split)]
-    text = str(name)
-    looks_local = isinstance(name, Path) or file_kind(path) is not None or text.startswith((".", "/", "~"))
-    if looks_local or not _HUB_ID.fullmatch(text):
-        return [_from_file(file) for file in local_files(path, split)]  # raises with the nearest file
-    return [_from_hub(text, split)]
+    if is_hub_id(name):
+        return [_from_hub(str(name), split)]
+    return [_from_file(file) for file in local_files(Path(name).expanduser(), split)]
 
 
 def _from_file(path: Path) -> Source:
@@ -95,14 +97,15 @@ def _from_hub(name: str, split: str | None) -> Source:
             f"{name}: no such file here (looked from {Path.cwd()}), and not to be had from the hub ({reason})"
         ) from None
     if isinstance(found, Mapping):
-        splits = list(found)
-        if "train" not in splits and len(splits) > 1:
-            near = get_close_matches("train", splits, 1)
-            raise ValueError(
-                f"{name}: name a split, expected one of {splits}{f'; did you mean {near[0]!r}?' if near else ''}"
-            )
-        found = found["train" if "train" in splits else splits[0]]
+        found = found[name_of_split(name, list(found))]
     return Source(name, partial(_numbered, found), lambda: str(found._fingerprint))
+
+
+def name_of_split(name: str, splits: Sequence[str]) -> str:
+    """``train``, or the only split there is. Raises ValueError that lists them."""
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise ValueError(f"{name}: name a split, expected one of {list(splits)}")
 
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterator[Placed]:

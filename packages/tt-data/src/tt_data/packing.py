@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from tt_data.dataset import TokenDataset
+from tt_data.dataset import Piece, Row, TokenDataset, check_index
 from tt_data.order import Permutation
 from tt_data.store import IGNORE_INDEX
 
@@ -50,9 +50,9 @@ def pack(lengths: Sequence[int], max_seq_len: int, *, seed: int = 0) -> list[lis
     return packs
 
 
-def join_documents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def join_documents(rows: Sequence[Row]) -> Row:
     """One row of many: ``position_ids`` restart at 0 with every document, whose first label is -100."""
-    packed: dict[str, Any] = {}
+    packed: Row = {}
     for side in _SIDES:
         if f"{side}input_ids" not in rows[0]:
             continue
@@ -68,44 +68,50 @@ def join_documents(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 class PackedDataset:
-    """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``documents``."""
+    """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``rows``."""
 
-    def __init__(self, documents: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
-        self.documents, self.max_seq_len = documents, max_seq_len
-        self.tokenizer, self.pad_id, self.schema = documents.tokenizer, documents.pad_id, documents.schema
-        lengths = [documents.length(i) for i in range(len(documents))]
-        packs = pack(lengths, max_seq_len, seed=seed)
+    def __init__(self, rows: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
+        self.rows, self.max_seq_len = rows, max_seq_len
+        self.tokenizer, self.pad_id, self.schema = rows.tokenizer, rows.pad_id, rows.schema
+        lengths = [rows.length(i) for i in range(len(rows))]
         self._flat, self._ends = array("q"), array("q", [0])
-        for members in packs:
+        for members in pack(lengths, max_seq_len, seed=seed):
             self._flat.extend(members)
             self._ends.append(len(self._flat))
-        self.efficiency = sum(lengths) / (len(packs) * max_seq_len)
-        self.fingerprint = hashlib.sha256(f"{documents.fingerprint} packed {max_seq_len} {seed}".encode()).hexdigest()
+        self.efficiency = sum(lengths) / (len(self) * max_seq_len)
+        self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len} {seed}".encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def members(self, i: int) -> list[int]:
-        """The documents of pack ``i``."""
+        """The rows that pack ``i`` is made of."""
+        i = check_index(i, len(self))
         return self._flat[self._ends[i] : self._ends[i + 1]].tolist()
 
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"pack {i} of {len(self)}")
-        return join_documents([self.documents[d] for d in self.members(i % len(self))])
+    def __getitem__(self, i: int) -> Row:
+        return join_documents([self.rows[row] for row in self.members(i)])
 
     def length(self, i: int) -> int:
-        return sum(self.documents.length(d) for d in self.members(i))
+        """Tokens of pack ``i``."""
+        return sum(self.rows.length(row) for row in self.members(i))
 
     def where(self, i: int) -> str:
-        """Where the documents of pack ``i`` were read."""
-        return ", ".join(self.documents.where(d) for d in self.members(i))
+        """Where the rows of pack ``i`` were read."""
+        return ", ".join(self.rows.where(row) for row in self.members(i))
+
+    def is_truncated(self, i: int) -> bool:
+        """Whether a row of pack ``i`` was cut at ``max_seq_len``."""
+        return any(self.rows.is_truncated(row) for row in self.members(i))
 
     @property
     def report(self) -> dict[str, Any]:
-        found = self.documents.report
-        return {**found, "packs": len(self), "efficiency": round(self.efficiency, 4)}
+        return {**self.rows.report, "packs": len(self), "efficiency": round(self.efficiency, 4)}
 
-    def rendered(self, i: int) -> list[tuple[str, bool]]:
+    def rendered(self, i: int) -> list[Piece]:
         """Pack ``i`` as text pieces and whether each is trained."""
-        return [piece for d in self.members(i) for piece in self.documents.rendered(d)]
+        return [piece for document in self.documents(i) for piece in document]
+
+    def documents(self, i: int) -> list[list[Piece]]:
+        """The pieces of each document of pack ``i``."""
+        return [document for row in self.members(i) for document in self.rows.documents(row)]

@@ -127,18 +127,24 @@ def read_csv(path: Path) -> Iterator[Placed]:
             raise data_error(path, start, f"broken csv ({error})") from None
 
 
-def read_parquet(path: Path) -> Iterator[Placed]:
-    """Record batches, one at a time."""
+def read_parquet(path: Path, start: int = 0) -> Iterator[Placed]:
+    """Record batches, one at a time, from row ``start``; row groups before it are not read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            number = 0
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                if number + size <= start:
+                    number += size
+                    continue
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+                    for row in batch.to_pylist():
+                        number += 1
+                        if number > start:
+                            yield number, row
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise data_error(path, None, f"not a whole parquet file ({_one_line(error)})") from None
 
@@ -194,6 +200,9 @@ def local_files(path: Path, split: str | None) -> list[Path]:
     files = [p for p in files if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
     if not files:
         raise ValueError(f"{path}: no data file in this directory, expected one of {', '.join(sorted(READERS))}")
+    names = {_split_of(file.relative_to(path)) for file in files}
+    if split is None and "train" in names and names & {"test", "eval", "dev", "valid", "validation"}:
+        split = "train"
     return files if split is None else _of_split(path, files, split)
 
 

@@ -1,0 +1,79 @@
+"""Token rows on disk, so that the same data, tokenizer, template and settings are encoded once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tt_data.dataset import TokenDataset
+from tt_data.store import TokenStore, read_numbers, write_numbers
+from tt_data.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+_FORMAT = 1
+_COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
+
+
+def cache_key(fingerprint: str) -> str:
+    """The name of a cached data set: its fingerprint, the format, and the byte order of the numbers in it."""
+    return f"{fingerprint[:40]}-{_FORMAT}-{sys.byteorder}"
+
+
+def save(dataset: TokenDataset, cache_dir: Path) -> None:
+    """Write ``dataset`` under ``cache_dir``: into a folder of its own, renamed once it is whole."""
+    target = cache_dir / cache_key(dataset.fingerprint)
+    if target.exists():
+        return
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=".tokens-", dir=cache_dir))
+    try:
+        for number, store in enumerate(dataset.stores):
+            store.save(staging, str(number))
+        for name in _COLUMNS:
+            if getattr(dataset, name) is not None:
+                write_numbers(staging / name, getattr(dataset, name))
+        meta = {
+            "schema": dataset.schema, "names": dataset.names, "stores": len(dataset.stores), "report": dataset.report,
+            "fingerprint": dataset.fingerprint, "sizes": {p.name: p.stat().st_size for p in staging.iterdir()},
+        }  # fmt: skip
+        (staging / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        staging.chmod(0o755)
+        staging.replace(target)
+    except OSError as error:
+        if not target.exists():  # else another process was faster, which is as good
+            _log.warning("%s: the token cache was not written (%s)", cache_dir, error)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenDataset | None:
+    """The data set that ``save`` wrote, mapped; None where there is none, or one that is not whole."""
+    directory = cache_dir / cache_key(fingerprint)
+    if not directory.is_dir():
+        return None
+    try:
+        meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+        broken = [n for n, size in meta["sizes"].items() if (directory / Path(n).name).stat().st_size != size]
+        if broken or meta["fingerprint"] != fingerprint:
+            raise ValueError(f"{broken[0] if broken else 'meta.json'} is not what was written")
+        stores = [TokenStore.load(directory, str(number)) for number in range(meta["stores"])]
+        columns = {
+            name: read_numbers(directory / name, kind) if (directory / name).exists() else None
+            for name, kind in _COLUMNS.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("%s: the token cache is broken (%s); encoding again", directory, error)
+        shutil.rmtree(directory, ignore_errors=True)
+        return None
+    assert columns["places"] is not None
+    assert columns["truncated"] is not None
+    return TokenDataset(
+        tokenizer, schema=meta["schema"], stores=stores, names=meta["names"], places=columns["places"],
+        truncated=columns["truncated"], desirable=columns["desirable"], fingerprint=fingerprint,
+        report={key: value for key, value in meta["report"].items() if key not in ("schema", "rows")},
+    )  # fmt: skip

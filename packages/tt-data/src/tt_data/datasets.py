@@ -1,0 +1,173 @@
+"""The named data sets and their builders: instruction rows, conversations, preferences.
+
+Each takes the tokenizer and a ``source`` (hub id, local files, rows) and returns what ``load_dataset`` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from tt_data.chat_formats import get_chat_format
+from tt_data.converters import Columns, read_chat
+from tt_data.encode import TrainOn
+from tt_data.examples import BadRowError, Conversation, Turns
+from tt_data.instruct_templates import InstructTemplate, get_instruct_template
+from tt_data.load import AnyDataset, _Loader
+from tt_data.messages import Message
+from tt_data.named import DATASETS
+from tt_data.readers import Read, instruct_reader
+from tt_data.settings import Settings
+from tt_data.tokenizer import Tokenizer
+
+Row = Mapping[str, Any]
+
+
+def instruct_dataset(
+    tokenizer: Tokenizer, *, source: Any, template: str | InstructTemplate, column_map: Columns | None = None,
+    transform: Callable[[Row], Row] | None = None, train_on_input: bool = False, max_seq_len: int | None = None,
+    **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """Rows written as a prompt by an instruct template, and their ``output`` column.
+
+    ``column_map``: the template's column names (and ``output``) to the rows'. ``transform`` changes each row first.
+    ``options``: ``split``, ``packing``, ``streaming``, ``seed``, ``buffer`` and ``cache_dir`` of ``load_dataset``.
+    """
+    if isinstance(template, str):
+        template = get_instruct_template(template)
+    read = _transformed(instruct_reader(template), transform)
+    return _load(tokenizer, source, read, "instruct", column_map, train_on_input, max_seq_len, options)
+
+
+def chat_dataset(
+    tokenizer: Tokenizer, *, source: Any, conversation_style: str = "sharegpt", chat_format: str | None = None,
+    column_map: Columns | None = None, transform: Callable[[Row], Row] | None = None, train_on_input: bool = False,
+    max_seq_len: int | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """Conversations. ``chat_format`` writes them as plain text around each turn, which then begins with bos and ends
+    with eos; None takes the model's own chat template. ``conversation_style``: sharegpt or openai."""
+    if conversation_style not in ("sharegpt", "openai"):
+        raise ValueError(f"conversation_style must be sharegpt or openai, got {conversation_style!r}")
+    read = read_chat if chat_format is None else _formatted(chat_format)
+    return _load(
+        tokenizer, source, _transformed(read, transform), conversation_style, column_map, train_on_input, max_seq_len,
+        options,
+    )  # fmt: skip
+
+
+def preference_dataset(
+    tokenizer: Tokenizer, *, source: Any, template: str | InstructTemplate, column_map: Columns | None = None,
+    transform: Callable[[Row], Row] | None = None, max_seq_len: int | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """A prompt by an instruct template with a ``chosen`` and a ``rejected`` answer. The prompt gives no loss."""
+    return instruct_dataset(
+        tokenizer, source=source, template=template, column_map=column_map, transform=transform,
+        max_seq_len=max_seq_len, **options,
+    )  # fmt: skip
+
+
+def alpaca_dataset(
+    tokenizer: Tokenizer, *, source: Any = "tatsu-lab/alpaca", train_on_input: bool = True, max_seq_len: int = 512,
+    column_map: Columns | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """Alpaca: instruction, input, output."""
+    return instruct_dataset(
+        tokenizer, source=source, template="alpaca", column_map=column_map, train_on_input=train_on_input,
+        max_seq_len=max_seq_len, **options,
+    )  # fmt: skip
+
+
+alpaca_cleaned_dataset = partial(alpaca_dataset, source="yahma/alpaca-cleaned")
+
+
+def grammar_dataset(
+    tokenizer: Tokenizer, *, source: Any = "liweili/c4_200m", train_on_input: bool = False,
+    max_seq_len: int | None = None, column_map: Columns | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """C4-200M: ``input`` with mistakes, ``output`` without."""
+    columns = {**DATASETS["grammar"].columns, **(column_map or {})}
+    return instruct_dataset(
+        tokenizer, source=source, template="grammar", column_map=columns, train_on_input=train_on_input,
+        max_seq_len=max_seq_len, **options,
+    )  # fmt: skip
+
+
+def samsum_dataset(
+    tokenizer: Tokenizer, *, source: Any = "samsum", train_on_input: bool = False, max_seq_len: int | None = None,
+    column_map: Columns | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """SAMSum: ``dialogue`` and ``summary``."""
+    columns = {**DATASETS["samsum"].columns, **(column_map or {})}
+    return instruct_dataset(
+        tokenizer, source=source, template="summarize", column_map=columns, train_on_input=train_on_input,
+        max_seq_len=max_seq_len, **options,
+    )  # fmt: skip
+
+
+def slimorca_dataset(
+    tokenizer: Tokenizer, *, source: Any = "Open-Orca/SlimOrca-Dedup", max_seq_len: int = 1024,
+    train_on_input: bool = False, chat_format: str | None = "llama2", column_map: Columns | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """SlimOrca: sharegpt conversations in the Llama-2 format. Raises ValueError for ``max_seq_len`` under 4."""
+    if max_seq_len < 4:
+        raise ValueError(f"max_seq_len must be at least 4 for slimorca, got {max_seq_len}")
+    return chat_dataset(
+        tokenizer, source=source, chat_format=chat_format, train_on_input=train_on_input, max_seq_len=max_seq_len,
+        column_map=column_map, **options,
+    )  # fmt: skip
+
+
+def stack_exchange_paired_dataset(
+    tokenizer: Tokenizer, *, source: Any = "lvwerra/stack-exchange-paired", max_seq_len: int | None = 1024,
+    column_map: Columns | None = None, **options: Any,
+) -> AnyDataset:  # fmt: skip
+    """StackExchange: ``question`` with a better (``response_j``) and a worse (``response_k``) answer."""
+    columns = {**DATASETS["stack_exchange_paired"].columns, **(column_map or {})}
+    return preference_dataset(
+        tokenizer,
+        source=source,
+        template="stack_exchange_paired",
+        column_map=columns,
+        max_seq_len=max_seq_len,
+        **options,
+    )
+
+
+stack_exchanged_paired_dataset = stack_exchange_paired_dataset
+
+
+def _load(
+    tokenizer: Tokenizer, source: Any, read: Read, schema: str, column_map: Columns | None, train_on_input: bool,
+    max_seq_len: int | None, options: dict[str, Any],
+) -> AnyDataset:  # fmt: skip
+    train_on: TrainOn = "all" if train_on_input else "assistant"
+    streaming = options.pop("streaming", False)
+    kept = {key: options.pop(key) for key in ("on_bad_row", "drop_duplicates") if key in options}
+    kept["drop_duplicates"] = kept.get("drop_duplicates", True) and not streaming
+    settings = Settings(columns=dict(column_map or {}), train_on=train_on, max_seq_len=max_seq_len, **kept)
+    if isinstance(source, str) and source in DATASETS:
+        source, options = DATASETS[source].source, {"split": DATASETS[source].split, **options}
+    loader = _Loader(tokenizer, settings, read=read, schema=schema, **options)
+    return loader.stream(source) if streaming else loader.load(source)
+
+
+def _transformed(read: Read, transform: Callable[[Row], Row] | None) -> Read:
+    if transform is None:
+        return read
+    return lambda row, columns: read(transform(row), columns)
+
+
+def _formatted(name: str) -> Read:
+    """Conversations as messages whose text holds the format."""
+    chat_format = get_chat_format(name)
+
+    def read(row: Row, columns: Columns) -> Turns:
+        conversation: Conversation = read_chat(row, columns)
+        messages: list[Message] = list(conversation.messages)
+        try:
+            return Turns(messages, chat_format.format(messages))
+        except ValueError as error:
+            raise BadRowError("wrong roles", str(error)) from None
+
+    return read

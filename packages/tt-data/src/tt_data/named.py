@@ -1,0 +1,35 @@
+"""Data sets that are known by a name: ``load_dataset("alpaca_cleaned", tokenizer)``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """Where a data set is, how its columns are called, and the template of rows that have no schema of their own."""
+
+    source: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
+    split: str | None = "train"
+
+
+DATASETS: dict[str, NamedDataset] = {
+    "alpaca": NamedDataset("tatsu-lab/alpaca"),
+    "alpaca_cleaned": NamedDataset("yahma/alpaca-cleaned"),
+    "grammar": NamedDataset("liweili/c4_200m", {"sentence": "input"}, "grammar"),
+    "samsum": NamedDataset("samsum", {"output": "summary"}, "summarize"),
+    "slimorca": NamedDataset("Open-Orca/SlimOrca-Dedup"),
+    "stack_exchange_paired": NamedDataset(
+        "lvwerra/stack-exchange-paired",
+        {"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
+        "stack_exchange_paired",
+    ),
+}
+
+
+def register_dataset(name: str, dataset: NamedDataset) -> None:
+    """Make a data set known by ``name``."""
+    DATASETS[name] = dataset

@@ -1,0 +1,122 @@
+"""Sources that can be opened in the middle: the raw rows of a stream, counted from 0."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tt_data.locate import Source, name_of_split
+from tt_data.sources import Row, file_kind, parse_line, read_parquet
+
+Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
+_CHUNK = 1 << 20
+_MARK_EVERY = 4096
+
+
+@dataclass(frozen=True)
+class RawStream:
+    """``open_at(n)`` yields raw rows from the n-th on; ``parse`` gives the row (None: an empty line)."""
+
+    name: str
+    open_at: Callable[[int], Iterator[Raw]]
+    parse: Callable[[int, Any], Row | None]
+    count: Callable[[], int]
+    digest: Callable[[], str]
+
+
+def to_stream(source: Source) -> RawStream:
+    """A source as a stream: jsonl and parquet are entered where asked, others are read up to there."""
+    path, kind = source.path, source.path and file_kind(source.path)
+    if path is not None and kind in (".jsonl", ".ndjson") and path.suffix != ".gz":
+        lines = _Lines(path)
+        return RawStream(
+            str(path), lines.open_at, partial(parse_line_or_none, path), lines.count, partial(_quick, path)
+        )
+    if path is not None and kind == ".parquet":
+        return RawStream(
+            str(path), partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(_quick, path)
+        )
+    digest = source.digest if path is None else partial(_quick, path)
+    return RawStream(
+        source.name, lambda start: islice(source.rows(), start, None), _parsed,
+        lambda: sum(1 for _ in source.rows()), digest,
+    )  # fmt: skip
+
+
+def parse_line_or_none(path: Path, line: int, raw: bytes) -> Row | None:
+    """The object on a line, None for an empty one."""
+    return parse_line(path, line, raw) if raw.strip() else None
+
+
+def _parsed(line: int, raw: Row) -> Row:
+    return raw
+
+
+def _quick(path: Path) -> str:
+    """A stand-in for the content of a file too large to read: its size, time, beginning and end."""
+    facts = path.stat()
+    digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
+    with path.open("rb") as stream:
+        digest.update(stream.read(_CHUNK))
+        stream.seek(max(0, facts.st_size - _CHUNK))
+        digest.update(stream.read(_CHUNK))
+    return digest.hexdigest()
+
+
+class _Lines:
+    """The lines of a file, with the place of every 4096th one that has been passed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.marks = [0]
+
+    def open_at(self, start: int) -> Iterator[Raw]:
+        with self.path.open("rb") as stream:
+            mark = min(start // _MARK_EVERY, len(self.marks) - 1)
+            stream.seek(self.marks[mark])
+            number = mark * _MARK_EVERY
+            for line in stream:
+                if number >= start:
+                    yield number + 1, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                number += 1
+                if number == len(self.marks) * _MARK_EVERY:
+                    self.marks.append(stream.tell())
+
+    def count(self) -> int:
+        total, last = 0, b"\n"
+        with self.path.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                total += chunk.count(b"\n")
+                last = chunk[-1:]
+        return total + (last != b"\n")
+
+
+def _count_parquet(path: Path) -> int:
+    import pyarrow.parquet
+
+    return int(pyarrow.parquet.read_metadata(path).num_rows)
+
+
+def hub_stream(name: str, split: str | None) -> RawStream:
+    """A data set of the hub, row by row, without downloading all of it first."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:
+        raise ValueError(f"{name}: cannot be streamed from the hub ({' '.join(str(error).split())[:300]})") from None
+    if not hasattr(found, "skip"):
+        found = found[name_of_split(name, list(found))]
+    info = getattr(found.info, "splits", None) or {}
+    known = getattr(info.get(str(found.split)), "num_examples", None)
+    return RawStream(
+        name, lambda start: ((start + i, dict(row)) for i, row in enumerate(found.skip(start))), _parsed,
+        lambda: int(known) if known else sum(1 for _ in found),
+        lambda: json.dumps([name, str(found.split), str(getattr(found.info, "download_checksums", None))]),
+    )  # fmt: skip

@@ -1,0 +1,142 @@
+"""Rows of one source to token rows, a batch at a time, with every row that is left out accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tt_data.encode import AMBIGUOUS, Parts, encode_examples
+from tt_data.examples import BadRowError, Example, Judged, Pair
+from tt_data.readers import Read
+from tt_data.rendered import Encoded
+from tt_data.settings import Settings
+from tt_data.tokenizer import Tokenizer
+
+MAX_PROBLEMS = 20
+
+
+@dataclass
+class Tally:
+    """Counts what happens to rows, and keeps the first problems with their places."""
+
+    seen: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    truncated: int = 0
+    no_end: int = 0
+    longest_prompt: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    def drop(self, where: str, bad: BadRowError) -> None:
+        self.dropped[bad.reason] += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(f"{where}: {bad}")
+
+    def add(self, other: Tally) -> None:
+        """Count what another one counted."""
+        self.seen += other.seen
+        self.dropped.update(other.dropped)
+        self.truncated += other.truncated
+        self.no_end += other.no_end
+        self.longest_prompt = max(self.longest_prompt, other.longest_prompt)
+        self.problems = (self.problems + other.problems)[:MAX_PROBLEMS]
+
+    def summary(self) -> str:
+        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+
+    def report(self) -> dict[str, Any]:
+        return {
+            "dropped": dict(self.dropped),
+            "truncated": self.truncated,
+            "no_end_token": self.no_end,
+            "problems": list(self.problems),
+        }
+
+
+@dataclass(slots=True)
+class TokenRow:
+    """One row that is kept: one part, or the chosen and the rejected one."""
+
+    line: int
+    kind: str  # single | pair | judged
+    parts: Sequence[Encoded]
+    truncated: bool = False
+    desirable: bool = False
+
+
+class RowEncoder:
+    """Encodes batches of ``(line, row)``; bad rows go into ``tally``. ``seen``: digests of earlier rows, or None."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, settings: Settings, tally: Tally, *, seen: set[bytes] | None = None
+    ) -> None:
+        self.tokenizer, self.settings, self.tally, self.seen = tokenizer, settings, tally, seen
+
+    def encode(self, name: str, batch: Sequence[tuple[int, Mapping[str, Any]]], read: Read) -> list[TokenRow]:
+        """The rows of ``batch`` that can be learned from. Raises ValueError where a setting is at fault, not a row."""
+        examples: list[tuple[int, Example]] = []
+        for line, row in batch:
+            self.tally.seen += 1
+            try:
+                examples.append((line, read(row, self.settings.columns)))
+            except BadRowError as bad:
+                self.tally.drop(f"{name}:{line}", bad)
+        encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
+        kept: list[TokenRow] = []
+        for (line, example), parts in zip(examples, encoded, strict=True):
+            try:
+                kept.append(self._finish(f"{name}:{line}", line, example, parts))
+            except BadRowError as bad:
+                self.tally.drop(f"{name}:{line}", bad)
+        return kept
+
+    def _finish(self, where: str, line: int, example: Example, parts: Parts | BadRowError) -> TokenRow:
+        if isinstance(parts, BadRowError):
+            if parts.reason == AMBIGUOUS:
+                raise ValueError(f"{where}: {parts}")
+            raise parts
+        self._refuse_duplicate(parts)
+        limit = self.settings.max_seq_len
+        kept = [cut(part, limit) for part in parts]
+        if not all(map(is_trainable, kept)):
+            prompt = max(part.trained[0][0] if part.trained else len(part.ids) for part in parts)
+            self.tally.longest_prompt = max(self.tally.longest_prompt, prompt)
+            at = f" at max_seq_len {limit}" if limit is not None else ""
+            raise BadRowError("no trainable token", f"no trainable token{at} (its prompt has {prompt})")
+        truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
+        self.tally.truncated += truncated
+        self.tally.no_end += any(not self._is_end(part.ids[part.trained[-1][1] - 1]) for part in parts)
+        if isinstance(example, Judged):
+            return TokenRow(line, "judged", kept, truncated, example.desirable)
+        return TokenRow(line, "pair" if isinstance(example, Pair) else "single", kept, truncated)
+
+    def _is_end(self, index: int) -> bool:
+        """Whether a model that learned to write this token has learned to stop."""
+        return index == self.tokenizer.eos_id or index in self.tokenizer.eos_ids
+
+    def _refuse_duplicate(self, parts: Parts) -> None:
+        if self.seen is None:
+            return
+        digest = hashlib.blake2b(digest_size=12)
+        for part in parts:
+            digest.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
+        key = digest.digest()
+        if key in self.seen:
+            raise BadRowError("duplicate", "the same as an earlier row")
+        self.seen.add(key)
+
+
+def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
+    """The first ``max_seq_len`` tokens; nothing is put at the end."""
+    if max_seq_len is None or len(row.ids) <= max_seq_len:
+        return row
+    spans = [(a, min(b, max_seq_len)) for a, b in row.trained if a < max_seq_len]
+    return Encoded(row.ids[:max_seq_len], spans)
+
+
+def is_trainable(row: Encoded) -> bool:
+    """Whether some token behind the first is trained (the first one is predicted from nothing)."""
+    return any(end > max(start, 1) for start, end in row.trained)

@@ -1,0 +1,86 @@
+"""Processes that prepare batches ahead of the training loop. Imports torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from tt_data.loader import Steps
+
+Prepared = tuple[Any, Any, str | None]  # the batch, what was counted on the way, or what went wrong
+
+
+class _StepStream(IterableDataset[Prepared]):
+    """Worker ``w`` of ``n`` prepares the steps ``start + w``, ``start + w + n``, ...; together they come in order."""
+
+    def __init__(self, steps: Steps, start_step: int) -> None:
+        self.steps, self.start_step = steps, start_step
+
+    def __iter__(self) -> Iterator[Prepared]:
+        info = get_worker_info()
+        assert info is not None
+        for step in count(self.start_step + info.id, info.num_workers):
+            try:
+                batch = self.steps(step)
+            except Exception as error:
+                yield None, None, " ".join(f"{type(error).__name__}: {error}".split())
+                return
+            take = getattr(self.steps.dataset, "take_news", None)
+            yield batch, take(info.id) if take else None, None
+
+
+def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: float) -> Iterator[Any]:
+    """The batches of ``steps`` from ``start_step`` on. Raises RuntimeError naming the rows that a worker died on."""
+    loader = DataLoader(
+        _StepStream(steps, start_step), batch_size=None, num_workers=num_workers, timeout=timeout_s,
+        collate_fn=_as_it_is, worker_init_fn=_be_quiet, prefetch_factor=2,
+    )  # fmt: skip
+    with _forking():
+        ready = iter(loader)
+    for step in count(start_step):
+        try:
+            batch, news, problem = next(ready)
+        except RuntimeError as error:
+            raise RuntimeError(_describe(steps, step, error, timeout_s)) from None
+        if problem is not None:
+            kind = ValueError if problem.startswith("ValueError: ") else RuntimeError
+            raise kind(f"step {step}, rows {steps.places(step)}: {problem.removeprefix('ValueError: ')}")
+        if news is not None:
+            steps.dataset.add_news(news)
+        yield batch
+
+
+def _describe(steps: Steps, step: int, error: RuntimeError, timeout_s: float) -> str:
+    what = "did not answer within" if "timed out" in str(error) else "died"
+    seconds = f" {timeout_s:g} s" if "timed out" in str(error) else ""
+    return (
+        f"step {step}: a data worker {what}{seconds} while it prepared the rows {steps.places(step)} or the next ones; "
+        "look for a full /dev/shm and for the kernel's out-of-memory killer, or set num_workers: 0 "
+        f"({' '.join(str(error).split())[:200]})"
+    )
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _be_quiet(worker: int) -> None:
+    """In a worker: one process, one thread; threads of the parent's tokenizers did not survive the fork."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@contextmanager
+def _forking() -> Iterator[None]:
+    """While workers start: keeps the tokenizers library from warning that it has been forked."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
