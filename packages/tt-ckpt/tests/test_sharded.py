@@ -244,7 +244,7 @@ def load_weights_sharded(rank, source):
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    tt_ckpt.load_weights(model, source)
+    tt_ckpt.load_weights(model, source, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert torch.equal(parameter.full_tensor(), dict(reference.named_parameters())[name])
@@ -252,6 +252,31 @@ def load_weights_sharded(rank, source):
     assert torch.allclose(model(x), reference(x), atol=1e-6)
     model(x).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def save_weights_sharded(rank, source, out):
+    from torch.distributed.fsdp import fully_shard
+
+    import tt_ckpt
+
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 3))
+    fully_shard(model)
+    tt_ckpt.load_weights(model, source)
+    tt_ckpt.save_hf(model, out, config={}, source=source)
+    with pytest.raises(FileExistsError, match="already"):
+        tt_ckpt.save_hf(model, out, config={})
+    tt_ckpt.save_hf(model, out, config={}, max_shard_size="100KB", overwrite=True)
+
+
+def test_a_sharded_model_is_saved_as_one(ranks, tmp_path, equal_dirs):
+    from safetensors.torch import save_file
+
+    model, source = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Linear(8, 3)), tmp_path / "source"
+    source.mkdir()
+    save_file(model.state_dict(), source / "model.safetensors", metadata={"format": "pt"})
+    (source / "config.json").write_text("{}\n")
+    ranks(2, save_weights_sharded, source, tmp_path / "out")
+    assert equal_dirs(source, tmp_path / "out") == []
 
 
 def test_weights_load_into_a_sharded_model_on_meta(ranks, tmp_path):

@@ -11,7 +11,8 @@ import torch
 from tt_ckpt import commit
 from tt_ckpt.directory import check_destination, copy_companions, publish, resolve, write_config
 from tt_ckpt.formats import open_model
-from tt_ckpt.hf import counter, read_layout, write_layout, write_shards
+from tt_ckpt.hf import counter, write_shards
+from tt_ckpt.layout import choose_layout, read_layout, write_layout
 from tt_ckpt.meta import write_meta
 from tt_ckpt.torchtune import write_torchtune
 from tt_ckpt.weights import Weights, cast, compare
@@ -117,7 +118,7 @@ def _write(
         copy_companions(origin, tmp)
     layout = next(filter(None, map(read_layout, origins)), None)
     if to == "hf":
-        write_shards(weights, tmp, layout, max_shard_size, advance)
+        write_shards(weights, tmp, choose_layout(layout, weights.specs, max_shard_size), advance)
         return
     if to == "meta":
         write_meta(weights, tmp, num_parts=num_parts, progress=advance)

@@ -4,11 +4,13 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tt_ckpt.directory import read_config, resolve
+from tt_ckpt.gathered import like_dtensor, local_part
 from tt_ckpt.mismatch import describe_mismatch, refuse_quantized
 from tt_ckpt.shards import OpenShards, Shards, find_shards
 from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of
@@ -138,10 +140,13 @@ def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str]
 
 def _fill(slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
     """Copy ``tensor`` into the slot; returns what the slot holds (or what its module was given)."""
-    old = slot.tensor
+    old: Any = slot.tensor
     on_meta = old.device.type == "meta"
+    spread = hasattr(old, "device_mesh")  # a DTensor: this rank reads its part only
+    source = local_part(tensor, old) if spread else tensor
     target_dtype = (dtype or (tensor.dtype if on_meta else old.dtype)) if tensor.is_floating_point() else tensor.dtype
-    target_device = torch.device(device or ("cpu" if on_meta else old.device))
+    home = torch.device(old.device_mesh.device_type if spread else "cpu")
+    target_device = torch.device(device or (home if on_meta else old.device))
     module, local = slot.places[0]
     if callable(loader := getattr(module, "load_base_", None)):
         given = tensor.to(device=target_device, dtype=dtype or tensor.dtype)
@@ -149,10 +154,11 @@ def _fill(slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torc
         return given
     with torch.no_grad():
         if not on_meta and old.dtype == target_dtype and old.device == target_device:
-            old.copy_(tensor)
-            return old
-        new = tensor.to(device=target_device, dtype=target_dtype, copy=True).contiguous()
-    slot.put(new)
+            held: Tensor = old.to_local() if spread else old
+            held.copy_(source)
+            return held
+        new = source.to(device=target_device, dtype=target_dtype, copy=True).contiguous()
+    slot.put(like_dtensor(new, old) if spread else new)
     return new
 
 

@@ -6,6 +6,7 @@ A group ``g`` is either one plain ``g.safetensors``, or ``g.layout.json`` and a 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
@@ -110,12 +111,21 @@ def _read_layout(path: Path) -> dict[str, Whole]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path}: damaged") from None
     for name, whole in found.items():
-        numbers = [*whole.shape, *(n for part in whole.parts for n in (*part.offsets, *part.sizes))]
-        inside = all(
-            len(part.offsets) == len(part.sizes) == len(whole.shape)
-            and all(o + s <= n for o, s, n in zip(part.offsets, part.sizes, whole.shape, strict=True))
-            for part in whole.parts
-        )
-        if not all(type(n) is int and n >= 0 for n in numbers) or not inside or not whole.parts:
-            raise ValueError(f"{path}: damaged: {name} has parts that do not lie in it")
+        if not _is_sound(whole):
+            raise ValueError(f"{path}: damaged: {name} has parts that do not make it up")
     return found
+
+
+def _is_sound(whole: Whole) -> bool:
+    """Sizes are sizes, each part lies inside, and together they are as large as the whole."""
+    numbers = [*whole.shape, *(n for part in whole.parts for n in (*part.offsets, *part.sizes))]
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        return False
+    if any(len(part.offsets) != len(whole.shape) or len(part.sizes) != len(whole.shape) for part in whole.parts):
+        return False
+    inside = all(
+        offset + size <= limit
+        for part in whole.parts
+        for offset, size, limit in zip(part.offsets, part.sizes, whole.shape, strict=True)
+    )
+    return inside and bool(whole.parts) and sum(prod(part.sizes) for part in whole.parts) == prod(whole.shape)
