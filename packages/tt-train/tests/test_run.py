@@ -214,6 +214,28 @@ def test_switches_that_must_not_change_the_mathematics(tmp_path, words, switch):
         assert losses(run(tmp_path / "b", words, "adapter.rank=4", "adapter.dropout=0.3", switch)) == plain
 
 
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_stream_trains_and_resumes_exactly(tmp_path, words, packing):
+    more = ["data.streaming=true", f"data.packing={packing}", "data.max_seq_len=64", "save_every=2"]
+    whole = run(tmp_path / "whole", words, *more)
+
+    class Stopped(Silent):
+        def step(self, row):
+            if row["step"] == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    config = compose("sft", overrides=[*words, *more, f"output_dir={tmp_path / 'r'}"])
+    with pytest.raises(Interrupted):
+        sft.main(config, console=Stopped())
+    sft.main(config, console=Silent(), resume="auto")
+    assert losses(tmp_path / "r") == losses(whole)
+    assert same(weights(tmp_path / "r"), weights(whole))
+
+
+def test_worker_processes_change_nothing(tmp_path, words):
+    assert losses(run(tmp_path / "a", words, "data.num_workers=2")) == losses(run(tmp_path / "b", words))
+
+
 def test_the_curve_is_that_of_a_loop_in_plain_torch(tmp_path, words, model_dir, rows_file):
     """transformers, AdamW and cross entropy, written out, on the same rows in the same order."""
     transformers = pytest.importorskip("transformers")
@@ -343,6 +365,8 @@ def test_random_weights_by_name_need_only_a_tokenizer(tmp_path, tokenizer_dir, r
         (["data.train=missing.jsonl"], "missing.jsonl"),
         (["data.columns={messages: conversation}"], "conversation"),
         (["data.eval=1.5"], "between 0 and 1"),
+        (["data.streaming=true", "max_steps=null"], "max_steps: missing"),
+        (["data.streaming=true", "data.eval=0.1"], "cannot be held out"),
         (["eval_every=2"], "data.eval"),
         (["device=cuda:7"], "device"),
         (["device=tpu"], "device"),

@@ -161,4 +161,4 @@ def _data(facts: RunFacts) -> str:
     if facts.dropped:
         dropped += " (" + ", ".join(f"{count:,} {reason}" for reason, count in facts.dropped.items()) + ")"
     held_out = f", {facts.eval_rows:,} held out" if facts.eval_rows else ""
-    return f"{facts.rows:,} {facts.schema} rows{held_out}, {dropped}, {facts.truncated:,} truncated"
+    return f"{facts.rows} {facts.schema} rows{held_out}, {dropped}, {facts.truncated:,} truncated"

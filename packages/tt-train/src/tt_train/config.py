@@ -52,6 +52,7 @@ class DataSection:
     columns: dict[str, str] = field(default_factory=dict)
     max_seq_len: int = 2048
     packing: bool = False
+    streaming: bool = False  # read while training; needs max_steps
     train_on: str = "assistant"  # assistant | last | all
     template: str | None = None  # the model's own; or a registered name
     split: str | None = None
@@ -179,6 +180,10 @@ def mistakes(config: SFTConfig) -> list[str]:
         found.append(
             "model.tokenizer: missing; model.name alone has random weights and no tokenizer: model.tokenizer=DIR"
         )
+    if config.data.streaming and config.max_steps is None:
+        found.append("max_steps: missing; data.streaming reads without knowing how many rows there are: max_steps=1000")
+    if config.data.streaming and isinstance(config.data.eval, float):
+        found.append("data.eval: a share of a stream cannot be held out; give a file of its own")
     if config.data.train is None:
         found.append("data.train: missing; give a file of rows: data.train=rows.jsonl")
     return found

@@ -15,7 +15,7 @@ class RunFacts:
     method: str  # full | lora | qlora | dora
     parameters: int
     trainable: int
-    rows: int
+    rows: str  # how many, with separators; "a stream of" where nobody knows
     eval_rows: int
     schema: str
     dropped: dict[str, int] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Console:
         self.note(f"model {facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %)")
         dropped = ", ".join(f"{count} {reason}" for reason, count in facts.dropped.items()) or "none"
         self.note(
-            f"data {facts.schema}: {facts.rows:,} rows, dropped: {dropped}, truncated: {facts.truncated:,}"
+            f"data {facts.schema}: {facts.rows} rows, dropped: {dropped}, truncated: {facts.truncated:,}"
             f", held out: {facts.eval_rows:,}"
         )
         for problem in facts.problems:

@@ -17,7 +17,7 @@ def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> s
     facts = {
         "base model": job.base_model,
         "method": job.method,
-        "rows": f"{len(job.train):,} ({job.train.report['schema']})",
+        "rows": f"{job.row_count} {job.train.report['schema']}",
         "data fingerprint": job.train.fingerprint,
         "steps": summary["steps"],
         "trained tokens": f"{summary['tokens']:,}",

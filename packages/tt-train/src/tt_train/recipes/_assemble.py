@@ -48,9 +48,47 @@ class Job:
         return str(self.model_path) if Path(path).exists() else path
 
     @property
+    def num_rows(self) -> int | None:
+        """Rows of an epoch; a stream does not know."""
+        return len(self.train) if hasattr(self.train, "__len__") else None
+
+    @property
+    def row_count(self) -> str:
+        """For people: the number of rows, or that nobody knows it yet."""
+        return "a stream of" if self.num_rows is None else f"{self.num_rows:,}"
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        return tt_data.steps_per_epoch(self.num_rows, self.config.batch_size) if self.num_rows else None
+
+    @property
+    def rows_to_show(self) -> Any:
+        """A data set with an index to take prompts from: what is held out, else what trains."""
+        if self.held_out is not None or self.num_rows is not None:
+            return self.train if self.held_out is None else self.held_out
+        stream = getattr(self.train, "rows", self.train)  # a packed stream's own
+        return stream.head()
+
+    def rows_of(self, step: int) -> str:
+        """For people: the rows that step ``step`` (counted from 1) is made of."""
+        config = self.config
+        if self.num_rows is None:
+            return f"the rows from {(step - 1) * config.batch_size} on"
+        rows = tt_data.rows_at(
+            step - 1,
+            num_rows=self.num_rows,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            shuffle=config.data.shuffle,
+        )
+        return f"rows {', '.join(map(str, rows[:16]))}{' ...' if len(rows) > 16 else ''}"
+
+    @property
     def steps_total(self) -> int:
-        per_epoch = tt_data.steps_per_epoch(len(self.train), self.config.batch_size)
-        return self.config.max_steps or self.config.epochs * per_epoch
+        if self.config.max_steps is not None:
+            return self.config.max_steps
+        assert self.steps_per_epoch is not None  # compose has seen to it
+        return self.config.epochs * self.steps_per_epoch
 
 
 class Subset:
@@ -95,7 +133,11 @@ def assemble(config: SFTConfig) -> Job:
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
-        train = _collect(problems, "data.train", lambda: read_rows(config, config.data.train, tokenizer, length))
+        train = _collect(
+            problems,
+            "data.train",
+            lambda: read_rows(config, config.data.train, tokenizer, length, config.data.streaming),
+        )
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
@@ -211,11 +253,12 @@ def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int) -> Any:
+def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, streaming: bool = False) -> Any:
     """The rows of ``source`` as token ids and labels."""
     keys = ("train_on", "packing", "split", "template", "on_bad_row")
     options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
     options |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
+    options["streaming"] = streaming
     return tt_data.load_dataset(source, tokenizer, **options)
 
 

@@ -56,7 +56,7 @@ def _manifest(job: Job) -> dict[str, Any]:
         "config": to_dict(replace(job.config, output_dir=None)),
         "data": {
             "fingerprint": job.train.fingerprint,
-            "rows": len(job.train),
+            "rows": job.num_rows,
             "report": job.train.report,
             "held_out_rows": len(job.held_out) if job.held_out else 0,
         },
@@ -74,7 +74,7 @@ def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> Run
         method=job.method,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        rows=len(job.train),
+        rows=job.row_count,
         eval_rows=len(job.held_out) if job.held_out else 0,
         schema=str(report["schema"]),
         dropped=dict(report["dropped"]),

@@ -73,10 +73,8 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
 
     loggers = open_loggers(config.loggers, run.path, to_dict(config))
     tokens, before = progress.get("tokens", 0), progress.get("elapsed_s", 0.0)
-    steps_total, per_epoch = job.steps_total, tt_data.steps_per_epoch(len(job.train), config.batch_size)
-    asked = prompts(
-        job.held_out or job.train, job.tokenizer, num=config.samples.num, max_prompt=config.data.max_seq_len
-    )
+    steps_total, per_epoch = job.steps_total, job.steps_per_epoch
+    asked = prompts(job.rows_to_show, job.tokenizer, num=config.samples.num, max_prompt=config.data.max_seq_len)
 
     def sample(step: int) -> None:
         for row in answer(model, job.tokenizer, asked, max_new_tokens=config.samples.max_new_tokens, device=job.device):
@@ -103,7 +101,7 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
             tokens += result.tokens
             now = time.perf_counter()
             row: dict[str, Any] = {
-                "step": step, "epoch": round(step / per_epoch, 4), "loss": result.loss, "lr": rate,
+                "step": step, "epoch": round(step / per_epoch, 4) if per_epoch else None, "loss": result.loss, "lr": rate,
                 "grad_norm": result.grad_norm, "tokens": tokens,
                 "tokens_per_s": round(result.tokens / (now - began), 2),
                 "memory_gib": round(peak_memory_gib(job.device), 4), "elapsed_s": round(before + now - started, 3),
@@ -134,13 +132,9 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
 
 def not_finite(step: int, result: StepResult, job: Job) -> str:
     """What is known about a step whose update would have spoiled the weights."""
-    config = job.config
-    rows = tt_data.rows_at(
-        step - 1, num_rows=len(job.train), batch_size=config.batch_size, seed=config.seed, shuffle=config.data.shuffle
-    )
     return (
         f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} (in {result.first_nonfinite}) are not "
-        f"finite; the weights were left alone. Look at rows {rows[:16]} with tt data show, or lower optimizer.lr"
+        f"finite; the weights were left alone. Look at {job.rows_of(step)} with tt data show, or lower optimizer.lr"
     )
 
 
