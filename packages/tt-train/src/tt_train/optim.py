@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors_(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], names: dict[torch.nn.Parameter, str]
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: dict[torch.nn.Parameter, str]
 ) -> None:
     """The inverse of ``optimizer_tensors``; raises ValueError where the parameters are not the saved ones."""
     by_name = {name: parameter for parameter, name in names.items()}

@@ -74,13 +74,8 @@ class Job:
         config = self.config
         if self.num_rows is None:
             return f"the rows from {(step - 1) * config.batch_size} on"
-        rows = tt_data.rows_at(
-            step - 1,
-            num_rows=self.num_rows,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            shuffle=config.data.shuffle,
-        )
+        order: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "shuffle": config.data.shuffle}
+        rows = tt_data.rows_at(step - 1, num_rows=self.num_rows, **order)
         return f"rows {', '.join(map(str, rows[:16]))}{' ...' if len(rows) > 16 else ''}"
 
     @property
@@ -133,11 +128,7 @@ def assemble(config: SFTConfig) -> Job:
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
-        train = _collect(
-            problems,
-            "data.train",
-            lambda: read_rows(config, config.data.train, tokenizer, length, config.data.streaming),
-        )
+        train = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
@@ -253,7 +244,12 @@ def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, streaming: bool = False) -> Any:
+def training_rows(config: SFTConfig, tokenizer: Any, max_seq_len: int) -> Any:
+    """The rows of ``data.train``, all read or as a stream."""
+    return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=config.data.streaming)
+
+
+def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
     """The rows of ``source`` as token ids and labels."""
     keys = ("train_on", "packing", "split", "template", "on_bad_row")
     options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}

@@ -101,8 +101,8 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
             tokens += result.tokens
             now = time.perf_counter()
             row: dict[str, Any] = {
-                "step": step, "epoch": round(step / per_epoch, 4) if per_epoch else None, "loss": result.loss, "lr": rate,
-                "grad_norm": result.grad_norm, "tokens": tokens,
+                "step": step, "epoch": round(step / per_epoch, 4) if per_epoch else None, "loss": result.loss,
+                "lr": rate, "grad_norm": result.grad_norm, "tokens": tokens,
                 "tokens_per_s": round(result.tokens / (now - began), 2),
                 "memory_gib": round(peak_memory_gib(job.device), 4), "elapsed_s": round(before + now - started, 3),
                 "eta_s": round((now - started) / (step - first) * (steps_total - step), 1),
