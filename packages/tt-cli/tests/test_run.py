@@ -26,7 +26,7 @@ RECIPE = '''
             raise ValueError("beta is above 1")
         run.mkdir(parents=True)
         (run / "given.json").write_text(json.dumps(given))
-        console.start(RunFacts(model="m", method="full", parameters=2, trainable=2, rows=1, eval_rows=0, schema="text",
+        console.start(RunFacts(model="m", method="full", parameters=2, trainable=2, rows="1", eval_rows=0, schema="text",
                                steps_total=1, device="cpu", dtype="fp32", run_dir=str(run), sample=[("a", True)]))
         if config.seed == 13:
             raise ValueError("step 1 failed")
@@ -119,6 +119,8 @@ WRONG = [
     (["adapter.rnk=3"], "adapter.rnk: unknown key; did you mean 'adapter.rank'?"),
     (["seed=x"], "seed: expected a whole number, got the text 'x'"),
     (["seed"], "seed: expected key=value"),
+    (["lora.yaml"], "'lora.yaml' is no KEY=VALUE; did you mean --config lora.yaml?"),
+    (["-vx"], "no option -x"),
     (["--", "-seed=3"], "-seed=3: expected key=value"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
     (["--config"], "option '--config' requires an argument"),

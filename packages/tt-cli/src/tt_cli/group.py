@@ -94,8 +94,9 @@ class ConfigVerb(Verb):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            index = next(i for i, word in enumerate(given) if word.startswith(error.option_name))
-            name, _, value = given[index].partition("=")
+            word = error.option_name
+            index = next((i for i, typed in enumerate(given) if typed.startswith(word)), len(given))  # -vx hides its -x
+            name, _, value = given[index].partition("=") if index < len(given) else (word, "", "")
             options = [option for param in self.params for option in param.opts]
             hint = did_you_mean(name, options) or _key_hint(name, value or _value_after(given[index + 1 :]))
             raise click.UsageError(f"no option {name}{hint}", ctx) from None

@@ -24,13 +24,14 @@ class Sampling:
 
 def sampling_options(function: Function) -> Function:
     """``--max-new-tokens``, ``--temperature``, ``--top-k``, ``--top-p`` and ``--seed``."""
-    whole = click.IntRange(min=1)
+    whole, share = click.IntRange(min=1), click.FloatRange(0, 1, min_open=True)
+    heat = click.FloatRange(min=0)
     options = [
-        click.option("--max-new-tokens", type=whole, default=512, show_default=True, help="Stop there at the latest."),
-        click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0: greedy."),
-        click.option("--top-k", type=whole, help="Draw from the K likeliest tokens only."),
-        click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Draw from the likeliest up to P."),
-        click.option("--seed", type=int, help="Draw the same again."),
+        click.option("--max-new-tokens", type=whole, metavar="N", default=512, show_default=True, help="At the most."),
+        click.option("--temperature", type=heat, metavar="T", default=0.0, show_default=True, help="0: the likeliest."),
+        click.option("--top-k", type=whole, metavar="K", help="Draw from the K likeliest tokens only."),
+        click.option("--top-p", type=share, metavar="P", help="Draw from the likeliest that add up to P only."),
+        click.option("--seed", type=int, metavar="N", help="Draw the same again."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -44,7 +45,7 @@ class Speaker:
         from tt_train.run_dir import find_run
 
         self.path = str(path if path is not None else find_run())
-        from tt_data.load import choose_template
+        from tt_data.readers import choose_template
         from tt_train import load  # loads torch: a run that is not there is told before
 
         self.model: Any

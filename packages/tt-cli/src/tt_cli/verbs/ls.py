@@ -15,7 +15,7 @@ KINDS = ("recipes", "configs", "models", "runs")
 @click.argument("kind", required=False, type=click.Choice(KINDS))
 @json_option
 def command(kind: str | None, as_json: bool) -> None:
-    """List recipes and configs, or only KIND."""
+    """List recipes and configs, or what is named."""
     found = {name: _LISTS[name]() for name in ((kind,) if kind else ("recipes", "configs"))}
     if as_json:
         print_json(found)

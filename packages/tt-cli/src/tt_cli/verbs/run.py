@@ -70,6 +70,9 @@ def _prepare(
         composed = compose("sft", config=config_file, overrides=overrides, allow_import=allow_import, schema=schema)
         return composed, module
     refuse_folder(what)
+    for word in overrides:
+        if "=" not in word and word.endswith((".yaml", ".yml")):
+            raise click.UsageError(f"'{word}' is no KEY=VALUE; did you mean --config {word}?")
     if config_file is not None and what not in registry.RECIPES:
         raise click.UsageError(f"--config belongs to a recipe; '{what}' is a config itself: give one of the two")
     config = compose(what, config=config_file, overrides=overrides, allow_import=allow_import)
