@@ -1,0 +1,197 @@
+"""Memory and time of QLoRA on a Llama of 1.1 billion parameters: load, and train three steps. CPU, one thread.
+
+Each contestant is a process of its own over the same files and token ids. Peaks are sampled every 5 ms, above what the
+process has after its imports: "resident" is all of it, "own" leaves out mapped file pages, which the system takes back
+at need (transformers leaves a bf16 base mapped).
+`nox -s bench -- peft_qlora`, or with `--quick` for a small shape.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QUICK = "--quick" in sys.argv
+SHAPE = {  # TinyLlama-1.1B
+    "vocab_size": 32000,
+    "hidden_size": 512 if QUICK else 2048,
+    "intermediate_size": 1408 if QUICK else 5632,
+    "num_hidden_layers": 4 if QUICK else 22,
+    "num_attention_heads": 8 if QUICK else 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+}
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROWS, LENGTH, STEPS = 1, 128, 3
+
+
+def memory_mib() -> tuple[float, float]:
+    """Resident and own memory."""
+    status = Path("/proc/self/status").read_text()
+    resident, own = (int(status.split(key)[1].split()[0]) / 1024 for key in ("VmRSS:", "RssAnon:"))
+    return resident, own
+
+
+class Peak(threading.Thread):
+    """The largest memory seen since the start, above that at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.begin = memory_mib()
+        self.resident = self.own = 0.0
+
+    def run(self) -> None:
+        while True:
+            resident, own = memory_mib()
+            self.resident = max(self.resident, resident - self.begin[0])
+            self.own = max(self.own, own - self.begin[1])
+            time.sleep(0.005)
+
+
+def write_model(folder: Path) -> None:
+    """Random weights in bf16, as transformers writes them, in files of 500 MB."""
+    import transformers
+
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).bfloat16()
+    model.save_pretrained(folder, max_shard_size="500MB")
+
+
+def with_tt(folder: Path, *, quantize: bool) -> nn.Module:
+    import tt_ckpt
+    import tt_models
+    import tt_peft
+
+    config = tt_models.config_from_hf(tt_ckpt.read_config(folder))
+    model = tt_models.build(config, device="meta", dtype=torch.bfloat16)
+    tt_peft.apply_lora_(model, tt_peft.LoRAConfig(rank=8, target_modules="all-linear", quantize_base=quantize))
+    tt_ckpt.load_weights(model, folder, dtype=torch.bfloat16, device="cpu")
+    tt_peft.init_adapter_(model)
+    return model
+
+
+def with_torchao(folder: Path) -> nn.Module:
+    """torchao's own linear: the same model, but F.linear on its NF4Tensor in place of ours."""
+    from tt_peft import lora, nf4
+
+    lora.FUSE_FROM_ROWS = 10**9
+    lora.frozen_linear = F.linear  # type: ignore[assignment]
+    nf4.frozen_linear = F.linear  # type: ignore[assignment]
+    return with_tt(folder, quantize=True)
+
+
+def with_peft(folder: Path, *, quantize: bool) -> nn.Module:
+    import peft
+    import transformers
+
+    options = {}
+    if quantize:
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
+    return peft.get_peft_model(
+        model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS), autocast_adapter_dtype=False
+    )
+
+
+CONTESTANTS: dict[str, Callable[[Path], nn.Module]] = {
+    "tt LoRA bf16": lambda folder: with_tt(folder, quantize=False),
+    "tt QLoRA NF4": lambda folder: with_tt(folder, quantize=True),
+    "tt, torchao's linear": with_torchao,
+    "transformers + peft LoRA bf16": lambda folder: with_peft(folder, quantize=False),
+    "transformers + peft + bitsandbytes NF4": lambda folder: with_peft(folder, quantize=True),
+}
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    result = model(ids)
+    logits: Tensor = result if isinstance(result, Tensor) else result.logits
+    return logits
+
+
+def one(name: str, folder: Path) -> dict[str, float]:
+    """Runs inside of its own process."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    for module in ("transformers", "peft", "tt_peft", "torchao.quantization", "bitsandbytes"):
+        try:
+            __import__(module)
+        except ImportError:
+            continue
+    watch = Peak()
+    watch.start()
+    begin = time.process_time()
+    model = CONTESTANTS[name](folder).train()
+    loaded = time.process_time() - begin
+    loading_peak = watch.resident
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    ids = torch.arange(ROWS * LENGTH).reshape(ROWS, LENGTH) * 7919 % SHAPE["vocab_size"]
+    seconds, losses = [], []
+    for _ in range(STEPS):
+        begin = time.process_time()
+        loss = F.cross_entropy(logits_of(model, ids)[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.process_time() - begin)
+        losses.append(loss.item())
+    return {
+        "load_s": loaded,
+        "load_mib": loading_peak,
+        "peak_mib": watch.resident,
+        "own_mib": watch.own,
+        "step_s": min(seconds[1:]),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def main() -> None:
+    if "--write" in sys.argv:
+        write_model(Path(sys.argv[sys.argv.index("--write") + 1]))
+        return
+    if "--one" in sys.argv:
+        index = sys.argv.index("--one")
+        print(json.dumps(one(sys.argv[index + 1], Path(sys.argv[index + 2]))))
+        return
+    flags = ["--quick"] if QUICK else []
+    print(f"{SHAPE['hidden_size']} wide, {SHAPE['num_hidden_layers']} layers, batch {ROWS} x {LENGTH}\n")
+    print(
+        "| | load CPU s | loading, resident MiB | peak, resident MiB | of tt LoRA | own MiB | step CPU s | loss 1 -> 3 |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        subprocess.run([sys.executable, __file__, "--write", scratch, *flags], check=True)
+        base = 0.0
+        for name in CONTESTANTS:
+            words = [sys.executable, __file__, "--one", name, scratch, *flags]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                print(f"| {name} | {done.stderr.strip().splitlines()[-1][:90]} |")
+                continue
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            base = base or found["peak_mib"]
+            print(
+                f"| {name} | {found['load_s']:.1f} | {found['load_mib']:.0f} | {found['peak_mib']:.0f} "
+                f"| {found['peak_mib'] / base:.0%} | {found['own_mib']:.0f} | {found['step_s']:.2f} "
+                f"| {found['first_loss']:.3f} -> {found['last_loss']:.3f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
