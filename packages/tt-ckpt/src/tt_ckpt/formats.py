@@ -7,15 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tt_ckpt.dcp import METADATA_NAME, DistributedFolder
 from tt_ckpt.directory import read_config
 from tt_ckpt.hf import open_hf
 from tt_ckpt.meta import from_meta
 from tt_ckpt.names import safe_file
 from tt_ckpt.pickles import read_pickled
 from tt_ckpt.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights, read_json
-from tt_ckpt.tensor_file import MappedFile, spec_of
+from tt_ckpt.tensor_file import MappedFile
 from tt_ckpt.torchtune import from_torchtune
-from tt_ckpt.weights import Weights, without_copies
+from tt_ckpt.weights import Weights, specs_of, without_copies
 
 MISTRAL_NAME = "consolidated.safetensors"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
@@ -48,8 +49,14 @@ def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool)
     if (folder / MISTRAL_NAME).exists():
         file = MappedFile(safe_file(folder, MISTRAL_NAME))
         return _by_names([{name: file.tensor(name) for name in file.header.tensors}], known, [file.header.path])
+    if (folder / METADATA_NAME).exists():
+        if not allow_pickle:
+            raise ValueError(f"{folder / METADATA_NAME}: a pickle; if you trust it: --allow-pickle")
+        return _by_names([_model_of(DistributedFolder(folder))], known, [folder / METADATA_NAME])
     files = _pickle_files(folder)
-    parts = [read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files]
+    parts: list[Mapping[str, Tensor]] = [
+        read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files
+    ]
     return _by_names(parts, known, [folder / name for name in files])
 
 
@@ -98,26 +105,37 @@ def _pickle_files(folder: Path) -> list[str]:
     raise FileNotFoundError(describe_no_weights(folder))
 
 
-def _by_names(parts: list[dict[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
+def _model_of(found: DistributedFolder) -> Mapping[str, Tensor]:
+    """The model in a training state: what is under ``model.``, if the state has such a part."""
+    nested = any(name in found for name in ("model.model.embed_tokens.weight", "model.tok_embeddings.weight"))
+    return found.below("model.") if nested else found
+
+
+def _by_names(parts: list[Mapping[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
     """Tell the format by the tensors' names."""
     config = known.get("config.json")
     keys = parts[0].keys()
     if any(".attention.wq." in key for key in keys):
         return from_meta(parts, params=known.get("params.json"), config=config, files=files)
+    if len(parts) == 1:
+        return _by_keys(parts[0], config, files)
     together: dict[str, Tensor] = {}
     for file, part in zip(files, parts, strict=True):
         twice = sorted(together.keys() & part.keys())
         if twice:
             raise ValueError(f"{file}: {twice[0]} stands in another file too; keep one model in {file.parent}")
         together |= part
+    return _by_keys(together, config, files)
+
+
+def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files: list[Path]) -> Weights:
+    keys = tensors.keys()
     if any(".attn.q_proj." in key or ".sa_norm." in key for key in keys):
         if config is None:
             raise ValueError(f"{files[0].parent}: no config.json, which tells the heads; give config=DIR")
-        return from_torchtune(together, config=config, files=files)
-    if any("embed_tokens" in key or ".self_attn." in key for key in together):
-        specs = {key: spec_of(tensor) for key, tensor in together.items()}
-        return Weights(
-            specs=specs, get=together.__getitem__, config=dict(config or {}), format="hf", files=tuple(files)
-        )
+        return from_torchtune(tensors, config=config, files=files)
+    if any("embed_tokens" in key or ".self_attn." in key for key in keys):
+        specs = specs_of(tensors)
+        return Weights(specs=specs, get=tensors.__getitem__, config=dict(config or {}), format="hf", files=tuple(files))
     shown = ", ".join(sorted(keys)[:3]) or "none"
     raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); known: Hugging Face, Meta, torchtune")

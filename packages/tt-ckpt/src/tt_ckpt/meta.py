@@ -17,7 +17,7 @@ from tt_ckpt.rename import Rename
 from tt_ckpt.rotary import to_half_split, to_interleaved
 from tt_ckpt.slots import meta
 from tt_ckpt.tensor_file import TensorSpec, spec_of
-from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads
+from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
 
 FAMILIES = ("llama", "mistral")
 _LAYER = "model.layers.{}."
@@ -59,6 +59,7 @@ def from_meta(
             odd = sorted(part.keys() ^ parts[0].keys())[0]
             raise ValueError(f"{file}: {odd} is not in every part; download it again")
     keys = {RENAME.back(key): key for key in parts[0] if key not in IGNORED}
+    known = [specs_of(part) for part in parts]
     if config is None and params is None:
         raise ValueError(f"{files[0].parent}: neither params.json nor config.json tells the shape; give config=DIR")
     hidden = positive(config, "hidden_size") if config is not None else int(_number(params or {}, "dim", files[0]))
@@ -68,7 +69,7 @@ def from_meta(
         return pieces[0] if dim is None or len(pieces) == 1 else torch.cat(pieces, dim)
 
     _check_parts(parts, keys, hidden, files)
-    shapes = {name: spec_of(joined(name, [meta(spec_of(part[key])) for part in parts])) for name, key in keys.items()}
+    shapes = {name: spec_of(joined(name, [meta(specs[key]) for specs in known])) for name, key in keys.items()}
     if config is None:
         assert params is not None
         config = config_from_params(params, shapes, _is_tied(parts, keys, joined), files[0])
@@ -91,7 +92,7 @@ def _check_parts(
     parts: Sequence[Mapping[str, Tensor]], keys: Mapping[str, str], hidden: int, files: Sequence[Path]
 ) -> None:
     """The embedding tells how many parts there must be, and that ``hidden`` is right."""
-    shape = parts[0][keys[EMBEDDING]].shape if EMBEDDING in keys else ()
+    shape = specs_of(parts[0])[keys[EMBEDDING]].shape if EMBEDDING in keys else ()
     if len(shape) != 2 or shape[1] not in (hidden, hidden / len(parts)):
         expected = f"; {hidden // shape[1]} parts are needed" if len(shape) == 2 and hidden % shape[1] == 0 else ""
         raise ValueError(

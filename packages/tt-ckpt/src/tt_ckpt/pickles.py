@@ -4,6 +4,7 @@ Reading needs the caller's ``allow_pickle`` and then uses torch's restricted unp
 the full one. What is written holds a dict of tensors and nothing else.
 """
 
+import io
 import re
 import struct
 import zipfile
@@ -13,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tt_ckpt.commit import create, sync
 from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_lfs_pointer, spec_of
 
 _MAX_ENTRIES = 200_000
+
+
+class RefusedArchive(ValueError):  # noqa: N818
+    """An archive of a form that torch does not write."""
 
 
 def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
@@ -42,6 +46,19 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     return content
 
 
+def tensor_from_bytes(data: bytes, *, where: str) -> Tensor:
+    """One tensor that ``torch.save`` put into these bytes."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            _check_entries(archive, where, len(data))
+        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{where}: refused: not a tensor ({_first_line(error)})") from None
+    _check_dense(where, "it", tensor)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
@@ -55,18 +72,24 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path}: a git-lfs pointer, not the weights; run: git lfs pull")
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
+            _check_entries(archive, path, path.stat().st_size)
+    except RefusedArchive:
+        raise
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise ValueError(
             f"{path}: no torch archive ({_first_line(error)}): cut short, or saved before torch 1.6; download it again"
         ) from None
+
+
+def _check_entries(archive: zipfile.ZipFile, where: object, nbytes: int) -> None:
+    entries = archive.infolist()
     if len(entries) > _MAX_ENTRIES or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"{path}: refused: {len(entries)} entries or compressed ones, which torch does not write")
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise ValueError(f"{path}: refused: its entries overlap")
+        raise RefusedArchive(f"{where}: refused: {len(entries)} entries or compressed ones, which torch does not write")
+    if sum(entry.file_size for entry in entries) > nbytes:
+        raise RefusedArchive(f"{where}: refused: its entries overlap")
 
 
-def _check_dense(path: Path, name: Any, tensor: Any) -> None:
+def _check_dense(path: object, name: Any, tensor: Any) -> None:
     if not isinstance(name, str):
         raise ValueError(f"{path}: expected names of tensors, found the key {name!r:.80}")
     if not isinstance(tensor, Tensor):
@@ -86,6 +109,8 @@ def write_pickled(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write ``{name: tensor}`` as ``torch.save`` does, but one tensor in memory at a time, and fsync it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, and only here
+
     with FakeTensorMode():  # tensors without data: they give the archive its form
         hollow = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
     with create(path) as file:

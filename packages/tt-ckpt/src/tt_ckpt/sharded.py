@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -20,17 +21,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import (
-    LoadItemType,
-    LoadPlan,
-    LoadPlanner,
     SavePlan,
     SavePlanner,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from tt_ckpt import commit
@@ -161,27 +158,23 @@ def fill(folder: Path, targets: Mapping[str, Mapping[str, Tensor]]) -> None:
                     f"the run has {tensor.dtype} {list(tensor.shape)}"
                 )
     flat = {f"{group}{_SEPARATOR}{name}": tensor for group, named in targets.items() for name, tensor in named.items()}
-    try:
-        load(flat, storage_reader=SafetensorsReader(groups), no_dist=True)
-    except CheckpointException as error:
-        raise ValueError(f"{folder}: {unwrapped(error)}") from error
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(flat, _metadata(groups), is_coordinator=True)
+    for item in planner.create_local_plan().items:
+        group, name = item.storage_index.fqn.split(_SEPARATOR, 1)
+        whole = groups[group].wholes[name]
+        offset = tuple(item.storage_index.offset or ())
+        part = next(part for part in whole.parts if part.offsets == offset)
+        source = box(groups[group].part(whole, part), tuple(item.storage_offsets), tuple(item.lengths))
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(source)
+        planner.commit_tensor(item, target)
 
 
-class SafetensorsReader(StorageReader):
-    """Storage for ``torch.distributed.checkpoint.load``: the parts that this rank needs, from mapped files."""
-
-    def __init__(self, groups: Mapping[str, Group]) -> None:
-        self.groups = groups
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        pass
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        entries = {
+def _metadata(groups: Mapping[str, Group]) -> Metadata:
+    """What DCP's planner wants to know of the files."""
+    return Metadata(
+        state_dict_metadata={
             f"{group}{_SEPARATOR}{name}": TensorStorageMetadata(
                 properties=TensorProperties(dtype=whole.dtype),
                 size=torch.Size(whole.shape),
@@ -190,32 +183,7 @@ class SafetensorsReader(StorageReader):
                     for part in whole.parts
                 ],
             )
-            for group, held in self.groups.items()
+            for group, held in groups.items()
             for name, whole in held.wholes.items()
         }
-        return Metadata(state_dict_metadata=dict(entries))
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            assert item.type == LoadItemType.TENSOR
-            group, name = item.storage_index.fqn.split(_SEPARATOR, 1)
-            held = self.groups[group]
-            whole = held.wholes[name]
-            offset = tuple(item.storage_index.offset or ())
-            part = next(part for part in whole.parts if part.offsets == offset)
-            source = box(held.part(whole, part), tuple(item.storage_offsets), tuple(item.lengths))
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(source)
-            planner.commit_tensor(item, target)
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+    )

@@ -13,7 +13,7 @@ from tt_ckpt.rename import Rename
 from tt_ckpt.rotary import to_half_split, to_interleaved
 from tt_ckpt.slots import meta
 from tt_ckpt.tensor_file import spec_of
-from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads
+from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
 
 FILE_NAME = "torchtune_model_0.pt"
 _OURS, _THEIRS = "model.layers.{}.", "layers.{}."
@@ -83,6 +83,7 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
     """The model under Hugging Face names."""
     family, heads = family_of(config), rotated_heads(config)
     keys = {family.rename.back(key): key for key in tensors}
+    known = specs_of(tensors)
 
     def single(name: str) -> Tensor:
         tensor = tensors[keys[name]]
@@ -90,9 +91,9 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
 
     parts = _group(keys, family)
     specs = {
-        name: spec_of(torch.cat([meta(spec_of(tensors[keys[piece]])) for piece in pieces]))
+        name: spec_of(torch.cat([meta(known[keys[piece]]) for piece in pieces]))
         if len(pieces) > 1
-        else spec_of(tensors[keys[pieces[0]]])
+        else known[keys[pieces[0]]]
         for name, pieces in parts.items()
     }
 

@@ -34,6 +34,12 @@ class Weights:
         return str(self.config.get("model_type", "unknown"))
 
 
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """The specs of tensors, without reading any that is read when asked for."""
+    known: dict[str, TensorSpec] | None = getattr(tensors, "specs", None)
+    return known if known is not None else {name: spec_of(tensor) for name, tensor in tensors.items()}
+
+
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The same with floating tensors in ``dtype``."""
 
