@@ -1,0 +1,67 @@
+"""``tt convert``: a model from one format of directory to another."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from tt_cli.group import Verb, json_option, print_json
+
+
+@click.command("convert", cls=Verb)
+@click.argument("source")
+@click.argument("destination", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "target", required=True, type=click.Choice(["hf", "meta", "torchtune"]), help="The format to write."
+)
+@click.option("--allow-pickle", is_flag=True, help="Read .pth, .pt and .bin files, which can hold code, restrictedly.")
+@click.option("--config", help="A directory with the config.json or params.json that SOURCE lacks.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Cast the weights; default: as they are.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of hf files.")
+@click.option(
+    "--num-parts", type=click.IntRange(min=1), default=1, show_default=True, help="Model-parallel parts of meta."
+)
+@click.option("--overwrite", is_flag=True, help="Replace what DESTINATION holds, once the new files are whole.")
+@click.option("--dry-run", is_flag=True, help="Read and check SOURCE, and say what would be written.")
+@json_option
+def command(
+    source: str,
+    destination: Path,
+    target: str,
+    allow_pickle: bool,
+    config: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    num_parts: int,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Write the model of SOURCE (a directory or hub id) to DESTINATION in another format; it is read back and compared."""
+    import torch
+
+    import tt_ckpt
+    from tt_cli.byte_progress import byte_progress
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    with byte_progress(f"{source} to {target}") as progress:
+        done = tt_ckpt.convert(
+            source,
+            destination,
+            target,  # type: ignore[arg-type]
+            allow_pickle=allow_pickle,
+            config=config,
+            dtype=dtypes[dtype] if dtype else None,
+            max_shard_size=max_shard_size,
+            num_parts=num_parts,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    if as_json:
+        print_json(asdict(done))
+        return
+    verb = "would write" if dry_run else "wrote and read back"
+    size = f"{done.num_bytes / 1e9:.2f} GB, {', '.join(done.dtypes)}"
+    click.echo(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}", err=True)
+    click.echo(done.destination)

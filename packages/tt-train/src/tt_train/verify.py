@@ -1,0 +1,31 @@
+"""A certificate that a model directory means here what it means to transformers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tt_ckpt
+import tt_models
+from tt_models import parity
+from tt_train.loading import load_base
+
+
+def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
+    """Compare a Hugging Face directory or hub id with transformers: logits, gradients, decoding, what is written back.
+
+    The certificate is ready for JSON: ``passed``, ``errors`` (relative, fp32), ``tolerance``, ``versions``. What is written
+    back has a config.json of our making, so that this is checked too.
+
+    Raises:
+        ValueError: where transformers is not installed, or the directory cannot be read.
+    """
+    return parity.verify(tt_ckpt.resolve(path), load=_load, save=_save, seed=seed)
+
+
+def _load(folder: Path) -> tt_models.Decoder:
+    return load_base(folder, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def _save(model: tt_models.Decoder, folder: Path) -> None:
+    tt_ckpt.save_hf(model, folder, config=tt_models.config_to_hf(model.config))

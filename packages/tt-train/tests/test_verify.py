@@ -1,0 +1,33 @@
+"""Certificates against transformers: passed where the model is the same, failed where it is not."""
+
+import json
+
+import pytest
+
+from tt_train.verify import verify
+
+pytest.importorskip("transformers")
+
+
+def test_a_model_gets_its_certificate(model_dir):
+    certificate = verify(model_dir)
+    assert certificate["passed"]
+    assert certificate["errors"]["logits"] <= certificate["tolerance"]
+    assert json.loads(json.dumps(certificate)) == certificate
+
+
+def test_a_planted_bug_is_refused(model_dir, monkeypatch):
+    """An epsilon that is wrong by a little."""
+    import tt_train.verify as module
+
+    load = module._load
+
+    def wrong(folder):
+        model = load(folder)
+        model.model.norm.eps *= 100
+        return model
+
+    monkeypatch.setattr(module, "_load", wrong)
+    certificate = verify(model_dir)
+    assert not certificate["passed"]
+    assert certificate["errors"]["logits"] > certificate["tolerance"]
