@@ -37,7 +37,7 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the model of SOURCE (a directory or hub id) to DESTINATION in another format; it is read back and compared."""
+    """Write the model of SOURCE, a directory or hub id, to DESTINATION in another format; it is read back."""
     import torch
 
     import tt_ckpt
