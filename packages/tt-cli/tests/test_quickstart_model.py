@@ -19,8 +19,8 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 def make(folder: Path, *, seed: int = 0, **sizes: int) -> Path:
     vocab_size = train_tokenizer(TEXTS, folder)
-    write_blank_model(folder, llama_config(**{"vocab_size": vocab_size, "hidden_size": 64, "num_hidden_layers": 2} | sizes),
-                      seed=seed)  # fmt: skip
+    shape = {"vocab_size": vocab_size, "hidden_size": 64, "num_hidden_layers": 2} | sizes
+    write_blank_model(folder, llama_config(**shape), seed=seed)
     return folder
 
 

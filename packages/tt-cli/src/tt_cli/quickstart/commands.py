@@ -61,6 +61,7 @@ def pretrain_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
 def lora_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
     """The ``key=value`` words that train an adapter on the base, with rows of the target kind alone."""
     rows = [word("data.train", folders.finetune_rows), word("data.eval", folders.held_out_rows)]
+    rows += [f"eval_every={max(scale.finetune.max_steps // 4, 1)}"]
     return [word("model.path", folders.base), *rows, *_adapter_words(scale), *_stage_words(scale.finetune, seed)]
 
 

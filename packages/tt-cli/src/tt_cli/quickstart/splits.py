@@ -10,7 +10,7 @@ from tt_cli.quickstart import tasks
 from tt_cli.quickstart.tasks import Ask, Row
 
 TARGET = "sort"  # the kind that the base never sees, and that the adapter learns
-KINDS = {"add": 4, "count": 2, "first": 3, "reverse": 9, "lookup": 2}  # the base's kinds: shares of its rows
+KINDS = {"add": 4, "count": 2, "first": 5, "reverse": 8, "lookup": 2}  # the base's kinds: shares of its rows
 
 
 @dataclass(frozen=True, kw_only=True)

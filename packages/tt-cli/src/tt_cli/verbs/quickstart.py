@@ -77,7 +77,8 @@ def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> Non
 
     click.echo()
     telling.show_scores(outcome.before, outcome.after, target=TARGET)
-    click.echo(f"The adapter learned from rows of {TARGET} alone, and what it was not asked for is overwritten.")
+    if any(outcome.after[kind] < score for kind, score in outcome.before.items()):
+        click.echo(f"The adapter saw {TARGET} alone and lost other tasks; the first two commands below keep them.")
     folders = commands.Folders(root)
     telling.show_commands("Go on from here", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
     telling.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
