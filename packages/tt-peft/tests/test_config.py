@@ -37,6 +37,8 @@ def test_what_does_not_go_together_is_refused():
         LoRAConfig(target_modules=())
     with pytest.raises(ValueError, match="target_parameters works with dropout=0"):
         LoRAConfig(target_parameters=("experts.up",), dropout=0.1)
+    with pytest.raises(ValueError, match="init='pissa' with use_dora=True needs dropout=0"):
+        LoRAConfig(init="pissa", use_dora=True, dropout=0.1)
     with pytest.raises(ValueError, match="dtype must be a floating point type"):
         LoRAConfig(dtype=torch.int8)
 

@@ -111,6 +111,19 @@ def test_pissa_starts_at_the_principal_part_and_changes_nothing(make_lm, ids):
     assert torch.equal(low.start_A, low.lora_A)
 
 
+def test_dropout_leaves_what_pissa_started_from_alone(make_llama, ids):
+    peft = pytest.importorskip("peft")
+    config = {"lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": "pissa", "lora_dropout": 0.5}
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(r=4, **config)).train()
+    ours = make_llama().train()
+    apply_lora_(ours, LoRAConfig(rank=4, alpha=8, target_modules="q_proj", init="pissa", dropout=0.5))
+    outputs = []
+    for model in (ours, theirs):
+        torch.manual_seed(2)
+        outputs.append(model(ids).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+
+
 def test_pissa_trains_as_in_peft_and_its_folder_counts_from_the_untouched_base(make_llama, ids, tmp_path):
     peft = pytest.importorskip("peft")
     base = make_llama()

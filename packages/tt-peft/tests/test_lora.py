@@ -126,6 +126,21 @@ def test_autocast_computes_in_its_dtype():
     torch.testing.assert_close(y.float(), layer(x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", [LoRALinear, tt_peft.DoRALinear, tt_peft.QLoRALinear, tt_peft.QDoRALinear])
+def test_a_layer_can_be_built_by_hand(kind):
+    torch.manual_seed(0)
+    layer = kind(64, 32, rank=4, alpha=2.0, dropout=0.25)
+    torch.manual_seed(0)
+    plain, x = nn.Linear(64, 32), torch.randn(3, 64)
+    tolerance = 0.2 if "Q" in kind.__name__ else 1e-6
+    torch.testing.assert_close(layer.eval()(x), plain(x), rtol=tolerance, atol=tolerance)
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} == set(layer.adapter_params())
+    assert layer.adapters.default.spec.scaling == 0.5
+    layer.train()(x).sum().backward()
+    assert layer.adapters.default.lora_B.grad.abs().sum() > 0
+    assert kind(64, 32, False, device="meta", dtype=torch.bfloat16).bias is None
+
+
 def test_a_layer_shared_by_two_parents_is_adapted_once():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})

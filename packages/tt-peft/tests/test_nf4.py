@@ -32,6 +32,16 @@ def test_codes_scales_and_values_are_those_of_torchao(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_zeros_stay_zero(dtype):
+    weight = torch.randn(4, 64)
+    weight[1] = 0
+    assert not dequantize(to_nf4(weight.to(dtype)))[1].any()
+    assert not dequantize(to_nf4(torch.zeros(2, 64, dtype=dtype))).any()
+    ones = torch.ones(4, 64, dtype=dtype)
+    assert torch.equal(dequantize(to_nf4(ones)), ones)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_lookup_of_every_code_equals_the_arithmetic_for_the_compiler(dtype, monkeypatch):
     weight = to_nf4(torch.randn(64, 256, dtype=dtype))
     looked_up = dequantize(weight)

@@ -16,13 +16,13 @@ import tt_peft
 from tt_peft import LoRAConfig
 
 
-def build(sharded, quantize_base):
+def build(sharded, quantize_base, use_dora):
     """A small stack of linear layers; sharded on the meta device first, as large models are."""
     torch.manual_seed(0)
     weights = {f"{i}.weight": torch.randn(256, 256) * 0.05 for i in (0, 2)}
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(256, 256, bias=False), nn.ReLU(), nn.Linear(256, 256, bias=False))
-    config = LoRAConfig(rank=4, target_modules="all-linear", quantize_base=quantize_base)
+    config = LoRAConfig(rank=4, target_modules="all-linear", quantize_base=quantize_base, use_dora=use_dora)
     if not sharded or quantize_base:
         model.to_empty(device="cpu").load_state_dict(weights)
         torch.manual_seed(3)  # before sharding every rank draws for itself
@@ -45,12 +45,12 @@ def train(model):
         optimizer.step()
 
 
-def one_rank(rank, port, quantize_base, folder):
+def one_rank(rank, port, quantize_base, use_dora, folder):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     try:
-        model, config, weights = build(True, quantize_base)
+        model, config, weights = build(True, quantize_base, use_dora)
         if quantize_base:
             shard(model)
         else:
@@ -74,19 +74,19 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize("quantize_base", [False, True])
-def test_two_ranks_train_and_save_what_one_process_does(quantize_base, tmp_path):
+@pytest.mark.parametrize(("quantize_base", "use_dora"), [(False, False), (False, True), (True, False)])
+def test_two_ranks_train_and_save_what_one_process_does(quantize_base, use_dora, tmp_path):
     if quantize_base:
         tt_peft.to_nf4(torch.randn(1, 64))  # import torchao once, before the fork
     torch.multiprocessing.start_processes(
-        one_rank, args=(free_port(), quantize_base, str(tmp_path)), nprocs=2, start_method="fork"
+        one_rank, args=(free_port(), quantize_base, use_dora, str(tmp_path)), nprocs=2, start_method="fork"
     )
-    model, _, weights = build(False, quantize_base)
+    model, _, weights = build(False, quantize_base, use_dora)
     train(model)
     expected = tt_peft.adapter_state_dict(model)
     for rank in ("0", "1"):
         found = load_file(tmp_path / rank / "adapter_model.safetensors")
-        assert len(found) == 4
+        assert len(found) == len(expected)
         for key, tensor in expected.items():
             torch.testing.assert_close(found[f"base_model.model.{key}"], tensor, rtol=1e-5, atol=1e-6)
     plain = nn.Sequential(nn.Linear(256, 256, bias=False), nn.ReLU(), nn.Linear(256, 256, bias=False))

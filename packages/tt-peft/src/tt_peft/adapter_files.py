@@ -15,13 +15,13 @@ from tt_peft.apply import apply_lora_, saved_names, spec_of, stacked_names, targ
 from tt_peft.config import LoRAConfig
 from tt_peft.fingerprint import difference, encode, fingerprint
 from tt_peft.lora import LoRAEmbedding, LoRALinear
-from tt_peft.lowrank import low_ranks
+from tt_peft.lowrank import low_ranks, whole
 from tt_peft.peft_config import Members, config_from_peft, config_to_peft
 from tt_peft.saved import SavedModule
 from tt_peft.stacked import StackedLoRA
 from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
 from tt_peft.switch import adapter_config, adapter_names, modules_of
-from tt_peft.targets import nearest, own_modules
+from tt_peft.targets import nearest, output_projection_names, own_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -41,7 +41,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     base_model = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     tensors = {
-        _PREFIX + key: _whole(tensor) for key, tensor in without_start(adapter_state_dict(model, adapter)).items()
+        _PREFIX + key: _for_file(tensor) for key, tensor in without_start(adapter_state_dict(model, adapter)).items()
     }
     metadata = {"format": "pt", _BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
     _write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
@@ -56,10 +56,10 @@ def without_start(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, start in state.items():
         if key.endswith("start_A.weight"):
             own = key.replace(".start_", ".lora_")
-            plain[own] = torch.cat([_whole(state[own]), _whole(start)])
+            plain[own] = torch.cat([whole(state[own]), whole(start)])
         elif key.endswith("start_B.weight"):
             own = key.replace(".start_", ".lora_")
-            plain[own] = torch.cat([_whole(state[own]), -_whole(start)], dim=1)
+            plain[own] = torch.cat([whole(state[own]), -whole(start)], dim=1)
     return plain
 
 
@@ -71,6 +71,7 @@ def _members(model: nn.Module, adapter: str) -> Members:
         stacked=[f"{n}.{x}" for n, m in modules.items() if isinstance(m, StackedLoRA) for x in low_ranks(m, adapter)],
         saved=[name for name, m in modules.items() if isinstance(m, SavedModule)],
         everything=list(own_modules(model)),
+        causal_lm=hasattr(model, "config") or bool(output_projection_names(model)),
     )
 
 
@@ -93,6 +94,7 @@ def load_adapter(
     state, metadata = read_adapter_weights(folder)
     if check_base:
         _check_base(model, folder, settings, metadata, base_model)
+    _check_finite(state, folder)
     state = _without_base_copies(model, state, folder)
     config = config_from_peft(settings, folder / CONFIG_FILE).with_(quantize_base=quantize_base)
     config = config.with_(modules_to_save=_names_ending_in(model, config.modules_to_save, folder))
@@ -117,7 +119,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} not found: not an adapter folder (there is: {present or 'nothing'})")
     try:
         settings = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must hold a JSON object, found a {type(settings).__name__}")
@@ -182,6 +184,14 @@ def _names_ending_in(model: nn.Module, endings: Sequence[str], folder: Path) -> 
     return tuple(name for name in names if name.endswith(tuple(endings)))
 
 
+def _check_finite(state: dict[str, Tensor], folder: Path) -> None:
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} is {tensor.dtype}, expected floating point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} has NaN or infinite values: its training went wrong")
+
+
 def _check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
     """An adapter file for more or fewer layers than the model has is of another base."""
     try:
@@ -216,11 +226,8 @@ def _check_same(model: nn.Module, config: LoRAConfig, adapter: str, folder: Path
                     raise ValueError(f"{folder}: {what} is {there} for {name}, but the model's {adapter!r} has {here}")
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered (every rank must call), on the CPU."""
-    gather = getattr(tensor, "full_tensor", None)
-    whole: Tensor = gather() if gather is not None else tensor
-    return whole.detach().cpu().contiguous()
+def _for_file(tensor: Tensor) -> Tensor:
+    return whole(tensor).detach().cpu().contiguous()
 
 
 def _sorted_header(content: bytes) -> bytes:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import torch
 
@@ -44,8 +44,14 @@ class LoRAConfig:
         self._make_tuples()
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout}")
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must map names to numbers, got {getattr(self, name)!r}")
+        for name in ("use_rslora", "use_dora", "quantize_base"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for pattern, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
@@ -56,6 +62,8 @@ class LoRAConfig:
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
         if self.init == "loftq" and not self.quantize_base:
             raise ValueError("init='loftq' needs quantize_base=True: it starts from what quantization loses")
+        if self.init == "pissa" and self.use_dora and self.dropout:
+            raise ValueError("init='pissa' with use_dora=True needs dropout=0")
         if self.target_parameters and (self.dropout or self.use_dora or self.init != "kaiming"):
             raise ValueError("target_parameters works with dropout=0, use_dora=False and init='kaiming' only")
         if self.dtype is not None and not self.dtype.is_floating_point:
@@ -67,10 +75,16 @@ class LoRAConfig:
             value = getattr(self, name)
             if name == "target_modules" and value == "all-linear":
                 continue
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
+            names = (value,) if isinstance(value, str) else tuple(value or ())
+            if not all(isinstance(n, str) and n for n in names):
+                raise ValueError(f"{name} must hold names, got {value!r}")
+            object.__setattr__(self, name, names)
         if self.layers_to_transform is not None:
-            layers: Sequence[int] | int = self.layers_to_transform
-            object.__setattr__(self, "layers_to_transform", (layers,) if isinstance(layers, int) else tuple(layers))
+            given: Sequence[int] | int = self.layers_to_transform
+            layers = (given,) if isinstance(given, int) else tuple(given)
+            if not all(isinstance(layer, int) for layer in layers):
+                raise ValueError(f"layers_to_transform must hold whole numbers, got {given!r}")
+            object.__setattr__(self, "layers_to_transform", layers)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (https://arxiv.org/abs/2312.03732)."""
@@ -90,5 +104,9 @@ def _check_rank(name: str, value: object) -> None:
 
 
 def _check_alpha(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or value <= 0:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -14,6 +14,8 @@ class DoRALinear(LoRALinear):
     adds: ``(m / n - 1) W x + m / n * scaling * B A x``. Adapters without DoRA on the same layer add up as in LoRA.
     """
 
+    dora = True
+
     def effective_weight(self) -> Tensor:
         """W with the active adapters added, differentiable."""
         base = dense(self.weight)
@@ -31,7 +33,7 @@ class DoRALinear(LoRALinear):
         y = base if self.bias is None else base + self.bias
         for adapter in self.active_adapters():
             dropped = adapter.drop(x)
-            change = adapter(dropped)
+            change = adapter(x, dropped=dropped)
             if adapter.lora_magnitude_vector is not None:
                 ratio = magnitude_ratio(dense(self.weight), adapter).to(x.dtype)
                 again = frozen_linear(dropped, self.weight) if adapter.drops else base

@@ -3,14 +3,11 @@
 PiSSA: https://arxiv.org/abs/2404.02948.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
 from tt_peft.lora import LoRAEmbedding, LoRALinear
-from tt_peft.lowrank import AdapterModule, LowRank, assign_, low_ranks, principal_factors, row_norms
+from tt_peft.lowrank import AdapterModule, LowRank, assign_, low_ranks, normal, principal_factors, row_norms, whole
 from tt_peft.nf4 import dense, is_nf4
 from tt_peft.saved import SavedModule, copy_from_base_
 from tt_peft.switch import modules_of
@@ -52,33 +49,29 @@ def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
                 f"{name} was NF4 before: init='loftq' needs the dense weight, so quantize with this adapter"
             )
         return
-    A, B = _draw(module, low_rank)
-    assign_(low_rank.lora_A, A)
-    assign_(low_rank.lora_B, B)
-    if low_rank.start_A is not None and low_rank.start_B is not None:
-        assign_(low_rank.start_A, A)
-        assign_(low_rank.start_B, B)
+    values = _special_start(module, low_rank)
+    if values is None:
+        low_rank.reset_parameters()
+    else:
+        assign_(low_rank.lora_A, values[0])
+        assign_(low_rank.lora_B, values[1])
+        if low_rank.start_A is not None and low_rank.start_B is not None:
+            assign_(low_rank.start_A, values[0])
+            assign_(low_rank.start_B, values[1])
     if low_rank.lora_magnitude_vector is not None:
-        assign_(low_rank.lora_magnitude_vector, row_norms(dense(module.get_parameter("weight")), low_rank))
+        weight = whole(dense(module.get_parameter("weight")))
+        assign_(low_rank.lora_magnitude_vector, row_norms(weight, low_rank))
     low_rank.started = True
 
 
-def _draw(module: AdapterModule, low_rank: LowRank) -> tuple[Tensor, Tensor]:
+def _special_start(module: AdapterModule, low_rank: LowRank) -> tuple[Tensor, Tensor] | None:
+    """A and B where they do not start as usual."""
     shape_A, shape_B = low_rank.lora_A.shape, low_rank.lora_B.shape
     config, rank = low_rank.spec.config, low_rank.spec.rank
     if isinstance(module, LoRAEmbedding):
-        return torch.zeros(shape_A), _normal(shape_B, 1.0)
-    if config.init in ("pissa", "loftq") and isinstance(module, LoRALinear):
-        return principal_factors(dense(module.weight), rank, low_rank.spec.scaling)
+        return torch.zeros(shape_A), normal(shape_B, 1.0)
     if config.init == "gaussian":
-        return _normal(shape_A, 1.0 / rank), torch.zeros(shape_B)
-    return _uniform(shape_A, 1.0 / math.sqrt(shape_A[-1])), torch.zeros(shape_B)
-
-
-def _uniform(shape: Sequence[int], bound: float) -> Tensor:
-    """In fp32 on the CPU whatever the model's device and dtype, so that a seed means the same values everywhere."""
-    return torch.empty(tuple(shape), device="cpu", dtype=torch.float32).uniform_(-bound, bound)
-
-
-def _normal(shape: Sequence[int], std: float) -> Tensor:
-    return torch.empty(tuple(shape), device="cpu", dtype=torch.float32).normal_(0.0, std)
+        return normal(shape_A, 1.0 / rank), torch.zeros(shape_B)
+    if config.init in ("pissa", "loftq") and isinstance(module, LoRALinear):
+        return principal_factors(whole(dense(module.weight)), rank, low_rank.spec.scaling)
+    return None

@@ -4,12 +4,15 @@ An adapted layer keeps its parameters under their names, so that base weights lo
 children of the layer, by name: ``q_proj.adapters.default.lora_A``.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tt_peft.config import LoRAConfig
 from tt_peft.fused import fused_lora
-from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec, start_from_loss_
+from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec, row_norms, start_from_loss_
 from tt_peft.nf4 import NF4Base, dense, frozen_linear
 
 FUSE_FROM_ROWS = 256  # measured: benchmarks/peft_linear.py
@@ -19,6 +22,32 @@ class LoRALinear(AdapterModule, nn.Linear):
     """``y = W x + b + scaling * B A dropout(x)`` with W and b frozen."""
 
     fused = True  # the fused function where it is faster and applies; False: never
+    dora = False
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 8,
+        alpha: float = 16.0,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """A frozen linear layer with an adapter "default", for a model written by hand."""
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.requires_grad_(False)
+        self.become_adapted_()
+        config = LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, use_dora=self.dora, target_modules="all-linear")
+        self.add_adapter_("default", LowRankSpec(rank, alpha, config.scaling(rank, alpha), config))
+        self.active = ("default",)
+        if not self.weight.is_meta:
+            adapter = self.active_adapters()[0]
+            adapter.reset_parameters()
+            if self.dora:
+                adapter.lora_magnitude_vector.data.copy_(row_norms(self.weight, adapter))
 
     def add_adapter_(self, name: str, spec: LowRankSpec) -> None:
         """A new adapter, its values not yet set."""
@@ -42,7 +71,7 @@ class LoRALinear(AdapterModule, nn.Linear):
             return fused_lora(x, self.weight, self.bias, A, B, scale=active[0].spec.scaling)
         y = self.base_forward(x)
         for adapter in active:
-            y = y + adapter(adapter.drop(x))
+            y = y + adapter(x)
         return y
 
 
@@ -78,6 +107,11 @@ class LoRAEmbedding(AdapterModule, nn.Embedding):
 
 class QLoRALinear(NF4Base, LoRALinear):
     """LoRA on an NF4 weight."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not self.weight.is_meta:
+            self.load_base_("weight", self.weight.detach())
 
     def base_loaded_(self, tensor: Tensor) -> None:
         """Adapters that start from what quantization loses (LoftQ) see the dense weight now or never."""

@@ -1,5 +1,7 @@
 """The two factors of an adapter, and a module that owns some."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,22 +57,35 @@ class LowRank(nn.Module):
             A, B = torch.cat([A, self.start_A]), torch.cat([B, -self.start_B], dim=1)
         return (A, B) if dtype is None else (A.to(dtype), B.to(dtype))
 
+    @property
+    def drops(self) -> bool:
+        """Whether dropout is at work."""
+        return self.training and self.spec.config.dropout > 0
+
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.spec.config.dropout, self.training)
 
-    @property
-    def drops(self) -> bool:
-        return self.training and self.spec.config.dropout > 0
+    def forward(self, x: Tensor, *, dropped: Tensor | None = None) -> Tensor:
+        """``scaling * B A dropout(x)`` for a linear layer, less what it started from, which x reaches whole."""
+        dropped = self.drop(x) if dropped is None else dropped
+        if self.drops and self.start_A is not None and self.start_B is not None:
+            change = self._product(dropped, self.lora_A, self.lora_B)
+            return change - self._product(x, self.start_A, self.start_B)
+        return self._product(dropped, *self.factors())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``scaling * B A x`` for a linear layer; dropout is the caller's."""
-        A, B = self.factors(x.dtype)
-        return F.linear(F.linear(x, A) * self.spec.scaling, B)
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.linear(F.linear(x, A.to(x.dtype)) * self.spec.scaling, B.to(x.dtype))
 
     def delta(self) -> Tensor:
         """The change of the weight in fp32, [out, in] or [experts, out, in]."""
         A, B = self.factors(torch.float32)
         return (B @ A) * self.spec.scaling
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """The usual start: A uniform as torch's linear layers have it, B zero."""
+        assign_(self.lora_A, uniform(self.lora_A.shape, 1.0 / math.sqrt(self.lora_A.shape[-1])))
+        assign_(self.lora_B, torch.zeros(self.lora_B.shape))
 
     def extra_repr(self) -> str:
         return f"rank={self.spec.rank}, alpha={self.spec.alpha}, dropout={self.spec.config.dropout}"
@@ -110,7 +125,7 @@ def row_norms(weight: Tensor, adapter: LowRank) -> Tensor:
 
     ``|w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b`` for a row w of W and b of B.
     """
-    A, B = adapter.factors(torch.float32)
+    A, B = (whole(factor) for factor in adapter.factors(torch.float32))
     s = adapter.spec.scaling
     squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) ** 2
     cross = ((weight @ A.T.to(weight.dtype)).float() * B).sum(dim=1)
@@ -159,3 +174,19 @@ def assign_(parameter: Tensor, value: Tensor) -> None:
 
         value = distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
     parameter.copy_(value)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered (every rank must call); any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def uniform(shape: Sequence[int], bound: float) -> Tensor:
+    """In fp32 on the CPU whatever the model's device and dtype, so that a seed means the same values everywhere."""
+    return torch.empty(tuple(shape), device="cpu", dtype=torch.float32).uniform_(-bound, bound)
+
+
+def normal(shape: Sequence[int], std: float) -> Tensor:
+    """As ``uniform``."""
+    return torch.empty(tuple(shape), device="cpu", dtype=torch.float32).normal_(0.0, std)

@@ -70,12 +70,13 @@ _READ = frozenset(
 
 @dataclass(frozen=True)
 class Members:
-    """Names of what an adapter changes, and of all modules of the base."""
+    """Names of what an adapter changes, and of all modules of the base; whether that is a language model."""
 
     linear: list[str]
     stacked: list[str]
     saved: list[str]
     everything: list[str]
+    causal_lm: bool
 
 
 def config_to_peft(config: LoRAConfig, members: Members, base_model: str | None) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def config_to_peft(config: LoRAConfig, members: Members, base_model: str | None)
         "rank_pattern": _exceptions(ranks, config.rank * growth),
         "revision": None,
         "target_modules": compact_names(members.linear, members.everything),
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if members.causal_lm else None,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
