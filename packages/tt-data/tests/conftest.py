@@ -127,6 +127,16 @@ def sentencepiece_file(request: pytest.FixtureRequest, tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
+def spm(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A bare tokenizer.model, as torchtune takes it."""
+    from tt_data import load_tokenizer
+
+    path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
+    path.write_bytes(train_sentencepiece("bpe"))
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="session")
 def chatml(chatml_dir: Path) -> Any:
     from tt_data import load_tokenizer
 

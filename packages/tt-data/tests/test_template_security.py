@@ -62,7 +62,7 @@ def test_time_memory_and_output_are_limited(chatml: Any, source: str) -> None:
     begin = time.monotonic()
     with pytest.raises(TemplateError) as refusal:
         tokenizer.render(TURNS)
-    assert time.monotonic() - begin < 15  # 2 seconds of CPU, on a machine that may be busy
+    assert time.monotonic() - begin < 15  # 1 second of CPU, on a machine that may be busy
     assert "\n" not in str(refusal.value)
 
 

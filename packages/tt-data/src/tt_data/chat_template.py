@@ -16,9 +16,9 @@ from typing import Any
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
-RENDER_SECONDS = 2.0  # of CPU time for one conversation, and for each pair of its messages
+RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
 _SECONDS_PER_PAIR = 2e-5
-_SLACK = 2.0  # until a process that hangs outside Python is killed: this many seconds and times the limit
+_SLACK_SECONDS = 5.0  # and twice the limit: until a process that hangs outside Python is killed
 _PAIRS_PER_REQUEST = 10_000
 
 
@@ -109,7 +109,7 @@ class ChatTemplate:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(_SLACK + _SLACK * max(job["seconds"] for job in jobs), process.kill)
+        timer = threading.Timer(_SLACK_SECONDS + 2 * max(job["seconds"] for job in jobs), process.kill)
         timer.daemon = True
         timer.start()
         try:
@@ -185,10 +185,12 @@ def find_chat_template(directory: Path, config: Mapping[str, Any]) -> tuple[dict
         source, origin = json.loads(legacy.read_text(encoding="utf-8")).get("chat_template"), legacy
     if isinstance(source, str):
         return {"default": source}, str(origin)
-    if isinstance(source, list):
-        named = {str(entry["name"]): str(entry["template"]) for entry in source if isinstance(entry, dict)}
-        return named, str(origin)
-    return {}, str(origin)
+    if source is None:
+        return {}, str(origin)
+    try:
+        return {entry["name"]: entry["template"] for entry in source if entry["template"].strip()}, str(origin)
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"{origin}: chat_template must be text, or a list of objects with name and template") from None
 
 
 def escape_controls(value: Any, controls: Any, nonce: str) -> Any:

@@ -54,6 +54,8 @@ def _units(example: Example) -> list[Unit]:
 
 def _checked(unit: Unit) -> Unit:
     """``unit``, when its turns make a conversation that ends with an answer. Raises BadRowError."""
+    if isinstance(unit, Turns) and not all(is_unicode(message.content) for message in unit.messages):
+        raise BadRowError("not text", "half of a surrogate pair in the text")
     if isinstance(unit, (Conversation, Turns)):
         try:
             validate_messages(unit.messages)
@@ -67,28 +69,55 @@ def _checked(unit: Unit) -> Unit:
 
 
 def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
-    results: list[Encoded | BadRowError] = [BadRowError("", "")] * len(units)
-    chats = [(i, unit) for i, unit in enumerate(units) if isinstance(unit, Conversation)]
-    texts: list[tuple[int, Rendered]] = []
-    if chats:
-        rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for _, chat in chats]
-        for (i, _), rendered in zip(chats, tokenizer.render_rows(rows), strict=True):
-            if isinstance(rendered, TemplateError):
-                results[i] = BadRowError(AMBIGUOUS if rendered.ambiguous else "template", str(rendered))
-            else:
-                texts.append((i, rendered))
-    documents = [(i, _document(unit, train_on)) for i, unit in enumerate(units) if isinstance(unit, (Text, Completion))]
-    encoded = tokenizer.encode_rendered([rendered for _, rendered in texts + documents])
-    for (i, _), row in zip(texts, encoded, strict=False):
-        results[i] = row
-    for (i, document), row in zip(documents, encoded[len(texts) :], strict=True):
-        results[i] = _with_ends(row, document, tokenizer)
-    for i, unit in enumerate(units):
-        if isinstance(unit, Turns):
-            results[i] = tokenizer.encode_turns(mask_messages(unit.formatted, train_on))
+    rendered = _render_units(units, tokenizer, train_on)
+    encoded = iter(tokenizer.encode_rendered([row for row in rendered if isinstance(row, Rendered)]))
+    results: list[Encoded | BadRowError] = []
+    for unit, row in zip(units, rendered, strict=True):
+        if isinstance(row, BadRowError):
+            results.append(row)
         elif isinstance(unit, Tokens):
-            results[i] = _from_tokens(unit, tokenizer.vocab_size)
+            results.append(_from_tokens(unit, tokenizer.vocab_size))
+        elif isinstance(unit, Turns):
+            results.append(tokenizer.encode_turns(mask_messages(unit.formatted, train_on)))
+        elif isinstance(unit, Conversation):
+            results.append(next(encoded))
+        else:
+            assert row is not None
+            results.append(_with_ends(next(encoded), row, tokenizer))
     return results
+
+
+def _render_units(
+    units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn
+) -> list[Rendered | BadRowError | None]:
+    """The text of each unit, what is wrong with it, or None for one that is encoded otherwise."""
+    chats = [unit for unit in units if isinstance(unit, Conversation)]
+    rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for chat in chats]
+    conversations = iter(tokenizer.render_rows(rows) if rows else ())
+    results: list[Rendered | BadRowError | None] = []
+    for unit in units:
+        if isinstance(unit, (Tokens, Turns)):
+            results.append(None)
+            continue
+        row = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on)
+        if isinstance(row, TemplateError):
+            results.append(BadRowError(AMBIGUOUS if row.ambiguous else "template", str(row)))
+        else:
+            results.append(
+                row if is_unicode(row.text) else BadRowError("not text", "half of a surrogate pair in the text")
+            )
+    return results
+
+
+def is_unicode(text: str) -> bool:
+    """Whether ``text`` can be written as UTF-8 (JSON may hold halves of surrogate pairs)."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:

@@ -120,10 +120,14 @@ def _sentencepiece_names(backend: Any) -> dict[str, str]:
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    added = {str(token): int(index) for token, index in _read_json(directory / "added_tokens.json").items()}
-    for index, token in config.get("added_tokens_decoder", {}).items():
-        added[str(token["content"])] = int(index)
-    return added
+    """Tokens that the sentencepiece model does not hold, with their ids."""
+    try:
+        added = {token: int(index) for token, index in _read_json(directory / "added_tokens.json").items()}
+        decoder = config.get("added_tokens_decoder", {})
+        return added | {str(token["content"]): int(index) for index, token in decoder.items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        where = f"{directory}: added_tokens.json or added_tokens_decoder in tokenizer_config.json"
+        raise ValueError(f"{where}: expected tokens and whole numbers") from None
 
 
 def _generation_eos(directory: Path) -> tuple[int, ...]:

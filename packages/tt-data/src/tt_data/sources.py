@@ -58,7 +58,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
     if len(line) > _MAX_LINE:
         raise data_error(path, number, f"a line of {len(line)} bytes, expected at most {_MAX_LINE}")
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip(b"\r\n"))
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
         raise ValueError(f"{path}:{number}:{error.colno}: broken JSON ({error.msg}) near {around!r}") from None
@@ -74,9 +74,11 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
 def read_json(path: Path) -> Iterator[Placed]:
     """A list of objects, or one object that holds such a list, or jsonl in a file called .json."""
     with _open(path) as stream:
-        head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        _refuse_pointer(path, head)
-        if head[:1] == b"{" and _is_complete(head.partition(b"\n")[0]):
+        first = stream.readline().removeprefix(b"\xef\xbb\xbf").strip()
+        _refuse_pointer(path, first)
+        rest = stream.read()
+        if first[:1] == b"{" and rest.strip() and _is_complete(first):
+            del rest
             yield from read_jsonl(path)
             return
         stream.seek(0)

@@ -1,0 +1,79 @@
+"""Looking at a data set."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tt_data import as_text, load_dataset, show, stats
+
+CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the cat\tsat"}]
+
+
+def test_samples_are_plain_data(chatml: Any, make_chat_rows: Any) -> None:
+    dataset = load_dataset(make_chat_rows(5), chatml)
+    samples = show(dataset, limit=2)
+    assert [sample["index"] for sample in samples] == [0, 1]
+    assert [sample["index"] for sample in show(dataset, rows=[3, 1])] == [3, 1]
+    assert len(show(dataset, limit=99)) == 5
+    sample = samples[0]
+    assert sample["where"] == "rows:0"
+    assert sample["tokens"] == len(dataset[0]["input_ids"])
+    assert sample["trained"] == sum(label != -100 for label in dataset[0]["labels"])
+    assert sample["documents"] == [dataset.rendered(0)]
+    assert json.loads(json.dumps(samples))[0]["documents"][0][0] == list(dataset.rendered(0)[0])
+
+
+def test_trained_text_is_marked_in_colour_or_without(chatml: Any) -> None:
+    dataset = load_dataset([{"messages": CHAT}], chatml, max_seq_len=14)
+    (sample,) = show(dataset)
+    plain, colored = as_text(sample), as_text(sample, color=True)
+    assert "\u00abthe cat" in plain
+    assert "\x1b" not in plain
+    assert "\x1b[32mthe cat" in colored
+    assert "\u00ab" not in colored
+    assert "cut at max_seq_len" in plain
+    assert "cut" not in as_text(show(load_dataset([{"messages": CHAT}], chatml))[0]).partition("\n")[0]
+
+
+def test_text_from_rows_cannot_control_the_terminal(chatml: Any) -> None:
+    (sample,) = show(load_dataset([{"text": "a\x1b[2Jb\rc\x07"}], chatml))
+    assert "\x1b" not in as_text(sample)
+    assert "a\\x1b[2Jb\\rc\\x07" in as_text(sample)
+
+
+def test_packs_show_where_documents_end(chatml: Any, make_chat_rows: Any) -> None:
+    dataset = load_dataset(make_chat_rows(6), chatml, max_seq_len=100, packing=True)
+    (sample,) = show(dataset, limit=1)
+    assert len(sample["documents"]) == len(dataset.members(0)) > 1
+    assert as_text(sample).count("\n---\n") == len(dataset.members(0)) - 1
+
+
+def test_statistics_count_tokens(chatml: Any) -> None:
+    rows = [{"prompt": "the cat " * i, "completion": "fine"} for i in range(1, 101)] + [
+        {"prompt": "a", "completion": ""}
+    ]
+    dataset = load_dataset(rows, chatml, max_seq_len=150)
+    lengths = sorted(len(dataset[i]["input_ids"]) for i in range(len(dataset)))
+    found = stats(dataset, bins=4)
+    assert found["tokens"] == sum(lengths)
+    assert found["trained_tokens"] == sum(label != -100 for row in dataset for label in row["labels"])
+    assert found["share_trained"] == round(found["trained_tokens"] / found["tokens"], 4)
+    assert found["lengths"]["min"] == lengths[0]
+    assert found["lengths"]["max"] == lengths[-1]
+    assert found["lengths"]["p50"] == lengths[len(lengths) // 2]
+    assert sum(part["count"] for part in found["lengths"]["histogram"]) == len(dataset)
+    assert len(found["lengths"]["histogram"]) <= 4
+    for part in found["lengths"]["histogram"]:
+        assert part["count"] == sum(part["from"] <= length < part["to"] for length in lengths)
+    assert found["dropped"] == dataset.report["dropped"]
+    assert json.dumps(found)
+    with pytest.raises(ValueError, match="bins must be positive"):
+        stats(dataset, bins=0)
+
+
+def test_statistics_of_packs_tell_the_efficiency(chatml: Any, make_chat_rows: Any) -> None:
+    dataset = load_dataset(make_chat_rows(40), chatml, max_seq_len=100, packing=True)
+    assert stats(dataset)["efficiency"] == pytest.approx(stats(dataset)["lengths"]["mean"] / 100, abs=1e-3)
