@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_models.kv_cache import LayerCache
+from tt_models.linear import linear
 from tt_models.masks import Mask, flex_attend
 from tt_models.rope import Rope, rotate
 
@@ -62,7 +63,7 @@ class Attention(nn.Module):
     def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, S, heads, D] each."""
         shape = (*x_BSE.shape[:2], -1, self.head_dim)
-        q, k, v = self.q_proj(x_BSE).view(shape), self.k_proj(x_BSE).view(shape), self.v_proj(x_BSE).view(shape)
+        q, k, v = (linear(layer, x_BSE).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -88,7 +89,7 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, length)
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks, dropout=dropout)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return linear(self.o_proj, mixed.transpose(1, 2).flatten(2))
 
     def reset_parameters(self, std: float) -> None:
         """The sinks; everything else belongs to submodules."""

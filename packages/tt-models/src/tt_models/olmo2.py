@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
 from tt_models.decoder import Decoder
+from tt_models.linear import linear
 from tt_models.norm import LateRoundingRMSNorm
 from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
 
@@ -40,7 +41,8 @@ class Olmo2Attention(Attention):
         """Queries, keys and values, [B, S, heads, D] each."""
         assert self.q_norm is not None
         assert self.k_norm is not None
-        q, k, v = self.q_norm(self.q_proj(x_BSE)), self.k_norm(self.k_proj(x_BSE)), self.v_proj(x_BSE)
+        q, k, v = (linear(layer, x_BSE) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
         shape = (*x_BSE.shape[:2], -1, self.head_dim)
         return q.view(shape), k.view(shape), v.view(shape)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
 from tt_models.decoder import Block, Decoder
+from tt_models.linear import linear
 from tt_models.mlp import ACTIVATIONS
 from tt_models.parts import attention_of, norm_of, rope_of
 
@@ -74,7 +75,7 @@ class FusedAttention(Attention):
 
     def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, S, heads, D] each."""
-        q_k_v: Tensor = self.qkv_proj(x_BSE).view(*x_BSE.shape[:2], -1, self.head_dim)
+        q_k_v = linear(self.qkv_proj, x_BSE).view(*x_BSE.shape[:2], -1, self.head_dim)
         q, k, v = torch.split(q_k_v, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         return q, k, v
 
@@ -90,8 +91,8 @@ class FusedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate) * up)  # type: ignore[no-any-return]
+        gate, up = linear(self.gate_up_proj, x).chunk(2, dim=-1)
+        return linear(self.down_proj, self.activation(gate) * up)
 
 
 def phi3(config: Phi3Config) -> Decoder:

@@ -120,7 +120,7 @@ class Rope:
     def tables(
         self, position_ids_BS: Tensor, dtype: torch.dtype, lengths_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, [B, 1, S, D / 2] each: computed in fp32, rounded to ``dtype``.
+        """What ``rotate`` needs, [B, 1, S, D] each: computed in fp32, rounded to ``dtype``.
 
         ``lengths_BS`` says how long each token's document is; it counts only where ``by_length``.
         """
@@ -128,7 +128,8 @@ class Rope:
         cos, sin = angles.cos(), angles.sin()
         if self.amplitude != 1.0:
             cos, sin = cos * self.amplitude, sin * self.amplitude
-        return cos.to(dtype), sin.to(dtype)
+        cos, sin = cos.to(dtype), sin.to(dtype)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def exponents(dim: int) -> Tensor:
@@ -180,7 +181,11 @@ def amplitude(scaling: Mapping[str, Any], max_position_embeddings: int) -> float
 
 
 def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs ``(x[i], x[i + D / 2])`` of the first D elements of each head by their angle."""
-    half = cos.shape[-1]
-    first, second, rest = x_BHSD[..., :half], x_BHSD[..., half : 2 * half], x_BHSD[..., 2 * half :]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+    """Rotate the pairs ``(x[i], x[i + D / 2])`` of the first D elements of each head by their angle.
+
+    ``cos`` repeats itself in both halves, ``sin`` is negative in the first one: rolling by a half exchanges the pairs.
+    """
+    dim = cos.shape[-1]
+    if dim == x_BHSD.shape[-1]:
+        return x_BHSD * cos + x_BHSD.roll(dim // 2, -1) * sin
+    return torch.cat((rotate(x_BHSD[..., :dim], cos, sin), x_BHSD[..., dim:]), dim=-1)
