@@ -27,6 +27,9 @@ CALM = {  # tiny models: one thread is faster than two that wait for each other,
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
+if len(sys.argv) == 1 and hasattr(nox.options, "parallel"):  # plain `nox`; a session asked for by name talks as it goes
+    nox.options.parallel = min(4, os.cpu_count() or 1)
+    nox.options.allow_parallel = True
 
 
 def install(session: nox.Session, *words: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -68,7 +69,14 @@ def workplace(tmp_path, monkeypatch):
 
 
 def run_shell(text: str, where: Path) -> None:
-    """As a reader would: line after line, in the page's folder, with the `tt` of this environment."""
+    """As a reader would. A block of nothing but `tt` commands runs in this process, where torch is loaded already."""
+    lines = [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
+    if all(re.match(r"tt [^|&;<>$`]+$", line.partition("  #")[0]) for line in lines):
+        from tt_cli.main import main
+
+        for line in lines:
+            assert main(shlex.split(line, comments=True)[1:]) == 0, line
+        return
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1"}
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", text], cwd=where, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{text}\n--- stdout\n{done.stdout[-2000:]}\n--- stderr\n{done.stderr[-4000:]}"
