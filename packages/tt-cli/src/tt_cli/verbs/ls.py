@@ -61,6 +61,12 @@ _LISTS = {"recipes": _recipes, "configs": _configs, "models": _models, "runs": _
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     """``rows`` as aligned columns; what is None is left blank."""
-    cells = [["" if value is None else str(value) for value in row.values()] for row in rows]
+    cells = [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
