@@ -86,7 +86,8 @@ def mix(
 def grouped_linear(x_RE: Tensor, weight_XOE: Tensor, counts_X: Tensor) -> Tensor:
     """``x W^T``, [R, O], with the weight of the expert whose rows they are; rows are sorted by expert."""
     aligned = all(size * x_RE.element_size() % 16 == 0 for size in weight_XOE.shape[1:])  # grouped_mm wants 16 bytes
-    if aligned and x_RE.dtype == weight_XOE.dtype:
+    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # where it takes any dtype
+    if aligned and x_RE.dtype == weight_XOE.dtype and (on_cpu or x_RE.dtype == torch.bfloat16):
         return F.grouped_mm(x_RE, weight_XOE.transpose(1, 2), offs=counts_X.cumsum(0).int())
     rows = torch.split(x_RE, counts_X.tolist())
     return torch.cat([F.linear(part, weight) for part, weight in zip(rows, weight_XOE.unbind(0), strict=True)])

@@ -1,0 +1,132 @@
+"""The decoder as others use it: meta, dtypes, tied weights, hidden states, checkpointing, compile, copies."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tt_models
+from tt_models.auto import FAMILIES
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_built_on_meta_and_materialized_it_is_the_same_model(model_type, small):
+    model = small(model_type, 1)
+    twin = tt_models.build(model.config, device="meta")
+    assert {value.device.type for value in twin.state_dict().values()} == {"meta"}
+    assert not list(twin.buffers())
+    twin.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assigned = tt_models.build(model.config, device="meta")
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    ids = torch.randint(0, 60, (2, 9))
+    assert twin.eval()(ids).equal(model(ids))
+    assert assigned.eval()(ids).equal(model(ids))
+
+
+def test_weights_come_from_the_global_generator_with_the_std_of_the_config(small):
+    config = small().config
+    torch.manual_seed(3)
+    one, two = tt_models.build(config), tt_models.build(config)
+    torch.manual_seed(3)
+    again = tt_models.build(config)
+    weight = one.model.layers[0].mlp.up_proj.weight
+    assert weight.equal(again.model.layers[0].mlp.up_proj.weight)
+    assert not weight.equal(two.model.layers[0].mlp.up_proj.weight)
+    assert weight.std().item() == pytest.approx(config.initializer_range, rel=0.1)
+    for model_type in ("gpt_oss", "qwen3_moe"):
+        parameters = dict(small(model_type, 1, initializer_range=0.07).named_parameters())
+        stacked = next(value for name, value in parameters.items() if name.endswith("gate_up_proj"))
+        assert stacked.std().item() == pytest.approx(0.07, rel=0.1)
+        assert all(value.isfinite().all() for value in parameters.values())
+
+
+def test_device_and_dtype_of_build(small):
+    config = small().config
+    assert next(tt_models.build(config, dtype=torch.bfloat16).parameters()).dtype == torch.bfloat16
+    with torch.device("meta"):
+        assert next(tt_models.build(config).parameters()).device.type == "meta"
+    assert next(tt_models.build(config, device="cpu").parameters()).device.type == "cpu"
+
+
+def test_tied_models_have_no_head_and_take_files_that_repeat_it(small):
+    tied, untied = small(tie_word_embeddings=True), small(tie_word_embeddings=False)
+    assert not any("lm_head" in name for name in tied.state_dict())
+    assert tied.output_weight is tied.model.embed_tokens.weight
+    assert untied.output_weight is untied.lm_head.weight
+    state = {**tied.state_dict(), "lm_head.weight": tied.output_weight.detach()}
+    assert not tied.load_state_dict(state).unexpected_keys
+    with pytest.raises(RuntimeError, match=r"lm_head.weight"):
+        untied.load_state_dict({key: value for key, value in state.items() if "lm_head" not in key})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_hidden_states_and_output_weight_make_the_logits(model_type, small):
+    model = small(model_type)
+    ids = torch.randint(0, 60, (2, 9))
+    hidden = model.hidden_states(ids)
+    assert hidden.shape == (2, 9, model.config.hidden_size)
+    logits = hidden @ model.output_weight.T
+    if model.logit_softcap is not None:
+        logits = model.logit_softcap * torch.tanh(logits / model.logit_softcap)
+    torch.testing.assert_close(logits, model(ids))
+    torch.testing.assert_close(model.logits(hidden[:, -1]), model(ids)[:, -1])
+
+
+def test_logits_are_in_the_compute_dtype_unless_asked_otherwise(small):
+    model = small().bfloat16()
+    ids = torch.randint(0, 60, (1, 4))
+    assert model(ids).dtype == torch.bfloat16
+    assert model(ids, logits_dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "qwen3_moe", "gpt_oss"])
+def test_checkpointed_blocks_have_the_same_gradients(model_type, small, monkeypatch):
+    model = small(model_type).train()
+    ids, positions = torch.randint(0, 60, (2, 12)), torch.tensor([[*range(5), *range(7)]] * 2)
+
+    def gradients():
+        model.zero_grad()
+        model(ids, positions).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    for layer in model.model.layers:
+        forward = layer.forward
+        monkeypatch.setattr(
+            layer, "forward", lambda *args, f=forward, **kwargs: checkpoint(f, *args, use_reentrant=False, **kwargs)
+        )
+    for one, other in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_compiler_sees_one_graph(model_type, small):
+    model = small(model_type).bfloat16()
+    ids = torch.randint(0, 60, (2, 9))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids), model(ids), rtol=3e-2, atol=3e-2)
+    torch.compiler.reset()
+
+
+def test_models_can_be_copied_and_pickled(small):
+    model = small("gemma3_text")
+    ids = torch.randint(0, 60, (1, 7))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin(ids).equal(model(ids))
+
+
+def test_padding_embedding_gets_no_gradient_like_transformers(small):
+    model = small(pad_token_id=3, tie_word_embeddings=False)
+    model(torch.tensor([[3, 4, 5]])).sum().backward()
+    gradient = model.model.embed_tokens.weight.grad
+    assert gradient[3].abs().sum() == 0
+    assert gradient[4].abs().sum() > 0
+    assert model.model.embed_tokens.weight[3].abs().sum() == 0
+
+
+def test_layers_may_be_taken_away(small):
+    model = small()
+    del model.model.layers[-1]
+    assert model(torch.randint(0, 60, (1, 4))).shape[:2] == (1, 4)

@@ -1,0 +1,168 @@
+"""The small blocks: roundings, gradients, and each argument."""
+
+import pytest
+import torch
+from torch import nn
+
+from tt_models.linear import few_rows, linear
+from tt_models.mlp import ACTIVATIONS, MLP
+from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm, normalized
+from tt_models.rope import Rope, amplitude, check_rope_scaling, rotate
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def away_from_neutral(norm):
+    with torch.no_grad():
+        norm.weight.add_(torch.randn_like(norm.weight) * 0.3)
+    return norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_and_its_gradients_are_the_bits_of_the_formula(dtype):
+    norm = away_from_neutral(RMSNorm(24, eps=1e-3).to(dtype))
+    x, upstream = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True), torch.randn(2, 5, 24, dtype=dtype)
+    expected = norm.weight * normalized(x, 1e-3).to(dtype)
+    gradients = torch.autograd.grad(expected, (x, norm.weight), upstream)
+    found = norm(x)
+    assert found.equal(expected)
+    for one, other in zip(torch.autograd.grad(found, (x, norm.weight), upstream), gradients, strict=True):
+        assert one.equal(other)
+    with torch.no_grad():
+        assert norm(x).equal(expected)
+
+
+def test_norm_gives_no_gradient_that_nobody_wants():
+    norm = RMSNorm(8)
+    norm.weight.requires_grad_(False)
+    x = torch.randn(3, 8, requires_grad=True)
+    norm(x).sum().backward()
+    assert norm.weight.grad is None
+    assert x.grad is not None
+    norm.weight.requires_grad_(True)
+    norm(x.detach()).sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_norms_differ_by_where_they_round_and_where_they_begin():
+    x = torch.randn(64, 32, dtype=torch.bfloat16)
+    early, late = (away_from_neutral(kind(32)) for kind in (RMSNorm, LateRoundingRMSNorm))
+    late.load_state_dict(early.state_dict())
+    torch.testing.assert_close(early(x.float()), late(x.float()))
+    early, late = early.bfloat16(), late.bfloat16()
+    assert not early(x).equal(late(x))
+    assert OffsetRMSNorm(4).weight.eq(0).all()
+    assert RMSNorm(4).weight.eq(1).all()
+    torch.testing.assert_close(OffsetRMSNorm(32)(x.float()), RMSNorm(32)(x.float()))
+
+
+def test_norms_compute_in_fp32_and_epsilon_counts():
+    x = torch.full((1, 4), 1e-3)
+    assert RMSNorm(4, eps=1e-6)(x)[0, 0].item() == pytest.approx(0.5**0.5, rel=1e-5)
+    assert RMSNorm(4, eps=0.0)(x)[0, 0].item() == pytest.approx(1.0, rel=1e-5)
+    large = torch.full((1, 4), 1e20, dtype=torch.bfloat16)  # its square is beyond fp16, not beyond fp32's mean
+    assert RMSNorm(4)(large * 1e-2).float().isfinite().all()
+    assert "eps=0.5" in repr(RMSNorm(4, eps=0.5))
+
+
+def test_rotation_is_that_of_complex_numbers():
+    rope = Rope(6, theta=50.0)
+    positions, x = torch.tensor([[0, 3, 11]]), torch.randn(1, 2, 3, 6)
+    found = rotate(x, *rope.tables(positions, torch.float32))
+    turns = torch.polar(torch.ones(3, 3), positions[0, :, None] * 50.0 ** -(torch.arange(3) / 3))
+    expected = torch.complex(x[..., :3], x[..., 3:]) * turns
+    torch.testing.assert_close(found, torch.cat((expected.real, expected.imag), -1))
+    assert found[:, :, 0].equal(x[:, :, 0])
+
+
+def test_a_part_of_the_head_may_be_rotated():
+    rope = Rope(4, theta=50.0)
+    x, tables = torch.randn(1, 2, 3, 10), rope.tables(torch.arange(3)[None], torch.float32)
+    found = rotate(x, *tables)
+    assert found[..., 4:].equal(x[..., 4:])
+    assert found[..., :4].equal(rotate(x[..., :4].contiguous(), *tables))
+
+
+def test_tables_are_computed_in_fp32_and_then_rounded():
+    rope, far = Rope(8, theta=1e4), torch.tensor([[100_001]])
+    exact, rounded = rope.tables(far, torch.float32), rope.tables(far, torch.bfloat16)
+    for one, other in zip(exact, rounded, strict=True):
+        assert one.bfloat16().equal(other)
+
+
+@pytest.mark.parametrize("dim", [0, 3])
+def test_only_pairs_can_be_rotated(dim):
+    with pytest.raises(ValueError, match="even and positive"):
+        Rope(dim, theta=1.0)
+
+
+def test_longrope_needs_a_factor_per_pair():
+    scaling = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0, 2.0]}
+    with pytest.raises(ValueError, match="short_factor has 1 numbers, 2 are needed"):
+        Rope(4, theta=1.0, scaling=scaling | {"original_max_position_embeddings": 8})
+
+
+def test_longrope_treats_each_document_by_its_own_length():
+    scaling = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [3.0]}
+    rope = Rope(2, theta=1.0, scaling=scaling | {"original_max_position_embeddings": 4}, max_position_embeddings=16)
+    positions, lengths = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[3, 3, 3, 9, 9]])
+    cos = rope.tables(positions, torch.float32, lengths)[0][0, 0, :, 0] / rope.amplitude
+    torch.testing.assert_close(cos, torch.tensor([0.0, 1.0, 2.0, 0.0, 1 / 3]).cos())
+
+
+def test_amplitudes():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}
+    assert amplitude({}, 8) == 1.0
+    assert amplitude(yarn, 8) == pytest.approx(1.1386294)
+    assert amplitude(yarn | {"attention_factor": 0.5}, 8) == 0.5
+    assert amplitude(yarn | {"mscale": 1.0, "mscale_all_dim": 1.0}, 8) == 1.0
+    longrope = {"rope_type": "longrope", "original_max_position_embeddings": 16}
+    assert amplitude(longrope, 16) == 1.0
+    assert amplitude(longrope, 64) == pytest.approx(1.2247449)
+    assert amplitude(longrope | {"factor": 256.0}, 64) == pytest.approx(3**0.5)
+
+
+def test_older_spellings_of_scalings():
+    assert check_rope_scaling({"type": "linear", "factor": 2}) == {"rope_type": "linear", "factor": 2}
+    assert check_rope_scaling({"rope_type": "default"}) is None
+    assert check_rope_scaling(None) is None
+    with pytest.raises(ValueError, match="takes no numbers, got factor"):
+        check_rope_scaling({"rope_type": "default", "factor": 2.0})
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_is_its_formula(activation):
+    mlp, x = MLP(6, 10, activation=activation, bias=True), torch.randn(2, 3, 6)
+    expected = mlp.down_proj(ACTIVATIONS[activation](mlp.gate_proj(x)) * mlp.up_proj(x))
+    torch.testing.assert_close(mlp(x), expected)
+    assert all(parameter.shape[0] in (6, 10) for parameter in mlp.parameters())
+    assert len(list(MLP(6, 10).parameters())) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_few_rows_are_the_same_product(bias, rows):
+    layer, x = nn.Linear(32, 48, bias=bias).bfloat16(), torch.randn(rows, 1, 32).bfloat16()
+    with torch.no_grad():
+        found = linear(layer, x)
+        assert found.shape == (rows, 1, 48)
+        torch.testing.assert_close(found, layer(x), rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(few_rows(x.float(), layer.weight.float()), x.float() @ layer.weight.float().T)
+
+
+def test_linear_calls_the_layer_wherever_somebody_may_be_watching():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    x, seen = torch.randn(1, 8).bfloat16(), []
+    with torch.no_grad():
+        layer = Doubled(8, 4).bfloat16()
+        assert linear(layer, x).equal(layer(x))
+        plain = nn.Linear(8, 4).bfloat16()
+        plain.register_forward_hook(lambda *_: seen.append(1))
+        linear(plain, x)
+    assert seen
+    trained = nn.Linear(8, 4).bfloat16()
+    linear(trained, x).sum().backward()
+    assert trained.weight.grad is not None
