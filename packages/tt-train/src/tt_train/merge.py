@@ -13,10 +13,12 @@ from tt_train.run_dir import is_run, read_json
 
 
 def merge_run(path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-    """Write the merged model of a run or adapter to ``output``, which must be new or empty; returns it."""
+    """Write the merged model of a run or adapter to ``output``, which must be new or empty; returns it.
+
+    What was written is read back and compared before it stands there.
+    """
     folder, target = Path(path), Path(output)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError([f"{target}: exists and is not empty; choose another -o"])
+    refuse_full(target)
     model, _ = load(path, dtype=dtype, device="cpu")
     if any(hasattr(module, "adapter_params") for module in model.modules()):
         tt_peft.merge_lora_(model)
@@ -24,6 +26,24 @@ def merge_run(path: str | Path, output: str | Path, *, dtype: torch.dtype | None
     config = dict(tt_ckpt.read_config(source)) if source else tt_models.config_to_hf(model.config)
     tt_ckpt.save_hf(model, target, config=config, source=source)
     return target
+
+
+def refuse_full(target: Path) -> None:
+    """ConfigError where writing to ``target`` would mix with what it holds."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError([f"{target}: exists and is not empty; choose another -o"])
+
+
+def base_folder(folder: Path) -> Path:
+    """Where the tokenizer of a run, adapter or model is."""
+    if is_run(folder):
+        section = (read_json(folder / "manifest.json").get("config") or {}).get("model") or {}
+        if section.get("tokenizer"):
+            return Path(section["tokenizer"])
+    found = model_source(folder)
+    if found is None:
+        raise ConfigError([f"{folder}: names no tokenizer"])
+    return found
 
 
 def model_source(folder: Path) -> Path | None:

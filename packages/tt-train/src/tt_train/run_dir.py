@@ -196,3 +196,13 @@ def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Pa
         raise ConfigError([f"{path}: no such run{did_you_mean(str(path), known)}; tt ls runs lists them"])
     holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) if folder.is_dir() else "a file"
     raise ConfigError([f"{path}: not a run directory (no config.yaml and manifest.json; found: {holds or 'nothing'})"])
+
+
+def results_of(path: Path) -> Path:
+    """What a run has trained, as a folder for others: its adapter or its model. Any other folder is itself."""
+    if not is_run(path):
+        return path
+    for name, marker in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        if (path / name / marker).is_file():
+            return path / name
+    raise ConfigError([f"{path}: the run has no results yet; go on with --resume auto"])

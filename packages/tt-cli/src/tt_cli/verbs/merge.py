@@ -11,15 +11,16 @@ from tt_cli.group import Verb, json_option, print_json
 @click.argument("run", type=click.Path())
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model directory to write.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights written; default: as they are.")
+@click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
 @json_option
-def command(run: str, output: Path, dtype: str | None, as_json: bool) -> None:
+def command(run: str, output: Path, dtype: str | None, dry_run: bool, as_json: bool) -> None:
     """Write RUN as one Hugging Face model directory, its adapter merged into the weights."""
     import torch
 
-    import tt_train
+    from tt_train.export import export
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    written = tt_train.merge_run(run, output, dtype=dtypes[dtype] if dtype else None)
+    written = export(run, output, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run)["path"]
     if as_json:
         print_json({"model": str(written)})
     else:

@@ -1,0 +1,35 @@
+"""``tt upload``: a model or adapter directory to the hub."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from tt_cli.group import Verb, json_option, print_json
+
+
+@click.command("upload", cls=Verb)
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--public", is_flag=True, help="A repository made by this is private otherwise.")
+@click.option("--revision", help="The branch to commit to.")
+@click.option("--message", default="Upload with tt", show_default=True, help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="Show which files would go, and send nothing.")
+@json_option
+def command(
+    path: Path, repo: str, public: bool, revision: str | None, message: str, dry_run: bool, as_json: bool
+) -> None:
+    """Commit the model or adapter at PATH to REPO, with a model card; what has arrived is compared by hash.
+
+    A run directory stands for its adapter or its model. The token is read from HF_TOKEN or from `hf auth login`.
+    """
+    from tt_ckpt.upload import upload
+    from tt_train.run_dir import results_of
+
+    done = upload(results_of(path), repo, private=not public, revision=revision, message=message, dry_run=dry_run)
+    if as_json:
+        print_json(asdict(done))
+        return
+    verb = "would send" if dry_run else "sent"
+    click.echo(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)", err=True)
+    click.echo(done.url or repo)

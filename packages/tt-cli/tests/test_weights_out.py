@@ -1,0 +1,78 @@
+"""``tt export``, ``convert``, ``verify`` and ``upload``, on a model made here."""
+
+import json
+
+import pytest
+import torch
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 64, "hidden_size": 16,
+    "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu",
+    "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0, "tie_word_embeddings": False,
+    "initializer_range": 0.05, "torch_dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bare_model(tmp_path_factory):
+    """A Llama without a tokenizer."""
+    import tt_ckpt
+    import tt_models
+
+    folder = tmp_path_factory.mktemp("bare") / "model"
+    torch.manual_seed(0)
+    tt_ckpt.save_hf(tt_models.build(tt_models.config_from_hf(CONFIG)), folder, config=CONFIG)
+    return folder
+
+
+def test_there_and_back_is_the_same_to_the_byte(tt, bare_model, tmp_path):
+    away = tt("convert", str(bare_model), str(tmp_path / "meta"), "--to", "meta", "--json")
+    assert away.code == 0
+    assert away.json["verified"]
+    assert (tmp_path / "meta" / "params.json").exists()
+    back = tt("convert", str(tmp_path / "meta"), str(tmp_path / "hf"), "--to", "hf", "--allow-pickle")
+    assert back.code == 0
+    assert back.out.strip() == str(tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (bare_model / "model.safetensors").read_bytes()
+
+
+def test_pickles_need_the_word_on_the_command_line(tt, bare_model, tmp_path):
+    tt("convert", str(bare_model), str(tmp_path / "meta"), "--to", "meta")
+    refused = tt("convert", str(tmp_path / "meta"), str(tmp_path / "hf"), "--to", "hf")
+    assert refused.code == 2
+    assert "allow-pickle" in refused.err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_dry_run_writes_nothing(tt, bare_model, tmp_path):
+    for words in (["convert", str(bare_model), str(tmp_path / "x"), "--to", "torchtune"],
+                  ["export", str(bare_model), "-o", str(tmp_path / "x")],
+                  ["merge", str(bare_model), "-o", str(tmp_path / "x")]):  # fmt: skip
+        assert tt(*words, "--dry-run").code == 0
+        assert not (tmp_path / "x").exists()
+
+
+def test_upload_shows_what_it_would_send(tt, bare_model, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    answer = tt("upload", str(bare_model), "me/model", "--dry-run", "--json")
+    assert answer.code == 0
+    assert {"README.md", "config.json", "model.safetensors"} <= set(answer.json["files"])
+
+
+def test_a_wrong_format_is_answered_with_the_right_one(tt, bare_model, tmp_path):
+    answer = tt("export", str(bare_model), "-o", str(tmp_path / "x"), "--to", "olama")
+    assert answer.code == 2
+    assert "did you mean 'ollama'" in answer.err
+    answer = tt("convert", str(bare_model), str(tmp_path / "x"), "--to", "mtea")
+    assert answer.code == 2
+    assert "meta" in answer.err
+
+
+def test_a_certificate_is_json(tt, bare_model, tmp_path):
+    pytest.importorskip("transformers")
+    answer = tt("verify", str(bare_model), "--json", "-o", str(tmp_path / "certificate.json"))
+    assert answer.code == 0, answer.err
+    assert answer.json["passed"]
+    assert json.loads((tmp_path / "certificate.json").read_text())["errors"] == answer.json["errors"]
+    assert "equal within" in tt("verify", str(bare_model)).out
