@@ -32,6 +32,15 @@ def test_norm_and_its_gradients_are_the_bits_of_the_formula(dtype):
         assert norm(x).equal(expected)
 
 
+def test_norm_with_weights_of_another_dtype_promotes_like_the_formula():
+    norm, x = away_from_neutral(RMSNorm(8)), torch.randn(3, 8).bfloat16()
+    expected = norm.weight * normalized(x, norm.eps).bfloat16()
+    assert norm(x).dtype == torch.float32
+    assert norm(x).equal(expected)
+    with torch.no_grad():
+        assert norm(x).equal(expected)
+
+
 def test_norm_gives_no_gradient_that_nobody_wants():
     norm = RMSNorm(8)
     norm.weight.requires_grad_(False)

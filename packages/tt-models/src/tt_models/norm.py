@@ -26,10 +26,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to the same shape and dtype."""
-        if torch.is_grad_enabled() and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and self.is_plain(x):
             y: Tensor = NormAndWeight.apply(x, self.weight, self.eps)[0]  # type: ignore[no-untyped-call]
             return y
         return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether ``NormAndWeight`` may take over: one dtype, on a CPU, neither compiled nor distributed tensors."""
+        same = x.dtype == self.weight.dtype and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return same and type(x) is Tensor and type(self.weight) is nn.Parameter
 
     def extra_repr(self) -> str:
         """Size and epsilon."""
@@ -72,8 +77,9 @@ class NormAndWeight(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``y``, and ``1 / sqrt(mean(x^2) + eps)`` of each row."""
         x_32 = x.float()
-        scale = torch.rsqrt(x_32.pow(2).mean(-1, keepdim=True) + eps)
-        return weight * (x_32 * scale).to(x.dtype), scale
+        room = x_32.pow(2)
+        scale = torch.rsqrt(room.mean(-1, keepdim=True) + eps)
+        return torch.mul(x_32, scale, out=room).to(x.dtype).mul_(weight), scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -88,11 +94,11 @@ class NormAndWeight(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         grad_x = grad_weight = None
         x_32, size = x.float(), x.shape[-1]
+        room = torch.empty_like(x_32)
         if ctx.needs_input_grad[1]:
-            grad_weight = (x_32 * scale).to(x.dtype).mul_(grad_y).reshape(-1, size).sum(0)
+            grad_weight = torch.mul(x_32, scale, out=room).to(x.dtype).mul_(grad_y).reshape(-1, size).sum(0)
         if ctx.needs_input_grad[0]:
             g = (grad_y * weight).float()
-            product = g * x_32
-            shrink = product.sum(-1, keepdim=True).mul_(-0.5).mul_(scale.pow(3)).div_(size).mul_(2)
-            grad_x = g.mul_(scale).add_(torch.mul(x_32, shrink, out=product)).to(x.dtype)
+            shrink = torch.mul(g, x_32, out=room).sum(-1, keepdim=True).mul_(-0.5).mul_(scale.pow(3)).div_(size).mul_(2)
+            grad_x = g.mul_(scale).add_(torch.mul(x_32, shrink, out=room)).to(x.dtype)
         return grad_x, grad_weight, None
