@@ -310,3 +310,10 @@ def test_every_message_is_one_line_with_the_path(tiny, tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))) as caught:
         tt_ckpt.load_weights(tiny(), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_word_beside_a_folder_of_nearly_that_name_is_a_typo_not_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "llama32").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="did you mean llama32"):
+        tt_ckpt.resolve("lama32")

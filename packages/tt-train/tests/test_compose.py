@@ -24,6 +24,15 @@ def test_defaults_come_from_the_dataclass():
     assert config.adapter is None
 
 
+def test_what_only_a_run_needs_may_be_left_out_to_look_at_a_config():
+    assert compose("sft", complete=False).model.path is None
+    with pytest.raises(ConfigError, match="model.path: missing") as caught:
+        compose("sft")
+    assert len(caught.value.problems) == 2
+    with pytest.raises(ConfigError, match="batch_size"):
+        compose("sft", overrides=["batch_size=0"], complete=False)
+
+
 def test_an_override_switches_the_adapter_on_and_null_switches_it_off(tmp_path):
     assert compose("sft", overrides=[*BASE, "adapter.rank=4"]).adapter.rank == 4
     file = tmp_path / "lora.yaml"

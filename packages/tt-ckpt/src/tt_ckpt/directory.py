@@ -48,6 +48,9 @@ def resolve(path: str | Path) -> Path:
     text = str(path)
     if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise FileNotFoundError(f"{path}: no such directory{_similar(local)}")
+    close = _similar(local)
+    if "/" not in text and "did you mean" in close:  # a word beside a folder of nearly that name is a typo, no hub id
+        raise FileNotFoundError(f"{path}: no such directory{close}")
     from tt_ckpt.hub import snapshot
 
     return snapshot(text)

@@ -55,6 +55,7 @@ def compose(
     overrides: Sequence[str] = (),
     allow_import: Sequence[str] = (),
     schema: "type[SFTConfig] | None" = None,
+    complete: bool = True,
 ) -> "SFTConfig":
     """Read a config: defaults of the recipe's dataclass, then a YAML file, then ``overrides``.
 
@@ -63,13 +64,14 @@ def compose(
         config: a YAML file or registered name, when ``recipe_or_config`` is a recipe.
         overrides: words such as ``adapter.rank=8``; values are YAML, split at the first ``=``.
         allow_import: modules from which dotted names may be imported.
+        complete: False accepts a config that lacks what only a run needs, to look at it.
         schema: the config's dataclass where a recipe of one's own adds keys to SFTConfig.
 
     Raises:
         ConfigError: with one line for every unknown key, wrong type and impossible value.
     """
     from tt_train import registry
-    from tt_train.config import SFTConfig, mistakes
+    from tt_train.config import SFTConfig, missing, mistakes
 
     file = _config_file(recipe_or_config, config)
     problems: list[str] = []
@@ -92,6 +94,7 @@ def compose(
     result: SFTConfig = _merge(schema, settings, problems)
     if not problems:
         problems += mistakes(result) + registry.name_mistakes(result, allow_import)
+        problems += missing(result) if complete else []
     if problems:
         raise ConfigError(problems)
     return result

@@ -9,7 +9,7 @@ from tt_train.composing import compose
 from tt_train.errors import did_you_mean
 
 __all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "SFTConfig",
-           "SamplesSection", "ScheduleSection", "compose", "mistakes", "to_dict", "to_yaml"]  # fmt: skip
+           "SamplesSection", "ScheduleSection", "compose", "missing", "mistakes", "to_dict", "to_yaml"]  # fmt: skip
 
 
 @dataclass
@@ -174,6 +174,14 @@ def mistakes(config: SFTConfig) -> list[str]:
         if value is not None and value < least:
             found.append(f"{key}: must be at least {least}, got {value}")
     found += _number_mistakes(config)
+    if config.data.streaming and isinstance(config.data.eval, float):
+        found.append("data.eval: a share of a stream cannot be held out; give a file of its own")
+    return found
+
+
+def missing(config: SFTConfig) -> list[str]:
+    """What a run needs and the config does not say, one line each."""
+    found = []
     if config.model.path is None and config.model.name is None:
         found.append("model.path: missing; give a model directory or hub id: model.path=DIR")
     if config.model.path is None and config.model.name is not None and config.model.tokenizer is None:
@@ -182,8 +190,6 @@ def mistakes(config: SFTConfig) -> list[str]:
         )
     if config.data.streaming and config.max_steps is None:
         found.append("max_steps: missing; data.streaming reads without knowing how many rows there are: max_steps=1000")
-    if config.data.streaming and isinstance(config.data.eval, float):
-        found.append("data.eval: a share of a stream cannot be held out; give a file of its own")
     if config.data.train is None:
         found.append("data.train: missing; give a file of rows: data.train=rows.jsonl")
     return found

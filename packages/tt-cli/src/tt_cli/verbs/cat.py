@@ -17,7 +17,7 @@ def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ..
     from tt_train.config import to_dict, to_yaml
 
     refuse_folder(config)
-    composed = compose(config, overrides=overrides, allow_import=allow_import)
+    composed = compose(config, overrides=overrides, allow_import=allow_import, complete=False)
     if as_json:
         print_json({"config": to_dict(composed)})
     else:
