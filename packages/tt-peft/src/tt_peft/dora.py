@@ -35,7 +35,7 @@ class DoRALinear(LoRALinear):
             dropped = adapter.drop(x)
             change = adapter(x, dropped=dropped)
             if adapter.lora_magnitude_vector is not None:
-                ratio = magnitude_ratio(dense(self.weight), adapter).to(x.dtype)
+                ratio = magnitude_ratio(dense(self.weight, reuse=True), adapter).to(x.dtype)
                 again = frozen_linear(dropped, self.weight) if adapter.drops else base
                 change = (ratio - 1) * again + ratio * change
             y = y + change

@@ -19,7 +19,7 @@ class _FusedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, dense(weight).to(x.dtype), bias)
+        y = F.linear(flat, dense(weight, reuse=True).to(x.dtype), bias)
         h = flat @ A.T
         y.addmm_(h, B.T, alpha=scale)
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
@@ -35,7 +35,7 @@ class _FusedLoRA(torch.autograd.Function):
         grad_B = (h.T @ grad_y).mul_(ctx.scale).T  # this order is the faster one on CPU
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ dense(ctx.weight).to(grad_y.dtype)).addmm_(grad_h, A).view(ctx.shape)
+            grad_x = (grad_y @ dense(ctx.weight, reuse=True).to(grad_y.dtype)).addmm_(grad_h, A).view(ctx.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(0)
         return grad_x, None, grad_bias, grad_A, grad_B, None

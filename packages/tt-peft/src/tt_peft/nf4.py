@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import math
+import threading
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 BLOCK = 64
 _SCALER_BLOCK = 256
-_TILE = 32768  # codes of two bytes: 256 kB of weights
+_PART = 16384  # blocks quantized at a time: a million weights
+_TILE = 32768  # codes of two bytes looked up at a time: 256 kB of weights
 
 
 @functools.cache
@@ -54,23 +56,35 @@ def to_nf4(weight: Tensor, *, name: str = "weight") -> Tensor:
         return weight
     check_size(weight, name)
     cls = nf4_tensor_class()
-    flat = weight.detach().contiguous().flatten()
-    blocks = flat.view(-1, BLOCK)
-    absmax = blocks.abs().amax(dim=1)
+    levels = _levels(cls, weight.dtype, weight.device)
+    packed, absmax = _pack(cls, weight.detach().contiguous().view(-1, BLOCK), levels)
     if not torch.isfinite(absmax).all():
         raise ValueError(f"{name} has NaN or infinite values: it cannot be quantized")
     # torchao wants whole groups of block scales; small matrices get smaller groups
     group = math.gcd(absmax.numel(), _SCALER_BLOCK)
-    scalers, factor, mean = cls.double_quantize_scalers(flat, BLOCK, group)
-    levels = _levels(cls, weight.dtype, weight.device)
-    scaled = blocks / absmax.where(absmax > 0, 1.0)[:, None]  # torchao has 0 / 0 here: all-zero blocks stay zero
-    codes = _codes(cls, scaled, levels).flatten()
-    packed = codes[::2] << 4 | codes[1::2]
+    scalers, factor, mean = cls.double_quantize_scalers(absmax, 1, group)  # blocks of one: absmax is taken already
     arguments = importlib.import_module(cls.__module__).SubclassTensorArgs
     stride = (weight.shape[1], 1)
     meta = arguments(weight.shape, stride, 0, weight.dtype, weight.device, False)
     made = cls(meta, BLOCK, absmax.numel(), group, scalers, factor, mean, packed, nf4=levels)
     return cast(Tensor, made)
+
+
+def _pack(cls: Any, blocks: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Two codes to a byte, and the largest magnitude of each block.
+
+    A part at a time, into memory that was taken first: with larger temporary tensors in between, the heap of a process
+    that quantizes a model layer by layer ends up twice as large as the model.
+    """
+    packed = torch.empty(blocks.numel() // 2, dtype=torch.uint8, device=blocks.device)
+    absmax = torch.empty(blocks.shape[0], dtype=blocks.dtype, device=blocks.device)
+    for begin in range(0, blocks.shape[0], _PART):
+        some = slice(begin, begin + _PART)
+        absmax[some] = blocks[some].abs().amax(dim=1)
+        scale = absmax[some].where(absmax[some] > 0, 1.0)  # torchao has 0 / 0 here: all-zero blocks stay zero
+        codes = _codes(cls, blocks[some] / scale[:, None], levels).flatten()
+        packed[begin * BLOCK // 2 : (begin + _PART) * BLOCK // 2] = codes[::2] << 4 | codes[1::2]
+    return packed, absmax
 
 
 def _levels(cls: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -104,24 +118,30 @@ def copy_nf4(weight: Any) -> Tensor:
     return cast(Tensor, type(weight.detach()).__tensor_unflatten__(parts, context, weight.shape, weight.stride()))
 
 
-def dequantize(weight: Any) -> Tensor:
-    """The dense matrix of an NF4 weight, in its dtype; equal to torchao's ``get_original_weight``."""
+def dequantize(weight: Any, *, reuse: bool = False) -> Tensor:
+    """The dense matrix of an NF4 weight, in its dtype; equal to torchao's ``get_original_weight``.
+
+    With ``reuse`` it may lie in memory that the next such call on this thread writes to: use it at once.
+    """
     dtype, data = weight.nf4.dtype, weight.quantized_data  # of the stored values; ``model.to(dtype)`` changes the other
     groups = weight.quantized_scalers.view(-1, weight.scaler_block_size)
     scales = (groups / weight.quantization_factor[:, None]).flatten().to(dtype) + weight.scaler_mean
     if torch.compiler.is_compiling():  # plain arithmetic, for the compiler to fuse
         values = weight.nf4[torch.stack([data >> 4, data & 15], dim=-1).int()]
     elif dtype.itemsize == 2 and data.numel() % 2 == 0:
-        return _look_up(data.view(torch.uint16), scales, weight).to(weight.dtype)
+        return _look_up(data.view(torch.uint16), scales, weight, reuse=reuse).to(weight.dtype)
     else:
         values = F.embedding(data.int(), _pairs(weight.nf4))
     dense: Tensor = values.view(-1, weight.block_size).mul_(scales[:, None])
     return dense.view(weight.shape).to(weight.dtype)
 
 
-def _look_up(codes: Tensor, scales: Tensor, weight: Any) -> Tensor:
+def _look_up(codes: Tensor, scales: Tensor, weight: Any, *, reuse: bool) -> Tensor:
     """Four weights of 16 bits at a time, scaled while they are in the cache."""
-    dense = torch.empty(weight.shape, dtype=weight.nf4.dtype, device=codes.device)
+    if reuse and codes.device.type == "cpu":
+        dense = _scratch(codes.numel() * 4, weight.nf4.dtype).view(weight.shape)
+    else:
+        dense = torch.empty(weight.shape, dtype=weight.nf4.dtype, device=codes.device)
     blocks, quads = dense.view(-1, weight.block_size), dense.view(-1).view(torch.int64)
     table, per_block = _quads(weight.nf4), weight.block_size // 4
     tile = _TILE if codes.device.type == "cpu" else codes.numel()
@@ -131,6 +151,21 @@ def _look_up(codes: Tensor, scales: Tensor, weight: Any) -> Tensor:
         part = slice(begin // per_block, (begin + tile) // per_block)
         blocks[part] *= scales[part, None]
     return dense
+
+
+class _Scratch(threading.local):
+    """A thread's buffer for dense weights: fresh memory costs more than what is written to it."""
+
+    buffer = torch.empty(0, dtype=torch.bfloat16)
+
+
+_SCRATCH = _Scratch()
+
+
+def _scratch(size: int, dtype: torch.dtype) -> Tensor:
+    if _SCRATCH.buffer.numel() < size:
+        _SCRATCH.buffer = torch.empty(size, dtype=torch.bfloat16)
+    return _SCRATCH.buffer[:size].view(dtype)
 
 
 _TABLES: dict[tuple[torch.dtype, torch.device, int], Tensor] = {}
@@ -154,8 +189,9 @@ def _quads(levels: Tensor) -> Tensor:
     return _TABLES[key]
 
 
-def dense(weight: Tensor) -> Tensor:
-    return dequantize(weight) if is_nf4(weight) else weight
+def dense(weight: Tensor, *, reuse: bool = False) -> Tensor:
+    """The matrix itself, dequantized where it is NF4; ``reuse`` as in ``dequantize``."""
+    return dequantize(weight, reuse=reuse) if is_nf4(weight) else weight
 
 
 class _NF4Linear(torch.autograd.Function):
@@ -166,14 +202,14 @@ class _NF4Linear(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(x.device.type)
         ctx.weight, ctx.dtype = weight, x.dtype
         x = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-        return F.linear(x, dequantize(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, dequantize(weight, reuse=True).to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         (grad_y,) = grads
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ dequantize(ctx.weight).to(grad_y.dtype)).to(ctx.dtype)
+            grad_x = (grad_y @ dequantize(ctx.weight, reuse=True).to(grad_y.dtype)).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.flatten(0, -2).sum(0)
         return grad_x, None, grad_bias
