@@ -28,7 +28,8 @@ def safe_file(directory: Path, name: object) -> Path:
         target, root = path.resolve(), directory.resolve()
         allowed = {root}
         if root.parent.name == "snapshots":  # models--org--name/snapshots/<revision>/file -> ../../blobs/<hash>
-            allowed.add(root.parent.parent / "blobs")
+            repository = root.parent.parent
+            allowed |= {repository / "blobs", repository.parent / "blobs" / target.parent.name}  # the second: shared
         if target.parent not in allowed:
             raise ValueError(f"{path}: refused: a link that leaves its folder, to {target}; copy the file instead")
     return path

@@ -62,7 +62,17 @@ def prune(directory: Path, keep_last: int) -> None:
             continue
         whole.append(path)
     for path in whole[keep_last:]:
-        commit.remove_tree(path)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Take its name away first: a removal that is interrupted leaves no half checkpoint."""
+    gone = path.parent / f"{commit.TMP_PREFIX}{path.name}-{secrets.token_hex(4)}"
+    try:
+        path.rename(gone)
+    except OSError:
+        return  # it stays; what counts is on the disk
+    commit.remove_tree(gone)
 
 
 def preflight(directory: Path, nbytes: int, copies: int) -> None:

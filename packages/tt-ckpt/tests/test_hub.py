@@ -1,0 +1,508 @@
+"""Download and upload against a hub of our own on this machine, which can truncate, flip, fail and demand a token."""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tt_ckpt
+
+hub = pytest.importorskip("huggingface_hub")
+CANARY = "hf_CANARYcanaryCANARYcanary123"
+REPO = "someone/some-model"
+LARGE = 2_000  # bytes from which a file is "LFS"
+
+
+class FakeHub(ThreadingHTTPServer):
+    """The part of the hub's protocol that downloads and uploads use. Faults are switched on by attribute."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {}  # name -> bytes
+        self.commit = "c" * 40
+        self.objects = {}  # uploaded LFS objects
+        self.log = []  # (method, path, headers)
+        self.gated = self.needs_token = False
+        self.exists = True
+        self.fail = {}  # name -> how many times to answer 503
+        self.cut = {}  # name -> how many times to close the connection halfway
+        self.flip = {}  # name -> how many times to send a flipped bit
+        self.drop_uploads = False
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def describe(self, name):
+        data = self.files[name]
+        found = {"rfilename": name, "size": len(data), "blobId": git_sha1(data)}
+        if len(data) >= LARGE:
+            found["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return found
+
+    def spend(self, faults, name):
+        left = faults.get(name, 0)
+        faults[name] = left - 1
+        return left > 0
+
+
+def git_sha1(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", headers=None, *, send_body=True):
+        body = json.dumps(body).encode() if not isinstance(body, bytes) else body
+        self.send_response(status)
+        for key, value in (
+            {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
+        ).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if send_body and self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refused(self):
+        server, token = self.server, self.headers.get("Authorization", "")
+        if server.needs_token and token != f"Bearer {CANARY}":
+            self.reply(
+                401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no"}
+            )
+        elif server.gated:
+            self.reply(
+                403, {"error": "gated"}, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+            )
+        elif not server.exists or REPO not in self.path:
+            self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        else:
+            return False
+        return True
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server, path = self.server, self.path.partition("?")[0]
+        server.log.append((self.command, path, dict(self.headers)))
+        if self.refused():
+            return
+        if path.startswith("/api/models/"):
+            self.get_api(path)
+            return
+        name = path.split("/resolve/")[1].partition("/")[2]
+        data = server.files[name]
+        if self.command == "GET" and server.spend(server.fail, name):
+            self.reply(503, b"busy")
+            return
+        self.send_file(name, data)
+
+    def get_api(self, path):
+        server = self.server
+        if self.server.spend(server.fail, "api"):
+            self.reply(500, b"broken")
+        elif "/revision/" in path and path.rpartition("/")[2] not in ("main", server.commit):
+            self.reply(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        elif "/tree/" in path:
+            entries = []
+            for name in server.files:
+                told = server.describe(name)
+                entry = {"type": "file", "path": name, "size": told["size"], "oid": told["blobId"]}
+                if "lfs" in told:
+                    entry["lfs"] = {"oid": told["lfs"]["sha256"], "size": told["size"], "pointerSize": 134}
+                entries.append(entry)
+            self.reply(200, entries)
+        else:
+            siblings = [server.describe(name) for name in server.files]
+            self.reply(200, {"id": REPO, "sha": server.commit, "siblings": siblings, "tags": [], "private": False})
+
+    def send_file(self, name, data):
+        server, told = self.server, self.server.describe(name)
+        etag = told["lfs"]["sha256"] if "lfs" in told else told["blobId"]
+        headers = {"X-Repo-Commit": server.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes",
+                   "Content-Type": "application/octet-stream"}  # fmt: skip
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start, status = (int(match[1]), 206) if match else (0, 200)
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body = data[start:]
+        if self.command == "GET" and server.spend(server.flip, name):
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if self.command == "GET" and server.spend(server.cut, name):
+            self.reply(status, body, headers, send_body=False)
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return
+        self.reply(status, body, headers)
+
+    def do_POST(self):
+        server, path = self.server, self.path.partition("?")[0]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server.log.append(("POST", path, dict(self.headers)))
+        if server.needs_token and self.headers.get("Authorization") != f"Bearer {CANARY}":
+            self.reply(401, {"error": "Invalid credentials"})
+        elif path == "/api/repos/create":
+            server.created = json.loads(body)
+            self.reply(200, {"url": f"{server.url}/{REPO}"})
+        elif path == "/api/validate-yaml":
+            self.reply(200, {"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            told = json.loads(body)["files"]
+            mode = lambda file: "lfs" if file["size"] >= LARGE else "regular"  # noqa: E731
+            files = [{"path": file["path"], "uploadMode": mode(file), "shouldIgnore": False} for file in told]
+            self.reply(200, {"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            told = [{"oid": o["oid"], "size": o["size"],
+                     "actions": {"upload": {"href": f"{server.url}/upload/{o['oid']}", "header": {}}}}
+                    for o in json.loads(body)["objects"]]  # fmt: skip
+            self.reply(200, {"transfer": "basic", "objects": told}, {"Content-Type": "application/vnd.git-lfs+json"})
+        elif "/commit/" in path:
+            self.receive_commit(body)
+        else:
+            self.reply(404, {"error": path})
+
+    def receive_commit(self, body):
+        import base64
+
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.server.files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile" and not self.server.drop_uploads:
+                self.server.files[value["path"]] = self.server.objects[value["oid"]]
+        self.reply(
+            200, {"commitOid": self.server.commit, "commitUrl": f"{self.server.url}/{REPO}/commit/c", "hookOutput": ""}
+        )
+
+    def do_PUT(self):
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.log.append(("PUT", self.path, dict(self.headers)))
+        if self.server.spend(self.server.flip, "upload"):
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self.server.objects[self.path.rpartition("/")[2]] = data
+        self.reply(200)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    fake = FakeHub()
+    threading.Thread(target=fake.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)  # read from the environment when the library is imported
+    template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what has arrived is kept in such pieces
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield fake
+    fake.shutdown()
+    fake.server_close()
+
+
+@pytest.fixture
+def repository(server, model_dir):
+    """The fake hub holding a model; returns its directory."""
+    source = model_dir()
+    server.files = {file.name: file.read_bytes() for file in source.iterdir()}
+    server.files |= {"pytorch_model.bin": b"x" * 5000, "original/params.json": b"{}", "notes.py": b"print()",
+                     "consolidated.safetensors": b"y" * 5000}  # fmt: skip
+    return source
+
+
+def test_what_a_model_needs_is_fetched_and_verified(server, repository):
+    report = tt_ckpt.download(REPO)
+    names = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(report.files) == names
+    assert report.revision == server.commit
+    assert report.num_verified == 4
+    for name in names:
+        assert (repository / name).read_bytes() == (tt_ckpt.resolve(report.path) / name).read_bytes()
+    assert report.num_bytes == sum((repository / name).stat().st_size for name in names)
+
+
+def test_patterns_and_directory_are_the_callers(server, repository, tmp_path):
+    report = tt_ckpt.download(REPO, output_dir=tmp_path / "here", allow=["*.py", "*.json"], ignore=["tokenizer*"])
+    assert sorted(report.files) == ["config.json", "generation_config.json", "notes.py", "original/params.json"]
+    assert (tmp_path / "here" / "notes.py").read_text() == "print()"
+
+
+def test_a_repository_id_is_a_path_everywhere(server, repository, tiny, equal_models, tmp_path):
+    model = tiny(5)
+    tt_ckpt.load_weights(model, REPO)
+    assert equal_models(model, tiny(1))
+    assert tt_ckpt.read_config(REPO)["model_type"] == "llama"
+    tt_ckpt.convert(REPO, tmp_path / "meta", "meta")
+    tt_ckpt.save_hf(model, tmp_path / "out", config={}, source=REPO)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_what_is_in_the_cache_needs_no_network(server, repository, monkeypatch):
+    from huggingface_hub import constants
+
+    path = tt_ckpt.resolve(REPO)
+    server.log.clear()
+    assert tt_ckpt.resolve(REPO) == path
+    assert server.log == []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert tt_ckpt.resolve(REPO) == path
+    assert tt_ckpt.download(REPO).path == str(path)
+    with pytest.raises(FileNotFoundError, match=r"not \(wholly\) in the cache, and HF_HUB_OFFLINE.*someone/some-model"):
+        tt_ckpt.resolve("someone/some-modell")
+
+
+def test_a_cut_connection_is_resumed(server, repository):
+    server.cut = {"model.safetensors": 1}
+    report = tt_ckpt.download(REPO)
+    ranges = [headers.get("Range") for method, path, headers in server.log if method == "GET" and "safetensors" in path]
+    assert any(value and value != "bytes=0-" for value in ranges)
+    assert (tt_ckpt.resolve(report.path) / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+
+
+def test_files_that_are_there_are_not_fetched_again(server, repository):
+    tt_ckpt.download(REPO)
+    server.log.clear()
+    tt_ckpt.download(REPO)
+    assert [path for method, path, _ in server.log if method == "GET" and "/resolve/" in path] == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "api"])
+def test_passing_failures_are_retried(server, repository, name):
+    server.fail = {name: 2}
+    assert tt_ckpt.download(REPO, retry_s=30).num_verified == 4
+
+
+def test_lasting_failures_end_in_one_line(server, repository):
+    server.fail = {"model.safetensors": 10**6}
+    with pytest.raises(ConnectionError, match="run it again, it goes on from there") as caught:
+        tt_ckpt.download(REPO, retry_s=1.0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("where", ["cache", "directory"])
+def test_a_flipped_bit_is_noticed_and_fetched_again(server, repository, caplog, tmp_path, name, where):
+    server.flip = {name: 1}
+    with caplog.at_level(logging.WARNING):
+        report = tt_ckpt.download(REPO, output_dir=tmp_path / "here" if where == "directory" else None)
+    assert f"{name} is damaged" in caplog.text
+    assert (tt_ckpt.resolve(report.path) / name).read_bytes() == server.files[name]
+
+
+def test_a_file_that_stays_damaged_is_an_error_and_is_not_kept(server, repository):
+    server.flip = {"model.safetensors": 10**6}
+    with pytest.raises(OSError, match=r"model.safetensors arrived damaged twice"):
+        tt_ckpt.download(REPO)
+    server.flip = {}
+    assert tt_ckpt.download(REPO).num_verified == 4
+
+
+def test_a_bit_that_flips_in_the_cache_is_found_by_downloading_again(server, repository):
+    path = tt_ckpt.resolve(tt_ckpt.download(REPO).path) / "model.safetensors"
+    blob = path.resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    tt_ckpt.download(REPO)
+    assert path.read_bytes() == server.files["model.safetensors"]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), [
+    ({"gated": True}, PermissionError, "gated: accept its terms at https://huggingface.co/.*with an account"),
+    ({"exists": False}, FileNotFoundError, "no such repository, or private; if it is private, set HF_TOKEN"),
+    ({"needs_token": True}, FileNotFoundError, "no such repository, or private; if it is private, set HF_TOKEN"),
+])  # fmt: skip
+def test_refusals_are_explained(server, repository, change, kind, message):
+    for name, value in change.items():
+        setattr(server, name, value)
+    with pytest.raises(kind, match=message) as caught:
+        tt_ckpt.download(REPO)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(kind, match=message):
+        tt_ckpt.resolve(REPO)
+
+
+def test_a_revision_that_is_none_is_named(server, repository):
+    with pytest.raises(FileNotFoundError, match="no revision nightly"):
+        tt_ckpt.download(REPO, revision="nightly")
+    assert tt_ckpt.download(REPO, revision="main").revision == server.commit
+
+
+def test_a_word_that_is_no_repository_is_explained(server):
+    with pytest.raises((ValueError, FileNotFoundError), match="no such directory|neither a directory"):
+        tt_ckpt.resolve("not a repo!")
+
+
+def test_file_names_that_leave_the_folder_are_refused(server, repository):
+    server.files["../../escape.json"] = b"{}"
+    with pytest.raises(ValueError, match="refused the file name"):
+        tt_ckpt.download(REPO)
+
+
+def test_too_little_space_is_told_before_the_transfer(server, repository, monkeypatch):
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    with pytest.raises(OSError, match="needs .* KB, .* has 1 bytes free"):
+        tt_ckpt.download(REPO)
+    assert not [path for method, path, _ in server.log if "/resolve/" in path]
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_token_of_the_environment_is_used_and_never_shown(server, repository, monkeypatch, caplog, capfd):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    server.needs_token = True
+    with caplog.at_level(logging.DEBUG):
+        tt_ckpt.download(REPO)
+        server.gated = True
+        with pytest.raises(PermissionError) as caught:
+            tt_ckpt.download(REPO, revision="main")
+    assert any(headers.get("authorization") or headers.get("Authorization") for _, _, headers in server.log)
+    out = capfd.readouterr()
+    assert CANARY not in out.out + out.err + caplog.text + str(caught.value)
+
+
+def test_a_token_for_another_host_is_told(server, repository, monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    with caplog.at_level(logging.WARNING):
+        tt_ckpt.download(REPO)
+    assert "your Hugging Face token is sent to 127.0.0.1 (HF_ENDPOINT)" in caplog.text
+
+
+def test_without_a_token_nothing_is_told(server, repository, caplog):
+    with caplog.at_level(logging.WARNING):
+        tt_ckpt.download(REPO)
+    assert "token" not in caplog.text
+
+
+def test_plain_http_to_another_host_is_refused_before_a_request(server, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.example.com")
+    for action in (lambda: tt_ckpt.download(REPO), lambda: tt_ckpt.upload("x", REPO)):
+        with pytest.raises(ValueError, match="expected https"):
+            action()
+    assert server.log == []
+
+
+def test_secrets_are_redacted_by_value_and_by_look(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("MY_TOKEN", "short")
+    text = f"a {CANARY} b 0123456789abcdef c short d hf_{'x' * 30}"
+    assert tt_ckpt.redact(text) == "a [redacted] b [redacted] c short d [redacted]"
+
+
+# ---- upload ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_goes_up_with_a_card_and_comes_back(server, model_dir, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    server.needs_token = True
+    source = model_dir()
+    for name in ("optimizer.pt", ".env", "train.py"):
+        (source / name).write_text("x")
+    report = tt_ckpt.upload(source, REPO, base_model="a/base", message="hello")
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(server.files) == report.files == names
+    assert report.num_verified == 1
+    assert report.url.endswith(REPO)
+    assert server.created["name"] == "some-model"
+    assert server.created.get("private") is True or server.created.get("visibility") == "private"
+    card = server.files["README.md"].decode()
+    assert card.startswith("---\nlibrary_name: transformers\nbase_model: a/base\n")
+    assert "| parameters | 27,424 |" in card
+    assert CANARY not in card
+    assert tt_ckpt.download(REPO).num_verified == 5
+
+
+def test_an_adapter_gets_an_adapters_card(server, tmp_path):
+    save_file({"a": torch.ones(600)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "base_model_name_or_path": "a/base"}')
+    tt_ckpt.upload(tmp_path, REPO, private=False)
+    card = server.files["README.md"].decode()
+    assert "library_name: peft\nbase_model: a/base" in card
+    assert "rank 4" in card
+    assert server.created.get("private") is False or server.created.get("visibility") == "public"
+
+
+def test_a_readme_of_ones_own_is_kept(server, model_dir):
+    source = model_dir()
+    (source / "README.md").write_text("mine")
+    tt_ckpt.upload(source, REPO)
+    assert server.files["README.md"] == b"mine"
+
+
+def test_a_dry_run_sends_nothing(server, model_dir):
+    report = tt_ckpt.upload(model_dir(), REPO, dry_run=True)
+    assert "model.safetensors" in report.files
+    assert report.commit is None
+    assert server.log == []
+
+
+def test_files_that_hold_a_token_stay_here(server, model_dir):
+    source = model_dir()
+    (source / "tokenizer_config.json").write_text(json.dumps({"token": CANARY}))
+    with pytest.raises(ValueError, match=r"tokenizer_config.json: holds a token") as caught:
+        tt_ckpt.upload(source, REPO)
+    assert CANARY not in str(caught.value)
+    assert server.log == []
+
+
+@pytest.mark.parametrize("fault", ["flip", "drop"])
+def test_what_does_not_arrive_whole_is_an_error(server, model_dir, fault):
+    server.flip = {"upload": 1 if fault == "flip" else 0}
+    server.drop_uploads = fault == "drop"
+    with pytest.raises(OSError, match=r"model.safetensors (arrived damaged|did not arrive)"):
+        tt_ckpt.upload(model_dir(), REPO)
+
+
+def test_a_directory_without_weights_is_refused(server, tmp_path):
+    with pytest.raises(ValueError, match="no safetensors files to upload"):
+        tt_ckpt.upload(tmp_path, REPO)
+    with pytest.raises(FileNotFoundError, match="no such directory"):
+        tt_ckpt.upload(tmp_path / "none", REPO)
+
+
+def test_upload_without_permission_is_explained(server, model_dir):
+    server.needs_token = True
+    with pytest.raises(OSError, match=REPO) as caught:
+        tt_ckpt.upload(model_dir(), REPO)
+    assert "\n" not in str(caught.value)
+
+
+def test_environment_variables_rule_a_fresh_process(server, repository, tmp_path):
+    code = f"import tt_ckpt, logging; logging.basicConfig(level='DEBUG'); print(tt_ckpt.download({REPO!r}).path)"
+    environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": CANARY,
+                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    server.needs_token = True
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "home") in done.stdout
+    assert CANARY not in done.stdout + done.stderr
+    saved = [file for file in (tmp_path / "home").rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
+    assert saved == []
+    assert load_file(tt_ckpt.resolve(done.stdout.strip()) / "model.safetensors")
