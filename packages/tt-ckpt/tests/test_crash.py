@@ -86,8 +86,8 @@ def test_no_acknowledged_checkpoint_is_lost_to_sigkill(tmp_path, request):
 POINTS = ("open", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
 
-def save_and_die(directory, step, at, count):
-    """SIGKILL at the ``at``-th call that changes the disk; without one, write how many there were to ``count``."""
+def die_at(at, action):
+    """SIGKILL at the ``at``-th call that changes the disk."""
     calls = 0
 
     def counted(original):
@@ -102,36 +102,42 @@ def save_and_die(directory, step, at, count):
 
     for name in POINTS:
         setattr(os, name, counted(getattr(os, name)))
+    action()
+
+
+def deaths(action):
+    """``action`` in a forked process that dies earlier or later, until one lives; yields after each."""
+    at = 1
+    while os.WIFSIGNALED(forked(die_at, at, action)):
+        yield at
+        at += 1
+
+
+def save(directory, step):
     TrainCheckpoint(directory).save(step, tensors=contents(step), state={"step": step})
-    count.write_text(str(calls))
 
 
 def test_every_step_of_a_save_may_be_the_last(tmp_path):
     """Death before each call that changes the disk: the checkpoints before are whole, and the next save works."""
-    run, count = tmp_path / "run", tmp_path / "count"
-    checkpoints = TrainCheckpoint(run)
     for step in (1, 2, 3):
-        checkpoints.save(step, tensors=contents(step), state={"step": step})
-    forked(save_and_die, run, 4, 0, count)
-    total = int(count.read_text())
-    assert total > 15
-    for at in range(1, total + 1):
-        assert os.WIFSIGNALED(forked(save_and_die, run, 5, at, count))
-        assert check_whole(run, 4) in (4, 5)
-        shutil.rmtree(run / "step-000005", ignore_errors=True)
-    checkpoints.save(6, tensors=contents(6), state={"step": 6})
-    assert sorted(os.listdir(run)) == ["step-000004", "step-000006"]
+        save(tmp_path, step)
+    for at in deaths(lambda: save(tmp_path, 5)):  # noqa: B007
+        assert check_whole(tmp_path, 3) in (3, 5)
+        if (tmp_path / "step-000005").exists():
+            shutil.rmtree(tmp_path / "step-000005")
+            save(tmp_path, 2)
+            save(tmp_path, 3)
+    assert at > 15
+    save(tmp_path, 6)
+    assert sorted(os.listdir(tmp_path)) == ["step-000005", "step-000006"]
 
 
 def test_replacing_a_step_may_be_interrupted_anywhere(tmp_path):
-    run, count = tmp_path / "run", tmp_path / "count"
-    checkpoints = TrainCheckpoint(run)
     for step in (1, 2):
-        checkpoints.save(step, tensors=contents(step), state={"step": step})
-    forked(save_and_die, run, 2, 0, count)
-    for at in range(1, int(count.read_text()) + 1):
-        forked(save_and_die, run, 2, at, count)
-        assert check_whole(run, 2) == 2
+        save(tmp_path, step)
+    for at in deaths(lambda: save(tmp_path, 2)):  # noqa: B007
+        assert check_whole(tmp_path, 2) == 2
+    assert at > 15
 
 
 # ---- several ranks ---------------------------------------------------------------------------------------------------
@@ -270,29 +276,9 @@ def test_a_conversion_that_is_killed_leaves_no_destination(model_dir, tmp_path):
     """Or the whole one: death before each call that changes the disk."""
     source = model_dir()
 
-    def convert_and_die(at, count):
-        calls = 0
-
-        def counted(original):
-            def call(*args, **kwargs):
-                nonlocal calls
-                calls += 1
-                if calls == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return original(*args, **kwargs)
-
-            return call
-
-        for name in POINTS:
-            setattr(os, name, counted(getattr(os, name)))
-        tt_ckpt.convert(source, tmp_path / "out", "hf")
-        count.write_text(str(calls))
-
-    forked(convert_and_die, 0, tmp_path / "count")
-    shutil.rmtree(tmp_path / "out")
-    for at in range(1, int((tmp_path / "count").read_text()) + 1):
-        forked(convert_and_die, at, tmp_path / "unused")
+    for at in deaths(lambda: tt_ckpt.convert(source, tmp_path / "out", "hf")):  # noqa: B007
         if (tmp_path / "out").exists():
             assert sorted(os.listdir(tmp_path / "out")) == sorted(os.listdir(source))
             assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
             shutil.rmtree(tmp_path / "out")
+    assert at > 10
