@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tt_cli.quickstart.scale import Scale
 from tt_cli.quickstart.splits import KINDS, TARGET, Splits, make_splits, write_rows
 from tt_cli.quickstart.tasks import Row
 
@@ -67,3 +68,10 @@ def test_rows_are_written_as_chat_messages(tmp_path: Path):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"messages": [{"role": "user", "content": "Sort: b a"}, {"role": "assistant", "content": "a b"}]}
     ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_there_are_enough_questions_for_the_real_thing(seed: int):
+    scale = Scale()
+    splits = make_splits(seed, num_pretrain=scale.pretrain.num_rows, num_finetune=scale.finetune.num_rows)
+    assert (len(splits.pretrain), len(splits.finetune)) == (scale.pretrain.num_rows, scale.finetune.num_rows)

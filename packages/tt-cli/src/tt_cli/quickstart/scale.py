@@ -23,5 +23,5 @@ class Scale:
     rank: int = 16
     num_held_out: int = 200
     num_base_held_out: int = 100
-    pretrain: Stage = Stage(num_rows=4200, max_steps=700, learning_rate=2e-3)
+    pretrain: Stage = Stage(num_rows=3570, max_steps=700, learning_rate=2e-3)
     finetune: Stage = Stage(num_rows=9600, max_steps=600, learning_rate=4e-3)

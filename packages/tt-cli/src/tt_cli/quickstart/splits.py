@@ -52,7 +52,7 @@ def _draw(ask: Ask, rng: random.Random, number: int, used: set[str]) -> list[Row
     while len(rows) < number:
         row = ask(rng)
         misses = misses + 1 if row.question in used else 0
-        if misses > 1000:
+        if misses > 10_000:
             raise ValueError(f"{row.kind}: {number} different questions wanted, found only {len(rows)}")
         if not misses:
             rows.append(row)
