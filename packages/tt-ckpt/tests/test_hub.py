@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -506,3 +508,17 @@ def test_environment_variables_rule_a_fresh_process(server, repository, tmp_path
     saved = [file for file in (tmp_path / "home").rglob("*") if file.is_file() and CANARY.encode() in file.read_bytes()]
     assert saved == []
     assert load_file(tt_ckpt.resolve(done.stdout.strip()) / "model.safetensors")
+
+
+def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch, tmp_path):
+    """A mistyped folder on a machine without network must not wait for minutes."""
+    from huggingface_hub import constants
+
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    started = time.monotonic()
+    with pytest.raises(ConnectionError, match="no directory of that name here"):
+        tt_ckpt.download("nobody/nothing", output_dir=tmp_path)
+    assert time.monotonic() - started < 5

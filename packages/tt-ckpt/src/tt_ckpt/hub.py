@@ -25,6 +25,7 @@ WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*merge
           "NOTICE*",           "USE_POLICY*", "README.md")  # fmt: skip
 UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf", "training_args*", "runs/*")
 PUBLIC_HUB = "https://huggingface.co"
+FIRST_CONTACT_S = 1.0  # for a hub that has not answered at all: perhaps the name is a typo, perhaps there is no network
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -76,7 +77,8 @@ def download(
         return Download(repo_id=repo_id, revision=path.name, path=str(path), files=names, num_bytes=size,
                         num_verified=0, seconds=seconds)  # fmt: skip
     until = started + retry_s
-    commit, remote = _retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision)
+    first = started + min(retry_s, FIRST_CONTACT_S)
+    commit, remote = _retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
     wanted = [file for file in remote if _matches(file.name, allow, ignore)]
     if not any(file.name.endswith(".safetensors") for file in wanted) and any(
         file.name.endswith((".bin", ".pth", ".pt")) for file in remote
@@ -212,18 +214,36 @@ def _forget(path: Path) -> None:
 # ---- failures --------------------------------------------------------------------------------------------------------
 
 
-def _retrying(repo_id: str, until: float, action: Callable[[], Any], revision: str | None = None) -> Any:
-    """``action()``, again after passing failures with growing pauses while there is time; others are explained."""
+def _retrying(
+    repo_id: str, until: float, action: Callable[[], Any], revision: str | None = None, *, contact: float | None = None
+) -> Any:
+    """``action()``, again after passing failures with growing pauses while there is time; others are explained.
+
+    ``contact``: when to give up on a hub that gives no answer at all.
+    """
     pause = 0.5
     while True:
         try:
             return action()
         except Exception as error:
-            if not _is_passing(error) or time.monotonic() + pause > until:
+            answered = getattr(error, "response", None) is not None
+            limit = until if answered or contact is None else min(until, contact)
+            if not _is_passing(error) or time.monotonic() + pause > limit:
+                if contact is not None and not answered and _is_passing(error):
+                    raise _unreachable(error, repo_id) from None
                 raise explained(error, repo_id, revision) from None
             logger.warning("%s: %s; trying again in %.1f s", repo_id, _first_line(error), pause)
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
+
+
+def _unreachable(error: Exception, repo_id: str) -> ConnectionError:
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    return ConnectionError(
+        f"{repo_id}: no directory of that name here, and {host} gives no answer ({_first_line(error)})"
+    )
 
 
 def _is_passing(error: Exception) -> bool:
