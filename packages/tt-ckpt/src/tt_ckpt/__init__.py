@@ -9,6 +9,8 @@ from tt_ckpt.redact import redact
 from tt_ckpt.train_checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
 from tt_ckpt.upload import Upload, model_card, upload
 
+__version__ = "0.1.0"
+
 __all__ = [
     "read_config",
     "resolve",
