@@ -95,7 +95,7 @@ def test_what_is_imported_is_declared(package):
     declared = {re.split(r"[<>=!~;\[ ]", line)[0].lower().replace("-", "_") for line in project["dependencies"]}
     declared |= {"yaml"} if "pyyaml" in declared else set()
     if package == "tt_cli":
-        declared |= set(LEAVES) | {"torch", "omegaconf", "yaml", "tokenizers"}  # tt-train's and its leaves'; a verb's needs
+        declared |= set(LEAVES) | {"torch", "omegaconf", "yaml", "tokenizers"}  # tt-train's and its leaves'
     allowed = declared | OPTIONAL.get(package, set()) | sys.stdlib_module_names | {package}
     for name, tree in modules(package):
         unknown = tops(imported(tree)) - allowed
