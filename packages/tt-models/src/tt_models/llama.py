@@ -66,7 +66,7 @@ SIZES: dict[str, LlamaConfig] = {
     "code_llama_7b": sized(CODE_LLAMA, 4096, 32, 32, 32, 11008),
     "code_llama_13b": sized(CODE_LLAMA, 5120, 40, 40, 40, 13824),
     "code_llama_34b": sized(replace(CODE_LLAMA, vocab_size=32000), 8192, 48, 64, 8, 22016),
-    "code_llama_70b": sized(replace(CODE_LLAMA, max_position_embeddings=2048, rope_theta=1e4), 8192, 80, 64, 8, 28672),
+    "code_llama_70b": sized(CODE_LLAMA, 8192, 80, 64, 8, 28672),
     "llama3_8b": sized(LLAMA3, 4096, 32, 32, 8, 14336),
     "llama3_70b": sized(LLAMA3, 8192, 80, 64, 8, 28672),
     "llama3_1_8b": sized(LLAMA3_1, 4096, 32, 32, 8, 14336),
