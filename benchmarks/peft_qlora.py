@@ -1,9 +1,8 @@
-"""Memory and time of QLoRA on a Llama of 1.1 billion parameters: load, and train three steps. CPU, one thread.
+"""Memory and time of QLoRA on a Llama of 1.1 billion parameters: load, and train three steps with checkpointing. CPU.
 
-Each contestant is a process of its own over the same files and token ids. Peaks are sampled every 5 ms, above what the
-process has after its imports: "resident" is all of it, "own" leaves out mapped file pages, which the system takes back
-at need (transformers leaves a bf16 base mapped).
-`nox -s bench -- peft_qlora`, or with `--quick` for a small shape.
+Each contestant is a process of its own with one thread, over the same files and token ids. Peaks are sampled every 5
+ms, above what the process has after its imports: "resident" is all of it, "own" leaves out mapped file pages, which
+the system takes back at need (transformers leaves a bf16 base mapped). `nox -s bench -- peft_qlora`; `--quick`: small.
 """
 
 import json
@@ -71,12 +70,14 @@ def with_tt(folder: Path, *, quantize: bool) -> nn.Module:
     import tt_ckpt
     import tt_models
     import tt_peft
+    from tt_train.memory import checkpoint_activations_
 
     config = tt_models.config_from_hf(tt_ckpt.read_config(folder))
     model = tt_models.build(config, device="meta", dtype=torch.bfloat16)
     tt_peft.apply_lora_(model, tt_peft.LoRAConfig(rank=8, target_modules="all-linear", quantize_base=quantize))
-    tt_ckpt.load_weights(model, folder, dtype=torch.bfloat16, device="cpu")
+    tt_ckpt.load_weights(model, folder, dtype=torch.bfloat16, device="cpu", check_finite=False)
     tt_peft.init_adapter_(model)
+    checkpoint_activations_(model)
     return model
 
 
@@ -103,6 +104,7 @@ def with_peft(folder: Path, *, quantize: bool) -> nn.Module:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu", **options)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return peft.get_peft_model(
         model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS), autocast_adapter_dtype=False
     )
@@ -127,7 +129,7 @@ def one(name: str, folder: Path) -> dict[str, float]:
     """Runs inside of its own process."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for module in ("transformers", "peft", "tt_peft", "torchao.quantization", "bitsandbytes"):
+    for module in ("transformers", "peft", "tt_train.memory", "torchao.quantization", "bitsandbytes"):
         try:
             __import__(module)
         except ImportError:
@@ -170,9 +172,7 @@ def main() -> None:
         return
     flags = ["--quick"] if QUICK else []
     print(f"{SHAPE['hidden_size']} wide, {SHAPE['num_hidden_layers']} layers, batch {ROWS} x {LENGTH}\n")
-    print(
-        "| | load CPU s | loading, resident MiB | peak, resident MiB | of tt LoRA | own MiB | step CPU s | loss 1 -> 3 |"
-    )
+    print("| | load CPU s | loading, resident MiB | peak, resident MiB | share | own MiB | step CPU s | loss 1 -> 3 |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         subprocess.run([sys.executable, __file__, "--write", scratch, *flags], check=True)

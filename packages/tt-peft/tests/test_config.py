@@ -34,7 +34,7 @@ def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="init='loftq' needs quantize_base=True"):
         LoRAConfig(init="loftq")
     with pytest.raises(ValueError, match="target_modules is empty"):
-        LoRAConfig(target_modules=())
+        LoRAConfig(target_modules=(), modules_to_save="lm_head")
     with pytest.raises(ValueError, match="target_parameters works with dropout=0"):
         LoRAConfig(target_parameters=("experts.up",), dropout=0.1)
     with pytest.raises(ValueError, match="init='pissa' with use_dora=True needs dropout=0"):

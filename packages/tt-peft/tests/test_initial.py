@@ -30,6 +30,20 @@ def test_the_same_seed_gives_the_same_values_whatever_the_dtype(make_lm):
     )
 
 
+def test_init_adapter_draws_the_adapter_that_is_named_again(make_lm):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(rank=2))
+    apply_lora_(model, LoRAConfig(rank=2), adapter="second")
+    first, second = (
+        {k: v.clone() for k, v in tt_peft.adapter_state_dict(model, n).items()} for n in ("default", "second")
+    )
+    torch.manual_seed(99)
+    tt_peft.init_adapter_(model, "second")
+    key = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert torch.equal(tt_peft.adapter_state_dict(model)[key], first[key])
+    assert not torch.equal(tt_peft.adapter_state_dict(model, "second")[key], second[key])
+
+
 def test_a_is_uniform_and_b_zero_as_in_peft():
     model = nn.ModuleDict({"layer": nn.Linear(400, 10)})
     apply_lora_(model, LoRAConfig(rank=8, target_modules="layer"))

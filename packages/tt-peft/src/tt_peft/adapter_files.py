@@ -27,6 +27,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BASE_KEY = "tt_base"
+_START = (".start_A.weight", ".start_B.weight")
 
 
 def save_adapter(
@@ -36,13 +37,16 @@ def save_adapter(
 
     ``base_model`` is the name or path of the base model (default: the model's own ``config._name_or_path``, if any).
     What tells the base from others goes into the file's metadata, so that ``load_adapter`` can refuse another base.
+    Of a sharded model every rank must call this; rank 0 writes.
     """
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     base_model = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    tensors = {
-        _PREFIX + key: _for_file(tensor) for key, tensor in without_start(adapter_state_dict(model, adapter)).items()
-    }
+    state = adapter_state_dict(model, adapter)
+    sharded = any(hasattr(tensor, "device_mesh") for tensor in state.values())
+    tensors = {_PREFIX + key: _for_file(tensor) for key, tensor in without_start(state).items()}
+    if sharded and torch.distributed.get_rank() != 0:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", _BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
     _write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
     settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)
@@ -52,13 +56,13 @@ def save_adapter(
 
 def without_start(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """An adapter counted from the untouched base: what PiSSA started from becomes more rank: ``[A; A0] [B, -B0]``."""
-    plain = {key: tensor for key, tensor in state.items() if ".start_" not in key}
+    plain = {key: tensor for key, tensor in state.items() if not key.endswith(_START)}
     for key, start in state.items():
-        if key.endswith("start_A.weight"):
-            own = key.replace(".start_", ".lora_")
+        if key.endswith(_START[0]):
+            own = key.removesuffix(_START[0]) + ".lora_A.weight"
             plain[own] = torch.cat([whole(state[own]), whole(start)])
-        elif key.endswith("start_B.weight"):
-            own = key.replace(".start_", ".lora_")
+        elif key.endswith(_START[1]):
+            own = key.removesuffix(_START[1]) + ".lora_B.weight"
             plain[own] = torch.cat([whole(state[own]), -whole(start)], dim=1)
     return plain
 
@@ -103,7 +107,9 @@ def load_adapter(
         _check_same(model, config, adapter, folder)
     else:
         apply_lora_(model, config, adapter=adapter)
-    starts = {e.key: e.parameter.detach() for e in entries(model, adapter) if ".start_" in e.key and e.key not in state}
+    starts = {
+        e.key: e.parameter.detach() for e in entries(model, adapter) if e.key.endswith(_START) and e.key not in state
+    }
     try:
         load_adapter_state_(model, {**state, **starts}, adapter=adapter)
     except ValueError as error:

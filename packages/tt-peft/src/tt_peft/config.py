@@ -56,7 +56,7 @@ class LoRAConfig:
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        if not (self.target_modules or self.target_parameters or self.modules_to_save):
+        if not (self.target_modules or self.target_parameters):
             raise ValueError("target_modules is empty: name at least one module, such as 'q_proj', or use 'all-linear'")
         if self.init not in get_args(Init):
             raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
