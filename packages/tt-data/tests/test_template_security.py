@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tt_data import TemplateError, load_dataset, load_tokenizer
-from tt_data.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate
+from tt_data.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, Job
 
 TURNS = [{"role": "user", "content": "hi"}]
 
@@ -89,7 +89,8 @@ def test_a_killed_process_is_replaced_and_its_row_named(chatml: Any) -> None:
     """A C function that never returns to Python: only the parent can end it."""
     source = "{% set n = messages[0].content | length %}{{ 7 ** (7 ** (3 * n)) if n == 4 }}{{ messages[0].content }}"
     template = ChatTemplate(source, name="hostile")
-    jobs = [{"messages": [{"role": "user", "content": text}], "prompt": False} for text in ("a", "bomb", "c")]
+    conversations = [[{"role": "user", "content": text}] for text in ("a", "bomb", "c")]
+    jobs = [Job({"messages": messages, "prompt": False}, 1) for messages in conversations]
     answers = template.run(jobs)
     assert [answer.get("text") for answer in answers] == ["a", None, "c"]
     assert answers[1]["error"]

@@ -33,6 +33,22 @@ class TemplateError(ValueError):
         self.ambiguous = ambiguous
 
 
+class Job:
+    """A conversation to render, as the text that goes to the process, and how many messages it has."""
+
+    def __init__(self, content: Mapping[str, Any], messages: int) -> None:
+        self.text = json.dumps(content, default=str)
+        self.messages = messages
+
+    @property
+    def seconds(self) -> float:
+        """CPU time that it may take: turns are rendered again and again to find where each ends."""
+        return RENDER_SECONDS + _SECONDS_PER_PAIR * self.messages**2
+
+    def line(self) -> str:
+        return f'{{"seconds": {self.seconds}, "job": {self.text}}}'
+
+
 class ChatTemplate:
     """A Jinja chat template with the variables it may read. Starts its process when first used."""
 
@@ -45,7 +61,7 @@ class ChatTemplate:
         self.source, self.name = source, name
         self._setup = {
             "source": source, "variables": dict(variables or {}), "controls": list(controls), "ends": list(ends),
-            "output_limit": MAX_OUTPUT_CHARACTERS, "seconds": RENDER_SECONDS,
+            "output_limit": MAX_OUTPUT_CHARACTERS,
         }  # fmt: skip
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
@@ -59,7 +75,7 @@ class ChatTemplate:
             self._start()
             return tuple(self._facts["ends"])
 
-    def run(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Render ``jobs``; each answer has ``text`` (with ``spans`` where a job says what is trained) or ``error``."""
         answers: list[dict[str, Any]] = []
         with self._lock:
@@ -77,7 +93,7 @@ class ChatTemplate:
             ambiguous=answer.get("kind") == "AmbiguousTemplateError",
         )
 
-    def _one_by_one(self, request: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _one_by_one(self, request: Sequence[Job]) -> list[dict[str, Any]]:
         """A request killed the process: find the job that did."""
         answers: list[dict[str, Any]] = []
         for job in request:
@@ -95,7 +111,7 @@ class ChatTemplate:
         )  # fmt: skip
         self._owner = os.getpid()
         weakref.finalize(self, _stop, self._process, self._owner)
-        answers = self._ask([self._setup])
+        answers = self._ask([Job(self._setup, 0)])
         if answers is None:
             raise TemplateError(f"{self.name}: its first rendering used more time or memory than it may")
         if "error" in answers[0]:
@@ -103,17 +119,17 @@ class ChatTemplate:
             raise self.error(answers[0])
         self._facts = answers[0]
 
-    def _ask(self, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    def _ask(self, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
         """The answers, or None when the process died or had to be killed."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(_SLACK_SECONDS + 2 * max(job["seconds"] for job in jobs), process.kill)
+        timer = threading.Timer(_SLACK_SECONDS + 2 * max(job.seconds for job in jobs), process.kill)
         timer.daemon = True
         timer.start()
         try:
-            process.stdin.write(json.dumps(list(jobs)) + "\n")
+            process.stdin.write(f"[{','.join(job.line() for job in jobs)}]\n")
             process.stdin.flush()
             line = process.stdout.readline()
         except BrokenPipeError:
@@ -134,17 +150,16 @@ class ChatTemplate:
         self.__dict__.update(state, _process=None, _owner=0, _facts={}, _lock=threading.Lock())
 
 
-def _requests(jobs: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Jobs with their time limits, in lists that are answered within about a tenth of a second."""
-    request: list[dict[str, Any]] = []
+def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs in lists that are answered within about a tenth of a second."""
+    request: list[Job] = []
     pairs = 0
     for job in jobs:
-        size = len(job["messages"]) ** 2
-        if request and pairs + size > _PAIRS_PER_REQUEST:
+        if request and pairs + job.messages**2 > _PAIRS_PER_REQUEST:
             yield request
             request, pairs = [], 0
-        request.append({**job, "seconds": RENDER_SECONDS + _SECONDS_PER_PAIR * size})
-        pairs += size
+        request.append(job)
+        pairs += job.messages**2
     if request:
         yield request
 

@@ -99,8 +99,7 @@ def _is_tiktoken(file: Path) -> bool:
 def _adds_bos_json(backend: JsonTokenizer, names: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     bos = names.get("bos_token")
     index = backend.token_id(bos) if isinstance(bos, str) else None
-    by_default = backend.first_by_default()
-    return bool(by_default) and by_default[0] == index
+    return bool(backend.by_default) and backend.by_default[0] == index
 
 
 def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -188,9 +188,10 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         answers: list[dict[str, Any]] = []
-        for job in request if isinstance(request, list) else [request]:
+        for item in request:
+            job = item["job"]
             try:
-                _limit_time(job["seconds"])
+                _limit_time(item["seconds"])
                 if template is None:
                     template = _Template(job)
                     answers.append({"ends": template.ends, "generation": template.has_generation})

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tt_data.tokenizer_json import JsonTokenizer
+from tt_data.word_cache import byte_letters
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -48,7 +49,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _as_tokenizer_json(ranks: dict[bytes, int]) -> dict[str, object]:
     """The same merges as a byte-level BPE: a token's parts are those that it merges from last."""
-    letters = _byte_letters()
+    letters = byte_letters()
     spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -83,10 +84,3 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     if len(parts) != 2:
         raise ValueError(f"token {token!r} cannot be made by merging two lower ones")
     return parts[0], parts[1]
-
-
-def _byte_letters() -> dict[int, str]:
-    """Byte-level BPE's letter for each byte: printable ones are themselves, the others follow from U+0100."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = iter(range(256, 512))
-    return {byte: chr(byte) if byte in printable else chr(next(others)) for byte in range(256)}

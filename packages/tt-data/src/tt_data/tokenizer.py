@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tt_data.chat_template import ChatTemplate, TemplateError, escape_controls, new_nonce
+from tt_data.chat_template import ChatTemplate, Job, TemplateError, escape_controls, new_nonce
 from tt_data.messages import Message
 from tt_data.rendered import Encoded, Rendered, Span, substitute
 
@@ -84,6 +85,9 @@ class Tokenizer:
         self._control = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
         ending = f"|(?:{'|'.join(map(re.escape, beginnings))})\\Z" if beginnings else ""
         self._breakable = re.compile(self._control.pattern + ending)
+        spelt = [re.escape(json.dumps(token)[1:-1]) for token in (*ordered, *beginnings)]
+        spelt[len(ordered) :] = [f'{token}"' for token in spelt[len(ordered) :]]
+        self._suspect = re.compile("|".join(spelt) or r"(?!)")  # in a conversation's JSON: one that may need breaking
 
     # Text -----------------------------------------------------------------------------------------------------
 
@@ -144,7 +148,7 @@ class Tokenizer:
         (``enable_thinking=False``)."""
         job = {**self._job(messages, tools, variables), "prompt": add_generation_prompt}
         template = self._template(tools)
-        answer = template.run([job])[0]
+        answer = template.run([Job(job, len(messages))])[0]
         if "error" in answer:
             raise template.error(answer)
         return str(answer["text"])
@@ -245,14 +249,20 @@ class Tokenizer:
 
     def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
         template, nonce = self._template(tools), new_nonce()
-        safe: list[dict[str, Any]] = [escape_controls(job, self._breakable, nonce) for job in jobs]
+        sent: list[Job] = []
+        broken: list[bool] = []
+        for content in jobs:
+            job = Job(content, len(content["messages"]))
+            safe = escape_controls(content, self._breakable, nonce) if self._suspect.search(job.text) else content
+            broken.append(safe is not content)
+            sent.append(Job(safe, job.messages) if broken[-1] else job)
         results: list[Rendered | TemplateError] = []
-        for job, original, answer in zip(safe, jobs, template.run(safe), strict=True):
+        for answer, was_broken in zip(template.run(sent), broken, strict=True):
             if "error" in answer:
                 results.append(template.error(answer, nonce))
                 continue
             spans = [(a, b) for a, b in answer.get("spans", ())]
-            if job is original:
+            if not was_broken:
                 results.append(Rendered(answer["text"], spans))
             else:
                 results.append(self._unescape(answer["text"], spans, nonce))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_data.rendered import Encoded, Rendered, Span, join_spans, substitute
+from tt_data.word_cache import make_word_cache
 
 
 class JsonTokenizer:
@@ -19,7 +20,7 @@ class JsonTokenizer:
     """
 
     def __init__(self, source: str, *, name: str = "tokenizer.json") -> None:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, processors
 
         try:
             self._tokenizer = Tokenizer.from_str(source)
@@ -27,12 +28,15 @@ class JsonTokenizer:
             raise ValueError(f"{name}: not a tokenizer.json that this version of tokenizers reads ({error})") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self.by_default: list[int] = self._tokenizer.encode("a", add_special_tokens=True).ids
+        self._tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         added = self._tokenizer.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: index for index, token in added.items()}
         self.control: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
         self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self._marked: Any = None
         self._markers: dict[str, str] = {}
+        self._words = make_word_cache(self._tokenizer, json.loads(source))
 
     def set_control(self, control: dict[str, int]) -> None:
         """Which strings are control tokens: never made from text that someone typed."""
@@ -50,19 +54,18 @@ class JsonTokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def first_by_default(self) -> list[int]:
-        """The ids that the file's own post-processor puts around a text."""
-        ids: list[int] = self._tokenizer.encode("a", add_special_tokens=True).ids
-        return ids
-
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
         return text
 
     def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]:
-        plain = [i for i, row in enumerate(rows) if row.controls is None or not self._has_control(row.text)]
-        marked = sorted(set(range(len(rows))) - set(plain))
         encoded: list[Encoded | None] = [None] * len(rows)
+        typed = [row.controls is not None and self._has_control(row.text) for row in rows]
+        if self._words:
+            for i, row in enumerate(rows):
+                encoded[i] = None if typed[i] else self._words.encode(row.text, row.trained)
+        left = [i for i, found in enumerate(encoded) if found is None]
+        plain, marked = [i for i in left if not typed[i]], [i for i in left if typed[i]]
         self._encode_into(encoded, plain, [rows[i] for i in plain], self._tokenizer)
         if marked:
             tokenizer = self._with_markers()
@@ -74,13 +77,8 @@ class JsonTokenizer:
 
     @staticmethod
     def _encode_into(encoded: list[Encoded | None], places: list[int], rows: list[Rendered], tokenizer: Any) -> None:
+        """Put what the library makes of ``rows`` at ``places``."""
         texts = [row.text for row in rows]
-        if all(not row.trained or row.trained == [(0, len(row.text))] for row in rows):
-            fast = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            for i, row, encoding in zip(places, rows, fast, strict=True):
-                ids = encoding.ids
-                encoded[i] = Encoded(ids, [(0, len(ids))] if row.trained and ids else [])
-            return
         for i, row, encoding in zip(places, rows, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
             ids = encoding.ids
             encoded[i] = Encoded(ids, _token_spans(encoding, row.trained, len(ids)))
@@ -100,7 +98,11 @@ class JsonTokenizer:
         return self._marked
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_marked": None, "_markers": {}}
+        return {**self.__dict__, "_marked": None, "_markers": {}, "_words": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._words = make_word_cache(self._tokenizer, json.loads(self.to_str()))
 
 
 def _rename_tokens(source: str, names: dict[str, str]) -> str:

@@ -117,12 +117,13 @@ class _Finder:
 
     def end(self, i: int, start: int) -> int:
         """Where turn ``i`` ends: after its end-of-turn token, without the template's white space behind it."""
-        through = self.render(self.messages[: i + 1], False)
+        last = i + 1 == len(self.messages)
+        through = self.full if last else self.render(self.messages[: i + 1], False)
         if self.full.startswith(through) and len(through) > start:
             return self._after_end_token(start, len(through))
         # The last turn is rendered otherwise than an earlier one (Qwen3's thinking, Phi-3's final token): compare
         # with the same conversation that goes on differently.
-        if i + 1 < len(self.messages):
+        if not last:
             other = self.render([*self.messages[: i + 1], {**self.messages[i + 1], "content": _PROBES[0]}], False)
             limit = _shared_length(other, self.full)
             found = [self.full.find(end, start, limit) for end in self.ends]
