@@ -101,8 +101,10 @@ def strip_metadata(folder):
 )
 def test_a_folder_of_peft_for_another_shape_is_refused(sizes, message, folder, make_lm):
     strip_metadata(folder)
+    model = make_lm(**sizes)
     with pytest.raises(ValueError, match=message):
-        tt_peft.load_adapter(make_lm(**sizes), folder)
+        tt_peft.load_adapter(model, folder)
+    assert [type(m) for m in model.modules()] == [type(m) for m in make_lm(**sizes).modules()]
 
 
 def test_a_folder_of_peft_for_another_base_name_is_refused(folder, make_lm):
@@ -110,6 +112,16 @@ def test_a_folder_of_peft_for_another_base_name_is_refused(folder, make_lm):
     with pytest.raises(ValueError, match=r"trained on org/base, but the model here is org/other"):
         tt_peft.load_adapter(make_lm(), folder, base_model="org/other")
     tt_peft.load_adapter(make_lm(), folder, base_model="/models/base")
+
+
+@pytest.mark.parametrize(
+    "metadata", ["[]", "{", '{"values": 3}', '{"shapes": 1, "values": {"lm_head.weight": ["a"]}}', "[" * 9999]
+)
+def test_damaged_metadata_is_refused(metadata, folder, make_lm):
+    file = folder / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "tt_base": metadata})
+    with pytest.raises(ValueError, match=r"the metadata 'tt_base' is damaged|names or shapes differ"):
+        tt_peft.load_adapter(make_lm(), folder)
 
 
 def test_a_tensor_that_nothing_asked_for_is_refused(folder, make_lm):

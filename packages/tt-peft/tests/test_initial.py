@@ -95,6 +95,7 @@ def test_values_before_the_base_are_refused(make_lm, tmp_path):
     model = make_lm(device="meta")
     with pytest.raises(ValueError, match=r"is on the meta device: load the base weights before"):
         tt_peft.load_adapter(model, tmp_path)
+    apply_lora_(model, LoRAConfig())
     with pytest.raises(ValueError, match=r"q_proj is on the meta device: load the base weights before"):
         tt_peft.init_adapter_(model)
 

@@ -66,6 +66,23 @@ def test_disable_adapter_is_the_base_with_dora_and_nf4(make_lm, randomise, ids):
             assert torch.equal(model(ids), make_lm()(ids))
 
 
+def test_a_removed_adapter_leaves_the_others_and_in_the_end_the_plain_model(two, make_lm, ids):
+    set_adapter_(two, "default")
+    expected = two(ids)
+    tt_peft.remove_adapter_(two, "other")
+    assert tt_peft.adapter_names(two) == ["default"]
+    assert torch.equal(two(ids), expected)
+    tt_peft.remove_adapter_(two, "default")
+    plain = make_lm()
+    assert [type(m) for m in two.modules()] == [type(m) for m in plain.modules()]
+    assert torch.equal(two(ids), plain(ids))
+    with pytest.raises(ValueError, match="the model has no adapter 'default'; it has: none"):
+        tt_peft.remove_adapter_(two, "default")
+    apply_lora_(two, LoRAConfig(rank=2, quantize_base=True))
+    tt_peft.remove_adapter_(two, "default")
+    assert type(two.model.layers[0].self_attn.q_proj) is tt_peft.NF4Linear
+
+
 def test_unknown_and_repeated_names_are_refused(two, make_lm):
     with pytest.raises(ValueError, match="the model has no adapter 'nope'; it has: default, other"):
         set_adapter_(two, "nope")

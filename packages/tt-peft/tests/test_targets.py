@@ -127,9 +127,27 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_its_kind(make_lm):
     for target, kind in (("odd", "Odd"), ("input_layernorm", "LayerNorm"), ("self_attn", "_Attention")):
         with pytest.raises(ValueError, match=f"is a {kind}: LoRA goes on nn.Linear and nn.Embedding"):
             names(model, target_modules=(target,))
+
+    class Scaled(nn.Embedding):
+        def forward(self, input_ids):
+            return super().forward(input_ids) * 4
+
+    model.scaled = Scaled(4, 4)
+    with pytest.raises(ValueError, match="scaled is a Scaled: LoRA goes on nn.Linear and nn.Embedding"):
+        names(model, target_modules=("scaled",))
     attention = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match="out_proj is a NonDynamicallyQuantizableLinear"):
         names(attention, target_modules=("out_proj",))
+
+
+def test_a_subclass_that_computes_the_same_is_itself_again_after_merging():
+    class Named(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"layer": Named(4, 4)})
+    assert names(model, target_modules="all-linear") == ["layer"]
+    tt_peft.merge_lora_(model)
+    assert type(model["layer"]) is Named
 
 
 def test_a_rank_above_the_layer_s_is_warned_about_with_the_cap(make_lm):

@@ -17,6 +17,7 @@ from tt_peft.switch import (
     adapter_names,
     adapter_parameters,
     disable_adapter,
+    remove_adapter_,
     set_adapter_,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "adapter_names",
     "active_adapters",
     "set_adapter_",
+    "remove_adapter_",
     "disable_adapter",
     "merge_lora_",
     "unmerge_lora_",

@@ -20,7 +20,7 @@ from tt_peft.peft_config import Members, config_from_peft, config_to_peft
 from tt_peft.saved import SavedModule
 from tt_peft.stacked import StackedLoRA
 from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
-from tt_peft.switch import adapter_config, adapter_names, modules_of
+from tt_peft.switch import adapter_config, adapter_names, modules_of, remove_adapter_
 from tt_peft.targets import nearest, output_projection_names, own_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -103,16 +103,18 @@ def load_adapter(
     config = config_from_peft(settings, folder / CONFIG_FILE).with_(quantize_base=quantize_base)
     config = config.with_(modules_to_save=_names_ending_in(model, config.modules_to_save, folder))
     _check_targets(model, config, state, folder)
-    if adapter in adapter_names(model):
-        _check_same(model, config, adapter, folder)
-    else:
+    fresh = adapter not in adapter_names(model)
+    if fresh:
         apply_lora_(model, config, adapter=adapter)
-    starts = {
-        e.key: e.parameter.detach() for e in entries(model, adapter) if e.key.endswith(_START) and e.key not in state
-    }
+    else:
+        _check_same(model, config, adapter, folder)
+    own = {entry.key: entry.parameter.detach() for entry in entries(model, adapter)}
+    starts = {key: value for key, value in own.items() if key.endswith(_START) and key not in state}
     try:
         load_adapter_state_(model, {**state, **starts}, adapter=adapter)
     except ValueError as error:
+        if fresh:
+            remove_adapter_(model, adapter)
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     return config
 
@@ -155,13 +157,12 @@ def _check_base(
     title = f"{folder}: this adapter was trained on {trained_on or 'another base'}"
     if _BASE_KEY in metadata:
         try:
-            saved = json.loads(metadata[_BASE_KEY])
-        except ValueError:
-            raise ValueError(f"{folder / WEIGHTS_FILE}: the metadata {_BASE_KEY!r} is not valid JSON") from None
-        different = difference(saved, model)
+            different = difference(json.loads(metadata[_BASE_KEY]), model)
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{folder / WEIGHTS_FILE}: the metadata {_BASE_KEY!r} is damaged") from None
         if different:
             raise ValueError(f"{title}, but the model here{f' ({here})' if here else ''} is another: {different}")
-    elif base_model and trained_on and Path(base_model).name != Path(trained_on).name:
+    elif base_model and trained_on and Path(base_model).name != Path(str(trained_on)).name:
         raise ValueError(f"{title}, but the model here is {base_model}; pass check_base=False if they are the same")
 
 

@@ -16,7 +16,7 @@ from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.saved import SavedModule, save_module_
 from tt_peft.stacked import stack_lora_
 from tt_peft.switch import adapter_names, set_adapter_
-from tt_peft.targets import first_match, is_linear, matches, nearest, select, select_modules
+from tt_peft.targets import first_match, is_embedding, is_linear, matches, nearest, select, select_modules
 
 
 def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default") -> list[str]:
@@ -98,7 +98,7 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
         inside = next((s for s in saved if name == s or name.startswith(s + ".")), None)
         if inside or isinstance(module, SavedModule):
             raise ValueError(f"{name} is in target_modules and trained in full by modules_to_save: choose one")
-        if not is_linear(module) and not isinstance(module, nn.Embedding):
+        if not is_linear(module) and not is_embedding(module):
             raise ValueError(f"{name} is a {type(module).__name__}: LoRA goes on nn.Linear and nn.Embedding")
         if isinstance(module, nn.Embedding) and (config.use_dora or config.init != "kaiming"):
             raise ValueError(f"{name} is an embedding: use_dora=False and init='kaiming' only")
@@ -113,7 +113,7 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
 
 def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:
     """Change the class of a layer; the object, its parameters and its hooks stay."""
-    fresh = not isinstance(module, AdapterModule)
+    before = type(module)
     if isinstance(module, nn.Embedding):
         module.__class__ = LoRAEmbedding
     elif config.use_dora or isinstance(module, DoRALinear):
@@ -121,8 +121,9 @@ def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding
     else:
         module.__class__ = QLoRALinear if isinstance(module, NF4Base) else LoRALinear
     assert isinstance(module, LoRALinear | LoRAEmbedding)
-    if fresh:
+    if not issubclass(before, AdapterModule):
         module.become_adapted_()
+        module.base_class = nn.Linear if issubclass(before, NF4Base) else before
     return module
 
 

@@ -23,6 +23,7 @@ class LoRALinear(AdapterModule, nn.Linear):
 
     fused = True  # the fused function where it is faster and applies; False: never
     dora = False
+    base_class: type[nn.Module] = nn.Linear
 
     def __init__(
         self,
@@ -84,6 +85,8 @@ def can_fuse(x: Tensor, adapter: LowRank) -> bool:
 
 class LoRAEmbedding(AdapterModule, nn.Embedding):
     """``y = W[x] + scaling * A[:, x]^T B^T`` with W frozen."""
+
+    base_class: type[nn.Module] = nn.Embedding
 
     def add_adapter_(self, name: str, spec: LowRankSpec) -> None:
         shapes = (spec.rank, self.num_embeddings), (self.embedding_dim, spec.rank)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from tt_peft.dora import DoRALinear
-from tt_peft.lora import LoRAEmbedding, LoRALinear
+from tt_peft.lora import LoRAEmbedding
 from tt_peft.lowrank import AdapterModule, LowRank, low_ranks, row_norms
 from tt_peft.nf4 import NF4Linear, dense, is_nf4
 from tt_peft.saved import SavedModule, own_parameters
 from tt_peft.stacked import StackedLoRA
-from tt_peft.switch import adapted_modules
+from tt_peft.switch import adapted_modules, plain_class
 from tt_peft.targets import own_modules
 
 
@@ -113,7 +113,7 @@ def _unmerge_all(model: nn.Module) -> list[str]:
 def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_base: bool) -> list[LayerLoss]:
     """Merge one module; nothing of it changes where the result is not finite."""
     before = _Before(type(module), {key: getattr(module, key) for key in ("adapters", "active", "disabled")})
-    plain = _plain_class(module)
+    plain = plain_class(module)
     if isinstance(module, SavedModule):
         _swap(module)
         _become(module, plain, before, {})
@@ -135,14 +135,6 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
         weights[local] = stored
     _become(module, plain, before, weights)
     return losses
-
-
-def _plain_class(module: AdapterModule) -> type[nn.Module]:
-    if isinstance(module, LoRALinear):
-        return nn.Linear
-    if isinstance(module, LoRAEmbedding):
-        return nn.Embedding
-    return type(module).__bases__[1]  # class LoRAExperts(StackedLoRA, Experts)
 
 
 def _merged_names(module: AdapterModule) -> list[str]:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from tt_peft.config import LoRAConfig
+from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule, low_ranks
+from tt_peft.nf4 import NF4Base, NF4Linear
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -58,6 +60,29 @@ def set_adapter_(model: nn.Module, adapter: str | Sequence[str]) -> None:
         for name, part in module.adapters.items():
             for local, parameter in part.named_parameters():
                 parameter.requires_grad_(name in chosen and not local.startswith("start_"))
+
+
+def remove_adapter_(model: nn.Module, adapter: str) -> None:
+    """Take one adapter off, in place; a module without any is of its plain class again (NF4 weights stay NF4)."""
+    for module in modules_of(model, adapter).values():
+        del module.adapters[adapter]
+        module.active = tuple(name for name in module.active if name != adapter)
+        if not module.adapters:
+            _take_class(module, NF4Linear if isinstance(module, NF4Base) else plain_class(module))
+
+
+def _take_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    for name in ("adapters", "active", "disabled"):
+        delattr(module, name)
+    module.__class__ = cls
+
+
+def plain_class(module: AdapterModule) -> type[nn.Module]:
+    """The class of a dense module before it was adapted."""
+    if isinstance(module, LoRALinear | LoRAEmbedding):
+        return module.base_class
+    cls: type[nn.Module] = type(module).__bases__[1]  # class LoRAExperts(StackedLoRA, Experts)
+    return cls
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:

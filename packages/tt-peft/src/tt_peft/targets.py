@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tt_peft.lora import LoRALinear
+from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule
 from tt_peft.nf4 import NF4Linear
 
@@ -68,6 +68,12 @@ def is_linear(module: nn.Module) -> bool:
 def _is_attention_part(module: nn.Module) -> bool:
     """``nn.MultiheadAttention`` never calls its output projection: an adapter there would do nothing."""
     return isinstance(module, NonDynamicallyQuantizableLinear)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """An embedding that computes what torch's does (some models' scale what they look up), or ours."""
+    plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    return plain or isinstance(module, LoRAEmbedding)
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
