@@ -163,15 +163,20 @@ def _fill(slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torc
 
 
 def _not_finite(source: Tensor, filled: Tensor) -> str | None:
-    """How many values are NaN or infinite, in words. A finite sum proves that none is: one pass, nothing allocated."""
-    if not source.is_floating_point() or bool(torch.isfinite(filled.detach().float().sum())):
+    """How many values are NaN or infinite, in words. A finite norm proves that none is: one pass, nothing allocated."""
+    if not source.is_floating_point() or _has_finite_norm(filled):
         return None
     count = int((~torch.isfinite(filled.float())).sum())
     if count == 0:
-        return None
+        return None  # finite, but too large to be squared and summed
     if bool(torch.isfinite(source.float()).all()):
         return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
     return f"{count} of {filled.numel()} values"
+
+
+def _has_finite_norm(tensor: Tensor) -> bool:
+    tensor = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()  # 8-bit floats cannot be summed
+    return bool(torch.isfinite(torch.linalg.vector_norm(tensor)))
 
 
 def _refuse_meta_buffers(model: nn.Module) -> None:

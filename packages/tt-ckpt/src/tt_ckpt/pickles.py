@@ -109,13 +109,12 @@ def write_pickled(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write ``{name: tensor}`` as ``torch.save`` does, but one tensor in memory at a time, and fsync it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # heavy, and only here
-
-    with FakeTensorMode():  # tensors without data: they give the archive its form
-        hollow = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    # Tensors that give the archive its form. Their memory is reserved but never touched, so there is none behind it.
+    hollow = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
     with create(path) as file:
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
+        with torch.serialization.skip_data():
             torch.save(hollow, file)
+        del hollow
         file.flush()
         for offset, (name, spec) in zip(_data_offsets(path, len(specs)), specs.items(), strict=True):
             tensor = get(name)
