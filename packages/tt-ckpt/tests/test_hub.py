@@ -499,7 +499,7 @@ def test_upload_without_permission_is_explained(server, model_dir):
 def test_environment_variables_rule_a_fresh_process(server, repository, tmp_path):
     code = f"import tt_ckpt, logging; logging.basicConfig(level='DEBUG'); print(tt_ckpt.download({REPO!r}).path)"
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": CANARY,
-                   "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+                   "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}  # fmt: skip
     server.needs_token = True
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
