@@ -106,6 +106,27 @@ def test_a_pattern_gives_an_expert_weight_its_own_rank(make_moe, randomise, ids,
     assert peft.PeftConfig.from_pretrained(str(tmp_path)).target_parameters
 
 
+def test_it_works_under_compile():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"experts": Experts()})
+    apply_lora_(model, LoRAConfig(rank=2, target_modules=(), target_parameters=("up", "down")))
+    with torch.no_grad():
+        for p in tt_peft.adapter_parameters(model).values():
+            p.add_(torch.randn_like(p) * 0.2)
+    x, expert = torch.randn(5, 8), torch.tensor([0, 1, 2, 3, 1])
+    expected = model["experts"](x, expert)
+    torch.testing.assert_close(torch.compile(model["experts"], backend="aot_eager")(x, expert), expected)
+    assert not {"up", "down"} & set(vars(model["experts"]))
+
+
+def test_an_exception_inside_leaves_the_parameters():
+    model = nn.ModuleDict({"experts": Experts()})
+    apply_lora_(model, LoRAConfig(rank=2, target_modules=(), target_parameters=("up",)))
+    with pytest.raises(IndexError):
+        model["experts"](torch.randn(1, 8), torch.tensor([99]))
+    assert isinstance(model["experts"].up, nn.Parameter)
+
+
 def test_merge_and_unmerge(make_moe, randomise, ids):
     model = make_moe()
     apply_lora_(model, LoRAConfig(rank=2, target_modules=(), target_parameters=BOTH))

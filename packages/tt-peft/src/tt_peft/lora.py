@@ -62,7 +62,8 @@ class LoRALinear(AdapterModule, nn.Linear):
         """W with the active adapters added, differentiable: for a loss that multiplies by the weight itself."""
         weight = dense(self.weight)
         for adapter in self.active_adapters():
-            weight = weight + adapter.delta().to(weight.dtype)
+            A, B = adapter.factors(weight.dtype)
+            weight = torch.addmm(weight, B, A, alpha=adapter.spec.scaling)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ class LoRAEmbedding(AdapterModule, nn.Embedding):
         """W with the active adapters added, differentiable."""
         weight: Tensor = self.weight
         for adapter in self.active_adapters():
-            weight = weight + adapter.delta().T.to(weight.dtype)
+            A, B = adapter.factors(weight.dtype)
+            weight = torch.addmm(weight, A.T, B.T, alpha=adapter.spec.scaling)
         return weight
 
     def forward(self, input_ids: Tensor) -> Tensor:

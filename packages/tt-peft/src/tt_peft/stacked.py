@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec
@@ -36,7 +37,9 @@ class StackedLoRA(AdapterModule):
         for parts in self.active_adapters():
             for local, low_rank in parts.items():
                 weight = weights.get(local, self.get_parameter(local))
-                weights[local] = weight + self.delta(low_rank).to(weight.dtype)
+                A, B = low_rank.factors(weight.dtype)
+                left, right = (A.transpose(1, 2), B.transpose(1, 2)) if self.transposed() else (B, A)
+                weights[local] = torch.baddbmm(weight, left, right, alpha=low_rank.spec.scaling)
         return weights
 
     def delta(self, low_rank: LowRank) -> Tensor:
