@@ -9,9 +9,11 @@ from itertools import chain, islice
 from typing import Any
 
 from tt_data.dataset import TokenDataset
+from tt_data.encode_processes import encode_here, encode_in_processes
+from tt_data.examples import BadRowError
 from tt_data.locate import Source
 from tt_data.readers import Read, choose_schema
-from tt_data.row_encoder import RowEncoder, Tally, TokenRow
+from tt_data.row_encoder import Tally, TokenRow
 from tt_data.settings import Settings
 from tt_data.store import TokenStore
 from tt_data.tokenizer import Tokenizer
@@ -29,7 +31,7 @@ def fingerprint_of(sources: Sequence[Source], tokenizer: Tokenizer, settings: Se
 
 def build(
     sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, *, read: Read | None = None, schema: str = "",
-    fingerprint: str | None = None,
+    fingerprint: str | None = None, num_workers: int = 0, timeout_s: float = 300.0,
 ) -> TokenDataset:  # fmt: skip
     """Every row of ``sources``. ``read`` (named ``schema``) instead of the schema that the columns are.
 
@@ -37,7 +39,7 @@ def build(
     """
     builder = _Builder(sources, tokenizer, settings)
     for number, source in enumerate(sources):
-        builder.read(number, source, read, schema)
+        builder.read(number, source, read, schema, num_workers=num_workers, timeout_s=timeout_s)
     builder.refuse_bad()
     return builder.dataset(fingerprint or fingerprint_of(sources, tokenizer, settings))
 
@@ -46,13 +48,15 @@ class _Builder:
     def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings) -> None:
         self.sources, self.tokenizer, self.settings = sources, tokenizer, settings
         self.tally = Tally()
-        self.encoder = RowEncoder(tokenizer, settings, self.tally, seen=set() if settings.drop_duplicates else None)
+        self.digests: set[bytes] = set()
         self.schemas: dict[str, str] = {}  # used as an ordered set: schema -> the first source of its kind
         self.kind: str | None = None
         self.stores = [TokenStore()]
         self.places, self.truncated, self.desirable = array("q"), array("b"), array("b")
 
-    def read(self, number: int, source: Source, read: Read | None, schema: str) -> None:
+    def read(
+        self, number: int, source: Source, read: Read | None, schema: str, *, num_workers: int, timeout_s: float
+    ) -> None:
         rows = source.rows()
         first = next(rows, None)
         if first is None:
@@ -61,11 +65,26 @@ class _Builder:
             found = choose_schema(first[1], self.tokenizer, self.settings, where=f"{source.name}:{first[0]}")
             read, schema = found.read, found.name
         self.schemas.setdefault(schema, source.name)
-        for batch in batched(chain([first], rows), _BATCH):
-            for row in self.encoder.encode(source.name, batch, read):
+        batches = batched(chain([first], rows), _BATCH)
+        if num_workers:
+            encoded = encode_in_processes(
+                source.name, batches, read, self.tokenizer, self.settings, num_workers=num_workers, timeout_s=timeout_s
+            )
+        else:
+            encoded = encode_here(source.name, batches, read, self.tokenizer, self.settings)
+        for kept, tally in encoded:
+            self.tally.add(tally)
+            for row in kept:
                 self._keep(number, row)
 
     def _keep(self, number: int, row: TokenRow) -> None:
+        if self.settings.drop_duplicates:
+            if row.digest in self.digests:
+                where = f"{self.sources[number].name}:{row.line}"
+                self.tally.drop(where, BadRowError("duplicate", "the same as an earlier row"))
+                return
+            self.digests.add(row.digest)
+        self.tally.keep(row)
         if self.kind is None:
             self.kind = row.kind
             self.stores = [TokenStore() for _ in row.parts]

@@ -32,7 +32,7 @@ def instruct_dataset(
     """Rows written as a prompt by an instruct template, and their ``output`` column.
 
     ``column_map``: the template's column names (and ``output``) to the rows'. ``transform`` changes each row first.
-    ``options``: ``split``, ``packing``, ``streaming``, ``seed``, ``buffer`` and ``cache_dir`` of ``load_dataset``.
+    ``options``: ``split``, ``packing``, ``streaming``, ``seed``, ``on_bad_row``, ... of ``load_dataset``.
     """
     if isinstance(template, str):
         template = get_instruct_template(template)

@@ -29,7 +29,8 @@ def load_dataset(
     source: Any, tokenizer: Tokenizer, *, columns: Mapping[str, str] | None = None, train_on: TrainOn = "assistant",
     max_seq_len: int | None = None, packing: bool = False, split: str | None = None, seed: int = 0,
     streaming: bool = False, template: str | None = None, schema: str | None = None, on_bad_row: OnBadRow = "drop",
-    drop_duplicates: bool = True, buffer: int = 10_000, cache_dir: str | Path | None = None,
+    drop_duplicates: bool = True, buffer: int = 10_000, cache_dir: str | Path | None = None, num_workers: int = 0,
+    timeout_s: float = 300.0,
 ) -> Any:  # fmt: skip
     """Token rows of a file, several files, a directory, a hub id, a registered name, rows in memory, or
     ``{source: weight}`` of these.
@@ -38,7 +39,8 @@ def load_dataset(
     built-in chat or instruct template instead of the model's own. ``schema``: instead of the one that the columns are.
     ``on_bad_row``: count and drop, or refuse. ``packing``: whole documents together in rows of ``max_seq_len``
     (``seed`` decides which). ``streaming``: read while training, shuffled within ``buffer`` rows. ``cache_dir``: where
-    token rows are kept, so that they are made once.
+    token rows are kept, so that they are made once. ``num_workers``: processes that encode (those of a stream are
+    ``batches``'s); one that does not answer for ``timeout_s`` is an error.
     Raises ValueError or FileNotFoundError, naming the file and line.
     """
     settings = Settings(
@@ -47,7 +49,7 @@ def load_dataset(
     )  # fmt: skip
     loader = _Loader(
         tokenizer, settings, packing=packing, split=split, seed=seed, buffer=buffer,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
+        cache_dir=None if cache_dir is None else Path(cache_dir), num_workers=num_workers, timeout_s=timeout_s,
     )  # fmt: skip
     return loader.stream(source) if streaming else loader.load(source)
 
@@ -58,11 +60,17 @@ class _Loader:
     def __init__(
         self, tokenizer: Tokenizer, settings: Settings, *, packing: bool = False, split: str | None = None,
         seed: int = 0, buffer: int = 10_000, cache_dir: Path | None = None, read: Read | None = None, schema: str = "",
+        num_workers: int = 0, timeout_s: float = 300.0,
     ) -> None:  # fmt: skip
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         if packing and settings.max_seq_len is None:
             raise ValueError("packing needs max_seq_len: the length of a packed row")
         self.tokenizer, self.settings, self.packing, self.split = tokenizer, settings, packing, split
         self.seed, self.buffer, self.cache_dir, self.read_row, self.schema = seed, buffer, cache_dir, read, schema
+        self.num_workers, self.timeout_s = num_workers, timeout_s
 
     def load(self, source: Any) -> TokenDataset | PackedDataset | MixedDataset:
         if isinstance(source, Mapping):
@@ -81,7 +89,10 @@ class _Loader:
         if self.cache_dir is not None and fingerprint is not None:
             rows = cache.load(fingerprint, tokenizer, self.cache_dir)
         if rows is None:
-            rows = build(sources, tokenizer, settings, read=self.read_row, schema=self.schema, fingerprint=fingerprint)
+            rows = build(
+                sources, tokenizer, settings, read=self.read_row, schema=self.schema, fingerprint=fingerprint,
+                num_workers=self.num_workers, timeout_s=self.timeout_s,
+            )  # fmt: skip
             if self.cache_dir is not None and fingerprint is not None:
                 cache.save(rows, self.cache_dir)
         if self.packing and settings.max_seq_len:

@@ -15,7 +15,7 @@ from tt_data.tokenizer import Backend, Tokenizer
 from tt_data.tokenizer_json import JsonTokenizer, read_tokenizer_json
 
 _log = logging.getLogger(__name__)
-_FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "original/tokenizer.model")
+_FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
 def load_tokenizer(path: str | Path, *, template: str | None = None, text_specials: Sequence[str] = ()) -> Tokenizer:

@@ -21,6 +21,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from tt_data.rendered import alternatives
 from tt_data.turn_spans import find_turn_ends, turn_spans
 
 _MEMORY_LIMIT = 1 << 30
@@ -71,8 +72,7 @@ class _Template:
         self.template = make_environment().from_string(setup["source"])
         self.variables: dict[str, Any] = setup["variables"]
         self.output_limit: int = setup["output_limit"]
-        controls = sorted(setup["controls"], key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, controls))) if controls else None
+        self.control = alternatives(setup["controls"]) if setup["controls"] else None
         self.has_generation = re.search(r"\{%[-+]?\s*generation\b", setup["source"]) is not None
         self.ends: list[str] = []
         self.ends = find_turn_ends(self.render, self.control)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Span = tuple[int, int]
@@ -40,6 +41,12 @@ def substitute(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence
     pieces.append(text[position:])
     moved = [(a + shifts[bisect_right(ends, a)], b + shifts[bisect_right(ends, b)]) for a, b in spans]
     return "".join(pieces), moved
+
+
+def alternatives(strings: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of ``strings``, the longest first; nothing where there are none."""
+    ordered = sorted(filter(None, strings), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 def join_spans(spans: Sequence[Span]) -> list[Span]:

@@ -35,6 +35,10 @@ class Tally:
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(f"{where}: {bad}")
 
+    def keep(self, row: TokenRow) -> None:
+        self.truncated += row.truncated
+        self.no_end += row.no_end
+
     def add(self, other: Tally) -> None:
         """Count what another one counted."""
         self.seen += other.seen
@@ -64,16 +68,16 @@ class TokenRow:
     kind: str  # single | pair | judged
     parts: Sequence[Encoded]
     truncated: bool = False
+    no_end: bool = False
     desirable: bool = False
+    digest: bytes = b""  # of the row before it was cut, to find duplicates
 
 
 class RowEncoder:
-    """Encodes batches of ``(line, row)``; bad rows go into ``tally``. ``seen``: digests of earlier rows, or None."""
+    """Encodes batches of ``(line, row)``; bad rows go into ``tally``."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, settings: Settings, tally: Tally, *, seen: set[bytes] | None = None
-    ) -> None:
-        self.tokenizer, self.settings, self.tally, self.seen = tokenizer, settings, tally, seen
+    def __init__(self, tokenizer: Tokenizer, settings: Settings, tally: Tally) -> None:
+        self.tokenizer, self.settings, self.tally = tokenizer, settings, tally
 
     def encode(self, name: str, batch: Sequence[tuple[int, Mapping[str, Any]]], read: Read) -> list[TokenRow]:
         """The rows of ``batch`` that can be learned from. Raises ValueError where a setting is at fault, not a row."""
@@ -98,7 +102,6 @@ class RowEncoder:
             if parts.reason == AMBIGUOUS:
                 raise ValueError(f"{where}: {parts}")
             raise parts
-        self._refuse_duplicate(parts)
         limit = self.settings.max_seq_len
         kept = [cut(part, limit) for part in parts]
         if not all(map(is_trainable, kept)):
@@ -107,26 +110,23 @@ class RowEncoder:
             at = f" at max_seq_len {limit}" if limit is not None else ""
             raise BadRowError("no trainable token", f"no trainable token{at} (its prompt has {prompt})")
         truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
-        self.tally.truncated += truncated
-        self.tally.no_end += any(not self._is_end(part.ids[part.trained[-1][1] - 1]) for part in parts)
-        if isinstance(example, Judged):
-            return TokenRow(line, "judged", kept, truncated, example.desirable)
-        return TokenRow(line, "pair" if isinstance(example, Pair) else "single", kept, truncated)
+        no_end = any(not self._is_end(part.ids[part.trained[-1][1] - 1]) for part in parts)
+        kind = "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
+        desirable = isinstance(example, Judged) and example.desirable
+        digest = digest_of(parts) if self.settings.drop_duplicates else b""
+        return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
 
     def _is_end(self, index: int) -> bool:
         """Whether a model that learned to write this token has learned to stop."""
         return index == self.tokenizer.eos_id or index in self.tokenizer.eos_ids
 
-    def _refuse_duplicate(self, parts: Parts) -> None:
-        if self.seen is None:
-            return
-        digest = hashlib.blake2b(digest_size=12)
-        for part in parts:
-            digest.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
-        key = digest.digest()
-        if key in self.seen:
-            raise BadRowError("duplicate", "the same as an earlier row")
-        self.seen.add(key)
+
+def digest_of(parts: Parts) -> bytes:
+    """Stands for what a row holds."""
+    total = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        total.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
+    return total.digest()
 
 
 def cut(row: Encoded, max_seq_len: int | None) -> Encoded:

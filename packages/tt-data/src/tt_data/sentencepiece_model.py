@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from tt_data.rendered import Encoded, Rendered, Span, join_spans
+from tt_data.rendered import Encoded, Rendered, Span, alternatives, join_spans
 
 
 class SentencePieceTokenizer:
@@ -36,7 +34,7 @@ class SentencePieceTokenizer:
         self.vocab_size = max(size, max(self.added.values(), default=-1) + 1)
         self.prefix_once = prefix_once
         self._names = {index: token for token, index in self.added.items()}
-        self._pattern = _alternatives(self.added)
+        self._pattern = alternatives(self.added)
         self._newline = self._model.encode("\n")
 
     def set_control(self, control: dict[str, int]) -> None:
@@ -109,11 +107,6 @@ class SentencePieceTokenizer:
             if offsets[i][0] == offsets[i][1]:
                 offsets[i] = (offsets[i][0], offsets[i + 1][1])
         places += offsets
-
-
-def _alternatives(tokens: Mapping[str, Any]) -> re.Pattern[str]:
-    ordered = sorted((token for token in tokens if token), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 def _token_spans(places: Sequence[Span], spans: Sequence[Span]) -> list[Span]:

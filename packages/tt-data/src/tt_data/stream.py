@@ -151,6 +151,8 @@ class StreamDataset:
             batch = [(line, s.parse(line, raw)) for s, line, raw in rows if s.name == name]
             present: list[tuple[int, Mapping[str, Any]]] = [(line, row) for line, row in batch if row is not None]
             encoded += encoder.encode(name, present, self._readers[name][0])
+        for row in encoded:
+            tally.keep(row)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
         return encoded

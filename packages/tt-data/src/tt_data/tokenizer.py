@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from tt_data.chat_template import ChatTemplate, Job, TemplateError, escape_controls, new_nonce
 from tt_data.messages import Message
-from tt_data.rendered import Encoded, Rendered, Span, substitute
+from tt_data.rendered import Encoded, Rendered, Span, alternatives, substitute
 
 _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|padding|>")
 
@@ -80,14 +80,11 @@ class Tokenizer:
         if unknown:
             raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
         self._backend.set_control(control)
-        ordered = sorted(control, key=len, reverse=True)
-        beginnings = sorted({token[:n] for token in ordered for n in range(1, len(token))}, key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
-        ending = f"|(?:{'|'.join(map(re.escape, beginnings))})\\Z" if beginnings else ""
-        self._breakable = re.compile(self._control.pattern + ending)
-        spelt = [re.escape(json.dumps(token)[1:-1]) for token in (*ordered, *beginnings)]
-        spelt[len(ordered) :] = [f'{token}"' for token in spelt[len(ordered) :]]
-        self._suspect = re.compile("|".join(spelt) or r"(?!)")  # in a conversation's JSON: one that may need breaking
+        beginnings = {token[:n] for token in control for n in range(1, len(token))}
+        self._control = alternatives(control)
+        self._breakable = re.compile(f"{self._control.pattern}|(?:{alternatives(beginnings).pattern})\\Z")
+        spelt = [json.dumps(token)[1:-1] for token in control] + [json.dumps(token)[1:] for token in beginnings]
+        self._suspect = alternatives(spelt)  # in a conversation's JSON: one that may need breaking
 
     # Text -----------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.rendered import Encoded, Rendered, Span, join_spans, substitute
+from tt_data.rendered import Encoded, Rendered, Span, alternatives, join_spans, substitute
 from tt_data.word_cache import make_word_cache
 
 
@@ -33,6 +33,7 @@ class JsonTokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: index for index, token in added.items()}
         self.control: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
+        self._typed = alternatives(self.control)
         self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
         self._marked: Any = None
         self._markers: dict[str, str] = {}
@@ -41,6 +42,7 @@ class JsonTokenizer:
     def set_control(self, control: dict[str, int]) -> None:
         """Which strings are control tokens: never made from text that someone typed."""
         self.control, self._marked = control, None
+        self._typed = alternatives(control)
 
     def token_id(self, token: str) -> int | None:
         index: int | None = self._tokenizer.token_to_id(token)
@@ -60,7 +62,7 @@ class JsonTokenizer:
 
     def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]:
         encoded: list[Encoded | None] = [None] * len(rows)
-        typed = [row.controls is not None and self._has_control(row.text) for row in rows]
+        typed = [row.controls is not None and self._typed.search(row.text) is not None for row in rows]
         if self._words:
             for i, row in enumerate(rows):
                 encoded[i] = None if typed[i] else self._words.encode(row.text, row.trained)
@@ -71,9 +73,6 @@ class JsonTokenizer:
             tokenizer = self._with_markers()
             self._encode_into(encoded, marked, [self._mark(rows[i]) for i in marked], tokenizer)
         return [row for row in encoded if row is not None]
-
-    def _has_control(self, text: str) -> bool:
-        return any(token in text for token in self.control)
 
     @staticmethod
     def _encode_into(encoded: list[Encoded | None], places: list[int], rows: list[Rendered], tokenizer: Any) -> None:

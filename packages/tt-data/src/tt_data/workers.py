@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from tt_data.encode_processes import forking, use_one_thread
 from tt_data.loader import Steps
 
 Prepared = tuple[Any, Any, str | None]  # the batch, what was counted on the way, or what went wrong
@@ -38,9 +37,9 @@ def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: floa
     """The batches of ``steps`` from ``start_step`` on. Raises RuntimeError naming the rows that a worker died on."""
     loader = DataLoader(
         _StepStream(steps, start_step), batch_size=None, num_workers=num_workers, timeout=timeout_s,
-        collate_fn=_as_it_is, worker_init_fn=_be_quiet, prefetch_factor=2,
+        collate_fn=_as_it_is, worker_init_fn=_one_thread, prefetch_factor=2,
     )  # fmt: skip
-    with _forking():
+    with forking():
         ready = iter(loader)
     for step in count(start_step):
         try:
@@ -69,18 +68,5 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _be_quiet(worker: int) -> None:
-    """In a worker: one process, one thread; threads of the parent's tokenizers did not survive the fork."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-@contextmanager
-def _forking() -> Iterator[None]:
-    """While workers start: keeps the tokenizers library from warning that it has been forked."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
+def _one_thread(worker: int) -> None:
+    use_one_thread()
