@@ -15,8 +15,7 @@ PACKAGES = {
 }
 PYTHONS = ["3.11", "3.12", "3.13"]
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the one that runs nox is the default
-PYTEST = ["pytest", "pytest-xdist"]
-TOOLS = ["ruff", "mypy", "types-PyYAML", *PYTEST]
+TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
 ORACLES = ["transformers", "peft"]  # independent references: tests compare with them, no package needs them
 CALM = {  # tiny models: one thread is faster than two that wait for each other, and nothing needs the network
     "OMP_NUM_THREADS": "1",
@@ -24,8 +23,6 @@ CALM = {  # tiny models: one thread is faster than two that wait for each other,
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-
-AT_ONCE = ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
@@ -111,14 +108,14 @@ for version in PYTHONS:
         """A package's tests, with the oracles; `together` is what crosses packages."""
         python = session.name.partition("(")[0].removeprefix("tests-")
         folder = "tests" if package == "together" else f"packages/{package}/tests"
-        in_dev(session, "pytest", folder, *AT_ONCE, "--ignore=tests/test_docs.py", *session.posargs, python=python)
+        in_dev(session, "pytest", folder, "--ignore=tests/test_docs.py", *session.posargs, python=python)
 
 
 @nox.session(requires=["build"])
 @nox.parametrize("package", list(PACKAGES))
 def wheel(session: nox.Session, package: str) -> None:
     """A built wheel and its siblings with only what they declare: its tests, from another folder."""
-    install(session, *wheels(package), *PYTEST)
+    install(session, *wheels(package), "pytest")
     away = Path(session.create_tmp()) / package
     shutil.rmtree(away, ignore_errors=True)
     away.mkdir()
@@ -127,7 +124,7 @@ def wheel(session: nox.Session, package: str) -> None:
     with session.chdir(away):
         session.run("python", "-I", str(ROOT / "tests" / "installed_files.py"), package, str(ROOT), env=CALM)
         options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", ".", "-p", "no:cacheprovider"]
-        session.run("pytest", *options, *AT_ONCE, "tests", *session.posargs, env=CALM)
+        session.run("pytest", *options, "tests", *session.posargs, env=CALM)
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"])

@@ -1,4 +1,4 @@
-"""Tokens per CPU-second of a training step, ours and transformers' (with peft for LoRA), alternated in one run on one thread.
+"""Tokens per CPU-second of a training step, ours and transformers' (with peft for LoRA), alternated on one thread.
 
 Both contestants run as their own process on the same token batches, with fused AdamW, no clipping, and must train: the
 losses are compared. Usage: python benchmarks/train_step.py [--rounds 3] [--steps 4] [--shape small|base]
@@ -23,9 +23,12 @@ BATCH, LENGTH = 4, 512
 def hf_config(shape: str) -> dict[str, object]:
     sizes = dict(SHAPES[shape])
     heads = sizes.pop("heads")
-    return {**sizes, "model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": heads, "rope_theta": 1e4,
-            "head_dim": sizes["hidden_size"] // heads, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5,
-            "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}  # fmt: skip
+    fixed = {
+        "model_type": "llama", "rope_theta": 1e4, "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    }  # fmt: skip
+    head_dim = sizes["hidden_size"] // heads
+    return {**sizes, **fixed, "num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": head_dim}
 
 
 def targets(method: str) -> list[str]:
@@ -102,7 +105,7 @@ def main() -> None:
     if options.contestant:
         name, method, dtype = options.contestant
         return contestant(name, options.shape, method, dtype, options.steps)
-    print(f"| {options.shape}, {BATCH} x {LENGTH} | tt, tokens per CPU-s | transformers (+ peft) | ratio | peak MB, both |")
+    print(f"| {options.shape}, {BATCH} x {LENGTH} | tt, tokens/CPU-s | transformers (+ peft) | ratio | peak MB, both |")
     print("|---|---|---|---|---|")
     for method, dtype in CASES:
         found: dict[str, list[dict[str, float]]] = {"tt": [], "transformers": []}
