@@ -119,7 +119,9 @@ def test_a_run_explains_itself(lora_run):
 
 
 def test_the_merged_model_is_the_adapted_one(lora_run, tmp_path):
-    merged = merge_run(lora_run, tmp_path / "merged")
+    heard = []
+    merged = merge_run(lora_run, tmp_path / "merged", tell=heard.append)
+    assert heard[0].startswith("merged 14 weights")
     adapted, tokenizer = load(lora_run, device="cpu")
     plain, again = load(merged, device="cpu")
     ids = torch.tensor([tokenizer.encode("say beta gamma", add_bos=False, add_eos=False)])

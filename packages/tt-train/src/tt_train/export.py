@@ -1,6 +1,7 @@
 """A trained model in the form that another program reads, and the commands to run it there."""
 
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ _SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no temp
 
 
 def export(
-    path: str | Path, output: str | Path, *, to: str = "hf", dtype: torch.dtype | None = None, dry_run: bool = False
+    path: str | Path,
+    output: str | Path,
+    *,
+    to: str = "hf",
+    dtype: torch.dtype | None = None,
+    dry_run: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write the model of a run, adapter or directory to ``output``, adapters merged, and say how to run it.
 
     ``to``: ``hf`` is a Hugging Face directory, which vLLM, SGLang and llama.cpp's converter read; ``ollama`` adds a
-    Modelfile whose template renders as the model's own. Returns plain data: the path, the format, the commands.
+    Modelfile whose template renders as the model's own. ``tell`` hears what merging cost in precision.
+    Returns plain data: the path, the format, the commands.
 
     Raises:
         ConfigError: an unknown format, an output that holds files, a template that no Modelfile can express.
@@ -33,7 +41,7 @@ def export(
     if to == "ollama":
         modelfile = ollama_modelfile(tt_data.load_tokenizer(base_folder(Path(path))))
     if not dry_run:
-        merge_run(path, target, dtype=dtype)
+        merge_run(path, target, dtype=dtype, tell=tell)
         if modelfile is not None:
             (target / "Modelfile").write_text(modelfile, encoding="utf-8")
     return {"path": str(target), "to": to, "dry_run": dry_run, "commands": commands(target, to)}

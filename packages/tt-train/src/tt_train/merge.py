@@ -1,5 +1,6 @@
 """A run's adapter merged into its base, as a Hugging Face directory that transformers, vLLM and llama.cpp read."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,16 +13,20 @@ from tt_train.loading import load
 from tt_train.run_dir import is_run, read_json
 
 
-def merge_run(path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+def merge_run(
+    path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, tell: Callable[[str], None] | None = None
+) -> Path:
     """Write the merged model of a run or adapter to ``output``, which must be new or empty; returns it.
 
-    What was written is read back and compared before it stands there.
+    What was written is read back and compared before it stands there. ``tell`` hears what merging cost in precision.
     """
     folder, target = Path(path), Path(output)
     refuse_full(target)
     model, _ = load(path, dtype=dtype, device="cpu")
     if any(hasattr(module, "adapter_params") for module in model.modules()):
-        tt_peft.merge_lora_(model)
+        report = tt_peft.merge_lora_(model)
+        if tell is not None:
+            tell(str(report))
     source = model_source(folder)
     config = dict(tt_ckpt.read_config(source)) if source else tt_models.config_to_hf(model.config)
     tt_ckpt.save_hf(model, target, config=config, source=source)

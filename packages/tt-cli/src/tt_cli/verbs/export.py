@@ -20,8 +20,11 @@ def command(run: str, output: Path, target: str, dtype: str | None, dry_run: boo
 
     from tt_train.export import export
 
+    def tell(text: str) -> None:
+        click.echo(text, err=True)
+
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    done = export(run, output, to=target, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run)
+    done = export(run, output, to=target, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)
     if as_json:
         print_json(done)
         return

@@ -19,8 +19,11 @@ def command(run: str, output: Path, dtype: str | None, dry_run: bool, as_json: b
 
     from tt_train.export import export
 
+    def tell(text: str) -> None:
+        click.echo(text, err=True)
+
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    written = export(run, output, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run)["path"]
+    written = export(run, output, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)["path"]
     if as_json:
         print_json({"model": str(written)})
     else:
