@@ -6,7 +6,9 @@ import torch
 import tt_models
 from tt_models import decoder
 from tt_models.attention import attend, plain_attend
-from tt_models.masks import block_mask, document_lengths, document_starts, interval_mask
+from tt_models.auto import FAMILIES
+from tt_models.masks import block_mask, document_lengths, document_starts, interval_mask, split_documents
+from tt_models.parity import relative_error
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 1, 2, 3, 4]])
 
@@ -84,6 +86,36 @@ def test_a_decoder_over_flex_is_the_same(model_type, small, monkeypatch):
         found = model(ids, positions)
     assert used
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_documents_attended_one_by_one_are_the_same_as_under_a_mask(model_type, small, monkeypatch):
+    model = small(model_type, 2)
+    ids = torch.randint(4, 60, (2, 40))
+    positions = torch.tensor([[*range(9), *range(20), *range(11)], [*range(40)]])
+    used, split = [], decoder.split_documents
+
+    def run(replacement):
+        monkeypatch.setattr(decoder, "split_documents", replacement)
+        model.zero_grad()
+        logits = model(ids, positions)
+        logits.square().sum().backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        return logits, gradients
+
+    expected, gradients = run(lambda *_: None)
+    logits, found = run(lambda *args: used.append(split(*args)) or used[-1])
+    assert used[0].lengths == [[9, 20, 11], [40]]
+    assert relative_error(logits, expected) < 1e-5
+    floor = 1e-2 * max(gradient.abs().max().item() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert relative_error(found[name], gradient, floor=floor) < 1e-5, name
+
+
+def test_many_tiny_documents_are_left_to_a_mask():
+    starts = torch.arange(64)[None]
+    assert split_documents(starts, None) is None
+    assert split_documents(torch.zeros_like(starts), 5).lengths == [[64]]
 
 
 def test_no_document_sees_another(small):

@@ -4,6 +4,7 @@ B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimen
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from tt_models.kv_cache import LayerCache
 from tt_models.linear import linear
-from tt_models.masks import Mask, flex_attend
+from tt_models.masks import Documents, Mask, flex_attend, interval_mask
 from tt_models.rope import Rope, rotate
 
 
@@ -109,6 +110,9 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, H, S, D]. Without a mask one query sees all keys, and S queries see as many keys causally."""
+    if isinstance(mask, Documents):
+        settings = {"scale": scale, "softcap": softcap, "sinks": sinks, "dropout": dropout}
+        return attend_each_document(q_BHSD, k_BNKD, v_BNKD, mask, **settings)
     causal = mask is None and q_BHSD.shape[2] > 1
     assert not causal or q_BHSD.shape[2] == k_BNKD.shape[2], "a chunk after a cache needs its mask"
     if mask is not None and not isinstance(mask, Tensor):
@@ -119,6 +123,23 @@ def attend(
     return F.scaled_dot_product_attention(
         q_BHSD, k_BNKD, v_BNKD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
     )
+
+
+def attend_each_document(
+    q_BHSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, documents: Documents, **settings: Any
+) -> Tensor:
+    """The same for packed rows on a CPU, where the work is that of the documents and not of the row."""
+    rows = []
+    for index, lengths in enumerate(documents.lengths):
+        parts = []
+        for q, k, v in zip(
+            *(torch.split(x[index, None], lengths, dim=2) for x in (q_BHSD, k_BNSD, v_BNSD)), strict=True
+        ):
+            columns, window = torch.arange(q.shape[2], device=q.device), documents.window
+            mask = interval_mask(None, columns, columns, window) if window and q.shape[2] > window else None
+            parts.append(attend(q, k, v, mask=mask, **settings))
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
 
 
 def plain_attend(

@@ -14,7 +14,7 @@ from tt_models.attention import Attention
 from tt_models.config import ModelConfig
 from tt_models.kv_cache import KVCache
 from tt_models.linear import few_rows, is_decoding, linear
-from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask
+from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask, split_documents
 from tt_models.norm import RMSNorm
 from tt_models.rope import Rope
 
@@ -124,6 +124,10 @@ class Stack(nn.Module):
         fresh = length == 0 and seq_len > 1  # queries and keys are the same columns
         if fresh and device.type == "cuda" and not (self.training and self.dropout):
             return block_mask(starts, seq_len, window, device)
+        if fresh and starts is not None and device.type == "cpu" and not torch.compiler.is_compiling():
+            documents = split_documents(starts.expand(x_BSE.shape[0], -1), window)
+            if documents is not None:
+                return documents
         queries = torch.arange(length, length + seq_len, device=device)
         return interval_mask(starts, queries, queries if keys is None else keys, window)
 

@@ -6,7 +6,7 @@ B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimen
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,9 +14,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-Mask: TypeAlias = "Tensor | BlockMask | None"  # True where a query sees a key; None: itself and all before it
-
 BLOCK = 128  # what flex_attention skips or computes as a whole
+SHORTEST = 8  # mean tokens of a document below which one masked product beats a product per document
+
+
+class Documents(NamedTuple):
+    """Rows cut into documents, each of which is attended alone."""
+
+    lengths: list[list[int]]  # of the documents of each row
+    window: int | None
+
+
+Mask: TypeAlias = "Tensor | BlockMask | Documents | None"  # True where a query sees a key; None: itself, all before it
 
 
 def document_starts(position_ids_BS: Tensor, *, offset: int = 0, first_B: Tensor | None = None) -> Tensor:
@@ -41,6 +50,16 @@ def document_lengths(position_ids_BS: Tensor, starts_BS: Tensor | None, *, offse
         return counts.amax(dim=1, keepdim=True).expand_as(counts)
     index = (starts_BS - offset).clamp(min=0)
     return torch.zeros_like(counts).scatter_reduce(1, index, counts, "amax").gather(1, index)
+
+
+def split_documents(starts_BS: Tensor, window: int | None) -> Documents | None:
+    """The documents of rows that begin with one; None where there are so many that a mask is better."""
+    batch, seq_len = starts_BS.shape
+    begins = [torch.unique_consecutive(row).tolist() for row in starts_BS.unbind(0)]
+    if sum(len(row) for row in begins) * SHORTEST > batch * seq_len:
+        return None
+    ends = [[*row[1:], seq_len] for row in begins]
+    return Documents([[e - b for b, e in zip(*pair, strict=True)] for pair in zip(begins, ends, strict=True)], window)
 
 
 def interval_mask(starts_BS: Tensor | None, queries_S: Tensor, keys_K: Tensor, window: int | None) -> Tensor:
