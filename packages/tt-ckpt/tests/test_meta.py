@@ -125,10 +125,10 @@ def test_equal_output_and_embedding_mean_tied(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda params: params.pop("dim"), "params.json: dim: expected a number above 0, found None"),
-    (lambda params: params.update(n_heads="4"), "n_heads: expected a number above 0, found '4'"),
+    (lambda params: params.pop("dim"), "params.json: dim: expected a whole number above 0, found None"),
+    (lambda params: params.update(n_heads="4"), "n_heads: expected a whole number above 0, found '4'"),
     (lambda params: params.update(n_heads=5), "query rows, not 30|do not divide"),
-    (lambda params: params.update(n_layers=-1), "n_layers: expected a number above 0, found -1"),
+    (lambda params: params.update(n_layers=-1), "n_layers: expected a whole number above 0, found -1"),
     (lambda params: params.update(dim=33), "parts"),
 ])  # fmt: skip
 def test_wrong_params_are_explained(meta_dir, tmp_path, change, message):

@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -158,7 +159,9 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
         if path.stat().st_size != entry["size"]:
             raise ValueError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}")
     if hashes:
-        for name, entry in entries.items():
-            if sha256_of(directory / name) != entry["sha256"]:
-                raise ValueError(f"{directory / name}: contents changed since it was written (sha256 differs)")
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
+            sums = readers.map(sha256_of, [directory / name for name in entries])
+            for (name, entry), found in zip(entries.items(), sums, strict=True):
+                if found != entry["sha256"]:
+                    raise ValueError(f"{directory / name}: contents changed since it was written (sha256 differs)")
     return manifest

@@ -17,7 +17,7 @@ from tt_ckpt.rename import Rename
 from tt_ckpt.rotary import to_half_split, to_interleaved
 from tt_ckpt.slots import meta
 from tt_ckpt.tensor_file import TensorSpec, spec_of
-from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
+from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, number, positive, rotated_heads, specs_of
 
 FAMILIES = ("llama", "mistral")
 _LAYER = "model.layers.{}."
@@ -62,7 +62,8 @@ def from_meta(
     known = [specs_of(part) for part in parts]
     if config is None and params is None:
         raise ValueError(f"{files[0].parent}: neither params.json nor config.json tells the shape; give config=DIR")
-    hidden = positive(config, "hidden_size") if config is not None else int(_number(params or {}, "dim", files[0]))
+    where = files[0].parent / "params.json"
+    hidden = positive(params or {}, "dim", where=where) if config is None else positive(config, "hidden_size")
 
     def joined(name: str, pieces: list[Tensor]) -> Tensor:
         dim = _split_dim(name, pieces[0].shape, hidden)
@@ -167,49 +168,47 @@ def _is_tied(
 # ---- params.json -----------------------------------------------------------------------------------------------------
 
 
-def _number(params: Mapping[str, Any], key: str, file: Path) -> Any:
-    value = params.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise ValueError(f"{file.parent / 'params.json'}: {key}: expected a number above 0, found {value!r}")
-    return value
-
-
 def config_from_params(
     params: Mapping[str, Any], specs: Mapping[str, TensorSpec], tied: bool, file: Path
 ) -> dict[str, Any]:
     """A ``config.json`` from ``params.json`` and the shapes. ``max_position_embeddings`` is a guess by generation."""
+    where = file.parent / "params.json"
     mistral = "hidden_dim" in params
-    hidden, heads = int(_number(params, "dim", file)), int(_number(params, "n_heads", file))
-    theta = float(params.get("rope_theta") or 10_000.0)
+    heads = positive(params, "n_heads", where=where)
+    theta = number(params, "rope_theta", default=10_000.0, where=where)
     vocab = specs[EMBEDDING].shape[0]
     llama3 = vocab >= _LLAMA3_VOCAB
+    gate = "model.layers.0.mlp.gate_proj.weight"
+    if gate not in specs:
+        raise ValueError(f"{file}: holds no layers.0.feed_forward.w1.weight")
     config: dict[str, Any] = {
         "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
         "attention_bias": False,
         "bos_token_id": 128_000 if llama3 else 1,
         "eos_token_id": 128_001 if llama3 else 2,
         "hidden_act": "silu",
-        "hidden_size": hidden,
-        "intermediate_size": specs["model.layers.0.mlp.gate_proj.weight"].shape[0],
-        "max_position_embeddings": _positions(params, theta, mistral),
+        "hidden_size": positive(params, "dim", where=where),
+        "intermediate_size": specs[gate].shape[0],
+        "max_position_embeddings": _positions(params, theta, mistral, where),
         "model_type": "mistral" if mistral else "llama",
         "num_attention_heads": heads,
-        "num_hidden_layers": int(_number(params, "n_layers", file)),
-        "num_key_value_heads": int(params.get("n_kv_heads") or heads),
-        "rms_norm_eps": float(params.get("norm_eps", 1e-5)),
+        "num_hidden_layers": positive(params, "n_layers", where=where),
+        "num_key_value_heads": positive(params, "n_kv_heads", default=heads, where=where),
+        "rms_norm_eps": number(params, "norm_eps", default=1e-5, where=where),
         "rope_theta": theta,
         "tie_word_embeddings": tied,
         "torch_dtype": str(specs[EMBEDDING].dtype).removeprefix("torch."),
         "vocab_size": vocab,
     }
-    if mistral:
-        config["sliding_window"] = params.get("sliding_window")
+    if mistral and params.get("sliding_window"):
+        config["sliding_window"] = positive(params, "sliding_window", where=where)
     if params.get("head_dim"):
-        config["head_dim"] = int(params["head_dim"])
+        config["head_dim"] = positive(params, "head_dim", where=where)
     if params.get("use_scaled_rope"):
+        factor = 32.0 if tied else 8.0  # the small models of 3.2 are the tied ones
         config["rope_scaling"] = {
             "rope_type": "llama3",
-            "factor": float(params.get("rope_scaling_factor") or (32.0 if tied else 8.0)),  # 3.2's small ones are tied
+            "factor": number(params, "rope_scaling_factor", default=factor, where=where),
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
@@ -217,9 +216,9 @@ def config_from_params(
     return config
 
 
-def _positions(params: Mapping[str, Any], theta: float, mistral: bool) -> int:
+def _positions(params: Mapping[str, Any], theta: float, mistral: bool, where: Path) -> int:
     if params.get("max_seq_len"):
-        return int(params["max_seq_len"])
+        return positive(params, "max_seq_len", where=where)
     if mistral:
         return 32_768
     if params.get("use_scaled_rope"):
@@ -230,6 +229,8 @@ def _positions(params: Mapping[str, Any], theta: float, mistral: bool) -> int:
 def params_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``params.json`` for a ``config.json`` of either generation (``rope_theta`` or ``rope_parameters``)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: rope_parameters: expected an object, found {rope!r}")
     heads, hidden = positive(config, "num_attention_heads"), positive(config, "hidden_size")
     params: dict[str, Any] = {
         "dim": hidden,
@@ -237,8 +238,8 @@ def params_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "n_heads": heads,
         "n_kv_heads": positive(config, "num_key_value_heads", default=heads),
         "vocab_size": positive(config, "vocab_size"),
-        "norm_eps": float(config["rms_norm_eps"]),
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        "norm_eps": number(config, "rms_norm_eps"),
+        "rope_theta": number(rope, "rope_theta", default=number(config, "rope_theta", default=10_000.0)),
     }
     head_dim = positive(config, "head_dim", default=hidden // heads)
     if config["model_type"] == "mistral":
@@ -249,7 +250,7 @@ def params_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         params |= {"head_dim": head_dim} if head_dim * heads != hidden else {}
     kind = rope.get("rope_type") or rope.get("type")
     if kind == "llama3":
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": float(rope["factor"])}
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": number(rope, "factor")}
     elif kind not in (None, "default"):
         raise ValueError(f"rope type {kind!r} cannot be said in params.json; it knows default and llama3")
     return params

@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -257,7 +258,12 @@ def byte_views(tensor: Tensor) -> Iterable[memoryview]:
 
 
 def _put(file: IO[bytes], pieces: Iterable[memoryview], digest: Any) -> None:
-    for piece in pieces:
-        file.write(piece)
-        if digest is not None:
-            digest.update(piece)
+    if digest is None:
+        for piece in pieces:
+            file.write(piece)
+        return
+    with ThreadPoolExecutor(1) as hasher:  # hashing takes longer than writing: do both at once
+        for piece in pieces:
+            hashed = hasher.submit(digest.update, piece)
+            file.write(piece)
+            hashed.result()

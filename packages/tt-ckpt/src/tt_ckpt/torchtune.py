@@ -74,9 +74,9 @@ FAMILIES = {
 
 def family_of(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"model_type {name!r} has no torchtune format; families that do: {', '.join(FAMILIES)}")
-    return FAMILIES[str(name)]
+    return FAMILIES[name]
 
 
 def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], files: Sequence[Path]) -> Weights:

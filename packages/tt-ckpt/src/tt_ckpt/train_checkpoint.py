@@ -21,6 +21,7 @@ from tt_ckpt import commit, ranks, run_folder
 from tt_ckpt.background import Background
 from tt_ckpt.names import check_basename
 from tt_ckpt.parts import Group
+from tt_ckpt.shards import read_json
 from tt_ckpt.tensor_file import write_tensor_dict
 
 logger = logging.getLogger(__name__)
@@ -208,7 +209,9 @@ class TrainCheckpoint:
         ``into``: group -> name -> tensor or DTensor, filled in place, whatever number of ranks saved them; names,
         shapes and dtypes must be as saved. Groups that are not in ``into`` are in the result, whole, read when used.
         """
-        found = self._newest_or_error(hashes) if path is None else Path(path)
+        found = self.latest(hashes=hashes) if path is None else Path(path)
+        if found is None:
+            raise FileNotFoundError(f"{self.directory}: no usable checkpoint; start the run anew")
         manifest = self._verified(found, hashes=hashes and path is not None)
         for group in into or {}:
             if group not in manifest["groups"]:
@@ -220,7 +223,7 @@ class TrainCheckpoint:
             for name in manifest["groups"]
             if name not in (into or {})
         }
-        state = json.loads((found / STATE_NAME).read_bytes())
+        state = read_json(found / STATE_NAME)
         return TrainState(step=manifest["step"], tensors=groups, state=state, path=found, manifest=manifest)
 
     def _verified(self, path: Path, *, hashes: bool) -> dict[str, Any]:
@@ -231,10 +234,7 @@ class TrainCheckpoint:
                 if not path.is_dir():
                     raise FileNotFoundError(f"{path}: no such checkpoint; {run_folder.describe(self.directory)}")
                 manifest = commit.verify(path, hashes=hashes)
-                if manifest.get("version") != FORMAT_VERSION:
-                    wrote = manifest.get("versions", {}).get("tt_ckpt", "of the time")
-                    found = f"format version {manifest.get('version')!r}, this tt_ckpt reads {FORMAT_VERSION}"
-                    raise ValueError(f"{path}: {found}; use tt-ckpt {wrote}")
+                _check_manifest(path, manifest)
             except (OSError, ValueError) as error:
                 manifest = error
         manifest = self._ranks.from_first(manifest)
@@ -253,12 +253,6 @@ class TrainCheckpoint:
         told = self._ranks.gather(None if failure is None else str(failure))
         if reasons := [reason for reason in told if reason is not None]:
             raise ValueError(reasons[0]) from failure
-
-    def _newest_or_error(self, hashes: bool) -> Path:
-        found = self.latest(hashes=hashes)
-        if found is None:
-            raise FileNotFoundError(f"{self.directory}: no usable checkpoint; start the run anew")
-        return found
 
 
 def _write_tensors(folder: Path, tensors: Groups, among: ranks.Ranks) -> dict[str, str]:
@@ -281,6 +275,17 @@ def _copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
 
     staged: dict[str, dict[str, Tensor]] = BlockingAsyncStager().stage({k: dict(v) for k, v in tensors.items()})
     return staged
+
+
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    if manifest.get("version") != FORMAT_VERSION:
+        versions = manifest.get("versions")
+        wrote = versions.get("tt_ckpt") if isinstance(versions, dict) else None
+        found = f"format version {manifest.get('version')!r}, this tt_ckpt reads {FORMAT_VERSION}"
+        raise ValueError(f"{path}: {found}; use tt-ckpt {wrote or 'of the time'}")
+    groups, step = manifest.get("groups"), manifest.get("step")
+    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups) or type(step) is not int:
+        raise ValueError(f"{path / commit.MANIFEST_NAME}: damaged: groups or step")
 
 
 def _facts(step: int, world_size: int) -> dict[str, Any]:

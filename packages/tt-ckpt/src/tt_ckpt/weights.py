@@ -84,14 +84,28 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 # ---- what a config says ----------------------------------------------------------------------------------------------
 
 
-def positive(config: Mapping[str, Any], key: str, *, default: int | None = None) -> int:
-    """A whole number above 0 of a config, or a ValueError that names the key."""
-    value = config.get(key)
+def positive(
+    settings: Mapping[str, Any], key: str, *, default: int | None = None, where: object = "config.json"
+) -> int:
+    """A whole number above 0, or a ValueError that names the key."""
+    value = settings.get(key)
     if value is None and default is not None:
         return default
-    if type(value) is not int or value <= 0:
-        raise ValueError(f"config.json: {key}: expected a whole number above 0, found {value!r}")
+    if type(value) is not int or not 0 < value < 2**40:
+        raise ValueError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
     return value
+
+
+def number(
+    settings: Mapping[str, Any], key: str, *, default: float | None = None, where: object = "config.json"
+) -> float:
+    """A finite number above 0, or a ValueError that names the key."""
+    value = settings.get(key)
+    if value is None and default is not None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
+        raise ValueError(f"{where}: {key}: expected a number above 0, found {value!r}")
+    return float(value)
 
 
 def rotated_heads(config: Mapping[str, Any]) -> dict[str, int]:
