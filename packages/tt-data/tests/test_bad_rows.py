@@ -45,6 +45,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"content": "a"}, {"content": "b"}]}, "missing column", "message 0 has no role, only 'content'"),
     ({"messages": {"role": "user"}}, "wrong type", "expected a list of messages, found dict"),
     ({**GOOD, "tools": "[{"}, "wrong type", "tools is text but not JSON"),
+    ({**GOOD, "chat_template_kwargs": "x"}, "wrong type", "chat_template_kwargs holds str, expected an object"),
     ({**GOOD, "tools": ["f"]}, "wrong type", "tools must be a list of JSON schemas"),
     ({"txt": "hello"}, "missing column", "no column 'messages', the row has 'txt'"),
     (turns(("user", "a\ud800"), ("assistant", "b")), "not text", "half of a surrogate pair in the text"),
@@ -68,6 +69,7 @@ def test_a_bad_row_is_counted_placed_and_dropped(
     assert "\n" not in str(refusal.value)
 
 
+JUDGED = {"prompt": "a", "completion": "b"}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
 
@@ -86,6 +88,12 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (PAIR, {"prompt": "a", "chosen": "b", "rejected": ""}, "column 'rejected' is empty"),
         (PAIR, {"prompt": "a", "chosen": None, "rejected": "b"}, "column 'chosen' is null"),
         (PAIR, {"chosen": "a ", "rejected": "a b"}, "differ in no answer"),
+        ({**JUDGED, "label": True}, {**JUDGED, "label": None}, "column 'label' is null"),
+        (
+            {"instruction": "a", "output": "b"},
+            {"instruction": "a", "input": ["x"], "output": "b"},
+            "'input' holds list",
+        ),
     ],
 )
 def test_a_bad_row_of_other_schemas(llama: Any, good: Any, row: Any, text: str) -> None:

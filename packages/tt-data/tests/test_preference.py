@@ -16,6 +16,8 @@ def test_preference_rows_give_both_answers(chatml: Any, llama: Any) -> None:
         PAIR,
         {"prompt": "hello", "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "a mat"}]},
         {"chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "a mat"}]},
+        {"prompt": "hello", "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "a mat"}]},
+        {"prompt": CHAT[:1], "chosen": CHAT, "rejected": [CHAT[0], {"role": "assistant", "content": "a mat"}]},
     ]
     for form in forms:
         dataset = load_dataset([form], chatml)

@@ -168,6 +168,14 @@ def test_packs_of_a_stream_are_counted_once_and_remembered(chatml: Any, tmp_path
     assert load_dataset(path, chatml, cache_dir=tmp_path / "cache", **options).counts == []
 
 
+def test_rows_of_two_kinds_are_not_streamed_together(llama: Any, tmp_path: Path) -> None:
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, row in zip(files, ({"text": "a"}, {"prompt": "a", "chosen": "b", "rejected": "c"}), strict=True):
+        path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="cannot be mixed"):
+        next(batches(load_dataset(files, llama, streaming=True), batch_size=2))
+
+
 def test_what_a_stream_cannot_do_is_refused(chatml: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="buffer must be positive, got 0"):

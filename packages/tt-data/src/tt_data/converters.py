@@ -60,7 +60,7 @@ def _optional(row: Row, columns: Columns, name: str) -> Any:
 def read_alpaca(row: Row, columns: Columns) -> Conversation:
     """instruction, input, output: one user turn and its answer."""
     instruction = _text(row, columns, "instruction")
-    context = _optional(row, columns, "input")
+    context = _text(row, columns, "input", may_be_empty=True) if columns.get("input", "input") in row else ""
     user = f"{instruction}\n\n{context}" if context else instruction
     messages = [Message("user", user), Message("assistant", _text(row, columns, "output", "response"))]
     system = _optional(row, columns, "system")
@@ -74,8 +74,15 @@ def read_chat(row: Row, columns: Columns) -> Conversation:
     system = _optional(row, columns, "system")
     if isinstance(system, str) and system and messages[0].role != "system":
         messages = [Message("system", system), *messages]
-    variables = _optional(row, columns, "chat_template_kwargs")
-    return Conversation(messages, read_tools(_optional(row, columns, "tools")), variables or {})
+    return Conversation(messages, read_tools(_optional(row, columns, "tools")), _variables(row, columns))
+
+
+def _variables(row: Row, columns: Columns) -> Mapping[str, Any]:
+    """What a row says to the chat template itself, such as ``enable_thinking``."""
+    variables = _optional(row, columns, "chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise BadRowError("wrong type", f"chat_template_kwargs holds {type(variables).__name__}, expected an object")
+    return variables
 
 
 def read_completion(row: Row, columns: Columns) -> Completion | Conversation:
@@ -131,25 +138,23 @@ def read_pair(row: Row, columns: Columns) -> Pair:
 
 def read_judged(row: Row, columns: Columns) -> Judged:
     """prompt, completion and a label that says whether the completion was wanted."""
-    answer = read_completion(row, columns)
-    return Judged(_last_turn_only(answer), bool(_cell(row, columns, "label")))
+    label = _cell(row, columns, "label")
+    if label is None:
+        raise BadRowError("null", f"column {columns.get('label', 'label')!r} is null")
+    return Judged(_last_turn_only(read_completion(row, columns)), bool(label))
 
 
 def _answer(row: Row, columns: Columns, prompt: Any, names: tuple[str, ...]) -> Completion | Conversation:
     """A prompt (text, messages, or None) and an answer (text or messages) put together."""
     answer = _cell(row, columns, *names)
-    tools = read_tools(_optional(row, columns, "tools"))
-    variables = _optional(row, columns, "chat_template_kwargs") or {}
-    if isinstance(answer, list) or isinstance(prompt, list):
-        before = read_messages(prompt) if isinstance(prompt, list) else []
-        if isinstance(prompt, str):
-            before = [Message("user", prompt)]
-        after = (
-            read_messages(answer) if isinstance(answer, list) else [Message("assistant", _text(row, columns, *names))]
-        )
-        before = [replace(message, masked=True) for message in before]
-        return Conversation([*before, *after], tools, variables)
-    return Completion(_text(row, columns, "prompt", may_be_empty=True), _text(row, columns, *names))
+    if not isinstance(answer, list) and not isinstance(prompt, list):
+        return Completion(_text(row, columns, "prompt", may_be_empty=True), _text(row, columns, *names))
+    after = read_messages(answer) if isinstance(answer, list) else [Message("assistant", _text(row, columns, *names))]
+    before = read_messages(prompt) if isinstance(prompt, list) else [Message("user", prompt)] if prompt else []
+    if after[0].role in ("system", "developer", "user") and (isinstance(prompt, str) or after[: len(before)] == before):
+        before = []  # the answer holds its prompt itself
+    messages = [*(replace(message, masked=True) for message in before), *after]
+    return Conversation(messages, read_tools(_optional(row, columns, "tools")), _variables(row, columns))
 
 
 def _last_turn_only(answer: Completion | Conversation) -> Completion | Conversation:

@@ -62,6 +62,8 @@ def instruct_reader(template: InstructTemplate) -> Read:
     preference rows."""
 
     def read(row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
+        for column in template.columns:
+            _refuse_structure(columns.get(column, column), row.get(columns.get(column, column)))
         try:
             prompt = template.format(row, columns)
         except ValueError as error:
@@ -74,6 +76,12 @@ def instruct_reader(template: InstructTemplate) -> Read:
     return read
 
 
+def _refuse_structure(name: str, value: Any) -> None:
+    """Lists and objects are no text, though they could be written as some."""
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")
+
+
 def _answer(row: Mapping[str, Any], columns: Columns, names: tuple[str, ...]) -> str:
     mapped = [columns.get(name, name) for name in names]
     name = next((name for name in mapped if name in row), None)
@@ -83,6 +91,7 @@ def _answer(row: Mapping[str, Any], columns: Columns, names: tuple[str, ...]) ->
         )
     if row[name] is None:
         raise BadRowError("null", f"column {name!r} is null")
+    _refuse_structure(name, row[name])
     if not str(row[name]).strip():
         raise BadRowError("empty", f"column {name!r} is empty")
     return str(row[name])

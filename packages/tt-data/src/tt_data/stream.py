@@ -152,6 +152,11 @@ class StreamDataset:
             present: list[tuple[int, Mapping[str, Any]]] = [(line, row) for line, row in batch if row is not None]
             encoded += encoder.encode(name, present, self._readers[name][0])
         for row in encoded:
+            self._kind = self._kind or row.kind
+            if row.kind != self._kind:
+                raise ValueError(
+                    f"line {row.line}: {row.kind} rows cannot be mixed with the {self._kind} rows before them"
+                )
             tally.keep(row)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
