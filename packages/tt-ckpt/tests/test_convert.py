@@ -62,6 +62,19 @@ def test_meta_parts_are_split_as_meta_splits_them(model_dir, equal_dirs, tmp_pat
     )
 
 
+@pytest.mark.parametrize("to", ["meta", "torchtune"])
+def test_heads_may_be_wider_than_hidden_size_over_heads(tmp_path, equal_dirs, to):
+    """torchtune's way back to Hugging Face is wrong there; ours must not be."""
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.MistralConfig(
+        vocab_size=65, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    transformers.MistralForCausalLM(settings).save_pretrained(tmp_path / "hf")
+    round_trip(tmp_path / "hf", tmp_path / "deep" / "er" / "between", tmp_path / "back", to)
+    assert equal_dirs(tmp_path / "hf", tmp_path / "back") == []
+
+
 def interleaved_logits(weights, ids, *, names, heads, kv_heads, eps, theta):
     """A Llama that rotates neighbouring pairs, written from the papers: what Meta's and torchtune's weights are for."""
 

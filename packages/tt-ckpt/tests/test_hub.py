@@ -331,6 +331,23 @@ def test_a_bit_that_flips_in_the_cache_is_found_by_downloading_again(server, rep
     assert path.read_bytes() == server.files["model.safetensors"]
 
 
+@pytest.mark.parametrize("where", ["cache", "directory"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_bit_that_flips_on_the_disk_is_found_by_its_hash(server, repository, tmp_path, where, name):
+    path = tt_ckpt.resolve(tt_ckpt.download(REPO, output_dir=tmp_path / "here" if where == "directory" else None).path)
+    (path / "mine.txt").write_text("x")
+    found = tt_ckpt.verify_files(path)
+    assert found.files == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert found.without_hash == ["mine.txt"]
+    file = (path / name).resolve()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 2
+    file.unlink()
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{name}: contents changed since the download"):
+        tt_ckpt.verify_files(path)
+
+
 @pytest.mark.parametrize(("change", "kind", "message"), [
     ({"gated": True}, PermissionError, "gated: accept its terms at https://huggingface.co/.*with an account"),
     ({"exists": False}, FileNotFoundError, "no such repository, or private; if it is private, set HF_TOKEN"),

@@ -6,6 +6,7 @@ import stat
 import pytest
 import torch
 
+import tt_ckpt
 from tt_ckpt import CheckpointNotSaved, TrainCheckpoint
 
 
@@ -290,3 +291,31 @@ def test_modes_follow_the_umask(checkpoints):
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o755
     assert {stat.S_IMODE(file.stat().st_mode) for file in path.iterdir()} == {0o644}
+
+
+def test_a_checkpoint_can_be_verified_by_itself(checkpoints):
+    path = save(checkpoints, 1)
+    assert tt_ckpt.verify_files(path).files == [
+        "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]  # fmt: skip
+    damage(path / "rng.safetensors", "flip a bit at the end")
+    with pytest.raises(ValueError, match="rng.safetensors"):
+        tt_ckpt.verify_files(path)
+
+
+def test_what_is_passed_is_not_changed(checkpoints):
+    tensors, state = contents(1)
+    before = {group: dict(named) for group, named in tensors.items()}
+    checkpoints.save(1, tensors=tensors, state=state, info={"a": 1})
+    assert state == contents(1)[1]
+    assert all(tensors[group][name] is tensor for group, named in before.items() for name, tensor in named.items())
+
+
+def test_restored_tensors_outlive_their_files(checkpoints):
+    """Files are unlinked, never cut or written over: what is mapped stays readable."""
+    save(checkpoints, 1)
+    found = checkpoints.restore()
+    first = found.tensors["model"]["w"]
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    assert not (checkpoints.directory / "step-000001").exists()
+    assert torch.equal(first, contents(1)[0]["model"]["w"])

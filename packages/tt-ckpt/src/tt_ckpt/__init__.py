@@ -8,6 +8,7 @@ from tt_ckpt.load import load_weights
 from tt_ckpt.redact import redact
 from tt_ckpt.train_checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
 from tt_ckpt.upload import Upload, model_card, upload
+from tt_ckpt.verify import Verified, verify_files
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,8 @@ __all__ = [
     "upload",
     "Upload",
     "model_card",
+    "verify_files",
+    "Verified",
     "redact",
     "TrainCheckpoint",
     "TrainState",

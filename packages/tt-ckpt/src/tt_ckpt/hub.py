@@ -5,7 +5,6 @@ There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, a
 
 import difflib
 import fnmatch
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tt_ckpt.commit import remove_tree, sha256_of
+from tt_ckpt.commit import remove_tree
 from tt_ckpt.names import check_basename
 from tt_ckpt.redact import redact
 from tt_ckpt.shards import format_size
+from tt_ckpt.verify import content_hash
 
 logger = logging.getLogger(__name__)
 
@@ -196,12 +196,8 @@ def _is_whole(path: Path, file: _Remote) -> bool:
     """Size and hash as the hub states them: sha256 for large files, git's sha1 for the others."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
-    if file.sha256:
-        return sha256_of(path) == file.sha256
-    if file.git_sha1:
-        data = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == file.git_sha1
-    return True
+    expected = file.sha256 or file.git_sha1
+    return expected is None or content_hash(path, expected) == expected
 
 
 def _forget(path: Path) -> None:
