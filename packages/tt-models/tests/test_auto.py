@@ -139,6 +139,17 @@ def test_wrong_family_config_is_refused(model_type, change, message):
         tt_models.config_from_hf({"model_type": model_type, "pad_token_id": None} | change)
 
 
+def test_multimodal_config_names_its_text_part():
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}, "vision_config": {}}
+    with pytest.raises(ValueError, match="only its text_config .'gemma3_text'. can be read"):
+        tt_models.config_from_hf(config)
+
+
+def test_mlp_width_of_llama_2():
+    assert [tt_models.llama_mlp_width(hidden) for hidden in (4096, 5120, 64)] == [11008, 13824, 256]
+    assert tt_models.llama_mlp_width(64, multiple_of=16) == 176
+
+
 def test_keys_without_effect_and_nulls_are_passed_over():
     extra = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "use_cache": True, "auto_map": {"a": "b"}}
     config = tt_models.config_from_hf(LLAMA | extra | {"new_feature": None, "head_dim": None, "rms_norm_eps": None})

@@ -63,6 +63,12 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"config.json has no model_type but {model_type!r}; supported are {', '.join(FAMILIES)}")
+    text = config.get("text_config")
+    if model_type not in FAMILIES and isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+        raise ValueError(
+            f"config.json: model_type {model_type!r} reads more than text; only its text_config "
+            f"({text['model_type']!r}) can be read, take a text-only model"
+        )
     if model_type not in FAMILIES:
         architectures = f"architectures {config['architectures']}; " if config.get("architectures") else ""
         raise ValueError(

@@ -36,6 +36,11 @@ def llama(config: LlamaConfig) -> Decoder:
     return Decoder(config, layers, norm_of(config))
 
 
+def llama_mlp_width(hidden_size: int, *, multiple_of: int = 256) -> int:
+    """The ``intermediate_size`` of Llama 2: two thirds of four times the hidden size, rounded up."""
+    return -(-(8 * hidden_size // 3) // multiple_of) * multiple_of
+
+
 LLAMA2 = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
 CODE_LLAMA = replace(LLAMA2, vocab_size=32016, max_position_embeddings=16384, rope_theta=1e6)
 LLAMA3 = LlamaConfig(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
-from tt_models.mlp import ACTIVATIONS
+from tt_models.mlp import ACTIVATIONS, gated
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # router logits [T, X] to weights and experts, [T, K] each
 
@@ -39,7 +39,7 @@ class Experts(nn.Module):
     def apply_experts(self, x_RE: Tensor, counts_X: Tensor, experts_R: Tensor) -> Tensor:
         """Rows R sorted by expert, ``counts_X`` for each."""
         gate, up = grouped_linear(x_RE, self.gate_up_proj, counts_X).chunk(2, dim=-1)
-        return grouped_linear(self.activation(gate) * up, self.down_proj, counts_X)
+        return grouped_linear(gated(self.activation, gate, up), self.down_proj, counts_X)
 
 
 class MoE(nn.Module):

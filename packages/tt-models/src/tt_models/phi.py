@@ -14,7 +14,7 @@ from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
 from tt_models.decoder import Block, Decoder
 from tt_models.linear import linear
-from tt_models.mlp import ACTIVATIONS
+from tt_models.mlp import ACTIVATIONS, gated
 from tt_models.parts import attention_of, norm_of, rope_of
 
 
@@ -92,7 +92,7 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""
         gate, up = linear(self.gate_up_proj, x).chunk(2, dim=-1)
-        return linear(self.down_proj, self.activation(gate) * up)
+        return linear(self.down_proj, gated(self.activation, gate, up))
 
 
 def phi3(config: Phi3Config) -> Decoder:
