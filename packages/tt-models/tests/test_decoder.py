@@ -110,6 +110,20 @@ def test_the_compiler_sees_one_graph(model_type, small):
     torch.compiler.reset()
 
 
+def test_blocks_compiled_one_by_one_are_compiled_once_for_all_packings(small):
+    model = small("gemma3_text")
+    ids = torch.randint(0, 60, (2, 40))
+    packings = [torch.tensor([[*range(cut), *range(40 - cut)]] * 2) for cut in (9, 14, 20, 33)]
+    expected = [model(ids, positions) for positions in packings]
+    torch._dynamo.utils.counters.clear()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", dynamic=True)
+    for positions, logits in zip(packings, expected, strict=True):
+        torch.testing.assert_close(model(ids, positions), logits, rtol=1e-4, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2 * len(model.model.layers)
+    torch.compiler.reset()
+
+
 def test_models_can_be_copied_and_pickled(small):
     model = small("gemma3_text")
     ids = torch.randint(0, 60, (1, 7))

@@ -124,12 +124,17 @@ class Stack(nn.Module):
         fresh = length == 0 and seq_len > 1  # queries and keys are the same columns
         if fresh and device.type == "cuda" and not (self.training and self.dropout):
             return block_mask(starts, seq_len, window, device)
-        if fresh and starts is not None and device.type == "cpu" and not torch.compiler.is_compiling():
+        if fresh and starts is not None and device.type == "cpu" and not self.is_compiled():
             documents = split_documents(starts.expand(x_BSE.shape[0], -1), window)
             if documents is not None:
                 return documents
         queries = torch.arange(length, length + seq_len, device=device)
         return interval_mask(starts, queries, queries if keys is None else keys, window)
+
+    def is_compiled(self) -> bool:
+        """Whether lists of lengths would be compiled into the blocks, again and again."""
+        blocks = any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self.layers)
+        return blocks or torch.compiler.is_compiling()
 
 
 def locate(input_ids_BS: Tensor, position_ids_BS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:

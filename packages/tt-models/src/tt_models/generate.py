@@ -66,7 +66,7 @@ def steps(
     compile: bool,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The tokens of each step, int64[B], and the logits [B, V] that they were drawn from."""
-    weight = model.output_weight
+    weight = model.model.embed_tokens.weight
     generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
     batch, room = input_ids_BS.shape  # and one column more than is filled: a full cache would be compiled once more
     room += max_new_tokens
@@ -112,7 +112,8 @@ def left_padded(
     prompts: Prompts, prompt_lengths: Tensor | None, pad_id: int, model: Decoder
 ) -> tuple[Tensor, Tensor | None]:
     """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
-    device, vocab_size = model.output_weight.device, model.config.vocab_size
+    weight = model.model.embed_tokens.weight
+    device, vocab_size = weight.device, weight.shape[0]
     if not isinstance(prompts, Tensor):
         longest = max((len(prompt) for prompt in prompts), default=0)
         prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])

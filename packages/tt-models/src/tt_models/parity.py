@@ -74,7 +74,7 @@ def cached_error(model: Decoder, input_ids: Tensor, *, prompt: int) -> float:
     switches = [rope.original_max_positions for rope in ropes if rope.original_max_positions < input_ids.shape[1]]
     prompt = max([prompt] + [switch + 1 for switch in switches])
     batch, seq_len = input_ids.shape
-    weight = model.output_weight
+    weight = model.model.embed_tokens.weight
     cache = KVCache(model.config, batch_size=batch, max_seq_len=seq_len, device=weight.device, dtype=weight.dtype)
     ends = [prompt, min(prompt + 3, seq_len), *range(prompt + 4, seq_len + 1)]
     pieces = [model(input_ids[:, begin:end], None, cache) for begin, end in zip([0, *ends], ends, strict=False)]
