@@ -66,6 +66,8 @@ class BiasedExperts(nn.Module):
     ``y = down((up + 1) * gate * sigmoid(alpha * gate))``.
     """
 
+    is_transposed = True  # for adapters: weights are [X, in, out], not [X, out, in]
+
     def __init__(
         self, num_experts: int, hidden_size: int, intermediate_size: int, *, alpha: float, limit: float
     ) -> None:
