@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import Message, TemplateError, load_tokenizer
+from tt_data import Message, TemplateError, load_dataset, load_tokenizer
 from tt_data.conversations import read_messages
 from tt_data.encode import mask_messages
 
@@ -148,6 +148,16 @@ def test_what_is_trained_follows_what_inference_renders(models: dict[str, Path],
     rendered = tokenizer.render_rows([(mask_messages(read_messages(turns), "assistant"), None, {})])[0]
     for (start, _), count in zip(rendered.trained, (1, 3, 5), strict=True):
         assert rendered.text[:start] == tokenizer.render(turns[:count], add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_prompt_that_training_text_lacks_is_told(models: dict[str, Path], style: str) -> None:
+    tokenizer = load_tokenizer(models[style])
+    report = load_dataset([{"messages": CONVERSATIONS["single"][0]}], tokenizer).report
+    assert ("generation prompt is not part of its training text" in str(report["notes"])) == (
+        style == "opened_thinking"
+    )
+    assert tokenizer.template_keeps_its_prompt == (style != "opened_thinking")
 
 
 def test_calls_and_reasoning_are_trained(models: dict[str, Path]) -> None:

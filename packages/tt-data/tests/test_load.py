@@ -40,7 +40,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def test_the_schema_is_detected_and_reported(chatml: Any, name: str) -> None:
     dataset = load_dataset([ROWS[name]], chatml)
     assert dataset.report == {
-        "schema": name, "rows": 1, "dropped": {}, "truncated": 0, "problems": [],
+        "schema": name, "rows": 1, "dropped": {}, "truncated": 0, "problems": [], "notes": [],
         "no_end_token": 1 if name == "pretokenized" else 0,
     }  # fmt: skip
 

@@ -75,6 +75,13 @@ class ChatTemplate:
             self._start()
             return tuple(self._facts["ends"])
 
+    @property
+    def keeps_its_prompt(self) -> bool:
+        """Whether training text begins with what inference begins with."""
+        with self._lock:
+            self._start()
+            return bool(self._facts["keeps_its_prompt"])
+
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Render ``jobs``; each answer has ``text`` (with ``spans`` where a job says what is trained) or ``error``."""
         answers: list[dict[str, Any]] = []

@@ -129,4 +129,5 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
         "truncated": sum(report["truncated"] for report in reports),
         "no_end_token": sum(report["no_end_token"] for report in reports),
         "problems": [problem for report in reports for problem in report["problems"]],
+        "notes": sorted({note for report in reports for note in report["notes"]}),
     }

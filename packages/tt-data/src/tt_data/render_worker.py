@@ -22,7 +22,7 @@ import jinja2.parser
 import jinja2.sandbox
 
 from tt_data.rendered import alternatives
-from tt_data.turn_spans import find_turn_ends, turn_spans
+from tt_data.turn_spans import find_turn_ends, keeps_its_prompt, turn_spans
 
 _MEMORY_LIMIT = 1 << 30
 _OPEN, _CLOSE = (secrets.token_hex(12) for _ in range(2))
@@ -77,6 +77,7 @@ class _Template:
         self.ends: list[str] = []
         self.ends = find_turn_ends(self.render, self.control)
         self.ends += [end for end in setup["ends"] if end not in self.ends]
+        self.keeps_its_prompt = keeps_its_prompt(self.render)
 
     def raw(self, messages: list[dict[str, Any]], prompt: bool, tools: Any = None, extra: Any = None) -> str:
         pieces: list[str] = []
@@ -194,7 +195,7 @@ def main() -> None:
                 _limit_time(item["seconds"])
                 if template is None:
                     template = _Template(job)
-                    answers.append({"ends": template.ends, "generation": template.has_generation})
+                    answers.append({"ends": template.ends, "keeps_its_prompt": template.keeps_its_prompt})
                 else:
                     answers.append(_answer(template, job))
             except (Exception, _TooLong) as error:

@@ -10,13 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tt_data.encode import AMBIGUOUS, Parts, encode_examples
-from tt_data.examples import BadRowError, Example, Judged, Pair
+from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair
 from tt_data.readers import Read
 from tt_data.rendered import Encoded
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
 MAX_PROBLEMS = 20
+_PROMPT_DIFFERS = (
+    "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
+    "deletes): what is trained is not quite what inference asks for"
+)
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Tally:
     no_end: int = 0
     longest_prompt: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: set[str] = field(default_factory=set)
 
     def drop(self, where: str, bad: BadRowError) -> None:
         self.dropped[bad.reason] += 1
@@ -47,6 +52,7 @@ class Tally:
         self.no_end += other.no_end
         self.longest_prompt = max(self.longest_prompt, other.longest_prompt)
         self.problems = (self.problems + other.problems)[:MAX_PROBLEMS]
+        self.notes |= other.notes
 
     def summary(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
@@ -57,6 +63,7 @@ class Tally:
             "truncated": self.truncated,
             "no_end_token": self.no_end,
             "problems": list(self.problems),
+            "notes": sorted(self.notes),
         }
 
 
@@ -88,6 +95,8 @@ class RowEncoder:
                 examples.append((line, read(row, self.settings.columns)))
             except BadRowError as bad:
                 self.tally.drop(f"{name}:{line}", bad)
+        if any(isinstance(example, Conversation) for _, example in examples) and not self._keeps_its_prompt:
+            self.tally.notes.add(_PROMPT_DIFFERS)
         encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
         kept: list[TokenRow] = []
         for (line, example), parts in zip(examples, encoded, strict=True):
@@ -115,6 +124,10 @@ class RowEncoder:
         desirable = isinstance(example, Judged) and example.desirable
         digest = digest_of(parts) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
+
+    @property
+    def _keeps_its_prompt(self) -> bool:
+        return not self.tokenizer.has_chat_template or self.tokenizer.template_keeps_its_prompt
 
     def _is_end(self, index: int) -> bool:
         """Whether a model that learned to write this token has learned to stop."""

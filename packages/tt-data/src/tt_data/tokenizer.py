@@ -131,6 +131,11 @@ class Tokenizer:
         ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
 
+    @property
+    def template_keeps_its_prompt(self) -> bool:
+        """Whether the chat template's training text begins with its generation prompt (DeepSeek-R1's does not)."""
+        return self._template(None).keeps_its_prompt
+
     def with_template(self, templates: Mapping[str, str], name: str) -> Tokenizer:
         """A copy with other chat templates (``default`` and, where tools need another, ``tool_use``)."""
         other = copy.copy(self)

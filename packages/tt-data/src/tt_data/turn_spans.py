@@ -36,6 +36,15 @@ def find_turn_ends(render: Render, control: re.Pattern[str] | None) -> list[str]
     return found
 
 
+def keeps_its_prompt(render: Render) -> bool:
+    """Whether an answered conversation begins like the prompt for that answer: what is trained is what is asked for."""
+    question, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "zq-answer-qz"}
+    try:
+        return render([question, answer], False).startswith(render([question], True))
+    except Exception:  # a template may ask for more than a question
+        return True
+
+
 def _controls_behind(render: Render, conversation: Messages, control: re.Pattern[str]) -> list[str]:
     """The first control string behind the made-up answer, with those that follow it directly."""
     try:
