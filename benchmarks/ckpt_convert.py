@@ -1,6 +1,6 @@
 """A 1.3 GB Hugging Face directory read and written back: seconds and memory, ours and the peers', alternated.
 
-"there and back" converts to another format and back to a Hugging Face directory; "load, save" goes through a model. The
+"there and back" writes another format and then a Hugging Face directory again; "load, save" goes through a model. The
 marks are plain copies of the same directory, with fsync and without. Each contestant is a process of its own on one
 thread; the directory is in the page cache. Memory is sampled from outside, above what it was after imports: RssAnon is
 what a process holds, RssFile the mapped file. torchtune and litgpt take part where CKPT_BENCH_TORCHTUNE and
@@ -57,7 +57,7 @@ def copy_twice_fsync(source: Path, folder: Path) -> None:
     _synced(folder / "back")
 
 
-def ours_load_save(source: Path, folder: Path):
+def ours_load_save(source: Path, folder: Path, copy: bool = True):
     import torch
 
     import tt_ckpt
@@ -66,10 +66,14 @@ def ours_load_save(source: Path, folder: Path):
     def run() -> None:
         config = tt_ckpt.read_config(source)
         model = tt_models.build(tt_models.config_from_hf(config), device="meta", dtype=torch.bfloat16)
-        tt_ckpt.load_weights(model, source)
+        tt_ckpt.load_weights(model, source, copy=copy)
         tt_ckpt.save_hf(model, folder / "there", config=config, source=source)
 
     return run
+
+
+def ours_mapped_save(source: Path, folder: Path):
+    return ours_load_save(source, folder, copy=False)
 
 
 def ours_meta(source: Path, folder: Path):
@@ -150,16 +154,17 @@ CONTESTANTS = {
     "copy": copy,
     "copy, fsync": copy_fsync,
     "tt load, save": ours_load_save,
+    "tt load mapped, save": ours_mapped_save,
     "tt convert hf to hf": ours_hf,
     "transformers load, save": transformers_load_save,
     "copy there and back": copy_twice,
     "copy there and back, fsync": copy_twice_fsync,
     "tt hf, meta, hf": ours_meta,
     "tt hf, torchtune, hf": ours_torchtune,
-    "torchtune there and back": torchtune_there_and_back,
+    "torchtune load, convert, save": torchtune_there_and_back,
     "litgpt there and back": litgpt_there_and_back,
 }
-PATHS = {"torchtune there and back": "CKPT_BENCH_TORCHTUNE", "litgpt there and back": "CKPT_BENCH_LITGPT"}
+PATHS = {"torchtune load, convert, save": "CKPT_BENCH_TORCHTUNE", "litgpt there and back": "CKPT_BENCH_LITGPT"}
 
 
 # ---- running them ----------------------------------------------------------------------------------------------------
@@ -247,9 +252,10 @@ def main() -> None:
         names = [name for name in CONTESTANTS if not arguments.only or name in arguments.only]
         names = [name for name in names if name not in PATHS or os.environ.get(PATHS[name])]
         found: dict[str, list[dict[str, object]]] = {name: [] for name in names}
-        for _ in range(arguments.rounds):
+        for round_number in range(arguments.rounds):
             for name in names:
                 found[name].append(measure(name, source))
+                print(f"round {round_number}: {name}", file=sys.stderr, flush=True)
     print("| | wall s | CPU s | RssAnon MiB | RssFile MiB | byte-equal |\n|---|---|---|---|---|---|")
     for name, runs in found.items():
         wall, cpu = (statistics.median(run[key] for run in runs) for key in ("wall", "cpu"))

@@ -40,6 +40,22 @@ def test_what_was_loaded_is_no_view_of_the_file(tiny, model_dir):
     assert load_file(source / "model.safetensors")["lm_head.weight"].abs().sum() > 0
 
 
+def test_without_copying_parameters_are_views_of_the_map(tiny, model_dir, equal_models):
+    source = model_dir()
+    before = (source / "model.safetensors").read_bytes()
+    model = tiny(device="meta")
+    tt_ckpt.load_weights(model, source, copy=False)
+    assert equal_models(model, tiny(1))
+    if os.path.exists("/proc/self/maps"):
+        assert str(source) in Path("/proc/self/maps").read_text()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert (source / "model.safetensors").read_bytes() == before
+    real = tiny(2)
+    tt_ckpt.load_weights(real, source, copy=False)
+    assert equal_models(real, tiny(1))
+
+
 def test_dtype_decides_for_meta_and_real_models(tiny, model_dir):
     source = model_dir()
     for model in (tiny(device="meta"), tiny(2)):

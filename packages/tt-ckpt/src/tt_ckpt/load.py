@@ -39,6 +39,7 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     check_finite: bool = True,
+    copy: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Fill every base parameter of ``model`` from the safetensors files of ``path`` (a directory or a hub id).
@@ -47,6 +48,8 @@ def load_weights(
     Parameters on the meta device are created on ``device`` (default: the CPU) in ``dtype`` (default: the file's).
     Others keep their device and dtype unless these are given. Adapter parameters are left alone, and a module with
     ``load_base_(name, tensor)`` receives its tensors through it. ``progress(bytes done, bytes in all)`` follows.
+    ``copy=False``: parameters on meta become views of the memory map where dtype and device allow, taking no memory
+    until they are written to; whoever cuts such a file short kills this process (SIGBUS).
 
     Raises FileNotFoundError or ValueError, in one line, for what is missing, unexpected, of another shape, damaged or
     (with ``check_finite``) not finite.
@@ -68,7 +71,7 @@ def load_weights(
     done = 0
     for slot, name, keys, finished in _by_shard(plan, shards):
         tensor = join(model, name, [tensors[key] for key in keys])
-        new = _fill(slot, tensor, dtype=dtype, device=device)
+        new = _fill(slot, tensor, dtype=dtype, device=device, copy=copy)
         if new.dtype != tensor.dtype:
             casts[tensor.dtype, new.dtype] = casts.get((tensor.dtype, new.dtype), 0) + 1
         if check_finite and (problem := _not_finite(tensor, new)):
@@ -138,7 +141,9 @@ def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str]
         yield slot, name, keys, [file for file, last in last_use.items() if last == i]
 
 
-def _fill(slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torch.device | str | None) -> Tensor:
+def _fill(
+    slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torch.device | str | None, copy: bool
+) -> Tensor:
     """Copy ``tensor`` into the slot; returns what the slot holds (or what its module was given)."""
     old: Any = slot.tensor
     on_meta = old.device.type == "meta"
@@ -157,7 +162,7 @@ def _fill(slot: Slot, tensor: Tensor, *, dtype: torch.dtype | None, device: torc
             held: Tensor = old.to_local() if spread else old
             held.copy_(source)
             return held
-        new = source.to(device=target_device, dtype=target_dtype, copy=True).contiguous()
+        new = source.to(device=target_device, dtype=target_dtype, copy=copy).contiguous()
     slot.put(like_dtensor(new, old) if spread else new)
     return new
 
