@@ -1,12 +1,7 @@
 """From any rows to exactly the right labels: tokenizers, chat templates, masks, packing, resumable order."""
 
-from tt_data.chat_formats import (
-    CHAT_TEMPLATES,
-    ChatMLFormat,
-    Llama2ChatFormat,
-    MistralChatFormat,
-    register_chat_template,
-)
+from tt_data.builtin_templates import CHAT_TEMPLATES, register_chat_template
+from tt_data.chat_formats import ChatMLFormat, Llama2ChatFormat, MistralChatFormat
 from tt_data.chat_template import TemplateError
 from tt_data.collate import IGNORE_INDEX, collate, padded_collate, padded_collate_dpo
 from tt_data.converters import Schema, register_schema

@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tt_data.builtin_templates import with_named_template
 from tt_data.chat_template import find_chat_template
 from tt_data.sentencepiece_model import read_sentencepiece
 from tt_data.tokenizer import Backend, Tokenizer
@@ -35,9 +36,7 @@ def load_tokenizer(path: str | Path, *, template: str | None = None, text_specia
         )
     tokenizer = _build(file, directory, config, text_specials)
     if template is not None:
-        from tt_data.chat_formats import resolve_template
-
-        return tokenizer.with_template(*resolve_template(template))
+        return with_named_template(tokenizer, template)
     return tokenizer
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from tt_data.chat_formats import CHAT_TEMPLATES, resolve_template
+from tt_data.builtin_templates import CHAT_TEMPLATES, with_named_template
 from tt_data.converters import SCHEMAS, Columns, Schema, detect_schema
 from tt_data.examples import BadRowError, Completion, Example, Pair
 from tt_data.instruct_templates import INSTRUCT_TEMPLATES, InstructTemplate
@@ -22,7 +22,7 @@ def choose_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     if template is None or template in INSTRUCT_TEMPLATES:
         return tokenizer
     try:
-        return tokenizer.with_template(*resolve_template(template))
+        return with_named_template(tokenizer, template)
     except ValueError as error:
         raise ValueError(str(error).replace(" or a .jinja", f", {', '.join(INSTRUCT_TEMPLATES)} or a .jinja")) from None
 

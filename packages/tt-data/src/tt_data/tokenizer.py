@@ -232,7 +232,7 @@ class Tokenizer:
             raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)}")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(
-                self.templates[name], variables=self._template_variables(), controls=list(self._backend.added),
+                self.templates[name], variables=self._names, controls=list(self._backend.added),
                 ends=self._end_tokens(),
                 name=self._template_name,
             )  # fmt: skip
@@ -241,10 +241,6 @@ class Tokenizer:
     def _end_tokens(self) -> list[str]:
         ids = [i for i in (self.eos_id, *self._extra_eos_ids) if i is not None]
         return [token for token in map(self._backend.token, dict.fromkeys(ids)) if token]
-
-    def _template_variables(self) -> dict[str, Any]:
-        has_end = self._backend.token_id("<|im_end|>") is not None
-        return {**self._names, "turn_end": "" if has_end else self._names.get("eos_token", "")}
 
     def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {"messages": [_plain(message) for message in messages], "tools": tools or None, "extra": dict(variables)}
