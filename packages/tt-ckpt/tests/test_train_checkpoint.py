@@ -239,6 +239,22 @@ def test_leftovers_of_killed_saves_are_removed(checkpoints):
     assert os.listdir(checkpoints.directory) == ["step-000005"]
 
 
+def test_the_one_just_saved_stays_whatever_its_number(checkpoints):
+    for step in (7, 8, 9):
+        save(checkpoints, step)
+    path = save(checkpoints, 3)
+    assert path.is_dir()
+    check(checkpoints.restore(path), 3)
+
+
+def test_damaged_ones_go_when_they_are_older_than_all_that_are_kept(checkpoints):
+    path = save(checkpoints, 1)
+    damage(path / "state.json", "cut")
+    for step in (2, 3):
+        save(checkpoints, step)
+    assert not path.exists()
+
+
 def test_damaged_checkpoints_do_not_count_as_kept(checkpoints):
     for step in (1, 2, 3):
         path = save(checkpoints, step)

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.names import safe_file
-from tt_ckpt.tensor_file import DTYPES, Header, MappedFile, read_header
+from tt_ckpt.ranks import Ranks
+from tt_ckpt.tensor_file import DTYPES, Header, MappedFile, read_header, write_tensor_dict
+
+Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 def part_key(name: str, offsets: tuple[int, ...]) -> str:
@@ -129,3 +132,28 @@ def _is_sound(whole: Whole) -> bool:
         for offset, size, limit in zip(part.offsets, part.sizes, whole.shape, strict=True)
     )
     return inside and bool(whole.parts) and sum(prod(part.sizes) for part in whole.parts) == prod(whole.shape)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def write_groups(folder: Path, tensors: Groups, among: Ranks) -> dict[str, str]:
+    """One file per group, or one per group and rank where tensors are spread; the sha256 of each."""
+    if among.size > 1 or any(hasattr(tensor, "placements") for named in tensors.values() for tensor in named.values()):
+        from tt_ckpt.sharded import save_sharded
+
+        return save_sharded(folder, tensors, among)
+    hashes = {}
+    for group, named in tensors.items():
+        digest = write_tensor_dict(folder / f"{group}.safetensors", named, hashed=True)
+        assert digest is not None
+        hashes[f"{group}.safetensors"] = digest
+    return hashes
+
+
+def copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU that further training does not change."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    staged: dict[str, dict[str, Tensor]] = BlockingAsyncStager().stage({k: dict(v) for k, v in tensors.items()})
+    return staged

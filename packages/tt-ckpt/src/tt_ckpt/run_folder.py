@@ -52,17 +52,21 @@ def remove_leftovers(directory: Path) -> None:
             commit.remove_tree(entry)
 
 
-def prune(directory: Path, keep_last: int) -> None:
-    """Remove all but the newest whole checkpoints; a damaged one does not count as kept."""
-    whole = []
-    for path in reversed(candidates(directory)):
+def prune(directory: Path, keep_last: int, newest: Path) -> None:
+    """Remove what is older than the newest ``keep_last`` whole checkpoints; a damaged one does not count as kept.
+
+    ``newest``, the one just saved, stays in any case: after going back by hand it may have the lowest number.
+    """
+    found, kept = candidates(directory), 0
+    while found and kept < keep_last:
         try:
-            commit.verify(path, hashes=False)
+            commit.verify(found.pop(), hashes=False)
         except (OSError, ValueError):
             continue
-        whole.append(path)
-    for path in whole[keep_last:]:
-        _remove(path)
+        kept += 1
+    for path in found:
+        if path != newest:
+            _remove(path)
 
 
 def _remove(path: Path) -> None:

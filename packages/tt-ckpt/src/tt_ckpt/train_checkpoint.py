@@ -5,11 +5,12 @@ the caller adds, and a manifest. There is no pickle in it. Under ``torch.distrib
 each writes and reads the parts that it holds (see ``sharded``), and rank 0 does the rest.
 """
 
-import json
+import copy
 import logging
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,14 @@ from torch import Tensor
 from tt_ckpt import commit, ranks, run_folder
 from tt_ckpt.background import Background
 from tt_ckpt.names import check_basename
-from tt_ckpt.parts import Group
+from tt_ckpt.parts import Group, Groups, copies, write_groups
 from tt_ckpt.shards import read_json
-from tt_ckpt.tensor_file import write_tensor_dict
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 STATE_NAME = "state.json"
 Files = Mapping[str, Callable[[Path], None]]
-Groups = Mapping[str, Mapping[str, Tensor]]
 
 
 class CheckpointNotSaved(RuntimeError):  # noqa: N818  (the name says what happened)
@@ -67,8 +66,11 @@ class TrainCheckpoint:
             raise ValueError(f"keep_last must be at least 2, so that a damaged newest has a fall-back; got {keep_last}")
         self.directory = Path(directory)
         self.keep_last = keep_last
-        self._ranks = ranks.current()
         self._background = Background()
+
+    @cached_property
+    def _ranks(self) -> ranks.Ranks:
+        return ranks.current()  # collective: made by the first call that is one anyway
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -100,12 +102,12 @@ class TrainCheckpoint:
         files: Files | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """``save``, of copies made now, in the background. A failure is raised by the next ``check`` or ``wait``.
+        """``save``, of copies made now, in the background. A failure is raised by the next ``check``, ``wait`` or save.
 
         At most one is under way: a second call waits for the first.
         """
         self.wait()
-        saving = self._begin(step, _copies(tensors), json.loads(json.dumps(state)), files or {}, info or {})
+        saving = self._begin(step, copies(tensors), copy.deepcopy(dict(state)), files or {}, info or {})
         self._background.start(lambda: self._finish(saving))
 
     def check(self) -> Path | None:
@@ -151,7 +153,7 @@ class TrainCheckpoint:
         failure: Exception | None = None
         hashes: dict[str, str] = {}
         try:
-            hashes = _write_tensors(saving.tmp, saving.tensors, self._ranks)
+            hashes = write_groups(saving.tmp, saving.tensors, self._ranks)
             if self._ranks.is_first:
                 commit.write_json(saving.tmp / STATE_NAME, dict(saving.state))
                 commit.fsync_tree(saving.tmp)
@@ -168,13 +170,13 @@ class TrainCheckpoint:
                 failure = error
         self._agree(saving.destination, saving.tmp, failure)
         if self._ranks.is_first:
-            run_folder.prune(self.directory, self.keep_last)
+            run_folder.prune(self.directory, self.keep_last, saving.destination)
         return saving.destination
 
     def _agree(self, destination: Path, tmp: Path | None, failure: Exception | None) -> None:
         """Raise on every rank what failed on any, after removing what was begun."""
         try:
-            told = self._ranks.gather(None if failure is None else str(failure))
+            told = self._ranks.gather(None if failure is None else str(failure) or type(failure).__name__)
         except RuntimeError as error:  # a rank has died
             failure, told = error, [f"lost touch with the other ranks: {error}"]
         reasons = dict.fromkeys(reason for reason in told if reason is not None)  # each once, by rank
@@ -253,28 +255,6 @@ class TrainCheckpoint:
         told = self._ranks.gather(None if failure is None else str(failure))
         if reasons := [reason for reason in told if reason is not None]:
             raise ValueError(reasons[0]) from failure
-
-
-def _write_tensors(folder: Path, tensors: Groups, among: ranks.Ranks) -> dict[str, str]:
-    """One file per group, or one per group and rank where tensors are spread; the sha256 of each."""
-    if among.size > 1 or any(hasattr(tensor, "placements") for named in tensors.values() for tensor in named.values()):
-        from tt_ckpt.sharded import save_sharded
-
-        return save_sharded(folder, tensors, among)
-    hashes = {}
-    for group, named in tensors.items():
-        digest = write_tensor_dict(folder / f"{group}.safetensors", named, hashed=True)
-        assert digest is not None
-        hashes[f"{group}.safetensors"] = digest
-    return hashes
-
-
-def _copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
-    """Copies on the CPU that further training does not change."""
-    from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
-    staged: dict[str, dict[str, Tensor]] = BlockingAsyncStager().stage({k: dict(v) for k, v in tensors.items()})
-    return staged
 
 
 def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
