@@ -22,7 +22,7 @@ from tt_ckpt.verify import content_hash
 logger = logging.getLogger(__name__)
 
 WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*merges.txt", "*vocab.txt", "LICENSE*",
-          "NOTICE*",           "USE_POLICY*", "README.md")  # fmt: skip
+          "NOTICE*", "USE_POLICY*", "README.md")  # fmt: skip
 UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf", "training_args*", "runs/*")
 PUBLIC_HUB = "https://huggingface.co"
 FIRST_CONTACT_S = 1.0  # for a hub that has not answered at all: perhaps the name is a typo, perhaps there is no network

@@ -1,0 +1,79 @@
+"""What a process holds while files stream through it: RssAnon, without the pages of mapped files. Linux only."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import tt_ckpt
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is read from /proc")
+MB = 2**20
+
+
+def held():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no RssAnon")
+
+
+def forked_peak(tmp_path, action):
+    """By how much RssAnon of a fresh child grows while ``action(progress)`` runs, sampled after each tensor."""
+    result = tmp_path / "peak"
+    child = os.fork()
+    if child == 0:
+        try:
+            start, peak = held(), 0
+
+            def progress(done, total):
+                nonlocal peak
+                peak = max(peak, held() - start)
+
+            action(progress)
+            result.write_text(str(peak))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return int(result.read_text())
+
+
+@pytest.fixture
+def large(model_dir, tmp_path):
+    """A model of more than 70 MB whose largest tensor has 2 MB."""
+    return model_dir(hidden_size=512, intermediate_size=1024, num_hidden_layers=9, vocab_size=1000)
+
+
+@pytest.mark.parametrize("to", ["hf", "meta", "torchtune"])
+def test_a_conversion_holds_a_tensor_not_the_model(large, tmp_path, to):
+    size = (large / "model.safetensors").stat().st_size
+    assert size > 70 * MB
+    peak = forked_peak(tmp_path, lambda progress: tt_ckpt.convert(large, tmp_path / "out", to, progress=progress))
+    assert peak < 20 * MB
+
+
+def test_loading_onto_meta_takes_the_models_memory_once(large, tmp_path, tiny):
+    fields = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 9, "vocab_size": 1000}
+    size = (large / "model.safetensors").stat().st_size
+
+    def load(copy):
+        model = tiny(device="meta", **fields)
+        return forked_peak(tmp_path, lambda progress: tt_ckpt.load_weights(model, large, copy=copy, progress=progress))
+
+    assert 0.9 * size < load(True) < size + 10 * MB
+    assert load(False) < 10 * MB
+
+
+def test_a_quantizing_module_is_fed_tensor_by_tensor(tmp_path):
+    class Quantized(nn.Linear):
+        def load_base_(self, name, tensor):
+            self.packed = tensor.to(torch.float16).view(torch.uint8)[:, ::4].clone()  # an eighth of float32
+
+    with torch.device("meta"):
+        model = nn.ModuleList(Quantized(1024, 1024, bias=False) for _ in range(20))
+    save_file({f"{i}.weight": torch.ones(1024, 1024) for i in range(20)}, tmp_path / "model.safetensors")
+    peak = forked_peak(tmp_path, lambda progress: tt_ckpt.load_weights(model, tmp_path, progress=progress))
+    assert peak < 45 * MB  # of 80 in the file: 10 packed, what is on its way, and what the allocator keeps
