@@ -107,15 +107,18 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
         """Read the keys of a ``config.json``; see ``tt_models.config_from_hf``."""
-        keys = {key: value for key, value in config.items() if key not in WITHOUT_EFFECT and key != "model_type"}
+        hints = typing.get_type_hints(cls)
+        names = {field.name for field in dataclasses.fields(cls)}
+        without_effect = WITHOUT_EFFECT - names | {"model_type"}
+        keys = {key: value for key, value in config.items() if key not in without_effect}
         refuse_quantized(keys)
         keys |= cls.read_rope({key: keys.pop(key) for key in ROPE_KEYS if key in keys})
         for alias, name in cls.aliases.items():
             value = keys.pop(alias, None)
-            if value is not None and keys.setdefault(name, value) != value:
+            if value is not None and keys.get(name) is None:
+                keys[name] = value
+            elif value is not None and keys[name] != value:
                 raise ValueError(f"config.json: {alias} = {value!r} contradicts {name} = {keys[name]!r}")
-        hints = typing.get_type_hints(cls)
-        names = {field.name for field in dataclasses.fields(cls)}
         refuse_unknown({key: value for key, value in keys.items() if key not in names}, names | set(ROPE_KEYS))
         known: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value

@@ -23,6 +23,9 @@ WITHOUT_EFFECT = frozenset(
         "suppress_tokens", "task_specific_params", "temperature", "tie_encoder_decoder", "tokenizer_class",
         "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
         "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+        # read by other families, or by nobody any more
+        "max_sequence_length", "max_window_layers", "tokenizer_model_max_length", "tokenizer_padding_side",
+        "unk_token_id", "use_flash_attn", "_flash_attn_2_enabled",
     ]
 )  # fmt: skip
 
