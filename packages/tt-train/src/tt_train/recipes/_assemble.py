@@ -103,8 +103,12 @@ class Subset:
         pieces: list[tuple[str, bool]] = self.dataset.rendered(self.indices[index])
         return pieces
 
+    def where(self, index: int) -> str:
+        place: str = self.dataset.where(self.indices[index])
+        return place
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "dataset":
+        if name.startswith("__") or name in ("dataset", "at"):  # a mix's rows stay: turning, they would meet the held-out
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
