@@ -108,7 +108,7 @@ class Subset:
         return place
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("dataset", "at"):  # a mix's rows stay: turning, they would meet the held-out
+        if name.startswith("__") or name in ("dataset", "at"):  # a mix may not turn: it would meet the held-out
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
