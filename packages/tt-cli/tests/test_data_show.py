@@ -86,3 +86,12 @@ def test_a_mistake_is_one_line_that_names_the_place(tt, rows_file, model_dir, tm
     assert answer.out == ""
     assert part in answer.err
     assert answer.err.count("\n") == 1
+
+
+def test_preference_rows_show_both_answers(tt, model_dir, tmp_path):
+    rows = tmp_path / "preference.jsonl"
+    rows.write_text(json.dumps({"prompt": "which one", "chosen": "this", "rejected": "that"}) + "\n")
+    shown = show(tt, rows, model_dir, "--json").json["shown"][0]
+    assert [piece["text"][:4] for piece in shown["pieces"] if piece["trained"]] == ["this", "that"]
+    assert shown["tokens"] > shown["trained"] > 2
+    assert show(tt, rows, model_dir, "--stats", "--json").json["stats"]["longest"] == shown["tokens"]

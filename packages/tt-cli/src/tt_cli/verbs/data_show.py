@@ -64,18 +64,18 @@ def _print_rows(dataset: Any, indices: range, as_json: bool) -> None:
     click.echo(summary(dataset.report), err=True)
     for index in indices:
         row = dataset[index]
-        click.secho(f"row {index}: {len(row['input_ids'])} tokens, {trained_tokens(row)} trained", bold=True)
+        click.secho(f"row {index}: {num_tokens(row)} tokens, {trained_tokens(row)} trained", bold=True)
         click.echo(mark(dataset.rendered(index), color=wants_color(sys.stdout)) + "\n")
 
 
 def _row(dataset: Any, index: int) -> dict[str, Any]:
     row = dataset[index]
     pieces = [{"text": text, "trained": trained} for text, trained in dataset.rendered(index)]
-    return {"index": index, "tokens": len(row["input_ids"]), "trained": trained_tokens(row), "pieces": pieces}
+    return {"index": index, "tokens": num_tokens(row), "trained": trained_tokens(row), "pieces": pieces}
 
 
 def _print_stats(dataset: Any, as_json: bool) -> None:
-    lengths = sorted(len(dataset[index]["input_ids"]) for index in range(len(dataset)))
+    lengths = sorted(num_tokens(dataset[index]) for index in range(len(dataset)))
     trained = sum(trained_tokens(dataset[index]) for index in range(len(dataset)))
     figures = {
         "tokens": sum(lengths),
@@ -93,9 +93,14 @@ def _print_stats(dataset: Any, as_json: bool) -> None:
         click.echo(f"{name.replace('_', ' '):<15}{value:>12,}")
 
 
+def num_tokens(row: dict[str, Any]) -> int:
+    """Tokens of ``row``; of both answers where it holds a chosen and a rejected one."""
+    return sum(len(value) for key, value in row.items() if key.endswith("labels"))
+
+
 def trained_tokens(row: dict[str, Any]) -> int:
     """How many labels of ``row`` take a loss."""
-    return sum(int(label) != IGNORE for label in row["labels"])
+    return sum(int(label) != IGNORE for key, value in row.items() if key.endswith("labels") for label in value)
 
 
 def summary(report: dict[str, Any]) -> str:
