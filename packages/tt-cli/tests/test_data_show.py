@@ -27,7 +27,8 @@ def test_trained_text_is_green_where_there_is_colour(tt, rows_file, model_dir, m
 def test_n_and_start_choose_rows(tt, rows_file, model_dir):
     rows = show(tt, rows_file, model_dir, "-n", "2", "--start", "1", "--json").json["shown"]
     assert [row["index"] for row in rows] == [1, 2]
-    assert [next(piece["text"] for piece in row["pieces"] if piece["trained"])[:4] for row in rows] == ["blue", "gree"]
+    texts = [[piece["text"] for piece in row["documents"][0]["pieces"] if piece["trained"]] for row in rows]
+    assert [text[0][:4] for text in texts] == ["blue", "gree"]
 
 
 def test_json_counts_tokens_and_trained_tokens(tt, rows_file, model_dir):
@@ -37,11 +38,21 @@ def test_json_counts_tokens_and_trained_tokens(tt, rows_file, model_dir):
 
 def test_stats_are_over_all_rows(tt, rows_file, model_dir):
     answer = show(tt, rows_file, model_dir, "--stats", "--json").json
-    assert answer["rows"] == 8
-    stats = answer["stats"]
-    assert stats["shortest"] <= stats["median"] <= stats["p95"] <= stats["longest"]
-    assert stats["trained_tokens"] < stats["tokens"]
-    assert "trained tokens" in show(tt, rows_file, model_dir, "--stats").out
+    assert answer["rows"] == sum(part["count"] for part in answer["lengths"]["histogram"]) == 8
+    assert answer["trained_tokens"] < answer["tokens"]
+    text = show(tt, rows_file, model_dir, "--stats").out
+    assert f"{answer['trained_tokens']} trained ({answer['share_trained']:.1%})" in text
+    assert "\u2588" in text
+
+
+def test_stats_name_what_was_dropped_and_where(tt, model_dir, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "Say red.", "completion": "red"}, {"prompt": "Say", "completion": ""}, {"prompt": "Say"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = show(tt, file, model_dir, "--stats").out
+    assert "dropped  1 empty, 1 missing column" in text
+    assert "rows.jsonl:2: " in text
+    assert "rows.jsonl:3: " in text
 
 
 @pytest.mark.parametrize("words", [("--train-on", "all"), ("--max-seq-len", "29"), ("--template", "llama2")])
@@ -49,11 +60,31 @@ def test_settings_of_a_run_change_what_is_shown(tt, rows_file, model_dir, words)
     assert show(tt, rows_file, model_dir, *words, "--json").json != show(tt, rows_file, model_dir, "--json").json
 
 
-def test_packing_puts_rows_together(tt, rows_file, model_dir):
-    packed = show(tt, rows_file, model_dir, "--packing", "--max-seq-len", "128", "--stats", "--json").json
+def test_packing_puts_rows_together_and_shows_where_each_begins(tt, rows_file, model_dir):
+    words = ["--packing", "--max-seq-len", "128"]
+    packed = show(tt, rows_file, model_dir, *words, "--stats", "--json").json
     alone = show(tt, rows_file, model_dir, "--stats", "--json").json
-    assert packed["stats"]["longest"] > alone["stats"]["longest"]
-    assert packed["stats"]["tokens"] == alone["stats"]["tokens"]
+    assert packed["lengths"]["max"] > alone["lengths"]["max"]
+    assert packed["tokens"] == alone["tokens"]
+    first = show(tt, rows_file, model_dir, *words, "-n", "1")
+    documents = show(tt, rows_file, model_dir, *words, "-n", "1", "--json").json["shown"][0]["documents"]
+    assert len(documents) > 1
+    for document in documents:
+        assert f"--- {document['name']} ---" in first.out
+
+
+def test_a_cut_row_says_so(tt, rows_file, model_dir):
+    assert "cut at max_seq_len" in show(tt, rows_file, model_dir, "--max-seq-len", "29", "-n", "8").out
+    assert "cut at max_seq_len" not in show(tt, rows_file, model_dir).out
+
+
+def test_streaming_reads_no_further_than_shown(tt, model_dir, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(200)) + "{broken\n")
+    assert show(tt, file, model_dir, "--streaming", "-n", "2", "--json").json["shown"][1]["where"].endswith(":2")
+    refused = tt("data", "show", str(file), "--tokenizer", str(model_dir), "--streaming", "--stats")
+    assert refused.code == 2
+    assert "--stats and --packing need all" in refused.err
 
 
 def test_columns_are_renamed(tt, model_dir, tmp_path):
@@ -92,6 +123,9 @@ def test_preference_rows_show_both_answers(tt, model_dir, tmp_path):
     rows = tmp_path / "preference.jsonl"
     rows.write_text(json.dumps({"prompt": "which one", "chosen": "this", "rejected": "that"}) + "\n")
     shown = show(tt, rows, model_dir, "--json").json["shown"][0]
-    assert [piece["text"][:4] for piece in shown["pieces"] if piece["trained"]] == ["this", "that"]
+    documents = shown["documents"]
+    assert [document["name"].split()[-1] for document in documents] == ["chosen", "rejected"]
+    texts = [[piece["text"] for piece in document["pieces"] if piece["trained"]] for document in documents]
+    assert [text[0][:4] for text in texts] == ["this", "that"]
     assert shown["tokens"] > shown["trained"] > 2
-    assert show(tt, rows, model_dir, "--stats", "--json").json["stats"]["longest"] == shown["tokens"]
+    assert show(tt, rows, model_dir, "--stats", "--json").json["lengths"]["max"] == shown["tokens"]

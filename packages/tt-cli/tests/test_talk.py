@@ -34,18 +34,20 @@ def test_nothing_generated_is_no_text():
     assert list(pieces(iter([]), bytes_decoder)) == []
 
 
-@pytest.mark.parametrize(("schema", "template", "has_chat_template", "form"), [
-    ("", None, True, "chat"),
-    ("", None, False, "text"),
-    ("openai", None, True, "chat"),
-    ("alpaca", None, True, "chat"),
-    ("alpaca", None, False, "alpaca"),
-    ("alpaca", "chatml", True, "chat"),
-    ("alpaca", "alpaca", True, "alpaca"),
-    ("alpaca", "summarize", True, "summarize"),
-    ("prompt_completion", None, True, "text"),
-    ("prompt_completion+text", None, True, "text"),
-    ("alpaca+text", None, True, "chat"),
+@pytest.mark.parametrize(("report", "template", "has_chat_template", "form"), [
+    ({}, None, True, "chat"),
+    ({}, None, False, "text"),
+    ({"schema": "openai", "form": "chat"}, None, True, "chat"),
+    ({"schema": "alpaca", "form": "chat"}, None, True, "chat"),
+    ({"schema": "alpaca", "form": "text"}, None, False, "alpaca"),
+    ({"schema": "alpaca", "form": "chat"}, "chatml", True, "chat"),
+    ({"schema": "instruct:alpaca", "form": "text"}, "alpaca", True, "alpaca"),
+    ({"schema": "instruct:summarize", "form": "text"}, "summarize", True, "summarize"),
+    ({"schema": "prompt_completion", "form": "text"}, None, True, "text"),
+    ({"schema": "prompt_completion", "form": "chat"}, None, True, "chat"),  # of messages
+    ({"schema": "prompt_completion+text", "form": "text"}, None, True, "text"),
+    ({"schema": "alpaca+text", "form": "chat+text"}, None, True, "chat"),
+    ({"schema": "openai", "form": ""}, None, True, "chat"),  # a stream that was stopped
 ])  # fmt: skip
-def test_a_prompt_has_the_form_that_its_rows_had(schema, template, has_chat_template, form):
-    assert prompt_form(schema, template, has_chat_template=has_chat_template) == form
+def test_a_prompt_has_the_form_that_its_rows_had(report, template, has_chat_template, form):
+    assert prompt_form(report, template, has_chat_template=has_chat_template) == form

@@ -45,14 +45,13 @@ class Speaker:
         from tt_train.run_dir import find_run
 
         self.path = str(path if path is not None else find_run())
-        from tt_data.readers import choose_template
         from tt_train import load  # loads torch: a run that is not there is told before
 
         self.model: Any
-        self.model, tokenizer = load(self.path, adapter=adapter)
-        schema, template = trained_on(Path(self.path))
-        self.tokenizer: Any = choose_template(tokenizer, template)
-        self.form = prompt_form(schema, template, has_chat_template=self.tokenizer.has_chat_template)
+        self.tokenizer: Any
+        self.model, self.tokenizer = load(self.path, adapter=adapter)
+        report, template = trained_on(Path(self.path))
+        self.form = prompt_form(report, template, has_chat_template=self.tokenizer.has_chat_template)
 
     def raw_ids(self, text: str) -> list[int]:
         """``text`` as it stands, as the beginning of a document."""
@@ -96,28 +95,28 @@ class Speaker:
         return pieces(tokens, self.tokenizer.decode)
 
 
-def trained_on(path: Path) -> tuple[str, str | None]:
-    """The schema of the rows that a run was trained on, and its ``data.template``; ("", None) for a model."""
+def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The report on the rows that a run was trained on, and its ``data.template``; ({}, None) for a model."""
     from tt_train.run_dir import is_run, read_json
 
     if not is_run(path):
-        return "", None
+        return {}, None
     manifest = read_json(path / "manifest.json")
-    report = manifest.get("data", {}).get("report", {})
-    return str(report.get("schema", "")), manifest.get("config", {}).get("data", {}).get("template")
+    return manifest.get("data", {}).get("report", {}), manifest.get("config", {}).get("data", {}).get("template")
 
 
-def prompt_form(schema: str, template: str | None, *, has_chat_template: bool) -> str:
+def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:
     """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
     from tt_data.instruct_templates import INSTRUCT_TEMPLATES
 
     if template in INSTRUCT_TEMPLATES:
         return str(template)
-    if schema and set(schema.split("+")) <= {"prompt_completion", "text"}:
-        return "text"
-    if has_chat_template:
+    schemas, forms = str(report.get("schema", "")).split("+"), str(report.get("form", "")).split("+")
+    if "chat" in forms:
         return "chat"
-    return "alpaca" if "alpaca" in schema.split("+") else "text"
+    if "text" in forms or not has_chat_template:
+        return "alpaca" if "alpaca" in schemas else "text"
+    return "chat"  # a model, or a stream of which nothing was read
 
 
 def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
