@@ -304,6 +304,14 @@ def test_every_key_has_an_effect(tmp_path, words, word, plain_curve):
     assert losses(run(tmp_path / "b", words, word)) != plain_curve()
 
 
+def test_token_rows_are_made_once_where_a_cache_is_named(tmp_path, words, plain_curve, monkeypatch):
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    assert losses(run(tmp_path / "a", words, cache, "data.num_workers=2")) == plain_curve()
+    assert any((tmp_path / "cache").iterdir())
+    monkeypatch.setattr("tt_data.load.build", lambda *_, **__: pytest.fail("encoded once more"))
+    assert losses(run(tmp_path / "b", words, cache)) == plain_curve()
+
+
 @pytest.mark.parametrize(
     "word",
     [

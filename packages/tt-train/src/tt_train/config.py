@@ -57,7 +57,8 @@ class DataSection:
     template: str | None = None  # the model's own; or a registered name
     split: str | None = None
     on_bad_row: str = "drop"  # drop | error
-    num_workers: int = 0
+    num_workers: int = 0  # processes that encode and collate
+    cache_dir: str | None = None  # keep token rows there, so that the next run need not make them
     shuffle: bool = True
 
 

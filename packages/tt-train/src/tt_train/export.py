@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-import tt_data
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.merge import base_folder, merge_run, refuse_full
+from tt_train.merge import merge_run, model_source, refuse_full
+from tt_train.serving import load_run_tokenizer, run_tokenizer
 
 FORMATS = ("hf", "ollama")
 _SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes of its own
@@ -39,7 +39,10 @@ def export(
     refuse_full(target)
     modelfile = None
     if to == "ollama":
-        modelfile = ollama_modelfile(tt_data.load_tokenizer(base_folder(Path(path))))
+        source = run_tokenizer(Path(path)) or model_source(Path(path))
+        if source is None:
+            raise ConfigError([f"{path}: names no tokenizer"])
+        modelfile = ollama_modelfile(load_run_tokenizer(Path(path), source))
     if not dry_run:
         merge_run(path, target, dtype=dtype, tell=tell)
         if modelfile is not None:

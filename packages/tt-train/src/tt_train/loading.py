@@ -11,6 +11,7 @@ import tt_models
 import tt_peft
 from tt_train.errors import ConfigError
 from tt_train.run_dir import find_run, is_run, read_json
+from tt_train.serving import run_template
 
 
 def load(
@@ -20,7 +21,7 @@ def load(
     dtype: torch.dtype | None = None,
     adapter: bool = True,
 ) -> tuple[tt_models.Decoder, Any]:
-    """The model at ``path``, in evaluation mode, and its tokenizer.
+    """The model at ``path``, in evaluation mode, and its tokenizer (with the template that a run was trained with).
 
     Args:
         path: a run directory (its model, or its base with its adapter; a stopped run: its newest checkpoint), a
@@ -84,8 +85,14 @@ def _load_adapter(
 def _load_run(
     run: Path, device: torch.device, dtype: torch.dtype | None, adapter: bool
 ) -> tuple[tt_models.Decoder, Any]:
-    manifest = read_json(run / "manifest.json")
-    section = (manifest.get("config") or {}).get("model") or {}
+    model, tokenizer = _load_trained(run, device, dtype, adapter)
+    return model, tt_data.choose_template(tokenizer, run_template(run))
+
+
+def _load_trained(
+    run: Path, device: torch.device, dtype: torch.dtype | None, adapter: bool
+) -> tuple[tt_models.Decoder, Any]:
+    section = (read_json(run / "manifest.json").get("config") or {}).get("model") or {}
     dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}.get(str(section.get("dtype")))
     if (run / "adapter" / "adapter_config.json").is_file():
         base = _adapter_base(run / "adapter")

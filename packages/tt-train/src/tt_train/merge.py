@@ -11,6 +11,7 @@ import tt_peft
 from tt_train.errors import ConfigError
 from tt_train.loading import load
 from tt_train.run_dir import is_run, read_json
+from tt_train.serving import run_template, run_tokenizer, serving_files, tokenizer_files
 
 
 def merge_run(
@@ -22,14 +23,15 @@ def merge_run(
     """
     folder, target = Path(path), Path(output)
     refuse_full(target)
-    model, _ = load(path, dtype=dtype, device="cpu")
+    model, tokenizer = load(path, dtype=dtype, device="cpu")
     if any(hasattr(module, "adapter_params") for module in model.modules()):
         report = tt_peft.merge_lora_(model)
         if tell is not None:
             tell(str(report))
     source = model_source(folder)
     config = dict(tt_ckpt.read_config(source)) if source else tt_models.config_to_hf(model.config)
-    tt_ckpt.save_hf(model, target, config=config, source=source)
+    files = tokenizer_files(run_tokenizer(folder)) | serving_files(tokenizer, run_template(folder), source)
+    tt_ckpt.save_hf(model, target, config=config, source=source, files=files)
     return target
 
 
@@ -37,18 +39,6 @@ def refuse_full(target: Path) -> None:
     """ConfigError where writing to ``target`` would mix with what it holds."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError([f"{target}: exists and is not empty; choose another -o"])
-
-
-def base_folder(folder: Path) -> Path:
-    """Where the tokenizer of a run, adapter or model is."""
-    if is_run(folder):
-        section = (read_json(folder / "manifest.json").get("config") or {}).get("model") or {}
-        if section.get("tokenizer"):
-            return Path(section["tokenizer"])
-    found = model_source(folder)
-    if found is None:
-        raise ConfigError([f"{folder}: names no tokenizer"])
-    return found
 
 
 def model_source(folder: Path) -> Path | None:

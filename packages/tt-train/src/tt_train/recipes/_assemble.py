@@ -129,10 +129,14 @@ def assemble(config: SFTConfig) -> Job:
     source = config.model.tokenizer or model_path
     if source is not None:
         tokenizer = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
+    if tokenizer is not None:
+        plain = tokenizer
+        tokenizer = _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
         train = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
+        notes += train.report["notes"] if train is not None else []
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
@@ -258,7 +262,8 @@ def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, 
     keys = ("train_on", "packing", "split", "template", "on_bad_row")
     options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
     options |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
-    options["streaming"] = streaming
+    options |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
+    options["num_workers"] = 0 if streaming else config.data.num_workers
     return tt_data.load_dataset(source, tokenizer, **options)
 
 

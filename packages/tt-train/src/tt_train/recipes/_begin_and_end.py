@@ -20,6 +20,7 @@ from tt_train.recipes._assemble import Job
 from tt_train.report import write_report
 from tt_train.resume import changed_keys, find_resumable, saved_config
 from tt_train.run_dir import RunDir, new_path, probe_writable, read_json
+from tt_train.serving import TEMPLATE_FILE, own_template, serving_files, tokenizer_files
 
 
 def begin(job: Job, resume: str | Path | None) -> tuple[RunDir, Path | None]:
@@ -32,6 +33,9 @@ def begin(job: Job, resume: str | Path | None) -> tuple[RunDir, Path | None]:
         run = RunDir(path)
         run.write_text("config.yaml", to_yaml(replace(config, output_dir=None)))
         run.write_json("manifest.json", _manifest(job))
+        template = own_template(job.tokenizer, config.data.template)
+        if template is not None:
+            run.write_text(TEMPLATE_FILE, template)
         return run, None
     if changed := changed_keys(saved_config(going_on), config):
         raise ConfigError(
@@ -54,14 +58,18 @@ def _manifest(job: Job) -> dict[str, Any]:
         "command": command_line(),
         "seed": job.config.seed,
         "config": to_dict(replace(job.config, output_dir=None)),
-        "data": {
-            "fingerprint": job.train.fingerprint,
-            "rows": job.num_rows,
-            "report": job.train.report,
-            "held_out_rows": len(job.held_out) if job.held_out else 0,
-        },
+        "data": _data(job),
         "environment": collect(),
         "git": git_state(),
+    }
+
+
+def _data(job: Job) -> dict[str, Any]:
+    return {
+        "fingerprint": job.train.fingerprint,
+        "rows": job.num_rows,
+        "report": job.train.report,
+        "held_out_rows": len(job.held_out) if job.held_out else 0,
     }
 
 
@@ -102,7 +110,9 @@ def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:
     else:
         config = job.hf_config if job.model_path else tt_models.config_to_hf(job.model_config)
         source = job.model_path or Path(str(job.config.model.tokenizer))
-        tt_ckpt.save_hf(model, run.path / "model", config=config, source=source)
+        files = tokenizer_files(Path(job.config.model.tokenizer)) if job.config.model.tokenizer else {}
+        files |= serving_files(job.tokenizer, job.config.data.template, source)
+        tt_ckpt.save_hf(model, run.path / "model", config=config, source=source, files=files)
     rows = run.rows("metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     summary: dict[str, Any] = {
@@ -114,7 +124,7 @@ def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:
         "seconds": rows[-1]["elapsed_s"],
         "tokens": rows[-1]["tokens"],
     }
-    run.update_manifest(state="finished", summary=summary)
+    run.update_manifest(state="finished", summary=summary, data=_data(job))  # a stream's report is known only now
     run.write_text("README.md", model_card(job, read_json(run.path / "manifest.json"), summary))
     write_report([run.path])
     return {**summary, "next": next_commands(run.path, job.method)}
@@ -131,7 +141,8 @@ def with_absolute_paths(config: SFTConfig) -> SFTConfig:
     """The config with every local path absolute, so that the run directory works from any folder."""
     model = replace(config.model, path=_absolute(config.model.path), tokenizer=_absolute(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=_absolute(config.adapter.path))
-    data = replace(config.data, train=_absolute(config.data.train), eval=_absolute(config.data.eval))
+    rows = {key: _absolute(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
+    data = replace(config.data, **rows)
     return replace(config, model=model, adapter=adapter, data=data)
 
 
