@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tt_models import mlp, rows
 from tt_models.linear import few_rows, linear
 from tt_models.mlp import ACTIVATIONS, MLP
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm, normalized
@@ -175,3 +176,68 @@ def test_linear_calls_the_layer_wherever_somebody_may_be_watching():
     trained = nn.Linear(8, 4).bfloat16()
     linear(trained, x).sum().backward()
     assert trained.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [RMSNorm, LateRoundingRMSNorm, OffsetRMSNorm])
+def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch):
+    norm = away_from_neutral(kind(24)).to(dtype)
+    x, upstream = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True), torch.randn(3, 5, 24, dtype=dtype)
+    with torch.no_grad():
+        expected = norm(x)
+    gradients = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
+    monkeypatch.setattr(rows, "BLOCK", 100)  # 4 rows
+    with torch.no_grad():
+        assert norm(x).equal(expected)
+    found = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
+    assert found[0].equal(gradients[0])
+    torch.testing.assert_close(found[1], gradients[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_gating_in_blocks_is_gating_with_the_same_gradients(activation, dtype, monkeypatch):
+    act = ACTIVATIONS[activation]
+    gate, up = (torch.randn(3, 7, 16, dtype=dtype, requires_grad=True) for _ in range(2))
+    expected, upstream = act(gate) * up, torch.randn(3, 7, 16, dtype=dtype)
+    gradients = torch.autograd.grad(expected, (gate, up), upstream)
+    monkeypatch.setattr(mlp, "BLOCK", 64)
+    found = mlp.gated(act, gate, up)
+    assert found.grad_fn.name() == "GatedActivationBackward"
+    assert found.equal(expected)
+    for one, other in zip(torch.autograd.grad(found, (gate, up), upstream), gradients, strict=True):
+        assert one.equal(other)
+    with torch.no_grad():
+        assert mlp.gated(act, gate, up).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotation_and_its_gradient_are_the_bits_of_the_formula(dtype):
+    x, upstream = (torch.randn(2, 3, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
+    cos, sin = Rope(8, theta=100.0).tables(torch.arange(3)[None], dtype)
+    expected = x * cos + x.roll(4, -1) * sin
+    found = rotate(x, cos, sin)
+    assert found.equal(expected)
+    for one, other in zip(
+        torch.autograd.grad(found, x, upstream), torch.autograd.grad(expected, x, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    with torch.no_grad():
+        assert rotate(x, cos, sin).equal(expected)
+
+
+def test_gradients_per_sample_go_through_every_block(monkeypatch):
+    monkeypatch.setattr(mlp, "BLOCK", 8)
+    layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
+    parameters, x = dict(layers.named_parameters()), torch.randn(3, 4, 8)
+    cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)
+
+    def loss(parameters, x):
+        y = torch.func.functional_call(layers, parameters, (x,))
+        return rotate(y[None, None], cos, sin).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for index in range(3):
+        expected = torch.autograd.grad(loss(parameters, x[index]), list(parameters.values()))
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name][index], gradient, rtol=1e-5, atol=1e-6)

@@ -10,6 +10,7 @@ from tt_models import gemma, gpt_oss, llama, mistral, mixtral, olmo2, phi, qwen,
 from tt_models.config import ModelConfig
 from tt_models.config_keys import nearest
 from tt_models.decoder import Decoder, init_weights_
+from tt_models.rows import keep_freed_memory
 
 
 class Family(NamedTuple):
@@ -89,6 +90,7 @@ def build(
 
     On ``device="meta"`` it has shapes only; materialize its parameters to use it (there are no buffers).
     """
+    keep_freed_memory()
     config = get_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     device = torch.get_default_device() if device is None else torch.device(device)
     with torch.device("meta"):

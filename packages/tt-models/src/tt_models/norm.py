@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tt_models.rows import by_rows, in_blocks, row_blocks
+
 
 class RMSNorm(nn.Module):
     """``y = w * x / sqrt(mean(x^2) + eps)``, rounded to the dtype of ``x`` before the weight (Llama and most)."""
@@ -26,15 +28,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., size] to the same shape and dtype."""
-        if torch.is_grad_enabled() and self.is_plain(x):
+        return by_rows(self.formula, x)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """``forward`` in plain terms."""
+        if torch.is_grad_enabled() and x.dtype == self.weight.dtype and in_blocks(x, self.weight):
             y: Tensor = NormAndWeight.apply(x, self.weight, self.eps)[0]  # type: ignore[no-untyped-call]
             return y
         return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
-
-    def is_plain(self, x: Tensor) -> bool:
-        """Whether ``NormAndWeight`` may take over: one dtype, on a CPU, neither compiled nor distributed tensors."""
-        same = x.dtype == self.weight.dtype and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        return same and type(x) is Tensor and type(self.weight) is nn.Parameter
 
     def extra_repr(self) -> str:
         """Size and epsilon."""
@@ -44,8 +45,8 @@ class RMSNorm(nn.Module):
 class LateRoundingRMSNorm(RMSNorm):
     """The same, rounded after the weight (OLMo 2, gpt-oss)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to the same shape and dtype."""
+    def formula(self, x: Tensor) -> Tensor:
+        """``forward`` in plain terms."""
         return (self.weight * normalized(x, self.eps)).to(x.dtype)
 
 
@@ -56,8 +57,8 @@ class OffsetRMSNorm(RMSNorm):
         """Weight zero."""
         nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., size] to the same shape and dtype."""
+    def formula(self, x: Tensor) -> Tensor:
+        """``forward`` in plain terms."""
         return (normalized(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
 
 
@@ -68,18 +69,20 @@ def normalized(x: Tensor, eps: float) -> Tensor:
 
 
 class NormAndWeight(torch.autograd.Function):
-    """``w * normalized(x)`` with a backward of few passes over memory, which keeps ``x`` and a number per row.
+    """``w * normalized(x)``, both ways in blocks of rows; it keeps ``x`` and a number per row.
 
-    It rounds where automatic differentiation of the formula rounds, so the gradients are the same bits.
+    It rounds where automatic differentiation of the formula rounds; only the weight's gradient is summed more exactly.
     """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``y``, and ``1 / sqrt(mean(x^2) + eps)`` of each row."""
-        x_32 = x.float()
-        room = x_32.pow(2)
-        scale = torch.rsqrt(room.mean(-1, keepdim=True) + eps)
-        return torch.mul(x_32, scale, out=room).to(x.dtype).mul_(weight), scale
+        y, scale = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+        for x_block, y_block, scale_block in row_blocks(x, y, scale):
+            x_32 = x_block.float()
+            torch.rsqrt(x_32.square().mean(-1, keepdim=True).add_(eps), out=scale_block)
+            torch.mul((x_32 * scale_block).to(x.dtype), weight, out=y_block)
+        return y, scale
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -92,13 +95,15 @@ class NormAndWeight(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """With ``g = grad_y w`` and ``s`` the scale: ``grad_x = s g - x s^3 mean(g x)``."""
         x, weight, scale = ctx.saved_tensors
-        grad_x = grad_weight = None
-        x_32, size = x.float(), x.shape[-1]
-        room = torch.empty_like(x_32)
-        if ctx.needs_input_grad[1]:
-            grad_weight = torch.mul(x_32, scale, out=room).to(x.dtype).mul_(grad_y).reshape(-1, size).sum(0)
-        if ctx.needs_input_grad[0]:
-            g = (grad_y * weight).float()
-            shrink = torch.mul(g, x_32, out=room).sum(-1, keepdim=True).mul_(-0.5).mul_(scale.pow(3)).div_(size).mul_(2)
-            grad_x = g.mul_(scale).add_(torch.mul(x_32, shrink, out=room)).to(x.dtype)
-        return grad_x, grad_weight, None
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for x_block, s, gy, gx in row_blocks(x, scale, grad_y.contiguous(), grad_x):
+            x_32 = x_block.float()
+            if needs_weight:
+                grad_weight += (x_32 * s).to(x.dtype).mul_(gy).sum(0, dtype=torch.float32)
+            if needs_x:
+                g = (gy * weight).float()
+                shrink = (g * x_32).sum(-1, keepdim=True).mul_(s.pow(3)).div_(x.shape[-1])
+                gx.copy_(g.mul_(s).sub_(x_32 * shrink))
+        return grad_x if needs_x else None, grad_weight.to(weight.dtype) if needs_weight else None, None
