@@ -120,6 +120,24 @@ def test_companion_files_are_copied_and_weights_are_not(tiny, model_dir, tmp_pat
                      "additional_chat_templates/tool_use.jinja"}  # fmt: skip
 
 
+def test_files_are_written_instead_of_the_sources_own(tiny, model_dir, tmp_path):
+    source = model_dir()
+    (source / "chat_template.jinja").write_text("theirs")
+    (tmp_path / "mine").write_bytes(b"\x00mine")
+    given = {"chat_template.jinja": "{{ ours }} \u00fc", "tokenizer.json": tmp_path / "mine"}
+    tt_ckpt.save_hf(tiny(), tmp_path / "out", config={}, source=source, files=given)
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == "{{ ours }} \u00fc".encode()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == b"\x00mine"
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": 2}\n'
+
+
+@pytest.mark.parametrize("name", ["../escaped", "sub/file", "/etc/x", "..", ""])
+def test_the_name_of_a_file_that_leaves_the_folder_is_refused(tiny, tmp_path, name):
+    with pytest.raises(ValueError, match=r"save_hf\(files=...\): refused the file name"):
+        tt_ckpt.save_hf(tiny(), tmp_path / "out", config={}, files={name: "x"})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_links_in_the_source_that_leave_it_are_not_copied(tiny, model_dir, tmp_path):
     source = model_dir()
     (tmp_path / "secret").write_text("secret")

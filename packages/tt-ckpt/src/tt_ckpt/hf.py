@@ -11,6 +11,7 @@ from tt_ckpt import commit
 from tt_ckpt.directory import check_destination, copy_companions, publish, resolve, write_config
 from tt_ckpt.gathered import gathered, is_spread, write_together
 from tt_ckpt.layout import Layout, choose_layout, read_layout
+from tt_ckpt.names import check_basename
 from tt_ckpt.shards import INDEX_NAME, OpenShards, find_shards
 from tt_ckpt.slots import find_slots, meta
 from tt_ckpt.slots import split as split_parameter
@@ -27,6 +28,7 @@ def save_hf(
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
+    files: Mapping[str, str | Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write ``model``'s base weights as a Hugging Face directory: safetensors shards, index, ``config.json``.
@@ -34,6 +36,7 @@ def save_hf(
     ``source``: a model directory (or hub id) whose tokenizer, template, generation and license files are copied, and
     whose shards and header order are kept when the tensors' names, shapes and dtypes are the same: an unchanged model
     is written byte for byte. ``dtype`` casts floating weights. Adapter parameters are not written: merge first.
+    ``files``: name to text, or to a file to copy, instead of what ``source`` has by that name (a chat template).
 
     What was written is read back and compared; ``progress(done, total)`` counts bytes, each twice.
     A model that is sharded over ranks is gathered tensor by tensor; every rank must call, rank 0 writes.
@@ -51,6 +54,12 @@ def save_hf(
             write_shards(weights, tmp, layout, advance)
             compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
             write_config(tmp / "config.json", config, weights.specs, origin)
+            for name, found in (files or {}).items():
+                place = tmp / check_basename(name, where="save_hf(files=...)")
+                if isinstance(found, Path):
+                    commit.copy_file(found, place)
+                else:
+                    commit.write_bytes(place, found.encode())
             if origin is not None:
                 copy_companions(origin, tmp)
             publish(tmp, folder, old)
