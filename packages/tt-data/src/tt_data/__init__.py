@@ -35,7 +35,8 @@ from tt_data.named import DATASETS, NamedDataset, register_dataset
 from tt_data.order import rows_at, steps_per_epoch
 from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset, pack
-from tt_data.show import as_text, show, stats
+from tt_data.readers import choose_template
+from tt_data.show import as_text, show, stats, stats_as_text
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
 
@@ -43,13 +44,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     # text and conversations to ids
-    "load_tokenizer", "Tokenizer", "Message", "validate_messages", "TemplateError",
+    "load_tokenizer", "choose_template", "Tokenizer", "Message", "validate_messages", "TemplateError",
     # rows to ids and labels
     "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "pack",
     # ids and labels to batches
     "batches", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
     # looking at them
-    "show", "stats", "as_text",
+    "show", "stats", "as_text", "stats_as_text",
     # templates, formats and kinds of rows
     "InstructTemplate", "AlpacaInstructTemplate", "GrammarErrorCorrectionTemplate", "SummarizeTemplate",
     "StackExchangedPairedTemplate", "register_instruct_template", "CHAT_TEMPLATES", "register_chat_template",

@@ -68,6 +68,13 @@ class Judged:
 Example = Conversation | Turns | Completion | Text | Tokens | Pair | Judged
 
 
+def is_chat(example: Example) -> bool:
+    """Whether the chat template makes text of it."""
+    if isinstance(example, Pair):
+        return isinstance(example.chosen, Conversation)
+    return isinstance(example.answer if isinstance(example, Judged) else example, Conversation)
+
+
 class BadRowError(ValueError):
     """A row that cannot be learned from; ``reason`` is the short name that reports count."""
 

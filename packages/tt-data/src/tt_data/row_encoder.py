@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tt_data.encode import AMBIGUOUS, Parts, encode_examples
-from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair
+from tt_data.examples import BadRowError, Example, Judged, Pair, is_chat
 from tt_data.readers import Read
 from tt_data.rendered import Encoded
 from tt_data.settings import Settings
@@ -34,6 +34,7 @@ class Tally:
     longest_prompt: int = 0
     problems: list[str] = field(default_factory=list)
     notes: set[str] = field(default_factory=set)
+    forms: set[str] = field(default_factory=set)  # chat (by the chat template), text
 
     def drop(self, where: str, bad: BadRowError) -> None:
         self.dropped[bad.reason] += 1
@@ -53,6 +54,7 @@ class Tally:
         self.longest_prompt = max(self.longest_prompt, other.longest_prompt)
         self.problems = (self.problems + other.problems)[:MAX_PROBLEMS]
         self.notes |= other.notes
+        self.forms |= other.forms
 
     def summary(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
@@ -64,6 +66,7 @@ class Tally:
             "no_end_token": self.no_end,
             "problems": list(self.problems),
             "notes": sorted(self.notes),
+            "form": "+".join(sorted(self.forms)),
         }
 
 
@@ -95,7 +98,9 @@ class RowEncoder:
                 examples.append((line, read(row, self.settings.columns)))
             except BadRowError as bad:
                 self.tally.drop(f"{name}:{line}", bad)
-        if any(isinstance(example, Conversation) for _, example in examples) and not self._keeps_its_prompt:
+        forms = {"chat" if is_chat(example) else "text" for _, example in examples}
+        self.tally.forms |= forms
+        if "chat" in forms and not self._keeps_its_prompt:
             self.tally.notes.add(_PROMPT_DIFFERS)
         encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
         kept: list[TokenRow] = []
@@ -122,7 +127,7 @@ class RowEncoder:
         no_end = any(not self._is_end(part.ids[part.trained[-1][1] - 1]) for part in parts)
         kind = "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
         desirable = isinstance(example, Judged) and example.desirable
-        digest = digest_of(parts) if self.settings.drop_duplicates else b""
+        digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
 
     @property
@@ -134,9 +139,9 @@ class RowEncoder:
         return index == self.tokenizer.eos_id or index in self.tokenizer.eos_ids
 
 
-def digest_of(parts: Parts) -> bytes:
+def digest_of(parts: Parts, desirable: bool) -> bytes:
     """Stands for what a row holds."""
-    total = hashlib.blake2b(digest_size=12)
+    total = hashlib.blake2b(bytes([desirable]), digest_size=12)
     for part in parts:
         total.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
     return total.digest()

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tt_data.dataset import Dataset, Piece
 from tt_data.store import IGNORE_INDEX
 
 _COLOR, _PLAIN = "\x1b[32m", "\x1b[0m"
-_OPEN, _CLOSE = "\u00ab", "\u00bb"
+_OPEN, _CLOSE = "\u27e6", "\u27e7"
+_WIDEST = 40  # characters of a bar
 
 
 def show(dataset: Dataset, *, rows: Sequence[int] | None = None, limit: int = 3) -> list[dict[str, Any]]:
-    """The first ``limit`` rows, or ``rows``, each with its place, its counts, and its documents as (text, trained)."""
+    """The first ``limit`` rows, or ``rows``: place, counts, and the documents, each named and as (text, trained)."""
     indices = list(range(min(limit, len(dataset)))) if rows is None else list(rows)
     return [_sample(dataset, i) for i in indices]
 
@@ -27,24 +28,38 @@ def _sample(dataset: Dataset, i: int) -> dict[str, Any]:
         "tokens": len(labels),
         "trained": sum(label != IGNORE_INDEX for label in labels),
         "truncated": dataset.is_truncated(i),
+        "names": dataset.document_names(i),
         "documents": dataset.documents(i),
     }
 
 
-def as_text(sample: dict[str, Any], *, color: bool = False) -> str:
-    """A sample of ``show`` for a terminal: trained text in green, or between marks where there is no colour."""
+def as_text(sample: Mapping[str, Any], *, color: bool = False) -> str:
+    """A sample of ``show`` for a terminal: trained text in green, or between marks where there is no colour.
+
+    A line before each document of a pack, and of a preference row, names it.
+    """
+    names, texts = sample["names"], [_marked(document, color) for document in sample["documents"]]
     cut = ", cut at max_seq_len" if sample["truncated"] else ""
-    head = f"[{sample['index']}] {sample['where']}: {sample['tokens']} tokens, {sample['trained']} trained{cut}"
-    texts = ["".join(_marked(piece, color) for piece in document) for document in sample["documents"]]
-    return "\n".join([head, "\n---\n".join(texts)])
+    where = sample["where"] if len({*_places(names)}) == 1 else f"{len(names)} documents"
+    head = f"[{sample['index']}] {where}: {sample['tokens']} tokens, {sample['trained']} trained{cut}"
+    if len(texts) > 1:
+        texts = [f"--- {name} ---\n{text}" for name, text in zip(names, texts, strict=True)]
+    return "\n".join([head, *texts])
 
 
-def _marked(piece: Piece, color: bool) -> str:
-    text, trained = piece
-    text = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    if not trained:
-        return text
-    return f"{_COLOR}{text}{_PLAIN}" if color else f"{_OPEN}{text}{_CLOSE}"
+def _places(names: Sequence[str]) -> list[str]:
+    """Without the side of a preference row."""
+    return [name.removesuffix(" chosen").removesuffix(" rejected") for name in names]
+
+
+def _marked(pieces: Sequence[Piece], color: bool) -> str:
+    shown = []
+    for text, trained in pieces:
+        text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        if trained and color:  # line by line: a pager resets the colour at the end of a line
+            text = "\n".join(f"{_COLOR}{line}{_PLAIN}" if line else "" for line in text.split("\n"))
+        shown.append(f"{_OPEN}{text}{_CLOSE}" if trained and not color else text)
+    return "".join(shown)
 
 
 def stats(dataset: Dataset, *, bins: int = 10) -> dict[str, Any]:
@@ -86,3 +101,22 @@ def _histogram(lengths: Sequence[int], bins: int) -> list[dict[str, int]]:
     for length in lengths:
         counts[(length - low) // width] += 1
     return [{"from": low + i * width, "to": low + (i + 1) * width, "count": count} for i, count in enumerate(counts)]
+
+
+def stats_as_text(figures: Mapping[str, Any]) -> str:
+    """The answer of ``stats`` for a terminal, the histogram as bars."""
+    lengths, histogram = figures["lengths"], figures["lengths"]["histogram"]
+    quantiles = ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "p50", "mean", "p90", "p99", "max"))
+    lines = [
+        f"tokens   {figures['tokens']:,}, {figures['trained_tokens']:,} trained ({figures['share_trained']:.1%})",
+        f"lengths  {quantiles}",
+    ]
+    if "packs" in figures:
+        lines.append(f"packs    {figures['packs']:,}, {figures['efficiency']:.1%} full")
+    most = max(part["count"] for part in histogram)
+    width = len(f"{histogram[-1]['to'] - 1:,}")
+    for part in histogram:
+        bar = "\u2588" * -(-part["count"] * _WIDEST // most)
+        lines.append(f"{part['from']:>{width},} - {part['to'] - 1:>{width},}  {bar} {part['count']:,}")
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in figures["dropped"].items())
+    return "\n".join([*lines, f"dropped  {dropped or 'none'}", *figures["problems"], *figures["notes"]])
