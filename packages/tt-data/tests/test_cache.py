@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import stat
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tt_data import cache as cache_files
 from tt_data import load_dataset, row_encoder, show
 
 ROWS: list[dict[str, Any]] = [
@@ -45,7 +47,7 @@ def test_cached_rows_are_the_same_and_are_not_encoded_again(
 
 
 @pytest.mark.parametrize("name", ["0.ids", "0.id_ends", "0.spans", "places", "desirable", "meta.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "bit"])
 def test_a_broken_cache_is_made_again(
     chatml: Any, path: Path, tmp_path: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -54,6 +56,10 @@ def test_a_broken_cache_is_made_again(
     (entry,) = cache.iterdir()
     if damage == "gone":
         (entry / name).unlink()
+    elif damage == "bit":
+        content = bytearray((entry / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (entry / name).write_bytes(content)
     else:
         (entry / name).write_bytes((entry / name).read_bytes()[:-2])
     with caplog.at_level(logging.WARNING):
@@ -78,14 +84,13 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
 
 
 def test_names_in_a_cache_stay_in_its_folder(chatml: Any, path: Path, tmp_path: Path) -> None:
-    import json
-
     cache = tmp_path / "cache"
     load_dataset(path, chatml, cache_dir=cache)
     (entry,) = cache.iterdir()
     meta = json.loads((entry / "meta.json").read_text())
-    meta["sizes"]["../../secret"] = 5
-    (entry / "meta.json").write_text(json.dumps(meta))
+    del meta["check"]
+    meta["content"]["../../secret"] = "5"
+    (entry / "meta.json").write_text(json.dumps({**meta, "check": cache_files._check(meta)}))
     (tmp_path / "secret").write_text("12345")
     assert len(load_dataset(path, chatml, cache_dir=cache)) == 9
     assert (tmp_path / "secret").read_text() == "12345"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import time
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -48,51 +46,9 @@ LOADS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", LOADS)
-def test_resume_at_random_points_repeats_and_loses_nothing(chatml: Any, rows_file: Path, kind: str) -> None:
-    """50 random stops, over epoch edges, for 1, 2 and 4 ranks: what follows is what an undisturbed run sees."""
-    rng = random.Random(0)
-    reference = {
-        world: [
-            [documents(chatml, batch) for batch in islice(_batches(chatml, rows_file, kind, rank, world), 26)]
-            for rank in range(world)
-        ]
-        for world in (1, 2, 4)
-    }
-    for world, ranks in reference.items():
-        _every_row_once_per_epoch(chatml, rows_file, kind, ranks)
-        if world > 1:
-            for step in range(26):
-                together = sorted(text for rank in ranks for text in rank[step])
-                assert together == sorted(reference[1][0][step])
-    for _ in range(50):
-        world = rng.choice([1, 2, 4])
-        rank, stop = rng.randrange(world), rng.randrange(23)
-        resumed = _batches(chatml, rows_file, kind, rank, world, start_step=stop)
-        assert [documents(chatml, batch) for batch in islice(resumed, 3)] == reference[world][rank][stop : stop + 3]
-
-
 def _batches(tokenizer: Any, path: Path, kind: str, rank: int, world: int, **arguments: Any) -> Any:
     dataset = load_dataset(path, tokenizer, **LOADS[kind])
     return batches(dataset, batch_size=8, seed=3, rank=rank, world_size=world, **arguments)
-
-
-def _every_row_once_per_epoch(tokenizer: Any, path: Path, kind: str, ranks: list[list[list[str]]]) -> None:
-    plain = load_dataset(path, tokenizer)
-    rows = Counter(tokenizer.decode(plain[i]["input_ids"]) for i in range(len(plain)))
-    dataset = load_dataset(path, tokenizer, **LOADS[kind])
-    if kind == "packed stream":
-        dataset.locate(10**6, 8, seed=3)
-        length = sum(dataset.counts)
-    else:
-        length = dataset.count_rows() if kind == "stream" else len(dataset)
-    steps = steps_per_epoch(length, 8)
-    orders = []
-    for epoch in range(26 // steps):
-        seen = [text for rank in ranks for step in rank[epoch * steps : (epoch + 1) * steps] for text in step]
-        assert Counter(seen) == rows
-        orders.append(seen)
-    assert orders[0] != orders[1]
 
 
 @pytest.mark.parametrize("kind", LOADS)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tt_data import load_dataset
-from tt_data.sources import READERS, local_files, read_rows
+from tt_data.folders import local_files
+from tt_data.sources import READERS, read_rows
 
 ROWS = [{"text": f"row {i}", "n": i} for i in range(30)]
 

@@ -180,7 +180,5 @@ def test_what_a_stream_cannot_do_is_refused(chatml: Any, tmp_path: Path) -> None
     path = write(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ValueError, match="buffer must be positive, got 0"):
         load_dataset(path, chatml, streaming=True, buffer=0)
-    with pytest.raises(ValueError, match="packing a streamed mix is not possible"):
-        load_dataset({path: 1, str(path): 1}, chatml, streaming=True, packing=True, max_seq_len=32)
     with pytest.raises(ValueError, match="has 0 rows"):
         load_dataset(write(tmp_path / "blank.jsonl", []), chatml, streaming=True)

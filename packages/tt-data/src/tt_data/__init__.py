@@ -33,6 +33,7 @@ from tt_data.mix import MixedDataset
 from tt_data.model_files import load_tokenizer
 from tt_data.named import DATASETS, NamedDataset, register_dataset
 from tt_data.order import rows_at, steps_per_epoch
+from tt_data.packed_mix import PackedMix
 from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset, pack
 from tt_data.readers import choose_template
@@ -46,7 +47,8 @@ __all__ = [
     # text and conversations to ids
     "load_tokenizer", "choose_template", "Tokenizer", "Message", "validate_messages", "TemplateError",
     # rows to ids and labels
-    "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "pack",
+    "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "PackedMix",
+    "pack",
     # ids and labels to batches
     "batches", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
     # looking at them

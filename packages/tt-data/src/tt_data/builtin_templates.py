@@ -5,6 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
+from tt_data.chat_template import read_template
 from tt_data.tokenizer import Tokenizer
 
 _MERGE_SYSTEM = (
@@ -73,7 +74,7 @@ def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     if path.suffix in (".jinja", ".jinja2", ".j2"):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such template file (looked from {Path.cwd()})")
-        return tokenizer.with_template({"default": path.read_text(encoding="utf-8")}, str(path))
+        return tokenizer.with_template({"default": read_template(path)}, str(path))
     near = get_close_matches(name, CHAT_TEMPLATES, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown template {name!r}, expected one of {', '.join(CHAT_TEMPLATES)} or a .jinja file{hint}")

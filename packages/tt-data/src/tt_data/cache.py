@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -15,7 +16,7 @@ from tt_data.store import TokenStore, read_numbers, write_numbers
 from tt_data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+_FORMAT = 2  # what a cached data set holds; another number for every change
 _COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
 
 
@@ -39,9 +40,9 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
                 write_numbers(staging / name, getattr(dataset, name))
         meta = {
             "schema": dataset.schema, "names": dataset.names, "stores": len(dataset.stores), "report": dataset.report,
-            "fingerprint": dataset.fingerprint, "sizes": {p.name: p.stat().st_size for p in staging.iterdir()},
+            "fingerprint": dataset.fingerprint, "content": {p.name: _digest(p) for p in staging.iterdir()},
         }  # fmt: skip
-        (staging / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (staging / "meta.json").write_text(json.dumps({**meta, "check": _check(meta)}), encoding="utf-8")
         staging.chmod(0o755)
         staging.replace(target)
     except OSError as error:
@@ -51,6 +52,15 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def _check(meta: dict[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def load(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenDataset | None:
     """The data set that ``save`` wrote, mapped; None where there is none, or one that is not whole."""
     directory = cache_dir / cache_key(fingerprint)
@@ -58,15 +68,16 @@ def load(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenDatase
         return None
     try:
         meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        broken = [n for n, size in meta["sizes"].items() if (directory / Path(n).name).stat().st_size != size]
-        if broken or meta["fingerprint"] != fingerprint:
+        whole = meta.pop("check") == _check(meta) and meta["fingerprint"] == fingerprint
+        broken = [n for n, digest in meta["content"].items() if _digest(directory / Path(n).name) != digest]
+        if broken or not whole:
             raise ValueError(f"{broken[0] if broken else 'meta.json'} is not what was written")
         stores = [TokenStore.load(directory, str(number)) for number in range(meta["stores"])]
         columns = {
             name: read_numbers(directory / name, kind) if (directory / name).exists() else None
             for name, kind in _COLUMNS.items()
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         _log.warning("%s: the token cache is broken (%s); encoding again", directory, error)
         shutil.rmtree(directory, ignore_errors=True)
         return None

@@ -20,6 +20,7 @@ RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of i
 _SECONDS_PER_PAIR = 2e-5
 _SLACK_SECONDS = 5.0  # and twice the limit: until a process that hangs outside Python is killed
 _PAIRS_PER_REQUEST = 10_000
+_CHARACTERS_PER_REQUEST = 4_000_000
 
 
 class TemplateError(ValueError):
@@ -158,15 +159,15 @@ class ChatTemplate:
 
 
 def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs in lists that are answered within about a tenth of a second."""
+    """Jobs in lists that are answered within about a tenth of a second, in little memory."""
     request: list[Job] = []
-    pairs = 0
+    pairs = characters = 0
     for job in jobs:
-        if request and pairs + job.messages**2 > _PAIRS_PER_REQUEST:
+        pairs, characters = pairs + job.messages**2, characters + len(job.text)
+        if request and (pairs > _PAIRS_PER_REQUEST or characters > _CHARACTERS_PER_REQUEST):
             yield request
-            request, pairs = [], 0
+            request, pairs, characters = [], job.messages**2, len(job.text)
         request.append(job)
-        pairs += job.messages**2
     if request:
         yield request
 
@@ -196,15 +197,15 @@ def find_chat_template(directory: Path, config: Mapping[str, Any]) -> tuple[dict
     file = directory / "chat_template.jinja"
     templates: dict[str, str] = {}
     if file.is_file():
-        templates["default"] = file.read_text(encoding="utf-8")
+        templates["default"] = read_template(file)
     for extra in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        templates[extra.stem] = extra.read_text(encoding="utf-8")
+        templates[extra.stem] = read_template(extra)
     if templates:
         return templates, str(file)
     source, origin = config.get("chat_template"), directory / "tokenizer_config.json"
     legacy = directory / "chat_template.json"
     if source is None and legacy.is_file():
-        source, origin = json.loads(legacy.read_text(encoding="utf-8")).get("chat_template"), legacy
+        source, origin = _read_legacy(legacy), legacy
     if isinstance(source, str):
         return {"default": source}, str(origin)
     if source is None:
@@ -213,6 +214,21 @@ def find_chat_template(directory: Path, config: Mapping[str, Any]) -> tuple[dict
         return {entry["name"]: entry["template"] for entry in source if entry["template"].strip()}, str(origin)
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"{origin}: chat_template must be text, or a list of objects with name and template") from None
+
+
+def read_template(path: Path) -> str:
+    """The text of a .jinja file. Raises ValueError for one that is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+def _read_legacy(path: Path) -> Any:
+    try:
+        return json.loads(read_template(path))["chat_template"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path}: expected a JSON object with chat_template ({error})") from None
 
 
 def escape_controls(value: Any, controls: Any, nonce: str) -> Any:

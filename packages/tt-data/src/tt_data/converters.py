@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 from tt_data.conversations import read_messages, read_tools
@@ -44,6 +45,8 @@ def _text(row: Row, columns: Columns, *names: str, may_be_empty: bool = False) -
         if may_be_empty:
             return ""
         raise BadRowError("null", f"column {name!r} is null")
+    if isinstance(value, float) and not isfinite(value):  # as pandas writes what is missing
+        raise BadRowError("null", f"column {name!r} is {value}")
     if isinstance(value, (int, float)):
         return str(value)
     if not isinstance(value, str):
@@ -100,9 +103,9 @@ def read_tokens(row: Row, columns: Columns) -> Tokens:
     ids = _cell(row, columns, "input_ids")
     if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(i, int) and i >= 0 for i in ids):
         raise BadRowError("wrong type", "column 'input_ids' holds something else than a list of ids")
-    labels = _optional(row, columns, "labels")
+    labels = _numbers(row, columns, "labels")
     for name in ("assistant_masks", "completion_mask"):
-        mask = _optional(row, columns, name)
+        mask = _numbers(row, columns, name)
         if labels is None and mask is not None:
             if len(mask) != len(ids):
                 raise BadRowError("wrong length", f"{len(ids)} input_ids but {len(mask)} values in {name}")
@@ -115,6 +118,16 @@ def read_tokens(row: Row, columns: Columns) -> Tokens:
             "wrong labels", "labels must be -100 or equal to input_ids (they are aligned; the loss shifts)"
         )
     return Tokens(ids, labels)
+
+
+def _numbers(row: Row, columns: Columns, name: str) -> Sequence[int] | None:
+    """The list of numbers in a column, None where the row has none."""
+    values = _optional(row, columns, name)
+    if values is None:
+        return None
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(v, int) for v in values):
+        raise BadRowError("wrong type", f"column {name!r} holds something else than a list of whole numbers")
+    return values
 
 
 def read_pair(row: Row, columns: Columns) -> Pair:
@@ -138,10 +151,20 @@ def read_pair(row: Row, columns: Columns) -> Pair:
 
 def read_judged(row: Row, columns: Columns) -> Judged:
     """prompt, completion and a label that says whether the completion was wanted."""
-    label = _cell(row, columns, "label")
-    if label is None:
-        raise BadRowError("null", f"column {columns.get('label', 'label')!r} is null")
-    return Judged(_last_turn_only(read_completion(row, columns)), bool(label))
+    label, name = _cell(row, columns, "label"), columns.get("label", "label")
+    if label is None or label != label:  # null, or NaN
+        raise BadRowError("null", f"column {name!r} is null")
+    wanted = _judgement(label)
+    if wanted is None:
+        raise BadRowError("wrong label", f"column {name!r} holds {str(label)[:40]!r}, expected true or false")
+    return Judged(_last_turn_only(read_completion(row, columns)), wanted)
+
+
+def _judgement(label: Any) -> bool | None:
+    """What a label says, as JSON, csv (where all is text) and pandas (1.0) write it; None where it says neither."""
+    if isinstance(label, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    return bool(label) if isinstance(label, (int, float)) and label in (0, 1) else None
 
 
 def _answer(row: Row, columns: Columns, prompt: Any, names: tuple[str, ...]) -> Completion | Conversation:
@@ -181,7 +204,8 @@ def _split_shared_text(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _is_label(row: Row, columns: Columns) -> bool:
-    return isinstance(row[columns.get("label", "label")], (bool, int)) or row[columns.get("label", "label")] is None
+    label = row[columns.get("label", "label")]
+    return isinstance(label, (int, float)) or label is None or _judgement(label) is not None
 
 
 def _is_sharegpt(row: Row, columns: Columns) -> bool:

@@ -14,6 +14,7 @@ from tt_data.encode import TrainOn
 from tt_data.locate import is_hub_id, open_sources
 from tt_data.mix import MixedDataset
 from tt_data.named import DATASETS
+from tt_data.packed_mix import PackedMix
 from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset
 from tt_data.raw_stream import RawStream, hub_stream, to_stream
@@ -22,7 +23,7 @@ from tt_data.settings import OnBadRow, Settings
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
 
-AnyDataset = TokenDataset | PackedDataset | MixedDataset | StreamDataset | PackedStream
+AnyDataset = TokenDataset | PackedDataset | MixedDataset | StreamDataset | PackedStream | PackedMix
 
 
 def load_dataset(
@@ -99,21 +100,28 @@ class _Loader:
             return PackedDataset(rows, max_seq_len=settings.max_seq_len, seed=self.seed)
         return rows
 
-    def stream(self, source: Any) -> StreamDataset | PackedStream:
-        mixed = isinstance(source, Mapping)
-        names = list(_weights_of(source)) if mixed else [source]
-        resolved = [self._resolve(name) for name in names]
+    def stream(self, source: Any) -> StreamDataset | PackedStream | PackedMix:
+        if isinstance(source, Mapping):
+            names, weights = list(_weights_of(source)), list(source.values())
+            return PackedMix([self._packed(n) for n in names], weights) if self.packing else self._rows(names, weights)
+        return self._packed(source) if self.packing else self._rows([source])
+
+    def _packed(self, source: Any) -> PackedStream:
+        assert self.settings.max_seq_len is not None
+        return PackedStream(self._rows([source]), max_seq_len=self.settings.max_seq_len, index_dir=self.cache_dir)
+
+    def _rows(self, sources: list[Any], weights: list[float] | None = None) -> StreamDataset:
+        resolved = [self._resolve(source) for source in sources]
         settings = resolved[0][1]
         if any(other != settings for _, other, _ in resolved):
-            raise ValueError("a streamed mix cannot hold data sets that need different templates or columns")
-        rows = StreamDataset(
-            [self._streams(name, split) for name, _, split in resolved],
-            choose_template(self.tokenizer, settings.template), settings, buffer=self.buffer,
-            weights=list(source.values()) if mixed else None, read=self.read_row, schema=self.schema,
+            raise ValueError(
+                "a streamed mix cannot hold data sets that need different templates or columns; leave streaming off"
+            )
+        return StreamDataset(
+            [self._streams(source, split) for source, _, split in resolved],
+            choose_template(self.tokenizer, settings.template), settings, buffer=self.buffer, weights=weights,
+            read=self.read_row, schema=self.schema,
         )  # fmt: skip
-        if self.packing and settings.max_seq_len:
-            return PackedStream(rows, max_seq_len=settings.max_seq_len, index_dir=self.cache_dir)
-        return rows
 
     @staticmethod
     def _streams(source: Any, split: str | None) -> list[RawStream]:

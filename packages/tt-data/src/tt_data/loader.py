@@ -95,8 +95,12 @@ class Steps:
     def places(self, step: int) -> str:
         """Where the rows of a step were read, to name them in an error."""
         if not hasattr(self.dataset, "__len__") or not hasattr(self.dataset, "where"):
-            return f"of batch {step} of the stream"
-        named = [self.dataset.where(i) for i in self.indices(step)[:3]]
+            names = getattr(self.dataset, "names", [])
+            of = f" of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+            return f"of batch {step} of the stream{of}"
+        epoch = step // steps_per_epoch(len(self.dataset), self.batch_size)
+        at = (epoch,) if hasattr(self.dataset, "at") else ()  # a mix holds other rows in every epoch
+        named = [self.dataset.where(i, *at) for i in self.indices(step)[:3]]
         return ", ".join(named) + (", ..." if self.batch_size > 3 * self.world_size else "")
 
     def _without_loss(self) -> Batch:

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tt_data.sources import READERS, Placed, file_kind, local_files, read_rows
+from tt_data.folders import local_files
+from tt_data.sources import READERS, Placed, file_kind, read_rows, without_nulls
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -66,13 +67,13 @@ def _file_digest(path: Path) -> str:
 
 def _from_rows(rows: Iterable[Any]) -> Source:
     kept = rows if hasattr(rows, "__getitem__") else list(rows)
-    name = "rows"
+    name, columnar = "rows", hasattr(rows, "features")  # as data sets of the datasets library are
 
     def placed() -> Iterator[Placed]:
         for number, row in enumerate(kept):
             if not isinstance(row, Mapping):
                 raise ValueError(f"{name}:{number}: expected an object with columns, found {type(row).__name__}")
-            yield number, dict(row)
+            yield number, without_nulls(row) if columnar else dict(row)
 
     def digest() -> str:
         total = hashlib.sha256()
@@ -110,4 +111,4 @@ def name_of_split(name: str, splits: Sequence[str]) -> str:
 
 def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterator[Placed]:
     for number, row in enumerate(rows):
-        yield number, dict(row)
+        yield number, without_nulls(row)

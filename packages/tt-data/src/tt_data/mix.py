@@ -57,6 +57,9 @@ class MixedDataset:
                 f"{self.names[short]}: {len(parts[short])} rows are too few for one round of the mix {self.quotas}; "
                 "round the weights"
             )
+        for name, part in zip(names, parts, strict=True):
+            if part[0].keys() != parts[0][0].keys():
+                raise ValueError(f"{name}: {part.schema} rows cannot be mixed with {parts[0].schema} rows")
         self.tokenizer, self.pad_id = parts[0].tokenizer, parts[0].pad_id
         self.schema = "+".join(dict.fromkeys(part.schema for part in parts))
         content = f"{[part.fingerprint for part in parts]} {self.quotas} {seed}"
@@ -70,8 +73,9 @@ class MixedDataset:
         which, slot = divmod(check_index(i, len(self)), len(self._round))
         source = self._round[slot]
         nth = which * self.quotas[source] + self._nth[slot]
-        turn, place = divmod(epoch * self._rounds * self.quotas[source] + nth, len(self.parts[source]))
-        return source, Permutation(len(self.parts[source]), (self.seed, source, turn))(place)
+        place = (epoch * self._rounds * self.quotas[source] + nth) % len(self.parts[source])
+        # The same order in every turn: an epoch holds the end of one and the beginning of the next, with no row twice.
+        return source, Permutation(len(self.parts[source]), (self.seed, source))(place)
 
     def at(self, i: int, epoch: int) -> Row:
         """Row ``i`` of an epoch."""
@@ -89,10 +93,10 @@ class MixedDataset:
         part, row = self._part(i)
         return part.length(row)
 
-    def where(self, i: int) -> str:
-        """Where row ``i`` of the first epoch was read."""
-        part, row = self._part(i)
-        return part.where(row)
+    def where(self, i: int, epoch: int = 0) -> str:
+        """Where row ``i`` of an epoch was read."""
+        source, row = self.source_of(i, epoch)
+        return self.parts[source].where(row)
 
     def rendered(self, i: int) -> list[Piece]:
         part, row = self._part(i)
@@ -101,6 +105,10 @@ class MixedDataset:
     def documents(self, i: int) -> list[list[Piece]]:
         part, row = self._part(i)
         return part.documents(row)
+
+    def document_names(self, i: int) -> list[str]:
+        part, row = self._part(i)
+        return part.document_names(row)
 
     def is_truncated(self, i: int) -> bool:
         part, row = self._part(i)
@@ -130,4 +138,5 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
         "no_end_token": sum(report["no_end_token"] for report in reports),
         "problems": [problem for report in reports for problem in report["problems"]],
         "notes": sorted({note for report in reports for note in report["notes"]}),
+        "form": "+".join(sorted({form for report in reports for form in report["form"].split("+") if form})),
     }

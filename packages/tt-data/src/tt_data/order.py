@@ -74,3 +74,17 @@ class Permutation:
             mixed = ((mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
             left, right = right, left ^ (mixed >> 32 ^ mixed) & mask
         return left << half | right
+
+
+def place_in_mix(place: int, size: int, *, first: int, window: range | None, key: tuple[int, ...]) -> int:
+    """Which of the ``size`` rows of a block comes at ``place`` in it, for a source that runs on over epochs.
+
+    ``first``: the block's first row, counted over all epochs. ``window``: the rows of this epoch, counted likewise
+    (None for the first epoch, whose end may not be known yet). An epoch may hold the end of a block and, a turn later,
+    its beginning: so all epochs share one order of the block, and each shuffles only the stretch that is its own.
+    """
+    order = Permutation(size, key)
+    if window is None:
+        return order(place)
+    low, high = max(0, window.start - first), min(size, window.stop - first)
+    return order(low + Permutation(high - low, (*key, window.start))(place - low))

@@ -1,20 +1,48 @@
-"""A stream whose documents are packed, block by block."""
+"""Streams whose documents are packed, block by block; and mixes of them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from bisect import bisect_right
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tt_data.dataset import Row, to_row
 from tt_data.order import Permutation, steps_per_epoch
-from tt_data.packing import join_documents, pack
-from tt_data.row_encoder import Tally
+from tt_data.packing import join_documents, pack, refuse_judged
+from tt_data.rendered import Encoded
+from tt_data.row_encoder import Tally, TokenRow
+from tt_data.store import TokenStore
 from tt_data.stream import StreamDataset
+
+_log = logging.getLogger(__name__)
+News = tuple[Tally, list[int], list[int], bool]
+
+
+class _Packs:
+    """The documents of one block, in flat arrays, and which of them make up each pack."""
+
+    def __init__(self, rows: Sequence[TokenRow], max_seq_len: int, *, seed: int) -> None:
+        self.kind = rows[0].kind if rows else "single"
+        refuse_judged(self.kind)
+        self.stores = [TokenStore() for _ in (rows[0].parts if rows else ())]
+        for row in rows:
+            for store, part in zip(self.stores, row.parts, strict=True):
+                store.append(part)
+        lengths = [max(len(part.ids) for part in row.parts) for row in rows]
+        self.tokens = sum(lengths)
+        self.members = pack(lengths, max_seq_len, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def row(self, number: int) -> Row:
+        parts = [[Encoded(s.get_ids(i), s.get_spans(i)) for s in self.stores] for i in self.members[number]]
+        return join_documents([to_row(self.kind, part, False) for part in parts])
 
 
 class PackedStream:
@@ -22,19 +50,20 @@ class PackedStream:
 
     How many packs a block gives follows from its lengths alone. These counts are all that resuming needs; they are
     kept in ``index_file``, without which the blocks before the first step are encoded once more to get them.
-    Every rank encodes every block.
+    Every rank and every worker encodes every block.
     """
 
     def __init__(self, rows: StreamDataset, *, max_seq_len: int, index_dir: Path | None = None) -> None:
-        if len(rows.blocks) > 1:
-            raise ValueError("packing a streamed mix is not possible; leave streaming or packing off")
+        assert len(rows.blocks) == 1, "PackedMix packs several"
         self.rows, self.max_seq_len = rows, max_seq_len
-        self.tokenizer, self.pad_id, self.schema = rows.tokenizer, rows.pad_id, rows.schema
+        self.tokenizer, self.pad_id, self.schema, self.names = rows.tokenizer, rows.pad_id, rows.schema, rows.names
         self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len}".encode()).hexdigest()
         self.index_file = index_dir and index_dir / f"{self.fingerprint[:40]}-packs.json"
         self.counts: list[int] = []  # packs of each block
+        self.tokens: list[int] = []  # and the tokens in them
         self.complete = False
-        self._kept: dict[tuple[int, int, int], list[list[Row]]] = {}
+        self._starts = [0]  # how many packs come before each block, and in all
+        self._kept: dict[tuple[int, int, int], _Packs] = {}
         self._read_index()
 
     def _read_index(self) -> None:
@@ -42,78 +71,100 @@ class PackedStream:
             return
         try:
             found = json.loads(self.index_file.read_text(encoding="utf-8"))
-            if found["fingerprint"] == self.fingerprint and all(isinstance(n, int) for n in found["counts"]):
-                self.counts, self.complete = list(found["counts"]), bool(found["complete"])
-        except (ValueError, KeyError, TypeError):  # written again from scratch
+            counts, tokens, complete = list(found["counts"]), list(found["tokens"]), found["complete"] is True
+            if found["fingerprint"] != self.fingerprint or len(counts) != len(tokens):
+                return
+            for count, number in zip(counts, tokens, strict=True):
+                if not 0 <= count <= number:
+                    return
+        except (OSError, ValueError, LookupError, TypeError):  # written again from scratch
             return
+        self.counts, self.tokens, self.complete = counts, tokens, complete
+        for count in counts:
+            self._starts.append(self._starts[-1] + count)
 
     def _write_index(self) -> None:
         if self.index_file is None:
             return
-        self.index_file.parent.mkdir(parents=True, exist_ok=True)
+        facts = {
+            "fingerprint": self.fingerprint, "counts": self.counts, "tokens": self.tokens, "complete": self.complete,
+        }  # fmt: skip
         staging = self.index_file.with_name(f".{self.index_file.name}.{os.getpid()}")
-        facts = {"fingerprint": self.fingerprint, "counts": self.counts, "complete": self.complete}
-        staging.write_text(json.dumps(facts), encoding="utf-8")
-        staging.replace(self.index_file)
+        try:
+            self.index_file.parent.mkdir(parents=True, exist_ok=True)
+            staging.write_text(json.dumps(facts), encoding="utf-8")
+            staging.replace(self.index_file)
+        except OSError as error:
+            _log.warning("%s: the index of packs was not written (%s)", self.index_file, error)
+            self.index_file = None
 
-    def packs_of(self, block: int, *, seed: int, epoch: int) -> list[list[Row]]:
-        """The packs of a block, as lists of documents."""
+    def packs_of(self, block: int, *, seed: int, epoch: int = 0, count: bool = False) -> _Packs:
+        """The packs of a block as an epoch puts them together; ``count`` their rows in the report."""
         key = (block, seed, epoch)
         if key not in self._kept:
             raw = self.rows.blocks[0].get(block)
             streams = self.rows.blocks[0].streams
-            encoded = self.rows.encode([(streams[n], line, data) for n, line, data in raw], count=epoch == 0)
-            documents = [to_row(row.kind, row.parts, row.desirable) for row in encoded]
-            lengths = [max(len(part.ids) for part in row.parts) for row in encoded]
-            packs = pack(lengths, self.max_seq_len, seed=hash_of(seed, epoch, block))
+            encoded = self.rows.encode([(streams[n], line, data) for n, line, data in raw], count=count)
             self._kept = {k: v for k, v in self._kept.items() if k == (block - 1, seed, epoch)}
-            self._kept[key] = [[documents[d] for d in members] for members in packs]
+            self._kept[key] = _Packs(encoded, self.max_seq_len, seed=hash_of(seed, epoch, block))
         return self._kept[key]
 
-    def _extend(self, *, seed: int) -> None:
-        """Count the packs of one more block."""
-        block = len(self.counts)
-        if self.rows.blocks[0].get(block):
-            self.counts.append(len(self.packs_of(block, seed=seed, epoch=0)))
-        else:
-            self.complete = True
-        self._write_index()
+    def has(self, count: int, *, seed: int) -> bool:
+        """Whether an epoch has ``count`` packs; reads on until that is certain."""
+        while not self.complete and self._starts[-1] < count:
+            block = len(self.counts)
+            if self.rows.blocks[0].get(block):
+                packs = self.packs_of(block, seed=seed, count=True)
+                self.counts.append(len(packs))
+                self.tokens.append(packs.tokens)
+                self._starts.append(self._starts[-1] + len(packs))
+            else:
+                self.complete = True
+            self._write_index()
+        return self._starts[-1] >= count
+
+    @property
+    def num_packs(self) -> int:
+        """Packs found so far; those of an epoch once the stream is ``complete``."""
+        return self._starts[-1]
+
+    def find(self, place: int) -> tuple[int, int]:
+        """The block that the pack at a place of an epoch is in, and its place there. ``has`` must have found it."""
+        block = bisect_right(self._starts, place) - 1
+        return block, place - self._starts[block]
+
+    def _pack_at(self, epoch: int, place: int, *, seed: int, shuffle: bool) -> Row:
+        block, within = self.find(place)
+        packs = self.packs_of(block, seed=seed, epoch=epoch, count=epoch == 0)
+        return packs.row(Permutation(len(packs), (seed, epoch, block))(within) if shuffle else within)
 
     def locate(self, step: int, batch_size: int, *, seed: int) -> tuple[int, range]:
         """The epoch of a step and its packs, counted from the epoch's first."""
-        while not self.complete and sum(self.counts) < (step + 1) * batch_size:
-            self._extend(seed=seed)
-        total = sum(self.counts)
-        if not self.complete:
+        if self.has((step + 1) * batch_size, seed=seed):
             return 0, range(step * batch_size, (step + 1) * batch_size)
-        if not total:
+        if not self.num_packs:
             raise ValueError(f"none of the rows can be used: {'; '.join(self.rows.tally.problems[:3])}")
-        epoch, within = divmod(step, steps_per_epoch(total, batch_size))
-        return epoch, range(within * batch_size, min((within + 1) * batch_size, total))
+        epoch, within = divmod(step, steps_per_epoch(self.num_packs, batch_size))
+        return epoch, range(within * batch_size, min((within + 1) * batch_size, self.num_packs))
 
     def rows_of_step(
         self, step: int, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool
     ) -> tuple[list[Row], int]:
         """This rank's packs of a step, and how many a rank has at most in it."""
         epoch, places = self.locate(step, batch_size, seed=seed)
-        starts = [0, *accumulate(self.counts)]
-        rows: list[Row] = []
-        for place in places[rank::world_size]:
-            block = bisect_right(starts, place) - 1
-            packs = self.packs_of(block, seed=seed, epoch=epoch)
-            within = place - starts[block]
-            if shuffle:
-                within = Permutation(len(packs), (seed, epoch, block))(within)
-            rows.append(join_documents(packs[within]))
+        rows = [self._pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places[rank::world_size]]
         return rows, len(places[0::world_size])
 
-    def take_news(self, worker: int) -> tuple[Tally, list[int], bool] | None:
+    def take_news(self, worker: int) -> News | None:
         """What a worker has counted; every one counts the same, so the first one tells."""
         news = self.rows.take_news(worker)
-        return (news, self.counts, self.complete) if worker == 0 else None
+        return (news, self.counts, self.tokens, self.complete) if worker == 0 else None
 
-    def add_news(self, news: tuple[Tally, list[int], bool]) -> None:
-        tally, self.counts, self.complete = news
+    def add_news(self, news: News) -> None:
+        tally, counts, tokens, self.complete = news
+        for count in counts[len(self.counts) :]:
+            self._starts.append(self._starts[-1] + count)
+        self.counts, self.tokens = counts, tokens
         self.rows.add_news(tally)
 
     def blank(self) -> Row:
@@ -126,7 +177,9 @@ class PackedStream:
 
     @property
     def report(self) -> dict[str, Any]:
-        return {**self.rows.report, "packs": sum(self.counts)}
+        full = self.num_packs * self.max_seq_len
+        efficiency = {"efficiency": round(sum(self.tokens) / full, 4)} if full else {}
+        return {**self.rows.report, "packs": self.num_packs, **efficiency}
 
 
 def hash_of(*numbers: int) -> int:

@@ -67,10 +67,17 @@ def join_documents(rows: Sequence[Row]) -> Row:
     return packed
 
 
+def refuse_judged(kind: str) -> None:
+    """Raise ValueError for judged answers: a pack holds several, but one judgement."""
+    if kind == "judged":
+        raise ValueError("packing: unpaired preference rows have a label each, a pack has none; leave packing off")
+
+
 class PackedDataset:
     """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``rows``."""
 
     def __init__(self, rows: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
+        refuse_judged(rows.kind)
         self.rows, self.max_seq_len = rows, max_seq_len
         self.tokenizer, self.pad_id, self.schema = rows.tokenizer, rows.pad_id, rows.schema
         lengths = [rows.length(i) for i in range(len(rows))]
@@ -115,3 +122,7 @@ class PackedDataset:
     def documents(self, i: int) -> list[list[Piece]]:
         """The pieces of each document of pack ``i``."""
         return [document for row in self.members(i) for document in self.rows.documents(row)]
+
+    def document_names(self, i: int) -> list[str]:
+        """Where each document of pack ``i`` was read."""
+        return [name for row in self.members(i) for name in self.rows.document_names(row)]

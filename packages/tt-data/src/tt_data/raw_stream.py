@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_data.locate import Source, name_of_split
-from tt_data.sources import Row, file_kind, parse_line, read_parquet
+from tt_data.sources import Row, begin, file_kind, parse_line, read_parquet, without_nulls
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
 _CHUNK = 1 << 20
@@ -83,7 +83,7 @@ class _Lines:
             number = mark * _MARK_EVERY
             for line in stream:
                 if number >= start:
-                    yield number + 1, line.removeprefix(b"\xef\xbb\xbf") if number == 0 else line
+                    yield number + 1, begin(self.path, line) if number == 0 else line
                 number += 1
                 if number == len(self.marks) * _MARK_EVERY:
                     self.marks.append(stream.tell())
@@ -116,7 +116,7 @@ def hub_stream(name: str, split: str | None) -> RawStream:
     info = getattr(found.info, "splits", None) or {}
     known = getattr(info.get(str(found.split)), "num_examples", None)
     return RawStream(
-        name, lambda start: ((start + i, dict(row)) for i, row in enumerate(found.skip(start))), _parsed,
+        name, lambda start: ((start + i, without_nulls(row)) for i, row in enumerate(found.skip(start))), _parsed,
         lambda: int(known) if known else sum(1 for _ in found),
         lambda: json.dumps([name, str(found.split), str(getattr(found.info, "download_checksums", None))]),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
+from math import isfinite
 from typing import Any
 
 from tt_data.builtin_templates import CHAT_TEMPLATES, with_named_template
@@ -77,7 +78,9 @@ def instruct_reader(template: InstructTemplate) -> Read:
 
 
 def _refuse_structure(name: str, value: Any) -> None:
-    """Lists and objects are no text, though they could be written as some."""
+    """Lists and objects are no text, though they could be written as some; nor is NaN, which pandas writes for null."""
+    if isinstance(value, float) and not isfinite(value):
+        raise BadRowError("null", f"column {name!r} is {value}")
     if value is not None and not isinstance(value, (str, int, float)):
         raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")
 

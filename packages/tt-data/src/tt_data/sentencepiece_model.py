@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,12 +112,8 @@ class SentencePieceTokenizer:
 
 def _token_spans(places: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     """The tokens that hold a character of each span."""
-    found: list[Span] = []
-    for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(places) if a < end and b > start]
-        if inside:
-            found.append((inside[0], inside[-1] + 1))
-    return join_spans(found)
+    starts, ends = [a for a, _ in places], [b for _, b in places]  # both ascend
+    return join_spans([(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
 
 
 def read_sentencepiece(path: Path, *, added: Mapping[str, int], prefix_once: bool) -> SentencePieceTokenizer:

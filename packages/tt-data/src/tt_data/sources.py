@@ -1,4 +1,4 @@
-"""Rows from local files, with the place of each: jsonl, json, csv, parquet, arrow, directories."""
+"""Rows from local files, with the place of each: jsonl, json, csv, parquet, arrow."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import gzip
 import io
 import json
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -15,6 +16,14 @@ Row = dict[str, Any]
 Placed = tuple[int, Row]  # the line (or row) number that a message names, and the row
 
 _MAX_LINE = 64 << 20
+_NO_TEXT = {
+    b"version https://git-lfs": "this is a git-lfs pointer, not the data; run git lfs pull",
+    b"\x1f\x8b": "this is compressed by gzip; add .gz to its name",
+    b"\xff\xfe": "this is UTF-16 text, expected UTF-8; save it as UTF-8",
+    b"\xfe\xff": "this is UTF-16 text, expected UTF-8; save it as UTF-8",
+    b"PAR1": "this is a parquet file; call it .parquet",
+    b"PK\x03\x04": "this is a zip archive, not rows; unpack it",
+}
 
 
 def data_error(path: Path, line: int | None, text: str) -> ValueError:
@@ -27,7 +36,14 @@ def read_rows(path: Path) -> Iterator[Placed]:
     kind = file_kind(path)
     if kind is None:
         raise data_error(path, None, f"unknown kind of file, expected one of {', '.join(sorted(READERS))}")
-    return READERS[kind](path)
+    return _unpacked(path, READERS[kind]) if path.suffix == ".gz" else READERS[kind](path)
+
+
+def _unpacked(path: Path, read: Callable[[Path], Iterator[Placed]]) -> Iterator[Placed]:
+    try:
+        yield from read(path)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise data_error(path, None, f"not a whole gzip file ({_one_line(error)})") from None
 
 
 def file_kind(path: Path) -> str | None:
@@ -47,10 +63,17 @@ def read_jsonl(path: Path) -> Iterator[Placed]:
     with _open(path) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-                _refuse_pointer(path, line)
+                line = begin(path, line)
             if line.strip():
                 yield number, parse_line(path, number, line)
+
+
+def begin(path: Path, line: bytes) -> bytes:
+    """The first line without its byte order mark. Raises ValueError for a file that is not UTF-8 text."""
+    for mark, text in _NO_TEXT.items():
+        if line.startswith(mark):
+            raise data_error(path, None, text)
+    return line.removeprefix(b"\xef\xbb\xbf")
 
 
 def parse_line(path: Path, number: int, line: bytes) -> Row:
@@ -74,8 +97,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
 def read_json(path: Path) -> Iterator[Placed]:
     """A list of objects, or one object that holds such a list, or jsonl in a file called .json."""
     with _open(path) as stream:
-        first = stream.readline().removeprefix(b"\xef\xbb\xbf").strip()
-        _refuse_pointer(path, first)
+        first = begin(path, stream.readline()).strip()
         rest = stream.read()
         if first[:1] == b"{" and rest.strip() and _is_complete(first):
             del rest
@@ -111,11 +133,16 @@ def _is_complete(line: bytes) -> bool:
 def read_csv(path: Path) -> Iterator[Placed]:
     """A header line, then a row per record; every value is text."""
     delimiter = "\t" if file_kind(path) == ".tsv" else ","
+    with _open(path) as binary:
+        begin(path, binary.read(64))
     with _open(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as stream:
         csv.field_size_limit(_MAX_LINE)
-        reader = csv.DictReader(stream, delimiter=delimiter)
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)  # an open quote must not swallow the rest
         start = 2
         try:
+            twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
+            if twice:
+                raise data_error(path, 1, f"two columns are called {twice[0]!r}")
             for row in reader:
                 if None in row or None in row.values():
                     count = len(row.get(None, ())) + sum(v is not None for k, v in row.items() if k is not None)
@@ -146,8 +173,8 @@ def read_parquet(path: Path, start: int = 0) -> Iterator[Placed]:
                     for row in batch.to_pylist():
                         number += 1
                         if number > start:
-                            yield number, row
-    except (pyarrow.ArrowInvalid, OSError) as error:
+                            yield number, without_nulls(row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise data_error(path, None, f"not a whole parquet file ({_one_line(error)})") from None
 
 
@@ -167,9 +194,21 @@ def read_arrow(path: Path) -> Iterator[Placed]:
             for batch in batches:
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, row
-    except (pyarrow.ArrowInvalid, OSError) as error:
+                    yield number, without_nulls(row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise data_error(path, None, f"not a whole arrow file ({_one_line(error)})") from None
+
+
+def without_nulls(row: Mapping[str, Any]) -> Row:
+    """A row of a columnar file, whose objects all have the same keys, as it was before: a key that an object below the
+    columns has no value for was not there (an argument that only another tool takes)."""
+    return {name: _without_nulls(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {
@@ -185,48 +224,3 @@ READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _refuse_pointer(path: Path, head: bytes) -> None:
-    if head.startswith(b"version https://git-lfs"):
-        raise data_error(path, None, "this is a git-lfs pointer, not the data; run git lfs pull")
-
-
-def local_files(path: Path, split: str | None) -> list[Path]:
-    """The data files that ``path`` (a file or a directory) means. Raises FileNotFoundError or ValueError."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){_near_file(path)}")
-    files = sorted(p for p in path.rglob("*") if p.is_file() and file_kind(p) and not p.name.startswith((".", "_")))
-    files = [p for p in files if p.name not in ("dataset_info.json", "state.json", "dataset_dict.json")]
-    if not files:
-        raise ValueError(f"{path}: no data file in this directory, expected one of {', '.join(sorted(READERS))}")
-    names = {_split_of(file.relative_to(path)) for file in files}
-    if split is None and "train" in names and names & {"test", "eval", "dev", "valid", "validation"}:
-        split = "train"
-    return files if split is None else _of_split(path, files, split)
-
-
-def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
-    names = {file: _split_of(file.relative_to(path)) for file in files}
-    chosen = [file for file, name in names.items() if name == split]
-    if not chosen:
-        known = sorted({name for name in names.values() if name})
-        near = get_close_matches(split, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{path}: no split {split!r}, expected one of {known or 'no splits here'}{hint}")
-    return chosen
-
-
-def _split_of(file: Path) -> str:
-    """``train`` for train.jsonl, train-00000-of-00002.parquet and train/x.jsonl."""
-    parts = [part.lower() for part in file.parts]
-    return parts[0] if len(parts) > 1 and parts[0] != "data" else parts[-1].split(".")[0].split("-0")[0]
-
-
-def _near_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -7,7 +7,7 @@ A stream is cut into blocks of ``buffer`` rows; each block is shuffled by itself
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,7 @@ from tt_data.builder import build
 from tt_data.dataset import Piece, Row, TokenDataset, to_row
 from tt_data.locate import Source
 from tt_data.mix import interleave, quotas_of
-from tt_data.order import Permutation, steps_per_epoch
+from tt_data.order import Permutation, place_in_mix, steps_per_epoch
 from tt_data.raw_stream import Raw, RawStream
 from tt_data.readers import Read, choose_schema
 from tt_data.rendered import Encoded
@@ -24,6 +24,7 @@ from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
 Place = tuple[int, int, Any]  # which stream, line, raw row
+Order = Callable[[int, int, int], int]  # (block, place in it, its size) -> which of its rows
 
 
 class Blocks:
@@ -54,11 +55,11 @@ class Blocks:
             self.total = sum(stream.count() for stream in self.streams)
         return self.total
 
-    def row(self, place: int, key: tuple[int, ...] | None) -> Place:
-        """The row at ``place``, in the order of its block that ``key`` gives (None: as in the source)."""
+    def row(self, place: int, order: Order | None) -> Place:
+        """The row at ``place``, in the ``order`` of its block (None: as in the source)."""
         number, within = divmod(place, self.size)
         block = self.get(number)
-        return block[within if key is None else Permutation(len(block), (*key, number))(within)]
+        return block[within if order is None else order(number, within, len(block))]
 
     def _open(self, start: int) -> Iterator[Place]:
         for number, stream in enumerate(self.streams):
@@ -131,15 +132,23 @@ class StreamDataset:
     def raw_row(self, epoch: int, place: int, *, seed: int, shuffle: bool) -> tuple[RawStream, int, Any]:
         """The row at a place of an epoch, not parsed."""
         if len(self.blocks) == 1:
-            blocks, turn, within, source = self.blocks[0], epoch, place, 0
+            blocks, within = self.blocks[0], place
+
+            def order(number: int, at: int, size: int) -> int:
+                return Permutation(size, (seed, epoch, number))(at)
         else:
             which, slot = divmod(place, len(self._round))
             source = self._round[slot]
             blocks, quota = self.blocks[source], self.quotas[source]
             rounds = self.count_rows() // len(self._round)
             nth = (epoch * rounds + which) * quota + self._round[:slot].count(source)
-            turn, within = divmod(nth, blocks.count())
-        number, line, raw = blocks.row(within, (seed, source, turn) if shuffle else None)
+            window = range(epoch * rounds * quota, (epoch + 1) * rounds * quota) if epoch else None
+            within = nth % blocks.count()
+
+            def order(number: int, at: int, size: int) -> int:
+                return place_in_mix(at, size, first=nth - at, window=window, key=(seed, source, number))
+
+        number, line, raw = blocks.row(within, order if shuffle else None)
         return blocks.streams[number], line, raw
 
     def encode(self, rows: Sequence[tuple[RawStream, int, Any]], *, count: bool = True) -> list[TokenRow]:
@@ -147,17 +156,21 @@ class StreamDataset:
         tally = self.tally if count else Tally()
         encoder = RowEncoder(self.tokenizer, self.settings, tally)
         before, encoded = tally.dropped.total(), []
-        for name in dict.fromkeys(stream.name for stream, _, _ in rows):
-            batch = [(line, s.parse(line, raw)) for s, line, raw in rows if s.name == name]
-            present: list[tuple[int, Mapping[str, Any]]] = [(line, row) for line, row in batch if row is not None]
+        by_name: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+        for stream, line, raw in rows:
+            row = stream.parse(line, raw)
+            if row is not None:
+                by_name.setdefault(stream.name, []).append((line, row))
+        for name, present in by_name.items():
             encoded += encoder.encode(name, present, self._readers[name][0])
-        for row in encoded:
-            self._kind = self._kind or row.kind
-            if row.kind != self._kind:
+        for token_row in encoded:
+            self._kind = self._kind or token_row.kind
+            if token_row.kind != self._kind:
                 raise ValueError(
-                    f"line {row.line}: {row.kind} rows cannot be mixed with the {self._kind} rows before them"
+                    f"line {token_row.line}: {token_row.kind} rows cannot be mixed with the {self._kind} rows before "
+                    "them"
                 )
-            tally.keep(row)
+            tally.keep(token_row)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
         return encoded
@@ -171,6 +184,11 @@ class StreamDataset:
         rows = [to_row(row.kind, row.parts, row.desirable) for row in self.encode(mine, count=epoch == 0)]
         return rows, len(places[0::world_size])
 
+    @property
+    def names(self) -> list[str]:
+        """The files, or the data set of the hub, that are read."""
+        return list(self._readers)
+
     def take_news(self, worker: int) -> Tally:
         """What a worker has counted since it was last asked, for ``add_news`` in the process that holds the report."""
         news, self.tally = self.tally, Tally()
@@ -182,7 +200,7 @@ class StreamDataset:
     def blank(self) -> Row:
         """Two padding tokens in the shape of a row."""
         if self._kind is None:
-            self._kind = self.head().kind
+            self._kind = self.head(4096).kind  # the first ones may all be bad
         sides = 2 if self._kind == "pair" else 1
         return to_row(self._kind, [Encoded([self.pad_id] * 2)] * sides, False)
 

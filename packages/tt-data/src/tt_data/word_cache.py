@@ -14,6 +14,7 @@ from typing import Any
 from tt_data.rendered import Encoded, Span, join_spans
 
 _MAX_WORDS = 200_000
+_MAX_LETTERS = 100  # of a word that is kept: what is longer hardly comes twice
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CLASSES = {
     r"\p{L}": "a-zA-Z", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z", r"\p{Lt}": "", r"\p{Lm}": "", r"\p{Lo}": "",
@@ -41,7 +42,7 @@ class _Words(dict[str, tuple[int, ...]]):
         tokens = self._model.tokenize("".join(self._letters[ord(c)] for c in word))
         ids = tuple(token.id for token in tokens)
         self.lengths.update((token.id, len(token.value)) for token in tokens)
-        if len(self) < _MAX_WORDS:
+        if len(self) < _MAX_WORDS and len(word) <= _MAX_LETTERS:
             self[word] = ids
         return ids
 

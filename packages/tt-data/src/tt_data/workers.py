@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tt_data.encode_processes import forking, use_one_thread
 from tt_data.loader import Steps
 
-Prepared = tuple[Any, Any, str | None]  # the batch, what was counted on the way, or what went wrong
+# the batch, what was counted on the way, or what went wrong: the kind of error and its text
+Prepared = tuple[Any, Any, tuple[type[Exception], str] | None]
 
 
 class _StepStream(IterableDataset[Prepared]):
@@ -27,7 +28,9 @@ class _StepStream(IterableDataset[Prepared]):
             try:
                 batch = self.steps(step)
             except Exception as error:
-                yield None, None, " ".join(f"{type(error).__name__}: {error}".split())
+                text = " ".join(str(error).split())
+                is_ours = isinstance(error, ValueError)
+                yield None, None, (ValueError, text) if is_ours else (RuntimeError, f"{type(error).__name__}: {text}")
                 return
             take = getattr(self.steps.dataset, "take_news", None)
             yield batch, take(info.id) if take else None, None
@@ -47,8 +50,8 @@ def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: floa
         except RuntimeError as error:
             raise RuntimeError(_describe(steps, step, error, timeout_s)) from None
         if problem is not None:
-            kind = ValueError if problem.startswith("ValueError: ") else RuntimeError
-            raise kind(f"step {step}, rows {steps.places(step)}: {problem.removeprefix('ValueError: ')}")
+            kind, text = problem
+            raise kind(f"step {step}, rows {steps.places(step)}: {text}")
         if news is not None:
             steps.dataset.add_news(news)
         yield batch
