@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from tt_models import mlp, rows
+from tt_models import rope as rope_module
 from tt_models.linear import few_rows, linear
 from tt_models.mlp import ACTIVATIONS, MLP
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm, normalized
@@ -212,11 +213,13 @@ def test_gating_in_blocks_is_gating_with_the_same_gradients(activation, dtype, m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation_and_its_gradient_are_the_bits_of_the_formula(dtype):
+def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, monkeypatch):
+    monkeypatch.setattr(rope_module, "BLOCK", 60)  # two columns
     x, upstream = (torch.randn(2, 3, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(3)[None], dtype)
     expected = x * cos + x.roll(4, -1) * sin
     found = rotate(x, cos, sin)
+    assert found.grad_fn.name() == "RotateBackward"
     assert found.equal(expected)
     for one, other in zip(
         torch.autograd.grad(found, x, upstream), torch.autograd.grad(expected, x, upstream), strict=True
@@ -228,6 +231,7 @@ def test_rotation_and_its_gradient_are_the_bits_of_the_formula(dtype):
 
 def test_gradients_per_sample_go_through_every_block(monkeypatch):
     monkeypatch.setattr(mlp, "BLOCK", 8)
+    monkeypatch.setattr(rope_module, "BLOCK", 8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
     parameters, x = dict(layers.named_parameters()), torch.randn(3, 4, 8)
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)

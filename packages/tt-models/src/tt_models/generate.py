@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
@@ -42,16 +42,15 @@ def reread(model: Decoder, input_ids_BS: Tensor, cache: KVCache) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: Decoder) -> Iterator[None]:
-    """No dropout inside; the model is left as it was."""
-    was_training = model.training
-    if was_training:
-        model.eval()
+def evaluating(training: Collection[nn.Module]) -> Iterator[None]:
+    """No dropout inside; ``training``: the modules that are in training mode, and will be again."""
+    for module in training:
+        module.__dict__["training"] = False  # what eval() does, without the price of a module's attributes
     try:
         yield
     finally:
-        if was_training:
-            model.train()
+        for module in training:
+            module.__dict__["training"] = True
 
 
 @torch.no_grad()
@@ -73,7 +72,8 @@ def steps(
     cache = KVCache(model.config, batch_size=batch, max_seq_len=room, device=weight.device, dtype=weight.dtype)
     decode = compiled_decode_one_token() if compile else decode_one_token
     seen_BV = seen_tokens(input_ids_BS, lengths_B, weight.shape[0]) if sampling.repetition_penalty != 1.0 else None
-    with evaluating(model):
+    training = [module for module in model.modules() if module.training]
+    with evaluating(training):
         logits = prefill(model, input_ids_BS, cache, left_padded_positions(input_ids_BS, lengths_B))
     for step in range(max_new_tokens):
         token = sample(logits, sampling, seen_BV=seen_BV, generator=generator)
@@ -83,7 +83,7 @@ def steps(
         if seen_BV is not None:
             seen_BV.scatter_(1, token[:, None], True)
         input_ids_BS = torch.cat((input_ids_BS, token[:, None]), dim=1)
-        with evaluating(model):
+        with evaluating(training):
             outgrown = model.model.outgrows_context(cache, 1)
             logits = reread(model, input_ids_BS, cache) if outgrown else decode(model, token, cache)
 

@@ -1,6 +1,7 @@
 """Linear layers that read their weight fast where little else is done: a few rows in bf16 on a CPU, while decoding."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_ROWS = 16  # benchmarks/models_decode.py: from 32 rows on nothing is won
@@ -13,27 +14,24 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return layer(x)  # type: ignore[no-any-return]
-    return few_rows(x, layer.weight, layer.bias) if is_decoding(x, layer.weight) else layer(x)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]  # not by attribute: this runs for each token
+    assert weight is not None
+    return few_rows(x, weight, bias) if is_decoding(x, weight) else F.linear(x, weight, bias)
 
 
 def is_decoding(x: Tensor, weight: Tensor) -> bool:
     """Whether these are a few rows in bf16 on a CPU, and no gradient is wanted."""
-    return (
-        x.dtype == weight.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.numel() <= MOST_ROWS * x.shape[-1]
-        and type(weight.data) is Tensor
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
+    if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or x.numel() > MOST_ROWS * x.shape[-1]:
+        return False
+    plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b`` with the weight as the left factor, which spares oneDNN a reordering of it."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 1:
-        out = torch.mv(weight, rows[0])
+    shape = (*x.shape[:-1], weight.shape[0])
+    if x.numel() == x.shape[-1]:
+        out = torch.mv(weight, x.reshape(-1))
     else:
-        out = torch.mm(weight, rows.t()).t().contiguous()
-    return (out if bias is None else out + bias).view(*x.shape[:-1], -1)
+        out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
+    return (out if bias is None else out + bias).view(shape)

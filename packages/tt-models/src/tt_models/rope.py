@@ -191,7 +191,7 @@ def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dim = cos.shape[-1]
     if dim != x_BHSD.shape[-1]:
         return torch.cat((rotate(x_BHSD[..., :dim], cos, sin), x_BHSD[..., dim:]), dim=-1)
-    if x_BHSD.device.type != "cpu" or not is_eager(x_BHSD):
+    if x_BHSD.numel() <= BLOCK or x_BHSD.device.type != "cpu" or not is_eager(x_BHSD):
         return x_BHSD * cos + x_BHSD.roll(dim // 2, -1) * sin  # rolling by a half exchanges the pairs
     if not torch.is_grad_enabled():
         return rotate_halves(x_BHSD, cos, sin)
