@@ -76,3 +76,21 @@ def test_a_certificate_is_json(tt, bare_model, tmp_path):
     assert answer.json["passed"]
     assert json.loads((tmp_path / "certificate.json").read_text())["errors"] == answer.json["errors"]
     assert "equal within" in tt("verify", str(bare_model)).out
+
+
+@pytest.mark.parametrize("verb", ["merge", "export"])
+def test_the_output_is_a_word_or_an_option_but_not_both(tt, model_dir, tmp_path, verb):
+    one, other = tmp_path / "one", tmp_path / "other"
+    assert tt(verb, str(model_dir), str(one)).out.strip() == str(one)
+    assert tt(verb, str(model_dir), "-o", str(other)).out.strip() == str(other)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    for words, part in [([], "name the directory to write"), (["a", "-o", "b"], "two outputs, 'a' and -o b")]:
+        answer = tt(verb, str(model_dir), *words)
+        assert answer.code == 2
+        assert part in answer.err
+
+
+def test_a_missing_choice_lists_what_there_is(tt, bare_model, tmp_path):
+    answer = tt("convert", str(bare_model), str(tmp_path / "out"))
+    assert answer.code == 2
+    assert "missing option '--to': one of hf, meta, torchtune" in answer.err

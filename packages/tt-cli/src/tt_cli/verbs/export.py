@@ -4,18 +4,28 @@ from pathlib import Path
 
 import click
 
+from tt_cli.destination import chosen_output, takes_output
 from tt_cli.group import Verb, json_option, print_json
 
 
 @click.command("export", cls=Verb)
 @click.argument("run", type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The directory to write.")
+@takes_output("The directory to write.")
 @click.option("--to", "target", default="hf", show_default=True, help="hf (vLLM, llama.cpp, transformers) or ollama.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights written; default: as they are.")
 @click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
 @json_option
-def command(run: str, output: Path, target: str, dtype: str | None, dry_run: bool, as_json: bool) -> None:
+def command(
+    run: str,
+    output_word: Path | None,
+    output: Path | None,
+    target: str,
+    dtype: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """Write RUN, a run, adapter or model, for another program; adapters are merged."""
+    target_folder = chosen_output(output_word, output)
     import torch
 
     from tt_train.export import export
@@ -24,7 +34,7 @@ def command(run: str, output: Path, target: str, dtype: str | None, dry_run: boo
         click.echo(text, err=True)
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    done = export(run, output, to=target, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)
+    done = export(run, target_folder, to=target, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)
     if as_json:
         print_json(done)
         return

@@ -4,17 +4,21 @@ from pathlib import Path
 
 import click
 
+from tt_cli.destination import chosen_output, takes_output
 from tt_cli.group import Verb, json_option, print_json
 
 
 @click.command("merge", cls=Verb)
 @click.argument("run", type=click.Path())
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The model directory to write.")
+@takes_output("The model directory to write.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights written; default: as they are.")
 @click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
 @json_option
-def command(run: str, output: Path, dtype: str | None, dry_run: bool, as_json: bool) -> None:
+def command(
+    run: str, output_word: Path | None, output: Path | None, dtype: str | None, dry_run: bool, as_json: bool
+) -> None:
     """Write RUN as one Hugging Face model directory, its adapter merged into the weights."""
+    target_folder = chosen_output(output_word, output)
     import torch
 
     from tt_train.export import export
@@ -23,7 +27,7 @@ def command(run: str, output: Path, dtype: str | None, dry_run: bool, as_json: b
         click.echo(text, err=True)
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    written = export(run, output, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)["path"]
+    written = export(run, target_folder, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)["path"]
     if as_json:
         print_json({"model": str(written)})
     else:
