@@ -1,19 +1,21 @@
 """Where a verb writes: ``tt merge RUN DIR`` and ``tt merge RUN -o DIR`` say the same."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def takes_output(help: str) -> Any:
+
+def takes_output(help: str) -> Callable[[Function], Function]:
     """A decorator for the argument ``OUTPUT`` and the option ``-o``, of which exactly one must be given."""
 
-    def decorate(function: Any) -> Any:
+    def decorate(function: Function) -> Function:
         option = click.option("-o", "--output", type=click.Path(path_type=Path), help=help)
-        return click.argument("output_word", metavar="[OUTPUT]", required=False, type=click.Path(path_type=Path))(
-            option(function)
-        )
+        word = click.argument("output_word", metavar="[OUTPUT]", required=False, type=click.Path(path_type=Path))
+        return word(option(function))
 
     return decorate
 
