@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
-from tt_data import load_tokenizer
+from tt_data import TemplateError, load_tokenizer
 from tt_data.conversations import read_messages
 from tt_data.encode import mask_messages
 
@@ -58,3 +59,33 @@ def test_templates_of_real_models(name: str, tmp_path: Path, make_model: Any) ->
             assert not [i for i, ours_masked, trained_there in both if not ours_masked and not trained_there]
             spare = tokenizer.decode([i for i, ours_masked, there in both if ours_masked and there], skip_special=False)
             assert not {"hello", "cat", "fine"} & set(re.findall(r"\w+", spare))  # headers, and line ends behind a turn
+
+
+@pytest.mark.parametrize("content", [None, "words first"])
+@pytest.mark.parametrize("name", ["deepseekv3", "qwen2_5", "qwen3", "llama3_1", "qwen3_5_think"])
+def test_calls_without_words_are_rendered_like_transformers(
+    name: str, content: str | None, tmp_path: Path, make_model: Any
+) -> None:
+    """Keys without a value are left out by both; a template that cannot do without (DeepSeek's) fails in both."""
+    trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
+    file = Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja"
+    if not file.exists():
+        pytest.skip("not in this version of trl")
+    source = file.read_text()
+    specials = sorted({*TOKENS.findall(source), "<s>", "<|im_end|>"})
+    model = make_model(tmp_path / "model", specials, bos_token="<s>", eos_token="<|im_end|>", chat_template=source)
+    arguments: Any = {"q": "x"}
+    if name == "deepseekv3":  # it puts them into text, so they must be text
+        arguments = '{"q": "x"}'
+    call = {"type": "function", "function": {"name": "get", "arguments": arguments}}
+    turns = [TURNS[0], {"role": "assistant", "content": content, "tool_calls": [call]}]
+    tokenizer = load_tokenizer(model)
+    reference = transformers.PreTrainedTokenizerFast.from_pretrained(model)
+    try:
+        wanted = reference.apply_chat_template(turns, tokenize=False)
+    except jinja2.UndefinedError as refusal:
+        with pytest.raises(TemplateError, match=str(refusal)):
+            tokenizer.render(turns)
+        return
+    assert tokenizer.render(turns) == wanted
+    assert "get" in wanted

@@ -111,7 +111,9 @@ def _with_parsed_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
     parsed = []
     for call in calls:
         function = call.get("function", call)
-        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRowError("wrong type", f"a call in message {i} has no function with a name")
+        arguments = function.get("arguments")
         if isinstance(arguments, str):
             function = {
                 **function,

@@ -14,6 +14,7 @@ from tt_data.messages import Message
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
+_HUGE = 10**4000  # Python writes no longer numbers
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def _text(row: Row, columns: Columns, *names: str, may_be_empty: bool = False) -
         raise BadRowError("null", f"column {name!r} is null")
     if isinstance(value, float) and not isfinite(value):  # as pandas writes what is missing
         raise BadRowError("null", f"column {name!r} is {value}")
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and abs(value) < _HUGE:
         return str(value)
     if not isinstance(value, str):
         raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")

@@ -14,6 +14,8 @@ def local_files(path: Path, split: str | None) -> list[Path]:
     """The data files that ``path`` (a file or a directory) means. Raises FileNotFoundError or ValueError."""
     if path.is_file():
         return [path]
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){_near_file(path)}")
     files = sorted(p for p in path.rglob("*") if file_kind(p) and p.is_file() and not _is_hidden(p.relative_to(path)))

@@ -27,7 +27,6 @@ from tt_data.turn_spans import find_turn_ends, keeps_its_prompt, turn_spans
 _MEMORY_LIMIT = 1 << 30
 _OPEN, _CLOSE = (secrets.token_hex(12) for _ in range(2))
 _MARKS = re.compile(f"{_OPEN}|{_CLOSE}")
-_ASKS_FOR_NONE = re.compile(r"\bcontent\b['\"\]]*\s*(?:\bis\s+(?:not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -74,7 +73,6 @@ class _Template:
         self.variables: dict[str, Any] = setup["variables"]
         self.output_limit: int = setup["output_limit"]
         self.control = alternatives(setup["controls"]) if setup["controls"] else None
-        self.asks_for_none = _ASKS_FOR_NONE.search(setup["source"]) is not None
         self.has_generation = re.search(r"\{%[-+]?\s*generation\b", setup["source"]) is not None
         self.ends: list[str] = []
         self.ends = find_turn_ends(self.render, self.control)
@@ -84,8 +82,6 @@ class _Template:
     def raw(self, messages: list[dict[str, Any]], prompt: bool, tools: Any = None, extra: Any = None) -> str:
         pieces: list[str] = []
         size = 0
-        if not self.asks_for_none:  # it would write None as a word
-            messages = [{k: v for k, v in m.items() if k != "content" or v is not None} for m in messages]
         variables = {**self.variables, **(extra or {}), "messages": messages, "tools": tools or None, "documents": None}
         for piece in self.template.generate(variables, add_generation_prompt=prompt):
             size += len(piece)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tt_data.encode import AMBIGUOUS, Parts, encode_examples
-from tt_data.examples import BadRowError, Example, Judged, Pair, is_chat
+from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair, is_chat
 from tt_data.readers import Read
 from tt_data.rendered import Encoded
 from tt_data.settings import Settings
@@ -98,6 +98,7 @@ class RowEncoder:
                 examples.append((line, read(row, self.settings.columns)))
             except BadRowError as bad:
                 self.tally.drop(f"{name}:{line}", bad)
+        self._note_what_is_lost([example for _, example in examples])
         forms = {"chat" if is_chat(example) else "text" for _, example in examples}
         self.tally.forms |= forms
         if "chat" in forms and not self._keeps_its_prompt:
@@ -129,6 +130,15 @@ class RowEncoder:
         desirable = isinstance(example, Judged) and example.desirable
         digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
+
+    def _note_what_is_lost(self, examples: Sequence[Example]) -> None:
+        """Calls and tools that a chat template has no words for would vanish in silence."""
+        for example in examples:
+            if isinstance(example, Conversation):
+                called = any(message.extra.get("tool_calls") for message in example.messages)
+                for there, name in ((called, "tool_calls"), (bool(example.tools), "tools")):
+                    if there and not any(name in source for source in self.tokenizer.templates.values()):
+                        self.tally.notes.add(f"the chat template does not write {name}, which some rows have")
 
     @property
     def _keeps_its_prompt(self) -> bool:

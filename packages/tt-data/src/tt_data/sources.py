@@ -58,6 +58,18 @@ def _open(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
+    """JSON allows a key twice, and the first value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
+
+
 def read_jsonl(path: Path) -> Iterator[Placed]:
     """An object per line; empty lines are skipped."""
     with _open(path) as stream:
@@ -81,7 +93,7 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
     if len(line) > _MAX_LINE:
         raise data_error(path, number, f"a line of {len(line)} bytes, expected at most {_MAX_LINE}")
     try:
-        row = json.loads(line.rstrip(b"\r\n"))
+        row = _DECODER.decode(line.rstrip(b"\r\n").decode("utf-8", "surrogatepass"))
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
         raise ValueError(f"{path}:{number}:{error.colno}: broken JSON ({error.msg}) near {around!r}") from None
@@ -106,7 +118,7 @@ def read_json(path: Path) -> Iterator[Placed]:
         stream.seek(0)
         data = stream.read()
     try:
-        found = json.loads(data.removeprefix(b"\xef\xbb\xbf"))
+        found = _DECODER.decode(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass"))
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: broken JSON ({error.msg}) near {around!r}") from None

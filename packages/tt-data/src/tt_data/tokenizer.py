@@ -287,10 +287,9 @@ class Tokenizer:
 
 
 def _plain(message: Any) -> dict[str, Any]:
-    """What a template sees of a message: no None values (but ``content``: see ``render_worker``), the reasoning under
-    each of its names."""
+    """What a template sees of a message: no None values, the reasoning under each of its names."""
     data = message.to_dict() if isinstance(message, Message) else dict(message)
-    data = {key: value for key, value in data.items() if value is not None or key == "content"}
+    data = {key: value for key, value in data.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((data[name] for name in names if data.get(name) is not None), None)
     return data if reasoning is None else {"thinking": reasoning, **data, "reasoning_content": reasoning}
