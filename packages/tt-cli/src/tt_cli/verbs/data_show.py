@@ -61,7 +61,7 @@ def command(
         return
     click.echo(summary(dataset.report), err=True)
     for sample in shown:
-        click.echo(tt_data.as_text(sample, color=wants_color(sys.stdout)) + "\n")
+        click.echo(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n")
 
 
 def _columns(words: tuple[str, ...]) -> dict[str, str]:
