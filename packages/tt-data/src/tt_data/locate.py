@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tt_data.folders import local_files
+from tt_data.hub import HUB_ID, open_hub, rows_from
 from tt_data.sources import READERS, Placed, file_kind, read_rows, without_nulls
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ def is_hub_id(source: object) -> bool:
     if not isinstance(source, str) or Path(source).expanduser().exists():
         return False
     looks_local = file_kind(Path(source)) is not None or source.startswith((".", "/", "~"))
-    return not looks_local and _HUB_ID.fullmatch(source) is not None
+    return not looks_local and HUB_ID.fullmatch(source) is not None
 
 
 def open_sources(source: Any, split: str | None = None) -> list[Source]:
@@ -85,30 +83,5 @@ def _from_rows(rows: Iterable[Any]) -> Source:
 
 
 def _from_hub(name: str, split: str | None) -> Source:
-    """A data set of the hub, through ``datasets`` (its cache and environment variables; no remote code)."""
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, split=split)
-    except ValueError as error:
-        raise ValueError(f"{name}: {' '.join(str(error).split())[:300]}") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise FileNotFoundError(
-            f"{name}: no such file here (looked from {Path.cwd()}), and not to be had from the hub ({reason})"
-        ) from None
-    if isinstance(found, Mapping):
-        found = found[name_of_split(name, list(found))]
-    return Source(name, partial(_numbered, found), lambda: str(found._fingerprint))
-
-
-def name_of_split(name: str, splits: Sequence[str]) -> str:
-    """``train``, or the only split there is. Raises ValueError that lists them."""
-    if "train" in splits or len(splits) == 1:
-        return "train" if "train" in splits else splits[0]
-    raise ValueError(f"{name}: name a split, expected one of {list(splits)}")
-
-
-def _numbered(rows: Iterable[Mapping[str, Any]]) -> Iterator[Placed]:
-    for number, row in enumerate(rows):
-        yield number, without_nulls(row)
+    found = open_hub(name, split)
+    return Source(name, partial(rows_from, name, found), lambda: str(found._fingerprint))

@@ -11,8 +11,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tt_data.locate import Source, name_of_split
-from tt_data.sources import Row, begin, file_kind, parse_line, read_parquet, without_nulls
+from tt_data.hub import open_hub, rows_from
+from tt_data.locate import Source
+from tt_data.sources import Row, begin, file_kind, parse_line, read_parquet
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
 _CHUNK = 1 << 20
@@ -105,18 +106,11 @@ def _count_parquet(path: Path) -> int:
 
 def hub_stream(name: str, split: str | None) -> RawStream:
     """A data set of the hub, row by row, without downloading all of it first."""
-    import datasets
-
-    try:
-        found = datasets.load_dataset(name, split=split, streaming=True)
-    except Exception as error:
-        raise ValueError(f"{name}: cannot be streamed from the hub ({' '.join(str(error).split())[:300]})") from None
-    if not hasattr(found, "skip"):
-        found = found[name_of_split(name, list(found))]
+    found = open_hub(name, split, streaming=True)
     info = getattr(found.info, "splits", None) or {}
     known = getattr(info.get(str(found.split)), "num_examples", None)
     return RawStream(
-        name, lambda start: ((start + i, without_nulls(row)) for i, row in enumerate(found.skip(start))), _parsed,
+        name, lambda start: rows_from(name, found.skip(start), start), _parsed,
         lambda: int(known) if known else sum(1 for _ in found),
         lambda: json.dumps([name, str(found.split), str(getattr(found.info, "download_checksums", None))]),
     )  # fmt: skip

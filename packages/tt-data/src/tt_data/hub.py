@@ -1,0 +1,89 @@
+"""Data sets of the hub, through the ``datasets`` library: its cache, its environment variables, no remote code."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tt_data.sources import Placed, file_kind, read_rows, without_nulls
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+
+
+def open_hub(name: str, split: str | None, *, streaming: bool = False) -> Any:
+    """The split of the data set ``org/name`` or ``org/name:config``. Raises ValueError or FileNotFoundError."""
+    import datasets
+
+    repository, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(repository, *([config] if config else []), split=split, streaming=streaming)
+    except Exception as error:
+        raise _explain(name, repository, error) from None
+    return found[name_of_split(name, list(found))] if isinstance(found, Mapping) else found
+
+
+def name_of_split(name: str, splits: Sequence[str]) -> str:
+    """``train``, or the only split there is. Raises ValueError that lists them."""
+    if "train" in splits or len(splits) == 1:
+        return "train" if "train" in splits else splits[0]
+    raise ValueError(f"{name}: name a split, expected one of {list(splits)}")
+
+
+def rows_from(name: str, rows: Any, start: int = 0) -> Iterator[Placed]:
+    """Numbered rows. Raises ValueError that names the one behind which reading fails."""
+    number = start
+    try:
+        for number, row in enumerate(rows, start):
+            yield number, without_nulls(row)
+    except Exception as error:
+        raise ValueError(f"{name}: row {number} or a next one cannot be read ({_one_line(error)})") from None
+
+
+def _explain(name: str, repository: str, error: BaseException) -> Exception:
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    kinds = {type(e).__name__ for e in chain}
+    text = " ".join(_one_line(e) for e in chain)
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/datasets/{repository}"
+    if "GatedRepoError" in kinds or "is a gated dataset" in text:
+        return ValueError(
+            f"{name}: a gated data set; ask for access at {page}, then log in (hf auth login, or HF_TOKEN)"
+        )
+    here = f"{name}: no such file here (looked from {Path.cwd()}), and not to be had from the hub"
+    if "OfflineModeIsEnabled" in text or "OfflineModeIsEnabled" in kinds:
+        return FileNotFoundError(
+            f"{here}, which is switched off (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE); not in its cache"
+        )
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
+        return FileNotFoundError(f"{here}: there is none of this name, or a private one (hf auth login, or HF_TOKEN)")
+    if "Config name is missing" in text:
+        configs = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
+        choice = ", ".join(f"{repository}:{config}" for config in configs)
+        return ValueError(f"{name}: holds several data sets; name one of {choice}")
+    if kinds & {"DatasetGenerationError", "DatasetGenerationCastError"}:
+        return ValueError(_broken_file(repository) or f"{name}: {_one_line(chain[-1])}")
+    if isinstance(error, ValueError):
+        return ValueError(f"{name}: {_one_line(error)}")
+    return FileNotFoundError(f"{here} ({_one_line(error)})")
+
+
+def _broken_file(repository: str) -> str | None:
+    """What our own readers say of the files that were downloaded: ``datasets`` hides file and line."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}" / "snapshots"
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and file_kind(path)):
+        try:
+            deque(read_rows(file), maxlen=0)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
