@@ -6,13 +6,28 @@ import json
 import logging
 import pickle
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tt_data import (
+    InstructTemplate,
+    Schema,
+    converters,
+    instruct_templates,
+    load_dataset,
+    load_tokenizer,
+    register_instruct_template,
+    register_schema,
+    row_encoder,
+    show,
+)
 from tt_data import cache as cache_files
-from tt_data import load_dataset, row_encoder, show
+from tt_data.examples import Completion
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": f"hello {i}"}], "completion": [{"role": "assistant", "content": "the cat"}],
@@ -94,3 +109,65 @@ def test_names_in_a_cache_stay_in_its_folder(chatml: Any, path: Path, tmp_path: 
     (tmp_path / "secret").write_text("12345")
     assert len(load_dataset(path, chatml, cache_dir=cache)) == 9
     assert (tmp_path / "secret").read_text() == "12345"
+
+
+def test_a_registered_function_that_changes_makes_the_rows_again(chatml: Any, write_jsonl: Any, tmp_path: Path) -> None:
+    ours = dict(converters.SCHEMAS)
+    path = write_jsonl([{"q": "a", "output": "b"}])
+
+    def texts(**options: Any) -> str:
+        return "".join(t for t, _ in load_dataset(path, chatml, cache_dir=tmp_path / "cache", **options).rendered(0))
+
+    try:
+        for answer, template in (
+            ("1: a b", InstructTemplate(("q",), lambda row: f"1: {row['q']} ")),
+            ("2: a b", InstructTemplate(("q",), lambda row: f"2: {row['q']} ")),
+        ):
+            register_instruct_template("quiz", template)
+            assert texts(template="quiz") == answer + "<|im_end|>"
+        for answer, schema in (
+            ("3: a b", Schema("quiz", (("q",),), lambda row, columns: Completion(f"3: {row['q']} ", row["output"]))),
+            ("4: a b", Schema("quiz", (("q",),), lambda row, columns: Completion(f"4: {row['q']} ", row["output"]))),
+        ):
+            register_schema(schema)
+            assert texts() == answer + "<|im_end|>"
+    finally:
+        instruct_templates.INSTRUCT_TEMPLATES.pop("quiz", None)
+        converters.SCHEMAS.clear()
+        converters.SCHEMAS.update(ours)
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+
+
+def test_end_tokens_of_the_model_belong_to_the_key(tmp_path: Path, make_model: Any) -> None:
+    """generation_config.json decides what ends a turn, and so what is trained."""
+    model = make_model(tmp_path / "model", ["<e>", "<|eot|>"], eos_token="<e>")
+    before = load_tokenizer(model).fingerprint
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
+    assert load_tokenizer(model).fingerprint != before
+
+
+WRITE = """
+import sys, time
+import tt_data
+tokenizer = tt_data.load_tokenizer(sys.argv[1])
+while time.time() < float(sys.argv[4]):
+    pass
+for n in range(20):
+    dataset = tt_data.load_dataset(sys.argv[2], tokenizer, cache_dir=sys.argv[3], max_seq_len=20 + n)
+    assert len(dataset) == 200, len(dataset)
+    assert all(len(row["input_ids"]) == len(row["labels"]) for row in dataset)
+"""
+
+
+def test_processes_that_write_at_once_do_not_disturb_each_other(
+    chatml: Any, chatml_dir: Path, write_jsonl: Any, make_chat_rows: Any, tmp_path: Path
+) -> None:
+    path, cache = write_jsonl(make_chat_rows(200)), tmp_path / "cache"
+    arguments = [str(chatml_dir), str(path), str(cache), str(time.time() + 2)]
+    command = [sys.executable, "-W", "error", "-c", WRITE, *arguments]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in running:
+        _, errors = process.communicate(timeout=100)
+        assert (process.returncode, errors) == (0, "")  # no warning either
+    assert len(list(cache.iterdir())) == 20
+    assert not [entry for entry in cache.iterdir() if entry.name.startswith(".")]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tt_data import batches, load_dataset, steps_per_epoch
+from tt_data.loader import Steps
 from tt_data.mix import interleave, quotas_of
 
 
@@ -137,3 +138,16 @@ def test_too_few_rows_for_a_round_are_refused(chatml: Any, files: list[Path]) ->
         load_dataset({files[0]: 0.001, files[1]: 0.999}, chatml)
     with pytest.raises(ValueError, match="no whole round of rows"):
         next(batches(load_dataset({files[0]: 0.001, files[1]: 0.999}, chatml, streaming=True), batch_size=2))
+
+
+def test_places_follow_the_epoch(chatml: Any, files: list[Path]) -> None:
+    """In the second epoch a mix holds other rows: an error must not name those of the first."""
+    mix = load_dataset({files[0]: 0.7, files[1]: 0.3}, chatml)
+    for epoch in range(3):
+        for i in (0, 7, 49):
+            source, row = mix.source_of(i, epoch)
+            assert mix.where(i, epoch) == mix.parts[source].where(row)
+            assert mix.at(i, epoch) == mix.parts[source][row]
+    steps = Steps(mix, batch_size=10, seed=0, rank=0, world_size=1, shuffle=False, micro_batch_size=None, pad_id=0)
+    assert steps.places(6).startswith(mix.where(10, 1))
+    assert mix.where(10, 1) != mix.where(10, 0)

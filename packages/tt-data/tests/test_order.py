@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from tt_data import rows_at, steps_per_epoch
-from tt_data.order import Permutation
+from tt_data.order import Permutation, place_in_mix
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -102,3 +102,17 @@ def test_wrong_numbers_are_refused(change: dict[str, int], text: str) -> None:
     arguments = {"step": 0, "num_rows": 10, "batch_size": 2, **change}
     with pytest.raises(ValueError, match=text):
         rows_at(arguments.pop("step"), **arguments)
+
+
+@pytest.mark.parametrize("stretch", [1, 3, 7, 10])
+def test_a_source_that_runs_on_over_epochs_repeats_no_row_in_one(stretch: int) -> None:
+    """Epochs of ``stretch`` rows of 10: each is a stretch of the same circle, shuffled on its own."""
+    seen = []
+    for epoch in range(30):
+        window = range(epoch * stretch, (epoch + 1) * stretch)
+        rows = [place_in_mix(n % 10, 10, first=n - n % 10, window=window if epoch else None, key=(5,)) for n in window]
+        assert len(set(rows)) == stretch
+        seen += rows
+    assert all(sorted(seen[turn : turn + 10]) == list(range(10)) for turn in range(0, len(seen) - 9, 10))
+    if stretch == 10:
+        assert len({tuple(seen[turn : turn + 10]) for turn in range(0, 300, 10)}) > 20

@@ -182,3 +182,68 @@ def test_what_a_stream_cannot_do_is_refused(chatml: Any, tmp_path: Path) -> None
         load_dataset(path, chatml, streaming=True, buffer=0)
     with pytest.raises(ValueError, match="has 0 rows"):
         load_dataset(write(tmp_path / "blank.jsonl", []), chatml, streaming=True)
+
+
+def test_packs_of_a_stream_tell_how_full_they_are(chatml: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    options: dict[str, Any] = {"packing": True, "max_seq_len": 32}
+    stream = load_dataset(path, chatml, streaming=True, buffer=40, **options)
+    assert "efficiency" not in stream.report
+    next(batches(stream, batch_size=2))
+    assert stream.report["efficiency"] == load_dataset(path, chatml, **options).report["efficiency"]
+    helped = load_dataset(path, chatml, streaming=True, buffer=40, **options)
+    next(batches(helped, batch_size=2, num_workers=1))
+    assert helped.report == stream.report
+
+
+def test_an_index_that_cannot_be_written_is_a_warning(
+    chatml: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache").write_text("a file, not a folder")
+    stream = load_dataset(
+        write(tmp_path / "rows.jsonl", ROWS), chatml, streaming=True, packing=True, max_seq_len=32, buffer=8,
+        cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    assert len(list(islice(batches(stream, batch_size=2), 9))) == 9
+    assert caplog.text.count("the index of packs was not written") == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"counts": 5}', '{"counts": [-1], "tokens": [3]}', "null", '{"counts": ["a"]}']
+)
+def test_an_index_of_another_make_is_written_again(chatml: Any, tmp_path: Path, content: str) -> None:
+    path, cache = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "cache"
+    options: dict[str, Any] = {"streaming": True, "packing": True, "max_seq_len": 32, "buffer": 8, "cache_dir": cache}
+    whole = [texts(chatml, batch) for batch in islice(batches(load_dataset(path, chatml, **options), batch_size=2), 9)]
+    (index,) = cache.iterdir()
+    facts = json.loads(index.read_text())
+    index.write_text(json.dumps({**facts, **json.loads(content)}) if content.startswith("{") else content)
+    again = load_dataset(path, chatml, **options)
+    assert [texts(chatml, batch) for batch in islice(batches(again, batch_size=2), 9)] == whole
+
+
+def test_a_packed_mix_of_streams_holds_the_shares_of_packs(chatml: Any, tmp_path: Path) -> None:
+    files = [write(tmp_path / f"{n}.jsonl", [{"text": f"{n} {i}"} for i in range(60)]) for n in ("a", "b")]
+    mix = load_dataset(
+        {files[0]: 0.75, files[1]: 0.25}, chatml, streaming=True, packing=True, max_seq_len=16, buffer=20
+    )
+    found = [text for batch in islice(batches(mix, batch_size=4), 3) for text in texts(chatml, batch)]
+    assert [text[0] for text in found].count("a") == 9
+    assert {text[0] for text in found} == {"a", "b"}
+    assert mix.report["packs"] == sum(part.num_packs for part in mix.parts)
+    assert mix.report["form"] == "text"
+    assert 0 < mix.report["efficiency"] <= 1
+    assert mix.rendered(0) == [("a 0<|im_end|>", True)]
+    assert len(mix.head(5)) == 5
+    few = load_dataset({files[0]: 0.001, files[1]: 0.999}, chatml, streaming=True, packing=True, max_seq_len=16)
+    with pytest.raises(ValueError, match="no whole round of packs; round the weights"):
+        next(batches(few, batch_size=4))
+
+
+def test_an_error_in_a_worker_names_the_row_of_a_stream(chatml: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS) + "{broken\n")
+    for options in ({}, {"packing": True, "max_seq_len": 16}):
+        stream = load_dataset(path, chatml, streaming=True, buffer=8, **options)
+        with pytest.raises(ValueError, match=rf"of batch \d+ of the stream of {path}: {path}:41:2: broken JSON"):
+            list(islice(batches(stream, batch_size=4, num_workers=2), 40))

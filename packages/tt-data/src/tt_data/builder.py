@@ -12,7 +12,7 @@ from tt_data.dataset import TokenDataset
 from tt_data.encode_processes import encode_here, encode_in_processes
 from tt_data.examples import BadRowError
 from tt_data.locate import Source
-from tt_data.readers import Read, choose_schema
+from tt_data.readers import Read, choose_schema, settings_key
 from tt_data.row_encoder import Tally, TokenRow
 from tt_data.settings import Settings
 from tt_data.store import TokenStore
@@ -24,7 +24,7 @@ _BATCH = 512
 def fingerprint_of(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings) -> str:
     """Changes with the rows, with whatever changes ids, and with the settings."""
     digest = hashlib.sha256()
-    for part in (*(source.digest() for source in sources), tokenizer.fingerprint, settings.key()):
+    for part in (*(source.digest() for source in sources), tokenizer.fingerprint, settings_key(settings)):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from math import isfinite
@@ -16,6 +17,23 @@ from tt_data.tokenizer import Tokenizer
 
 Read = Callable[[Mapping[str, Any], Columns], Example]
 _NEED_TEMPLATE = ("openai", "sharegpt")
+_OURS: tuple[object, ...] = (*SCHEMAS.values(), *INSTRUCT_TEMPLATES.values())
+
+
+def settings_key(settings: Settings) -> str:
+    """The settings as text, for a fingerprint, with the code of what a user has registered and may be at work."""
+    template = INSTRUCT_TEMPLATES.get(settings.template or "")
+    functions: list[Callable[..., Any]] = [template.write] if template is not None and template not in _OURS else []
+    functions += [schema.read for schema in SCHEMAS.values() if schema not in _OURS]
+    return "\0".join([settings.key(), *map(_code_of, functions)])
+
+
+def _code_of(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter, or no plain function
+        code = getattr(function, "__code__", None)
+        return repr(function) if code is None else f"{code.co_code.hex()} {code.co_names}"
 
 
 def choose_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:

@@ -17,7 +17,7 @@ from tt_data.locate import Source
 from tt_data.mix import interleave, quotas_of
 from tt_data.order import Permutation, place_in_mix, steps_per_epoch
 from tt_data.raw_stream import Raw, RawStream
-from tt_data.readers import Read, choose_schema
+from tt_data.readers import Read, choose_schema, settings_key
 from tt_data.rendered import Encoded
 from tt_data.row_encoder import RowEncoder, Tally, TokenRow
 from tt_data.settings import Settings
@@ -97,7 +97,7 @@ class StreamDataset:
             self._readers[stream.name] = (read, schema) if read else self._reader_of(stream)
         self.schema = "+".join(dict.fromkeys(name for _, name in self._readers.values()))
         content = [stream.digest() for group in groups for stream in group]
-        parts = (*content, tokenizer.fingerprint, settings.key(), f"{self.quotas} {buffer}")
+        parts = (*content, tokenizer.fingerprint, settings_key(settings), f"{self.quotas} {buffer}")
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def _reader_of(self, stream: RawStream) -> tuple[Read, str]:
