@@ -316,6 +316,7 @@ def test_token_rows_are_made_once_where_a_cache_is_named(tmp_path, words, plain_
     "word",
     [
         "adapter.alpha=64",
+        "adapter.dtype=bf16",
         "adapter.dropout=0.5",
         "adapter.target_modules=[k_proj]",
         "adapter.use_rslora=true",
@@ -429,3 +430,22 @@ def test_secrets_reach_no_file(tmp_path, words, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tt", "run", "sft", "token=hf_canarycanarycanarycanary"])
     path = run(tmp_path / "r", words, "max_steps=1")
     assert all(b"canary" not in file.read_bytes() for file in path.rglob("*") if file.is_file())
+
+
+def test_small_steps_move_an_adapter_in_fp32_and_are_lost_in_bf16(tmp_path, words):
+    from safetensors.torch import load_file
+
+    more = ["model.dtype=bf16", "adapter.rank=4", "optimizer.lr=2e-5", "schedule.warmup_steps=1"]
+
+    def share_moved(dtype):
+        """Of the elements of A: from the first step, whose rate is 0, to the sixth."""
+        start, end = (
+            load_file(run(tmp_path / f"{dtype}-{steps}", words, *more, f"adapter.dtype={dtype}", f"max_steps={steps}")
+                      / "adapter" / "adapter_model.safetensors")
+            for steps in (1, 6)
+        )  # fmt: skip
+        moved = [(end[name] != start[name]).float().mean() for name in start if "lora_A" in name]
+        return sum(moved) / len(moved)
+
+    assert share_moved("fp32") > 0.99
+    assert share_moved("bf16") < 0.9

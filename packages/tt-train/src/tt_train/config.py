@@ -40,6 +40,7 @@ class AdapterSection:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init: str = "kaiming"  # kaiming | gaussian | pissa | loftq
     lora_plus_ratio: float = 1.0  # B learns this much faster than A
+    dtype: str = "fp32"  # of the adapter's weights: fp32 | bf16; small steps are lost in bf16
     path: str | None = None  # start from this adapter
 
 
@@ -142,6 +143,7 @@ def to_yaml(config: SFTConfig) -> str:
 
 _CHOICES = {
     "model.dtype": ("bf16", "fp32"),
+    "adapter.dtype": ("bf16", "fp32"),
     "data.train_on": ("assistant", "last", "all"),
     "data.on_bad_row": ("drop", "error"),
     "schedule.name": ("cosine", "linear", "constant"),
@@ -168,7 +170,7 @@ def mistakes(config: SFTConfig) -> list[str]:
         value = _look_up(plain, key)
         if key == "model.dtype" and value in ("fp16", "float16", "half"):
             found.append("model.dtype: fp16 overflows in training (its largest number is 65,504); use bf16 or fp32")
-        elif value not in known:
+        elif value is not None and value not in known:
             found.append(f"{key}: expected one of {', '.join(known)}, got {value!r}{did_you_mean(str(value), known)}")
     for key, least in _AT_LEAST.items():
         value = _look_up(plain, key)

@@ -221,7 +221,7 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
     if isinstance(targets, str) and targets != "all-linear":
         targets = [name.strip() for name in targets.split(",")]
     options = {key: value for key, value in asdict(section).items() if key not in ("path", "lora_plus_ratio")}
-    return tt_peft.LoRAConfig(**options | {"target_modules": targets})
+    return tt_peft.LoRAConfig(**options | {"target_modules": targets, "dtype": DTYPES[section.dtype]})
 
 
 def check_adapter(section: AdapterSection, model_config: Any) -> tt_peft.LoRAConfig:
