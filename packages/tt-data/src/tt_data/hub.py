@@ -74,9 +74,10 @@ def _explain(name: str, repository: str, error: BaseException) -> Exception:
 
 def _broken_file(repository: str) -> str | None:
     """What our own readers say of the files that were downloaded: ``datasets`` hides file and line."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+    import datasets
 
-    folder = Path(HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}" / "snapshots"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(datasets.config.HF_CACHE_HOME) / "hub")
+    folder = cache / f"datasets--{repository.replace('/', '--')}" / "snapshots"
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and file_kind(path)):
         try:
             deque(read_rows(file), maxlen=0)
