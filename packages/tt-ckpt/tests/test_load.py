@@ -145,6 +145,40 @@ def test_adapter_parameters_are_left_alone(tiny, model_dir):
     assert bool((attention.q_proj.lora_A == 7).all())
 
 
+@pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
+def test_a_tensor_of_many_pieces_is_cast_as_a_whole_is(tmp_path, monkeypatch, to):
+    monkeypatch.setattr("tt_ckpt.placed_file._PIECE", 64)
+    values = torch.randn(37, 5)
+    save_file({"weight": values, "bias": torch.randn(37)}, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = nn.Linear(5, 37)
+    tt_ckpt.load_weights(model, tmp_path, dtype=to)
+    assert torch.equal(model.weight, values.to(to))
+
+
+def test_a_parameter_with_strides_is_filled_in_its_own_memory(tmp_path):
+    values = torch.randn(4, 3)
+    save_file({"weight": values}, tmp_path / "model.safetensors")
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(3, 4).T)
+    before = model.weight.data_ptr()
+    tt_ckpt.load_weights(model, tmp_path)
+    assert torch.equal(model.weight, values)
+    assert model.weight.data_ptr() == before
+    assert model.weight.stride() == (1, 4)
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_our_error(tiny, model_dir):
+    source = model_dir()
+    path = source / "model.safetensors"
+
+    def cut(done, total):
+        os.truncate(path, path.stat().st_size // 2)
+
+    with pytest.raises(ValueError, match=r"model.safetensors: cut short while it was read; download it again"):
+        tt_ckpt.load_weights(tiny(), source, progress=cut)
+
+
 def test_a_module_that_loads_its_own_base_is_given_the_tensors(tiny, model_dir):
     class Quantized(nn.Linear):
         given = None
@@ -224,6 +258,15 @@ def test_values_that_do_not_fit_the_dtype_are_found(tiny, model_dir):
     save_file(weights, source / "model.safetensors")
     with pytest.raises(ValueError, match="1 values overflow float16"):
         tt_ckpt.load_weights(tiny(), source, dtype=torch.float16)
+
+
+def test_infinities_that_cancel_are_found(tiny, model_dir):
+    source = model_dir()
+    weights = load_file(source / "model.safetensors")
+    weights["lm_head.weight"][3, :2] = torch.tensor([float("inf"), float("-inf")])
+    save_file(weights, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight \(2 of 2080 values\)"):
+        tt_ckpt.load_weights(tiny(), source)
 
 
 def test_large_finite_values_are_no_error(tiny, model_dir):

@@ -83,6 +83,38 @@ def test_a_file_that_exists_is_never_written_over(tmp_path):
     assert load_file(tmp_path / "file")["t"] == 1
 
 
+@pytest.mark.parametrize("hashed", [True, False])
+def test_the_disk_begins_before_the_last_byte_is_written(tmp_path, monkeypatch, hashed):
+    monkeypatch.setattr("tt_ckpt.commit._EARLY", 100)
+    tensors = {name: torch.arange(1000.0) for name in "abcdef"}
+    synced, path, original = [], tmp_path / "file", os.fsync
+
+    def fsync(descriptor):
+        original(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_tensor_dict(path, tensors, hashed=hashed)
+    assert min(synced) < path.stat().st_size == synced[-1]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(path).items())
+
+
+def test_a_failure_of_the_disk_while_writing_is_not_lost(tmp_path, monkeypatch):
+    """The system tells of it once: the last fsync would succeed."""
+    monkeypatch.setattr("tt_ckpt.commit._EARLY", 100)
+    calls = []
+
+    def fsync(_):
+        calls.append(None)
+        if len(calls) == 1:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_tensor_dict(tmp_path / "file", {"a": torch.arange(1000.0)})
+    assert len(calls) == 1
+
+
 def test_order_metadata_and_progress_are_the_callers(tmp_path):
     specs = {name: TensorSpec(dtype=torch.float32, shape=(2,)) for name in ("b", "a")}
     seen = []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_ckpt.commit import create, sync
+from tt_ckpt.commit import EarlySync, create, sync
 from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_lfs_pointer, spec_of
 
 _MAX_ENTRIES = 200_000
@@ -111,7 +111,7 @@ def write_pickled(
     """Write ``{name: tensor}`` as ``torch.save`` does, but one tensor in memory at a time, and fsync it."""
     # Tensors that give the archive its form. Their memory is reserved but never touched, so there is none behind it.
     hollow = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-    with create(path) as file:
+    with create(path) as file, EarlySync(file) as early:
         with torch.serialization.skip_data():
             torch.save(hollow, file)
         del hollow
@@ -123,8 +123,10 @@ def write_pickled(
             file.seek(offset)
             for piece in byte_views(tensor):
                 file.write(piece)
+                early.wrote(len(piece))
             if progress:
                 progress(spec.nbytes)
+        early.wait()
         sync(file)
 
 

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tt_ckpt.names import safe_file
+from tt_ckpt.placed_file import PlacedFile
 from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, is_lfs_pointer, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -122,22 +124,55 @@ def read_json(path: Path) -> Any:
 
 
 class OpenShards:
-    """The tensors of a directory by key, each file mapped when first needed and let go by ``release``."""
+    """The tensors of a directory by key, each file opened when first needed and let go by ``release``.
+
+    ``tensors[key]`` is a view of a memory map; all else is read into memory without one.
+    """
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
-        self._open: dict[str, MappedFile] = {}
+        self._mapped: dict[str, MappedFile] = {}
+        self._placed: dict[str, PlacedFile] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def __getitem__(self, key: str) -> Tensor:
         name = self.shards.where[key]
-        if name not in self._open:
+        if name not in self._mapped:
             header = self.shards.files[name]
-            self._open[name] = MappedFile(header.path, header)
-        return self._open[name].tensor(key)
+            self._mapped[name] = MappedFile(header.path, header)
+        return self._mapped[name].tensor(key)
+
+    def read_into(self, key: str, out: Tensor) -> None:
+        """Fill ``out``, cast to its dtype and moved to its device a piece at a time where those differ."""
+        self._file_of(key).read_into(key, out)
+
+    def read(self, key: str) -> Tensor:
+        """The tensor in memory of its own."""
+        spec = self.shards.spec(key)
+        out = torch.empty(spec.shape, dtype=spec.dtype)
+        self.read_into(key, out)
+        return out
+
+    def borrow(self, key: str) -> Tensor:
+        """The tensor in memory that the next call of ``borrow`` writes to."""
+        spec = self.shards.spec(key)
+        if self._buffer.numel() < spec.nbytes:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # gone before the larger one comes
+            self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
+        out = self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
+        self.read_into(key, out)
+        return out
+
+    def _file_of(self, key: str) -> PlacedFile:
+        name = self.shards.where[key]
+        if name not in self._placed:
+            self._placed[name] = PlacedFile(self.shards.files[name])
+        return self._placed[name]
 
     def release(self, name: str) -> None:
-        if name in self._open:
-            self._open.pop(name).close()
+        for held in (self._mapped, self._placed):
+            if name in held:
+                held.pop(name).close()
 
 
 # ---- splitting ---------------------------------------------------------------------------------------------------

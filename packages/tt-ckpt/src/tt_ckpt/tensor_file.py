@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tt_ckpt.commit import create, sync
+from tt_ckpt.commit import EarlySync, create, sync
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
 _COPY_BYTES = 1 << 24
@@ -74,6 +74,7 @@ class Header:
     """The tensors of one file in the order of their bytes, and the file's own text metadata."""
 
     path: Path
+    start: int  # of the data, to which offsets are added
     tensors: dict[str, TensorSpec]
     offsets: dict[str, int]
     metadata: dict[str, str] | None
@@ -136,6 +137,7 @@ def _parse_header(path: Path, entries: Any, data_bytes: int) -> Header:
         raise ValueError(f"{path}: {what}: {have} bytes, its header says {want}; download it again")
     return Header(
         path=path,
+        start=path.stat().st_size - data_bytes,
         tensors={name: spec for name, _, _, spec in spans},
         offsets={name: start for name, start, _, _ in spans},
         metadata=metadata,
@@ -230,15 +232,16 @@ def write_tensors(
     Returns the sha256 of the file when ``hashed``. ``progress`` is called with the bytes of each tensor written.
     """
     digest = hashlib.sha256() if hashed else None
-    with create(path) as file:
-        _put(file, [memoryview(encode_header(specs, metadata))], digest)
+    with create(path) as file, EarlySync(file) as early:
+        _put(file, [memoryview(encode_header(specs, metadata))], digest, early)
         for name, spec in specs.items():
             tensor = get(name)
             if spec_of(tensor) != spec:
                 raise ValueError(f"{path}: tensor {name!r} is {spec_of(tensor)}, announced as {spec}")
-            _put(file, byte_views(tensor), digest)
+            _put(file, byte_views(tensor), digest, early)
             if progress:
                 progress(spec.nbytes)
+        early.wait()
         sync(file)
     return digest.hexdigest() if digest else None
 
@@ -250,20 +253,27 @@ def write_tensor_dict(path: str | Path, tensors: Mapping[str, Tensor], *, hashed
     return write_tensors(path, ordered, lambda name: tensors[name], metadata={"format": "pt"}, hashed=hashed)
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor: its own memory where it is contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
 def byte_views(tensor: Tensor) -> Iterable[memoryview]:
     """The bytes of a tensor, in pieces, copied only where it is not contiguous on the CPU."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    flat = flat_bytes(tensor)
     for start in range(0, flat.numel(), _COPY_BYTES):
         yield memoryview(flat[start : start + _COPY_BYTES].numpy())  # type: ignore[arg-type]
 
 
-def _put(file: IO[bytes], pieces: Iterable[memoryview], digest: Any) -> None:
+def _put(file: IO[bytes], pieces: Iterable[memoryview], digest: Any, early: EarlySync) -> None:
     if digest is None:
         for piece in pieces:
             file.write(piece)
+            early.wrote(len(piece))
         return
     with ThreadPoolExecutor(1) as hasher:  # hashing takes longer than writing: do both at once
         for piece in pieces:
             hashed = hasher.submit(digest.update, piece)
             file.write(piece)
+            early.wrote(len(piece))
             hashed.result()
