@@ -1,5 +1,6 @@
 """The sft recipe from end to end on a tiny model: what it leaves behind, and what it promises."""
 
+import errno
 import json
 import os
 import signal
@@ -449,3 +450,50 @@ def test_small_steps_move_an_adapter_in_fp32_and_are_lost_in_bf16(tmp_path, word
 
     assert share_moved("fp32") > 0.99
     assert share_moved("bf16") < 0.9
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """``full_disk(4, 6)``: the saves of these steps fail."""
+
+    def fill(*steps):
+        def write(folder, *rest):
+            if any(f"step-{step:06d}" in str(folder) for step in steps):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(folder, *rest)
+
+        real = tt_ckpt.train_checkpoint.write_groups
+        monkeypatch.setattr(tt_ckpt.train_checkpoint, "write_groups", write)
+
+    return fill
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_save_that_fails_is_told_and_training_goes_on(tmp_path, words, full_disk, background):
+    full_disk(4)
+    console = Silent()
+    more = ["save_every=2", f"save_async={background}", f"output_dir={tmp_path / 'r'}"]
+    path = sft.main(compose("sft", overrides=[*words, *more]), console=console)
+    (note,) = [note for note in console.notes if "not saved" in note]
+    assert "No space left" in note
+    assert "training goes on" in note
+    assert sorted(folder.name for folder in (path / "checkpoints").iterdir()) == ["step-000002", "step-000006"]
+
+
+@pytest.mark.parametrize("background", ["false", "true"])
+@pytest.mark.parametrize("steps", [(2,), (4, 6)])
+def test_a_save_that_fails_twice_or_without_an_older_one_ends_the_run(tmp_path, words, full_disk, background, steps):
+    full_disk(*steps)
+    with pytest.raises(tt_ckpt.CheckpointNotSaved, match="No space left"):
+        run(tmp_path / "r", words, "max_steps=8", "save_every=2", f"save_async={background}")
+
+
+def test_saves_in_the_background_hold_what_the_run_held_then(tmp_path, words):
+    whole = run(tmp_path / "whole", words, "save_every=3", "keep_last=9")
+    other = run(tmp_path / "other", words, "save_every=3", "keep_last=9", "save_async=true")
+    for step in ("step-000003", "step-000006"):
+        one, two = (tt_ckpt.TrainCheckpoint(path / "checkpoints").restore(path / "checkpoints" / step)
+                    for path in (whole, other))  # fmt: skip
+        assert same(dict(one.tensors["model"]), dict(two.tensors["model"]))
+        assert same(dict(one.tensors["optimizer"]), dict(two.tensors["optimizer"]))
+        assert one.state["step"] == two.state["step"]

@@ -118,6 +118,7 @@ class SFTConfig:
     max_grad_norm: float | None = 1.0
     eval_every: int | None = None
     save_every: int | None = None
+    save_async: bool = False  # write checkpoints while training goes on, from a copy in memory
     keep_last: int = 2
     samples: SamplesSection = field(default_factory=SamplesSection)
     activation_checkpointing: bool = False

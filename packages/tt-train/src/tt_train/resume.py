@@ -1,5 +1,6 @@
 """The training state of a run, out and back in: weights, optimizer, place in the data, and what it belonged to."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from tt_train.run_dir import RunDir, is_run, list_runs, read_json
 _MAY_CHANGE = {
     "output_dir",
     "save_every",
+    "save_async",
     "eval_every",
     "keep_last",
     "loggers",
@@ -106,6 +108,11 @@ class TrainingState:
 
     def save(self, step: int, progress: dict[str, Any]) -> Path:
         """Write a checkpoint after ``step`` steps; raises CheckpointNotSaved."""
+        with contextlib.suppress(tt_ckpt.CheckpointNotSaved):
+            self.checkpoints.wait()  # one that failed in the background is made up for by this one
+        return self.checkpoints.save(step, **self._content(step, progress))
+
+    def _content(self, step: int, progress: dict[str, Any]) -> dict[str, Any]:
         adapted = self.job.lora is not None
         weights = tt_peft.adapter_state_dict(self.model) if adapted else self._weights()
         tensors = {
@@ -113,13 +120,30 @@ class TrainingState:
             "optimizer": optimizer_tensors(self.optimizer, self.names),
         }
         state = {"step": step, "data": self.job.train.fingerprint, "progress": progress}
-        return self.checkpoints.save(step, tensors=tensors, state=state)
+        return {"tensors": tensors, "state": state}
 
     def try_to_save(self, step: int, progress: dict[str, Any], warn: Callable[[str], None]) -> None:
-        """Save; a failure is a warning as long as an older checkpoint exists and the last save went well."""
+        """Save, with ``save_async`` in the background; a failure is a warning, see ``tolerate``."""
+        content = self._content(step, progress)
+        if self.job.config.save_async:
+            self.tolerate(self.checkpoints.wait, warn)
+            self.checkpoints.save_async(step, **content)
+        else:
+            self.tolerate(lambda: self.checkpoints.save(step, **content), warn)
+
+    def check(self, warn: Callable[[str], None]) -> None:
+        """At every step: whether a save in the background has failed."""
+        self.tolerate(self.checkpoints.check, warn)
+
+    def drain(self, warn: Callable[[str], None]) -> None:
+        """At the end: wait for the save in the background."""
+        self.tolerate(self.checkpoints.wait, warn)
+
+    def tolerate(self, save: Callable[[], Path | None], warn: Callable[[str], None]) -> None:
+        """A failed save is a warning as long as an older checkpoint exists and the last save went well."""
         try:
-            self.save(step, progress)
-            self.failed = 0
+            if save() is not None:
+                self.failed = 0
         except tt_ckpt.CheckpointNotSaved as error:
             self.failed += 1
             if self.failed > 1 or self.checkpoints.latest(hashes=False) is None:

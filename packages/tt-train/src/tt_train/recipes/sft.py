@@ -122,10 +122,12 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
             console.step(row)
             log.info("step %d loss %.6f grad_norm %.4f", step, result.loss, result.grad_norm)
             progress = {"tokens": tokens, "elapsed_s": row["elapsed_s"]}
+            state.check(console.warn)
             if stop.signal is not None:
                 raise Interrupted(stop.signal, str(state.save(step, progress)), step)
             if config.save_every and (step % config.save_every == 0 or step == steps_total):
                 state.try_to_save(step, progress, console.warn)
+    state.drain(console.warn)
     sample(steps_total)
     console.end(finish(run, job, model))
 
