@@ -173,6 +173,8 @@ def test_data_sets_of_the_hub_are_read_and_their_absence_explained(
     for (name, _, streaming), (kind, text) in zip(questions, ask(hub, chatml_dir, home, questions), strict=True):
         assert re.search(missing[name], text), (name, streaming, text)
         assert kind in ("ValueError", "FileNotFoundError")
+        if name == "org/broken" and not streaming:  # datasets hides where
+            assert "train.jsonl:2:10: " in text
         assert "\n" not in text
     splits = ask(hub, chatml_dir, home, [("org/lines", "tset", False), ("org/lines", "tset", True)])
     assert all("org/lines: " in text and "'train', 'test'" in text for _, text in splits)

@@ -108,3 +108,14 @@ def test_statistics_are_shown_with_bars(chatml: Any, make_chat_rows: Any) -> Non
     assert f"packs    {figures['packs']}, {figures['efficiency']:.1%} full" in lines
     assert lines[-len(figures["problems"]) :] == figures["problems"]
     assert figures["problems"][0].startswith("rows:40: ")
+
+
+def test_pieces_are_the_whole_text(chatml: Any, spm: Any, make_chat_rows: Any) -> None:
+    """Also where sentencepiece's decoder drops the white space that a piece begins with."""
+    rows = [{"messages": [*make_chat_rows(1, turns=200)[0]["messages"]]}]
+    for tokenizer in (chatml, spm):
+        template = None if tokenizer.has_chat_template else "llama2"
+        dataset = load_dataset(rows, tokenizer, template=template)
+        pieces = dataset.rendered(0)
+        assert "".join(text for text, _ in pieces) == tokenizer.decode(dataset[0]["input_ids"], skip_special=False)
+        assert sum(trained for _, trained in pieces) == 200

@@ -100,16 +100,19 @@ class TokenDataset:
         return [f"{self.where(i)} {side.rstrip('_')}".rstrip() for side in _SIDES[self.kind]]
 
     def _pieces(self, store: TokenStore, i: int) -> list[Piece]:
-        """Texts between the ends of spans: what decoding up to there adds, for decoders treat a beginning otherwise."""
+        """Texts between the ends of spans. Decoders treat a beginning otherwise: each is what it adds to the last."""
         ids, spans = store.get_ids(i), store.get_spans(i)
         ends = [(end, trained) for span in spans for end, trained in zip(span, (False, True), strict=True)]
         pieces: list[Piece] = []
-        before = ""
+        last = begin = 0
         for end, trained in [*ends, (len(ids), False)]:
-            text = self.tokenizer.decode(ids[:end], skip_special=False)
+            if end == begin:
+                continue
+            before = self.tokenizer.decode(ids[last:begin], skip_special=False)
+            text = self.tokenizer.decode(ids[last:end], skip_special=False)
             if len(text) > len(before):
                 pieces.append((text[len(before) :], trained))
-                before = text
+            last, begin = begin, end
         return pieces
 
     def __getstate__(self) -> dict[str, Any]:
