@@ -19,9 +19,7 @@ from torch import Tensor, nn
 
 BLOCK = 64
 _SCALER_BLOCK = 256
-_PART = (
-    2048  # blocks quantized at a time: 256 kB of weights in 16 bits, which a cache holds with all that comes of them
-)
+_PART = 2048  # blocks quantized at a time: 256 kB of weights, in a cache with all that comes of them
 _TILE = 32768  # codes of two bytes looked up at a time: 256 kB of weights
 
 
