@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import TokenDataset, batches, load_dataset
+from tt_data import TokenDataset, load_dataset
 from tt_data.store import IGNORE_INDEX
 
 USER, ANSWER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"
@@ -44,34 +44,6 @@ def test_the_schema_is_detected_and_reported(chatml: Any, name: str) -> None:
         "no_end_token": 1 if name == "pretokenized" else 0,
         "form": "text" if name in ("prompt_completion", "text", "pretokenized") else "chat",
     }  # fmt: skip
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_the_report_says_whether_the_chat_template_made_the_text(
-    chatml: Any, llama: Any, write_jsonl: Any, streaming: bool
-) -> None:
-    """What a model was trained on is what it must be asked in: ``form`` is chat, text, or both."""
-
-    def form(source: Any, tokenizer: Any, **options: Any) -> str:
-        dataset = load_dataset(source, tokenizer, streaming=streaming, **options)
-        if streaming:
-            assert dataset.report["form"] == ""  # nothing has been read yet
-            next(batches(dataset, batch_size=2))
-        return str(dataset.report["form"])
-
-    chat = write_jsonl([ROWS["openai"], ROWS["openai"]], "chat.jsonl")
-    text = write_jsonl([ROWS["text"], {"text": "more"}], "text.jsonl")
-    assert form(chat, chatml) == "chat"
-    assert form(text, chatml) == "text"
-    assert form({chat: 1, text: 1}, chatml) == "chat+text"
-    packed: dict[str, Any] = {"packing": True, "max_seq_len": 64}
-    assert form(chat, chatml, **packed) == "chat"
-    alpaca = write_jsonl([ROWS["alpaca"]] * 2, "alpaca.jsonl")
-    assert form(alpaca, chatml) == "chat"
-    assert form(alpaca, chatml, template="alpaca") == "text"
-    assert form(alpaca, llama) == "text"
-    pairs = [{"prompt": "a ", "chosen": "b", "rejected": "c"}, ROWS["preference"]]
-    assert [form([pair] * 2, chatml) for pair in pairs] == ["text", "chat"]
 
 
 @pytest.mark.parametrize("name", ["alpaca", "sharegpt", "openai"])
