@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+torch.set_num_threads(1)  # tests fork: a child would wait for ever for threads that it does not have
+
 
 def pytest_addoption(parser):
     group = parser.getgroup("tt-ckpt")

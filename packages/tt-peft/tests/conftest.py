@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+torch.set_num_threads(1)  # tests fork: a child would wait for ever for threads that it does not have
+
 
 class _Attention(nn.Module):
     def __init__(self, dim: int, device: Any) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import time
 
@@ -15,6 +16,7 @@ import tt_models
 from tt_train import ConfigError, Interrupted, TrainingError, compose, load, merge_run
 from tt_train.console import Console
 from tt_train.recipes import sft
+from tt_train.recipes._assemble import assemble
 from tt_train.run_dir import find_run, list_runs, read_json
 
 
@@ -337,13 +339,26 @@ def test_every_key_of_the_adapter_has_an_effect(tmp_path, words, word, plain_cur
 
 def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(tmp_path, words, monkeypatch):
     monkeypatch.setattr(sft, "make_objective", lambda config: lambda model, batch: (model.output_weight.sum() / 0, 4))
-    with pytest.raises(TrainingError, match="step 1: loss inf|step 1: loss -inf|step 1: loss nan"):
+    with pytest.raises(TrainingError, match="step 1: loss (inf|-inf|nan)") as stopped:
         run(tmp_path / "a", words)
+    assert re.search(r"Look at \S*rows\.jsonl:\d+, ", str(stopped.value))
     assert "TrainingError" in (tmp_path / "a" / "train.log").read_text()
     assert read_json(tmp_path / "a" / "manifest.json")["state"] == "failed"
     kept = weights(run(tmp_path / "b", words, "on_nonfinite=skip"))
     base, _ = load(words[0].removeprefix("model.path="), device="cpu", dtype=torch.float32)
     assert same(kept, dict(base.named_parameters()))
+
+
+def test_the_rows_of_a_step_are_named_in_every_epoch_of_a_mix(tmp_path, words, rows_file):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:8]))
+    mix = f"data.train={{{rows_file}: 1, {few}: 1}}"
+    job = assemble(compose("sft", overrides=[*words, mix, "epochs=3", "max_steps=null", "data.shuffle=false"]))
+    assert (job.num_rows, job.steps_per_epoch) == (16, 2)
+    named = [job.rows_of(step) for step in (1, 3)]
+    assert named[0] != named[1]  # the longer file goes on
+    for step, text in zip((1, 3), named, strict=True):
+        assert text == ", ".join(job.train.where(row, (step - 1) // 2) for row in range(8))
 
 
 def test_an_adapter_goes_on_from_an_adapter(lora_run, tmp_path, words):

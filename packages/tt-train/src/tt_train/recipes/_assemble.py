@@ -76,7 +76,10 @@ class Job:
             return f"the rows from {(step - 1) * config.batch_size} on"
         order: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "shuffle": config.data.shuffle}
         rows = tt_data.rows_at(step - 1, num_rows=self.num_rows, **order)
-        return f"rows {', '.join(map(str, rows[:16]))}{' ...' if len(rows) > 16 else ''}"
+        epoch = (step - 1) // (self.steps_per_epoch or 1)
+        mixed = isinstance(self.train, tt_data.MixedDataset)  # whose rows are others in every epoch
+        places = [self.train.where(row, epoch) if mixed else self.train.where(row) for row in rows[:8]]
+        return f"{', '.join(places)}{' ...' if len(rows) > 8 else ''}"
 
     @property
     def steps_total(self) -> int:
