@@ -10,7 +10,7 @@ from tt_models import gemma, gpt_oss, llama, mistral, mixtral, olmo2, phi, qwen,
 from tt_models.config import ModelConfig
 from tt_models.config_keys import nearest
 from tt_models.decoder import Decoder, init_weights_
-from tt_models.pages import keep_freed_memory
+from tt_models.rows import keep_freed_memory
 
 
 class Family(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig
 from tt_models.kv_cache import KVCache
-from tt_models.linear import few_rows, is_decoding, is_large_product, is_plain, product_in_huge_pages
+from tt_models.linear import few_rows, is_decoding, linear
 from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask, split_documents
 from tt_models.norm import RMSNorm
 from tt_models.rope import Rope
@@ -193,15 +193,11 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] to [..., V], in the dtype of ``hidden``."""
-        logits: Tensor
-        if self.lm_head is not None and not is_plain(self.lm_head):
-            logits = self.lm_head(hidden)
-        elif is_decoding(hidden, self.output_weight):
-            logits = few_rows(hidden, self.output_weight)
-        elif is_large_product(hidden, self.output_weight):
-            logits = product_in_huge_pages(hidden, self.output_weight)
+        if self.lm_head is not None:
+            logits = linear(self.lm_head, hidden)
         else:
-            logits = F.linear(hidden, self.output_weight)
+            project = few_rows if is_decoding(hidden, self.output_weight) else F.linear
+            logits = project(hidden, self.output_weight)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits
