@@ -229,6 +229,14 @@ def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, 
         assert rotate(x, cos, sin).equal(expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_of_one_row_is_that_of_many(dtype):
+    norm, x = away_from_neutral(RMSNorm(24, eps=1e-3)).to(dtype), torch.randn(1, 2, 24, dtype=dtype)
+    with torch.no_grad():
+        found = norm(x[:, :1])
+    torch.testing.assert_close(found, norm(x)[:, :1], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
 def test_gradients_per_sample_go_through_every_block(monkeypatch):
     monkeypatch.setattr(mlp, "BLOCK", 8)
     monkeypatch.setattr(rope_module, "BLOCK", 8)
