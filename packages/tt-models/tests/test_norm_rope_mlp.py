@@ -235,6 +235,10 @@ def test_the_norm_of_one_row_is_that_of_many(dtype):
     with torch.no_grad():
         found = norm(x[:, :1])
     torch.testing.assert_close(found, norm(x)[:, :1], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    bare, nothing = RMSNorm(24, eps=0.0).to(dtype), torch.zeros(1, 24, dtype=dtype)
+    with torch.no_grad():
+        assert bare(nothing).isnan().all()
+    assert bare(nothing).isnan().all()
 
 
 def test_gradients_per_sample_go_through_every_block(monkeypatch):

@@ -73,7 +73,8 @@ def normalized(x: Tensor, eps: float) -> Tensor:
 def normalized_row(x: Tensor, eps: float) -> Tensor:
     """``normalized`` of one row, rounded to its dtype, in few calls: while decoding, calls are what a norm costs."""
     row = x.float().view(-1)
-    scale = (row.dot(row).item() / row.numel() + eps) ** -0.5
+    mean: float = row.dot(row).item() / row.numel() + eps
+    scale = mean**-0.5 if mean else torch.inf  # as tensors have it
     return (row * scale).to(x.dtype).view(x.shape)
 
 
