@@ -184,6 +184,20 @@ def test_a_worker_in_trouble_is_an_error_that_names_its_rows(trouble: str, text:
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), FileNotFoundError(2, "gone"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_the_same_error(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise error
+        yield
+
+    monkeypatch.setattr("tt_data.workers.DataLoader", broken)
+    stream = batches(Troubled("none"), batch_size=4, num_workers=1, shuffle=False)
+    with pytest.raises(RuntimeError, match="step 0: a data worker died while it prepared the rows rows.jsonl:"):
+        next(stream)
+
+
 def test_a_bad_row_in_a_worker_is_a_value_error(chatml: Any) -> None:
     rows = [{"text": f"{i}"} for i in range(9)] + [{"text": ""}]
     dataset = load_dataset(rows, chatml, streaming=True, on_bad_row="error")

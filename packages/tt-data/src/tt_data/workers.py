@@ -47,7 +47,7 @@ def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: floa
     for step in count(start_step):
         try:
             batch, news, problem = next(ready)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:  # the latter where it dies while a batch changes hands
             raise RuntimeError(_describe(steps, step, error, timeout_s)) from None
         if problem is not None:
             kind, text = problem
@@ -57,7 +57,7 @@ def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: floa
         yield batch
 
 
-def _describe(steps: Steps, step: int, error: RuntimeError, timeout_s: float) -> str:
+def _describe(steps: Steps, step: int, error: Exception, timeout_s: float) -> str:
     what = "did not answer within" if "timed out" in str(error) else "died"
     seconds = f" {timeout_s:g} s" if "timed out" in str(error) else ""
     return (
