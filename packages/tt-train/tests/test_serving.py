@@ -88,11 +88,15 @@ def test_a_model_keeps_its_own_files_where_the_run_brought_none(model_dir, tmp_p
     assert (folder / "generation_config.json").read_bytes() == (model_dir / "generation_config.json").read_bytes()
 
 
-def test_a_tokenizer_of_its_own_goes_out_with_the_run(model_dir, tokenizer_dir, rows_file, tmp_path):
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_tokenizer_of_its_own_goes_out_with_the_run(model_dir, tokenizer_dir, rows_file, tmp_path, place):
     mine = tmp_path / "tokenizer"
     shutil.copytree(tokenizer_dir, mine)
-    config = json.loads((mine / "tokenizer_config.json").read_text()) | {"chat_template": MINE}
-    (mine / "tokenizer_config.json").write_text(json.dumps(config))
+    config = json.loads((mine / "tokenizer_config.json").read_text())
+    if place == "chat_template.jinja":
+        (mine / place).write_text(MINE)
+    else:
+        (mine / place).write_text(json.dumps(config | {"chat_template": MINE}))
     words = [f"model.path={model_dir}", f"model.tokenizer={mine}", f"data.train={rows_file}", "model.dtype=fp32"]
     words += ["batch_size=4", "micro_batch_size=4", "max_steps=1", "device=cpu", "samples.max_new_tokens=1"]
     run = sft.main(compose("sft", overrides=[*words, "adapter.rank=2", f"output_dir={tmp_path / 'run'}"]))

@@ -9,7 +9,14 @@ from tt_data.instruct_templates import INSTRUCT_TEMPLATES
 from tt_train.run_dir import is_run, read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
 
 
 def own_template(tokenizer: Any, template: str | None) -> str | None:
