@@ -215,6 +215,18 @@ def test_workers_go_with_their_loader() -> None:
     assert not multiprocessing.active_children()
 
 
+def test_a_fork_of_the_parent_leaves_the_workers_alone() -> None:
+    stream = batches(Troubled("none"), batch_size=4, num_workers=2, shuffle=False)
+    next(stream)
+    child = os.fork()
+    if child == 0:
+        stream.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [len(batch["labels"]) for batch in islice(stream, 20)] == [4] * 20
+    stream.close()
+
+
 def test_workers_end_when_their_parent_is_killed() -> None:
     """Three that wait for the parent to take a batch: none stays behind."""
     reading, writing = os.pipe()

@@ -31,6 +31,7 @@ def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: floa
     Worker ``w`` of ``n`` makes the steps ``start_step + w``, ``start_step + w + n``, ...: each is one or more ahead.
     """
     workers: list[tuple[Any, Connection]] = []
+    owner = os.getpid()
     try:
         with forking():
             for worker in range(num_workers):
@@ -50,7 +51,7 @@ def prepared(steps: Steps, *, start_step: int, num_workers: int, timeout_s: floa
                 steps.dataset.add_news(news)
             yield _as_tensors(batch)
     finally:
-        for process, pipe in workers:
+        for process, pipe in workers if os.getpid() == owner else ():  # a fork has a copy of this generator
             process.kill()
             process.join()
             pipe.close()
