@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import tt_models
+from tt_models import phi
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 PUBLISHED = {
@@ -107,6 +108,16 @@ PUBLISHED = {
         "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 32000,
         "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None,
         "rope_theta": 10000.0, "sliding_window": 2047, "tie_word_embeddings": False, "vocab_size": 32064,
+    },
+    "phi3_5_mini": COMMON
+    | {
+        "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 1,
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}, "embd_pdrop": 0.0, "eos_token_id": 32000,
+        "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 131072, "model_type": "phi3",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 32000,
+        "original_max_position_embeddings": 4096, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_theta": 10000.0,
+        "rope_scaling": {"type": "longrope", "long_factor": phi.LONG_FACTOR_3_5, "short_factor": phi.SHORT_FACTOR_3_5},
+        "sliding_window": 262144, "tie_word_embeddings": False, "vocab_size": 32064,
     },
     "olmo2_7b": COMMON
     | {

@@ -18,6 +18,7 @@ PARAMETERS = {  # published or counted once with transformers 5.23: sum(p.numel(
     "qwen3_8b": 8_190_735_360,
     "qwen3_30b_a3b": 30_532_122_624,
     "phi3_mini": 3_821_079_552,
+    "phi3_5_mini": 3_821_079_552,
     "phi4_mini": 3_836_021_760,
     "olmo2_7b": 7_298_617_344,
     "mixtral_8x7b": 46_702_792_704,
