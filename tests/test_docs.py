@@ -129,7 +129,7 @@ def test_the_two_commands_of_the_readme_are_the_ones_that_ci_runs():
         "pip install nox && nox -s quickstart",
         "pip install nox && nox",
     ]
-    assert "\npip install nox && nox\n" in (ROOT / ".ci" / "run").read_text()
+    assert "\n    pip install nox && nox\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_every_session_that_a_page_names_exists():
