@@ -11,7 +11,10 @@ start = time.process_time()
 import tt_models
 seconds = time.process_time() - start
 third = {name.partition(".")[0] for name in sys.modules} - torch_alone - set(sys.stdlib_module_names) - {"tt_models"}
-print(seconds, sorted(third), torch.get_num_threads() > 0, tt_models.__version__)
+built = time.process_time()
+for name in ("llama3_2_1b", "gemma3_1b", "qwen3_30b_a3b", "gpt_oss_20b"):
+    tt_models.build(name, device="meta")
+print(seconds, sorted(third), time.process_time() - built, "torch._dynamo" in sys.modules or "sympy" in sys.modules)
 """
 
 
@@ -23,6 +26,8 @@ def test_import_costs_little_and_loads_no_third_party():
     found = [run(PROBE) for _ in range(3)]
     assert min(float(one[0]) for one in found) <= 0.1, "CPU seconds on top of import torch"
     assert all(one[1] == "[]" for one in found)
+    assert min(float(one[2]) for one in found) <= 0.3, "CPU seconds for four models on the meta device"
+    assert all(one[3] == "False" for one in found), "a model on the meta device needs neither of torch's compilers"
 
 
 def test_version_is_that_of_the_distribution():

@@ -42,7 +42,10 @@ class Stack(nn.Module):
         self, config: ModelConfig, layers: Iterable[nn.Module], norm: nn.Module, embed_scale: float | None
     ) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing it on meta would load torch._dynamo
+        self.embed_tokens = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
+            weight, freeze=False, padding_idx=config.pad_token_id
+        )
         self.layers = nn.ModuleList(layers)
         self.norm = norm
         self.embed_scale = embed_scale
