@@ -146,6 +146,15 @@ def test_wrong_arguments_are_refused_at_once(chatml: Any, arguments: dict[str, A
         batches(dataset, **{"batch_size": 1, **arguments})
 
 
+def test_workers_are_refused_where_they_cannot_be_forked(chatml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    dataset = load_dataset([{"text": "a"}], chatml)
+    with pytest.raises(ValueError, match="num_workers: this system cannot fork processes; set num_workers: 0"):
+        next(batches(dataset, batch_size=1, num_workers=1))
+    with pytest.raises(ValueError, match="cannot fork"):
+        load_dataset([{"text": "a"}], chatml, num_workers=1)
+
+
 class Troubled:
     """Rows of which some make a worker fail, hang or die."""
 

@@ -94,7 +94,12 @@ def use_one_thread() -> None:
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """While workers start: keeps the tokenizers library from warning that it has been forked."""
+    """While workers start: keeps the tokenizers library from warning that it has been forked.
+
+    Raises ValueError where the system cannot fork (Windows).
+    """
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise ValueError("num_workers: this system cannot fork processes; set num_workers: 0")
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
