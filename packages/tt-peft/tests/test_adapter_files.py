@@ -267,3 +267,20 @@ def test_damaged_and_missing_files_are_named(folder, make_lm, tmp_path):
     (folder / "adapter_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"must hold a JSON object, found a list"):
         tt_peft.load_adapter(make_lm(), folder)
+
+
+def test_weights_for_a_name_that_the_model_lacks_are_refused(folder, make_lm):
+    file, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["score"]}))
+    save_file({**load_file(file), "base_model.model.score.weight": torch.zeros(3, 32)}, file)
+    with pytest.raises(ValueError, match=r"has weights for unknown score.weight"):
+        tt_peft.load_adapter(make_lm(), folder, check_base=False)
+
+
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_an_expression_that_is_none_is_our_error(key, folder, make_lm):
+    file = folder / "adapter_config.json"
+    value = {"q_proj(": 2} if key.endswith("pattern") else ["q_proj("]
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(ValueError, match=r"'q_proj\(' is not a valid regular expression"):
+        tt_peft.load_adapter(make_lm(), folder)

@@ -89,15 +89,19 @@ def test_it_is_chosen_for_one_adapter_without_dropout_and_equals_the_plain_path(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", ["dropout", "two adapters", "autocast", "few rows"])
+@pytest.mark.parametrize("case", ["dropout", "two adapters", "autocast", "few rows", "trained base"])
 def test_it_is_not_chosen_where_it_does_not_apply(case):
     model = nn.ModuleDict({"layer": nn.Linear(4, 4)})
     apply_lora_(model, LoRAConfig(rank=2, target_modules="layer", dropout=0.5 if case == "dropout" else 0.0))
     if case == "two adapters":
         apply_lora_(model, LoRAConfig(rank=2, target_modules="layer"), adapter="second")
         tt_peft.set_adapter_(model, ("default", "second"))
+    model["layer"].weight.requires_grad_(case == "trained base")
     with torch.autocast("cpu", enabled=case == "autocast"):
         y = model["layer"](torch.randn(4 if case == "few rows" else 256, 4))
     assert "Fused" not in str(y.grad_fn)
+    if case == "trained base":  # the fused function has no gradient for the weight
+        y.sum().backward()
+        assert model["layer"].weight.grad is not None
     if case == "few rows":
         assert "Fused" in str(model["layer"](torch.randn(2, 128, 4)).grad_fn)

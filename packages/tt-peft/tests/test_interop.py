@@ -129,3 +129,56 @@ def test_a_plain_mlp_goes_to_peft_and_back(randomise, tmp_path):
     again = mlp()
     tt_peft.load_adapter(again, tmp_path / "theirs")
     torch.testing.assert_close(again(x), ours(x), rtol=1e-5, atol=1e-5)
+
+
+LOOSE = {
+    "a target of another architecture": {"target_modules": ["q_proj", "query_key_value"]},
+    "an exclusion of what is not there": {"target_modules": ["q_proj"], "exclude_modules": ["vision_tower"]},
+    "patterns of what is not adapted": {
+        "target_modules": ["q_proj"],
+        "rank_pattern": {"k": 2},
+        "alpha_pattern": {"v": 3},
+    },
+    "a saved module that is not there": {"target_modules": ["q_proj"], "modules_to_save": ["norm", "classifier"]},
+}
+
+
+@pytest.mark.parametrize("kind", LOOSE)
+def test_names_that_peft_passes_over_are_passed_over_in_its_files(kind, make_llama, ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(r=4, init_lora_weights=False, **LOOSE[kind]))
+    theirs.save_pretrained(str(tmp_path))
+    ours = make_llama()
+    tt_peft.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_classifier_goes_to_peft_and_back(randomise, ids, tmp_path, quiet_peft):
+    """PEFT names both "classifier" and "score" in its file, and takes no classifier for a model that generates."""
+    transformers = pytest.importorskip("transformers")
+
+    def build():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(
+            vocab_size=40, num_hidden_layers=1, num_labels=3, pad_token_id=0, initializer_range=0.05, **sizes
+        )
+        return transformers.LlamaForSequenceClassification(config).eval()
+
+    theirs = quiet_peft.get_peft_model(build(), quiet_peft.LoraConfig(task_type="SEQ_CLS", init_lora_weights=False))
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    ours = build()
+    assert tt_peft.load_adapter(ours, tmp_path / "theirs").modules_to_save == ("score",)
+    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+    randomise(ours)
+    tt_peft.save_adapter(ours, tmp_path / "ours")
+    again = quiet_peft.PeftModel.from_pretrained(build(), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_tied_adapters_of_peft_are_refused_by_name(make_llama, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    peft.get_peft_model(make_llama(tie_word_embeddings=True), config).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="ensure_weight_tying=True is not supported"):
+        tt_peft.load_adapter(make_llama(tie_word_embeddings=True), tmp_path)

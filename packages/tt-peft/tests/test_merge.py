@@ -176,3 +176,28 @@ def test_merging_nothing_twice_or_what_is_broken_is_refused(make_lm, randomise):
     merge_lora_(model)
     with pytest.raises(ValueError, match="no adapter to disable"), tt_peft.disable_adapter(model):
         pass
+
+
+def test_merging_disabled_adapters_is_refused(make_lm, randomise, ids):
+    """Else they would still be disabled after unmerge, for good."""
+    model = trained(make_lm, randomise, "plain")
+    expected = model(ids)
+    with tt_peft.disable_adapter(model), pytest.raises(ValueError, match="merge outside of disable_adapter"):
+        merge_lora_(model)
+    assert torch.equal(model(ids), expected)
+
+
+def test_what_was_merged_stays_under_a_new_adapter(make_lm, randomise, ids):
+    model = trained(make_lm, randomise, "plain")
+    merge_lora_(model)
+    merged = model(ids)
+    apply_lora_(model, LoRAConfig(rank=2))
+    randomise(model)
+    both = model(ids)
+    with pytest.raises(ValueError, match="the model is not merged"):
+        unmerge_lora_(model)
+    merge_lora_(model)
+    unmerge_lora_(model)
+    torch.testing.assert_close(model(ids), both, rtol=1e-5, atol=1e-5)
+    with tt_peft.disable_adapter(model):
+        torch.testing.assert_close(model(ids), merged, rtol=1e-5, atol=1e-5)

@@ -43,7 +43,7 @@ def test_a_module_cannot_have_both(make_lm):
         apply_lora_(make_lm(), LoRAConfig(target_modules="all-linear", modules_to_save="mlp"))
     model = make_lm()
     apply_lora_(model, LoRAConfig(target_modules="lm_head"))
-    with pytest.raises(ValueError, match=r"modules_to_save: lm_head has a LoRA adapter already"):
+    with pytest.raises(ValueError, match=r"modules_to_save: lm_head has an adapter already"):
         apply_lora_(model, LoRAConfig(modules_to_save="lm_head"), adapter="second")
 
 
@@ -52,3 +52,25 @@ def test_a_copied_model_keeps_its_saved_modules(make_lm, randomise, ids):
     apply_lora_(model, LoRAConfig(rank=2, modules_to_save="lm_head"))
     randomise(model)
     assert torch.equal(copy.deepcopy(model)(ids), model(ids))
+
+
+def test_a_module_with_adapters_inside_cannot_be_trained_in_full(make_lm):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(target_modules="up_proj"))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.up_proj has an adapter already: model.layers.0.mlp cannot be"):
+        apply_lora_(model, LoRAConfig(modules_to_save="mlp"), adapter="second")
+
+
+def test_another_adapter_may_lie_inside_of_a_saved_module(make_lm, randomise, ids):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(target_modules="q_proj", modules_to_save="mlp"))
+    apply_lora_(model, LoRAConfig(target_modules="up_proj"), adapter="second")
+    randomise(model)
+    second = model(ids)
+    tt_peft.set_adapter_(model, "default")
+    first = model(ids)
+    tt_peft.merge_lora_(model)
+    tt_peft.unmerge_lora_(model)
+    torch.testing.assert_close(model(ids), first)
+    tt_peft.set_adapter_(model, "second")
+    torch.testing.assert_close(model(ids), second)

@@ -120,3 +120,47 @@ def test_names_do_not_depend_on_wrappers(make_lm, randomise, tmp_path):
     assert sorted(tt_peft.adapter_state_dict(model)) == sorted(keys)
     tt_peft.save_adapter(model, tmp_path)
     tt_peft.load_adapter(make_lm(), tmp_path)
+
+
+@pytest.mark.parametrize("how", ["compile", "checkpointing", "data parallel"])
+def test_a_wrapped_model_is_adapted_saved_and_loaded_as_the_model_inside(how, make_lm, randomise, ids, tmp_path):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    def wrapped():
+        model = make_lm()
+        if how == "checkpointing":
+            model.model.layers[0] = checkpoint_wrapper(model.model.layers[0])
+            return model
+        return torch.compile(model, backend="eager") if how == "compile" else torch.nn.DataParallel(model)
+
+    model, config = wrapped(), LoRAConfig(rank=2, target_modules="all-linear", modules_to_save="norm")
+    assert sorted(apply_lora_(model, config)) == sorted(apply_lora_(make_lm(), config))
+    randomise(model)
+    tt_peft.save_adapter(model, tmp_path)
+    plain, again = make_lm(), wrapped()
+    for other in (plain, again):
+        tt_peft.load_adapter(other, tmp_path)
+        torch.testing.assert_close(other(ids), model(ids))
+
+
+def test_a_part_of_the_model_called_module_keeps_its_name(make_lm, randomise, ids, tmp_path):
+    def build():
+        model = torch.nn.Module()
+        model.module = make_lm()
+        return model
+
+    model, again = build(), build()
+    apply_lora_(model, LoRAConfig(rank=2))
+    assert next(iter(tt_peft.adapter_state_dict(model))).startswith("module.model.layers.0")
+    randomise(model)
+    tt_peft.save_adapter(model, tmp_path)
+    tt_peft.load_adapter(again, tmp_path)
+    assert torch.equal(again.module(ids), model.module(ids))
+
+
+def test_a_name_given_twice_counts_once(two, ids):
+    set_adapter_(two, "default")
+    expected = two(ids)
+    set_adapter_(two, ("default", "default"))
+    assert torch.equal(two(ids), expected)
+    assert tt_peft.active_adapters(two) == ("default",)

@@ -172,3 +172,10 @@ def test_a_plain_mlp_is_adapted_like_any_model():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "alpha_pattern"])
+def test_an_expression_that_is_none_is_refused(field, make_lm):
+    value = {"q_proj(": 2} if field.endswith("pattern") else "q_proj("
+    with pytest.raises(ValueError, match=r"'q_proj\(' is not a valid regular expression"):
+        apply_lora_(make_lm(), LoRAConfig(**{field: value}))

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tt_peft.apply import apply_lora_, saved_names, spec_of, stacked_names, target_names
+from tt_peft.apply import apply_lora_, spec_of, stacked_names, target_names
 from tt_peft.config import LoRAConfig
 from tt_peft.fingerprint import difference, encode, fingerprint
 from tt_peft.lora import LoRAEmbedding, LoRALinear
@@ -20,8 +20,8 @@ from tt_peft.peft_config import Members, config_from_peft, config_to_peft
 from tt_peft.saved import SavedModule
 from tt_peft.stacked import StackedLoRA
 from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
-from tt_peft.switch import adapter_config, adapter_names, modules_of, remove_adapter_
-from tt_peft.targets import nearest, output_projection_names, own_modules
+from tt_peft.switch import adapter_config, adapter_names, modules_of, remove_adapter_, unwrapped
+from tt_peft.targets import check_expression, matches, output_projection_names, own_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -75,8 +75,15 @@ def _members(model: nn.Module, adapter: str) -> Members:
         stacked=[f"{n}.{x}" for n, m in modules.items() if isinstance(m, StackedLoRA) for x in low_ranks(m, adapter)],
         saved=[name for name, m in modules.items() if isinstance(m, SavedModule)],
         everything=list(own_modules(model)),
-        causal_lm=hasattr(model, "config") or bool(output_projection_names(model)),
+        causal_lm=_is_causal_lm(unwrapped(model)),
     )
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    """PEFT asks what it wraps as one to generate: a classifier or an encoder of transformers cannot."""
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    generates = hasattr(model, "prepare_inputs_for_generation") or not hasattr(model, "get_output_embeddings")
+    return bool(output_projection_names(model)) and generates and not encodes
 
 
 def load_adapter(
@@ -101,8 +108,8 @@ def load_adapter(
     _check_finite(state, folder)
     state = _without_base_copies(model, state, folder)
     config = config_from_peft(settings, folder / CONFIG_FILE).with_(quantize_base=quantize_base)
-    config = config.with_(modules_to_save=_names_ending_in(model, config.modules_to_save, folder))
-    _check_targets(model, config, state, folder)
+    config = _as_here(model, config, folder)
+    _check_targets(model, config, state, folder, tied=settings.get("ensure_weight_tying") is True)
     fresh = adapter not in adapter_names(model)
     if fresh:
         apply_lora_(model, config, adapter=adapter)
@@ -182,13 +189,33 @@ def _without_base_copies(model: nn.Module, state: dict[str, Tensor], folder: Pat
     return kept
 
 
-def _names_ending_in(model: nn.Module, endings: Sequence[str], folder: Path) -> tuple[str, ...]:
-    """PEFT reads ``modules_to_save`` as endings, not as whole parts: "norm" means "input_layernorm" too."""
-    names = list(own_modules(model))
-    for ending in endings:
-        if not any(name.endswith(ending) for name in names):
-            raise ValueError(f"{folder}: modules_to_save: {ending!r} matches no module{nearest(ending, names)}")
-    return tuple(name for name in names if name.endswith(tuple(endings)))
+def _as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
+    """The config without what means nothing in this model, and ``modules_to_save`` in full names.
+
+    PEFT passes over names that match nothing (its classifiers always have "classifier" and "score" to save), so a
+    file may hold some; ``_check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
+    endings, not as whole parts: "norm" means "input_layernorm" too.
+    """
+    names, patterns = list(own_modules(model)), (config.rank_pattern, config.alpha_pattern)
+    saved = tuple(name for name in names if name.endswith(config.modules_to_save))
+    targets = config.target_modules
+    try:
+        if not isinstance(targets, str):
+            targets = _known(targets, names) or targets  # of none that is known, the error names the nearest
+        config = config.with_(target_modules=targets, exclude_modules=_known(config.exclude_modules, names))
+        config = config.with_(modules_to_save=saved, rank_pattern={}, alpha_pattern={})
+        adapted = target_names(model, config) + stacked_names(model, config)
+        ranks, alphas = ({p: known[p] for p in _known(tuple(known), adapted)} for known in patterns)
+    except ValueError as error:
+        raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
+    return config.with_(rank_pattern=ranks, alpha_pattern=alphas)
+
+
+def _known(targets: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``targets`` that mean any of ``names``."""
+    for target in targets:
+        check_expression(target)
+    return tuple(target for target in targets if any(matches(target, name) for name in names))
 
 
 def _check_finite(state: dict[str, Tensor], folder: Path) -> None:
@@ -199,14 +226,10 @@ def _check_finite(state: dict[str, Tensor], folder: Path) -> None:
             raise ValueError(f"{folder / WEIGHTS_FILE}: {key} has NaN or infinite values: its training went wrong")
 
 
-def _check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
+def _check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
     """An adapter file for more or fewer layers than the model has is of another base."""
-    try:
-        stacked = {name.rpartition(".")[0] for name in stacked_names(model, config)}
-        wanted = {*target_names(model, config), *stacked}
-        saved = saved_names(model, config)
-    except ValueError as error:
-        raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
+    stacked = {name.rpartition(".")[0] for name in stacked_names(model, config)}
+    wanted, saved = {*target_names(model, config), *stacked}, config.modules_to_save
     found = {key.split(".lora_", 1)[0].replace(".base_layer", "") for key in state if ".lora_" in key}
     strangers = {key for key in state if ".lora_" not in key and not any(key.startswith(f"{name}.") for name in saved)}
     for title, names in (
@@ -216,6 +239,8 @@ def _check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             listed = ", ".join(sorted(names)[:3])
+            if tied and "unknown" in title:
+                raise ValueError(f"{folder}: ensure_weight_tying=True is not supported; it {title} {listed}{more}")
             raise ValueError(f"{folder}: the adapter is of another base or kind: it {title} {listed}{more}")
 
 

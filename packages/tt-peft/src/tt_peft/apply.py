@@ -11,12 +11,23 @@ from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.initial import init_adapter_
 from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import AdapterModule, LowRankSpec
+from tt_peft.merge import keep_merged_
 from tt_peft.nf4 import NF4Base
 from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.saved import SavedModule, save_module_
 from tt_peft.stacked import stack_lora_
-from tt_peft.switch import adapter_names, set_adapter_
-from tt_peft.targets import first_match, is_embedding, is_linear, matches, nearest, select, select_modules
+from tt_peft.switch import adapted_modules, adapter_names, set_adapter_, unwrapped
+from tt_peft.targets import (
+    check_expression,
+    first_match,
+    is_embedding,
+    is_linear,
+    matches,
+    nearest,
+    own_modules,
+    select,
+    select_modules,
+)
 
 
 def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default") -> list[str]:
@@ -24,7 +35,8 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
 
     The starting values are drawn from torch's global generator; the model computes what it did before. With
     ``quantize_base`` every linear layer becomes NF4, adapted or not, except ``quantize_skip`` and modules trained in
-    full. A second call with another ``adapter`` name adds a second adapter and makes it the active one.
+    full. A second call with another ``adapter`` name adds a second adapter and makes it the active one. What was merged
+    before stays merged: ``unmerge_lora_`` cannot take it out from under a new adapter.
 
     On a model on the meta device nothing is drawn: load the base weights, then call ``init_adapter_`` or
     ``load_adapter``.
@@ -36,15 +48,18 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
     names, saved, stacked = target_names(model, config), saved_names(model, config), stacked_names(model, config)
     _check(model, config, names, saved)
     to_quantize = quantizable_names(model, skip=config.quantize_skip, saved=saved) if config.quantize_base else []
+    modules = {"": unwrapped(model), **own_modules(model)}
     model.requires_grad_(False)
+    keep_merged_(model)
     for name in saved:
-        save_module_(model.get_submodule(name), adapter)
+        save_module_(modules[name], adapter)
     for name in names:
-        _adapt_(model.get_submodule(name), config).add_adapter_(adapter, spec_of(name, config))
+        _adapt_(modules[name], config).add_adapter_(adapter, spec_of(name, config))
     for owner, locals_ in _by_owner(stacked).items():
-        stack_lora_(model.get_submodule(owner), adapter, {x: spec_of(f"{owner}.{x}", config) for x in locals_})
+        specs = {x: spec_of(f"{owner}.{x}" if owner else x, config) for x in locals_}
+        stack_lora_(modules[owner], adapter, specs)
     for name in to_quantize:
-        quantize_linear_(model.get_submodule(name), name=f"{name}.weight")
+        quantize_linear_(modules[name], name=f"{name}.weight")
     set_adapter_(model, adapter)
     if not any(p.is_meta for p in model.parameters()):
         init_adapter_(model, adapter)
@@ -64,6 +79,7 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     adapted = chosen + stacked_names(model, config)
     for what in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, what):
+            check_expression(pattern)
             if not any(matches(pattern, n) for n in adapted):
                 raise ValueError(f"{what}: {pattern!r} matches no adapted module{nearest(pattern, adapted)}")
     return chosen
@@ -76,7 +92,9 @@ def saved_names(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def stacked_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Names of the stacked parameters that ``config`` targets."""
-    names = [name for name, p in model.named_parameters() if p.dim() == 3 and ".adapters." not in name]
+    modules = {"": unwrapped(model), **own_modules(model)}
+    named = ((owner, *each) for owner, m in modules.items() for each in m.named_parameters(recurse=False))
+    names = [f"{owner}.{local}" if owner else local for owner, local, p in named if p.dim() == 3]
     return select(config.target_parameters, names, what="target_parameters")
 
 
@@ -93,8 +111,9 @@ def _layer_of(name: str) -> int | None:
 
 
 def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Sequence[str]) -> None:
+    modules = own_modules(model)
     for name in names:
-        module = model.get_submodule(name)
+        module = modules[name]
         inside = next((s for s in saved if name == s or name.startswith(s + ".")), None)
         if inside or isinstance(module, SavedModule):
             raise ValueError(f"{name} is in target_modules and trained in full by modules_to_save: choose one")
@@ -107,8 +126,9 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
             text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can do all that it can"
             warnings.warn(text, stacklevel=3)
     for name in saved:
-        if isinstance(module := model.get_submodule(name), AdapterModule) and not isinstance(module, SavedModule):
-            raise ValueError(f"modules_to_save: {name} has a LoRA adapter already")
+        for part, other in adapted_modules(model).items():
+            if (part == name and not isinstance(other, SavedModule)) or part.startswith(f"{name}."):
+                raise ValueError(f"modules_to_save: {part} has an adapter already: {name} cannot be trained in full")
 
 
 def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tt_peft.lowrank import AdapterModule
-from tt_peft.switch import clean_name
+from tt_peft.switch import clean_name, unwrapped
 
 _SAMPLES = 16  # values of one tensor
 _TENSORS = 12
@@ -32,6 +32,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that belong to the base, by clean name; tied ones once."""
+    model = unwrapped(model)
     added = {
         f"{prefix}.{local}" if prefix else local
         for prefix, module in model.named_modules()

@@ -68,7 +68,7 @@ class LoRALinear(AdapterModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.active_adapters()
-        if len(active) == 1 and self.fused and can_fuse(x, active[0]):
+        if len(active) == 1 and self.fused and not self.weight.requires_grad and can_fuse(x, active[0]):
             A, B = active[0].factors(x.dtype)
             return fused_lora(x, self.weight, self.bias, A, B, scale=active[0].spec.scaling)
         y = self.base_forward(x)

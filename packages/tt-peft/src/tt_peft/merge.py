@@ -12,7 +12,7 @@ from tt_peft.lowrank import AdapterModule, LowRank, low_ranks, row_norms
 from tt_peft.nf4 import NF4Linear, dense, is_nf4
 from tt_peft.saved import SavedModule, own_parameters
 from tt_peft.stacked import StackedLoRA
-from tt_peft.switch import adapted_modules, plain_class
+from tt_peft.switch import adapted_modules, clean_name, plain_class, unwrapped
 from tt_peft.targets import own_modules
 
 
@@ -66,6 +66,8 @@ def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None, keep_base
     modules = adapted_modules(model)
     if not modules:
         raise ValueError("the model has no adapter to merge")
+    if any(module.disabled for module in modules.values()):
+        raise ValueError("the adapters are disabled: merge outside of disable_adapter")
     _check_untied(model, modules)
     layers: list[LayerLoss] = []
     try:
@@ -92,8 +94,14 @@ def unmerge_lora_(model: nn.Module) -> list[str]:
     return names
 
 
+def keep_merged_(model: nn.Module) -> None:
+    """Forget what the modules were before ``merge_lora_``."""
+    for module in model.modules():
+        module.__dict__.pop("_before_merge", None)
+
+
 def _unmerge_all(model: nn.Module) -> list[str]:
-    merged = {name: m for name, m in model.named_modules() if "_before_merge" in m.__dict__}
+    merged = {clean_name(name): m for name, m in unwrapped(model).named_modules() if "_before_merge" in m.__dict__}
     for module in merged.values():
         before: _Before = module.__dict__.pop("_before_merge")
         module.__class__ = before.cls

@@ -27,9 +27,9 @@ def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> li
     stay as they are. On a model on the meta device the layers quantize when they are loaded (``load_base_`` or
     ``load_state_dict``).
     """
-    names = quantizable_names(model, skip=skip)
+    names, modules = quantizable_names(model, skip=skip), own_modules(model)
     for name in names:
-        quantize_linear_(model.get_submodule(name), name=f"{name}.weight")
+        quantize_linear_(modules[name], name=f"{name}.weight")
     return names
 
 

@@ -49,7 +49,7 @@ def save_module_(module: nn.Module, adapter: str) -> SavedModule:
 
 def own_parameters(module: SavedModule) -> list[nn.Parameter]:
     """The base parameters, in the order in which a copy has them."""
-    return [p for name, p in module.named_parameters() if not name.startswith("adapters.")]
+    return [p for name, p in module.named_parameters() if "adapters" not in name.split(".")]
 
 
 def copy_from_base_(module: SavedModule, adapter: str) -> None:

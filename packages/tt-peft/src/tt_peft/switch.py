@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from tt_peft.config import LoRAConfig
 from tt_peft.lora import LoRAEmbedding, LoRALinear
@@ -14,16 +15,23 @@ from tt_peft.nf4 import NF4Base, NF4Linear
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DDP and of ``torch.compile``: names are counted from it."""
+    while isinstance(model, DataParallel | DistributedDataParallel) or "_orig_mod" in model._modules:
+        model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
+    return model
+
+
 def clean_name(name: str) -> str:
-    """A name without what wrappers (DDP, compile, checkpointing) put into it."""
-    return _WRAPPERS.sub("", name + ".").removesuffix(".").removeprefix("module.")
+    """A name without what wrappers of a part (compile, checkpointing) put into it."""
+    return _WRAPPERS.sub("", name + ".").removesuffix(".")
 
 
 def adapted_modules(model: nn.Module, adapter: str | None = None) -> dict[str, AdapterModule]:
     """Every module that owns adapters (or this one), by its clean name."""
     return {
         clean_name(name): module
-        for name, module in model.named_modules()
+        for name, module in unwrapped(model).named_modules()
         if isinstance(module, AdapterModule) and (adapter is None or adapter in module.adapters)
     }
 
@@ -52,7 +60,7 @@ def adapter_config(model: nn.Module, adapter: str = "default") -> LoRAConfig:
 
 def set_adapter_(model: nn.Module, adapter: str | Sequence[str]) -> None:
     """Make one adapter the active one, or several, whose changes add up; only the active ones' parameters train."""
-    chosen = (adapter,) if isinstance(adapter, str) else tuple(adapter)
+    chosen = (adapter,) if isinstance(adapter, str) else tuple(dict.fromkeys(adapter))
     for name in chosen:
         modules_of(model, name)
     for module in adapted_modules(model).values():

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule
 from tt_peft.nf4 import NF4Linear
+from tt_peft.switch import clean_name, unwrapped
 
 V = TypeVar("V")
 
@@ -77,9 +78,10 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules but the root and what adapters added, by name."""
+    """All modules but the root and what adapters added, by name; of a wrapped one, what is inside."""
     added = {id(part) for m in model.modules() if isinstance(m, AdapterModule) for part in m.adapters.modules()}
-    return {name: module for name, module in model.named_modules() if name and id(module) not in added}
+    named = ((clean_name(name), module) for name, module in unwrapped(model).named_modules())
+    return {name: module for name, module in named if name and id(module) not in added}
 
 
 def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str) -> list[str]:
@@ -96,14 +98,15 @@ def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str)
 
 def output_projection_names(model: nn.Module) -> list[str]:
     """Names of the output projection: ``lm_head``, or what ``get_output_embeddings()`` gives."""
-    getter = getattr(model, "get_output_embeddings", None)
+    getter = getattr(unwrapped(model), "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return [n for n, m in own_modules(model).items() if n.rsplit(".", 1)[-1] == "lm_head" or m is head]
 
 
 def router_names(model: nn.Module) -> list[str]:
     """Names of the layers that choose experts: ``gate`` or ``router`` beside ``experts``."""
-    parents = {n: m for n, m in model.named_modules() if isinstance(getattr(m, "experts", None), nn.Module)}
+    modules = {"": unwrapped(model), **own_modules(model)}
+    parents = {n: m for n, m in modules.items() if isinstance(getattr(m, "experts", None), nn.Module)}
     return [
         f"{n}.{local}" if n else local for n, m in parents.items() for local in ("gate", "router") if hasattr(m, local)
     ]
