@@ -144,3 +144,23 @@ def test_layers_may_be_taken_away(small):
     model = small()
     del model.model.layers[-1]
     assert model(torch.randint(0, 60, (1, 4))).shape[:2] == (1, 4)
+
+
+def test_the_compiler_sees_one_graph_of_packed_rows(small):
+    model = small("mistral", 2)
+    ids, positions = torch.randint(0, 60, (2, 12)), torch.tensor([[*range(5), *range(7)]] * 2)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(ids, positions), model(ids, positions), rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (2, 0), (1, 2, 4)])
+def test_ids_that_are_no_rows_of_tokens_are_refused(shape, small):
+    with pytest.raises(ValueError, match="input_ids must be .batch, tokens. with at least one token, got"):
+        small()(torch.zeros(shape, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 4), (5, 2)])
+def test_positions_of_another_shape_are_refused(shape, small):
+    with pytest.raises(ValueError, match="do not fit input_ids .2, 5.: give one position per token"):
+        small()(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))

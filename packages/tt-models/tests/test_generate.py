@@ -168,6 +168,14 @@ def test_filters_equal_transformers():
         torch.testing.assert_close(filtered(logits, Sampling(**settings)), expected)
 
 
+def test_the_penalty_is_not_rounded_to_the_dtype_of_the_model():
+    logits, seen = torch.tensor([[1.0, 0.8359375]]).bfloat16(), torch.tensor([[True, False]])
+    # 1 / 1.1955 = 0.83647 is the larger one, and in bf16 the same
+    assert sample(logits, Sampling(temperature=0, repetition_penalty=1.1955), seen_BV=seen).item() == 0
+    # 1 / 1.1965 = 0.83577 is the smaller one, and in bf16 the same
+    assert sample(logits, Sampling(temperature=0, repetition_penalty=1.1965), seen_BV=seen).item() == 1
+
+
 def test_samples_follow_the_probabilities():
     logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]]).expand(20000, -1)
     drawn = sample(logits, Sampling(temperature=0.8), generator=torch.Generator().manual_seed(0))
@@ -241,6 +249,11 @@ def test_compiled_step_gives_the_same_text(small, monkeypatch):
         ({"input_ids": torch.tensor([1, 2])}, "prompts must be"),
         ({"input_ids": []}, "prompts must be"),
         ({"input_ids": [[1, 1000]]}, "token ids must lie in"),
+        ({"input_ids": [1, 2]}, "prompt 0 must be a list with at least one token id, got 1"),
+        ({"input_ids": [[1], []]}, "prompt 1 must be a list with at least one token id"),
+        ({"input_ids": [[1], [1, 2]], "pad_id": -1}, "pad_id must lie in"),
+        ({"temperature": float("nan")}, "temperature must not be negative"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty must be positive"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message, small):

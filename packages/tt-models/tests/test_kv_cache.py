@@ -118,3 +118,20 @@ def test_longrope_refuses_to_outgrow_its_context_in_a_cache(small):
     model(torch.randint(0, 60, (2, 14)), cache=cache)
     with pytest.raises(ValueError, match="reset the cache"):
         model(torch.randint(0, 60, (2, 3)), cache=cache)
+
+
+def test_rows_may_leave_a_cache_and_not_come_back(small):
+    model = small()
+    ids = torch.randint(0, 60, (3, 9))
+    positions = torch.tensor([[*range(5)], [0, *range(4)], [0, 0, *range(3)]])
+    for given in (None, positions):
+        cache = cache_of(model, batch=3)
+        model(ids[:, :5], given, cache)
+        found = model(ids[:2, 5:6], cache=cache)
+        starts = [0, 0] if given is None else [0, 1]
+        alone = [model(ids[row : row + 1, start:6])[:, -1:] for row, start in enumerate(starts)]
+        torch.testing.assert_close(found, torch.cat(alone), rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match="holds the tokens of 2 rows, got 3: reset it first"):
+            model(ids[:, 6:7], cache=cache)
+        cache.reset()
+        model(ids, cache=cache)

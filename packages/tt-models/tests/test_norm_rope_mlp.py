@@ -257,3 +257,62 @@ def test_gradients_per_sample_go_through_every_block(monkeypatch):
         expected = torch.autograd.grad(loss(parameters, x[index]), list(parameters.values()))
         for name, gradient in zip(parameters, expected, strict=True):
             torch.testing.assert_close(found[name][index], gradient, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch):
+    monkeypatch.setattr(mlp, "BLOCK", 8)
+    monkeypatch.setattr(rope_module, "BLOCK", 8)
+    layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
+    x = torch.randn(3, 4, 8, requires_grad=True)
+    cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)
+    inputs = [x, *layers.parameters()]
+    directions = [torch.randn_like(one) for one in inputs]
+
+    def product_with_the_hessian():
+        loss = rotate(layers(x)[None], cos, sin).square().sum()
+        slopes = torch.autograd.grad(loss, inputs, create_graph=True)
+        along = sum((slope * direction).sum() for slope, direction in zip(slopes, directions, strict=True))
+        return torch.autograd.grad(along, inputs, create_graph=create_graph)
+
+    assert layers[0](x).grad_fn.name() == "NormAndWeightBackward"
+    found = product_with_the_hessian()
+    monkeypatch.setattr(rows, "is_eager", lambda _: False)
+    monkeypatch.setattr(rope_module, "is_eager", lambda _: False)
+    assert layers[0](x).grad_fn.name() != "NormAndWeightBackward"
+    for one, other in zip(found, product_with_the_hessian(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_with_a_graph_are_wanted_for_some_inputs_only(monkeypatch):
+    monkeypatch.setattr(mlp, "BLOCK", 8)
+    gate, up = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
+    (slope,) = torch.autograd.grad(mlp.gated(torch.sigmoid, gate, up).sum(), gate, create_graph=True)
+    s = gate.sigmoid()
+    torch.testing.assert_close(slope, s * (1 - s) * up)
+    torch.testing.assert_close(
+        torch.autograd.grad(slope.sum(), gate)[0], s * (1 - s) * (1 - 2 * s) * up, rtol=1e-5, atol=1e-6
+    )
+    (slope,) = torch.autograd.grad(mlp.gated(torch.sigmoid, gate, gate * 2).sum(), gate, create_graph=True)
+    torch.testing.assert_close(slope, 2 * gate * s * (1 - s) + 2 * s)  # each factor counted once
+
+
+def test_norm_with_weights_of_another_dtype_promotes_however_many_rows_there_are(monkeypatch):
+    norm, x = away_from_neutral(RMSNorm(8)), torch.randn(30, 8).bfloat16()
+    expected = norm(x)
+    monkeypatch.setattr(rows, "BLOCK", 100)
+    with torch.no_grad():
+        assert norm(x).equal(expected)
+        assert norm(x).dtype == torch.float32
+
+
+def test_backward_hooks_and_patched_forwards_of_a_layer_are_called():
+    layer, x, seen = nn.Linear(8, 4), torch.randn(2, 8, requires_grad=True), []
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    linear(layer, x).sum().backward()
+    layer.register_full_backward_pre_hook(lambda *_: seen.append("before"))
+    linear(layer, x).sum().backward()
+    assert seen == ["backward", "before", "backward"]
+    patched = nn.Linear(8, 4)
+    patched.forward = lambda x: x * 2
+    assert linear(patched, x).equal(x * 2)

@@ -69,12 +69,57 @@ def test_a_wrong_copy_is_not_certified(directory):
     assert certificate["errors"]["logits"] < 1e-5
 
 
+def change_config(path, **changes):
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_copy_with_another_config_is_not_certified(directory):
+    def save_wrongly(model, path):
+        save(model, path)
+        change_config(path, rms_norm_eps=model.config.rms_norm_eps * 1.5)
+
+    certificate = tt_models.verify(directory("llama"), load=load, save=save_wrongly)
+    assert not certificate["passed"]
+    assert certificate["errors"]["written_back"] > 1e-5
+
+
+def test_a_copy_with_nan_is_not_certified(directory):
+    def save_wrongly(model, path):
+        with torch.no_grad():
+            model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+        save(model, path)
+
+    certificate = tt_models.verify(directory("llama"), load=load, save=save_wrongly)
+    assert not certificate["passed"]
+    assert certificate["errors"]["written_back"] == "inf"
+    assert json.loads(json.dumps(certificate, allow_nan=False)) == certificate
+
+
+@pytest.mark.parametrize("settings", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 1}])
+def test_settings_for_generation_are_no_part_of_the_certificate(settings, directory):
+    path = directory("llama")
+    (path / "generation_config.json").write_text(json.dumps(settings))
+    certificate = tt_models.verify(path, load=load, save=save)
+    assert certificate["passed"], certificate
+
+
+def test_a_short_context_is_certified(directory):
+    path = directory("llama")
+    change_config(path, max_position_embeddings=16, rope_scaling=None, rope_parameters=None)
+    certificate = tt_models.verify(path, load=load, save=save)
+    assert certificate["passed"], certificate
+
+
 def test_errors_are_relative_to_the_largest_value():
     assert relative_error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
     assert relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
     assert relative_error(torch.ones(2), torch.zeros(2)) == math.inf
     assert relative_error(torch.ones(2), torch.zeros(2), floor=4.0) == 0.25
-    assert relative_error(torch.tensor([math.nan]), torch.ones(1)) != 0.0
+    assert relative_error(torch.tensor([math.nan]), torch.ones(1)) == math.inf
+    assert relative_error(torch.ones(1), torch.tensor([math.inf])) == math.inf
+    one, broken = {"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.tensor([math.nan])}
+    assert state_error(broken, one) == math.inf
     assert state_error({"a": torch.ones(1)}, {"b": torch.ones(1)}) == math.inf
     assert state_error({"a": torch.ones(1)}, {"a": torch.ones(2)}) == math.inf
 

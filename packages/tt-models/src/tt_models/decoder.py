@@ -72,12 +72,15 @@ class Stack(nn.Module):
                 shared |= {"cache": cache.layers[index], "length": length}
             x_BSE = layer(x_BSE, **shared)
         if cache is not None:
-            cache.length += x_BSE.shape[1]
+            cache.rows, cache.length = x_BSE.shape[0], cache.length + x_BSE.shape[1]
             cache.first = None if starts is None else starts[:, -1]
         return self.norm(x_BSE)  # type: ignore[no-any-return]
 
     def check_length(self, input_ids_BS: Tensor, cache: KVCache | None) -> int:
         """How many tokens came before; ValueError where there are too many."""
+        if input_ids_BS.dim() != 2 or 0 in input_ids_BS.shape:
+            shape = list(input_ids_BS.shape)
+            raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {shape}")
         batch, seq_len = input_ids_BS.shape
         length = 0
         if cache is not None:
@@ -142,15 +145,17 @@ class Stack(nn.Module):
 
 def locate(input_ids_BS: Tensor, position_ids_BS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
     """The position of each token [B or 1, S], and the column where its document begins (None: column 0 for all)."""
-    length, first = (0, None) if cache is None else (cache.length, cache.first)
+    batch, length, first = input_ids_BS.shape[0], 0, None
+    if cache is not None:
+        length, first = cache.length, None if cache.first is None else cache.first[:batch]
     columns = torch.arange(length, length + input_ids_BS.shape[1], device=input_ids_BS.device)[None]
     if position_ids_BS is not None:
-        if position_ids_BS.dim() != 2 or position_ids_BS.shape[1] != columns.shape[1]:
+        if position_ids_BS.shape not in (input_ids_BS.shape, columns.shape):
             shapes = f"position_ids {list(position_ids_BS.shape)} do not fit input_ids {list(input_ids_BS.shape)}"
             raise ValueError(f"{shapes}: give one position per token")
         starts = document_starts(position_ids_BS, offset=length, first_B=first)
-        one_document = position_ids_BS.device.type == "cpu" and not bool(starts.any())
-        return position_ids_BS, None if one_document else starts
+        may_look = position_ids_BS.device.type == "cpu" and not torch.compiler.is_compiling()
+        return position_ids_BS, None if may_look and not bool(starts.any()) else starts
     if first is None:
         return columns, None
     return columns - first[:, None], first[:, None].expand(-1, columns.shape[1])

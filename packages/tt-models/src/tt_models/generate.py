@@ -115,9 +115,14 @@ def left_padded(
     weight = model.model.embed_tokens.weight
     device, vocab_size = weight.device, weight.shape[0]
     if not isinstance(prompts, Tensor):
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-        prompts = torch.tensor([[pad_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        lengths = [len(prompt) if hasattr(prompt, "__len__") else 0 for prompt in prompts]
+        if 0 in lengths:
+            wrong = prompts[lengths.index(0)]
+            raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {wrong!r}")
+        if len({*lengths}) > 1 and not 0 <= pad_id < vocab_size:
+            raise ValueError(f"pad_id must lie in [0, {vocab_size}) where prompts are padded, got {pad_id}")
+        prompt_lengths = torch.tensor(lengths)
+        prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
     if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:

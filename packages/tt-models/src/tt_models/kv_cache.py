@@ -80,17 +80,19 @@ class KVCache:
             shape = (batch_size, config.kv_heads, columns, config.head_size)
             keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             self.layers.append(LayerCache(keys, values, ring=columns < max_seq_len))
-        self.length = 0  # columns filled
+        self.rows, self.length = 0, 0  # rows in use, columns filled
         self.first: Tensor | None = None  # [batch], the column where each row's present document began; None: all at 0
 
     def reset(self) -> None:
         """Forget all sequences."""
-        self.length, self.first = 0, None
+        self.rows, self.length, self.first = 0, 0, None
 
     def check_room(self, batch: int, seq_len: int) -> None:
         """ValueError where ``seq_len`` more tokens of ``batch`` rows do not fit."""
         if batch > self.batch_size:
             raise ValueError(f"KVCache was made for {self.batch_size} rows, got {batch}")
+        if self.length and batch > self.rows:
+            raise ValueError(f"KVCache holds the tokens of {self.rows} rows, got {batch}: reset it first")
         if self.length + seq_len > self.max_seq_len:
             raise ValueError(
                 f"KVCache holds {self.max_seq_len} tokens: {self.length} are in it, {seq_len} more do not fit; "

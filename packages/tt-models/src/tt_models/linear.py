@@ -10,13 +10,20 @@ MOST_ROWS = 16  # benchmarks/models_decode.py: from 32 rows on nothing is won
 def linear(layer: nn.Module, x: Tensor) -> Tensor:
     """``layer(x)``, through ``few_rows`` where that is the same and faster.
 
-    Layers of another class than ``nn.Linear`` (adapted, quantized) and layers with hooks are called as they are.
+    Layers of another class than ``nn.Linear`` (adapted, quantized), layers with hooks and layers with a ``forward`` of
+    their own are called as they are.
     """
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) is not nn.Linear or is_watched(layer):
         return layer(x)  # type: ignore[no-any-return]
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]  # not by attribute: this runs for each token
     assert weight is not None
     return few_rows(x, weight, bias) if is_decoding(x, weight) else F.linear(x, weight, bias)
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether calling the layer does more than its class says."""
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return bool(hooks) or "forward" in layer.__dict__
 
 
 def is_decoding(x: Tensor, weight: Tensor) -> bool:

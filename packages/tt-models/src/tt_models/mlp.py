@@ -7,10 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tt_models.linear import linear
-from tt_models.rows import in_blocks, row_blocks
+from tt_models.rows import gradients_with_graph, in_blocks, row_blocks
 
 BLOCK = 2**17  # elements of a block, as in tt_models.rows
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -70,10 +69,11 @@ class GatedActivation(torch.autograd.Function):
         ctx.activation = inputs[2]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of gate and up."""
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *gradients_with_graph(lambda gate, up: ctx.activation(gate) * up, (gate, up), grad), None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for g, u, dy, dg, du in row_blocks(gate, up, grad.contiguous(), grad_gate, grad_up, size=BLOCK):
             with torch.enable_grad():

@@ -3,14 +3,14 @@
 Three roundings exist among the families; in fp32 the first two are the same.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from tt_models.rows import by_rows, in_blocks, is_eager, row_blocks
+from tt_models.rows import by_rows, gradients_with_graph, in_blocks, is_eager, row_blocks
 
 
 class RMSNorm(nn.Module):
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
         if torch.is_grad_enabled() and x.dtype == self.weight.dtype and in_blocks(x, self.weight):
             y: Tensor = NormAndWeight.apply(x, self.weight, self.eps)[0]  # type: ignore[no-untyped-call]
             return y
-        return self.weight * F.rms_norm(x, x.shape[-1:], None, self.eps)
+        return norm_and_weight(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """Size and epsilon."""
@@ -62,6 +62,11 @@ class OffsetRMSNorm(RMSNorm):
     def formula(self, x: Tensor) -> Tensor:
         """``forward`` in plain terms."""
         return (normalized(x, self.eps) * (1.0 + self.weight.float())).to(x.dtype)
+
+
+def norm_and_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * normalized(x)``, rounded to the dtype of ``x`` between."""
+    return weight * F.rms_norm(x, x.shape[-1:], None, eps)
 
 
 def normalized(x: Tensor, eps: float) -> Tensor:
@@ -98,13 +103,15 @@ class NormAndWeight(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Keep what backward needs."""
         ctx.save_for_backward(inputs[0], inputs[1], output[1])
+        ctx.eps = inputs[2]
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """With ``g = grad_y w`` and ``s`` the scale: ``grad_x = s g - x s^3 mean(g x)``."""
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *gradients_with_graph(partial(norm_and_weight, eps=ctx.eps), (x, weight), grad_y), None
         needs_x, needs_weight, _ = ctx.needs_input_grad
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)

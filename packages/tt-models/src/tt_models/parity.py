@@ -4,6 +4,7 @@ The reference is a causal language model of transformers with the same weights i
 it is needed and nowhere else. Errors are the largest difference over the largest value of the reference.
 """
 
+import math
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,11 +22,16 @@ TOLERANCE = 1e-5
 
 
 def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
-    """The largest difference over the largest expected value, or over ``floor`` where that is larger."""
+    """The largest difference over the largest expected value, or over ``floor`` where that is larger.
+
+    Infinite where a number is infinite or none: a maximum would pass over nan.
+    """
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     largest = max(expected.abs().max().item(), floor)
     difference = (found - expected).abs().max().item()
-    return 0.0 if difference == 0.0 else difference / largest if largest else float("inf")
+    if not math.isfinite(difference) or (difference and not largest):
+        return float("inf")
+    return difference / largest if difference else 0.0
 
 
 def compare(model: Decoder, reference: nn.Module, input_ids: Tensor, lengths: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -101,6 +107,7 @@ def greedy_differences(model: Decoder, reference: nn.Module, prompt: Tensor, *, 
 def certify(model: Decoder, reference: nn.Module, *, seq_len: int = 24, seed: int = 0) -> dict[str, Any]:
     """All errors of ``model`` against ``reference`` on random tokens, by name."""
     generator = torch.Generator().manual_seed(seed)
+    seq_len = min(seq_len, model.config.max_position_embeddings)
     ids = torch.randint(0, model.config.vocab_size, (2, seq_len), generator=generator).to(model.output_weight.device)
     lengths = (seq_len // 3, seq_len // 4, seq_len - seq_len // 3 - seq_len // 4)
     rows, documents = compare(model, reference, ids), compare(model, reference, ids, lengths)
@@ -117,13 +124,17 @@ def certify(model: Decoder, reference: nn.Module, *, seq_len: int = 24, seed: in
 
 
 def load_reference(path: str | Path) -> nn.Module:
-    """A directory through transformers, fp32, in evaluation mode; softcaps and sinks need its plain attention."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """A directory through transformers, fp32, in evaluation mode; softcaps and sinks need its plain attention.
+
+    Without its settings for generation: a repetition penalty is none of the model's maths.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     attention = "eager" if AutoConfig.from_pretrained(path).model_type in ("gemma2", "gpt_oss") else "sdpa"
     reference: nn.Module = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation=attention
     )
+    reference.generation_config = GenerationConfig()
     return reference.eval()
 
 
@@ -138,7 +149,8 @@ def verify(
     """A certificate, ready for JSON, that a model directory means here what it means to transformers.
 
     ``load`` reads the directory into a decoder in fp32, ``save`` writes one; what is written back must hold the same
-    weights for transformers. ``passed`` is the verdict, ``errors`` what was measured.
+    weights and give the same logits in transformers. ``passed`` is the verdict, ``errors`` what was measured, as text
+    where it is no finite number.
     """
     try:
         import transformers
@@ -150,14 +162,14 @@ def verify(
     errors = certify(model, reference, seed=seed)
     with tempfile.TemporaryDirectory() as directory:
         save(model, Path(directory))
-        errors["written_back"] = state_error(load_reference(directory).state_dict(), reference.state_dict())
+        errors["written_back"] = copy_error(load_reference(directory), reference, seed=seed)
     numbers = [value for value in errors.values() if isinstance(value, float)]
     return {
         "model": str(path),
         "model_type": model.config.model_type,
         "passed": all(number <= tolerance for number in numbers) and errors["greedy_differences"] == 0,
         "tolerance": tolerance,
-        "errors": errors,
+        "errors": {name: str(value) if value == float("inf") else value for name, value in errors.items()},
         "versions": {
             "tt_models": installed_version(),
             "torch": torch.__version__,
@@ -172,6 +184,17 @@ def installed_version() -> str:
     from importlib.metadata import version
 
     return version("tt-models")
+
+
+@torch.no_grad()
+def copy_error(copy: nn.Module, reference: nn.Module, *, seed: int = 0) -> float:
+    """The largest error of any tensor of a written model, and of its logits: a config may be written wrong too."""
+    vocab_size, generator = reference.config.vocab_size, torch.Generator().manual_seed(seed)  # type: ignore[union-attr]
+    ids = torch.randint(0, vocab_size, (1, 24), generator=generator)  # type: ignore[arg-type]
+    logits = [reference_logits(model, ids, ()) for model in (copy, reference)]
+    if logits[0].shape != logits[1].shape:
+        return float("inf")
+    return max(state_error(copy.state_dict(), reference.state_dict()), relative_error(*logits))
 
 
 def state_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tt_models.rows import BLOCK, is_eager
 
@@ -226,8 +225,7 @@ class Rotate(torch.autograd.Function):
         ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Of ``x``."""
         cos, sin = ctx.saved_tensors
-        return rotate_halves(grad, cos, -sin), None, None
+        return rotate(grad, cos, -sin), None, None

@@ -26,13 +26,27 @@ def row_blocks(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tens
 
 
 def by_rows(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``formula(x)``, which treats every row alone and keeps shape and dtype; without gradient, block by block."""
+    """``formula(x)``, which treats every row alone and keeps the shape; without gradient, block by block."""
     if torch.is_grad_enabled() or x.numel() <= BLOCK or not in_blocks(x):
         return formula(x)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=formula(x.view(-1, x.shape[-1])[:1]).dtype)
     for y_block, x_block in row_blocks(y, x):
         y_block.copy_(formula(x_block))
     return y
+
+
+def gradients_with_graph(
+    formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``formula(*inputs)``, None where none is wanted, that can be differentiated again.
+
+    For the backward of a ``torch.autograd.Function`` under ``create_graph``: with ``once_differentiable`` instead,
+    ``torch.autograd.grad`` leaves its part out of a second derivative and says nothing.
+    """
+    inputs = tuple(x.view_as(x) for x in inputs)  # so that no way from one to another is counted
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(formula(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """From logits to a token. B: batch, V: vocabulary."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +20,9 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        if self.repetition_penalty <= 0:
+        if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {self.top_k}")
@@ -36,7 +37,7 @@ def sample(
 ) -> Tensor:
     """A token per row, int64[B]; ``seen_BV`` marks the tokens that ``repetition_penalty`` acts on."""
     if sampling.repetition_penalty != 1.0 and seen_BV is not None:
-        logits_BV = penalize(logits_BV, seen_BV, sampling.repetition_penalty)
+        logits_BV = penalize(logits_BV.float(), seen_BV, sampling.repetition_penalty)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     return torch.multinomial(filtered(logits_BV, sampling).softmax(dim=-1), 1, generator=generator)[:, 0]
