@@ -250,6 +250,15 @@ def test_dtype_casts(model_dir, tmp_path):
     assert tt_ckpt.read_config(tmp_path / "out")["torch_dtype"] == "bfloat16"
 
 
+def test_values_that_a_dtype_cannot_hold_are_an_error(model_dir, tiny, tmp_path):
+    model = tiny()
+    model.model.norm.weight.data[:2] = 1e6
+    tt_ckpt.save_hf(model, tmp_path / "wide", config=tiny().config.__dict__)
+    with pytest.raises(ValueError, match=r"model.norm.weight: 2 values overflow float16"):
+        tt_ckpt.convert(tmp_path / "wide", tmp_path / "out", "hf", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+
+
 def test_max_shard_size_splits(model_dir, tmp_path):
     tt_ckpt.convert(model_dir(), tmp_path / "out", "hf", max_shard_size="40KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1

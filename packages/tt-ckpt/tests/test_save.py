@@ -1,6 +1,7 @@
 import json
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -242,3 +243,91 @@ def test_a_path_that_is_none_gets_a_suggestion(model_dir, tmp_path):
     with pytest.raises(ValueError, match="a file; give the model directory"):
         tt_ckpt.resolve(source / "config.json")
     assert tt_ckpt.resolve(str(source)) == source
+
+
+def contents(path):
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_is_written_over_comes_back_when_anything_fails(tiny, model_dir, tmp_path, monkeypatch, error):
+    """At every rename: also the source itself must not be lost to a Ctrl-C while it is replaced by its new self."""
+    path, rename = model_dir(), Path.rename
+    before, calls = contents(path), 0
+
+    def fail_at(number):
+        def failing(self, target):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise error
+            return rename(self, target)
+
+        return failing
+
+    for number in range(1, 30):
+        calls = 0
+        monkeypatch.setattr(Path, "rename", fail_at(number))
+        try:
+            tt_ckpt.save_hf(tiny(7), path, config=tiny().config.__dict__, source=path, overwrite=True)
+        except type(error):
+            assert contents(path) == before
+            continue
+        break
+    assert number > 6
+    assert contents(path).keys() == before.keys()
+    assert contents(path)["model.safetensors"] != before["model.safetensors"]
+
+
+def test_an_existing_directory_may_be_a_disk_of_its_own(tiny, tmp_path, monkeypatch):
+    """All is prepared inside of it: a rename from beside it would fail."""
+    path = tmp_path / "mounted"
+    path.mkdir()
+    seen = []
+    monkeypatch.setattr("tt_ckpt.hf.write_config", lambda *args: seen.extend(p.name for p in tmp_path.iterdir()))
+    tt_ckpt.save_hf(tiny(), path, config={})
+    assert seen == ["mounted"]
+    assert [p.name for p in path.iterdir()] == ["model.safetensors"]
+
+
+def test_two_that_write_the_same_directory_do_not_mix(tiny, config, tmp_path, monkeypatch, equal_models):
+    path, write_config = tmp_path / "out", tt_ckpt.hf.write_config
+
+    def other_comes_first(*args):
+        monkeypatch.setattr("tt_ckpt.hf.write_config", write_config)
+        tt_ckpt.save_hf(tiny(2), path, config=config(), max_shard_size="20KB")
+        write_config(*args)
+
+    monkeypatch.setattr("tt_ckpt.hf.write_config", other_comes_first)
+    with pytest.raises(FileExistsError, match=r"model-00001-of-\d+.safetensors has come meanwhile"):
+        tt_ckpt.save_hf(tiny(1), path, config=config())
+    found = tiny(3)
+    tt_ckpt.load_weights(found, path)
+    assert equal_models(found, tiny(2))
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_directory_in_place_of_a_file_is_explained_and_left(tiny, config, tmp_path, name):
+    path = tmp_path / "out"
+    (path / name).mkdir(parents=True)
+    (path / name / "kept").write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{name}: a directory stands there"):
+        tt_ckpt.save_hf(tiny(), path, config=config(), overwrite=True)
+    assert list(contents(path)) == [f"{name}/kept"]
+
+
+def test_a_link_to_nothing_is_explained(tiny, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="a link to nothing stands there"):
+        tt_ckpt.save_hf(tiny(), tmp_path / "link", config={})
+
+
+def test_values_that_a_dtype_cannot_hold_are_an_error(tiny, tmp_path):
+    model = tiny()
+    model.model.norm.weight.data[:2] = 1e6
+    with pytest.raises(ValueError, match=r"model.norm.weight: 2 values overflow float16"):
+        tt_ckpt.save_hf(model, tmp_path / "out", config={}, dtype=torch.float16)
+    assert not (tmp_path / "out").exists()
+    model.model.norm.weight.data[:2] = float("inf")  # what was not finite before is not for a cast to judge
+    tt_ckpt.save_hf(model, tmp_path / "out", config={}, dtype=torch.float16)

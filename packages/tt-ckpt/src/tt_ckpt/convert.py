@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from tt_ckpt import commit
-from tt_ckpt.directory import check_destination, copy_companions, publish, resolve, write_config
+from tt_ckpt.directory import check_destination, copy_companions, make_tmp, publish, resolve, write_config
 from tt_ckpt.formats import open_model
 from tt_ckpt.hf import counter, write_shards
 from tt_ckpt.layout import choose_layout, read_layout, write_layout
@@ -73,7 +73,7 @@ def convert(
     old = check_destination(target, overwrite=overwrite)
     files: list[str] = []
     if not dry_run:
-        tmp = commit.make_tmp(target)
+        tmp = make_tmp(target)
         try:
             advance = counter(progress, 2 * weights.nbytes)
             origins = list(dict.fromkeys([weights.files[0].parent, directory, *([base] if base else [])]))

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -111,12 +112,23 @@ def copy_companions(source: Path, destination: Path) -> None:
 
 def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
     """The weight files that stand in ``path`` and are to go; a FileExistsError unless they may."""
+    if path.is_symlink() and not path.exists():
+        raise FileExistsError(f"{path}: a link to nothing stands there; remove it or choose another directory")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: a file stands there; choose another directory")
-    found = sorted({file for pattern in WEIGHTS for file in path.glob(pattern)}) if path.exists() else []
+    found = _weights_in(path)
     if found and not overwrite:
         raise FileExistsError(f"{path}: holds {found[0].name} already; choose another directory or allow overwriting")
     return found
+
+
+def _weights_in(path: Path) -> list[Path]:
+    return sorted({file for pattern in WEIGHTS for file in path.glob(pattern) if not file.is_dir()})
+
+
+def make_tmp(path: Path) -> Path:
+    """An empty folder to prepare ``path`` in: inside of one that is there, which may be a disk of its own."""
+    return commit.make_tmp(path / "model" if path.is_dir() else path)
 
 
 def publish(tmp: Path, path: Path, old: list[Path]) -> None:
@@ -125,12 +137,33 @@ def publish(tmp: Path, path: Path, old: list[Path]) -> None:
     if not path.exists():
         tmp.rename(path)
     else:
-        for file in old:
-            file.unlink()
-        for entry in sorted(tmp.iterdir(), key=lambda entry: (entry.name == INDEX_NAME, entry.name)):
-            target = path / entry.name
-            if entry.is_dir() and target.is_dir():
-                commit.remove_tree(target)
-            entry.replace(target)
-        commit.fsync_dir(path)
+        _replace(tmp, path, old)
     commit.fsync_dir(path.parent)
+
+
+def _replace(tmp: Path, path: Path, old: list[Path]) -> None:
+    """The old files step aside, and come back when anything fails (Ctrl-C too) before the new ones are there."""
+    entries = sorted(tmp.iterdir(), key=lambda entry: (entry.name == INDEX_NAME, entry.name))
+    for file in _weights_in(path):
+        if file not in old:
+            raise FileExistsError(f"{path}: {file.name} has come meanwhile, from another process; nothing was written")
+    for entry in entries:
+        if (path / entry.name).is_dir() and not entry.is_dir():
+            raise FileExistsError(f"{path / entry.name}: a directory stands there; remove it or choose another place")
+    aside = make_tmp(path)
+    replaced = [path / entry.name for entry in entries if (path / entry.name).exists()]
+    moves = [(file, aside / file.name) for file in dict.fromkeys([*old, *replaced])]
+    moves += [(entry, path / entry.name) for entry in entries]
+    begun: list[tuple[Path, Path]] = []
+    try:
+        for source, target in moves:
+            begun.append((source, target))
+            source.rename(target)
+        commit.fsync_dir(path)
+    except BaseException:
+        for source, target in reversed(begun):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                target.rename(source)
+        raise
+    finally:
+        commit.remove_tree(aside)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tt_ckpt import commit
-from tt_ckpt.directory import check_destination, copy_companions, publish, resolve, write_config
+from tt_ckpt.directory import check_destination, copy_companions, make_tmp, publish, resolve, write_config
 from tt_ckpt.gathered import gathered, is_spread, write_together
 from tt_ckpt.layout import Layout, choose_layout, read_layout
 from tt_ckpt.names import check_basename
@@ -16,7 +16,7 @@ from tt_ckpt.shards import INDEX_NAME, OpenShards, find_shards
 from tt_ckpt.slots import find_slots, meta
 from tt_ckpt.slots import split as split_parameter
 from tt_ckpt.tensor_file import TensorSpec, spec_of, write_tensors
-from tt_ckpt.weights import Weights, compare
+from tt_ckpt.weights import Weights, cast_tensor, compare
 
 
 def save_hf(
@@ -48,7 +48,7 @@ def save_hf(
 
     def write(weights: Weights) -> None:
         old = check_destination(folder, overwrite=overwrite)
-        tmp = commit.make_tmp(folder)
+        tmp = make_tmp(folder)
         try:
             advance = counter(progress, 2 * weights.nbytes)
             write_shards(weights, tmp, layout, advance)
@@ -97,7 +97,7 @@ def _pieces(model: nn.Module, dtype: torch.dtype | None) -> dict[str, tuple[Tens
         for key, piece in split_parameter(model, name, meta(spec_of(tensor))).items():
 
             def make(key: str = key, name: str = name, tensor: Tensor = tensor, kind: torch.dtype = kind) -> Tensor:
-                return split_parameter(model, name, gathered(tensor))[key].to(kind)
+                return cast_tensor(key, split_parameter(model, name, gathered(tensor))[key], kind)
 
             found[key] = (TensorSpec(dtype=kind, shape=tuple(piece.shape)), make)
     return found

@@ -13,11 +13,9 @@ from tt_ckpt.fill import fill
 from tt_ckpt.mismatch import describe_mismatch, refuse_quantized
 from tt_ckpt.shards import OpenShards, Shards, find_shards
 from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of
+from tt_ckpt.weights import EMBEDDING, OUTPUT, is_finite
 
 logger = logging.getLogger(__name__)
-
-OUTPUT = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(kw_only=True)
@@ -73,7 +71,7 @@ def load_weights(
         stored, new = fill(model, tensors, slot, name, keys, dtype=dtype, device=device, copy=copy)
         if new.dtype != stored:
             casts[stored, new.dtype] = casts.get((stored, new.dtype), 0) + 1
-        if check_finite and not _is_finite(new):
+        if check_finite and not is_finite(new):
             problem = _not_finite(join(model, name, [tensors[key] for key in keys]), new)
             bad.append(f"{name} ({problem})")
         done += sum(shards.spec(key).nbytes for key in keys)
@@ -139,14 +137,6 @@ def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str]
     last_use = {shards.where[key]: i for i, (_, _, keys) in enumerate(fills) for key in keys}
     for i, (slot, name, keys) in enumerate(fills):
         yield slot, name, keys, [file for file, last in last_use.items() if last == i]
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """A finite sum proves that every value is: one pass, nothing allocated, several times as fast as a norm in bf16."""
-    if not tensor.is_floating_point():
-        return True
-    tensor = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()  # 8-bit floats cannot be summed
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor.float()).all())  # or too large to be summed
 
 
 def _not_finite(source: Tensor, filled: Tensor) -> str:

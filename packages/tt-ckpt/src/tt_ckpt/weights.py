@@ -50,8 +50,25 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     return replace(
         weights,
         specs={name: TensorSpec(dtype=target(spec), shape=spec.shape) for name, spec in weights.specs.items()},
-        get=lambda name: weights.get(name).to(target(weights.specs[name])),
+        get=lambda name: cast_tensor(name, weights.get(name), target(weights.specs[name])),
     )
+
+
+def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``; a ValueError where finite values become infinite."""
+    result = tensor.to(dtype)
+    if result is not tensor and not is_finite(result) and is_finite(tensor):
+        count = int((~torch.isfinite(result.float())).sum())
+        raise ValueError(f"{name}: {count} values overflow {str(dtype).removeprefix('torch.')}; choose a wider dtype")
+    return result
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """A finite sum proves that every value is: one pass, nothing allocated, several times as fast as a norm in bf16."""
+    if not tensor.is_floating_point():
+        return True
+    tensor = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()  # 8-bit floats cannot be summed
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor.float()).all())  # or too large to be summed
 
 
 def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable[[int], None] | None = None) -> None:
