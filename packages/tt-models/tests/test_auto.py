@@ -12,6 +12,13 @@ import tt_models
 from tt_models.auto import FAMILIES
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | {
+    "original_max_position_embeddings": 16
+}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4} | {
+    "original_max_position_embeddings": 16
+}
 
 
 def test_checklist_models_are_listed():
@@ -94,6 +101,16 @@ def test_rope_theta_is_read_from_wherever_it_stands():
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta_fast": 3}}, "does not know beta_fast"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must"),
         ({"rope_scaling": 3}, "rope_scaling must be a mapping"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a positive number, got 0"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "factor must be a positive number, got True"),
+        ({"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast must be a positive number, got 0"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "truncate must be true or false, got 1"),
+        ({"rope_scaling": LONGROPE | {"long_factor": 1.0}}, "long_factor must be a list of positive numbers"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 5.0}}, "low_freq_factor 5.0 is above high_freq_factor 4.0"),
+        ({"rope_theta": 0.0}, "rope_theta must be positive, got 0.0"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps must not be negative"),
+        ({"intermediate_size": -3}, "intermediate_size must be positive, got -3"),
+        ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
         ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta is given twice"),
         ({"rope_theta": "1e4"}, "rope_theta must be float, got '1e4'"),
         ({"hidden_size": "32"}, "hidden_size must be int, got '32'"),
@@ -132,6 +149,20 @@ def test_wrong_config_is_refused_in_one_line(change, message):
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, "lacks long_factor"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must have 36"),
+        ("smollm3", {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be positive"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern must be positive"),
+        ("mistral", {"sliding_window": 0}, "sliding_window must be positive, got 0"),
+        ("phi3", {"sliding_window": -1}, "sliding_window must be positive, got -1"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be positive"),
+        ("qwen3_moe", {"num_experts_per_tok": 129}, "between 1 and the 128 experts, got 129"),
+        ("mixtral", {"num_experts_per_tok": 0}, "between 1 and the 8 experts, got 0"),
+        ("gpt_oss", {"num_experts_per_tok": 200}, "between 1 and the 128 experts, got 200"),
+        (
+            "phi3",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"rope_theta": 50.0, "partial_rotary_factor": 0.75}},
+            "partial_rotary_factor is given twice and differently: 0.5 and 0.75",
+        ),
     ],
 )
 def test_wrong_family_config_is_refused(model_type, change, message):
@@ -152,8 +183,18 @@ def test_mlp_width_of_llama_2():
 
 def test_keys_without_effect_and_nulls_are_passed_over():
     extra = {"architectures": ["LlamaForCausalLM"], "torch_dtype": "float16", "use_cache": True, "auto_map": {"a": "b"}}
+    extra |= {"use_sliding_window": False, "attn_pdrop": 0.0, "quantization_config": {}, "max_new_tokens": 512}
     config = tt_models.config_from_hf(LLAMA | extra | {"new_feature": None, "head_dim": None, "rms_norm_eps": None})
     assert config == tt_models.config_from_hf(LLAMA)
+
+
+def test_the_underscored_pattern_of_gemma_3_says_nothing_like_in_transformers():
+    transformers = pytest.importorskip("transformers")
+    config = {"model_type": "gemma3_text", "num_hidden_layers": 8, "_sliding_window_pattern": 2}
+    reference = transformers.AutoConfig.for_model(**config)
+    assert list(tt_models.config_from_hf(config).layer_kinds) == reference.layer_types
+    kinds = ["full_attention", "sliding_attention"] * 4
+    assert list(tt_models.config_from_hf(config | {"layer_types": kinds}).layer_kinds) == kinds
 
 
 def test_first_gemma_files_mean_the_tanh_gelu():

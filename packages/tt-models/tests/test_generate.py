@@ -234,6 +234,26 @@ def test_compiled_step_gives_the_same_text(small, monkeypatch):
     generate_module.compiled_decode_one_token.cache_clear()
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])
+def test_a_window_is_compiled_once_and_not_for_each_of_its_columns(model_type, small, monkeypatch):
+    def on_eager(function):
+        return real(function, backend="eager", fullgraph=True)
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", on_eager)
+    generate_module.compiled_decode_one_token.cache_clear()
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small(model_type, 1, sliding_window=7)
+    for length in (3, 9, 5, 12):
+        ids = torch.randint(0, 60, (1, length))
+        expected = tt_models.generate(model, ids, max_new_tokens=20, temperature=0)
+        assert tt_models.generate(model, ids, max_new_tokens=20, temperature=0, compile=True).equal(expected)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8  # the limit
+    generate_module.compiled_decode_one_token.cache_clear()
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -30,7 +30,8 @@ def test_experts_equal_a_loop_over_tokens(dtype, hidden, inner):
 
 
 def test_grouped_linear_takes_any_alignment():
-    for size, dtype in ((16, torch.float32), (16, torch.bfloat16), (3, torch.float32), (3, torch.bfloat16)):
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    for size, dtype in ((size, dtype) for size in (16, 3) for dtype in dtypes):
         x, weight = torch.randn(7, size, dtype=dtype), torch.randn(3, 2 * size, size, dtype=dtype)
         counts = torch.tensor([2, 0, 5])
         expected = torch.cat([x[:2] @ weight[0].T, x[2:] @ weight[2].T])
@@ -117,3 +118,18 @@ def test_dense_layers_among_sparse_ones(small):
     assert [isinstance(layer.mlp, MoE) for layer in model.model.layers] == [True, False, True]
     model = small("qwen3_moe", num_hidden_layers=3, decoder_sparse_step=2, mlp_only_layers=[])
     assert [isinstance(layer.mlp, MoE) for layer in model.model.layers] == [False, True, False]
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_gradients_per_sample_go_through_a_mixture(model_type, small):
+    model, ids = small(model_type, 1), torch.randint(7, 50, (2, 9))
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(parameters, ids):
+        return torch.func.functional_call(model, parameters, (ids[None],)).square().mean()
+
+    found = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, ids)
+    for index in range(2):
+        expected = torch.func.grad(loss)(parameters, ids[index])
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name][index], gradient, rtol=1e-3, atol=1e-5)

@@ -135,6 +135,10 @@ def test_amplitudes():
 
 def test_older_spellings_of_scalings():
     assert check_rope_scaling({"type": "linear", "factor": 2}) == {"rope_type": "linear", "factor": 2}
+    linear = {"type": "linear", "factor": 2}
+    assert check_rope_scaling({"rope_type": None} | linear) == check_rope_scaling(linear)
+    published = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096, "finetuned": True}
+    assert "finetuned" not in check_rope_scaling(published)  # Yarn-Llama-2, Yarn-Mistral
     assert check_rope_scaling({"rope_type": "default"}) is None
     assert check_rope_scaling(None) is None
     with pytest.raises(ValueError, match="takes no numbers, got factor"):

@@ -22,6 +22,7 @@ class ModelConfig:
     model_type: ClassVar[str] = ""
     architecture: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings in config.json -> field
+    positive: ClassVar[tuple[str, ...]] = ()  # fields of the family that must be positive where they are given
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -47,11 +48,15 @@ class ModelConfig:
             "vocab_size",
             "hidden_size",
             "num_hidden_layers",
+            "intermediate_size",
             "num_attention_heads",
             "max_position_embeddings",
+            "rope_theta",
+            *self.positive,
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
         self._fill("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -75,6 +80,8 @@ class ModelConfig:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.rms_norm_eps < 0:
+            raise ValueError(f"rms_norm_eps must not be negative, got {self.rms_norm_eps}")
         if not 0.0 <= self.attention_dropout <= 1.0:
             raise ValueError(f"attention_dropout must lie in [0, 1], got {self.attention_dropout}")
         if self.hidden_act not in ACTIVATIONS:
@@ -147,6 +154,8 @@ class ModelConfig:
 class LayeredConfig(ModelConfig):
     """A config whose layers are of two kinds, ``full_attention`` and ``sliding_attention``."""
 
+    positive: ClassVar[tuple[str, ...]] = ("sliding_window",)
+
     sliding_window: int | None = None  # tokens that a sliding layer sees back, itself included
     layer_types: tuple[str, ...] | None = None  # None: the family's own pattern
 
@@ -184,6 +193,12 @@ class LayeredConfig(ModelConfig):
     def to_hf(self) -> dict[str, Any]:
         """With the kind of each layer."""
         return super().to_hf() | {"layer_types": list(self.layer_kinds)}
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """ValueError where a token cannot have so many experts."""
+    if not 0 < top_k <= num_experts:
+        raise ValueError(f"num_experts_per_tok must lie between 1 and the {num_experts} experts, got {top_k}")
 
 
 C = TypeVar("C", bound=ModelConfig)

@@ -10,12 +10,12 @@ from typing import Any
 WITHOUT_EFFECT = frozenset(
     [
         "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-        "_name_or_path", "architectures", "attn_implementation", "auto_map", "bad_words_ids",
+        "_name_or_path", "_sliding_window_pattern", "architectures", "attn_implementation", "auto_map", "bad_words_ids",
         "begin_suppress_tokens", "bos_token", "cache_implementation", "decoder_start_token_id",
         "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
         "eos_token", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
         "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_llama_config",
-        "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "min_length",
+        "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length",
         "model_max_length", "no_repeat_ngram_size", "num_assistant_tokens", "num_beam_groups", "num_beams",
         "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
         "output_router_logits", "output_scores", "pad_token", "prefix", "pretraining_tp", "problem_type",
@@ -32,6 +32,7 @@ WITHOUT_EFFECT = frozenset(
 # Keys that change the maths in general and are harmless at one value.
 ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
+    "attn_pdrop": (0,),
     "attention_bias": (False,),
     "chunk_size_feed_forward": (0,),
     "cross_attention_hidden_size": (),
@@ -44,11 +45,13 @@ ONLY_VALUE: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "partial_rotary_factor": (1,),
     "pruned_heads": ({},),
+    "quantization_config": ({},),
     "resid_pdrop": (0,),
     "router_jitter_noise": (0,),
     "rope_interleaved": (False,),
     "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
+    "use_sliding_window": (False,),
 }
 
 

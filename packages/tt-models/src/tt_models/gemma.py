@@ -51,6 +51,7 @@ class Gemma2Config(LayeredConfig):
 
     model_type: ClassVar[str] = "gemma2"
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
+    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "query_pre_attn_scalar")
     aliases: ClassVar[Mapping[str, str]] = {"hidden_activation": "hidden_act"}
 
     vocab_size: int = 256000
@@ -83,6 +84,7 @@ class Gemma3Config(Gemma2Config):
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
+    positive: ClassVar[tuple[str, ...]] = (*Gemma2Config.positive, "rope_local_base_freq", "sliding_window_pattern")
 
     vocab_size: int = 262208
     max_position_embeddings: int = 131072
@@ -107,13 +109,6 @@ class Gemma3Config(Gemma2Config):
         """By kind of layer."""
         local = {"rope_type": "default", "rope_theta": self.rope_local_base_freq}
         return {FULL: super().rope_parameters, SLIDING: local}
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """With the older spelling of the pattern."""
-        pattern = config.get("_sliding_window_pattern")
-        others = {key: value for key, value in config.items() if key != "_sliding_window_pattern"}
-        return super().from_hf(others if pattern is None else {"sliding_window_pattern": pattern} | others)
 
     @classmethod
     def read_rope(cls, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from tt_models.config import FULL, SLIDING, LayeredConfig, sized
+from tt_models.config import FULL, SLIDING, LayeredConfig, check_top_k, sized
 from tt_models.decoder import Block, Decoder
 from tt_models.moe import grouped_linear, mix
 from tt_models.norm import LateRoundingRMSNorm
@@ -49,6 +49,10 @@ class GptOssConfig(LayeredConfig):
     swiglu_alpha: float = 1.702
     swiglu_limit: float = 7.0
     router_aux_loss_coef: float = 0.001
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_top_k(self.num_experts_per_tok, self.num_local_experts)
 
     def usual_layer_types(self) -> tuple[str, ...]:
         """Every second layer sees everything."""

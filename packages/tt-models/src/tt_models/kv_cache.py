@@ -41,16 +41,16 @@ class LayerCache:
             return store[:, :, :end]
         if count == 1:
             slot = length % self.capacity
-            store[:, :, slot] = new[:, :, 0].detach()
+            store[:, :, slot : slot + 1] = new.detach()  # a slice: the compiler would make an index a constant
             if new.requires_grad:
                 store = store.clone()
-                store[:, :, slot] = new[:, :, 0]
+                store[:, :, slot : slot + 1] = new
             return store
         before = torch.arange(max(0, length - self.capacity + 1), length, device=store.device) % self.capacity
         seen = torch.cat((store[:, :, before], new), dim=2)
         kept = min(count, self.capacity)
         slots = torch.arange(end - kept, end, device=store.device) % self.capacity
-        store[:, :, slots] = new[:, :, -kept:].detach()
+        store[:, :, slots] = new[:, :, -kept:].detach().to(store.dtype)  # autocast computes in another
         return seen
 
 

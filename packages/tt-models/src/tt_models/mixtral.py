@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from tt_models.config import ModelConfig
+from tt_models.config import ModelConfig, check_top_k
 from tt_models.decoder import Block
 from tt_models.moe import ExpertNames, Experts, MixtureDecoder, MoE, softmax_then_top_k
 from tt_models.parts import attention_of, norm_of, rope_of
@@ -17,6 +17,7 @@ class MixtralConfig(ModelConfig):
 
     model_type: ClassVar[str] = "mixtral"
     architecture: ClassVar[str] = "MixtralForCausalLM"
+    positive: ClassVar[tuple[str, ...]] = ("sliding_window",)
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
 
     intermediate_size: int = 14336
@@ -30,6 +31,10 @@ class MixtralConfig(ModelConfig):
     router_aux_loss_coef: float = 0.001
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_top_k(self.num_experts_per_tok, self.num_local_experts)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

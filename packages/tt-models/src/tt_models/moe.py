@@ -77,17 +77,18 @@ def mix(
     order = experts_TK.flatten().argsort(stable=True)
     experts_R = experts_TK.flatten()[order]
     counts_X = torch.zeros(num_experts, dtype=torch.int64, device=x_TE.device)
-    counts_X = counts_X.scatter_add_(0, experts_R, torch.ones_like(experts_R))
+    counts_X = counts_X.scatter_add(0, experts_R, torch.ones_like(experts_R))
     tokens_R = order // experts_TK.shape[1]
     y_RE = apply_experts(x_TE[tokens_R], counts_X, experts_R) * weights_TK.flatten()[order, None]
-    return torch.zeros_like(x_TE).index_add_(0, tokens_R, y_RE.to(x_TE.dtype))
+    return torch.zeros_like(x_TE).index_add(0, tokens_R, y_RE.to(x_TE.dtype))
 
 
 def grouped_linear(x_RE: Tensor, weight_XOE: Tensor, counts_X: Tensor) -> Tensor:
     """``x W^T``, [R, O], with the weight of the expert whose rows they are; rows are sorted by expert."""
     aligned = all(size * x_RE.element_size() % 16 == 0 for size in weight_XOE.shape[1:])  # grouped_mm wants 16 bytes
-    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # where it takes any dtype
-    if aligned and x_RE.dtype == weight_XOE.dtype and (on_cpu or x_RE.dtype == torch.bfloat16):
+    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # where it takes more dtypes
+    dtypes = (torch.bfloat16, torch.float32, torch.float16) if on_cpu else (torch.bfloat16,)
+    if aligned and x_RE.dtype == weight_XOE.dtype and x_RE.dtype in dtypes:
         return F.grouped_mm(x_RE, weight_XOE.transpose(1, 2), offs=counts_X.cumsum(0).int())
     rows = torch.split(x_RE, counts_X.tolist())
     return torch.cat([F.linear(part, weight) for part, weight in zip(rows, weight_XOE.unbind(0), strict=True)])

@@ -24,6 +24,7 @@ class Phi3Config(ModelConfig):
 
     model_type: ClassVar[str] = "phi3"
     architecture: ClassVar[str] = "Phi3ForCausalLM"
+    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "original_max_position_embeddings")
 
     vocab_size: int = 32064
     hidden_size: int = 3072
@@ -55,9 +56,15 @@ class Phi3Config(ModelConfig):
             rope = config.get(key)
             if not isinstance(rope, Mapping):
                 continue
-            if rope.get("partial_rotary_factor") is not None:
-                shares["partial_rotary_factor"] = rope["partial_rotary_factor"]
-            kind = rope.get("rope_type", rope.get("type", "default"))
+            share = rope.get("partial_rotary_factor")
+            if share is not None:
+                if config.get("partial_rotary_factor", share) != share:
+                    raise ValueError(
+                        "config.json: partial_rotary_factor is given twice and differently: "
+                        f"{config['partial_rotary_factor']!r} and {share!r}"
+                    )
+                shares["partial_rotary_factor"] = share
+            kind = rope.get("rope_type") or rope.get("type") or "default"
             rope = {name: value for name, value in rope.items() if name not in ("type", "partial_rotary_factor")}
             if kind != "default":
                 original = config.get("original_max_position_embeddings", cls.original_max_position_embeddings)

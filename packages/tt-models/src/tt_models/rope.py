@@ -40,8 +40,9 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
         return None
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling must be a mapping, got {scaling!r}")
-    numbers = {key: value for key, value in scaling.items() if key not in ("type", "rope_type") and value is not None}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    without = {"type", "rope_type", "finetuned"}  # the last one tells how the weights were made
+    numbers = {key: value for key, value in scaling.items() if key not in without and value is not None}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     kind = OLD_NAMES.get(str(kind), str(kind))
     if kind == "default":
         if numbers:
@@ -57,11 +58,25 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
         wrong = [f"lacks {key}" for key in sorted(missing)] + [f"does not know {key}" for key in sorted(unknown)]
         known = ", ".join(sorted(required | optional))
         raise ValueError(f"rope_scaling of type {kind!r} {', '.join(wrong)}; it takes {known}")
-    for key, value in numbers.items():
-        values = value if key in ("short_factor", "long_factor") and isinstance(value, list | tuple) else [value]
-        if any(not isinstance(number, int | float) or number < 0 for number in values):
-            raise ValueError(f"rope_scaling: {key} must not hold anything but positive numbers, got {value!r}")
+    check_rope_numbers(numbers)
     return {"rope_type": kind, **numbers}
+
+
+def check_rope_numbers(numbers: Mapping[str, Any]) -> None:
+    """ValueError for what the formulas cannot take."""
+    for key, value in numbers.items():
+        per_pair = key in ("short_factor", "long_factor")
+        values = value if per_pair and isinstance(value, list | tuple) else [value]
+        least = 0.0 if key in ("low_freq_factor", "mscale", "mscale_all_dim") else math.ulp(0.0)
+        numeric = all(isinstance(one, int | float) and not isinstance(one, bool) and one >= least for one in values)
+        if key == "truncate" and not isinstance(value, bool):
+            raise ValueError(f"rope_scaling: truncate must be true or false, got {value!r}")
+        if key != "truncate" and (not numeric or per_pair != isinstance(value, list | tuple)):
+            kind = "a list of positive numbers" if per_pair else "a positive number"
+            raise ValueError(f"rope_scaling: {key} must be {kind}, got {value!r}")
+    low, high = numbers.get("low_freq_factor", 0.0), numbers.get("high_freq_factor", math.inf)
+    if low > high:
+        raise ValueError(f"rope_scaling: low_freq_factor {low!r} is above high_freq_factor {high!r}")
 
 
 class Rope:

@@ -14,6 +14,7 @@ class SmolLM3Config(LayeredConfig):
 
     model_type: ClassVar[str] = "smollm3"
     architecture: ClassVar[str] = "SmolLM3ForCausalLM"
+    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "no_rope_layer_interval")
 
     vocab_size: int = 128256
     hidden_size: int = 2048
