@@ -358,3 +358,14 @@ def test_renames_carry_all_numbers_both_ways():
     assert rename.back("b.12.3.x") == "a.12.experts.3.w"
     with pytest.raises(ValueError, match="unknown tensor a.1.expert.2.w in a test; did you mean a.N.experts.N.w"):
         rename.there("a.1.expert.2.w")
+
+
+@pytest.mark.parametrize("name", ["config.json", "params.json"])
+def test_a_config_that_is_a_link_out_of_its_folder_is_refused(model_dir, tmp_path, name):
+    """Else a cloned repository could have a file of the user's copied into what is uploaded next."""
+    source = model_dir()
+    (tmp_path / "secret.json").write_text('{"auth": "x"}')
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="a link that leaves its folder"):
+        tt_ckpt.convert(source, tmp_path / "out", "hf")

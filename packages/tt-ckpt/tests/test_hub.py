@@ -1,5 +1,6 @@
 """Download and upload against a hub of our own on this machine, which can truncate, flip, fail and demand a token."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -274,6 +275,15 @@ def test_what_is_in_the_cache_needs_no_network(server, repository, monkeypatch):
         tt_ckpt.resolve("someone/some-modell")
 
 
+def test_offline_nothing_is_said_to_be_in_a_directory_where_it_is_not(server, repository, monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    tt_ckpt.download(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="HF_HUB_OFFLINE is set: not fetched again; copy it from"):
+        tt_ckpt.download(REPO, output_dir=tmp_path / "here")
+
+
 def test_a_cut_connection_is_resumed(server, repository):
     server.cut = {"model.safetensors": 1}
     report = tt_ckpt.download(REPO)
@@ -435,6 +445,17 @@ def test_secrets_are_redacted_by_value_and_by_look(monkeypatch):
     assert tt_ckpt.redact(text) == "a [redacted] b [redacted] c short d [redacted]"
 
 
+def test_a_password_in_an_endpoint_is_redacted(server, monkeypatch):
+    from huggingface_hub import constants
+
+    text = "GET https://joe:pa55word@hub.example/api by ssh://git@host of joe@example.com"
+    assert tt_ckpt.redact(text) == "GET https://[redacted]@hub.example/api by ssh://git@host of joe@example.com"
+    monkeypatch.setattr(constants, "ENDPOINT", "http://joe:pa55word@hub.example")
+    with pytest.raises(ValueError, match="expected https") as caught:
+        tt_ckpt.download(REPO)
+    assert "pa55word" not in str(caught.value)
+
+
 # ---- upload ----------------------------------------------------------------------------------------------------------
 
 
@@ -466,6 +487,24 @@ def test_an_adapter_gets_an_adapters_card(server, tmp_path):
     assert "library_name: peft\nbase_model: a/base" in card
     assert "rank 4" in card
     assert server.created.get("private") is False or server.created.get("visibility") == "public"
+
+
+@pytest.mark.parametrize("base", ["/home/joe/models/base", "base\nlicense: evil", ["a"]])
+def test_a_base_that_is_no_repository_is_not_in_the_card(tmp_path, base):
+    """The hub refuses a card whose base_model is a path, and a newline would write fields of its own."""
+    save_file({"a": torch.ones(600)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    card = tt_ckpt.model_card(tmp_path, REPO)
+    assert "base_model:" not in card
+    assert "joe" not in card
+    assert "evil" not in card
+
+
+@pytest.mark.parametrize("config", ["[]", '{"architectures": [1]}', '{"model_type": 3}'])
+def test_an_odd_config_has_a_card_or_is_our_error(tmp_path, config):
+    (tmp_path / "config.json").write_text(config)
+    with contextlib.suppress(ValueError):
+        assert tt_ckpt.model_card(tmp_path, REPO).startswith("---")
 
 
 def test_a_readme_of_ones_own_is_kept(server, model_dir):

@@ -3,6 +3,7 @@ import os
 import random
 import stat
 import struct
+import time
 
 import pytest
 import torch
@@ -264,3 +265,18 @@ def test_what_the_library_refuses_we_refuse(tmp_path):
             pass
         with pytest.raises(ValueError, match="bad"):
             read_header(path)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
+    header = ("{" + ",".join(f'"{i}":0' for i in range(200_000)) + ',"199999":0}').encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="'199999' stands twice"):
+        read_header(path)
+    assert time.monotonic() - started < 5
+
+
+def test_a_tensor_cannot_take_the_place_of_the_metadata(tmp_path):
+    with pytest.raises(ValueError, match="cannot be called __metadata__"):
+        write_tensor_dict(tmp_path / "x.safetensors", {"__metadata__": torch.ones(1)})

@@ -335,3 +335,12 @@ def test_restored_tensors_outlive_their_files(checkpoints):
         save(checkpoints, step)
     assert not (checkpoints.directory / "step-000001").exists()
     assert torch.equal(first, contents(1)[0]["model"]["w"])
+
+
+def test_what_could_not_be_verified_is_not_saved(checkpoints, tmp_path):
+    (tmp_path / "elsewhere").write_text("x")
+    with pytest.raises(CheckpointNotSaved, match="link.*a link, which is no part of a checkpoint"):
+        checkpoints.save(1, tensors={}, state={}, files={"link": lambda path: path.symlink_to(tmp_path / "elsewhere")})
+    with pytest.raises(CheckpointNotSaved, match="the manifest has a sha256 of its own"):
+        checkpoints.save(1, tensors={}, state={}, info={"sha256": "mine"})
+    assert checkpoints.latest() is None

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import tt_peft
-from tt_peft import LoRAConfig, apply_lora_, merge_lora_, unmerge_lora_
+from tt_peft import LoRAConfig, apply_lora_, merge, merge_lora_, unmerge_lora_
 from tt_peft.nf4 import is_nf4
 
 KINDS = {
@@ -201,3 +201,21 @@ def test_what_was_merged_stays_under_a_new_adapter(make_lm, randomise, ids):
     torch.testing.assert_close(model(ids), both, rtol=1e-5, atol=1e-5)
     with tt_peft.disable_adapter(model):
         torch.testing.assert_close(model(ids), merged, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_merge_that_ends_in_the_middle_is_undone(make_lm, randomise, ids, monkeypatch, error):
+    model = trained(make_lm, randomise, "plain")
+    expected, calls, change = model(ids), [], merge._become
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise error
+        change(*args)
+
+    monkeypatch.setattr(merge, "_become", failing)
+    with pytest.raises(type(error)):
+        merge_lora_(model)
+    assert len(tt_peft.adapter_state_dict(model)) == 24
+    torch.testing.assert_close(model(ids), expected, rtol=1e-5, atol=1e-5)

@@ -140,8 +140,12 @@ def write_manifest(directory: Path, info: Mapping[str, Any], known: Mapping[str,
     """Write MANIFEST.json over all files of ``directory``; ``known`` holds sha256 sums that need not be computed."""
     known = known or {}
     files = {}
+    if "sha256" in info:
+        raise ValueError("the manifest has a sha256 of its own: call yours otherwise")
     for name in list_files(directory):
         path = directory / name
+        if path.is_symlink():  # verify would refuse what was saved
+            raise ValueError(f"{path}: a link, which is no part of a checkpoint; copy the file")
         files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     body = json.loads(json.dumps({**info, "files": files}, allow_nan=False))
     write_json(directory / MANIFEST_NAME, {**body, "sha256": _digest(body)})

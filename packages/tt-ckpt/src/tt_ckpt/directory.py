@@ -68,7 +68,7 @@ def _similar(path: Path) -> str:
 def read_config(path: str | Path) -> dict[str, Any]:
     """``config.json`` of a model directory or hub id, as a dict."""
     directory = resolve(path)
-    file = directory / "config.json"
+    file = safe_file(directory, "config.json")
     if not file.exists():
         present = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
         hint = "; a Meta checkpoint: run tt convert" if (directory / "params.json").exists() else ""

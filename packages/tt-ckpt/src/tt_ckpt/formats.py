@@ -75,7 +75,7 @@ def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
         if (folder / "config.json").is_file():
             found.setdefault("config.json", read_config(folder))
         if (folder / "params.json").is_file():
-            params = read_json(folder / "params.json")
+            params = read_json(safe_file(folder, "params.json"))
             if not isinstance(params, dict):
                 raise ValueError(f"{folder / 'params.json'}: expected a JSON object, found {type(params).__name__}")
             found.setdefault("params.json", params)

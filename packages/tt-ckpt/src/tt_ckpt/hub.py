@@ -71,6 +71,8 @@ def download(
     check_endpoint()
     if _is_offline():
         path = snapshot(repo_id, revision=revision)
+        if output_dir is not None:
+            raise FileNotFoundError(f"{repo_id}: HF_HUB_OFFLINE is set: not fetched again; copy it from {path}")
         names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
         size = sum((path / name).stat().st_size for name in names)
         seconds = round(time.monotonic() - started, 3)

@@ -8,6 +8,7 @@ wants every tensor at once, does not fsync, and leaves the file with mode 0600.
 import hashlib
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -162,8 +163,8 @@ def _is_sizes(value: Any) -> bool:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = Counter(key for key, _ in pairs)
+        twice = next(key for key in counts if counts[key] > 1)
         raise ValueError(f"{twice!r} stands twice")
     return found
 
@@ -207,6 +208,8 @@ class MappedFile:
 
 def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
     """Length and JSON of a file that holds ``specs`` in their order, byte for byte as the safetensors library does."""
+    if "__metadata__" in specs:
+        raise ValueError("a tensor cannot be called __metadata__ in a safetensors file")
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
     for name, spec in specs.items():

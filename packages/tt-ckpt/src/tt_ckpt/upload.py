@@ -1,6 +1,7 @@
 """Models to the hub: weights as safetensors, a model card, nothing that looks like a secret; checked by hash."""
 
 import fnmatch
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from tt_ckpt.names import safe_file
 from tt_ckpt.redact import holds_secret
 from tt_ckpt.shards import format_size, read_json
 
+_REPO_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _TEXT = (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".py", ".cfg", ".toml")
 _CARD = """---
 library_name: {library}
@@ -132,8 +134,15 @@ def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> 
 
     adapter = (folder / "adapter_config.json").is_file()
     config = read_json(folder / ("adapter_config.json" if adapter else "config.json"))
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}: its config is no JSON object, found {type(config).__name__}")
     base_model = base_model or (config.get("base_model_name_or_path") if adapter else None)
+    if base_model and not _REPO_ID.fullmatch(
+        str(base_model)
+    ):  # a path: it says nothing to others, and the hub refuses such a card
+        base_model = None
     specs = [spec for file in sorted(folder.glob("*.safetensors")) for spec in read_header(file).tensors.values()]
+    architectures = config.get("architectures") or [config.get("peft_type", config.get("model_type"))]
     tags = f"base_model: {base_model}\n" if base_model else ""
     name = repo_id.rpartition("/")[2]
     if adapter:
@@ -148,7 +157,7 @@ def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> 
         tags=tags + "tags:\n- tt\n",
         name=name,
         what=what,
-        architecture=", ".join(config.get("architectures") or [str(config.get("peft_type", config.get("model_type")))]),
+        architecture=", ".join(map(str, architectures)),
         parameters=f"{sum(spec.numel for spec in specs):,}",
         dtype=", ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})),
         size=format_size(sum(spec.nbytes for spec in specs)),

@@ -73,7 +73,7 @@ def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None, keep_base
     try:
         for name, module in modules.items():
             layers += _merge(name, module, dtype=dtype, keep_base=keep_base)
-    except ValueError:
+    except BaseException:  # out of memory and Ctrl-C too: never half a merge
         _unmerge_all(model)
         raise
     rest = {name: module for name, module in own_modules(model).items() if type(module) is NF4Linear}
@@ -168,6 +168,8 @@ def _with_adapters(module: AdapterModule, local: str, base: Tensor) -> Tensor:
     for low_rank in _active(module, local):
         delta = _delta(module, low_rank)
         if low_rank.lora_magnitude_vector is not None:
+            if hasattr(base, "device_mesh"):
+                raise ValueError("DoRA of a sharded model cannot be merged: load the adapter into a whole one")
             ratio = (low_rank.lora_magnitude_vector.float() / row_norms(base, low_rank))[:, None]
             delta = (ratio - 1) * base + ratio * delta
         total += delta
