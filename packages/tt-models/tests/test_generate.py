@@ -41,6 +41,7 @@ def test_left_padded_tensor_with_lengths_is_the_same_as_lists(small):
     lists = tt_models.generate(model, [[7, 8, 9], [20]], max_new_tokens=6, temperature=0)
     padded, lengths = torch.tensor([[7, 8, 9], [0, 0, 20]]), torch.tensor([3, 1])
     assert lists.equal(tt_models.generate(model, padded, prompt_lengths=lengths, max_new_tokens=6, temperature=0))
+    assert lists.equal(tt_models.generate(model, padded, prompt_lengths=[3, 1], max_new_tokens=6, temperature=0))
     assert not lists.equal(tt_models.generate(model, padded, max_new_tokens=6, temperature=0))
 
 

@@ -148,3 +148,9 @@ def test_a_cache_in_fp32_serves_autocast(model_type, small):
             pieces = [model(chunk, cache=cache) for chunk in ids.split(cuts, dim=1)]
             error = (torch.cat(pieces, dim=1) - whole).abs().max() / whole.abs().max()
             assert error < 0.2  # a router may choose another expert
+
+
+def test_a_cache_of_another_dtype_than_the_model_is_refused(small):
+    model = small().bfloat16()
+    with pytest.raises(ValueError, match=r"stores torch.float32, the model computes in torch.bfloat16: make it with"):
+        model(torch.randint(0, 60, (2, 3)), cache=cache_of(model))

@@ -320,3 +320,8 @@ def test_backward_hooks_and_patched_forwards_of_a_layer_are_called():
     patched = nn.Linear(8, 4)
     patched.forward = lambda x: x * 2
     assert linear(patched, x).equal(x * 2)
+    flat = nn.Linear(8, 4)
+    expected, weight = flat(x), flat.weight.detach()
+    del flat.weight
+    flat.weight = weight  # a view of a flat parameter, as in FSDP 1
+    assert linear(flat, x).equal(expected)

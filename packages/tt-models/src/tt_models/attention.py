@@ -23,6 +23,9 @@ class Attention(nn.Module):
     ``qk_norm(head_dim)`` makes the norms of queries and keys per head; ``scale`` multiplies the scores (default
     ``head_dim ** -0.5``); ``softcap`` bounds them by ``softcap * tanh(score / softcap)``; ``sinks`` adds a learned
     score per head that takes part in the softmax and mixes nothing in; ``dropout`` of the weights, in training only.
+
+    ``rope`` and ``window`` tell the decoder which tables and mask its layers share; ``forward`` rotates and hides only
+    by what it is given.
     """
 
     def __init__(

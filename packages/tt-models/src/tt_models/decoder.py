@@ -85,6 +85,7 @@ class Stack(nn.Module):
         length = 0
         if cache is not None:
             cache.check_room(batch, seq_len)
+            cache.check_dtype(self.embed_tokens.weight)
             length = cache.length
         stretches = any(rope.kind == "dynamic" for rope in self.ropes if rope is not None)
         if length + seq_len > self.max_positions and not stretches:

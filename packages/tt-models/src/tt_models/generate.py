@@ -109,7 +109,7 @@ def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Ten
 
 
 def left_padded(
-    prompts: Prompts, prompt_lengths: Tensor | None, pad_id: int, model: Decoder
+    prompts: Prompts, prompt_lengths: Tensor | Sequence[int] | None, pad_id: int, model: Decoder
 ) -> tuple[Tensor, Tensor | None]:
     """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
     weight = model.model.embed_tokens.weight
@@ -127,6 +127,7 @@ def left_padded(
         raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
     if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
         raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
+    prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
         return prompts.to(device), None
     if prompt_lengths.shape != prompts.shape[:1] or not bool(
@@ -163,7 +164,7 @@ def generate(
     eos_ids: Collection[int] = ...,
     seed: int | None = ...,
     pad_id: int | None = ...,
-    prompt_lengths: Tensor | None = ...,
+    prompt_lengths: Tensor | Sequence[int] | None = ...,
     compile: bool = ...,
     return_logits: Literal[False] = ...,
 ) -> Tensor: ...
@@ -183,7 +184,7 @@ def generate(
     eos_ids: Collection[int] = ...,
     seed: int | None = ...,
     pad_id: int | None = ...,
-    prompt_lengths: Tensor | None = ...,
+    prompt_lengths: Tensor | Sequence[int] | None = ...,
     compile: bool = ...,
     return_logits: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -202,7 +203,7 @@ def generate(
     eos_ids: Collection[int] = (),
     seed: int | None = None,
     pad_id: int | None = None,
-    prompt_lengths: Tensor | None = None,
+    prompt_lengths: Tensor | Sequence[int] | None = None,
     compile: bool = False,
     return_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:

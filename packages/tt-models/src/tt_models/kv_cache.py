@@ -99,6 +99,14 @@ class KVCache:
                 "make it with a larger max_seq_len"
             )
 
+    def check_dtype(self, weight: Tensor) -> None:
+        """ValueError where attention could not read what is stored; autocast takes any dtype."""
+        stored = self.layers[0].keys.dtype
+        if stored != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
+            raise ValueError(
+                f"KVCache stores {stored}, the model computes in {weight.dtype}: make it with dtype={weight.dtype}"
+            )
+
     @property
     def nbytes(self) -> int:
         """Memory of all keys and values."""

@@ -21,9 +21,9 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_watched(layer: nn.Module) -> bool:
-    """Whether calling the layer does more than its class says."""
+    """Whether calling the layer does more than its class says, or its weight is no parameter (FSDP 1)."""
     hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in layer.__dict__
+    return bool(hooks) or "forward" in layer.__dict__ or "weight" not in layer._parameters
 
 
 def is_decoding(x: Tensor, weight: Tensor) -> bool:

@@ -19,7 +19,10 @@ Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # router logits [T, X] to wei
 
 
 class Experts(nn.Module):
-    """X gated mlps as two stacked weights, ``gate_up_proj`` [X, 2 I, E] and ``down_proj`` [X, E, I]."""
+    """X gated mlps as two stacked weights, ``gate_up_proj`` [X, 2 I, E] and ``down_proj`` [X, E, I].
+
+    Their memory is not initialized: ``build`` and ``reset_parameters`` do that, or a checkpoint.
+    """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, activation: str = "silu") -> None:
         super().__init__()
