@@ -284,3 +284,22 @@ def test_an_expression_that_is_none_is_our_error(key, folder, make_lm):
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(ValueError, match=r"'q_proj\(' is not a valid regular expression"):
         tt_peft.load_adapter(make_lm(), folder)
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(folder, make_lm, randomise, ids):
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    key = next(key for key in state if key.endswith("lora_B.weight"))
+    save_file({**state, key: torch.zeros(5, 4)}, file, {"format": "pt"})
+    model = make_lm()
+    with pytest.raises(ValueError, match=r"has shape \[5, 4\]"):
+        tt_peft.load_adapter(model, folder)
+    assert all(p.requires_grad for p in model.parameters())
+    tt_peft.apply_lora_(model, LoRAConfig(target_modules="up_proj"), adapter="kept")
+    randomise(model)
+    expected, trained = model(ids), list(tt_peft.adapter_parameters(model))
+    with pytest.raises(ValueError, match=r"has shape \[5, 4\]"):
+        tt_peft.load_adapter(model, folder)
+    assert tt_peft.active_adapters(model) == ("kept",)
+    assert list(tt_peft.adapter_parameters(model)) == trained
+    assert torch.equal(model(ids), expected)

@@ -52,6 +52,11 @@ def test_lists_and_single_names_become_tuples():
     assert LoRAConfig(target_modules="all-linear").target_modules == "all-linear"
 
 
+@pytest.mark.parametrize("given", ["all-linear", ["all-linear"], ("all-linear",)])
+def test_all_linear_may_come_in_a_list(given):
+    assert LoRAConfig(target_modules=given).target_modules == "all-linear"
+
+
 def test_scaling_is_alpha_over_rank_or_over_its_root():
     assert LoRAConfig(alpha=6.0).scaling(4, 6.0) == 1.5
     assert LoRAConfig(alpha=6.0, use_rslora=True).scaling(4, 6.0) == 3.0

@@ -20,7 +20,15 @@ from tt_peft.peft_config import Members, config_from_peft, config_to_peft
 from tt_peft.saved import SavedModule
 from tt_peft.stacked import StackedLoRA
 from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
-from tt_peft.switch import adapter_config, adapter_names, modules_of, remove_adapter_, unwrapped
+from tt_peft.switch import (
+    active_adapters,
+    adapter_config,
+    adapter_names,
+    modules_of,
+    remove_adapter_,
+    set_adapter_,
+    unwrapped,
+)
 from tt_peft.targets import check_expression, matches, output_projection_names, own_modules
 
 CONFIG_FILE = "adapter_config.json"
@@ -111,6 +119,7 @@ def load_adapter(
     config = _as_here(model, config, folder)
     _check_targets(model, config, state, folder, tied=settings.get("ensure_weight_tying") is True)
     fresh = adapter not in adapter_names(model)
+    active, trained = active_adapters(model), [p for p in model.parameters() if p.requires_grad]
     if fresh:
         apply_lora_(model, config, adapter=adapter)
     else:
@@ -122,6 +131,9 @@ def load_adapter(
     except ValueError as error:
         if fresh:
             remove_adapter_(model, adapter)
+            set_adapter_(model, active)
+            for parameter in trained:
+                parameter.requires_grad_(True)
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     return config
 

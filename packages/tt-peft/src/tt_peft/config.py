@@ -73,7 +73,8 @@ class LoRAConfig:
         """Lists (from YAML or JSON) become tuples; a single name becomes a tuple of one."""
         for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "quantize_skip"):
             value = getattr(self, name)
-            if name == "target_modules" and value == "all-linear":
+            if name == "target_modules" and value in ("all-linear", ["all-linear"], ("all-linear",)):
+                object.__setattr__(self, name, "all-linear")
                 continue
             names = (value,) if isinstance(value, str) else tuple(value or ())
             if not all(isinstance(n, str) and n for n in names):
