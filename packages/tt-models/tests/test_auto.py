@@ -32,6 +32,12 @@ def test_unknown_name_suggests_the_nearest():
         tt_models.lama2_7b  # noqa: B018
 
 
+@pytest.mark.parametrize("wrong", [LLAMA, None, tt_models.ModelConfig()])
+def test_only_configs_of_a_family_are_built(wrong):
+    with pytest.raises(ValueError, match="build takes a name, or a config of a family"):
+        tt_models.build(wrong)
+
+
 def test_named_functions_are_build(monkeypatch):
     assert tt_models.gemma_2b(device="meta").config == tt_models.get_config("gemma_2b")
     assert "gemma_2b" in dir(tt_models)

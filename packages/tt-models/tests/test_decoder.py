@@ -1,6 +1,7 @@
 """The decoder as others use it: meta, dtypes, tied weights, hidden states, checkpointing, compile, copies."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -164,3 +165,19 @@ def test_ids_that_are_no_rows_of_tokens_are_refused(shape, small):
 def test_positions_of_another_shape_are_refused(shape, small):
     with pytest.raises(ValueError, match="do not fit input_ids .2, 5.: give one position per token"):
         small()(torch.zeros(2, 5, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64))
+
+
+def test_layers_taken_away_from_the_middle_leave_the_others_as_they_were(small):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    model = small("gemma3_text", num_hidden_layers=4, layer_types=kinds, sliding_window=3)
+    ids = torch.randint(0, 60, (2, 12))
+    rest = dataclasses.replace(model.config, num_hidden_layers=3, layer_types=tuple(kinds[1:]))
+    expected = tt_models.build(rest).eval()
+    del model.model.layers[0]
+    expected.load_state_dict(model.state_dict())
+    assert model(ids).equal(expected(ids))
+    with pytest.raises(ValueError, match="made for 4 layers of several windows, the model has 3"):
+        tt_models.generate(model, ids, max_new_tokens=2)
+    model.config = rest
+    settings = {"max_new_tokens": 8, "temperature": 0}
+    assert tt_models.generate(model, ids, **settings).equal(tt_models.generate(expected, ids, **settings))

@@ -89,6 +89,7 @@ def test_load_balancing_loss_equals_transformers(model_type, random_hf_config, r
             model(ids)
         found = tt_models.load_balancing_loss(router_logits, top_k=top_k, mask=mask.bool() if masked else None)
         torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(tt_models.load_balancing_loss(router_logits, top_k=top_k, mask=mask), expected)
     found.backward()
     router = next(value for name, value in model.named_parameters() if name.endswith(("gate.weight", "router.weight")))
     assert router.grad.abs().sum() > 0

@@ -92,6 +92,10 @@ def build(
     """
     keep_freed_memory()
     config = get_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    if not isinstance(config, ModelConfig) or config.model_type not in FAMILIES:
+        raise ValueError(
+            f"build takes a name, or a config of a family as config_from_hf gives it, not {type(config).__name__}"
+        )
     device = torch.get_default_device() if device is None else torch.device(device)
     with torch.device("meta"):
         model = FAMILIES[config.model_type].decoder(config).to(dtype or torch.get_default_dtype())

@@ -50,15 +50,21 @@ class Stack(nn.Module):
         self.norm = norm
         self.embed_scale = embed_scale
         self.max_positions = config.max_position_embeddings
+        self.dropout = config.attention_dropout
+        self.read_layers()
+
+    def read_layers(self) -> None:
+        """The rope and the window of each layer."""
         attentions: list[Any] = [layer.self_attn for layer in self.layers]
         self.ropes: list[Rope | None] = [attention.rope for attention in attentions]
         self.windows: list[int | None] = [attention.window for attention in attentions]
-        self.dropout = config.attention_dropout
 
     def forward(
         self, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, E], after the final norm."""
+        if len(self.layers) != len(self.windows):  # somebody took layers away
+            self.read_layers()
         length = self.check_length(input_ids_BS, cache)
         x_BSE = self.embed_tokens(input_ids_BS)
         if self.embed_scale is not None:
@@ -86,6 +92,7 @@ class Stack(nn.Module):
         if cache is not None:
             cache.check_room(batch, seq_len)
             cache.check_dtype(self.embed_tokens.weight)
+            cache.check_layers(len(self.layers))
             length = cache.length
         stretches = any(rope.kind == "dynamic" for rope in self.ropes if rope is not None)
         if length + seq_len > self.max_positions and not stretches:

@@ -107,6 +107,14 @@ class KVCache:
                 f"KVCache stores {stored}, the model computes in {weight.dtype}: make it with dtype={weight.dtype}"
             )
 
+    def check_layers(self, layers: int) -> None:
+        """ValueError where it is not known which layer has which window."""
+        if layers != len(self.layers) and len({layer.capacity for layer in self.layers}) > 1:
+            raise ValueError(
+                f"KVCache was made for {len(self.layers)} layers of several windows, the model has {layers}: "
+                "make it with the num_hidden_layers and layer_types that are left"
+            )
+
     @property
     def nbytes(self) -> int:
         """Memory of all keys and values."""

@@ -122,13 +122,14 @@ def record_router_logits(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def load_balancing_loss(router_logits: Mapping[str, Tensor], *, top_k: int, mask: Tensor | None = None) -> Tensor:
     """How unevenly the experts are used, ``top_k`` at best: https://arxiv.org/abs/2101.03961, over all layers at once.
 
-    ``mask`` [B, S] is True for the tokens that count (not padding).
+    ``mask`` [B, S] is True, or 1, for the tokens that count (not padding).
     """
     layers = list(router_logits.values())
     probabilities = torch.stack([logits.float().softmax(dim=-1) for logits in layers])  # [layers, T, X]
     chosen = torch.zeros_like(probabilities).scatter_(-1, torch.stack(layers).topk(top_k, dim=-1).indices, 1.0)
     if mask is not None:
-        probabilities, chosen = probabilities[:, mask.flatten()], chosen[:, mask.flatten()]
+        counts = mask.flatten().bool()  # an attention mask of integers would be taken for indices
+        probabilities, chosen = probabilities[:, counts], chosen[:, counts]
     return probabilities.shape[-1] * (chosen.mean(dim=(0, 1)) * probabilities.mean(dim=(0, 1))).sum()
 
 
