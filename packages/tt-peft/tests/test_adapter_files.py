@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import warnings
 
@@ -303,3 +304,16 @@ def test_a_failed_load_leaves_the_model_as_it_was(folder, make_lm, randomise, id
     assert tt_peft.active_adapters(model) == ("kept",)
     assert list(tt_peft.adapter_parameters(model)) == trained
     assert torch.equal(model(ids), expected)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o644), (0o022, 0o644), (0o077, 0o600)])
+def test_modes_are_0644_and_0755_less_the_umask(umask, mode, make_lm, tmp_path):
+    model = make_lm()
+    tt_peft.apply_lora_(model, LoRAConfig())
+    before = os.umask(umask)
+    try:
+        folder = tt_peft.save_adapter(model, tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}
+    assert folder.stat().st_mode & 0o777 == 0o755 & ~umask

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -74,3 +75,14 @@ def test_another_adapter_may_lie_inside_of_a_saved_module(make_lm, randomise, id
     torch.testing.assert_close(model(ids), first)
     tt_peft.set_adapter_(model, "second")
     torch.testing.assert_close(model(ids), second)
+
+
+def test_a_model_with_saved_modules_can_be_pickled(make_lm, randomise, ids):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(rank=2, modules_to_save=("lm_head", "norm")))
+    randomise(model)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(ids), model(ids))
+    assert type(again.lm_head) is type(model.lm_head)
+    tt_peft.merge_lora_(again)
+    torch.testing.assert_close(again(ids), model(ids))

@@ -93,3 +93,22 @@ def test_two_ranks_train_and_save_what_one_process_does(quantize_base, use_dora,
     tt_peft.load_adapter(plain, tmp_path / "adapter", quantize_base=quantize_base)
     x = torch.randn(3, 256)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def merge_on_one_rank(rank, port, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK="0", WORLD_SIZE="1")
+    distributed.init_process_group("gloo")
+    try:
+        model, _, _ = build(False, False, True)
+        shard(model)
+        with pytest.raises(ValueError, match="DoRA of a sharded model cannot be merged"):
+            tt_peft.merge_lora_(model)
+        assert len(tt_peft.adapter_state_dict(model)) == 6
+        Path(folder, "done").touch()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_merging_dora_where_it_is_sharded_is_refused(tmp_path):
+    torch.multiprocessing.start_processes(merge_on_one_rank, args=(free_port(), str(tmp_path)), start_method="fork")
+    assert (tmp_path / "done").exists()

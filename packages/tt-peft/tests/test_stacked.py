@@ -1,6 +1,7 @@
 """Adapters on stacked expert weights, against a mixture of experts of transformers under peft."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -155,3 +156,13 @@ def test_routers_get_no_adapter_unasked_and_are_not_quantized():
     assert apply_lora_(model, LoRAConfig(rank=2, target_modules="all-linear", quantize_base=True)) == ["mlp.shared"]
     assert type(moe.gate) is nn.Linear
     assert apply_lora_(model, LoRAConfig(rank=2, target_modules="gate"), adapter="router") == ["mlp.gate"]
+
+
+def test_a_model_with_stacked_adapters_can_be_pickled_and_copied(make_moe, randomise, ids):
+    model = make_moe()
+    apply_lora_(model, LoRAConfig(rank=2, target_modules=(), target_parameters=BOTH))
+    randomise(model)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        tt_peft.merge_lora_(again)
+        assert type(again.model.layers[0].mlp.experts) is type(make_moe().model.layers[0].mlp.experts)

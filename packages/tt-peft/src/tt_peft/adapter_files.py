@@ -54,7 +54,7 @@ def save_adapter(
     tensors = {_PREFIX + key: _for_file(tensor) for key, tensor in without_start(state).items()}
     if sharded and torch.distributed.get_rank() != 0:
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     metadata = {"format": "pt", _BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
     _write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
     settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)
@@ -286,7 +286,7 @@ def _write(file: Path, content: bytes) -> None:
     """Replace the file in one step: a reader or a crash sees the old one or the new one."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o644)) as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
 """Modules that are trained in full beside the adapter: PEFT's ``modules_to_save``."""
 
 import copy
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 from torch import Tensor, nn
 
@@ -21,6 +21,15 @@ class SavedModule(AdapterModule):
     def effective_weight(self) -> Tensor:
         active = self.active_adapters()
         return cast(Tensor, active[-1].weight if active else self.weight)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """By the class it was made of: pickle finds none that is made here by its name."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    made = _saved_class(cls)
+    return made.__new__(made)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

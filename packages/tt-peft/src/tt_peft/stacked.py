@@ -1,7 +1,7 @@
 """LoRA on stacked weights such as those of experts: PEFT's ``target_parameters``."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,15 @@ class StackedLoRA(AdapterModule):
         finally:
             for local in changed:
                 del self.__dict__[local]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """By the class it was made of: pickle finds none that is made here by its name."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    made = _stacked_class(cls)
+    return made.__new__(made)
 
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
