@@ -376,3 +376,24 @@ def test_a_word_beside_a_folder_of_nearly_that_name_is_a_typo_not_a_hub_id(tmp_p
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="did you mean llama32"):
         tt_ckpt.resolve("lama32")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_whole_numbers_in_place_of_weights_are_refused_before_anything_is_copied(tiny, model_dir, device):
+    source = model_dir()
+    tensors = load_file(source / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.ones(32, dtype=torch.int8)}, source / "model.safetensors")
+    model = tiny(5, device=device)
+    with pytest.raises(ValueError, match=r"model.norm.weight: the model has torch.float32, the file torch.int8"):
+        tt_ckpt.load_weights(model, source)
+    assert model.model.embed_tokens.weight.device.type == device
+    if device == "cpu":
+        assert torch.equal(model.model.embed_tokens.weight, tiny(5).model.embed_tokens.weight)
+
+
+def test_fractions_are_not_cut_off_for_an_integer_buffer(tmp_path):
+    model = torch.nn.Module()
+    model.register_buffer("position", torch.zeros(3, dtype=torch.int64))
+    save_file({"position": torch.tensor([0.5, 1.5, 2.5])}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"position: the model has torch.int64, the file torch.float32"):
+        tt_ckpt.load_weights(model, tmp_path)

@@ -164,3 +164,12 @@ def test_neither_params_nor_config_is_explained(meta_dir, tmp_path):
     (meta_dir / "params.json").unlink()
     with pytest.raises(ValueError, match=r"neither params.json nor config.json tells the shape; give config=DIR"):
         tt_ckpt.convert(meta_dir, tmp_path / "back", "hf", allow_pickle=True)
+
+
+def test_the_same_part_twice_is_noticed(model_dir, tmp_path):
+    tt_ckpt.convert(model_dir(vocab_size=64), tmp_path / "meta", "meta", num_parts=2)
+    part = (tmp_path / "meta" / "consolidated.00.pth").read_bytes()
+    (tmp_path / "meta" / "consolidated.01.pth").unlink()
+    (tmp_path / "meta" / "consolidated.01.pth").write_bytes(part)
+    with pytest.raises(ValueError, match=r"consolidated.01.pth: holds the same part as consolidated.00.pth"):
+        tt_ckpt.convert(tmp_path / "meta", tmp_path / "out", "hf", allow_pickle=True)

@@ -59,6 +59,7 @@ def load_weights(
     plan = make_plan(model, shards)
     if plan.missing or plan.unexpected or plan.shapes:
         raise ValueError(describe_mismatch(directory, model, plan.missing, plan.unexpected, plan.shapes))
+    _refuse_other_kinds(model, directory, plan, shards)
     _refuse_meta_buffers(model)
     tensors = OpenShards(shards)
     for kept, other in plan.equal:
@@ -145,6 +146,14 @@ def _not_finite(source: Tensor, filled: Tensor) -> str:
     if bool(torch.isfinite(source.float()).all()):
         return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
     return f"{count} of {filled.numel()} values"
+
+
+def _refuse_other_kinds(model: nn.Module, directory: Path, plan: Plan, shards: Shards) -> None:
+    """Whole numbers are no weights, nor are fractions what an integer buffer holds: neither is cast."""
+    for slot, name, keys in plan.fills:
+        ours, theirs = slot.tensor.dtype, join(model, name, [meta(shards.spec(key)) for key in keys]).dtype
+        if ours.is_floating_point != theirs.is_floating_point:
+            raise ValueError(f"{directory}: {name}: the model has {ours}, the file {theirs}, which is not converted")
 
 
 def _refuse_meta_buffers(model: nn.Module) -> None:

@@ -100,6 +100,9 @@ def _check_parts(
             f"{files[0]}: tok_embeddings.weight is {list(shape)}, which does not fit dim {hidden} in {len(parts)} parts"
             f"{expected}"
         )
+    for file, part in zip(files[1:], parts[1:], strict=True):
+        if torch.equal(part[keys[EMBEDDING]], parts[0][keys[EMBEDDING]]):
+            raise ValueError(f"{file}: holds the same part as {files[0].name}; download it again")
 
 
 def write_meta(
