@@ -58,6 +58,9 @@ def test_tied_models_have_no_head_and_take_files_that_repeat_it(small):
     assert untied.output_weight is untied.lm_head.weight
     state = {**tied.state_dict(), "lm_head.weight": tied.output_weight.detach()}
     assert not tied.load_state_dict(state).unexpected_keys
+    other = {**state, "lm_head.weight": tied.output_weight.detach() + 1e-3}  # which transformers would use
+    with pytest.raises(RuntimeError, match="but the config ties them: set tie_word_embeddings to false"):
+        tied.load_state_dict(other)
     with pytest.raises(RuntimeError, match=r"lm_head.weight"):
         untied.load_state_dict({key: value for key, value in state.items() if "lm_head" not in key})
 

@@ -236,9 +236,18 @@ class Decoder(nn.Module):
         return logits if logits_dtype is None else logits.to(logits_dtype)
 
 
-def drop_tied_head(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Tied models have no ``lm_head.weight``; files may repeat it."""
-    state_dict.pop(f"{prefix}lm_head.weight", None)
+def drop_tied_head(module: nn.Module, state_dict: dict[str, Any], prefix: str, *lists: Any) -> None:
+    """Tied models have no ``lm_head.weight``; files may repeat it, not hold another one: transformers unties then."""
+    head = state_dict.pop(f"{prefix}lm_head.weight", None)
+    embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
+    if head is None or embedding is None or head is embedding or head.is_meta or embedding.is_meta:
+        return
+    if head.shape != embedding.shape or not torch.equal(head, embedding.to(head)):
+        errors: list[str] = lists[-1]
+        errors.append(
+            f"{prefix}lm_head.weight is another one than {prefix}model.embed_tokens.weight, but the config ties them: "
+            "set tie_word_embeddings to false in it, or take the head out of the file"
+        )
 
 
 def init_weights_(model: nn.Module, std: float) -> None:
