@@ -92,6 +92,7 @@ def test_end_is_seen_on_the_first_generated_token(small):
     ids = torch.randint(0, 60, (1, 4))
     first = int(tt_models.generate(model, ids, max_new_tokens=1, temperature=0)[0, -1])
     assert tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=[first]).shape == (1, 5)
+    assert tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=first).shape == (1, 5)
 
 
 def test_seed_repeats_and_none_uses_the_global_generator(small):
@@ -118,6 +119,7 @@ def test_stream_yields_what_generate_gives_up_to_the_end(small):
     assert list(tt_models.stream(model, ids, **settings)) == whole
     assert list(tt_models.stream(model, [ids[0].tolist()], **settings)) == whole
     assert list(tt_models.stream(model, ids, eos_ids={whole[4]}, **settings)) == whole[: whole.index(whole[4])]
+    assert list(tt_models.stream(model, ids, eos_ids=whole[4], **settings)) == whole[: whole.index(whole[4])]
     with pytest.raises(ValueError, match="one prompt, got 2"):
         tt_models.stream(model, ids.expand(2, -1), max_new_tokens=2)
 

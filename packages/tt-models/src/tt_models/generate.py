@@ -161,7 +161,7 @@ def generate(
     top_p: float | None = ...,
     min_p: float | None = ...,
     repetition_penalty: float = ...,
-    eos_ids: Collection[int] = ...,
+    eos_ids: int | Collection[int] = ...,
     seed: int | None = ...,
     pad_id: int | None = ...,
     prompt_lengths: Tensor | Sequence[int] | None = ...,
@@ -181,7 +181,7 @@ def generate(
     top_p: float | None = ...,
     min_p: float | None = ...,
     repetition_penalty: float = ...,
-    eos_ids: Collection[int] = ...,
+    eos_ids: int | Collection[int] = ...,
     seed: int | None = ...,
     pad_id: int | None = ...,
     prompt_lengths: Tensor | Sequence[int] | None = ...,
@@ -200,7 +200,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_ids: Collection[int] = (),
+    eos_ids: int | Collection[int] = (),
     seed: int | None = None,
     pad_id: int | None = None,
     prompt_lengths: Tensor | Sequence[int] | None = None,
@@ -211,10 +211,11 @@ def generate(
 
     ``input_ids`` may be lists of unequal length; as a tensor, rows of unequal length are padded on the left and give
     their ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row ends with
-    one of ``eos_ids`` (kept) and is filled up with ``pad_id`` (default: the first end id, else 0). ``seed`` makes it
-    repeatable; None draws from torch's global generator. ``compile`` compiles the step of one token.
-    ``return_logits`` gives the logits [B, n, V] of each step too.
+    one of ``eos_ids`` (an id or several; it is kept) and is filled up with ``pad_id`` (default: the first end id, else
+    0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step of one
+    token. ``return_logits`` gives the logits [B, n, V] of each step too.
     """
+    eos_ids = (eos_ids,) if isinstance(eos_ids, int) else eos_ids
     fill = pad_id if pad_id is not None else next(iter(eos_ids), 0)
     ids, lengths = left_padded(input_ids, prompt_lengths, fill, model)
     check_room(model, ids.shape[1], max_new_tokens)
@@ -248,7 +249,7 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_ids: Collection[int] = (),
+    eos_ids: int | Collection[int] = (),
     seed: int | None = None,
     compile: bool = False,
 ) -> Iterator[int]:
@@ -261,7 +262,7 @@ def stream(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
-    return until_end(found, frozenset(eos_ids))
+    return until_end(found, frozenset((eos_ids,) if isinstance(eos_ids, int) else eos_ids))
 
 
 def until_end(found: Iterator[tuple[Tensor, Tensor]], ends: Collection[int]) -> Iterator[int]:
