@@ -489,7 +489,7 @@ def test_an_adapter_gets_an_adapters_card(server, tmp_path):
     assert server.created.get("private") is False or server.created.get("visibility") == "public"
 
 
-@pytest.mark.parametrize("base", ["/home/joe/models/base", "base\nlicense: evil", ["a"]])
+@pytest.mark.parametrize("base", ["/srv/models/base", "base\nlicense: evil", ["a"]])
 def test_a_base_that_is_no_repository_is_not_in_the_card(tmp_path, base):
     """The hub refuses a card whose base_model is a path, and a newline would write fields of its own."""
     save_file({"a": torch.ones(600)}, tmp_path / "adapter_model.safetensors")
