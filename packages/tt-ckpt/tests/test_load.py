@@ -378,6 +378,21 @@ def test_a_word_beside_a_folder_of_nearly_that_name_is_a_typo_not_a_hub_id(tmp_p
         tt_ckpt.resolve("lama32")
 
 
+def test_a_path_that_looks_like_a_hub_id_is_asked_for_there_and_then_compared_with_folders(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for error in (FileNotFoundError, ConnectionError):
+
+        def fails(name, error=error):
+            raise error(f"{name}: not there")
+
+        monkeypatch.setattr("tt_ckpt.hub.snapshot", fails)
+        with pytest.raises(error, match="^runs/frist: not there; did you mean runs/first"):
+            tt_ckpt.resolve("runs/frist")
+        with pytest.raises(error, match="^some/thing: not there$"):
+            tt_ckpt.resolve("some/thing")
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_whole_numbers_in_place_of_weights_are_refused_before_anything_is_copied(tiny, model_dir, device):
     source = model_dir()

@@ -54,7 +54,12 @@ def resolve(path: str | Path) -> Path:
         raise FileNotFoundError(f"{path}: no such directory{close}")
     from tt_ckpt.hub import snapshot
 
-    return snapshot(text)
+    try:
+        return snapshot(text)
+    except (FileNotFoundError, ConnectionError) as error:
+        if "did you mean" not in close:
+            raise
+        raise type(error)(f"{error}{close}") from None  # runs/frist looks like a repository
 
 
 def _similar(path: Path) -> str:
