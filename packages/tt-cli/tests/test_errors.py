@@ -41,6 +41,13 @@ def test_a_fault_of_ours_names_its_type_and_exits_1(capsys):
     assert capsys.readouterr().err == "error: KeyError: 'loss'\n"
 
 
+def test_a_hub_that_does_not_answer_exits_1_in_the_words_of_the_hub(capsys):
+    assert errors.run(raising(ConnectionError("a/b: hub.example gives no answer")), []) == 1
+    assert capsys.readouterr().err == "error: a/b: hub.example gives no answer\n"
+    assert errors.run(raising(ConnectionResetError("reset")), []) == 1
+    assert capsys.readouterr().err == "error: ConnectionResetError: reset\n"
+
+
 def test_a_failed_run_exits_1_without_the_name_of_the_type(capsys):
     assert errors.run(raising(TrainingError("loss is nan at step 3")), []) == 1
     assert capsys.readouterr().err == "error: loss is nan at step 3\n"

@@ -87,7 +87,8 @@ def lines_of(error: Exception) -> list[str]:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return [_one_line(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")]
     text = _one_line(str(error))
-    if isinstance(error, (*WRONG, TrainingError, Interrupted)) and text:
+    is_ours = type(error) is ConnectionError  # of the hub, with its host; a subclass comes from somewhere below
+    if (isinstance(error, (*WRONG, TrainingError, Interrupted)) or is_ours) and text:
         return [text]
     return [f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}, without a message"]
 
