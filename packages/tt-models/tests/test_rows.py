@@ -31,6 +31,4 @@ def test_activations_are_not_mapped_again_layer_by_layer():
         return float(subprocess.run(words, env=environment, capture_output=True, check=True, text=True).stdout)
 
     cold, warm = megabytes_mapped(warm=False), megabytes_mapped(warm=True)
-    if cold < 20:
-        pytest.skip("this allocator keeps freed memory anyway")
-    assert warm < cold / 4
+    assert warm < (cold / 4 if cold >= 20 else 20)  # below 20, the allocator keeps freed memory anyway

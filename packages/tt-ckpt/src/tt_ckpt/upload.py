@@ -137,9 +137,7 @@ def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> 
     if not isinstance(config, dict):
         raise ValueError(f"{folder}: its config is no JSON object, found {type(config).__name__}")
     base_model = base_model or (config.get("base_model_name_or_path") if adapter else None)
-    if base_model and not _REPO_ID.fullmatch(
-        str(base_model)
-    ):  # a path: it says nothing to others, and the hub refuses such a card
+    if base_model and not _REPO_ID.fullmatch(str(base_model)):  # a path says nothing to others
         base_model = None
     specs = [spec for file in sorted(folder.glob("*.safetensors")) for spec in read_header(file).tensors.values()]
     architectures = config.get("architectures") or [config.get("peft_type", config.get("model_type"))]

@@ -16,8 +16,9 @@ from tt_peft.nf4 import NF4Base
 from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.saved import SavedModule, save_module_
 from tt_peft.stacked import stack_lora_
-from tt_peft.switch import adapted_modules, adapter_names, set_adapter_, unwrapped
+from tt_peft.switch import adapted_modules, adapter_names, set_adapter_
 from tt_peft.targets import (
+    all_modules,
     check_expression,
     first_match,
     is_embedding,
@@ -48,7 +49,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
     names, saved, stacked = target_names(model, config), saved_names(model, config), stacked_names(model, config)
     _check(model, config, names, saved)
     to_quantize = quantizable_names(model, skip=config.quantize_skip, saved=saved) if config.quantize_base else []
-    modules = {"": unwrapped(model), **own_modules(model)}
+    modules = all_modules(model)
     model.requires_grad_(False)
     keep_merged_(model)
     for name in saved:
@@ -92,8 +93,7 @@ def saved_names(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def stacked_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Names of the stacked parameters that ``config`` targets."""
-    modules = {"": unwrapped(model), **own_modules(model)}
-    named = ((owner, *each) for owner, m in modules.items() for each in m.named_parameters(recurse=False))
+    named = ((owner, *each) for owner, m in all_modules(model).items() for each in m.named_parameters(recurse=False))
     names = [f"{owner}.{local}" if owner else local for owner, local, p in named if p.dim() == 3]
     return select(config.target_parameters, names, what="target_parameters")
 

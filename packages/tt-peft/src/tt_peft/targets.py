@@ -84,6 +84,11 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in named if name and id(module) not in added}
 
 
+def all_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """``own_modules``, and the root under the empty name."""
+    return {"": unwrapped(model), **own_modules(model)}
+
+
 def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str) -> list[str]:
     """Names of the modules that ``targets`` mean; ``"all-linear"``: all but the output projection and routers."""
     modules = own_modules(model)
@@ -105,8 +110,7 @@ def output_projection_names(model: nn.Module) -> list[str]:
 
 def router_names(model: nn.Module) -> list[str]:
     """Names of the layers that choose experts: ``gate`` or ``router`` beside ``experts``."""
-    modules = {"": unwrapped(model), **own_modules(model)}
-    parents = {n: m for n, m in modules.items() if isinstance(getattr(m, "experts", None), nn.Module)}
+    parents = {n: m for n, m in all_modules(model).items() if isinstance(getattr(m, "experts", None), nn.Module)}
     return [
         f"{n}.{local}" if n else local for n, m in parents.items() for local in ("gate", "router") if hasattr(m, local)
     ]
