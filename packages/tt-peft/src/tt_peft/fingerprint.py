@@ -53,9 +53,11 @@ def _samples(base: dict[str, Tensor]) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def _sample(tensor: Tensor) -> list[float]:
-    flat = tensor.detach().reshape(-1)
-    index = torch.linspace(0, flat.numel() - 1, min(_SAMPLES, flat.numel()), device=flat.device).long()
-    return [float(v) for v in flat[index].to(torch.bfloat16).tolist()]
+    """Evenly spaced values, counted in whole numbers: float32 has no place above 2**24 of its own."""
+    last, count = tensor.numel() - 1, min(_SAMPLES, tensor.numel())
+    places = torch.tensor([i * last // max(1, count - 1) for i in range(count)], dtype=torch.long, device=tensor.device)
+    chosen = tensor.detach()[torch.unravel_index(places, tensor.shape)]  # no flat copy of a transposed weight
+    return [float(v) for v in chosen.reshape(-1).to(torch.bfloat16).tolist()]
 
 
 def difference(saved: dict[str, Any], model: nn.Module) -> str | None:
