@@ -86,3 +86,53 @@ def test_a_model_with_saved_modules_can_be_pickled(make_lm, randomise, ids):
     assert type(again.lm_head) is type(model.lm_head)
     tt_peft.merge_lora_(again)
     torch.testing.assert_close(again(ids), model(ids))
+
+
+def test_a_copy_in_fp32_over_bf16_learns_small_steps_and_computes_in_bf16(make_lm, ids):
+    model = make_lm().bfloat16().train()
+    base = model.lm_head.weight.detach().clone()
+    config = LoRAConfig(rank=2, modules_to_save=("lm_head", "norm", "mlp", "embed_tokens"), dtype=torch.float32)
+    apply_lora_(model, config)
+    copied = model.lm_head.adapters.default.weight
+    assert {p.dtype for p in tt_peft.adapter_parameters(model).values()} == {torch.float32}
+    assert model(ids).dtype == torch.bfloat16
+    assert torch.equal(model(ids), make_lm().bfloat16()(ids))
+    assert model.lm_head.effective_weight().dtype == torch.bfloat16
+    optimizer = torch.optim.SGD(tt_peft.adapter_parameters(model).values(), lr=1e-5)
+    F.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten()).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in tt_peft.adapter_parameters(model).values())
+    optimizer.step()
+    moved = copied.grad.abs() > copied.grad.abs().max() / 4
+    assert (copied.detach() != base)[moved].float().mean() > 0.9
+    assert (copied.detach().bfloat16() == base).float().mean() > 0.9  # in bf16 it would have been lost
+    apply_lora_(model, config, adapter="second")
+    assert model.lm_head.adapters.second.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_a_copy_in_fp32_merges_into_bf16_once_rounded_and_comes_back(make_lm, randomise, ids, dtype):
+    model = make_lm().bfloat16()
+    apply_lora_(model, LoRAConfig(rank=2, modules_to_save=("lm_head", "mlp"), dtype=torch.float32))
+    randomise(model)
+    head, before = model.lm_head.weight, model.lm_head.weight.detach().clone()
+    copied, logits = model.lm_head.adapters.default.weight.detach().clone(), model(ids)
+    report = tt_peft.merge_lora_(model, dtype=dtype)
+    assert model.lm_head.weight is head
+    assert torch.equal(head.detach(), copied.to(dtype or torch.bfloat16))
+    lost = {layer.name: layer.lost for layer in report.layers}
+    assert lost["lm_head.weight"] == pytest.approx(
+        float((copied - head.float()).norm() / (copied - before.float()).norm()), abs=1e-6
+    )
+    assert "model.layers.1.mlp.down_proj.weight" in lost
+    if dtype is None:
+        torch.testing.assert_close(model(ids), logits, atol=0.05, rtol=0.05)
+    tt_peft.unmerge_lora_(model)
+    assert torch.equal(head.detach(), before)
+    assert torch.equal(model.lm_head.adapters.default.weight.detach(), copied)
+
+
+def test_a_module_in_nf4_cannot_be_trained_in_full(make_lm):
+    model = make_lm()
+    tt_peft.quantize_nf4_(model)
+    with pytest.raises(ValueError, match=r"modules_to_save: model.layers.0.mlp.up_proj is NF4, .* quantize_skip"):
+        apply_lora_(model, LoRAConfig(rank=2, target_modules="q_proj", modules_to_save="mlp"))

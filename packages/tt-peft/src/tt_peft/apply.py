@@ -53,7 +53,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
     model.requires_grad_(False)
     keep_merged_(model)
     for name in saved:
-        save_module_(modules[name], adapter)
+        save_module_(modules[name], adapter, dtype=config.dtype)
     for name in names:
         _adapt_(modules[name], config).add_adapter_(adapter, spec_of(name, config))
     for owner, locals_ in _by_owner(stacked).items():
@@ -126,6 +126,11 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
             text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can do all that it can"
             warnings.warn(text, stacklevel=3)
     for name in saved:
+        frozen = next(
+            (n for n, m in modules.items() if isinstance(m, NF4Base) and f"{n}.".startswith(f"{name}.")), None
+        )
+        if frozen is not None:
+            raise ValueError(f"modules_to_save: {frozen} is NF4, which cannot be trained: put {name} in quantize_skip")
         for part, other in adapted_modules(model).items():
             if (part == name and not isinstance(other, SavedModule)) or part.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {part} has an adapter already: {name} cannot be trained in full")

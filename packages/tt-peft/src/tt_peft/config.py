@@ -38,7 +38,9 @@ class LoRAConfig:
     quantize_base: bool = False
     quantize_skip: tuple[str, ...] = ("lm_head",)
     dtype: torch.dtype | None = None
-    """dtype of the adapter's parameters; None: that of the base weight."""
+    """dtype of what trains, adapters and ``modules_to_save``, which compute in the base's; None: that of the base.
+
+    In fp32 small updates are not lost, whatever the dtype of the base."""
 
     def __post_init__(self) -> None:
         self._make_tuples()

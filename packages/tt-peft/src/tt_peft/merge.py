@@ -1,5 +1,6 @@
 """Adapters into the base weights and out again."""
 
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +35,24 @@ class MergeReport:
     dequantized: tuple[str, ...] = ()
     """NF4 layers that had no adapter."""
 
+    @property
+    def worst(self) -> LayerLoss | None:
+        """The weight that rounding cost most."""
+        return max(self.layers, key=lambda layer: layer.lost, default=None)
+
+    @property
+    def median(self) -> float:
+        """The median of ``lost`` over the weights; 0 without any."""
+        return statistics.median([layer.lost for layer in self.layers] or [0.0])
+
     def __str__(self) -> str:
         text = f"merged {len(self.layers)} weights"
-        if self.layers:
-            worst = max(self.layers, key=lambda layer: layer.lost)
-            kind = str(worst.dtype).removeprefix("torch.")
-            text += f"; rounding to {kind} takes at most {worst.lost:.2%} of an adapter's change ({worst.name})"
+        if self.worst is not None:
+            kind = str(self.worst.dtype).removeprefix("torch.")
+            text += (
+                f"; rounding to {kind} takes {self.median:.2%} of an adapter's change at the median and "
+                f"{self.worst.lost:.2%} at most ({self.worst.name})"
+            )
         quantized = sum(layer.from_nf4 for layer in self.layers) + len(self.dequantized)
         if quantized:
             text += f"; {quantized} weights were NF4 and are now what NF4 stands for, not what they were before it"
@@ -53,6 +66,7 @@ class _Before:
     cls: type[nn.Module]
     fields: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    values: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)  # of a module that was trained in full
 
 
 @torch.no_grad()
@@ -107,42 +121,59 @@ def _unmerge_all(model: nn.Module) -> list[str]:
         module.__class__ = before.cls
         for name, value in before.fields.items():
             setattr(module, name, value)
-        if isinstance(module, SavedModule):
-            _swap(module)
-        elif isinstance(module, AdapterModule):
+        if isinstance(module, AdapterModule) and not isinstance(module, SavedModule):
             for local in _merged_names(module):
                 if local not in before.weights:
                     _set(module, local, _without_adapters(module, local))
         for local, weight in before.weights.items():
             _set(module, local, weight)
+        for own, value in before.values:
+            own.data = value
     return list(merged)
 
 
 def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_base: bool) -> list[LayerLoss]:
     """Merge one module; nothing of it changes where the result is not finite."""
     before = _Before(type(module), {key: getattr(module, key) for key in ("adapters", "active", "disabled")})
-    plain = plain_class(module)
     if isinstance(module, SavedModule):
-        _swap(module)
-        _become(module, plain, before, {})
-        return []
+        return _merge_saved(name, module, before, dtype)
     losses, weights = [], {}
     for local in _merged_names(module):
         old = module.get_parameter(local)
         base = dense(old).float()
         exact = _with_adapters(module, local, base)
         stored = exact.to(dtype or old.dtype)
-        if not torch.isfinite(stored).all():
-            raise ValueError(f"{name}.{local}: the merged weight is not finite; the adapter or the base is broken")
-        change = torch.linalg.vector_norm(exact - base)
-        lost = float(torch.linalg.vector_norm(stored.float() - exact) / change) if change > 0 else 0.0
-        losses.append(LayerLoss(f"{name}.{local}", stored.dtype, lost, is_nf4(old)))
+        losses.append(_loss(f"{name}.{local}", base, exact, stored, from_nf4=is_nf4(old)))
         if keep_base or is_nf4(old) or stored.dtype != old.dtype or isinstance(module, DoRALinear):
             before.weights[local] = old
             stored = nn.Parameter(stored, requires_grad=False)
         weights[local] = stored
-    _become(module, plain, before, weights)
+    _become(module, plain_class(module), before, weights)
     return losses
+
+
+def _merge_saved(name: str, module: SavedModule, before: _Before, dtype: torch.dtype | None) -> list[LayerLoss]:
+    """The active copy's values take the place of the module's own."""
+    losses, values = [], []
+    parts = list(module.adapters[module.active[-1]].named_parameters()) if module.active else []
+    for (local, part), own in zip(parts, own_parameters(module), strict=bool(parts)):
+        stored = part.detach().to(dtype or own.dtype)
+        losses.append(_loss(f"{name}.{local}", own.float(), part.float(), stored, from_nf4=False))
+        values.append((own, stored))
+    _become(module, plain_class(module), before, {})
+    for own, stored in values:
+        before.values.append((own, own.data))
+        own.data = stored
+    return losses
+
+
+def _loss(name: str, base: Tensor, exact: Tensor, stored: Tensor, *, from_nf4: bool) -> LayerLoss:
+    """What rounding ``exact`` to ``stored`` takes of its distance from ``base``; all but ``stored`` in fp32."""
+    if not torch.isfinite(stored).all():
+        raise ValueError(f"{name}: the merged weight is not finite; the adapter or the base is broken")
+    change = torch.linalg.vector_norm(exact - base)
+    lost = float(torch.linalg.vector_norm(stored.float() - exact) / change) if change > 0 else 0.0
+    return LayerLoss(name, stored.dtype, lost, from_nf4)
 
 
 def _merged_names(module: AdapterModule) -> list[str]:
@@ -198,14 +229,6 @@ def _set(module: nn.Module, local: str, weight: Tensor) -> None:
         setattr(module, local, weight)
     else:
         module.get_parameter(local).copy_(weight)
-
-
-def _swap(module: SavedModule) -> None:
-    """Exchange the values of a module and of its active copy."""
-    if not module.active:
-        return
-    for own, other in zip(own_parameters(module), module.adapters[module.active[-1]].parameters(), strict=True):
-        own.data, other.data = other.data, own.data
 
 
 def _check_untied(model: nn.Module, modules: dict[str, AdapterModule]) -> None:

@@ -3,24 +3,36 @@
 import copy
 from typing import Any, SupportsIndex, cast
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tt_peft.lowrank import AdapterModule
 
 
 class SavedModule(AdapterModule):
-    """A module of any class that an active copy of itself stands in for; its own parameters stay as they are."""
+    """A module of any class that an active copy of itself stands in for; its own parameters stay as they are.
+
+    The copy may be of a wider dtype than the module (fp32 over bf16: small updates are not lost); it computes in the
+    module's dtype.
+    """
 
     def add_copy_(self, name: str, original: nn.Module) -> None:
         self.adapters[name] = original
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = self.active_adapters()
-        return active[-1](*args, **kwargs) if active else super().forward(*args, **kwargs)
+        if not active:
+            return super().forward(*args, **kwargs)
+        named, own = list(active[-1].named_parameters()), own_parameters(self)
+        if all(part.dtype == base.dtype for (_, part), base in zip(named, own, strict=True)):
+            return active[-1](*args, **kwargs)
+        computing = {name: part.to(base.dtype) for (name, part), base in zip(named, own, strict=True)}
+        return functional_call(active[-1], computing, args, kwargs)
 
     def effective_weight(self) -> Tensor:
-        active = self.active_adapters()
-        return cast(Tensor, active[-1].weight if active else self.weight)
+        own, active = cast(Tensor, self.weight), self.active_adapters()
+        return active[-1].weight.to(own.dtype) if active else own
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         """By the class it was made of: pickle finds none that is made here by its name."""
@@ -41,8 +53,8 @@ def _saved_class(cls: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[cls]
 
 
-def save_module_(module: nn.Module, adapter: str) -> SavedModule:
-    """Give a module a copy of its own that trains as a part of ``adapter``."""
+def save_module_(module: nn.Module, adapter: str, *, dtype: torch.dtype | None = None) -> SavedModule:
+    """Give a module a copy of its own, in ``dtype`` (default: the module's), that trains as a part of ``adapter``."""
     if isinstance(module, SavedModule):
         original = copy.deepcopy(next(iter(module.adapters.values())))
         for own, part in zip(own_parameters(module), original.parameters(), strict=True):
@@ -52,6 +64,8 @@ def save_module_(module: nn.Module, adapter: str) -> SavedModule:
         module.__class__ = _saved_class(type(module))
         assert isinstance(module, SavedModule)
         module.become_adapted_()
+    for part in original.parameters():
+        part.data = part.data.to(dtype or part.dtype)
     module.add_copy_(adapter, original)
     return module
 
