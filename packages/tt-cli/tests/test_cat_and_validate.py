@@ -1,5 +1,6 @@
 """``tt cat`` and ``tt validate``: a config as a run would see it, and what is wrong with it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,24 @@ def test_a_torchtune_recipe_is_ours(tt, words):
 def test_validate_finds_nothing_wrong_with_a_good_config(tt, words):
     assert tt("validate", "sft", *words, "adapter.rank=4").out == "sft: no mistakes found\n"
     assert tt("validate", "sft", *words, "--json").json["ok"] is True
+
+
+def test_validate_show_and_run_say_the_same_about_the_rows(tt, words, model_dir, tmp_path):
+    rows = [{"prompt": "Say red.", "completion": text} for text in ("red", "", *map(str, range(18)))]
+    file = tmp_path / "some.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*(word for word in words if not word.startswith("data.train")), f"data.train={file}"]
+    said = ["19 prompt_completion rows; dropped: 1 empty; truncated: 0", f"{file}:2: column 'completion' is empty"]
+    for answer in (
+        tt("validate", "sft", *words),
+        tt("data", "show", str(file), "--tokenizer", str(model_dir)),
+        tt("run", "sft", *words, "--dry-run"),
+    ):
+        assert answer.code == 0
+        assert all(line in answer.err for line in said)
+    report = tt("validate", "sft", *words, "--json").json["data"]
+    shown = tt("data", "show", str(file), "--tokenizer", str(model_dir), "--json").json
+    assert report == {key: shown[key] for key in report}
 
 
 def test_a_mistake_in_a_file_names_its_line(tt, words):

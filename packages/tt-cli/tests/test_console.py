@@ -15,12 +15,7 @@ FACTS = RunFacts(
     method="lora",
     parameters=1_234_567,
     trainable=12_345,
-    rows="990",
-    eval_rows=50,
-    schema="alpaca",
-    dropped={"no trainable token": 7, "not JSON": 3},
-    truncated=4,
-    problems=["rows.jsonl:12: not JSON"],
+    data=["1,040 alpaca rows; dropped: 7 empty; truncated: 4; held out: 50 of them", "rows.jsonl:12: not JSON"],
     steps_total=20,
     device="cpu",
     dtype="bf16",
@@ -61,8 +56,8 @@ def told(terminal: Terminal, facts: RunFacts = FACTS) -> str:
 def test_before_step_1_a_terminal_shows_parameters_rows_and_the_sample_in_colour(terminal):
     text = told(terminal)
     assert "1,234,567 parameters, 12,345 trained (1.00 %, lora)" in text
-    assert "990 alpaca rows, 50 held out, 10 dropped (7 no trainable token, 3 not JSON), 4 truncated" in text
-    assert "rows.jsonl:12: not JSON" in text
+    assert "1,040 alpaca rows; dropped: 7 empty; truncated: 4; held out: 50 of them" in text
+    assert "warning: \x1b[0mrows.jsonl:12: not JSON" in text
     assert "2+2? [not a tag] \x1b[32m4\x1b[0m" in text
 
 

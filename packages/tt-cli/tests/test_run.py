@@ -26,8 +26,8 @@ RECIPE = '''
             raise ValueError("beta is above 1")
         run.mkdir(parents=True)
         (run / "given.json").write_text(json.dumps(given))
-        console.start(RunFacts(model="m", method="full", parameters=2, trainable=2, rows="1", eval_rows=0,
-                               schema="text", steps_total=1, device="cpu", dtype="fp32",
+        console.start(RunFacts(model="m", method="full", parameters=2, trainable=2,
+                               data=["1 text rows"], steps_total=1, device="cpu", dtype="fp32",
                                run_dir=str(run), sample=[("a", True)]))
         if config.seed == 13:
             raise ValueError("step 1 failed")

@@ -46,9 +46,8 @@ class TerminalConsole(LineConsole):
     def start(self, facts: RunFacts) -> None:
         self.run_dir = Path(facts.run_dir)
         self._line("model", _model(facts), soft_wrap=False)
-        self._line("data", _data(facts), soft_wrap=False)
-        for problem in facts.problems:
-            self.warn(problem)
+        for number, line in enumerate(facts.data):
+            self.warn(line) if number else self._line("data", line, soft_wrap=False)
         self._show_sample(facts)
         self._line("run", f"{facts.run_dir}, on {facts.device} in {facts.dtype}")
         self.progress = Progress(
@@ -154,11 +153,3 @@ def _model(facts: RunFacts) -> str:
     return (
         f"{facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %, {facts.method})"
     )
-
-
-def _data(facts: RunFacts) -> str:
-    dropped = f"{sum(facts.dropped.values()):,} dropped"
-    if facts.dropped:
-        dropped += " (" + ", ".join(f"{count:,} {reason}" for reason, count in facts.dropped.items()) + ")"
-    held_out = f", {facts.eval_rows:,} held out" if facts.eval_rows else ""
-    return f"{facts.rows} {facts.schema} rows{held_out}, {dropped}, {facts.truncated:,} truncated"

@@ -37,6 +37,7 @@ from tt_data.packed_mix import PackedMix
 from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset, pack
 from tt_data.readers import choose_template
+from tt_data.report import summary_lines
 from tt_data.show import as_text, show, stats, stats_as_text
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
@@ -52,7 +53,7 @@ __all__ = [
     # ids and labels to batches
     "batches", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
     # looking at them
-    "show", "stats", "as_text", "stats_as_text",
+    "show", "stats", "as_text", "stats_as_text", "summary_lines",
     # templates, formats and kinds of rows
     "InstructTemplate", "AlpacaInstructTemplate", "GrammarErrorCorrectionTemplate", "SummarizeTemplate",
     "StackExchangedPairedTemplate", "register_instruct_template", "CHAT_TEMPLATES", "register_chat_template",

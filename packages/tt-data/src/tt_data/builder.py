@@ -13,7 +13,8 @@ from tt_data.encode_processes import encode_here, encode_in_processes
 from tt_data.examples import BadRowError
 from tt_data.locate import Source
 from tt_data.readers import Read, choose_schema, settings_key
-from tt_data.row_encoder import Tally, TokenRow
+from tt_data.report import Tally
+from tt_data.row_encoder import TokenRow
 from tt_data.settings import Settings
 from tt_data.store import TokenStore
 from tt_data.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ class _Builder:
                 self.tally.drop(where, BadRowError("duplicate", "the same as an earlier row"))
                 return
             self.digests.add(row.digest)
-        self.tally.keep(row)
+        self.tally.keep(truncated=row.truncated, no_end=row.no_end)
         if self.kind is None:
             self.kind = row.kind
             self.stores = [TokenStore() for _ in row.parts]

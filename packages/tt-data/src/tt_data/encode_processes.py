@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from tt_data.readers import Read
-from tt_data.row_encoder import RowEncoder, Tally, TokenRow
+from tt_data.report import Tally
+from tt_data.row_encoder import RowEncoder, TokenRow
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from math import gcd, lcm
 from typing import Any
 
 from tt_data.dataset import Dataset, Piece, Row, check_index
 from tt_data.order import Permutation
+from tt_data.report import add_reports
 
 _FINEST = 1000
 
@@ -122,21 +123,3 @@ class MixedDataset:
                 for name, part, quota in zip(self.names, self.parts, self.quotas, strict=True)
             }
         }
-
-
-def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) -> dict[str, Any]:
-    """One report of several: counts added up, problems one after the other."""
-    dropped: dict[str, int] = {}
-    for report in reports:
-        for reason, count in report["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + count
-    return {
-        "schema": schema,
-        "rows": rows,
-        "dropped": dropped,
-        "truncated": sum(report["truncated"] for report in reports),
-        "no_end_token": sum(report["no_end_token"] for report in reports),
-        "problems": [problem for report in reports for problem in report["problems"]],
-        "notes": sorted({note for report in reports for note in report["notes"]}),
-        "form": "+".join(sorted({form for report in reports for form in report["form"].split("+") if form})),
-    }

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tt_data.dataset import Row, TokenDataset
-from tt_data.mix import add_reports, interleave, quotas_of
+from tt_data.mix import interleave, quotas_of
 from tt_data.order import place_in_mix, steps_per_epoch
 from tt_data.packed_stream import PackedStream, hash_of
+from tt_data.report import add_reports
 
 
 class PackedMix:

@@ -15,7 +15,8 @@ from tt_data.dataset import Row, to_row
 from tt_data.order import Permutation, steps_per_epoch
 from tt_data.packing import join_documents, pack, refuse_judged
 from tt_data.rendered import Encoded
-from tt_data.row_encoder import Tally, TokenRow
+from tt_data.report import Tally
+from tt_data.row_encoder import TokenRow
 from tt_data.store import TokenStore
 from tt_data.stream import StreamDataset
 

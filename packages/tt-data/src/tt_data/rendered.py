@@ -21,10 +21,12 @@ class Rendered:
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids, and which of their spans ``[start, end)`` are trained."""
+    """Token ids, and which of their spans ``[start, end)`` are trained. ``notes``: the kinds of things that the ids do
+    not hold, or hold otherwise than the row; ``Tally.note`` says how they are worded."""
 
     ids: list[int]
     trained: list[Span] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
 
 def substitute(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence[Span]) -> tuple[str, list[Span]]:

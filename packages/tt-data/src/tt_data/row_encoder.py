@@ -4,70 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tt_data.encode import AMBIGUOUS, Parts, encode_examples
 from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair, is_chat
 from tt_data.readers import Read
 from tt_data.rendered import Encoded
+from tt_data.report import Tally
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
-MAX_PROBLEMS = 20
 _PROMPT_DIFFERS = (
     "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
     "deletes): what is trained is not quite what inference asks for"
 )
-
-
-@dataclass
-class Tally:
-    """Counts what happens to rows, and keeps the first problems with their places."""
-
-    seen: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    truncated: int = 0
-    no_end: int = 0
-    longest_prompt: int = 0
-    problems: list[str] = field(default_factory=list)
-    notes: set[str] = field(default_factory=set)
-    forms: set[str] = field(default_factory=set)  # chat (by the chat template), text
-
-    def drop(self, where: str, bad: BadRowError) -> None:
-        self.dropped[bad.reason] += 1
-        if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(f"{where}: {bad}")
-
-    def keep(self, row: TokenRow) -> None:
-        self.truncated += row.truncated
-        self.no_end += row.no_end
-
-    def add(self, other: Tally) -> None:
-        """Count what another one counted."""
-        self.seen += other.seen
-        self.dropped.update(other.dropped)
-        self.truncated += other.truncated
-        self.no_end += other.no_end
-        self.longest_prompt = max(self.longest_prompt, other.longest_prompt)
-        self.problems = (self.problems + other.problems)[:MAX_PROBLEMS]
-        self.notes |= other.notes
-        self.forms |= other.forms
-
-    def summary(self) -> str:
-        return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-
-    def report(self) -> dict[str, Any]:
-        return {
-            "dropped": dict(self.dropped),
-            "truncated": self.truncated,
-            "no_end_token": self.no_end,
-            "problems": list(self.problems),
-            "notes": sorted(self.notes),
-            "form": "+".join(sorted(self.forms)),
-        }
 
 
 @dataclass(slots=True)
@@ -98,18 +50,22 @@ class RowEncoder:
                 examples.append((line, read(row, self.settings.columns)))
             except BadRowError as bad:
                 self.tally.drop(f"{name}:{line}", bad)
-        self._note_what_is_lost([example for _, example in examples])
+        self._note_what_is_lost(name, examples)
         forms = {"chat" if is_chat(example) else "text" for _, example in examples}
         self.tally.forms |= forms
         if "chat" in forms and not self._keeps_its_prompt:
-            self.tally.notes.add(_PROMPT_DIFFERS)
+            self.tally.note(_PROMPT_DIFFERS)
         encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
         kept: list[TokenRow] = []
         for (line, example), parts in zip(examples, encoded, strict=True):
+            where = f"{name}:{line}"
             try:
-                kept.append(self._finish(f"{name}:{line}", line, example, parts))
+                kept.append(self._finish(where, line, example, parts))
             except BadRowError as bad:
-                self.tally.drop(f"{name}:{line}", bad)
+                self.tally.drop(where, bad)
+                continue
+            for kind in dict.fromkeys(kind for part in kept[-1].parts for kind in part.notes):
+                self.tally.note(kind, where)
         return kept
 
     def _finish(self, where: str, line: int, example: Example, parts: Parts | BadRowError) -> TokenRow:
@@ -131,14 +87,14 @@ class RowEncoder:
         digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
 
-    def _note_what_is_lost(self, examples: Sequence[Example]) -> None:
+    def _note_what_is_lost(self, name: str, examples: Sequence[tuple[int, Example]]) -> None:
         """Calls and tools that a chat template has no words for would vanish in silence."""
-        for example in examples:
+        for line, example in examples:
             if isinstance(example, Conversation):
                 called = any(message.extra.get("tool_calls") for message in example.messages)
-                for there, name in ((called, "tool_calls"), (bool(example.tools), "tools")):
-                    if there and not any(name in source for source in self.tokenizer.templates.values()):
-                        self.tally.notes.add(f"the chat template does not write {name}, which some rows have")
+                for there, key in ((called, "tool_calls"), (bool(example.tools), "tools")):
+                    if there and not any(key in source for source in self.tokenizer.templates.values()):
+                        self.tally.note(f"the chat template does not write {key}", f"{name}:{line}")
 
     @property
     def _keeps_its_prompt(self) -> bool:
@@ -162,7 +118,7 @@ def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
     if max_seq_len is None or len(row.ids) <= max_seq_len:
         return row
     spans = [(a, min(b, max_seq_len)) for a, b in row.trained if a < max_seq_len]
-    return Encoded(row.ids[:max_seq_len], spans)
+    return Encoded(row.ids[:max_seq_len], spans, row.notes)
 
 
 def is_trainable(row: Encoded) -> bool:

@@ -104,7 +104,7 @@ def _histogram(lengths: Sequence[int], bins: int) -> list[dict[str, int]]:
 
 
 def stats_as_text(figures: Mapping[str, Any]) -> str:
-    """The answer of ``stats`` for a terminal, the histogram as bars."""
+    """The answer of ``stats`` for a terminal, the histogram as bars, and every problem."""
     lengths, histogram = figures["lengths"], figures["lengths"]["histogram"]
     quantiles = ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "p50", "mean", "p90", "p99", "max"))
     lines = [
@@ -119,4 +119,4 @@ def stats_as_text(figures: Mapping[str, Any]) -> str:
         bar = "\u2588" * -(-part["count"] * _WIDEST // most)
         lines.append(f"{part['from']:>{width},} - {part['to'] - 1:>{width},}  {bar} {part['count']:,}")
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in figures["dropped"].items())
-    return "\n".join([*lines, f"dropped  {dropped or 'none'}", *figures["problems"], *figures["notes"]])
+    return "\n".join([*lines, f"dropped  {dropped or 'none'}", *figures["problems"]])

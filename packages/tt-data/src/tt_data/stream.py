@@ -19,7 +19,8 @@ from tt_data.order import Permutation, place_in_mix, steps_per_epoch
 from tt_data.raw_stream import Raw, RawStream
 from tt_data.readers import Read, choose_schema, settings_key
 from tt_data.rendered import Encoded
-from tt_data.row_encoder import RowEncoder, Tally, TokenRow
+from tt_data.report import Tally
+from tt_data.row_encoder import RowEncoder, TokenRow
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
@@ -170,7 +171,7 @@ class StreamDataset:
                     f"line {token_row.line}: {token_row.kind} rows cannot be mixed with the {self._kind} rows before "
                     "them"
                 )
-            tally.keep(token_row)
+            tally.keep(truncated=token_row.truncated, no_end=token_row.no_end)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
         return encoded

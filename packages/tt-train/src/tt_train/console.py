@@ -15,12 +15,7 @@ class RunFacts:
     method: str  # full | lora | qlora | dora
     parameters: int
     trainable: int
-    rows: str  # how many, with separators; "a stream of" where nobody knows
-    eval_rows: int
-    schema: str
-    dropped: dict[str, int] = field(default_factory=dict)
-    truncated: int = 0
-    problems: list[str] = field(default_factory=list)
+    data: list[str] = field(default_factory=list)  # tt_data.summary_lines: all rows in one, then what should be known
     steps_total: int
     step_first: int = 0
     device: str
@@ -36,13 +31,8 @@ class Console:
         """Before the first step."""
         share = 100 * facts.trainable / max(facts.parameters, 1)
         self.note(f"model {facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %)")
-        dropped = ", ".join(f"{count} {reason}" for reason, count in facts.dropped.items()) or "none"
-        self.note(
-            f"data {facts.schema}: {facts.rows} rows, dropped: {dropped}, truncated: {facts.truncated:,}"
-            f", held out: {facts.eval_rows:,}"
-        )
-        for problem in facts.problems:
-            self.warn(problem)
+        for number, line in enumerate(facts.data):
+            self.warn(line) if number else self.note(f"data {line}")
         marked = "".join(f"{MARKS[0]}{text}{MARKS[1]}" if trained else text for text, trained in facts.sample)
         if marked:
             self.note(f"first row ({MARKS[0]}trained{MARKS[1]}): {marked!r}")

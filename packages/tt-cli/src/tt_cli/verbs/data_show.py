@@ -53,13 +53,14 @@ def command(
         if as_json:
             print_json(figures)
         else:
-            click.echo(f"{summary(dataset.report)}\n{tt_data.stats_as_text(figures)}")
+            lines = tt_data.summary_lines(dataset.report, problems=0)  # the figures name them all
+            click.echo("\n".join([*lines, tt_data.stats_as_text(figures)]))
         return
     shown = tt_data.show(dataset, rows=range(start, min(start + num, len(dataset))))
     if as_json:
         print_json({**dataset.report, "shown": [_with_names(sample) for sample in shown]})
         return
-    click.echo(summary(dataset.report), err=True)
+    click.echo("\n".join(tt_data.summary_lines(dataset.report)), err=True)
     for sample in shown:
         click.echo(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n")
 
@@ -78,11 +79,3 @@ def _with_names(sample: dict[str, Any]) -> dict[str, Any]:
         for name, pieces in zip(sample["names"], sample["documents"], strict=True)
     ]
     return {key: value for key, value in sample.items() if key != "names"} | {"documents": documents}
-
-
-def summary(report: dict[str, Any]) -> str:
-    """One line about all rows: how many, read as what, and what was left out."""
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items())
-    return (
-        f"{report['rows']:,} {report['schema']} rows; dropped: {dropped or 'none'}; truncated: {report['truncated']:,}"
-    )

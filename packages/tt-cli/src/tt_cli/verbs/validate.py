@@ -4,7 +4,6 @@ import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json
 from tt_cli.names import complete_keys, complete_runnable, refuse_folder
-from tt_train.errors import ConfigError
 
 
 @click.command("validate", cls=ConfigVerb)
@@ -15,14 +14,15 @@ from tt_train.errors import ConfigError
 def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ...], as_json: bool) -> None:
     """Check CONFIG (a recipe, a registered config or a YAML file) with overrides: keys, paths, columns, shapes."""
     from tt_train import compose
-    from tt_train.validate import problems
+    from tt_train.validate import check
 
     refuse_folder(config)
     composed = compose(config, overrides=overrides, allow_import=allow_import)
-    found = problems(composed)
-    if found:
-        raise ConfigError(found)
+    job = check(composed)
     if as_json:
-        print_json({"config": config})
-    else:
-        click.echo(f"{config}: no mistakes found")
+        held_out = job.held_out.report if job.held_out else None
+        print_json({"config": config, "data": job.train.report, "held_out": held_out, "notes": job.notes})
+        return
+    for line in [*job.notes, *job.data_lines]:
+        click.echo(line, err=True)
+    click.echo(f"{config}: no mistakes found")

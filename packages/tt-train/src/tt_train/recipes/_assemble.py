@@ -58,6 +58,17 @@ class Job:
         return "a stream of" if self.num_rows is None else f"{self.num_rows:,}"
 
     @property
+    def data_lines(self) -> list[str]:
+        """What became of the rows, as ``tt data show`` says it; the rows held out as well."""
+        first, *rest = tt_data.summary_lines(self.train.report)
+        if self.held_out is None:
+            return [first, *rest]
+        first += f"; held out: {len(self.held_out):,}"
+        if isinstance(self.held_out, Subset):  # a share of the rows that the first line counts
+            return [f"{first} of them", *rest]
+        return [first, *rest, *(f"held out: {line}" for line in tt_data.summary_lines(self.held_out.report))]
+
+    @property
     def steps_per_epoch(self) -> int | None:
         return tt_data.steps_per_epoch(self.num_rows, self.config.batch_size) if self.num_rows else None
 
@@ -139,7 +150,6 @@ def assemble(config: SFTConfig) -> Job:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
         train = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
-        notes += train.report["notes"] if train is not None else []
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)

@@ -76,18 +76,12 @@ def _data(job: Job) -> dict[str, Any]:
 def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> RunFacts:
     """What the console shows before the first step."""
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
-    report = job.train.report
     return RunFacts(
         model=job.base_model,
         method=job.method,
         parameters=sum(parameter.numel() for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        rows=job.row_count,
-        eval_rows=len(job.held_out) if job.held_out else 0,
-        schema=str(report["schema"]),
-        dropped=dict(report["dropped"]),
-        truncated=int(report["truncated"]),
-        problems=first_problems([str(problem) for problem in report.get("problems", [])]),
+        data=job.data_lines,
         steps_total=job.steps_total,
         step_first=first,
         device=str(job.device),
@@ -95,12 +89,6 @@ def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> Run
         run_dir=str(run_path),
         sample=job.train.rendered(0),
     )
-
-
-def first_problems(problems: list[str], *, shown: int = 3) -> list[str]:
-    """The first few, and how many more there are."""
-    more = len(problems) - shown
-    return problems[:shown] + ([f"and {more} more such lines; tt data show --stats counts all"] if more > 0 else [])
 
 
 def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:
