@@ -85,10 +85,11 @@ class OptimizerSection:
 
 @dataclass
 class ScheduleSection:
-    """The learning rate over the run; the rules are those of transformers' schedulers of the same names."""
+    """The learning rate over the run; the rules are those of transformers' schedulers, but step 1 is not at rate 0."""
 
     name: str = "cosine"  # cosine | linear | constant
-    warmup_steps: int = 10
+    warmup_steps: int | None = None  # steps before the full rate; 0: none
+    warmup_ratio: float | None = None  # the same as a share of the run, instead of steps; neither: 0.03
     min_lr_ratio: float = 0.0  # where cosine and linear end, as a share of lr
 
 
@@ -178,6 +179,9 @@ def mistakes(config: SFTConfig) -> list[str]:
         if value is not None and value < least:
             found.append(f"{key}: must be at least {least}, got {value}")
     found += _number_mistakes(config)
+    steps, ratio = config.schedule.warmup_steps, config.schedule.warmup_ratio
+    if steps is not None and ratio is not None:
+        found.append(f"schedule: warmup_steps {steps} and warmup_ratio {ratio} are both given; set one of them to null")
     if config.data.streaming and isinstance(config.data.eval, float):
         found.append("data.eval: a share of a stream cannot be held out; give a file of its own")
     return found
@@ -208,6 +212,7 @@ def _number_mistakes(config: SFTConfig) -> list[str]:
     shares = {
         "loss.label_smoothing": config.loss.label_smoothing,
         "schedule.min_lr_ratio": config.schedule.min_lr_ratio,
+        "schedule.warmup_ratio": config.schedule.warmup_ratio or 0.0,
     }
     if config.adapter is not None:
         shares["adapter.dropout"] = config.adapter.dropout

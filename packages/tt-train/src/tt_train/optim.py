@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from tt_train.config import OptimizerSection, ScheduleSection
+from tt_train.config import OptimizerSection, ScheduleSection, SFTConfig
 from tt_train.errors import ConfigError
 from tt_train.registry import OPTIMIZERS, resolve
+
+DEFAULT_WARMUP_RATIO = 0.03
 
 
 def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
@@ -31,19 +33,67 @@ def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> t
 
 
 def learning_rate(section: ScheduleSection, *, base: float, step: int, steps_total: int) -> float:
-    """The learning rate of ``step`` (counted from 0), by the rules of transformers' get_scheduler.
+    """The learning rate of ``step`` (counted from 0).
 
-    Warm-up rises from 0 at step 0 to ``base`` at step ``warmup_steps``; then it stays, or falls to
-    ``min_lr_ratio * base`` at ``steps_total`` along a line or half a cosine.
+    Warm-up rises by equal parts of ``base``, from ``base / (w + 1)`` at step 0 to ``base`` at step ``w``; then the rate
+    stays, or falls towards ``min_lr_ratio * base`` at ``steps_total`` along a line or half a cosine. From step ``w`` on
+    this is transformers' get_scheduler; there the warm-up is ``base * step / w``, so that its first step is lost.
     """
-    warmup = section.warmup_steps
+    warmup = warmup_steps(section, steps_total)
     if step < warmup:
-        return base * step / warmup
+        return base * (step + 1) / (warmup + 1)
     if section.name == "constant":
         return base
     progress = min(1.0, (step - warmup) / max(1, steps_total - warmup))
     falling = 1 - progress if section.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return base * (section.min_lr_ratio + (1 - section.min_lr_ratio) * falling)
+
+
+def warmup_steps(section: ScheduleSection, steps_total: int) -> int:
+    """How many steps come before the full rate: as given, else a share of the run that leaves it a full step."""
+    if section.warmup_steps is not None:
+        return section.warmup_steps
+    ratio = DEFAULT_WARMUP_RATIO if section.warmup_ratio is None else section.warmup_ratio
+    return max(0, min(math.ceil(ratio * steps_total), steps_total - 1))
+
+
+def schedule_notes(config: SFTConfig, steps_total: int) -> list[str]:
+    """A line for each number of the config that a run of ``steps_total`` steps makes meaningless."""
+    notes = []
+    section, run = config.schedule, f"the run's {steps_total:,} step{'s' if steps_total > 1 else ''}"
+    warmup = warmup_steps(section, steps_total)
+    if warmup >= steps_total:
+        base = config.optimizer.lr
+        top = learning_rate(section, base=base, step=steps_total - 1, steps_total=steps_total)
+        notes.append(
+            f"schedule.warmup_steps: {warmup:,} is not below {run}, so the learning rate ends at {top:.3g} and never "
+            f"reaches optimizer.lr {base:.3g}; lower it, or use schedule.warmup_ratio"
+        )
+    if section.min_lr_ratio and section.name == "constant":
+        notes.append("schedule.min_lr_ratio: a constant schedule does not fall; it has no effect")
+    if config.eval_every is not None and config.eval_every > steps_total:
+        notes.append(f"eval_every: {config.eval_every:,} is beyond {run}; held-out loss is measured at the end only")
+    if config.save_every is not None and config.save_every > steps_total:
+        notes.append(
+            f"save_every: {config.save_every:,} is beyond {run}; no checkpoint is written before the last step"
+        )
+    if config.max_steps is not None and config.epochs != 1:
+        notes.append(f"epochs: {config.epochs} has no effect, max_steps ends the run after {config.max_steps:,} steps")
+    return notes
+
+
+def rate_change(config: SFTConfig, step: int, *, before: int, now: int) -> str | None:
+    """What a run that was to have ``before`` steps, and has ``now``, changes at ``step`` (counted from 0); or None."""
+    old, new = (
+        learning_rate(config.schedule, base=config.optimizer.lr, step=step, steps_total=total)
+        for total in (before, now)
+    )
+    if math.isclose(old, new, rel_tol=1e-9):
+        return None
+    return (
+        f"the schedule is stretched from {before:,} to {now:,} steps: the learning rate of step {step + 1:,} is "
+        f"{new:.3g}, it would have been {old:.3g}; this is not the curve of a run of {now:,} steps from the start"
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

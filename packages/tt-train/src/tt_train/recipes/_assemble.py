@@ -12,6 +12,7 @@ import tt_models
 import tt_peft
 from tt_train.config import AdapterSection, SFTConfig
 from tt_train.errors import ConfigError
+from tt_train.optim import schedule_notes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -161,7 +162,7 @@ def assemble(config: SFTConfig) -> Job:
         raise ConfigError(problems)
     assert hf_config is not None
     assert device is not None
-    return Job(
+    job = Job(
         config=config,
         model_path=model_path,
         model_config=model_config,
@@ -174,6 +175,8 @@ def assemble(config: SFTConfig) -> Job:
         dtype=DTYPES[config.model.dtype],
         notes=notes,
     )
+    job.notes += schedule_notes(config, job.steps_total)
+    return job
 
 
 def _collect(problems: list[str], key: str, action: Any) -> Any:
