@@ -52,13 +52,25 @@ def test_no_clobber_leaves_what_exists_and_says_so(tt, tmp_path):
     assert (answer.code, answer.out) == (0, "")
     assert "mine.py exists" in answer.err
     assert (tmp_path / "mine.py").read_text() == "edited"
-    assert tt("cp", "sft", "mine.py").code == 0
-    assert (tmp_path / "mine.py").read_text() != "edited"
+
+
+@pytest.mark.parametrize("typed", ["mine.py", "mine", "."])
+def test_a_file_that_exists_is_replaced_only_when_asked(tt, tmp_path, source, typed):
+    file = tmp_path / ("sft.py" if typed == "." else "mine.py")
+    file.write_text("a day of work")
+    answer = tt("cp", "sft", typed)
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == (f"error: {file.name} exists; name another file, or replace it: tt cp -f sft {typed}\n")
+    assert file.read_text() == "a day of work"
+    assert tt("cp", "-f", "sft", typed).code == 0
+    assert file.read_bytes() == source
+    assert "give one of the two" in tt("cp", "-f", "-n", "sft", typed).err
 
 
 def test_no_clobber_also_sees_a_dangling_link(tt, tmp_path):
     (tmp_path / "mine.py").symlink_to("elsewhere.py")
     tt("cp", "sft", "mine.py", "-n")
+    assert tt("cp", "sft", "mine.py").code == 2
     assert not (tmp_path / "elsewhere.py").exists()
 
 

@@ -13,12 +13,15 @@ from tt_cli.names import complete_runnable, path_of
 @click.argument("name", shell_complete=complete_runnable)
 @click.argument("destination", metavar="DEST", type=click.Path())
 @click.option("-n", "--no-clobber", is_flag=True, help="Leave a file that exists as it is.")
+@click.option("-f", "--force", is_flag=True, help="Replace a file that exists.")
 @click.option("--make-parents", is_flag=True, help="Create the folders that DEST needs.")
-def command(name: str, destination: str, no_clobber: bool, make_parents: bool) -> None:
+def command(name: str, destination: str, no_clobber: bool, force: bool, make_parents: bool) -> None:
     """Copy the recipe or config NAME to DEST, a file or a folder, and print where it went.
 
-    A DEST without a suffix gets the one of what is copied; a DEST with one keeps it.
+    A DEST without a suffix gets the one of what is copied; a DEST with one keeps it. A file that exists stays.
     """
+    if no_clobber and force:
+        raise click.UsageError("-n keeps a file and -f replaces it: give one of the two", click.get_current_context())
     source = path_of(name)
     target = _target(destination, source)
     if target.is_dir():
@@ -32,6 +35,8 @@ def command(name: str, destination: str, no_clobber: bool, make_parents: bool) -
         return
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the file to copy itself")
+    if os.path.lexists(target) and not force:
+        raise FileExistsError(f"{target} exists; name another file, or replace it: tt cp -f {name} {destination}")
     target.write_bytes(source.read_bytes())
     click.echo(target)
 
