@@ -1,3 +1,6 @@
+import copy
+import io
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -149,3 +152,63 @@ def test_an_old_and_a_new_place_of_nf4_are_found(monkeypatch):
         nf4_tensor_class()
     monkeypatch.undo()
     nf4_tensor_class.cache_clear()
+
+
+def _saved(weight):
+    torch.save(weight, stream := io.BytesIO())
+    stream.seek(0)
+    return torch.load(stream, weights_only=False)
+
+
+COPIES = {
+    "clone": torch.clone,
+    "deepcopy": copy.deepcopy,
+    "to": lambda w: w.to("cpu", copy=True),
+    "pickle": lambda w: pickle.loads(pickle.dumps(w)),
+    "save": _saved,
+}
+SAME = {"detach": torch.Tensor.detach, "copy": copy.copy, "data": lambda w: w.data, "to": lambda w: w.to("cpu")}
+
+
+@pytest.mark.parametrize("parameter", [True, False])
+@pytest.mark.parametrize("shape", [(128, 256), (64, 64), (3, 64)])
+def test_a_copied_nf4_weight_has_the_same_codes_in_memory_of_its_own(shape, parameter):
+    torch.manual_seed(0)
+    weight = to_nf4(torch.randn(shape, dtype=torch.bfloat16))
+    weight = nn.Parameter(weight, requires_grad=False) if parameter else weight
+    for how in (*COPIES.values(), *SAME.values()):
+        made = how(weight)
+        assert torch.equal(dequantize(made), dequantize(weight))
+        assert all(torch.equal(getattr(made, name), getattr(weight, name)) for name in INNER)
+        shared = made.quantized_data.data_ptr() == weight.quantized_data.data_ptr()
+        assert shared == (how in SAME.values())
+    assert torch.equal(weight.to(torch.float32), dequantize(weight).float())
+    clone = weight.clone()
+    clone.quantized_data.zero_()
+    assert not torch.equal(dequantize(clone), dequantize(weight))
+
+
+def test_a_pickled_nf4_layer_can_be_cloned_in_another_process(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    tt_peft.quantize_nf4_(model)
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    code = (
+        "import pickle, sys, torch; model = pickle.load(open(sys.argv[1], 'rb')); weight = model[0].weight;"
+        "assert torch.equal(weight.clone().get_original_weight(), weight.get_original_weight())"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "model")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_matrix_above_2_24_values_is_quantized_to_its_last_block_and_one_above_2_31_is_counted(monkeypatch):
+    weight = torch.full((1, 1), 0.5, dtype=torch.bfloat16).expand(2**14 + 4, 1024).contiguous()
+    weight[-1] = torch.linspace(-1, 1, 1024)
+    quantized = to_nf4(weight)
+    assert torch.equal(dequantize(quantized)[-1], dequantize(to_nf4(weight[-4:]))[-1])
+    assert torch.equal(dequantize(quantized)[:-1].unique(), torch.tensor([0.5], dtype=torch.bfloat16))
+    monkeypatch.setattr(nf4, "_PART", 2**22)
+    cls, blocks = nf4_tensor_class(), torch.empty(2**25 + 1, 64, device="meta", dtype=torch.bfloat16)
+    packed, absmax = nf4._pack(cls, blocks, nf4._levels(cls, blocks.dtype, blocks.device))
+    assert (packed.numel(), absmax.numel()) == (2**30 + 32, 2**25 + 1)
+    check_size(torch.empty(2**21 + 1, 1024, device="meta"), "x")

@@ -5,11 +5,11 @@ quantized. Quantization and dequantization are written out because torchao's are
 65,536 values, and so have two bytes of NF4 codes (four weights), so both directions are one table lookup.
 """
 
-import copy
 import functools
 import importlib
 import logging
 import math
+import sys
 import threading
 from typing import Any, cast
 
@@ -32,12 +32,30 @@ def nf4_tensor_class() -> Any:
     try:
         for place in ("torchao.quantization", "torchao.dtypes.nf4tensor", "torchao.dtypes"):
             try:
-                return importlib.import_module(place).NF4Tensor
+                cls = importlib.import_module(place).NF4Tensor
             except (ImportError, AttributeError):
                 continue
+            _copy_codes(sys.modules[cls.__module__])
+            return cls
     finally:
         log.setLevel(level)
     raise ImportError("this torchao has no NF4Tensor; quantize_base needs torchao >= 0.15: pip install -U torchao")
+
+
+def _copy_codes(module: Any) -> None:
+    """Let ``clone`` (``deepcopy``, ``to(copy=True)``) copy the codes: torchao quantizes anew what it dequantized, which
+    changes values, and fails for matrices that have no whole groups of 256 blocks."""
+    torchao_to = module.NF4_TORCH_FUNCTIONS[torch.Tensor.to]
+
+    @module.implements([torch.ops.aten.clone.default])  # type: ignore[untyped-decorator]
+    def clone(_: Any, args: tuple[Any, ...], kwargs: Any = None) -> Tensor:
+        return copy_nf4(args[0])
+
+    @module.implements_torch_function(torch.Tensor.to)  # type: ignore[untyped-decorator]
+    def to(weight: Any, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+        moved = torchao_to(weight, *args, **kwargs)
+        shared = is_nf4(moved) and moved.quantized_data is weight.quantized_data
+        return cast(Tensor, moved.clone() if copy and shared else moved)
 
 
 def is_nf4(weight: Tensor) -> bool:
@@ -240,14 +258,10 @@ class NF4Base(nn.Linear):
     def base_loaded_(self, tensor: Tensor) -> None:
         """Called with the dense weight, the last moment at which it is there."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "NF4Base":
-        """Copies the codes: torchao's ``clone`` quantizes what it dequantized, which changes values."""
-        if is_nf4(self.weight) and id(self.weight) not in memo:
-            memo[id(self.weight)] = nn.Parameter(copy_nf4(self.weight), requires_grad=False)
-        new = type(self).__new__(type(self))
-        memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return new
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if is_nf4(self.weight):
+            nf4_tensor_class()  # in a process that has not quantized anything yet
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """``load_state_dict`` with a dense weight quantizes it."""
