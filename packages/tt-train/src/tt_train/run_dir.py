@@ -4,14 +4,17 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
 from tt_train.redact import redact
+from tt_train.run_lock import RunLock, writer_of
 
 MARKER = "config.yaml"
 
@@ -19,6 +22,7 @@ MARKER = "config.yaml"
 class RunDir:
     """A run directory; every file in it is written through here, with secrets blanked.
 
+    One process writes to it at a time: making a RunDir takes its lock, and raises ConfigError if another one holds it.
     As a context manager it keeps train.log: progress, and the traceback of what ended the run.
     """
 
@@ -26,21 +30,32 @@ class RunDir:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._handler: logging.Handler | None = None
+        self._began = False  # whether this process has changed the run's state
+        self._lock = RunLock(path)
+        self._lock.acquire()
+
+    def close(self) -> None:
+        """Let others write to the directory."""
+        self._lock.release()
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def write_text(self, name: str, text: str) -> None:
-        """Replace a file as a whole: a reader sees the old one or the new one."""
+        """Replace a file as a whole: a reader sees the old one or the new one, also after a loss of power."""
         partial = self.path / f".{name}.part"
-        partial.write_text(redact(text), encoding="utf-8")
+        with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
+            file.write(redact(text))
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(self.path / name)
 
-    def append(self, name: str, row: dict[str, Any]) -> None:
-        """Add a line of JSON and hand it to the operating system."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(redact(json.dumps(row, ensure_ascii=False)) + "\n")
+    def append(self, name: str, *rows: dict[str, Any]) -> None:
+        """Add lines of JSON and hand them to the operating system."""
+        text = "".join(redact(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
+        with naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out."""
@@ -61,8 +76,18 @@ class RunDir:
         """Set keys of manifest.json."""
         self.write_json("manifest.json", read_json(self.path / "manifest.json") | changes)
 
+    def set_state(self, state: str) -> None:
+        """``running``, ``stopped`` or ``failed``. A finished run stays finished: its ``extension`` has a state of its own."""
+        finished = read_json(self.path / "manifest.json").get("state") == "finished"
+        self.update_manifest(**{"extension" if finished else "state": state})
+        self._began = True
+
+    def finished(self, **results: Any) -> None:
+        """The results are on the disk."""
+        self.update_manifest(state="finished", extension=None, **results)
+
     def __enter__(self) -> "RunDir":
-        self._handler = logging.FileHandler(self.path / "train.log", encoding="utf-8")
+        self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
         self._handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("tt_train")
         logger.setLevel(logging.INFO)
@@ -74,16 +99,48 @@ class RunDir:
     ) -> None:
         logger = logging.getLogger("tt_train")
         try:
-            if isinstance(error, Interrupted):
-                logger.info("%s", error)
-                self.update_manifest(state="stopped")
-            elif error is not None:
-                logger.error("the run ended", exc_info=error)
-                self.update_manifest(state="failed")
+            if error is not None:
+                self._note_end(error, logger)
+        except OSError as problem:  # a full disk, most likely also what ended the run: that error comes first
+            if error is None:
+                raise
+            error.add_note(f"nor could its end be noted: {problem}")
         finally:
             if self._handler is not None:
                 logger.removeHandler(self._handler)
                 self._handler.close()
+            self.close()
+
+    def _note_end(self, error: BaseException, logger: logging.Logger) -> None:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        if self._began:  # else whatever state the run had before is still true
+            self.set_state("stopped" if stopped else "failed")
+        if isinstance(error, Interrupted):
+            logger.info("%s", error)
+        else:
+            logger.error("the run ended", exc_info=error)
+
+
+class _LogFile(logging.FileHandler):
+    """train.log, whose failure is an error and no trace on stderr."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            with naming(Path(self.baseFilename)):
+                raise error
+        super().handleError(record)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file (a write to a full disk) names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class _RedactingFormatter(logging.Formatter):
@@ -164,10 +221,18 @@ def _describe(path: Path) -> dict[str, Any]:
         "recipe": manifest.get("recipe"),
         "model": manifest.get("base_model"),
         "method": manifest.get("method"),
-        "state": manifest.get("state"),
+        "state": state_of(path, manifest),
         "step": last.get("step"),
         "loss": last.get("loss"),
     }
+
+
+def state_of(path: Path, manifest: dict[str, Any]) -> str | None:
+    """``running``, ``stopped``, ``failed``, ``finished``, or ``dead``: running, as it says, but its process is gone."""
+    state = manifest.get("extension") or manifest.get("state")
+    if state == "running" and writer_of(path) is None:
+        return "dead"
+    return None if state is None else str(state)
 
 
 def read_json(path: Path) -> dict[str, Any]:

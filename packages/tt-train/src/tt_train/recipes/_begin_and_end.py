@@ -33,6 +33,7 @@ def begin(job: Job, resume: str | Path | None) -> tuple[RunDir, Path | None]:
         run = RunDir(path)
         run.write_text("config.yaml", to_yaml(replace(config, output_dir=None)))
         run.write_json("manifest.json", _manifest(job))
+        run.set_state("running")
         template = own_template(job.tokenizer, config.data.template)
         if template is not None:
             run.write_text(TEMPLATE_FILE, template)
@@ -42,7 +43,8 @@ def begin(job: Job, resume: str | Path | None) -> tuple[RunDir, Path | None]:
             [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
         )
     run = RunDir(going_on)
-    run.update_manifest(state="running", config=to_dict(replace(config, output_dir=None)))
+    run.update_manifest(config=to_dict(replace(config, output_dir=None)))
+    run.set_state("running")
     if resume is not None and Path(resume).name.startswith("step-"):
         return run, Path(resume)
     return run, tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=config.keep_last).latest()
@@ -112,7 +114,7 @@ def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:
         "seconds": rows[-1]["elapsed_s"],
         "tokens": rows[-1]["tokens"],
     }
-    run.update_manifest(state="finished", summary=summary, data=_data(job))  # a stream's report is known only now
+    run.finished(summary=summary, data=_data(job))  # a stream's report is known only now
     run.write_text("README.md", model_card(job, read_json(run.path / "manifest.json"), summary))
     write_report([run.path])
     return {**summary, "next": next_commands(run.path, job.method)}
