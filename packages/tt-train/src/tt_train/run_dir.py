@@ -77,7 +77,7 @@ class RunDir:
         self.write_json("manifest.json", read_json(self.path / "manifest.json") | changes)
 
     def set_state(self, state: str) -> None:
-        """``running``, ``stopped`` or ``failed``. A finished run stays finished: its ``extension`` has a state of its own."""
+        """``running``, ``stopped`` or ``failed``. A finished run stays finished; its ``extension`` has a state."""
         finished = read_json(self.path / "manifest.json").get("state") == "finished"
         self.update_manifest(**{"extension" if finished else "state": state})
         self._began = True
