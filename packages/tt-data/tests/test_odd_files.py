@@ -83,7 +83,7 @@ ROWS: list[tuple[Any, Any, str, str]] = [
     (CHAT, {"messages": [U, {"role": None, "content": "b"}]}, "missing column", "message 1 has no role"),
     (CHAT, {"messages": [{"role": "user", "content": [None]}, A]}, "not text", "a part of type 'NoneType'"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image"}]}, A]}, "not text", "only text is supported"),
-    (CHAT, {"messages": [U, {**A, "tool_calls": [None]}]}, "wrong type", "tool_calls of message 1 are no list of"),
+    (CHAT, {"messages": [U, {**A, "tool_calls": [None]}]}, "wrong type", "tool_calls of message 1 are not a list of"),
     (CHAT, {"messages": [U, {**A, "tool_calls": [{"function": None}]}]}, "wrong type", "has no function with a name"),
     (CHAT, {"messages": [U, {**A, "tool_calls": [{"id": "x"}]}]}, "wrong type", "message 1 has no function with a na"),
     (CHAT, {"messages": [U, {**A, "weight": -1}]}, "wrong weight", "message 1 has weight -1, expected 0 or 1"),

@@ -9,13 +9,22 @@ from typing import Any
 from tt_data.examples import BadRowError
 from tt_data.messages import Message, normal_role
 
-_KNOWN = ("role", "from", "content", "value", "text", "weight", "loss", "train")
+_KNOWN = ("role", "from", "content", "value", "text")
+# Keys that switch the loss of a turn on or off, as tools spell them: True trains, or True masks.
+_TRAINS = (
+    "weight", "loss", "loss_weight", "loss_mask", "compute_loss", "train", "training", "trainable", "is_trainable",
+    "train_on", "train_on_turn",
+)  # fmt: skip
+_MASKS = ("masked", "mask", "is_masked", "ignore", "ignore_loss", "no_loss")
+_PARTS_OF_A_TURN = ("train_detail", "training_detail", "train_details", "training_details")
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # sharegpt: a turn of the assistant that is a call
 
 
 def read_messages(turns: Any) -> list[Message]:
     """Messages from ``[{"role", "content"}]`` or ``[{"from", "value"}]``. Raises BadRowError naming the turn.
 
-    ``weight: 0`` (OpenAI) and ``loss``/``train: false`` mask a turn; content lists are joined where they are text.
+    ``weight: 0`` (OpenAI), ``train: false``, ``masked: true`` and their like mask a turn; content lists are joined if
+    they are text; calls in the older ``function_call`` and in sharegpt's turns of that name become ``tool_calls``.
     """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = _from_json(turns, "messages")
@@ -25,7 +34,34 @@ def read_messages(turns: Any) -> list[Message]:
         raise BadRowError("wrong type", f"expected a list of messages, found {type(turns).__name__}")
     if not turns:
         raise BadRowError("empty", "the list of messages is empty")
-    return [_message(turn, i) for i, turn in enumerate(turns)]
+    messages: list[Message] = []
+    for i, turn in enumerate(turns):
+        message = _message(turn, i)
+        if _is_call(turn) and messages and messages[-1].role == "assistant":
+            message = _joined(messages.pop(), message, i)
+        messages.append(message)
+    return messages
+
+
+def messages_or_text(value: Any) -> Any:
+    """The turns that a column holds, as a list (also from JSON text, or a single turn); any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            found = json.loads(value)
+        except ValueError:
+            return value
+        return as_turns(found) or value
+    return as_turns(value) or value
+
+
+def as_turns(value: Any) -> list[Any] | None:
+    """``value`` as a list of turns, None if it is something else."""
+    turns = [value] if isinstance(value, Mapping) else value
+    if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
+        return None
+    if all(isinstance(t, Message) or (isinstance(t, Mapping) and ("role" in t or "from" in t)) for t in turns):
+        return list(turns)
+    return None
 
 
 def read_tools(tools: Any) -> Sequence[Mapping[str, Any]] | None:
@@ -56,17 +92,53 @@ def _message(turn: Any, i: int) -> Message:
     role = turn.get("role", turn.get("from"))
     if role is None:
         raise BadRowError("missing column", f"message {i} has no role, only {', '.join(map(repr, turn))}")
+    if _is_call(turn):
+        turn, role = _call_as_turn(turn, i), "assistant"
     try:
         name = normal_role(role)
     except ValueError as error:
         raise BadRowError("unknown role", f"message {i}: {error}") from None
-    extra = {key: value for key, value in turn.items() if key not in _KNOWN and value is not None}
-    content = _content(turn, i, may_be_null=bool(extra.get("tool_calls")))
+    masked = _is_masked(turn, i)
+    extra = {key: value for key, value in turn.items() if key not in _NOT_EXTRA and value is not None}
+    older = extra.pop("function_call", None)
+    if older is not None and not extra.get("tool_calls"):
+        extra["tool_calls"] = [{"type": "function", "function": older}]
+    if not extra.get("tool_calls"):
+        extra.pop("tool_calls", None)  # an empty list is no call
+    content = _content(turn, i, may_be_null="tool_calls" in extra)
     if content is None:  # a call without words: the template must not find any, not even empty ones
         content, extra["content"] = "", None
-    if name == "assistant" and not content.strip() and not extra.get("tool_calls"):
+    if name == "assistant" and not content.strip() and "tool_calls" not in extra:
         raise BadRowError("empty", f"the assistant message {i} is empty")
-    return Message(name, content, _is_masked(turn, i), _with_parsed_calls(extra, i))
+    return Message(name, content, masked, _with_parsed_calls(extra, i))
+
+
+def _is_call(turn: Any) -> bool:
+    role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
+    return isinstance(role, str) and role.strip().lower() in _CALL_ROLES
+
+
+def _call_as_turn(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """sharegpt's call, whose value is JSON text, as OpenAI writes one."""
+    calls = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    if isinstance(calls, str):
+        calls = _from_json(calls, f"the call in message {i}")
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRowError("wrong type", f"message {i} is a call, expected JSON of an object with name and arguments")
+    calls = [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    return {key: value for key, value in turn.items() if key not in _KNOWN} | {"content": None, "tool_calls": calls}
+
+
+def _joined(words: Message, call: Message, i: int) -> Message:
+    """An assistant's words (or calls) and the call that follows them: one turn."""
+    if words.masked != call.masked:
+        raise BadRowError("wrong weight", f"message {i} is a call of message {i - 1}: only one of them is masked")
+    calls = [*words.extra.get("tool_calls", ()), *call.extra["tool_calls"]]
+    extra = {**call.extra, **words.extra, "tool_calls": calls}
+    if words.content:
+        extra.pop("content", None)
+    return Message("assistant", words.content, words.masked, extra)
 
 
 def _content(turn: Mapping[str, Any], i: int, *, may_be_null: bool) -> str | None:
@@ -92,13 +164,24 @@ def _part(part: Any, i: int) -> str:
 
 
 def _is_masked(turn: Mapping[str, Any], i: int) -> bool:
-    for key in ("weight", "loss", "train"):
+    """Whether one of the turn's keys switches its loss off."""
+    for key in _PARTS_OF_A_TURN:
+        if turn.get(key):
+            raise BadRowError(
+                "wrong weight", f"message {i} has {key}: only whole turns can be masked, not parts of them"
+            )
+    masked = False
+    for key in (*_TRAINS, *_MASKS):
         value = turn.get(key)
-        if value is not None:
-            if value not in (0, 1):
-                raise BadRowError("wrong weight", f"message {i} has {key} {value!r}, expected 0 or 1")
-            return not value
-    return False
+        if value is None:
+            continue
+        if isinstance(value, str) or value not in (0, 1):
+            raise BadRowError("wrong weight", f"message {i} has {key} {value!r}, expected 0 or 1 (true or false)")
+        masked |= bool(value) == (key in _MASKS)
+    return masked
+
+
+_NOT_EXTRA = frozenset((*_KNOWN, *_TRAINS, *_MASKS, *_PARTS_OF_A_TURN))
 
 
 def _with_parsed_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
@@ -107,7 +190,7 @@ def _with_parsed_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
     if not calls:
         return extra
     if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
-        raise BadRowError("wrong type", f"the tool_calls of message {i} are no list of objects")
+        raise BadRowError("wrong type", f"the tool_calls of message {i} are not a list of objects")
     parsed = []
     for call in calls:
         function = call.get("function", call)

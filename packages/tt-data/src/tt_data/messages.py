@@ -22,6 +22,9 @@ _SPELLINGS = {
     "observation": "tool",
     "function": "tool",
     "function_response": "tool",
+    "function_result": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
 }
 _OPENS_REPLY = ("user", "tool")
 
@@ -71,15 +74,15 @@ def roles_of(messages: Sequence[Message]) -> str:
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
-    """Raise ValueError unless system comes first, turns alternate, and everything but assistant turns has content.
-
-    A tool's answers may follow an assistant turn, and any number of them each other.
-    """
+    """Raise ValueError unless the only system message comes first, turns alternate, and all but assistant turns have
+    content. A tool's answers may follow an assistant turn, and any number of them each other."""
     if len(messages) < 2:
         raise ValueError(f"a conversation needs at least 2 messages, got {len(messages)}")
     last = None
     for i, message in enumerate(messages):
         problem = _misplaced(message, last, i)
+        if message.role == "system" and any(earlier.role == "system" for earlier in messages[:i]):
+            problem = "a second system message"
         if problem:
             raise ValueError(f"{problem} at message {i} (roles: {roles_of(messages)})")
         if message.role not in ("assistant", "tool") and not message.content.strip():

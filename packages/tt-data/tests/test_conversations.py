@@ -1,0 +1,108 @@
+"""Turns as tools write them: calls in older forms, keys that switch the loss off, JSON text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tt_data import Message, load_dataset, validate_messages
+from tt_data.conversations import messages_or_text, read_messages
+
+U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+CALL = {"name": "f", "arguments": {"q": "x"}}
+CALLED = [{"type": "function", "function": CALL}]
+
+
+def trained(dataset: Any) -> str:
+    return "".join(text for text, on in dataset.rendered(0) if on)
+
+
+@pytest.mark.parametrize("key", [
+    "weight", "loss", "loss_weight", "loss_mask", "train", "training", "trainable", "train_on", "masked", "mask",
+])  # fmt: skip
+def test_a_key_that_switches_loss_off_elsewhere_does_so_here(chatml: Any, key: str) -> None:
+    masks = key.startswith("mask")
+    for off in (True, 1, 1.0) if masks else (False, 0, 0.0):
+        turns = [U, {**A, "content": "red", key: off}, U, {**A, "content": "blue", key: not off}]
+        assert trained(load_dataset([{"messages": turns}], chatml)) == "blue<|im_end|>"
+        assert all(key not in message.extra for message in read_messages(turns))
+
+
+def test_one_key_that_masks_is_enough() -> None:
+    assert [m.masked for m in read_messages([U, {**A, "weight": 1, "mask": True, "train": None}])] == [False, True]
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0.5), ("loss_weight", 2), ("train", "no"), ("mask", [0, 1])])
+def test_a_weight_that_is_neither_0_nor_1_is_a_bad_row(chatml: Any, key: str, value: Any) -> None:
+    rows = [{"messages": [U, A]}, {"messages": [U, {**A, key: value}]}]
+    assert load_dataset(rows, chatml).report["problems"] == [
+        f"rows:1: message 1 has {key} {value!r}, expected 0 or 1 (true or false)"
+    ]
+
+
+def test_a_mask_of_parts_of_a_turn_is_a_bad_row(chatml: Any) -> None:
+    detail = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    rows = [{"messages": [U, A]}, {"messages": [U, {**A, "train_detail": detail}]}]
+    assert "message 1 has train_detail: only whole turns" in load_dataset(rows, chatml).report["problems"][0]
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call", "Function_Call"])
+def test_sharegpts_call_is_an_assistant_turn_and_its_observation_a_tools(role: str) -> None:
+    for value in (json.dumps(CALL), CALL, json.dumps([CALL]), json.dumps(CALLED)):
+        turns = [{"from": "human", "value": "a"}, {"from": role, "value": value}, {"from": "observation", "value": "7"}]
+        user, call, tool = read_messages([*turns, {"from": "gpt", "value": "b"}])[:3]
+        assert (user.role, call.role, tool.role) == ("user", "assistant", "tool")
+        assert call.to_dict() == {"role": "assistant", "content": None, "tool_calls": CALLED}
+
+
+def test_words_and_the_calls_behind_them_are_one_turn() -> None:
+    call = {"from": "function_call", "value": json.dumps(CALL)}
+    words = {"from": "gpt", "value": "let me look"}
+    messages = read_messages([{"from": "human", "value": "a"}, words, call, call])
+    assert [message.to_dict() for message in messages[1:]] == [
+        {"role": "assistant", "content": "let me look", "tool_calls": CALLED * 2}
+    ]
+    with pytest.raises(ValueError, match="message 2 is a call of message 1: only one of them is masked"):
+        read_messages([{"from": "human", "value": "a"}, {**words, "train": False}, call])
+
+
+def test_a_call_that_is_not_json_is_a_bad_row(chatml: Any) -> None:
+    for value, text in (("{'name': 1}", "the call in message 1 is text but not JSON"), ("7", "message 1 is a call")):
+        row = {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": value}]}
+        good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+        assert text in load_dataset([good, row], chatml).report["problems"][0]
+
+
+def test_the_older_function_call_is_a_tool_call() -> None:
+    older = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"q": "x"}'}}
+    answer = {"role": "function", "name": "f", "content": "7"}
+    _, call, result, _ = read_messages([U, older, answer, A])
+    assert (
+        call.to_dict() == read_messages([U, {"role": "assistant", "content": None, "tool_calls": CALLED}])[1].to_dict()
+    )
+    assert (result.role, result.extra) == ("tool", {"name": "f"})
+
+
+def test_no_calls_are_no_key() -> None:
+    for empty in ({"tool_calls": []}, {"tool_calls": None}, {"function_call": None}):
+        assert read_messages([U, {**A, **empty}])[1] == Message("assistant", "b")
+    with pytest.raises(ValueError, match="the assistant message 1 is empty"):
+        read_messages([U, {**A, "content": "", "tool_calls": []}])
+
+
+def test_turns_are_read_from_json_text_and_other_text_stays_text() -> None:
+    assert messages_or_text(json.dumps([U, A])) == [U, A]
+    assert messages_or_text(json.dumps(A)) == [A]
+    assert messages_or_text(A) == [A]
+    for text in ("[INST] hi [/INST]", "[1, 2]", "[]", '{"answer": 4}', '[{"name": "f"}]', "plain", "{broken"):
+        assert messages_or_text(text) == text
+
+
+def test_there_is_one_system_message() -> None:
+    system = Message("system", "s")
+    turns = [Message("user", "a"), Message("assistant", "b")]
+    validate_messages([system, Message("developer", "d"), *turns])
+    with pytest.raises(ValueError, match="a second system message at message 1"):
+        validate_messages([system, system, *turns])
