@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
-from tt_models.config_keys import WITHOUT_EFFECT, fits, nearest, refuse_quantized, refuse_unknown, refuse_wrong_types
+from tt_models.config_keys import fits, has_no_effect, nearest, pop_quantization, refuse_unlike, refuse_wrong_types
 from tt_models.mlp import ACTIVATIONS
 from tt_models.rope import check_rope_scaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+QK_NORM = dict.fromkeys(("use_qk_norm", "qk_norm", "use_qk_layernorm", "qk_layernorm"), (True,))  # see computed
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
@@ -23,6 +24,7 @@ class ModelConfig:
     architecture: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings in config.json -> field
     positive: ClassVar[tuple[str, ...]] = ()  # fields of the family that must be positive where they are given
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys that are no fields -> the values that are computed
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -116,9 +118,10 @@ class ModelConfig:
         """Read the keys of a ``config.json``; see ``tt_models.config_from_hf``."""
         hints = typing.get_type_hints(cls)
         names = {field.name for field in dataclasses.fields(cls)}
-        without_effect = WITHOUT_EFFECT - names | {"model_type"}
-        keys = {key: value for key, value in config.items() if key not in without_effect}
-        refuse_quantized(keys)
+        passed = {key for key in config if isinstance(key, str) and key not in names and has_no_effect(key)}
+        keys = {key: value for key, value in config.items() if key not in passed | {"model_type"}}
+        pop_quantization(keys)
+        cls.complete_rope(keys)
         keys |= cls.read_rope({key: keys.pop(key) for key in ROPE_KEYS if key in keys})
         for alias, name in cls.aliases.items():
             value = keys.pop(alias, None)
@@ -126,14 +129,26 @@ class ModelConfig:
                 keys[name] = value
             elif value is not None and keys[name] != value:
                 raise ValueError(f"config.json: {alias} = {value!r} contradicts {name} = {keys[name]!r}")
-        refuse_unknown({key: value for key, value in keys.items() if key not in names}, names | set(ROPE_KEYS))
         known: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in keys.items()
             if key in names and (value is not None or fits(None, hints[key]))  # null: not set, so the default
         }
         refuse_wrong_types(known, hints)
-        return cls(**known)
+        made = cls(**known)
+        refuse_unlike(made, {key: keys[key] for key in keys if key not in names}, names | {*ROPE_KEYS, *cls.aliases})
+        return made
+
+    @classmethod
+    def complete_rope(cls, keys: dict[str, Any]) -> None:
+        """Give a rope that lacks it the original context length: the one beside it, else the longest."""
+        beside = None
+        if "original_max_position_embeddings" not in cls.__dataclass_fields__:
+            beside = keys.pop("original_max_position_embeddings", None)
+        longest = keys.get("max_position_embeddings") or cls.max_position_embeddings
+        for name in ("rope_scaling", "rope_parameters"):
+            if isinstance(keys.get(name), Mapping):
+                keys[name] = with_original_length(keys[name], beside, longest)
 
     @classmethod
     def read_rope(cls, keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,6 +230,17 @@ def sized(config: C, hidden: int, layers: int, heads: int, kv_heads: int, interm
         "intermediate_size": intermediate,
     }
     return dataclasses.replace(config, **numbers | other)
+
+
+def with_original_length(rope: Mapping[str, Any], beside: Any, longest: Any) -> dict[str, Any]:
+    """``rope``, or each of its parts by kind of layer, with ``original_max_position_embeddings`` if it needs one."""
+    key = "original_max_position_embeddings"
+    if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope"):
+        if None not in (beside, rope.get(key)) and beside != rope[key]:
+            raise ValueError(f"config.json: {key} is given twice and differently: {beside!r} and {rope[key]!r}")
+        return {**rope, key: rope.get(key) or beside or longest}
+    parts = {name: part for name, part in rope.items() if isinstance(part, Mapping)}
+    return {**rope} | {name: with_original_length(part, beside, longest) for name, part in parts.items()}
 
 
 def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,84 +1,212 @@
-"""Keys of ``config.json`` that are not fields of a config: which may be passed over, and which may not."""
+"""Keys of ``config.json`` that are not fields of a config: which are passed over, and which must agree.
+
+Passed over: what leaves the logits as they are (provenance, settings for generation, training and serving, other
+heads), and a feature that is switched off. A key that changes the maths must have the value that is computed here. Any
+other key is refused: it is a typing mistake, or belongs to an architecture that is not the one of ``model_type``.
+"""
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# Keys of config.json that leave the logits as they are: provenance, generation and serving settings, other heads.
-WITHOUT_EFFECT = frozenset(
-    [
-        "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal", "_commit_hash",
-        "_name_or_path", "_sliding_window_pattern", "architectures", "attn_implementation", "auto_map", "bad_words_ids",
-        "begin_suppress_tokens", "bos_token", "cache_implementation", "decoder_start_token_id",
-        "diversity_penalty", "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size",
-        "eos_token", "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
-        "forced_eos_token_id", "gradient_checkpointing", "id2label", "is_llama_config",
-        "keys_to_ignore_at_inference", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length",
-        "model_max_length", "no_repeat_ngram_size", "num_assistant_tokens", "num_beam_groups", "num_beams",
-        "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
-        "output_router_logits", "output_scores", "pad_token", "prefix", "pretraining_tp", "problem_type",
-        "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-        "suppress_tokens", "task_specific_params", "temperature", "tie_encoder_decoder", "tokenizer_class",
-        "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
-        "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
-        # read by other families, or by nobody any more
-        "max_sequence_length", "max_window_layers", "tokenizer_model_max_length", "tokenizer_padding_side",
-        "unk_token_id", "use_flash_attn", "_flash_attn_2_enabled",
-    ]
-)  # fmt: skip
+if TYPE_CHECKING:
+    from tt_models.config import ModelConfig
 
-# Keys that change the maths in general and are harmless at one value.
-ONLY_VALUE: dict[str, tuple[Any, ...]] = {
-    "add_cross_attention": (False,),
-    "attn_pdrop": (0,),
-    "attention_bias": (False,),
-    "chunk_size_feed_forward": (0,),
-    "cross_attention_hidden_size": (),
-    "is_decoder": (False, True),
-    "is_encoder_decoder": (False,),
-    "embd_pdrop": (0,),
-    "full_attn_mod": (1,),
-    "interpolate_factor": (1,),
-    "lm_head_bias": (False,),
-    "mlp_bias": (False,),
-    "partial_rotary_factor": (1,),
-    "pruned_heads": ({},),
-    "quantization_config": ({},),
-    "resid_pdrop": (0,),
-    "router_jitter_noise": (0,),
-    "rope_interleaved": (False,),
-    "use_bidirectional_attention": (False,),
-    "use_mrope": (False,),
-    "use_sliding_window": (False,),
+WITHOUT_EFFECT_BY_KIND = {
+    "provenance and other software": """
+        architectures attn_implementation auto_map base_model base_model_name_or_path dtype finetuning_task framework
+        is_composition is_llama_config language languages license model_name model_name_or_path model_version neuron
+        original_vocab_size pad_to_multiple_of padded_vocab_size params_dtype pretraining_tp task_specific_params
+        tensor_parallel tensor_parallel_degree tensor_parallel_output torch_dtype torchscript use_bfloat16
+        use_cpu_initialization version vocab_file
+    """,
+    "other heads, and what a forward pass hands out": """
+        classifier_activation classifier_bias classifier_dropout head_dtype id2label is_decoder
+        keys_to_ignore_at_inference label2id num_labels output_attentions output_hidden_states output_logits output_past
+        output_router_logits output_scores problem_type return_dict return_dict_in_generate tie_encoder_decoder
+        use_return_dict
+    """,
+    "generation": """
+        bad_words_ids begin_suppress_tokens cache_config cache_implementation compile_config constraints
+        continuous_batching_config disable_compile diversity_penalty do_sample dola_layers early_stopping
+        encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+        exponential_decay_length_penalty force_words_ids guidance_scale is_assistant length_penalty low_memory
+        max_cache_len max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p
+        no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams
+        num_return_sequences penalty_alpha prefill_chunk_size prefix prompt_lookup_num_tokens remove_invalid_values
+        renormalize_logits repetition_penalty sequence_bias speculation_type stop_strings suppress_tokens
+        target_lookbehind temperature token_healing top_h top_k top_p typical_p use_mtp watermarking_config
+    """,
+    "lengths for tokenizers, trainers and servers (max_position_embeddings is the one that counts)": """
+        context_length dual_chunk_attention_config max_context_length max_model_len max_seq_len max_seq_length
+        max_sequence_length max_window_layers model_max_length n_ctx n_positions seq_len seq_length sequence_length
+    """,
+    "training": """
+        activation_checkpointing aux_loss_alpha batch_size bf16 data_seed debug do_eval do_predict do_train ep_size
+        epochs ffn_dim_multiplier fp16 fp32 full_determinism global_batch_size greater_is_better group_by_length
+        ignore_data_skip init_std initializer_factor initializer_std label_names label_smoothing label_smoothing_factor
+        learning_rate liger_kernel load_best_model_at_end load_in_4bit load_in_8bit local_rank max_grad_norm max_steps
+        metric_for_best_model micro_batch_size mixed_precision momentum multiple_of neftune_noise_alpha output_dir
+        pp_size precision project remove_unused_columns report_to resume_from_checkpoint router_aux_loss_coef run_name
+        sample_packing seed seq_aux sequence_parallel tf32 torch_compile tp_size use_liger_kernel val_set_size
+        weight_decay
+    """,
+}
+WITHOUT_EFFECT = frozenset(word for words in WITHOUT_EFFECT_BY_KIND.values() for word in words.split())
+WITHOUT_EFFECT_LIKE = re.compile(
+    r"_.*|.*_token|.*_token_(id|ids|index)|.*(aux|z)_loss.*"
+    r"|(adam|assistant|bnb|chat_template|dataloader|dataset|ddp|deepspeed|eval|flash_attn|forced|fsdp|fuse|fused"
+    r"|gradient|hub|image|logging|log|lora|lr|num_train|optim|optimizer|peft|per_device|push_to_hub|recompute|save"
+    r"|summary|tf_legacy|tokenizer|train|training|transformers|trust_remote_code|unsloth|use_cache|use_flash|use_fused"
+    r"|use_recompute|use_sdpa|video|vision_end|vision_start|vllm|wandb|warmup|xla)([_.].*)?"
+)
+
+# Names that other families and libraries have for fields.
+SAME_AS = {
+    "hidden_act": "activation activation_function hidden_activation mlp_activation mlp_hidden_act",
+    "hidden_size": "d_model dim embed_dim n_embd",
+    "num_hidden_layers": "n_layer n_layers num_layers",
+    "num_attention_heads": "n_head n_heads num_heads",
+    "num_key_value_heads": "n_head_kv n_kv_heads num_kv_heads num_query_groups",
+    "head_dim": "attention_head_dim d_head head_size kv_channels query_pre_attn_scalar rotary_dim",
+    "intermediate_size": "d_ff ffn_dim ffn_hidden_size mlp_hidden_size n_inner",
+    "rms_norm_eps": "layer_norm_eps layer_norm_epsilon layernorm_epsilon norm_eps norm_epsilon rms_norm_epsilon",
+    "rope_theta": "rope_base rope_freq_base rotary_base rotary_emb_base",
+    "tie_word_embeddings": "share_embedding tie_embeddings tie_weights weight_tying",
+}
+FIELD_OF = {other: name for name, others in SAME_AS.items() for other in others.split()}
+SAME_WORD = {"swiglu": "silu", "swish": "silu", "geglu": "gelu"}
+
+# Keys that change the maths in general, with the values that say what is computed here.
+OFF = (False, 0, None)
+COMPUTED: dict[str, tuple[Any, ...]] = {
+    name: values
+    for names, values in {
+        # biases, and what is learned beside the usual weights
+        "add_bias_linear add_qkv_bias attention_bias attention_out_bias attention_output_bias attn_bias bias ffn_bias "
+        "lm_head_bias mlp_bias norm_bias o_bias o_proj_bias out_bias qkv_bias use_bias use_mlp_bias use_qkv_bias": OFF,
+        "attention_sink attn_gate attn_output_gate qk_layernorm qk_norm use_attention_sinks use_qk_layernorm "
+        "use_qk_norm": OFF,
+        "n_routed_experts n_shared_experts num_experts num_local_experts num_nextn_predict_layers num_shared_experts "
+        "shared_expert_intermediate_size": OFF,
+        # dropout of other places than attention_dropout
+        "attention_dropout_prob attention_probs_dropout_prob attn_dropout attn_pdrop dropout embd_pdrop "
+        "embedding_dropout hidden_dropout hidden_dropout_prob resid_pdrop residual_dropout router_jitter_noise": OFF,
+        # who sees whom, and how scores are made
+        "add_cross_attention alibi attention_chunk_size attn_temperature_tuning bidirectional "
+        "cross_attention_hidden_size is_encoder_decoder multi_query parallel_attn parallel_residual "
+        "scale_attn_by_inverse_layer_idx use_alibi use_bidirectional_attention use_logn_attn "
+        "use_parallel_residual": OFF,
+        "attn_logit_softcapping clip_qkv final_logit_softcapping logit_softcap logits_soft_cap qkv_clip": OFF,
+        "causal causal_attention is_causal scale_attn_weights use_causal_mask": (True,),
+        # positions
+        "rope_interleaved rotary_interleaved use_dynamic_ntk use_mrope": OFF,
+        "rotary use_rope use_rotary_embedding": (True,),
+        "partial_rotary_factor rope_condense_ratio rope_pct rope_ratio rotary_pct rotary_percent": (1,),
+        "pos_emb_type position_embedding_type": ("rope", "rotary"),
+        # scales, norms, gates, weights of fewer bits
+        "embedding_multiplier embedding_scale full_attn_mod interpolate_factor logit_scale logits_scaling "
+        "residual_multiplier scale_emb": (1,),
+        "layer_norm_type norm norm_type normalization normalization_type": ("rms_norm", "rmsnorm", "RMSNorm", "rms"),
+        "gated_mlp glu no_bias rms_norm use_gated_mlp use_glu use_rms_norm use_swiglu": (True,),
+        "chunk_size_feed_forward input_bits pruned_heads weight_bits": OFF,
+    }.items()
+    for name in names.split()
 }
 
 
-def refuse_quantized(keys: Mapping[str, Any]) -> None:
-    """Quantized repositories need another loader."""
-    quantization = keys.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+def computed_values(config: "ModelConfig", key: str) -> tuple[Any, ...] | None:
+    """The values of ``key``, which is not a field, that say what ``config`` computes; None if that is not known."""
+    if key in config.computed:
+        return config.computed[key]
+    if key in FIELD_OF and hasattr(config, FIELD_OF[key]):
+        return (getattr(config, FIELD_OF[key]),)
+    windows = {window for window in config.layer_windows if window and window < config.max_position_embeddings}
+    if key in ("sliding_window", "sliding_window_size"):
+        return (min(windows),) if windows else OFF
+    if key == "use_sliding_window":
+        return (bool(windows),)
+    if key == "layer_types":
+        return (["sliding_attention" if window else "full_attention" for window in config.layer_windows],)
+    if key == "no_rope_layers":
+        return ([1] * config.num_hidden_layers, [])
+    if key == "initial_context_length":
+        return ((config.rope_scaling or {}).get("original_max_position_embeddings", config.max_position_embeddings),)
+    if key == "attention_multiplier":
+        return (config.head_size**-0.5,)
+    return COMPUTED.get(key)
+
+
+def has_no_effect(key: str) -> bool:
+    """Whether no value of ``key`` changes the logits."""
+    return key in WITHOUT_EFFECT or WITHOUT_EFFECT_LIKE.fullmatch(key) is not None
+
+
+def is_off(value: Any) -> bool:
+    """Whether a feature of this value is switched off: null, false, zero, nothing in it."""
+    return value is None or value in (False, 0, "", [], {})
+
+
+def refuse_unlike(config: "ModelConfig", keys: Mapping[str, Any], names: Collection[str]) -> None:
+    """Every one of ``keys``, none of which is a field, must say what is computed; null means that it is not set."""
+    wrong = []
+    for key, value in keys.items():
+        values = computed_values(config, key)
+        if value is None or (values is not None and any(is_same(value, one) for one in values)):
+            continue
+        if key in ("sliding_window", "sliding_window_size") and is_whole(value, config.max_position_embeddings):
+            continue
+        close = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
+        if values is not None:
+            wrong.append(f"{key} = {value!r} is not supported, {config.model_type} is computed with {values[0]!r}")
+        elif not is_off(value) or difflib.get_close_matches(str(key), names, n=1, cutoff=0.85):
+            hint = f", nearest known key {close[0]!r}" if close else ""
+            wrong.append(f"unknown key {key!r} with value {value!r}{hint}")
+    if wrong:
         raise ValueError(
-            f"config.json: quantization_config: {method}; only unquantized weights are read, take the original model"
+            f"config.json: {'; '.join(wrong)}; remove a key that has no effect on the logits of this model, else take "
+            "a model without it"
         )
 
 
-def refuse_unknown(keys: Mapping[str, Any], names: Collection[str]) -> None:
-    """Every key that may change the maths must be known; null means that it is not set."""
-    wrong = []
-    for key, value in keys.items():
-        if value is None:
+def is_same(value: Any, computed: Any) -> bool:
+    """Whether a value of a file says ``computed``: off is off, and some words have others."""
+    if isinstance(value, str):
+        return computed in (value, SAME_WORD.get(value))
+    if isinstance(value, list | tuple) and isinstance(computed, list | tuple):
+        return list(value) == list(computed)
+    return bool(value == computed) or (is_off(value) and is_off(computed))
+
+
+def is_whole(window: Any, longest: int) -> bool:
+    """Whether a window hides nothing."""
+    return isinstance(window, int) and not isinstance(window, bool) and window >= longest
+
+
+QUANTIZATION = ("quantization_config", "quantization", "compression_config", "quant_config")
+
+
+def pop_quantization(keys: dict[str, Any]) -> None:
+    """Take the keys of quantization out; ValueError if the weights are quantized, which needs another loader."""
+    for key in QUANTIZATION:
+        settings = keys.pop(key, None)
+        if not settings or (isinstance(settings, Mapping) and is_unquantized(settings)):
             continue
-        if key not in ONLY_VALUE:
-            close = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
-            hint = f", nearest known key {close[0]!r}" if close else ""
-            wrong.append(f"unknown key {key!r} with value {value!r}{hint}")
-        elif value not in ONLY_VALUE[key]:
-            wrong.append(f"{key} = {value!r} is not supported, only {ONLY_VALUE[key][0]!r}")
-    if wrong:
-        raise ValueError(f"config.json: {'; '.join(wrong)}; a key without effect on the logits may be removed")
+        method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
+        raise ValueError(
+            f"config.json: {key}: {method}; only unquantized weights are read: take the original model, or dequantize "
+            "this one and remove the key"
+        )
+
+
+def is_unquantized(settings: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes was configured and not used, as some tools leave it behind."""
+    return settings.get("quant_method") in (None, "bitsandbytes") and not any(
+        settings.get(name, name not in settings) for name in ("load_in_4bit", "load_in_8bit")
+    )
 
 
 def refuse_wrong_types(keys: Mapping[str, Any], hints: Mapping[str, Any]) -> None:

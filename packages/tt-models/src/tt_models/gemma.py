@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from tt_models.attention import Attention
-from tt_models.config import FULL, SLIDING, LayeredConfig, ModelConfig, sized, split_rope_parameters
+from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, ModelConfig, sized, split_rope_parameters
 from tt_models.decoder import Block, Decoder
 from tt_models.norm import OffsetRMSNorm
 from tt_models.parts import attention_of, mlp_of, norm_of, rope_of, scaled_rope
@@ -84,6 +84,7 @@ class Gemma3Config(Gemma2Config):
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = QK_NORM
     positive: ClassVar[tuple[str, ...]] = (*Gemma2Config.positive, "rope_local_base_freq", "sliding_window_pattern")
 
     vocab_size: int = 262208

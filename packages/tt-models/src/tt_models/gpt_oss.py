@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,14 @@ class GptOssConfig(LayeredConfig):
 
     model_type: ClassVar[str] = "gpt_oss"
     architecture: ClassVar[str] = "GptOssForCausalLM"
-    aliases: ClassVar[Mapping[str, str]] = {"experts_per_token": "num_experts_per_tok"}
+    aliases: ClassVar[Mapping[str, str]] = {
+        "experts_per_token": "num_experts_per_tok",
+        "num_experts": "num_local_experts",
+    }
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(("use_attention_sinks", "attention_sink"), (True,)),
+        **dict.fromkeys(("activation", "activation_function"), ("swiglu",)),
+    }
 
     vocab_size: int = 201088
     hidden_size: int = 2880
@@ -57,11 +64,6 @@ class GptOssConfig(LayeredConfig):
     def usual_layer_types(self) -> tuple[str, ...]:
         """Every second layer sees everything."""
         return tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """Without the original context length, which the rope has too."""
-        return super().from_hf({key: value for key, value in config.items() if key != "initial_context_length"})
 
 
 class BiasedExperts(nn.Module):

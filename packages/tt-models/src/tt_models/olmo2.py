@@ -1,6 +1,6 @@
 """OLMo 2: https://arxiv.org/abs/2501.00656."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from tt_models.attention import Attention
-from tt_models.config import ModelConfig, sized
+from tt_models.config import QK_NORM, ModelConfig, sized
 from tt_models.decoder import Decoder
 from tt_models.linear import linear
 from tt_models.norm import LateRoundingRMSNorm
@@ -21,6 +21,7 @@ class Olmo2Config(ModelConfig):
 
     model_type: ClassVar[str] = "olmo2"
     architecture: ClassVar[str] = "Olmo2ForCausalLM"
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = QK_NORM
 
     vocab_size: int = 50304
     rms_norm_eps: float = 1e-5

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tt_models.config import FULL, SLIDING, LayeredConfig, check_top_k, sized
+from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, check_top_k, sized
 from tt_models.decoder import Block, Decoder
 from tt_models.moe import Experts, MixtureDecoder, MoE, softmax_then_top_k
 from tt_models.norm import RMSNorm
@@ -20,11 +20,16 @@ class Qwen2Config(LayeredConfig):
 
     model_type: ClassVar[str] = "qwen2"
     architecture: ClassVar[str] = "Qwen2ForCausalLM"
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **dict.fromkeys(("qkv_bias", "use_qkv_bias", "add_qkv_bias"), (True,)),
+        "attention_bias": (True, False),  # the reference never reads it, its queries, keys and values are biased
+    }
 
     vocab_size: int = 151936
     intermediate_size: int = 22016
     num_key_value_heads: int | None = 32
     max_position_embeddings: int = 32768
+    sliding_window: int | None = 4096
     use_sliding_window: bool = False
     max_window_layers: int = 28  # from this layer on the window holds, where it is used
 
@@ -45,6 +50,7 @@ class Qwen3Config(Qwen2Config):
 
     model_type: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "Qwen3ForCausalLM"
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = QK_NORM
 
     head_dim: int | None = 128
     attention_bias: bool = False
@@ -129,7 +135,9 @@ QWEN2 = Qwen2Config(
 )
 QWEN2_5 = replace(QWEN2, max_position_embeddings=32768, sliding_window=32768, tie_word_embeddings=True)
 LARGE = {"vocab_size": 152064, "rms_norm_eps": 1e-5}
-QWEN3 = Qwen3Config(max_position_embeddings=40960, rope_theta=1e6, bos_token_id=151643, eos_token_id=151645)
+QWEN3 = Qwen3Config(
+    max_position_embeddings=40960, rope_theta=1e6, sliding_window=None, bos_token_id=151643, eos_token_id=151645
+)
 TIED: dict[str, Any] = {"head_dim": 128, "tie_word_embeddings": True}
 SIZES_2: dict[str, Qwen2Config] = {
     "qwen2_0_5b": sized(QWEN2, 896, 24, 14, 2, 4864, max_window_layers=24, tie_word_embeddings=True),
@@ -155,6 +163,6 @@ SIZES_3: dict[str, Qwen3Config] = {
 SIZES_3_MOE: dict[str, Qwen3MoeConfig] = {
     "qwen3_30b_a3b": Qwen3MoeConfig(
         num_hidden_layers=48, head_dim=128, max_window_layers=48, max_position_embeddings=40960, rope_theta=1e6,
-        norm_topk_prob=True, bos_token_id=151643, eos_token_id=151645,
+        norm_topk_prob=True, sliding_window=None, bos_token_id=151643, eos_token_id=151645,
     ),
 }  # fmt: skip

@@ -32,6 +32,13 @@ ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
 }
 OLD_NAMES = {"su": "longrope"}
+# rope_type -> keys that are passed over: how weights were made, and what the reference of this type does not read
+WITHOUT_EFFECT = {
+    "default": {"original_max_position_embeddings", "mrope_section"},
+    "linear": {"original_max_position_embeddings"},
+    "dynamic": {"original_max_position_embeddings"},
+    "yarn": {"attn_factor"},
+}
 
 
 def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -40,11 +47,12 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
         return None
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling must be a mapping, got {scaling!r}")
-    without = {"type", "rope_type", "finetuned"}  # the last one tells how the weights were made
-    numbers = {key: value for key, value in scaling.items() if key not in without and value is not None}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     kind = OLD_NAMES.get(str(kind), str(kind))
+    without = {"type", "rope_type", "finetuned"} | WITHOUT_EFFECT.get(kind, set())
+    numbers = {key: value for key, value in scaling.items() if key not in without and value is not None}
     if kind == "default":
+        numbers = {key: value for key, value in numbers.items() if (key, value) != ("factor", 1)}
         if numbers:
             raise ValueError(f"rope_scaling of type 'default' takes no numbers, got {', '.join(sorted(numbers))}")
         return None
