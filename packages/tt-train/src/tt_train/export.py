@@ -9,10 +9,12 @@ import torch
 
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.merge import merge_run, model_source, refuse_full
+from tt_train.ollama import go_template, ollama_modelfile
 from tt_train.serving import load_run_tokenizer, run_tokenizer
 
+__all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
+
 FORMATS = ("hf", "ollama")
-_SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes of its own
 
 
 def export(
@@ -61,40 +63,3 @@ def commands(folder: Path, to: str) -> list[str]:
         f"python convert_hf_to_gguf.py {path} --outfile {gguf} --outtype bf16",
         f"llama-cli -m {gguf}",
     ]
-
-
-def ollama_modelfile(tokenizer: Any) -> str:
-    """A Modelfile for the folder that it lies in; its Go template is read off three renderings of the chat template.
-
-    Raises:
-        ConfigError: where the template is no plain sequence of system, user and assistant turns.
-    """
-    lines = ["FROM ."]
-    if tokenizer.has_chat_template:
-        lines.append(f'TEMPLATE """{go_template(tokenizer)}"""')
-    stops = dict.fromkeys(tokenizer.decode([index], skip_special=False) for index in tokenizer.eos_ids)
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    return "\n".join(lines) + "\n"
-
-
-def go_template(tokenizer: Any) -> str:
-    """Ollama's template: what the chat template writes before, between and after the words of each turn."""
-    user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
-    start = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id], skip_special=False)
-
-    def render(*turns: dict[str, str], prompt: bool) -> str:
-        text: str = tokenizer.render(turns, add_generation_prompt=prompt)
-        return text.removeprefix(start)  # Ollama puts the begin token there itself
-
-    prompt, whole = render(user, prompt=True), render(user, answer, prompt=False)
-    if prompt.count(_USER) != 1 or not whole.startswith(prompt) or whole.count(_ANSWER) != 1:
-        raise ConfigError(["--to ollama: the chat template is no plain sequence of turns; use --to hf instead"])
-    before_user, after_user = prompt.split(_USER)
-    after_answer = whole.split(_ANSWER)[1]
-    with_system = render({"role": "system", "content": _SYSTEM}, user, prompt=True)
-    system = ""
-    if with_system.count(_SYSTEM) == 1 and with_system.endswith(before_user + _USER + after_user):
-        before, after = with_system.removesuffix(before_user + _USER + after_user).split(_SYSTEM)
-        system = f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ end }}}}"
-    turn = f"{{{{ if .Prompt }}}}{before_user}{{{{ .Prompt }}}}{after_user}{{{{ end }}}}"
-    return f"{system}{turn}{{{{ .Response }}}}{after_answer}"

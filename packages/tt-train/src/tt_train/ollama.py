@@ -1,0 +1,268 @@
+"""A Modelfile for Ollama: a Go template that renders as the chat template does, stop words, and parameters.
+
+https://docs.ollama.com/modelfile
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tt_train.errors import ConfigError
+from tt_train.go_template import ollama_prompt
+
+_SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes on its own
+_ROLES = {_SYSTEM: "system", _USER: "user", _ANSWER: "assistant"}
+_TURNS = [[_USER], [_USER, _ANSWER, "1USER1"], [_USER, _ANSWER, "1USER1", "1ANSWER1", "2USER2"]]
+_CONVERSATIONS = [opening + turns for turns in _TURNS for opening in ([], [_SYSTEM])]
+_MARK = '"'
+MAX_NUM_CTX = 8192  # Ollama reserves memory for all of it
+_PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
+               "repetition_penalty": "repeat_penalty"}  # fmt: skip
+
+Conversation = list[dict[str, str]]
+Render = Callable[[list[str]], str]
+
+
+def ollama_modelfile(
+    tokenizer: Any, *, config: Mapping[str, Any] | None = None, generation: Mapping[str, Any] | None = None
+) -> str:
+    """A Modelfile for the folder that it is in.
+
+    ``config`` and ``generation``: what the model's config.json and generation_config.json hold; they give the length
+    of the context (at most ``MAX_NUM_CTX``) and the parameters of sampling.
+
+    Raises:
+        ConfigError: if no Go template renders as the chat template does.
+    """
+    lines = ["FROM ."]
+    if tokenizer.has_chat_template:
+        template = go_template(tokenizer)
+        lines += [f"# {note}" for note in notes(tokenizer)]
+        # One with .Messages is in the marks in which Ollama itself writes a text that has none of them.
+        mark = _MARK if ".Messages" in template and _MARK not in template else 3 * _MARK
+        lines.append(f"TEMPLATE {mark}{template}{mark}")
+    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in _stops(tokenizer)]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in _parameters(config or {}, generation or {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def notes(tokenizer: Any) -> list[str]:
+    """What a Modelfile cannot say of the chat template, one line each."""
+    if tokenizer.has_chat_template and "strftime_now" in str(tokenizer.templates.get("default")):
+        return ["the chat template writes today's date; the Modelfile keeps the date of this export"]
+    return []
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer, not the template, puts the first token before a conversation."""
+    if not (tokenizer.adds_bos and tokenizer.has_chat_template):
+        return bool(tokenizer.adds_bos)
+    return bool(_render(tokenizer, [_USER]).startswith(_bos(tokenizer)))
+
+
+def go_template(tokenizer: Any) -> str:
+    """Ollama's template: what the chat template writes around the words of each turn, compared with it.
+
+    It is a sequence of ``.System``, ``.Prompt`` and ``.Response`` if that is enough, else it ranges over ``.Messages``.
+    The first token is left out only if the tokenizer adds it.
+
+    Raises:
+        ConfigError: if neither renders six conversations (with and without a system message, one to three turns) as
+            the chat template does.
+    """
+    start = _bos(tokenizer) if adds_bos(tokenizer) else ""
+
+    def render(words: list[str]) -> str:
+        return _render(tokenizer, words).removeprefix(start)
+
+    wanted = {}
+    for words in _CONVERSATIONS:
+        try:
+            wanted[tuple(words)] = render(words)
+        except ValueError as error:
+            if words[0] != _SYSTEM:
+                raise ConfigError([f"--to ollama: the chat template refuses a plain conversation: {error}"]) from None
+    answered = tokenizer.render(_conversation([_USER, _ANSWER])).partition(_ANSWER)[2]
+    differs = "its turns are no plain sequence"
+    for make in (_sequence, _range):
+        template = make(wanted, answered)
+        if template is not None:
+            found = _difference(template, wanted)
+            if found is None:
+                return template
+            differs = found
+    raise ConfigError(
+        [
+            f"--to ollama: no Go template of ours renders as the chat template does ({differs}); use --to hf: vLLM, "
+            "SGLang and llama.cpp (--jinja) read the chat template itself"
+        ]
+    )
+
+
+def _render(tokenizer: Any, words: Sequence[str]) -> str:
+    return str(tokenizer.render(_conversation(words), add_generation_prompt=True))
+
+
+def _bos(tokenizer: Any) -> str:
+    return "" if tokenizer.bos_id is None else str(tokenizer.decode([tokenizer.bos_id], skip_special=False))
+
+
+def _conversation(words: Sequence[str]) -> Conversation:
+    return [{"role": _role(word), "content": word} for word in words]
+
+
+def _role(word: str) -> str:
+    return "user" if "USER" in word else _ROLES.get(word, "assistant")
+
+
+def _difference(template: str, wanted: Mapping[tuple[str, ...], str]) -> str | None:
+    """The first conversation that ``template`` renders otherwise, in words; None if there is none."""
+    for words in map(tuple, _CONVERSATIONS):
+        try:
+            found = ollama_prompt(template, _conversation(words))
+        except ValueError:
+            if words in wanted:
+                raise
+            continue  # both refuse a system message
+        if found != wanted.get(words):
+            system = "a system message and " if words[0] == _SYSTEM else ""
+            turns = sum("USER" in word for word in words)
+            return f"with {system}{turns} turns it writes {wanted.get(words)!r}, not {found!r}"
+    return None
+
+
+# ---- what the chat template writes between the words -----------------------------------------------------------------
+
+
+def _gaps(text: str, words: Sequence[str]) -> list[str] | None:
+    """The text before, between and behind ``words``; None unless each is there once, in this order."""
+    found = re.fullmatch("(.*)".join(["", *map(re.escape, words), ""]), text, re.DOTALL)
+    return list(found.groups()) if found and all(text.count(word) == 1 for word in words) else None
+
+
+def _literal(text: str) -> str:
+    """``text`` as a Go template that writes it."""
+    return re.sub(r'\{*"""|\{\{+|\{$', lambda found: f"{{{{ `{found.group()}` }}}}", text)
+
+
+def _if(condition: str, text: str, otherwise: str = "") -> str:
+    if not text and not otherwise:
+        return ""
+    otherwise = f"{{{{ else }}}}{otherwise}" if otherwise else ""
+    return f"{{{{ if {condition} }}}}{text}{otherwise}{{{{ end }}}}"
+
+
+_REFUSED = _if(".System", "{{ slice `no system role` 99 }}")  # an error that shows these words, as Jinja's would
+
+
+def _sequence(wanted: Mapping[tuple[str, ...], str], _closing: str) -> str | None:
+    """A template of ``.System``, ``.Prompt`` and ``.Response``: every turn begins alike."""
+    two = _gaps(wanted[tuple(_CONVERSATIONS[2])], _CONVERSATIONS[2])
+    if two is None or not two[2].endswith(two[0]):
+        return None
+    start, asks, answered, _ = two
+    with_system = wanted.get((_SYSTEM, _USER))
+    if with_system is None:
+        system = _REFUSED
+    elif _SYSTEM not in with_system:
+        system = ""
+    else:
+        parts = _gaps(with_system, [_SYSTEM, _USER])
+        if parts is None or not parts[1].endswith(start):
+            return None
+        before, after = parts[0], parts[1].removesuffix(start)
+        system = _if(".System", f"{_literal(before)}{{{{ .System }}}}{_literal(after)}")
+    turn = _if(".Prompt", f"{_literal(start)}{{{{ .Prompt }}}}{_literal(asks)}")
+    return f"{system}{turn}{{{{ .Response }}}}{_literal(answered.removesuffix(start))}"
+
+
+def _range(wanted: Mapping[tuple[str, ...], str], closing: str) -> str | None:
+    """A template that ranges over ``.Messages``, and, for programs that do not know them, has one turn without."""
+    two = _gaps(wanted[tuple(_CONVERSATIONS[2])], _CONVERSATIONS[2])
+    if two is None:
+        return None
+    start, asks, answered, end = two
+    system = _system_place(wanted, answered)
+    if system is None:
+        return None
+    before, after, in_last = system
+    opens = answered.removeprefix(closing)  # what begins a turn of the user, if it is the same everywhere
+    if not all(text.endswith(opens) for text in ([start] if in_last or before is None else [start, after])):
+        opens = ""
+    head, closes = start.removesuffix(opens), answered.removesuffix(opens)
+    folded = ""
+    if before is None:
+        head = ("" if (_SYSTEM, _USER) in wanted else _REFUSED) + _literal(head)
+    elif in_last:
+        head = _literal(head)
+        folded = f"{_literal(before)}{{{{ $.System }}}}{_literal(after)}"
+    else:
+        head = _head(head, before, after.removesuffix(opens))
+    asked = _if("$last", _literal(end), _literal(asks)) if not asks.startswith(end) else _literal(end)
+    answers = _literal(asks.removeprefix(end)) if asks.startswith(end) else ""
+    user = f"{_literal(opens)}{_if('and $last $.System', folded)}{{{{ .Content }}}}{asked}"
+    assistant = f"{answers}{{{{ .Content }}}}{_if('not $last', _literal(closes))}"
+    ranged = (
+        "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+        f"{{{{ if eq .Role `user` }}}}{user}{{{{ else if eq .Role `assistant` }}}}{assistant}{{{{ end }}}}{{{{ end }}}}"
+    )
+    alone = f"{_literal(opens)}{_if('.System', folded)}{{{{ .Prompt }}}}{_literal(end)}{{{{ .Response }}}}"
+    return f"{head}{_if('.Messages', ranged, alone + _literal(closing))}"
+
+
+def _system_place(wanted: Mapping[tuple[str, ...], str], answered: str) -> tuple[str | None, str, bool] | None:
+    """What is written before and after the system message, and whether it is in the last turn, not the first.
+
+    (None, "", False) if the template writes none; None if this is not known.
+    """
+    one, two = wanted.get((_SYSTEM, _USER)), wanted.get(tuple(_CONVERSATIONS[3]))
+    if one is None or two is None or _SYSTEM not in one + two:
+        return None, "", False
+    first = _gaps(two, _CONVERSATIONS[3])
+    if first is not None:
+        return first[0], first[1], False
+    last = _gaps(two, [_USER, _ANSWER, _SYSTEM, _CONVERSATIONS[2][-1]])
+    if last is None or not last[2].startswith(answered):
+        return None
+    return last[2].removeprefix(answered), last[3], True
+
+
+def _head(default: str, before: str, after: str) -> str:
+    """What comes before the first turn: ``before``, the system message and ``after``, or without one ``default``."""
+    shared = next((text for text in (before, default) if default.startswith(text) and before.startswith(text)), "")
+    rest, tail = default.removeprefix(shared), after
+    tail = after if after and rest.endswith(after) else ""
+    own = f"{_literal(before.removeprefix(shared))}{{{{ .System }}}}{_literal(after.removesuffix(tail))}"
+    return f"{_literal(shared)}{_if('.System', own, _literal(rest.removesuffix(tail)))}{_literal(tail)}"
+
+
+# ---- the rest of the file --------------------------------------------------------------------------------------------
+
+
+def _quoted(text: str) -> str:
+    """``text`` of one line between quotation marks, for which Ollama knows no escapes."""
+    mark = 3 * _MARK if _MARK in text else _MARK
+    return f"{mark}{text}{mark}"
+
+
+def _stops(tokenizer: Any) -> list[str]:
+    """The special tokens that end a turn; a word of the language that does is left to the model's own files."""
+    ends = {index: tokenizer.decode([index], skip_special=False) for index in tokenizer.eos_ids}
+    special = [text for index, text in ends.items() if text and not tokenizer.decode([index], skip_special=True)]
+    return list(dict.fromkeys(special))
+
+
+def _parameters(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    length = config.get("max_position_embeddings")
+    if isinstance(length, int) and length > 0:
+        found["num_ctx"] = min(length, MAX_NUM_CTX)
+    for key, name in _PARAMETERS.items():
+        value = generation.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found[name] = value
+    if generation.get("do_sample") is False:
+        found["temperature"] = 0.0
+    if generation:
+        found.setdefault("repeat_penalty", 1.0)  # Ollama's own default is another
+    return found
