@@ -7,6 +7,7 @@ import pytest
 
 from tt_train import ConfigError, compose
 from tt_train.config import SFTConfig, to_dict, to_yaml
+from tt_train.foreign import FOREIGN
 
 BASE = ["model.path=DIR", "data.train=rows.jsonl"]
 
@@ -105,6 +106,139 @@ def test_a_mistake_is_named_with_its_cure(word, expected):
     assert any(expected in problem for problem in problems(*word.split(" ")))
 
 
+AS_TYPED = [
+    ("output_dir=007", "output_dir", "007"),
+    ("output_dir=2024-01-01", "output_dir", "2024-01-01"),
+    ("output_dir=1:30", "output_dir", "1:30"),
+    ("output_dir=[a]", "output_dir", "[a]"),
+    ("output_dir={a: b}", "output_dir", "{a: b}"),
+    ("output_dir=a: b", "output_dir", "a: b"),
+    ("output_dir=- a", "output_dir", "- a"),
+    ("output_dir=~", "output_dir", "~"),
+    ("output_dir=null", "output_dir", None),
+    ("output_dir='null'", "output_dir", "null"),
+    ('output_dir="it\'s"', "output_dir", "it's"),
+    ("output_dir='a' or 'b'", "output_dir", "'a' or 'b'"),
+    ("model.path=no", "model.path", "no"),
+    ("model.path=1.10", "model.path", "1.10"),
+    ("model.path=true", "model.path", "true"),
+    ("model.path=1e3", "model.path", "1e3"),
+    ("model.path=*star", "model.path", "*star"),
+    ("model={path: 007, tokenizer: no}", "model.path", "007"),
+    ("model={path: 007, tokenizer: no}", "model.tokenizer", "no"),
+    ("data.train=rows #1.jsonl", "data.train", "rows #1.jsonl"),
+    ("data.train=my: rows.jsonl", "data.train", "my: rows.jsonl"),
+    ("data.train=012", "data.train", "012"),
+    ("data.train=[no, 1.10, my: rows.jsonl, a #1.jsonl]", "data.train", ["no", "1.10", "my: rows.jsonl", "a #1.jsonl"]),
+    ("data.train=['a, b.jsonl', c(1,2).jsonl]", "data.train", ["a, b.jsonl", "c(1,2).jsonl"]),
+    ("data.train={my: rows.jsonl: 0.7, 007: 3}", "data.train", {"my: rows.jsonl": 0.7, "007": 3}),
+    ("data.eval=0.05", "data.eval", 0.05),
+    ("data.eval=2024-01-01", "data.eval", "2024-01-01"),
+    ("data.eval=no", "data.eval", "no"),
+    ("data.columns.messages=no", "data.columns", {"messages": "no"}),
+    ("data.columns={messages: my: conv, text: 1.10}", "data.columns", {"messages": "my: conv", "text": "1.10"}),
+    ("data.template=no", "data.template", "no"),
+    ("adapter.target_modules=[no, q_proj]", "adapter.target_modules", ["no", "q_proj"]),
+    ("adapter.exclude_modules=[1]", "adapter.exclude_modules", ["1"]),
+    ("adapter.rank_pattern.layers.0.q_proj=4", "adapter.rank_pattern", {"layers.0.q_proj": 4}),
+    ("batch_size=010", "batch_size", 10),  # YAML: eight
+    ("max_steps=1_000", "max_steps", 1000),
+    ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),
+    ("optimizer.betas=[1e-1, 0.9]", "optimizer.betas", [0.1, 0.9]),
+    ("data.packing=Yes", "data.packing", True),
+    ("data.shuffle=0", "data.shuffle", False),
+]
+
+
+@pytest.mark.parametrize(("word", "key", "meant"), AS_TYPED)
+def test_a_word_means_what_was_typed(word, key, meant):
+    plain = to_dict(compose("sft", overrides=["micro_batch_size=1", word], complete=False))
+    for part in key.split("."):
+        plain = plain[part]
+    assert plain == meant
+    assert type(plain) is type(meant)
+
+
+def test_text_in_a_file_is_taken_as_written(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "output_dir: 007\nmodel: {path: no, tokenizer: 1.10}\nloggers: []\nadapter: {target_modules: [on, '2']}\n"
+        "data:\n  train: [2024-01-01, 0x10, 'a: b']\n  eval: 0.1\n  columns: {messages: yes}\n  split: null\n"
+        "  template: ~\n  cache_dir: '~'\nbatch_size: 010\nmicro_batch_size: '5'\n"
+    )
+    config = compose("sft", config=file)
+    assert (config.output_dir, config.model.path, config.model.tokenizer) == ("007", "no", "1.10")
+    assert config.adapter.target_modules == ["on", "2"]
+    assert (config.data.train, config.data.eval) == (["2024-01-01", "0x10", "a: b"], 0.1)
+    assert config.data.columns == {"messages": "yes"}
+    assert (config.data.split, config.data.template, config.data.cache_dir) == (None, None, "~")
+    assert (config.batch_size, config.micro_batch_size) == (10, 5)
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert to_dict(compose(tmp_path / "again.yaml")) == to_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("max_steps=1:30", "expected a whole number or null, got the text '1:30'"),
+        ("batch_size=0x10", "expected a whole number, got the text '0x10'"),
+        ("data.packing=2", "expected true or false, got the text '2'"),
+        ("loggers=wandb", "expected a list such as [a, b], got the text 'wandb'"),
+        ("data.columns=conv", "expected names such as {a: b}, got the text 'conv'"),
+        ("optimizer.betas=0.9", "expected a list such as [0.9, 0.95]"),
+        ("model.path=", "model.path: no value; write model.path=null to unset it"),
+        ("optimizer.lr=.inf", "optimizer.lr: must be a finite number, got inf"),
+        ("optimizer.lr=nan", "optimizer.lr: must be a finite number, got nan"),
+        ("optimizer.betas=[0.9, .nan]", "optimizer.betas: must be a finite number, got nan"),
+        ("adapter.alpha=inf", "adapter.alpha: must be a finite number, got inf"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas: must be at least 0 and below 1, got 1.0"),
+        ("optimizer.eps=-1", "optimizer.eps: must be at least 0, got -1.0"),
+        ("seed=18446744073709551616", "seed: must be below 2^64, torch's range, got 18446744073709551616"),
+        ("adapter.lora_plus_ratio=0", "adapter.lora_plus_ratio: must be positive, got 0.0"),
+        ("model.dtype=bfloat16", "did you mean 'bf16'?"),
+        ("schedule.name=constant_with_warmup", "did you mean 'constant'?"),
+        ("optimizer.name=adamw_torch_fused", "did you mean 'adamw'?"),
+        ("optimizer.name=torch.optim.AdamW", "did you mean 'adamw'?"),
+        ("data.train={a.jsonl: inf}", "data.train.a.jsonl: must be a finite number, got inf"),
+    ],
+)
+def test_what_yaml_would_bend_is_refused(word, expected):
+    assert any(expected in problem for problem in problems(word))
+
+
+def test_names_given_anew_replace_those_of_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("model: {path: m}\ndata: {train: {a.jsonl: 0.7, b.jsonl: 0.3}, columns: {prompt: p}}\n")
+    config = compose("sft", config=file, overrides=["data.train={c.jsonl: 1}", "data.columns={messages: m}"])
+    assert (config.data.train, config.data.columns) == ({"c.jsonl": 1}, {"messages": "m"})
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
+    from tt_train.keys import all_keys
+
+    ours, note = FOREIGN[name]
+    assert ours in all_keys(SFTConfig) if ours else note
+    for typed in (name, name.upper(), name.replace("_", "-").replace("-component-", "_component_")):
+        (problem,) = problems(f"{typed}=1")
+        assert (f"did you mean {ours!r}?" if ours else f"there is none here: {note}") in problem
+
+
+@pytest.mark.parametrize(
+    "name",
+    "load_in_4bit load_in_8bit val_set_size warmup_ratio report_to bf16 fp16 resume_from_checkpoint logging_steps "
+    "optim load_best_model_at_end neftune_noise_alpha lora_target_modules lora_target_linear sample_packing "
+    "deepspeed fsdp save_total_limit eval_strategy gradient_accumulation_steps max_seq_length dataset_text_field "
+    "completion_only_loss assistant_only_loss use_rslora lora_modules_to_save train_on_inputs flash_attention "
+    "xformers torch_dtype packing attn_implementation push_to_hub tokenizer.path checkpointer.checkpoint_dir "
+    "model._component_ dataset._component_ metric_logger optimizer_in_bwd max_seq_len sequence_len "
+    "per_device_train_batch_size lr_scheduler_type".split(),
+)
+def test_keys_that_people_bring_along_are_answered(name):
+    (problem,) = problems(f"{name}=1")
+    assert "did you mean" in problem or "there is none here: " in problem
+
+
 def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
     file = tmp_path / "bad.yaml"
     file.write_text("model:\n  path: DIR\nbatchsize: 4\nadapter:\n  rnk: 3\ndata: {train: x}\n")
@@ -146,16 +280,16 @@ def test_a_dotted_name_is_imported_only_where_allowed(tmp_path, monkeypatch):
 
 
 def test_key_typos_are_recognised_in_95_percent():
-    from tt_train.composing import _all_keys, _unknown_key
+    from tt_train.keys import all_keys, unknown_key
 
-    keys = [key for key in _all_keys(SFTConfig) if len(key.rsplit(".", 1)[-1]) > 3]
+    keys = [key for key in all_keys(SFTConfig) if len(key.rsplit(".", 1)[-1]) > 3]
     hit = total = 0
     for key in keys:
         head, dot, last = key.rpartition(".")
         for place in range(len(last)):
             typo = last[:place] + last[place + 1 :]
             total += 1
-            hit += f"{key!r}" in _unknown_key(SFTConfig, head + dot + typo)
+            hit += f"{key!r}" in unknown_key(SFTConfig, head + dot + typo)
     assert hit / total >= 0.95
 
 

@@ -1,12 +1,14 @@
 """What a run is made of: dataclasses whose fields are the keys of a YAML file, and checks that need no other file."""
 
+import math
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
 from tt_train.composing import compose
 from tt_train.errors import did_you_mean
+from tt_train.values import TEXT, TEXT_OR_NUMBER
 
 __all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "SFTConfig",
            "SamplesSection", "ScheduleSection", "compose", "missing", "mistakes", "to_dict", "to_yaml"]  # fmt: skip
@@ -29,7 +31,7 @@ class AdapterSection:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    target_modules: Any = field(default_factory=lambda: ["q_proj", "v_proj"])  # names, or all-linear
+    target_modules: Annotated[Any, TEXT] = field(default_factory=lambda: ["q_proj", "v_proj"])  # names, or all-linear
     quantize_base: bool = False
     use_dora: bool = False
     use_rslora: bool = False
@@ -48,8 +50,8 @@ class AdapterSection:
 class DataSection:
     """Rows to train on, rows held out, and how they become tokens."""
 
-    train: Any = None  # file, list of files, directory, hub id, registered name, or {source: weight}
-    eval: Any = None  # the same, or a fraction of train such as 0.05
+    train: Annotated[Any, TEXT] = None  # file, list of files, directory, hub id, registered name, or {source: weight}
+    eval: Annotated[Any, TEXT_OR_NUMBER] = None  # the same, or a fraction of train such as 0.05
     columns: dict[str, str] = field(default_factory=dict)
     max_seq_len: int = 2048
     packing: bool = False
@@ -151,10 +153,15 @@ _CHOICES = {
     "schedule.name": ("cosine", "linear", "constant"),
     "on_nonfinite": ("stop", "skip"),
 }
+# what other tools call these values
+_ELSEWHERE = {"bfloat16": "bf16", "bfloat": "bf16", "auto": "bf16", "float32": "fp32", "float": "fp32", "full": "fp32",
+              "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "completion": "assistant",
+              "true": "all", "input": "all", "inputs": "all"}  # fmt: skip
 _AT_LEAST = {
     "batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "save_every": 1,
     "keep_last": 2, "data.max_seq_len": 2, "data.num_workers": 0, "schedule.warmup_steps": 0, "samples.num": 0,
     "samples.max_new_tokens": 1, "adapter.rank": 1, "optimizer.weight_decay": 0, "optimizer.momentum": 0, "seed": 0,
+    "optimizer.eps": 0,
 }  # fmt: skip
 
 
@@ -173,7 +180,10 @@ def mistakes(config: SFTConfig) -> list[str]:
         if key == "model.dtype" and value in ("fp16", "float16", "half"):
             found.append("model.dtype: fp16 overflows in training (its largest number is 65,504); use bf16 or fp32")
         elif value is not None and value not in known:
-            found.append(f"{key}: expected one of {', '.join(known)}, got {value!r}{did_you_mean(str(value), known)}")
+            hint = did_you_mean(_ELSEWHERE.get(value, value), known)
+            found.append(f"{key}: expected one of {', '.join(known)}, got {value!r}{hint}")
+    if infinite := _not_finite(plain):
+        return found + infinite
     for key, least in _AT_LEAST.items():
         value = _look_up(plain, key)
         if value is not None and value < least:
@@ -203,12 +213,27 @@ def missing(config: SFTConfig) -> list[str]:
     return found
 
 
+def _not_finite(value: Any, key: str = "") -> list[str]:
+    """A line for each number anywhere in a config, a recipe's own keys included, that cannot be computed with."""
+    if isinstance(value, dict):
+        return [line for name, inner in value.items() for line in _not_finite(inner, f"{key}.{name}".lstrip("."))]
+    if isinstance(value, list | tuple):
+        return [line for inner in value for line in _not_finite(inner, key)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key}: must be a finite number, got {value}"]
+    return []
+
+
 def _number_mistakes(config: SFTConfig) -> list[str]:
     found = []
     if not config.optimizer.lr > 0:
         found.append(f"optimizer.lr: must be positive, got {config.optimizer.lr}")
     if config.max_grad_norm is not None and not config.max_grad_norm > 0:
         found.append(f"max_grad_norm: must be positive, or null for no clipping, got {config.max_grad_norm}")
+    if config.seed >= 2**64:
+        found.append(f"seed: must be below 2^64, torch's range, got {config.seed}")
+    if config.adapter is not None and not config.adapter.lora_plus_ratio > 0:
+        found.append(f"adapter.lora_plus_ratio: must be positive, got {config.adapter.lora_plus_ratio}")
     shares = {
         "loss.label_smoothing": config.loss.label_smoothing,
         "schedule.min_lr_ratio": config.schedule.min_lr_ratio,
@@ -216,7 +241,7 @@ def _number_mistakes(config: SFTConfig) -> list[str]:
     }
     if config.adapter is not None:
         shares["adapter.dropout"] = config.adapter.dropout
-    for key, value in shares.items():
+    for key, value in [*shares.items(), *(("optimizer.betas", beta) for beta in config.optimizer.betas)]:
         if not 0 <= value < 1:
             found.append(f"{key}: must be at least 0 and below 1, got {value}")
     batch, micro = config.batch_size, config.micro_batch_size

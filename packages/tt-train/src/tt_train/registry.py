@@ -20,6 +20,8 @@ RECIPES = {
 }
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
               "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop"}  # fmt: skip
+# what other tools call these optimizers
+_ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
 LOGGERS = {"tensorboard": "tt_train.metrics.tensorboard", "wandb": "tt_train.metrics.wandb"}
 
@@ -76,8 +78,10 @@ def name_mistakes(config: "SFTConfig", allow_import: Sequence[str]) -> list[str]
         if name in known:
             continue
         module = name.rpartition(".")[0]
-        if not module:
-            found.append(f"{key}: unknown name {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        ours = next((ours for ours, path in known.items() if path == name), None) or _ELSEWHERE.get(name)
+        if not module or ours:
+            hint = f"; did you mean {ours!r}?" if ours in known else did_you_mean(name, known)
+            found.append(f"{key}: unknown name {name!r}{hint}; known: {', '.join(known)}")
         elif module not in allow_import:
             found.append(f"{key}: {name!r} is a dotted path; to let it be imported, add --allow-import {module}")
         else:

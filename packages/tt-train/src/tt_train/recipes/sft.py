@@ -90,7 +90,7 @@ def train(job: Job, run: RunDir, checkpoint: Path | None, console: Console) -> N
     with StopRequest() as stop:
         for step in range(first + 1, steps_total + 1):
             began = time.perf_counter()
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout hangs on seed and step alone
+            torch.manual_seed((config.seed * 1_000_003 + step) % 2**64)  # dropout hangs on seed and step alone
             rate = learning_rate(config.schedule, base=config.optimizer.lr, step=step - 1, steps_total=steps_total)
             set_learning_rate(optimizer, rate)
             micro_batches = [to_device(batch, job.device) for batch in next(batches)]
