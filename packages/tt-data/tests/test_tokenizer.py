@@ -188,3 +188,32 @@ def test_the_model_needs_no_chat_template_until_one_is_used(llama: Any) -> None:
         llama.render([{"role": "user", "content": "a"}])
     with pytest.raises(ValueError, match="openai rows need a chat template"):
         load_dataset([{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}], llama)
+
+
+def test_each_part_of_a_tokenizer_comes_from_the_nearest_folder_that_has_it(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    def place(name, words, **settings):
+        (tmp_path / name).mkdir()
+        if words:
+            tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
+            tokenizer.add_special_tokens(words)
+            tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        for file, content in settings.items():
+            (tmp_path / name / f"{file}.json").write_text(json.dumps(content))
+        return tmp_path / name
+
+    base = place("base", ["a", "b"], tokenizer_config={"chat_template": "base", "eos_token": "a"},
+                 generation_config={"eos_token_id": [0, 1]})  # fmt: skip
+    near = place("near", ["a", "b", "c"], tokenizer_config={"eos_token": "c"})
+    words = place("words", [])
+    (words / "chat_template.jinja").write_text("near")
+    assert load_tokenizer([words, near, base]).templates == {"default": "near"}
+    both = load_tokenizer([near, base])
+    assert (both.vocab_size, both.eos_id, both.templates) == (3, 2, {"default": "base"})
+    assert {0, 1, 2} <= set(both.eos_ids)
+    assert load_tokenizer([words, base]).vocab_size == 2
+    (near / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    assert 1 not in load_tokenizer([near, base]).eos_ids
+    with pytest.raises(FileNotFoundError, match="words: no tokenizer"):
+        load_tokenizer([words])

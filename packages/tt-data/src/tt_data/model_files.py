@@ -19,36 +19,44 @@ _log = logging.getLogger(__name__)
 _FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
-def load_tokenizer(path: str | Path, *, template: str | None = None, text_specials: Sequence[str] = ()) -> Tokenizer:
+def load_tokenizer(
+    path: str | Path | Sequence[str | Path], *, template: str | None = None, text_specials: Sequence[str] = ()
+) -> Tokenizer:
     """The tokenizer of a model directory, or of one ``tokenizer.json`` or ``tokenizer.model`` file.
 
+    Of several paths, nearest first (an adapter's folder, then its base): the tokenizer, the chat template and the
+    tokens that end a turn (generation_config.json) are each taken from the first that has them.
     ``template``: a built-in chat template's name or a ``.jinja`` file instead of the model's own. ``text_specials``:
     control tokens that become their id also where they stand in data. Raises FileNotFoundError or ValueError.
     """
-    path = Path(path)
-    directory, file = (path, _tokenizer_file(path)) if path.is_dir() else (path.parent, path)
-    if not file.is_file():
-        raise FileNotFoundError(_missing(path))
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(place) for place in path]
+    directory, file = find_tokenizer(paths)
     config = _read_json(directory / "tokenizer_config.json")
     if "auto_map" in config:
         _log.warning(
             "%s: auto_map is ignored, code of a model directory never runs", directory / "tokenizer_config.json"
         )
-    tokenizer = _build(file, directory, config, text_specials)
+    folders = [place if place.is_dir() else place.parent for place in paths]
+    tokenizer = _build(file, directory, config, folders, text_specials)
     if template is not None:
         return with_named_template(tokenizer, template)
     return tokenizer
 
 
-def _tokenizer_file(directory: Path) -> Path:
-    found = next((directory / name for name in _FILES if (directory / name).is_file()), None)
-    if found is None:
-        present = sorted(p.name for p in directory.iterdir())[:8]
-        raise FileNotFoundError(
-            f"{directory}: no tokenizer, expected tokenizer.json or tokenizer.model, "
-            f"found {', '.join(present) or 'nothing'}"
-        )
-    return found
+def find_tokenizer(paths: Sequence[Path]) -> tuple[Path, Path]:
+    """Folder and tokenizer file of the first path that has one. FileNotFoundError for the last if none does."""
+    for place in paths:
+        files = [place / name for name in _FILES] if place.is_dir() else [place]
+        found = next((file for file in files if file.is_file()), None)
+        if found is not None:
+            return (place if place.is_dir() else place.parent), found
+    last = paths[-1]
+    if not last.is_dir():
+        raise FileNotFoundError(_missing(last))
+    present = sorted(p.name for p in last.iterdir())[:8]
+    raise FileNotFoundError(
+        f"{last}: no tokenizer, expected tokenizer.json or tokenizer.model, found {', '.join(present) or 'nothing'}"
+    )
 
 
 def _missing(path: Path) -> str:
@@ -58,7 +66,9 @@ def _missing(path: Path) -> str:
     return f"{path}: no such tokenizer file or model directory (looked from {Path.cwd()}){hint}"
 
 
-def _build(file: Path, directory: Path, config: Mapping[str, Any], text_specials: Sequence[str]) -> Tokenizer:
+def _build(
+    file: Path, directory: Path, config: Mapping[str, Any], folders: Sequence[Path], text_specials: Sequence[str]
+) -> Tokenizer:
     names = _token_names(directory, config)
     backend: Backend
     if _is_json(file):
@@ -76,10 +86,10 @@ def _build(file: Path, directory: Path, config: Mapping[str, Any], text_specials
         )
         names = {**_sentencepiece_names(backend), **names}
         adds_bos = bool(config.get("add_bos_token", True))
-    templates, origin = find_chat_template(directory, config)
+    templates, origin = find_templates(folders)
     return Tokenizer(
         backend, names=names, adds_bos=adds_bos, templates=templates, template_name=origin,
-        extra_eos_ids=_generation_eos(directory), text_specials=text_specials,
+        extra_eos_ids=_generation_eos(folders), text_specials=text_specials,
     )  # fmt: skip
 
 
@@ -128,10 +138,16 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
         raise ValueError(f"{where}: expected tokens and whole numbers") from None
 
 
-def _generation_eos(directory: Path) -> tuple[int, ...]:
-    found = _read_json(directory / "generation_config.json").get("eos_token_id")
-    if found is None:
-        found = _read_json(directory / "config.json").get("eos_token_id")
+def find_templates(folders: Sequence[Path]) -> tuple[dict[str, str], str]:
+    """The chat templates of the first folder that has any, and the file they came from."""
+    found = (find_chat_template(folder, _read_json(folder / "tokenizer_config.json")) for folder in folders)
+    return next((pair for pair in found if pair[0]), ({}, str(folders[-1] / "tokenizer_config.json")))
+
+
+def _generation_eos(folders: Sequence[Path]) -> tuple[int, ...]:
+    files = [folder / name for folder in folders for name in ("generation_config.json", "config.json")]
+    stated = (_read_json(file).get("eos_token_id") for file in files)
+    found = next((value for value in stated if value is not None), None)
     values = found if isinstance(found, list) else [found]
     return tuple(value for value in values if isinstance(value, int))
 
