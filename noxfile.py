@@ -17,7 +17,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the one that runs nox is the default
 TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
 # independent references (and what they need for old tokenizer files): tests compare with them, no package needs them
-ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf"]
+ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf"]
 CALM = {  # tiny models: one thread is faster than two that wait for each other, and nothing needs the network
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -90,7 +90,34 @@ def test_the_output_is_a_word_or_an_option_but_not_both(tt, model_dir, tmp_path,
         assert part in answer.err
 
 
-def test_a_missing_choice_lists_what_there_is(tt, bare_model, tmp_path):
-    answer = tt("convert", str(bare_model), str(tmp_path / "out"))
+def test_the_format_to_convert_to_is_hugging_faces_unless_said(tt, bare_model, tmp_path):
+    tt("convert", str(bare_model), str(tmp_path / "meta"), "--to", "meta")
+    answer = tt("convert", str(tmp_path / "meta"), str(tmp_path / "out"), "--allow-pickle")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_gguf_file_is_converted_and_a_missing_one_named(tt, tmp_path):
+    gguf, np = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    sizes = {"block_count": 1, "context_length": 64, "embedding_length": 8, "feed_forward_length": 8, "head_count": 1}
+    for key, value in sizes.items():
+        getattr(writer, f"add_{key}")(value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    ones = np.ones((8, 8), np.float32)
+    parts = "attn_q attn_k attn_v attn_output ffn_gate ffn_up ffn_down".split()
+    for name in ("token_embd", *(f"blk.0.{part}" for part in parts)):
+        writer.add_tensor(f"{name}.weight", ones)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", ones[0])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    answer = tt("convert", str(tmp_path / "model.gguf"), str(tmp_path / "hf"), "--dtype", "fp16")
+    assert answer.code == 0, answer.err
+    assert "float16) from gguf" in answer.err
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "float16"
+    answer = tt("convert", str(tmp_path / "modle.gguf"), str(tmp_path / "hf2"))
     assert answer.code == 2
-    assert "missing option '--to': one of hf, meta, torchtune" in answer.err
+    assert "no such file; did you mean" in answer.err

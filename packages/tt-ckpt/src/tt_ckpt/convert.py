@@ -9,8 +9,17 @@ from typing import Literal
 import torch
 
 from tt_ckpt import commit
-from tt_ckpt.directory import check_destination, copy_companions, make_tmp, publish, resolve, write_config
+from tt_ckpt.directory import (
+    check_destination,
+    copy_companions,
+    has_tokenizer,
+    make_tmp,
+    publish,
+    resolve,
+    write_config,
+)
 from tt_ckpt.formats import open_model
+from tt_ckpt.gguf_file import find_gguf, is_gguf
 from tt_ckpt.hf import counter, write_shards
 from tt_ckpt.layout import choose_layout, read_layout, write_layout
 from tt_ckpt.meta import write_meta
@@ -42,7 +51,7 @@ class Conversion:
 def convert(
     source: str | Path,
     destination: str | Path,
-    to: Format,
+    to: Format = "hf",
     *,
     allow_pickle: bool = False,
     config: str | Path | None = None,
@@ -53,22 +62,24 @@ def convert(
     dry_run: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
-    """Write the model of ``source`` (directory or hub id, any known format) to ``destination`` in the format ``to``.
+    """Write the model of ``source`` (directory, hub id or GGUF file) to ``destination`` in the format ``to``.
 
     One tensor at a time goes from the mapped files to the new ones; then everything is read back and compared, and
-    only then does ``destination`` appear. Tokenizer, template and generation files come along.
+    only then does ``destination`` appear. Tokenizer, template and generation files come along; those of a GGUF file
+    are made from it.
 
     ``allow_pickle``: read ``.pth``, ``.pt`` and ``.bin`` files (restricted unpickler; still only if you trust them).
-    ``config``: a directory with the config.json or params.json that the source lacks. ``dtype``: cast floating
-    tensors. ``max_shard_size``: of hf. ``num_parts``: model-parallel parts of meta. ``progress(done, total)`` counts
-    bytes, each twice: written and read back.
+    ``config``: a directory with the config.json or params.json that the source lacks; of a GGUF file, the original
+    model's, whose tokenizer is taken instead. ``dtype``: cast floating tensors (default: as they are; those of a GGUF
+    file with quantized tensors are float32). ``max_shard_size``: of hf. ``num_parts``: model-parallel parts of meta.
+    ``progress(done, total)`` counts bytes, each twice: written and read back.
     """
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     started = time.monotonic()
-    directory, target = resolve(source), Path(destination)
+    target = Path(destination)
     base = None if config is None else resolve(config)
-    weights = open_model(directory, allow_pickle=allow_pickle, config=base)
+    directory, weights = _open(source, allow_pickle, base)
     weights = weights if dtype is None else cast(weights, dtype)
     old = check_destination(target, overwrite=overwrite)
     files: list[str] = []
@@ -76,7 +87,8 @@ def convert(
         tmp = make_tmp(target)
         try:
             advance = counter(progress, 2 * weights.nbytes)
-            origins = list(dict.fromkeys([weights.files[0].parent, directory, *([base] if base else [])]))
+            own = [] if weights.format == "gguf" else [weights.files[0].parent, directory]
+            origins = list(dict.fromkeys([*own, *([base] if base else [])]))
             _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
             compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
             files = commit.list_files(tmp)
@@ -99,6 +111,20 @@ def convert(
     )
 
 
+def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Path, Weights]:
+    """Where the model is, and the model. A GGUF file is one by itself, or alone in a directory."""
+    path = Path(source).expanduser()
+    file = path if is_gguf(path) else None
+    if file is None:
+        path = resolve(source)
+        file = find_gguf(path)
+    if file is None:
+        return path, open_model(path, allow_pickle=allow_pickle, config=base)
+    from tt_ckpt.gguf_model import from_gguf
+
+    return file, from_gguf(file, tokenizer=base is None or not has_tokenizer(base))
+
+
 def _write(
     weights: Weights,
     origins: list[Path],
@@ -110,6 +136,8 @@ def _write(
     advance: Callable[[int], None],
 ) -> None:
     """Into ``tmp``; config, companions and layout from the first of ``origins`` that has them."""
+    for name, text in weights.companions.items():
+        commit.write_bytes(tmp / name, text.encode())
     if not weights.config:
         raise ValueError(f"{origins[0]}: no config.json; give config=DIR of the same model")
     configured = next((origin for origin in origins if (origin / "config.json").exists()), None)

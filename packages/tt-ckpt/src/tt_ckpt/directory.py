@@ -45,10 +45,22 @@ def resolve(path: str | Path) -> Path:
     if local.is_dir():
         return local
     if local.is_file():
-        raise ValueError(f"{path}: a file; give the model directory that holds it")
+        cure = "give the model directory that holds it"
+        if local.suffix == ".gguf":
+            cure = f"a Hugging Face directory is needed; run: tt convert {path} DIR"
+        raise ValueError(f"{path}: a file; {cure}")
+    if local.exists():
+        raise ValueError(f"{path}: neither a directory nor a regular file; give a model directory")
     text = str(path)
-    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
-        raise FileNotFoundError(f"{path}: no such directory{_similar(local)}")
+    kind = "file" if local.suffix == ".gguf" else "directory"
+    if (
+        isinstance(path, Path)
+        or kind == "file"
+        or text.startswith((".", "/", "~"))
+        or text.count("/") > 1
+        or "\\" in text
+    ):
+        raise FileNotFoundError(f"{path}: no such {kind}{_similar(local)}")
     close = _similar(local)
     if "/" not in text and "did you mean" in close:  # a word beside a folder of nearly that name is a typo, no hub id
         raise FileNotFoundError(f"{path}: no such directory{close}")
@@ -65,7 +77,8 @@ def resolve(path: str | Path) -> Path:
 def _similar(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor is {path.parent}; the working directory is {Path.cwd()})"
-    beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    wanted = Path.is_file if path.suffix == ".gguf" else Path.is_dir
+    beside = [entry.name for entry in path.parent.iterdir() if wanted(entry)]
     close = difflib.get_close_matches(path.name, beside, 1, 0.5)
     return f"; did you mean {path.parent / close[0]}?" if close else f" (the working directory is {Path.cwd()})"
 
@@ -113,6 +126,11 @@ def copy_companions(source: Path, destination: Path) -> None:
             for file in sorted(entry.iterdir()):
                 if file.is_file():
                     commit.copy_file(safe_file(entry, file.name), destination / entry.name / file.name)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+    return any((directory / name).is_file() for name in names)
 
 
 def check_destination(path: Path, *, overwrite: bool) -> list[Path]:

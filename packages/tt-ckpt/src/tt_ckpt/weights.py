@@ -1,7 +1,7 @@
 """A model on its way from one format to another: tensors under Hugging Face names, read when asked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ class Weights:
     specs: dict[str, TensorSpec]
     get: Callable[[str], Tensor]
     config: dict[str, Any]
-    format: str  # hf, meta or torchtune
+    format: str  # hf, meta, torchtune or gguf
     files: tuple[Path, ...]
+    companions: Mapping[str, str] = field(default_factory=dict)  # files to be written beside the weights: name -> text
 
     @property
     def nbytes(self) -> int:

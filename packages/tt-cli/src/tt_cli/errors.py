@@ -98,8 +98,6 @@ def _usage(error: click.UsageError) -> str:
     if isinstance(error, click.NoSuchOption):
         options = [word for param in error.ctx.command.params for word in param.opts] if error.ctx else []
         text = f"no option {error.option_name}{did_you_mean(error.option_name, options)}"
-    elif isinstance(error, click.MissingParameter) and error.param and isinstance(error.param.type, click.Choice):
-        text = f"missing option '{error.param.opts[0]}': one of {', '.join(error.param.type.choices)}"
     elif isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
         given = error.message.partition("'")[2].partition("'")[0]
         text = f"{error.message.rstrip('.')}{did_you_mean(given, error.param.type.choices)}"

@@ -12,11 +12,20 @@ from tt_cli.group import Verb, json_option, print_json
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "target", required=True, type=click.Choice(["hf", "meta", "torchtune"]), help="The format to write."
+    "--to",
+    "target",
+    default="hf",
+    show_default=True,
+    type=click.Choice(["hf", "meta", "torchtune"]),
+    help="The format to write.",
 )
 @click.option("--allow-pickle", is_flag=True, help="Read .pth, .pt and .bin files, which can hold code, restrictedly.")
-@click.option("--config", help="A directory with the config.json or params.json that SOURCE lacks.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Cast the weights; default: as they are.")
+@click.option("--config", help="A directory with the config.json or params.json that SOURCE lacks, or a tokenizer.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Cast the weights. Default: as they are; fp32 for a GGUF file with quantized tensors.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of hf files.")
 @click.option(
     "--num-parts", type=click.IntRange(min=1), default=1, show_default=True, help="Model-parallel parts of meta."
@@ -37,13 +46,16 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the model of SOURCE, a directory or hub id, to DESTINATION in another format; it is read back."""
+    """Write the model of SOURCE, a directory, hub id or GGUF file, to DESTINATION in another format.
+
+    What was written is read back and compared.
+    """
     import torch
 
     import tt_ckpt
     from tt_cli.byte_progress import byte_progress
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     with byte_progress(f"{source} to {target}") as progress:
         done = tt_ckpt.convert(
             source,
