@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-torch.set_num_threads(1)  # tests fork: a child would wait for ever for threads that it does not have
+torch.set_num_threads(1)  # tests fork: a child would wait forever for threads that it does not have
 
 
 class _Attention(nn.Module):
@@ -120,3 +120,17 @@ def randomise() -> Callable[[nn.Module], None]:
             parameter.data.add_(noise.to(parameter))
 
     return fill
+
+
+@pytest.fixture
+def as_near() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """Asserts that a result is about as near to fp64 as a reference in its dtype: what order of sums is best differs
+    from machine to machine."""
+
+    def check(found: Tensor, reference: Tensor, truth: Tensor) -> None:
+        assert found.dtype == reference.dtype
+        error, usual = ((one.double() - truth).abs().max() for one in (found, reference))
+        unit = torch.finfo(found.dtype).eps * truth.abs().max()  # the reference may be exact by luck
+        assert error <= 4 * usual + 4 * unit, f"off by {error:.2e}, the reference by {usual:.2e} (unit {unit:.2e})"
+
+    return check

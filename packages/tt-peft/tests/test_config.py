@@ -39,6 +39,8 @@ def test_what_does_not_go_together_is_refused():
         LoRAConfig(target_parameters=("experts.up",), dropout=0.1)
     with pytest.raises(ValueError, match="init='pissa' with use_dora=True needs dropout=0"):
         LoRAConfig(init="pissa", use_dora=True, dropout=0.1)
+    with pytest.raises(ValueError, match="layers_pattern=.* needs layers_to_transform"):
+        LoRAConfig(layers_pattern="blocks")
     with pytest.raises(ValueError, match="dtype must be a floating point type"):
         LoRAConfig(dtype=torch.int8)
 
@@ -48,7 +50,8 @@ def test_lists_and_single_names_become_tuples():
     assert config.target_modules == ("q_proj",)
     assert config.modules_to_save == ("norm",)
     assert config.layers_to_transform == (3,)
-    assert LoRAConfig(target_modules="q_proj").target_modules == ("q_proj",)
+    assert LoRAConfig(target_modules="q_proj").target_modules == "q_proj"  # it may be an expression
+    assert LoRAConfig(exclude_modules=".*mlp.*").exclude_modules == ".*mlp.*"
     assert LoRAConfig(target_modules="all-linear").target_modules == "all-linear"
 
 

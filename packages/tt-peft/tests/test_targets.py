@@ -22,15 +22,16 @@ def both(leaf):
         (("q_proj",), both("self_attn.q_proj")),
         (("self_attn.q_proj",), both("self_attn.q_proj")),
         (("model.layers.1.mlp.up_proj",), ["model.layers.1.mlp.up_proj"]),
-        ((r"layers\.0\..*(q|v)_proj",), ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]),
+        (r".*layers\.0\..*(q|v)_proj", ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]),
+        ("q_proj", both("self_attn.q_proj")),
         (("lm_head", "embed_tokens"), ["model.embed_tokens", "lm_head"]),
         (
-            r"[ud].*_proj",
+            r".*\.[ud][a-z]*_proj",
             [n for i in range(2) for n in (f"model.layers.{i}.mlp.up_proj", f"model.layers.{i}.mlp.down_proj")],
         ),
     ],
 )
-def test_names_and_expressions_mean_whole_dotted_parts_from_the_right(targets, expected, make_lm):
+def test_names_mean_whole_dotted_parts_from_the_right_and_expressions_whole_names(targets, expected, make_lm):
     assert names(make_lm(), target_modules=targets) == expected
 
 
@@ -57,7 +58,17 @@ def test_part_of_a_name_is_no_match(make_lm):
     ("field", "value", "message"),
     [
         ("target_modules", ("q_proj", "v_prj"), r"target_modules: 'v_prj' matches no module; did you mean 'v_proj'\?"),
-        ("target_modules", ("nothing.*",), r"target_modules: 'nothing.\*' matches no module \(there are: model, "),
+        ("target_modules", "nothing.*", r"target_modules: 'nothing.\*' matches no module \(there are: model, "),
+        (
+            "target_modules",
+            (".*q_proj",),
+            r"'.\*q_proj' matches no module: a list holds names; write an expression as one",
+        ),
+        (
+            "target_modules",
+            "layers.*q_proj",
+            r"matches no module; write '\.\*\\\\\.\(layers\.\*q_proj\)': it must match a wh",
+        ),
         ("exclude_modules", ("qproj",), r"exclude_modules: 'qproj' matches no module; did you mean 'q_proj'\?"),
         ("modules_to_save", ("lm_hed",), r"modules_to_save: 'lm_hed' matches no module; did you mean 'lm_head'\?"),
         (
@@ -71,7 +82,7 @@ def test_part_of_a_name_is_no_match(make_lm):
             ("experts.up",),
             r"target_parameters: 'experts.up' matches no module \(there are: none\)",
         ),
-        ("target_modules", ("q_proj(",), r"'q_proj\(' is not a valid regular expression"),
+        ("target_modules", "q_proj(", r"'q_proj\(' is not a valid regular expression"),
         ("layers_to_transform", (7,), r"nothing is left after exclude_modules and layers_to_transform"),
     ],
 )
@@ -91,9 +102,9 @@ def test_quantize_skip_must_match_too(make_lm):
 
 
 def test_excluded_modules_and_other_layers_get_no_adapter(make_lm):
-    assert names(
-        make_lm(), target_modules="all-linear", exclude_modules=("mlp.*", "k_proj", "o_proj", "v_proj")
-    ) == both("self_attn.q_proj")
+    assert names(make_lm(), target_modules="all-linear", exclude_modules=r".*mlp.*|.*[kov]_proj") == both(
+        "self_attn.q_proj"
+    )
     assert names(make_lm(), layers_to_transform=(1,)) == [
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tt_peft.apply import apply_lora_, spec_of, stacked_names, target_names
+from tt_peft.adapter_checks import BASE_KEY, as_here, check_base_of, check_finite, check_same, check_targets, precise
+from tt_peft.apply import apply_lora_
 from tt_peft.config import LoRAConfig
-from tt_peft.fingerprint import difference, encode, fingerprint
+from tt_peft.embeddings import take_embeddings, tied_embedding
+from tt_peft.fingerprint import encode, fingerprint
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import low_ranks, whole
 from tt_peft.peft_config import Members, config_from_peft, config_to_peft
@@ -29,12 +30,11 @@ from tt_peft.switch import (
     set_adapter_,
     unwrapped,
 )
-from tt_peft.targets import check_expression, matches, output_projection_names, own_modules
+from tt_peft.targets import output_projection_names, own_modules
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_BASE_KEY = "tt_base"
 _START = (".start_A.weight", ".start_B.weight")
 
 
@@ -55,7 +55,7 @@ def save_adapter(
     if sharded and torch.distributed.get_rank() != 0:
         return folder
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    metadata = {"format": "pt", _BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
+    metadata = {"format": "pt", BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
     _write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
     settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)
     _write(folder / CONFIG_FILE, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
@@ -91,7 +91,8 @@ def _is_causal_lm(model: nn.Module) -> bool:
     """PEFT asks what it wraps as one to generate: a classifier or an encoder of transformers cannot."""
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     generates = hasattr(model, "prepare_inputs_for_generation") or not hasattr(model, "get_output_embeddings")
-    return bool(output_projection_names(model)) and generates and not encodes
+    projects = bool(output_projection_names(model)) or tied_embedding(model) is not None
+    return projects and generates and not encodes
 
 
 def load_adapter(
@@ -108,22 +109,26 @@ def load_adapter(
     Where the model has no adapter of that name, one is applied as ``adapter_config.json`` says. An adapter of another
     base (other shapes, other values, or another ``base_model`` name) is a ValueError unless ``check_base=False``.
     """
-    folder = Path(path)
+    folder, file = Path(path), Path(path) / WEIGHTS_FILE
     settings = read_adapter_config(folder)
     state, metadata = read_adapter_weights(folder)
     if check_base:
-        _check_base(model, folder, settings, metadata, base_model)
-    _check_finite(state, folder)
-    state = _without_base_copies(model, state, folder)
+        check_base_of(model, file, settings, metadata, base_model)
+    check_finite(state, file)
     config = config_from_peft(settings, folder / CONFIG_FILE).with_(quantize_base=quantize_base)
-    config = _as_here(model, config, folder)
-    _check_targets(model, config, state, folder, tied=settings.get("ensure_weight_tying") is True)
+    state, brought = take_embeddings(model, state, settings, file, check_base=check_base)
+    config = as_here(model, config, folder)
+    config = config.with_(modules_to_save=tuple(dict.fromkeys((*config.modules_to_save, *brought))))
+    check_targets(model, config, state, folder)
     fresh = adapter not in adapter_names(model)
     active, trained = active_adapters(model), [p for p in model.parameters() if p.requires_grad]
     if fresh:
+        config = precise(model, config, state)
         apply_lora_(model, config, adapter=adapter)
     else:
-        _check_same(model, config, adapter, folder)
+        check_same(model, config, adapter, folder)
+        if adapter_config(model, adapter).dtype is None:
+            _widen_(model, state, adapter)
     own = {entry.key: entry.parameter.detach() for entry in entries(model, adapter)}
     starts = {key: value for key, value in own.items() if key.endswith(_START) and key not in state}
     try:
@@ -134,8 +139,16 @@ def load_adapter(
             set_adapter_(model, active)
             for parameter in trained:
                 parameter.requires_grad_(True)
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
+        raise ValueError(f"{file}: {error}") from None
     return config
+
+
+def _widen_(model: nn.Module, state: dict[str, Tensor], adapter: str) -> None:
+    """An adapter whose dtype no one chose gets one that holds what the file holds."""
+    for entry in entries(model, adapter):
+        if entry.key in state:
+            parameter, given = entry.parameter, state[entry.key].dtype
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, given))
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -163,111 +176,11 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key.removeprefix(_PREFIX): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            # no arithmetic with 8 bits of float; bf16 holds all of their values
+            tensors = {k: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
             return tensors, opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({file.stat().st_size} bytes): {error}") from None
-
-
-def _check_base(
-    model: nn.Module, folder: Path, settings: dict[str, Any], metadata: dict[str, str], base_model: str | None
-) -> None:
-    trained_on = settings.get("base_model_name_or_path")
-    here = base_model or getattr(getattr(model, "config", None), "_name_or_path", None)
-    title = f"{folder}: this adapter was trained on {trained_on or 'another base'}"
-    if _BASE_KEY in metadata:
-        try:
-            different = difference(json.loads(metadata[_BASE_KEY]), model)
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{folder / WEIGHTS_FILE}: the metadata {_BASE_KEY!r} is damaged") from None
-        if different:
-            raise ValueError(f"{title}, but the model here{f' ({here})' if here else ''} is another: {different}")
-    elif base_model and trained_on and Path(base_model).name != Path(str(trained_on)).name:
-        raise ValueError(f"{title}, but the model here is {base_model}; pass check_base=False if they are the same")
-
-
-def _without_base_copies(model: nn.Module, state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """PEFT puts the base of adapted embeddings into the file as well; that must be what the model has."""
-    kept = {}
-    for key, tensor in state.items():
-        owner, found, local = key.rpartition(".base_layer.")
-        if not found or ".lora_" in key:
-            kept[key] = tensor
-            continue
-        own = dict(model.named_parameters(remove_duplicate=False)).get(f"{owner}.{local}")
-        if own is not None and own.shape != tensor.shape:
-            raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, the base has {list(own.shape)}")
-        if own is not None and not own.is_meta and not torch.allclose(own.float().cpu(), tensor.float(), rtol=1e-2):
-            raise ValueError(f"{folder}: {key} holds other base weights than the model: another base, or a changed one")
-    return kept
-
-
-def _as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
-    """The config without what means nothing in this model, and ``modules_to_save`` in full names.
-
-    PEFT passes over names that match nothing (its classifiers always have "classifier" and "score" to save), so a
-    file may hold some; ``_check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
-    endings, not as whole parts: "norm" means "input_layernorm" too.
-    """
-    names, patterns = list(own_modules(model)), (config.rank_pattern, config.alpha_pattern)
-    saved = tuple(name for name in names if name.endswith(config.modules_to_save))
-    targets = config.target_modules
-    try:
-        if not isinstance(targets, str):
-            targets = _known(targets, names) or targets  # of none that is known, the error names the nearest
-        config = config.with_(target_modules=targets, exclude_modules=_known(config.exclude_modules, names))
-        config = config.with_(modules_to_save=saved, rank_pattern={}, alpha_pattern={})
-        adapted = target_names(model, config) + stacked_names(model, config)
-        ranks, alphas = ({p: known[p] for p in _known(tuple(known), adapted)} for known in patterns)
-    except ValueError as error:
-        raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
-    return config.with_(rank_pattern=ranks, alpha_pattern=alphas)
-
-
-def _known(targets: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``targets`` that mean any of ``names``."""
-    for target in targets:
-        check_expression(target)
-    return tuple(target for target in targets if any(matches(target, name) for name in names))
-
-
-def _check_finite(state: dict[str, Tensor], folder: Path) -> None:
-    for key, tensor in state.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} is {tensor.dtype}, expected floating point numbers")
-        if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{folder / WEIGHTS_FILE}: {key} has NaN or infinite values: its training went wrong")
-
-
-def _check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path, *, tied: bool) -> None:
-    """An adapter file for more or fewer layers than the model has is of another base."""
-    stacked = {name.rpartition(".")[0] for name in stacked_names(model, config)}
-    wanted, saved = {*target_names(model, config), *stacked}, config.modules_to_save
-    found = {key.split(".lora_", 1)[0].replace(".base_layer", "") for key in state if ".lora_" in key}
-    strangers = {key for key in state if ".lora_" not in key and not any(key.startswith(f"{name}.") for name in saved)}
-    for title, names in (
-        ("has no weights for", wanted - found),
-        ("has weights for unknown", found - wanted | strangers),
-    ):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            listed = ", ".join(sorted(names)[:3])
-            if tied and "unknown" in title:
-                raise ValueError(f"{folder}: ensure_weight_tying=True is not supported; it {title} {listed}{more}")
-            raise ValueError(f"{folder}: the adapter is of another base or kind: it {title} {listed}{more}")
-
-
-def _check_same(model: nn.Module, config: LoRAConfig, adapter: str, folder: Path) -> None:
-    """The model's adapter must compute with the numbers that the file's was trained with."""
-    for name, module in modules_of(model, adapter).items():
-        for local, low_rank in low_ranks(module, adapter).items():
-            own, given = low_rank.spec, spec_of(f"{name}.{local}" if local else name, config)
-            for what, here, there in (
-                ("rank", own.rank, given.rank),
-                ("scaling", own.scaling, given.scaling),
-                ("use_dora", own.config.use_dora, given.config.use_dora),
-            ):
-                if here != there:
-                    raise ValueError(f"{folder}: {what} is {there} for {name}, but the model's {adapter!r} has {here}")
 
 
 def _for_file(tensor: Tensor) -> Tensor:

@@ -23,9 +23,9 @@ from tt_peft.targets import (
     first_match,
     is_embedding,
     is_linear,
-    matches,
     nearest,
     own_modules,
+    pattern_matches,
     select,
     select_modules,
 )
@@ -73,15 +73,15 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.exclude_modules:
         excluded = set(select_modules(model, config.exclude_modules, what="exclude_modules"))
         chosen = [n for n in chosen if n not in excluded]
-    if config.layers_to_transform is not None:
-        chosen = [n for n in chosen if _layer_of(n) in config.layers_to_transform]
+    if config.layers_to_transform:
+        by_name = () if isinstance(config.target_modules, str) else config.target_modules
+        chosen = [n for n in chosen if n in by_name or layer_of(n, config.layers_pattern) in config.layers_to_transform]
     if config.target_modules and not chosen:
         raise ValueError("target_modules: nothing is left after exclude_modules and layers_to_transform")
     adapted = chosen + stacked_names(model, config)
     for what in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, what):
-            check_expression(pattern)
-            if not any(matches(pattern, n) for n in adapted):
+            if not any(pattern_matches(pattern, n) for n in adapted):
                 raise ValueError(f"{what}: {pattern!r} matches no adapted module{nearest(pattern, adapted)}")
     return chosen
 
@@ -105,9 +105,14 @@ def _by_owner(parameters: Sequence[str]) -> dict[str, list[str]]:
     return owners
 
 
-def _layer_of(name: str) -> int | None:
-    """The first number among the parts of a name."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+def layer_of(name: str, patterns: Sequence[str] = ()) -> int | None:
+    """The first number among the parts of a name, as PEFT counts layers; only behind one of ``patterns``, if any."""
+    for pattern in patterns or (r"[^.]*",):
+        check_expression(pattern)
+        match = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", name)
+        if match is not None:
+            return int(match.group(1))
+    return None
 
 
 def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Sequence[str]) -> None:

@@ -14,22 +14,25 @@ Init = Literal["kaiming", "gaussian", "pissa", "loftq"]
 class LoRAConfig:
     """Which modules get an adapter, and of what kind.
 
-    ``target_modules`` holds names (``"q_proj"`` or ``"self_attn.q_proj"``: whole dotted parts from the right), regular
-    expressions (an entry with any of ``*+?[](){}|^$\\``, matched against whole dotted parts from the right), or is the
-    text ``"all-linear"``: every linear layer but the output projection and routers of experts. ``exclude_modules``,
-    ``modules_to_save`` (modules trained in full beside the adapter) and ``quantize_skip`` hold the same.
-    ``target_parameters`` names stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape [experts, out, in].
-    Keys of ``rank_pattern`` and ``alpha_pattern`` are names or expressions too; the first that matches decides.
+    ``target_modules`` is read as PEFT reads it. A list holds names, ``"q_proj"`` or ``"self_attn.q_proj"``: whole
+    dotted parts from the right. A text is a regular expression for whole names (``".*(q|v)_proj"``) or, if it matches
+    none, one name; ``"all-linear"`` means every linear layer but the output projection and routers of experts.
+    ``exclude_modules`` holds the same. ``modules_to_save`` (modules trained in full beside the adapter),
+    ``quantize_skip`` and ``target_parameters`` (stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape
+    [experts, out, in]) hold names. ``layers_to_transform`` counts the first number in a name, or with
+    ``layers_pattern`` the one behind that name; a full name in ``target_modules`` is adapted in any layer. Keys of
+    ``rank_pattern`` and ``alpha_pattern`` are expressions for the last whole parts of a name; the first match decides.
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ("q_proj", "v_proj")
-    exclude_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[str, ...] | str = ()
     target_parameters: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
@@ -68,26 +71,37 @@ class LoRAConfig:
             raise ValueError("init='pissa' with use_dora=True needs dropout=0")
         if self.target_parameters and (self.dropout or self.use_dora or self.init != "kaiming"):
             raise ValueError("target_parameters works with dropout=0, use_dora=False and init='kaiming' only")
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: which of these layers?"
+            )
         if self.dtype is not None and not self.dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating point type, got {self.dtype}")
 
     def _make_tuples(self) -> None:
-        """Lists (from YAML or JSON) become tuples; a single name becomes a tuple of one."""
-        for name in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "quantize_skip"):
-            value = getattr(self, name)
-            if name == "target_modules" and value in ("all-linear", ["all-linear"], ("all-linear",)):
-                object.__setattr__(self, name, "all-linear")
-                continue
-            names = (value,) if isinstance(value, str) else tuple(value or ())
-            if not all(isinstance(n, str) and n for n in names):
-                raise ValueError(f"{name} must hold names, got {value!r}")
-            object.__setattr__(self, name, names)
+        """Lists (from YAML or JSON) become tuples; a single name too, unless it may be an expression."""
+        if list(self.target_modules or ()) == ["all-linear"] or str(self.target_modules).lower() == "all-linear":
+            object.__setattr__(self, "target_modules", "all-linear")
+        for name in ("target_modules", "exclude_modules"):
+            if not getattr(self, name):
+                object.__setattr__(self, name, ())
+            elif not isinstance(getattr(self, name), str):
+                self._make_tuple(name)
+        for name in ("target_parameters", "modules_to_save", "quantize_skip", "layers_pattern"):
+            self._make_tuple(name)
         if self.layers_to_transform is not None:
             given: Sequence[int] | int = self.layers_to_transform
             layers = (given,) if isinstance(given, int) else tuple(given)
             if not all(isinstance(layer, int) for layer in layers):
                 raise ValueError(f"layers_to_transform must hold whole numbers, got {given!r}")
             object.__setattr__(self, "layers_to_transform", layers)
+
+    def _make_tuple(self, name: str) -> None:
+        value = getattr(self, name)
+        names = (value,) if isinstance(value, str) else tuple(value or ())
+        if not all(isinstance(n, str) and n for n in names):
+            raise ValueError(f"{name} must hold names, got {value!r}")
+        object.__setattr__(self, name, names)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (https://arxiv.org/abs/2312.03732)."""

@@ -127,7 +127,8 @@ def row_norms(weight: Tensor, adapter: LowRank) -> Tensor:
     """
     A, B = (whole(factor) for factor in adapter.factors(torch.float32))
     s = adapter.spec.scaling
-    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32) ** 2
+    accumulate = torch.promote_types(weight.dtype, torch.float32)
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=accumulate) ** 2
     cross = ((weight @ A.T.to(weight.dtype)).float() * B).sum(dim=1)
     own = ((B @ (A @ A.T)) * B).sum(dim=1)
     norms = (squares + 2 * s * cross + s * s * own).clamp(min=0).sqrt()

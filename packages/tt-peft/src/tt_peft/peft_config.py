@@ -15,7 +15,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False,),
     "layer_replication": (None,),
     "lora_bias": (False,),
-    "trainable_token_indices": (None,),
     "use_qalora": (False,),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -35,7 +34,6 @@ _IGNORED = frozenset(
         "ensure_weight_tying",
         "eva_config",
         "inference_mode",
-        "layers_pattern",
         "loftq_config",
         "lora_ga_config",
         "megatron_core",
@@ -59,11 +57,13 @@ _READ = frozenset(
         "exclude_modules",
         "modules_to_save",
         "layers_to_transform",
+        "layers_pattern",
         "rank_pattern",
         "alpha_pattern",
         "use_rslora",
         "use_dora",
         "target_parameters",
+        "trainable_token_indices",  # tt_peft.embeddings: they are whole layers here
     }
 )
 
@@ -173,6 +173,7 @@ def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
             target_parameters=tuple(settings.get("target_parameters") or ()),
             modules_to_save=tuple(settings.get("modules_to_save") or ()),
             layers_to_transform=settings.get("layers_to_transform"),
+            layers_pattern=settings.get("layers_pattern") or (),
             rank_pattern=settings.get("rank_pattern") or {},
             alpha_pattern=settings.get("alpha_pattern") or {},
             use_rslora=settings.get("use_rslora", False),

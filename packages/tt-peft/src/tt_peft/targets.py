@@ -1,4 +1,4 @@
-"""Which modules a list of names and expressions means."""
+"""Which modules a list of names, or an expression, means: read as PEFT reads them."""
 
 import difflib
 import re
@@ -19,26 +19,48 @@ _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
 
 
 def matches(target: str, name: str) -> bool:
-    """Whether ``target``, a name or an expression, means the dotted ``name`` or its last whole parts."""
-    if _EXPRESSION.search(target):
-        return re.fullmatch(rf"(?:.*\.)?(?:{target})", name) is not None
+    """Whether the name ``target`` means the dotted ``name``: all of it, or its last whole parts."""
     return name == target or name.endswith("." + target)
 
 
 def check_expression(target: str) -> None:
     try:
-        re.compile(target if _EXPRESSION.search(target) else re.escape(target))
+        re.compile(target)
     except re.error as error:
         raise ValueError(f"{target!r} is not a valid regular expression: {error}") from None
 
 
-def select(targets: Sequence[str], names: Sequence[str], *, what: str) -> list[str]:
-    """Those of ``names`` that ``targets`` mean, in the order of ``names``. A target that means none is a ValueError."""
-    for target in targets:
-        check_expression(target)
+def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> list[str]:
+    """Those of ``names`` that ``targets`` mean, in the order of ``names``.
+
+    A text is an expression for whole names (as in PEFT) or, where it matches none, a name; a list holds names only. A
+    target that means nothing is a ValueError.
+    """
+    if isinstance(targets, str):
+        chosen = full_matches(targets, names)
+        if chosen:
+            return chosen
+    known = (targets,) if isinstance(targets, str) else targets
+    for target in known:
         if not any(matches(target, name) for name in names):
-            raise ValueError(f"{what}: {target!r} matches no module{nearest(target, names)}")
-    return [name for name in names if any(matches(target, name) for target in targets)]
+            raise ValueError(f"{what}: {target!r} matches no module{_hint(targets, target, names)}")
+    return [name for name in names if any(matches(target, name) for target in known)]
+
+
+def full_matches(expression: str, names: Iterable[str]) -> list[str]:
+    """The names that ``expression`` matches as a whole."""
+    check_expression(expression)
+    return [name for name in names if re.fullmatch(expression, name)]
+
+
+def _hint(targets: Sequence[str] | str, target: str, names: Sequence[str]) -> str:
+    """What may have been meant by a target that means nothing."""
+    if not _EXPRESSION.search(target):
+        return nearest(target, names)
+    if not isinstance(targets, str):
+        return f": a list holds names; write an expression as one text that matches whole names{nearest(target, names)}"
+    ending = rf".*\.({target})"
+    return f"; write {ending!r}: it must match a whole name" if full_matches(ending, names) else nearest(target, names)
 
 
 def nearest(target: str, names: Iterable[str], *, limit: int = 12) -> str:
@@ -54,7 +76,13 @@ def nearest(target: str, names: Iterable[str], *, limit: int = 12) -> str:
 
 def first_match(patterns: Mapping[str, V], name: str, default: V) -> V:
     """The value of the first pattern that means ``name``."""
-    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
+
+
+def pattern_matches(pattern: str, name: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means ``name``: an expression for its last whole parts."""
+    check_expression(pattern)
+    return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -93,7 +121,7 @@ def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str)
     """Names of the modules that ``targets`` mean; ``"all-linear"``: all but the output projection and routers."""
     modules = own_modules(model)
     if targets != "all-linear":
-        return select((targets,) if isinstance(targets, str) else targets, list(modules), what=what)
+        return select(targets, list(modules), what=what)
     left_out = {*output_projection_names(model), *router_names(model)}
     chosen = [name for name, module in modules.items() if is_linear(module) and name not in left_out]
     if not chosen:

@@ -1,0 +1,201 @@
+"""What adapter files of PEFT hold of embeddings and output projections beside low-rank factors.
+
+Copies of the base (of layers with an adapter, of a resized vocabulary), whole layers to use in its place, and single
+rows (``trainable_token_indices``). What the base has already is passed over; the rest becomes ``modules_to_save``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tt_peft.targets import output_projection_names, own_modules
+
+_PART = 4096  # rows compared at a time, in fp32
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+_LOAD_OVER = "another base, or a changed one; load the adapter over the base that it was trained on"
+
+
+def tied_embedding(model: nn.Module) -> str | None:
+    """The name of the embedding whose weight is the output projection's too; None where there is none."""
+    modules, heads = own_modules(model), output_projection_names(model)
+    flagged = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            shared = any(getattr(modules[head], "weight", None) is module.weight for head in heads)
+            if shared or (flagged and not heads):
+                return name
+    return None
+
+
+def take_embeddings(
+    model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path, *, check_base: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without what the base has, and the names of the layers whose whole weight the adapter brings."""
+    state, tied = _without_base_copies(model, state, file), tied_embedding(model)
+    if tied is not None:
+        state = _without_tied_head(model, state, settings, file, tied)
+    state, rows = _rows_as_layers(model, state, settings, file)
+    state, layers = _whole_layers(model, state, settings, file, tied=tied, check_base=check_base)
+    return state, rows + layers
+
+
+def _without_base_copies(model: nn.Module, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """PEFT puts the base of adapted embeddings into the file as well; that must be what the model has."""
+    kept, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in state.items():
+        owner, found, local = key.rpartition(".base_layer.")
+        if not found or ".lora_" in key:
+            kept[key] = tensor
+        elif (own := parameters.get(f"{owner}.{local}")) is not None and _changed(own, tensor, key, file)[0]:
+            raise ValueError(f"{file.parent}: {key} holds other base weights than the model: {_LOAD_OVER}")
+    return kept
+
+
+def _without_tied_head(
+    model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path, tied: str
+) -> dict[str, Tensor]:
+    """An adapter of an output projection that the model does not have apart from its embedding is refused."""
+    kept, modules, heads = {}, own_modules(model), output_projection_names(model)
+    for key, tensor in state.items():
+        owner = _owner(key)
+        if owner != tied and owner not in heads and not _is_head(owner):
+            kept[key] = tensor
+            continue
+        what = "ensure_weight_tying=True" if settings.get("ensure_weight_tying") is True else ""
+        what = "trainable_token_indices" if key.endswith(_TOKENS) else what
+        if what:
+            raise ValueError(
+                f"{file.parent}: {what} is not supported for {owner}: the model ties its output projection to {tied}; "
+                "merge the adapter in PEFT (merge_and_unload) and use the result"
+            )
+        if owner in modules:
+            kept[key] = tensor
+        elif key != f"{owner}.weight" or _changed(modules[tied].get_parameter("weight"), tensor, key, file)[0]:
+            raise ValueError(f"{file.parent}: {key} is of an output projection of its own, but {_tie(tied)}")
+    return kept
+
+
+def _rows_as_layers(
+    model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Single trained rows become the whole layer, the base's but for them."""
+    kept, names, modules = {}, [], own_modules(model)
+    for key, tensor in state.items():
+        owner = key.removesuffix(_TOKENS)
+        if owner == key or owner not in modules:
+            kept[key] = tensor
+            continue
+        own, rows = modules[owner].get_parameter("weight"), _indices(settings, owner)
+        if own.is_meta:
+            raise ValueError(f"{owner} is on the meta device: load the base weights before trainable_token_indices")
+        if len(rows) != len(tensor) or tensor.shape[1:] != own.shape[1:] or not all(0 <= r < len(own) for r in rows):
+            raise ValueError(
+                f"{file.parent}: {key} has shape {list(tensor.shape)} for trainable_token_indices={rows}, which does "
+                f"not fit {owner}.weight {list(own.shape)}: {_LOAD_OVER}"
+            )
+        weight = own.detach().to("cpu", torch.promote_types(own.dtype, tensor.dtype), copy=True)
+        weight[torch.tensor(rows, dtype=torch.long)] = tensor.to(weight.dtype)
+        kept[f"{owner}.weight"] = weight
+        names.append(owner)
+    if settings.get("trainable_token_indices") and not any(key.endswith(_TOKENS) for key in state):
+        raise ValueError(
+            f"{file.parent}: adapter_config.json: trainable_token_indices are set, but {file.name} has none"
+        )
+    return kept, names
+
+
+def _indices(settings: dict[str, Any], owner: str) -> list[int]:
+    """PEFT: a list is of the input embeddings, a mapping of layers by the ends of their names."""
+    given = settings.get("trainable_token_indices")
+    if isinstance(given, dict):
+        given = next((rows for name, rows in given.items() if owner.endswith(str(name))), None)
+    if not isinstance(given, list) or not all(isinstance(row, int) for row in given):
+        raise ValueError(f"trainable_token_indices has no list of tokens for {owner}, found {given!r}")
+    return given
+
+
+def _whole_layers(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    settings: dict[str, Any],
+    file: Path,
+    *,
+    tied: str | None,
+    check_base: bool,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Embeddings and output projections that ``modules_to_save`` does not name: PEFT loads them over the base's."""
+    modules, heads = own_modules(model), output_projection_names(model)
+    endings = tuple(settings.get("modules_to_save") or ())
+    bare: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.items():
+        owner = key.rpartition(".")[0]
+        module = modules.get(owner)
+        if (isinstance(module, nn.Embedding) or owner in heads) and ".lora_" not in key and not owner.endswith(endings):
+            bare.setdefault(owner, {})[key] = tensor
+    brought = []
+    for owner, tensors in bare.items():
+        parameters = {f"{owner}.{local}": p for local, p in modules[owner].named_parameters(recurse=False)}
+        differing = [
+            (key, *_changed(parameters[key], tensor, key, file)) for key, tensor in tensors.items() if key in parameters
+        ]
+        changed = [(key, rows, far) for key, rows, far in differing if rows]
+        if not changed:
+            state = {key: tensor for key, tensor in state.items() if key not in tensors}
+            continue
+        key, rows, far = changed[0]
+        found = f"{file.parent}: {key} differs from the base's in {rows:,} of {len(tensors[key]):,} rows"
+        if tied is not None:
+            raise ValueError(
+                f"{found}, but {_tie(tied)}; or load the adapter over the resized base that it was trained on"
+            )
+        if check_base and 2 * far > len(tensors[key]):
+            raise ValueError(f"{found}, most of them altogether: another base; pass check_base=False to use the file's")
+        brought.append(owner)
+    return state, brought
+
+
+def _owner(key: str) -> str:
+    """The module of the base that a tensor of an adapter file is for."""
+    return key.split(".lora_")[0].removesuffix(_TOKENS).removesuffix(".weight").removesuffix(".bias")
+
+
+def _is_head(owner: str) -> bool:
+    return owner.rpartition(".")[2] == "lm_head"
+
+
+def _tie(tied: str) -> str:
+    return (
+        f"the model ties its output projection to {tied} (tie_word_embeddings): give the base one of its own "
+        f"(tie_word_embeddings=false in config.json, a copy of {tied}.weight as lm_head.weight in the weights)"
+    )
+
+
+@torch.no_grad()
+def _changed(own: Tensor, given: Tensor, key: str, file: Path) -> tuple[int, int]:
+    """How many rows differ by more than the dtypes do, and how many by half their size; another shape is an error.
+
+    On the meta device nothing is known: every row differs, a little.
+    """
+    if own.shape != given.shape:
+        cure = _LOAD_OVER
+        if own.shape[1:] == given.shape[1:]:
+            cure = (
+                f"the vocabulary was resized from {len(own):,} to {len(given):,} rows before training: load the "
+                f"adapter over that base (in transformers: resize_token_embeddings({len(given)}), then save_pretrained)"
+            )
+        raise ValueError(f"{file.parent}: {key} has shape {list(given.shape)}, the base has {list(own.shape)}: {cure}")
+    if own.is_meta:
+        return len(own), 0
+    differing = far = 0
+    for begin in range(0, len(own), _PART):
+        a, b = own[begin : begin + _PART].cpu(), given[begin : begin + _PART]
+        equal = (a.to(b.dtype) == b) | (a == b.to(a.dtype))
+        if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # neither holds the other
+            equal |= torch.isclose(a.float(), b.float(), rtol=1e-2, atol=1e-6)
+        unequal = ~equal.flatten(1).all(1) if equal.dim() > 1 else ~equal
+        differing += int(unequal.sum())
+        a, b = a.float().view(len(a), -1), b.float().view(len(b), -1)
+        far += int((torch.linalg.vector_norm(a - b, dim=1) > 0.5 * torch.linalg.vector_norm(a, dim=1)).sum())
+    return differing, far
