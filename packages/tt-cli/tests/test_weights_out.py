@@ -75,7 +75,10 @@ def test_a_certificate_is_json(tt, bare_model, tmp_path):
     assert answer.code == 0, answer.err
     assert answer.json["passed"]
     assert json.loads((tmp_path / "certificate.json").read_text())["errors"] == answer.json["errors"]
-    assert "equal within" in tt("verify", str(bare_model)).out
+    words = tt("verify", str(bare_model))
+    assert "equal within rounding" in words.out
+    assert "transformers" in words.out.splitlines()[0]
+    assert words.err == ""
 
 
 @pytest.mark.parametrize("verb", ["merge", "export"])

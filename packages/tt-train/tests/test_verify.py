@@ -1,4 +1,4 @@
-"""Certificates against transformers: passed where the model is the same, failed where it is not."""
+"""Certificates against transformers: passed if the model is the same, failed if it is not."""
 
 import json
 
@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 def test_a_model_gets_its_certificate(model_dir):
     certificate = verify(model_dir)
     assert certificate["passed"]
-    assert certificate["errors"]["logits"] <= certificate["tolerance"]
+    assert certificate["errors"]["logits"] <= certificate["limits"]["logits"]
     assert json.loads(json.dumps(certificate)) == certificate
 
 
@@ -30,4 +30,4 @@ def test_a_planted_bug_is_refused(model_dir, monkeypatch):
     monkeypatch.setattr(module, "_load", wrong)
     certificate = verify(model_dir)
     assert not certificate["passed"]
-    assert certificate["errors"]["logits"] > certificate["tolerance"]
+    assert certificate["errors"]["logits"] > certificate["limits"]["logits"]

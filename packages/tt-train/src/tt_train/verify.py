@@ -14,11 +14,12 @@ from tt_train.loading import load_base
 def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
     """Compare a Hugging Face directory or hub id with transformers: logits, gradients, decoding, what is written back.
 
-    The certificate is ready for JSON: ``passed``, ``errors`` (relative, fp32), ``tolerance``, ``versions``. What is
-    written back has a config.json of our making, so that this is checked too.
+    The certificate is ready for JSON: ``passed``, ``errors`` (relative distances to transformers in fp64),
+    ``reference_errors`` (those of transformers in fp32), ``limits``, ``versions``. What is written back has a
+    config.json of our making, so that this is checked too.
 
     Raises:
-        ValueError: where transformers is not installed, or the directory cannot be read.
+        ValueError: if transformers is not installed, or the directory cannot be read.
     """
     return parity.verify(tt_ckpt.resolve(path), load=_load, save=_save, seed=seed)
 
