@@ -98,6 +98,32 @@ def test_dtype_casts_floats_and_says_so_in_the_config(tiny, config, tmp_path):
     assert load_file(tmp_path / "kept" / "model.safetensors")["lm_head.weight"].dtype == torch.float32
 
 
+def test_each_tensor_keeps_the_dtype_that_the_base_has(tiny, model_dir, equal_dirs, tmp_path):
+    source = model_dir(dtype=torch.bfloat16)
+    mixed = {
+        key: tensor.float() if "norm" in key else tensor.half() if "mlp" in key else tensor
+        for key, tensor in load_file(source / "model.safetensors").items()
+    }
+    save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
+    config = tt_ckpt.read_config(source) | {"torch_dtype": "float16"}
+    (source / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    dtypes = tt_ckpt.tensor_dtypes(source)
+    assert dtypes == {key: tensor.dtype for key, tensor in mixed.items()}
+    model = tiny(2)
+    tt_ckpt.load_weights(model, source)  # into fp32
+    tt_ckpt.save_hf(model, tmp_path / "out", config=config, source=source, dtype=dtypes)
+    assert equal_dirs(source, tmp_path / "out") == []
+
+
+def test_the_config_names_the_dtype_that_most_values_have(tiny, config, tmp_path):
+    model = tiny(dtype=torch.bfloat16)
+    kinds = {"model.norm.weight": torch.float32, "no.such": torch.float16}
+    tt_ckpt.save_hf(model, tmp_path / "out", config=config(dtype="float32"), dtype=kinds)
+    found = tt_ckpt.read_config(tmp_path / "out")
+    assert (found["dtype"], found["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert tt_ckpt.tensor_dtypes(tmp_path / "out")["model.norm.weight"] == torch.float32
+
+
 def test_the_metadata_says_pytorch(tiny, tmp_path):
     tt_ckpt.save_hf(tiny(), tmp_path / "out", config={})
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

@@ -3,9 +3,12 @@
 import difflib
 import fnmatch
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tt_ckpt import commit
 from tt_ckpt.names import safe_file
@@ -101,12 +104,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, TensorSpec], source: Path | None) -> None:
-    """The config with the dtype that the weights have; the source's own bytes when it says the same."""
+    """The config with the dtype that most values have; the source's own bytes when it says the same."""
     config = dict(config)
-    dtypes = {spec.dtype for spec in specs.values() if spec.dtype.is_floating_point}
+    counts: Counter[torch.dtype] = Counter()
+    for spec in specs.values():
+        if spec.dtype.is_floating_point:
+            counts[spec.dtype] += spec.numel
     for key in ("dtype", "torch_dtype"):
-        if key in config and len(dtypes) == 1:
-            config[key] = str(next(iter(dtypes))).removeprefix("torch.")
+        if key in config and counts:
+            config[key] = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     original = source / "config.json" if source is not None else None
     if original is not None and original.exists() and read_json(original) == config:
         commit.copy_file(original, path)

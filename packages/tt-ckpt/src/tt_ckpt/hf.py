@@ -26,7 +26,7 @@ def save_hf(
     config: Mapping[str, Any],
     source: str | Path | None = None,
     max_shard_size: str | int = "5GB",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     overwrite: bool = False,
     files: Mapping[str, str | Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -35,7 +35,8 @@ def save_hf(
 
     ``source``: a model directory (or hub id) whose tokenizer, template, generation and license files are copied, and
     whose shards and header order are kept when the tensors' names, shapes and dtypes are the same: an unchanged model
-    is written byte for byte. ``dtype`` casts floating weights. Adapter parameters are not written: merge first.
+    is written byte for byte. ``dtype`` casts floating weights, all to one, or each to its own by its name in the files
+    (``tensor_dtypes(base)``; a name not in it keeps its dtype). Adapter parameters are not written: merge first.
     ``files``: name to text, or to a file to copy, instead of what ``source`` has by that name (a chat template).
 
     What was written is read back and compared; ``progress(done, total)`` counts bytes, each twice.
@@ -73,7 +74,9 @@ def save_hf(
     write_together(weights, 2 * order, write)  # written in this order, and read back in it
 
 
-def _weights_of(model: nn.Module, dtype: torch.dtype | None, config: Mapping[str, Any]) -> Weights:
+def _weights_of(
+    model: nn.Module, dtype: torch.dtype | Mapping[str, torch.dtype] | None, config: Mapping[str, Any]
+) -> Weights:
     pieces = _pieces(model, dtype)
     return Weights(
         specs={key: spec for key, (spec, _) in pieces.items()},
@@ -84,7 +87,9 @@ def _weights_of(model: nn.Module, dtype: torch.dtype | None, config: Mapping[str
     )
 
 
-def _pieces(model: nn.Module, dtype: torch.dtype | None) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
+def _pieces(
+    model: nn.Module, dtype: torch.dtype | Mapping[str, torch.dtype] | None
+) -> dict[str, tuple[TensorSpec, Callable[[], Tensor]]]:
     """File key -> what it will be, and how to make it when its turn comes."""
     found: dict[str, tuple[TensorSpec, Callable[[], Tensor]]] = {}
     for slot in find_slots(model):
@@ -93,8 +98,9 @@ def _pieces(model: nn.Module, dtype: torch.dtype | None) -> dict[str, tuple[Tens
             raise ValueError(f"parameter {name} is on the meta device: load weights before saving")
         if type(tensor.data) is not Tensor and not hasattr(tensor, "full_tensor"):
             raise ValueError(f"parameter {name} is a {type(tensor.data).__name__}: merge or dequantize before saving")
-        kind = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         for key, piece in split_parameter(model, name, meta(spec_of(tensor))).items():
+            asked = dtype.get(key) if isinstance(dtype, Mapping) else dtype
+            kind = asked if asked is not None and tensor.is_floating_point() else tensor.dtype
 
             def make(key: str = key, name: str = name, tensor: Tensor = tensor, kind: torch.dtype = kind) -> Tensor:
                 return cast_tensor(key, split_parameter(model, name, gathered(tensor))[key], kind)

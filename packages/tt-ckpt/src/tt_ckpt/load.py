@@ -87,6 +87,15 @@ def load_weights(
         raise ValueError(f"{directory}: {len(bad)} tensors are not finite: {', '.join(bad[:3])}; download again")
 
 
+def tensor_dtypes(path: str | Path) -> dict[str, torch.dtype]:
+    """The dtype of every tensor in the safetensors files of a directory or hub id, by its name there.
+
+    Only headers are read. ``save_hf(..., dtype=tensor_dtypes(base))`` writes a changed model as its base was.
+    """
+    shards = find_shards(resolve(path))
+    return {key: shards.spec(key).dtype for key in shards.where}
+
+
 def make_plan(model: nn.Module, shards: Shards) -> Plan:
     """Match the slots of ``model`` with the keys of the files, without reading a tensor."""
     plan = Plan()
