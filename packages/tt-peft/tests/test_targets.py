@@ -3,6 +3,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import tt_peft
 from tt_peft import LoRAConfig, apply_lora_
@@ -190,3 +191,38 @@ def test_an_expression_that_is_none_is_refused(field, make_lm):
     value = {"q_proj(": 2} if field.endswith("pattern") else "q_proj("
     with pytest.raises(ValueError, match=r"'q_proj\(' is not a valid regular expression"):
         apply_lora_(make_lm(), LoRAConfig(**{field: value}))
+
+
+WRAPPED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("target", ["q_proj", "all-linear"])
+def test_a_layer_whose_weight_is_computed_is_refused_by_name_and_the_model_stays(kind, target, make_lm, ids):
+    model = make_lm()
+    WRAPPED[kind](model.model.layers[1].self_attn.q_proj)
+    expected = model(ids)
+    message = r"layers\.1\.self_attn\.q_proj\.weight is computed by .*: an adapter needs a plain weight"
+    with pytest.raises(ValueError, match=message):
+        names(model, target_modules=target)
+    if kind in ("spectral_norm", "prune"):  # the others are of a class of their own, which stays dense
+        with pytest.raises(ValueError, match=message):
+            tt_peft.quantize_nf4_(model)
+    assert torch.equal(model(ids), expected)
+    assert names(model, target_modules="all-linear", exclude_modules="model.layers.1.self_attn.q_proj")
+    assert torch.equal(model(ids), expected)
+
+
+def test_a_layer_whose_weight_is_computed_can_be_trained_in_full(make_lm, ids):
+    model = make_lm()
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    expected = model(ids)
+    names(model, target_modules="q_proj", modules_to_save="lm_head")
+    torch.testing.assert_close(model(ids), expected)
+    model(ids).sum().backward()
+    assert all(p.grad is not None for p in model.lm_head.adapters.parameters())

@@ -20,6 +20,7 @@ from tt_peft.switch import adapted_modules, adapter_names, set_adapter_
 from tt_peft.targets import (
     all_modules,
     check_expression,
+    check_plain_weight,
     first_match,
     is_embedding,
     is_linear,
@@ -124,6 +125,7 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
             raise ValueError(f"{name} is in target_modules and trained in full by modules_to_save: choose one")
         if not is_linear(module) and not is_embedding(module):
             raise ValueError(f"{name} is a {type(module).__name__}: LoRA goes on nn.Linear and nn.Embedding")
+        check_plain_weight(name, module)
         if isinstance(module, nn.Embedding) and (config.use_dora or config.init != "kaiming"):
             raise ValueError(f"{name} is an embedding: use_dora=False and init='kaiming' only")
         rank, limit = first_match(config.rank_pattern, name, config.rank), min(module.get_parameter("weight").shape)

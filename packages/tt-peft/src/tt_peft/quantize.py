@@ -10,7 +10,15 @@ from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.lora import LoRALinear, QLoRALinear
 from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
 from tt_peft.saved import SavedModule
-from tt_peft.targets import is_linear, matches, output_projection_names, own_modules, router_names, select
+from tt_peft.targets import (
+    check_plain_weight,
+    is_linear,
+    matches,
+    output_projection_names,
+    own_modules,
+    router_names,
+    select,
+)
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Linear]] = {
     nn.Linear: NF4Linear,
@@ -47,6 +55,7 @@ def quantizable_names(model: nn.Module, *, skip: Sequence[str] = ("lm_head",), s
             continue
         if any(name == t or name.startswith(f"{t}.") for t in trained):
             continue
+        check_plain_weight(name, module)
         weight = module.get_parameter("weight")
         if used[id(weight)] > 1:
             raise ValueError(f"{name}.weight is shared with another module: put {name} in quantize_skip")

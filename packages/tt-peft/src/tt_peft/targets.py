@@ -99,6 +99,18 @@ def _is_attention_part(module: nn.Module) -> bool:
     return isinstance(module, NonDynamicallyQuantizableLinear)
 
 
+def check_plain_weight(name: str, module: nn.Module) -> None:
+    """A weight that is computed from others (parametrizations, weight norm, pruning) is no parameter to build on."""
+    if "weight" not in module._parameters:
+        kinds = [type(p).__name__ for p in getattr(getattr(module, "parametrizations", None), "weight", ())]
+        how = ", ".join(kinds) or "a hook"
+        raise ValueError(
+            f"{name}.weight is computed by {how}: an adapter needs a plain weight; use "
+            "torch.nn.utils.parametrize.remove_parametrizations (or what removes the hook) first, or leave it out by "
+            "exclude_modules"
+        )
+
+
 def is_embedding(module: nn.Module) -> bool:
     """An embedding that computes what torch's does (some models' scale what they look up), or ours."""
     plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
