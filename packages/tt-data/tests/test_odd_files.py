@@ -175,7 +175,7 @@ def test_what_the_template_has_no_words_for_is_told(chatml: Any) -> None:
     rows = [{"messages": [U, call], "tools": [{"name": "f"}]}]
     assert load_dataset(rows, chatml).report["notes"] == [
         "the chat template does not write tool_calls (1 row, the first at rows:0)",
-        "the chat template does not write tools (1 row, the first at rows:0)",
+        "the chat template does not write tools (functions) (1 row, the first at rows:0)",
     ]
     assert load_dataset([CHAT], chatml).report["notes"] == []
     writes = chatml.with_template(

@@ -9,15 +9,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from tt_data.cells import Columns
 from tt_data.chat_formats import get_chat_format
-from tt_data.converters import Columns, read_chat
+from tt_data.converters import read_chat
 from tt_data.encode import TrainOn
 from tt_data.examples import BadRowError, Conversation, Turns
 from tt_data.instruct_templates import InstructTemplate, get_instruct_template
 from tt_data.load import AnyDataset, _Loader
 from tt_data.messages import Message
 from tt_data.named import DATASETS
-from tt_data.readers import Read, instruct_reader
+from tt_data.readers import InstructReader, Read
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
@@ -36,7 +37,7 @@ def instruct_dataset(
     """
     if isinstance(template, str):
         template = get_instruct_template(template)
-    read = _transformed(instruct_reader(template), transform)
+    read = _transformed(InstructReader(template), transform)
     return _load(tokenizer, source, read, "instruct", column_map, train_on_input, max_seq_len, options)
 
 

@@ -27,6 +27,8 @@ class Tally:
     longest_prompt: int = 0
     problems: list[str] = field(default_factory=list)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)  # kind -> how many rows, where the first one is
+    unread: dict[str, tuple[int, str]] = field(default_factory=dict)  # column that is not read -> the same
+    hints: dict[str, str] = field(default_factory=dict)  # and how to have it read
     forms: set[str] = field(default_factory=set)  # chat (by the chat template), text
 
     def drop(self, where: str, bad: BadRowError) -> None:
@@ -48,8 +50,11 @@ class Tally:
         is about the template or the source and is said once, uncounted. Code that has no tally (text to ids) puts its
         kinds into ``Encoded.notes``; they are counted here for the row.
         """
-        count, first = self.notes.get(kind, (0, where))
-        self.notes[kind] = (count + bool(where), first)
+        _count(self.notes, kind, bool(where), where)
+
+    def leave(self, column: str, where: str) -> None:
+        """Count a row that has something in a column that nothing reads."""
+        _count(self.unread, column, 1, where)
 
     def add(self, other: Tally) -> None:
         """Count what another one counted."""
@@ -59,9 +64,10 @@ class Tally:
         self.no_end += other.no_end
         self.longest_prompt = max(self.longest_prompt, other.longest_prompt)
         self.problems = (self.problems + other.problems)[:MAX_PROBLEMS]
-        for kind, (count, where) in other.notes.items():
-            before, first = self.notes.get(kind, (0, where))
-            self.notes[kind] = (before + count, first)
+        for ours, theirs in ((self.notes, other.notes), (self.unread, other.unread)):
+            for key, (count, where) in theirs.items():
+                _count(ours, key, count, where)
+        self.hints = {**other.hints, **self.hints}
         self.forms |= other.forms
 
     def summary(self) -> str:
@@ -74,12 +80,32 @@ class Tally:
             "truncated": self.truncated,
             "no_end_token": self.no_end,
             "problems": list(self.problems),
-            "notes": sorted(
-                f"{kind} ({_rows(count)}, the first at {where})" if count else kind
-                for kind, (count, where) in self.notes.items()
-            ),
+            "notes": [
+                *self._unread_note(),
+                *sorted(
+                    f"{kind} ({_rows(count)}, the first at {where})" if count else kind
+                    for kind, (count, where) in self.notes.items()
+                ),
+            ],
             "form": "+".join(sorted(self.forms)),
         }
+
+    def _unread_note(self) -> list[str]:
+        """One line for all columns: data sets have many that nobody needs."""
+        if not self.unread:
+            return []
+        named = [
+            f"{column!r} ({_rows(count)}{hint and '; '}{hint})"
+            for column, (count, _) in sorted(self.unread.items(), key=lambda item: -item[1][0])
+            for hint in (self.hints.get(column, ""),)
+        ]
+        first = next(iter(self.unread.values()))[1]
+        return [f"columns that are not read: {', '.join(named)}, the first at {first}"]
+
+
+def _count(counts: dict[str, tuple[int, str]], key: str, count: int, where: str) -> None:
+    before, first = counts.get(key, (0, where))
+    counts[key] = (before + count, first)
 
 
 def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) -> dict[str, Any]:
