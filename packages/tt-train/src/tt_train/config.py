@@ -10,7 +10,7 @@ from tt_train.composing import compose
 from tt_train.errors import did_you_mean
 from tt_train.values import TEXT, TEXT_OR_NUMBER
 
-__all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "SFTConfig",
+__all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "RunConfig", "SFTConfig",
            "SamplesSection", "ScheduleSection", "compose", "missing", "mistakes", "to_dict", "to_yaml"]  # fmt: skip
 
 
@@ -104,10 +104,11 @@ class SamplesSection:
 
 
 @dataclass
-class SFTConfig:
-    """Supervised fine-tuning, full or with an adapter."""
+class RunConfig:
+    """What every recipe has. The ``Config`` of a recipe of one's own extends it: a field is a key."""
 
     recipe: str = "sft"
+    recipe_sha256: str | None = None  # of a recipe file: the text that the config was run by
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection | None = None
     data: DataSection = field(default_factory=DataSection)
@@ -133,14 +134,21 @@ class SFTConfig:
     loggers: list[str] = field(default_factory=list)
 
 
-def to_dict(config: SFTConfig) -> dict[str, Any]:
+@dataclass
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning, full or with an adapter."""
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as plain containers, ready for YAML or JSON."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
+    if plain["recipe_sha256"] is None:  # only a recipe file has one
+        del plain["recipe_sha256"]
     return plain
 
 
-def to_yaml(config: SFTConfig) -> str:
+def to_yaml(config: RunConfig) -> str:
     """The config as YAML that ``compose`` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
@@ -171,7 +179,7 @@ def _look_up(plain: dict[str, Any], key: str) -> Any:
     return plain
 
 
-def mistakes(config: SFTConfig) -> list[str]:
+def mistakes(config: RunConfig) -> list[str]:
     """Values that cannot be meant, one line each; what needs files is checked by tt_train.validate."""
     plain = to_dict(config)
     found = []
@@ -197,7 +205,7 @@ def mistakes(config: SFTConfig) -> list[str]:
     return found
 
 
-def missing(config: SFTConfig) -> list[str]:
+def missing(config: RunConfig) -> list[str]:
     """What a run needs and the config does not say, one line each."""
     found = []
     if config.model.path is None and config.model.name is None:
@@ -224,7 +232,7 @@ def _not_finite(value: Any, key: str = "") -> list[str]:
     return []
 
 
-def _number_mistakes(config: SFTConfig) -> list[str]:
+def _number_mistakes(config: RunConfig) -> list[str]:
     found = []
     if not config.optimizer.lr > 0:
         found.append(f"optimizer.lr: must be positive, got {config.optimizer.lr}")

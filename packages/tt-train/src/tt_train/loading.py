@@ -105,7 +105,7 @@ def _load_trained(
 
 def _load_stopped(run: Path, device: torch.device, adapter: bool) -> tuple[tt_models.Decoder, Any]:
     """A run without results yet: its newest checkpoint over its base."""
-    from tt_train.composing import compose
+    from tt_train.composing import compose_run
     from tt_train.recipes import _assemble
 
     checkpoints = tt_ckpt.TrainCheckpoint(run / "checkpoints")
@@ -114,7 +114,7 @@ def _load_stopped(run: Path, device: torch.device, adapter: bool) -> tuple[tt_mo
         raise ConfigError(
             [f"{run}: neither results nor a checkpoint; go on with: tt run {run}/config.yaml -o {run} --resume auto"]
         )
-    config = compose(run / "config.yaml", overrides=[f"device={device}"])
+    config = compose_run(run, [f"device={device}"])
     model_path = _assemble.model_folder(config)
     hf_config = _assemble.read_hf_config(config, model_path)
     model_config = tt_models.config_from_hf(hf_config)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tt_train.config import OptimizerSection, ScheduleSection, SFTConfig
+from tt_train.config import OptimizerSection, RunConfig, ScheduleSection
 from tt_train.errors import ConfigError
 from tt_train.registry import OPTIMIZERS, resolve
 
@@ -57,7 +57,7 @@ def warmup_steps(section: ScheduleSection, steps_total: int) -> int:
     return max(0, min(math.ceil(ratio * steps_total), steps_total - 1))
 
 
-def schedule_notes(config: SFTConfig, steps_total: int) -> list[str]:
+def schedule_notes(config: RunConfig, steps_total: int) -> list[str]:
     """A line for each number of the config that a run of ``steps_total`` steps makes meaningless."""
     notes = []
     section, run = config.schedule, f"the run's {steps_total:,} step{'s' if steps_total > 1 else ''}"
@@ -82,7 +82,7 @@ def schedule_notes(config: SFTConfig, steps_total: int) -> list[str]:
     return notes
 
 
-def rate_change(config: SFTConfig, step: int, *, before: int, now: int) -> str | None:
+def rate_change(config: RunConfig, step: int, *, before: int, now: int) -> str | None:
     """What a run that was to have ``before`` steps, and has ``now``, changes at ``step`` (counted from 0); or None."""
     old, new = (
         learning_rate(config.schedule, base=config.optimizer.lr, step=step, steps_total=total)

@@ -12,7 +12,7 @@ from torch import nn
 
 import tt_ckpt
 import tt_peft
-from tt_train.config import SFTConfig, to_dict
+from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError
 from tt_train.optim import load_optimizer_tensors_, optimizer_tensors
 from tt_train.recipes._assemble import Job
@@ -35,7 +35,7 @@ _MAY_CHANGE = {
 }
 
 
-def find_resumable(config: SFTConfig, resume: str | Path | None) -> Path | None:
+def find_resumable(config: RunConfig, resume: str | Path | None) -> Path | None:
     """The run to go on with; None to start anew.
 
     ``auto``: the run at ``output_dir``, else the newest one under runs/ with the same config that is not finished.
@@ -63,7 +63,7 @@ def saved_config(run: Path) -> dict[str, Any]:
     return found
 
 
-def changed_keys(before: dict[str, Any], config: SFTConfig) -> list[str]:
+def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
     """``key: old -> new`` for each key that would make other steps than the saved run's."""
     old, new = _flat(before), _flat(to_dict(config))
     return [

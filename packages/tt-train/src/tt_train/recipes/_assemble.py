@@ -10,7 +10,7 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import AdapterSection, SFTConfig
+from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.optim import schedule_notes
 
@@ -21,7 +21,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Job:
     """A config with its files read: tokenizer, rows and shapes, but no weights yet."""
 
-    config: SFTConfig
+    config: RunConfig
     model_path: Path | None  # None: random weights
     model_config: Any
     hf_config: dict[str, Any]
@@ -128,7 +128,7 @@ class Subset:
         return getattr(self.dataset, name)
 
 
-def assemble(config: SFTConfig) -> Job:
+def assemble(config: RunConfig) -> Job:
     """Read what the config names, all but the weights. ConfigError holds every mistake that was found."""
     problems: list[str] = []
     notes: list[str] = []
@@ -208,7 +208,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def model_folder(config: SFTConfig) -> Path | None:
+def model_folder(config: RunConfig) -> Path | None:
     """The folder of ``model.path``: itself, a run's full model, or a snapshot of a hub id."""
     path = config.model.path
     if path is None:
@@ -223,7 +223,7 @@ def model_folder(config: SFTConfig) -> Path | None:
     return tt_ckpt.resolve(path)
 
 
-def read_hf_config(config: SFTConfig, model_path: Path | None) -> dict[str, Any]:
+def read_hf_config(config: RunConfig, model_path: Path | None) -> dict[str, Any]:
     """config.json of the model, or of the named size."""
     if model_path is not None:
         return tt_ckpt.read_config(model_path)
@@ -260,7 +260,7 @@ def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:
     ]
 
 
-def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> int:
+def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> int:
     """``data.max_seq_len``, or less where the model's positions end before it."""
     longest = getattr(model_config, "max_position_embeddings", None) or config.data.max_seq_len
     if longest < config.data.max_seq_len:
@@ -268,12 +268,12 @@ def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def training_rows(config: SFTConfig, tokenizer: Any, max_seq_len: int) -> Any:
+def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int) -> Any:
     """The rows of ``data.train``, all read or as a stream."""
     return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=config.data.streaming)
 
 
-def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
+def read_rows(config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
     """The rows of ``source`` as token ids and labels."""
     keys = ("train_on", "packing", "split", "template", "on_bad_row")
     options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
@@ -283,7 +283,7 @@ def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, 
     return tt_data.load_dataset(source, tokenizer, **options)
 
 
-def hold_out(config: SFTConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
+def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
     """(rows to train on, rows held out): another source, or a seeded share of the training rows."""
     share = config.data.eval
     if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():

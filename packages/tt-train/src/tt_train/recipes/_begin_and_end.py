@@ -11,11 +11,12 @@ from torch import nn
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_train.config import SFTConfig, to_dict, to_yaml
+from tt_train.config import RunConfig, to_dict, to_yaml
 from tt_train.console import RunFacts
 from tt_train.environment import collect, command_line, git_state
 from tt_train.errors import ConfigError
 from tt_train.model_card import model_card
+from tt_train.recipe_file import copy_of
 from tt_train.recipes._assemble import Job
 from tt_train.report import write_report
 from tt_train.resume import changed_keys, find_resumable, saved_config
@@ -33,6 +34,8 @@ def begin(job: Job, resume: str | Path | None) -> tuple[RunDir, Path | None]:
         run = RunDir(path)
         run.write_text("config.yaml", to_yaml(replace(config, output_dir=None)))
         run.write_json("manifest.json", _manifest(job))
+        if (own := copy_of(config)) is not None:
+            run.write_text(own.name, own.text)
         run.set_state("running")
         template = own_template(job.tokenizer, config.data.template)
         if template is not None:
@@ -55,6 +58,7 @@ def _manifest(job: Job) -> dict[str, Any]:
         "format": 1,
         "state": "running",
         "recipe": job.config.recipe,
+        "recipe_sha256": job.config.recipe_sha256,
         "method": job.method,
         "base_model": job.base_model,
         "command": command_line(),
@@ -127,7 +131,7 @@ def next_commands(run: Path, method: str) -> list[str]:
     return [f"tt chat {path}", *([f"tt merge {path} -o {merged}"] if merged else []), f"tt report {path}"]
 
 
-def with_absolute_paths(config: SFTConfig) -> SFTConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The config with every local path absolute, so that the run directory works from any folder."""
     model = replace(config.model, path=_absolute(config.model.path), tokenizer=_absolute(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=_absolute(config.adapter.path))

@@ -9,7 +9,7 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_train.config import SFTConfig
+from tt_train.config import RunConfig
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
 from tt_train.recipes._assemble import Job
@@ -52,7 +52,7 @@ def trainable_groups(job: Job, model: tt_models.Decoder) -> list[dict[str, Any]]
     return [{**group, "lr_scale": group["lr"] / section.lr} for group in groups]
 
 
-def make_objective(config: SFTConfig) -> Objective:
+def make_objective(config: RunConfig) -> Objective:
     """The loss that the config names."""
     objective: Objective = resolve(config.loss.name, LOSSES)
     if config.loss.label_smoothing:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import tt_data
-from tt_train.config import SFTConfig, to_dict
+from tt_train.config import RunConfig, SFTConfig, to_dict
 from tt_train.console import Console
 from tt_train.errors import Interrupted, TrainingError
 from tt_train.evaluate import answer, held_out_loss, prompts, to_device
@@ -29,7 +29,7 @@ log = logging.getLogger("tt_train.sft")
 
 
 def main(
-    config: SFTConfig, *, console: Console | None = None, resume: str | Path | None = None, dry_run: bool = False
+    config: RunConfig, *, console: Console | None = None, resume: str | Path | None = None, dry_run: bool = False
 ) -> Path:
     """Train, and return the run directory.
 
