@@ -217,6 +217,26 @@ class Fused(nn.Module):
         return {"gate.weight": gate, "up.weight": up}
 
 
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_parameter_that_is_on_disk_as_in_the_model_is_read_so(tmp_path, device, copy):
+    """transformers 5 can write the experts of a mixture stacked, as it holds them (save_original_format=False)."""
+    whole = torch.randn(8, 4).bfloat16()
+    save_file({"gate_up": whole}, tmp_path / "model.safetensors")
+    with torch.device(device):
+        model = Fused()
+    tt_ckpt.load_weights(model, tmp_path, copy=copy)
+    assert torch.equal(model.gate_up.bfloat16(), whole)
+    tt_ckpt.save_hf(model, tmp_path / "out", config={}, dtype=tt_ckpt.tensor_dtypes(tmp_path))
+    assert tt_ckpt.tensor_dtypes(tmp_path / "out") == {"gate.weight": torch.bfloat16, "up.weight": torch.bfloat16}
+    save_file(
+        {"gate_up": whole, "gate.weight": whole[:4].clone(), "up.weight": whole[4:].clone()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match="gate_up"):  # two copies that nothing decides between
+        tt_ckpt.load_weights(model, tmp_path)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_fused_parameters_are_joined_and_split_over_shards(tmp_path, device):
     gate, up = torch.randn(4, 4), torch.randn(4, 4)

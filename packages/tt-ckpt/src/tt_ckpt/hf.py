@@ -99,7 +99,7 @@ def _pieces(
         if type(tensor.data) is not Tensor and not hasattr(tensor, "full_tensor"):
             raise ValueError(f"parameter {name} is a {type(tensor.data).__name__}: merge or dequantize before saving")
         for key, piece in split_parameter(model, name, meta(spec_of(tensor))).items():
-            asked = dtype.get(key) if isinstance(dtype, Mapping) else dtype
+            asked = dtype.get(key, dtype.get(name)) if isinstance(dtype, Mapping) else dtype
             kind = asked if asked is not None and tensor.is_floating_point() else tensor.dtype
 
             def make(key: str = key, name: str = name, tensor: Tensor = tensor, kind: torch.dtype = kind) -> Tensor:
