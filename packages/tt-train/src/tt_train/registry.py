@@ -25,6 +25,7 @@ OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "
 _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
 LOGGERS = {"tensorboard": "tt_train.metrics.tensorboard", "wandb": "tt_train.metrics.wandb"}
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # what must be installed for them
 
 
 def recipe_names() -> list[str]:

@@ -10,6 +10,7 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
+from tt_train import preflight
 from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.optim import schedule_notes
@@ -132,10 +133,11 @@ def assemble(config: RunConfig) -> Job:
     """Read what the config names, all but the weights. ConfigError holds every mistake that was found."""
     problems: list[str] = []
     notes: list[str] = []
-    device = _collect(problems, "device", lambda: pick_device(config.device))
+    device = _collect(problems, "device", lambda: preflight.pick_device(config.device))
+    problems += preflight.mistakes(config, device)
     model_path = _collect(problems, "model.path", lambda: model_folder(config))
     hf_config = model_config = tokenizer = lora = train = held_out = None
-    if not problems:
+    if model_path is not None or config.model.path is None:
         hf_config = _collect(problems, "model.path", lambda: read_hf_config(config, model_path))
     if hf_config is not None:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
@@ -191,21 +193,6 @@ def _collect(problems: list[str], key: str, action: Any) -> Any:
             f"{key}: {type(error).__name__}"
         ]
     return None
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto``: the GPU where there is one. A device that is not there is refused."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError([f"device: unknown device {name!r}; known: auto, cpu, cuda, cuda:0"]) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            [f"device: {name} asked for, {torch.cuda.device_count()} CUDA devices visible; use device=cpu or auto"]
-        )
-    return device
 
 
 def model_folder(config: RunConfig) -> Path | None:
