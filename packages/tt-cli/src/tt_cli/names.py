@@ -58,6 +58,12 @@ def refuse_folder(name: str) -> None:
         raise ValueError(f"{name}: a folder, not a config; {cure}")
 
 
+def refuse_run(name: str) -> None:
+    """A run directory is not a folder of rows."""
+    if (Path(name) / "config.yaml").is_file() and (Path(name) / "manifest.json").is_file():
+        raise ValueError(f"{name}: a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
+
+
 def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names first, and files for those who have their own."""
     named = [CompletionItem(name) for name in runnable_names() if name.startswith(incomplete)]

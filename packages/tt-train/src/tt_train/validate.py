@@ -1,8 +1,8 @@
 """Everything about a config that can be known before weights load."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tt_train.config import RunConfig
+from tt_train.config import RunConfig, missing
 from tt_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,3 +23,12 @@ def problems(config: RunConfig) -> list[str]:
     except ConfigError as error:
         return error.problems
     return []
+
+
+def rows(config: RunConfig) -> Any:
+    """The rows of ``data.train`` as the run would see them, held-out ones included; needs no device and no weights."""
+    from tt_train.recipes import _assemble
+
+    if lacking := [line for line in missing(config) if not line.startswith("max_steps")]:
+        raise ConfigError(lacking)
+    return _assemble.rows_to_train(config)

@@ -136,19 +136,14 @@ def assemble(config: RunConfig) -> Job:
     device = _collect(problems, "device", lambda: preflight.pick_device(config.device))
     problems += preflight.mistakes(config, device)
     model_path = _collect(problems, "model.path", lambda: model_folder(config))
-    hf_config = model_config = tokenizer = lora = train = held_out = None
+    hf_config = model_config = lora = train = held_out = None
     if model_path is not None or config.model.path is None:
         hf_config = _collect(problems, "model.path", lambda: read_hf_config(config, model_path))
     if hf_config is not None:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None and config.adapter is not None:
         lora = _collect(problems, "adapter", lambda: check_adapter(config.adapter, model_config))
-    source = config.model.tokenizer or model_path
-    if source is not None:
-        tokenizer = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
-    if tokenizer is not None:
-        plain = tokenizer
-        tokenizer = _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
+    tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
@@ -227,6 +222,17 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
     return tt_peft.LoRAConfig(**options | {"target_modules": targets, "dtype": DTYPES[section.dtype]})
 
 
+def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[str]) -> Any:
+    """The tokenizer with the template of the config; None if there is none to read, and why in ``problems``."""
+    source = config.model.tokenizer or model_path
+    if source is None:
+        return None
+    plain = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
+    if plain is None:
+        return None
+    return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
+
+
 def check_adapter(section: AdapterSection, model_config: Any) -> tt_peft.LoRAConfig:
     """The LoRAConfig, tried on a model without memory: a target that matches nothing is found here."""
     lora = lora_config(section)
@@ -258,6 +264,20 @@ def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> i
 def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int) -> Any:
     """The rows of ``data.train``, all read or as a stream."""
     return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=config.data.streaming)
+
+
+def rows_to_train(config: RunConfig) -> Any:
+    """The rows of ``data.train`` alone, without what else a run needs. ConfigError names every mistake."""
+    problems: list[str] = []
+    folder = _collect(problems, "model.path", lambda: model_folder(config))
+    tokenizer = read_tokenizer(config, folder, problems)
+    if not problems:
+        model_config = tt_models.config_from_hf(read_hf_config(config, folder))
+        length = sequence_length(config, model_config, [])
+        rows = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
+    if problems:
+        raise ConfigError(problems)
+    return rows
 
 
 def read_rows(config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
