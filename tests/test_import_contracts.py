@@ -15,6 +15,7 @@ PACKAGES = (*LEAVES, "tt_train", "tt_cli")
 
 # Modules of tt_train outside recipes/ that may know more than one leaf. Everything else works on tensors and dicts.
 ASSEMBLY = {
+    "export": "a Modelfile from the tokenizer and the config",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "loading": "tt_train.load",
     "merge": "tt_train.merge_run",

@@ -4,7 +4,7 @@ import difflib
 import fnmatch
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +120,28 @@ def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, Tens
         commit.write_json(path, config)
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy tokenizer, template, generation and license files that are not there yet."""
+def copy_companions(source: Path, destination: Path, *, leave: Container[str] = ()) -> None:
+    """Copy tokenizer, template, generation and license files that are not there yet, but for the names of ``leave``."""
     for entry in sorted(source.iterdir()):
-        if (destination / entry.name).exists():
+        if entry.name in leave or (destination / entry.name).exists():
             continue
         if entry.is_file() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS):
             commit.copy_file(safe_file(source, entry.name), destination / entry.name)
         elif entry.is_dir() and entry.name in COMPANION_FOLDERS:
-            (destination / entry.name).mkdir(mode=0o755)
-            for file in sorted(entry.iterdir()):
-                if file.is_file():
-                    commit.copy_file(safe_file(entry, file.name), destination / entry.name / file.name)
+            put_file(destination / entry.name, entry)
+
+
+def put_file(place: Path, content: str | Path | None) -> None:
+    """Write a text, or copy a file or the files of a folder, to a place where nothing is; None: nothing."""
+    if isinstance(content, str):
+        commit.write_bytes(place, content.encode())
+    elif content is not None and content.is_dir():
+        place.mkdir(mode=0o755)
+        for file in sorted(content.iterdir()):
+            if file.is_file():
+                commit.copy_file(safe_file(content, file.name), place / file.name)
+    elif content is not None:
+        commit.copy_file(content, place)
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from tt_ckpt import commit
-from tt_ckpt.directory import check_destination, copy_companions, make_tmp, publish, resolve, write_config
+from tt_ckpt.directory import (
+    check_destination,
+    copy_companions,
+    make_tmp,
+    publish,
+    put_file,
+    resolve,
+    write_config,
+)
 from tt_ckpt.gathered import gathered, is_spread, write_together
 from tt_ckpt.layout import Layout, choose_layout, read_layout
 from tt_ckpt.names import check_basename
@@ -28,7 +36,7 @@ def save_hf(
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     overwrite: bool = False,
-    files: Mapping[str, str | Path] | None = None,
+    files: Mapping[str, str | Path | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write ``model``'s base weights as a Hugging Face directory: safetensors shards, index, ``config.json``.
@@ -37,7 +45,8 @@ def save_hf(
     whose shards and header order are kept when the tensors' names, shapes and dtypes are the same: an unchanged model
     is written byte for byte. ``dtype`` casts floating weights, all to one, or each to its own by its name in the files
     (``tensor_dtypes(base)``; a name not in it keeps its dtype). Adapter parameters are not written: merge first.
-    ``files``: name to text, or to a file to copy, instead of what ``source`` has by that name (a chat template).
+    ``files``: name to text, or to a file or folder to copy, instead of what ``source`` has by that name (a chat
+    template); to None: no such file, although ``source`` has one.
 
     What was written is read back and compared; ``progress(done, total)`` counts bytes, each twice.
     A model that is sharded over ranks is gathered tensor by tensor; every rank must call, rank 0 writes.
@@ -56,13 +65,9 @@ def save_hf(
             compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
             write_config(tmp / "config.json", config, weights.specs, origin)
             for name, found in (files or {}).items():
-                place = tmp / check_basename(name, where="save_hf(files=...)")
-                if isinstance(found, Path):
-                    commit.copy_file(found, place)
-                else:
-                    commit.write_bytes(place, found.encode())
+                put_file(tmp / check_basename(name, where="save_hf(files=...)"), found)
             if origin is not None:
-                copy_companions(origin, tmp)
+                copy_companions(origin, tmp, leave=files or {})
             publish(tmp, folder, old)
         finally:
             commit.remove_tree(tmp)

@@ -21,7 +21,7 @@ from tt_train.recipes._assemble import Job
 from tt_train.report import write_report
 from tt_train.resume import changed_keys, find_resumable, saved_config
 from tt_train.run_dir import RunDir, new_path, probe_writable, read_json
-from tt_train.serving import TEMPLATE_FILE, own_template, serving_files, tokenizer_files
+from tt_train.serving import TEMPLATE_FILE, own_template, serving_files
 
 
 def begin(job: Job, resume: str | Path | None) -> tuple[RunDir, Path | None]:
@@ -103,10 +103,9 @@ def finish(run: RunDir, job: Job, model: nn.Module) -> dict[str, Any]:
         tt_peft.save_adapter(model, run.path / "adapter", base_model=job.base_model)
     else:
         config = job.hf_config if job.model_path else tt_models.config_to_hf(job.model_config)
-        source = job.model_path or Path(str(job.config.model.tokenizer))
-        files = tokenizer_files(Path(job.config.model.tokenizer)) if job.config.model.tokenizer else {}
-        files |= serving_files(job.tokenizer, job.config.data.template, source)
-        tt_ckpt.save_hf(model, run.path / "model", config=config, source=source, files=files)
+        places = [Path(place) for place in (job.config.model.tokenizer, job.model_path) if place is not None]
+        files = serving_files(places, job.tokenizer, job.config.data.template, job.model_path)
+        tt_ckpt.save_hf(model, run.path / "model", config=config, source=job.model_path, files=files)
     rows = run.rows("metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     summary: dict[str, Any] = {
