@@ -105,8 +105,17 @@ def test_tied_models_take_files_with_and_without_the_output(tiny, model_dir, equ
     assert equal_models(model, again)
     weights["lm_head.weight"] += 1
     save_file(weights, tied / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head.weight differ.*ties them"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differ.*ties them: .* set tie_word_embeddings to false"):
         tt_ckpt.load_weights(again, tied)
+    weights["lm_head.weight"] = torch.ones(64, 32)  # the embedding alone was resized
+    save_file(weights, tied / "model.safetensors")
+    with pytest.raises(ValueError, match=r"differ \(\[65, 32\] and \[64, 32\]\).*save the model again"):
+        tt_ckpt.load_weights(again, tied)
+    larger = tiny(3, tie_word_embeddings=True, vocab_size=72)
+    with pytest.raises(
+        ValueError, match=r"has \[72, 32\], the file \[65, 32\].* which lm_head shares .*set vocab_size to 65"
+    ):
+        tt_ckpt.load_weights(larger, tied)
 
 
 def test_parameters_shared_by_two_modules_stay_shared(tiny, model_dir):
@@ -308,11 +317,11 @@ def test_large_finite_values_are_no_error(tiny, model_dir):
             {"num_hidden_layers": 2},
             r"9 unexpected \(model.layers.2.\*: 9 tensors\).*num_hidden_layers=2, the files hold 3",
         ),
-        ({"vocab_size": 64}, r"config.vocab_size=64 vs embedding rows 65"),
+        ({"vocab_size": 64}, r"config.vocab_size=64 vs embedding rows 65: set vocab_size to 65 in config.json"),
         ({"num_key_value_heads": 4}, r"6 of another shape.*config.num_key_value_heads=4 vs 2"),
         ({"intermediate_size": 50}, r"config.intermediate_size=50 vs gate_proj rows 48"),
         ({"hidden_size": 48}, r"config.hidden_size=48 vs embedding width 32"),
-        ({"tie_word_embeddings": True}, r"lm_head.weight differ, but the model ties them"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight differ \(both \[65, 32\]\), but the model ties them"),
     ],
 )
 def test_a_config_that_does_not_fit_is_explained(tiny, model_dir, model_fields, expected):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tt_ckpt.directory import read_config, resolve
 from tt_ckpt.fill import fill
-from tt_ckpt.mismatch import describe_mismatch, refuse_quantized
+from tt_ckpt.mismatch import describe_mismatch, describe_tie, refuse_quantized
 from tt_ckpt.shards import OpenShards, Shards, find_shards
 from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of
 from tt_ckpt.weights import EMBEDDING, OUTPUT, is_finite
@@ -64,7 +64,7 @@ def load_weights(
     tensors = OpenShards(shards)
     for kept, other in plan.equal:
         if not torch.equal(tensors[kept], tensors[other]):
-            raise ValueError(f"{directory}: {kept} and {other} differ, but the model ties them (tie_word_embeddings)")
+            raise ValueError(describe_tie(directory, kept, other, (shards.spec(kept).shape, shards.spec(other).shape)))
     bad: list[str] = []
     casts: dict[tuple[torch.dtype, torch.dtype], int] = {}
     done = 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tt_ckpt.mismatch import describe_tie
 from tt_ckpt.tensor_file import TensorSpec, spec_of
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -138,6 +139,7 @@ def without_copies(weights: Weights) -> Weights:
     specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
     if weights.config.get("tie_word_embeddings") and OUTPUT in specs and EMBEDDING in specs:
         if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
-            raise ValueError(f"{weights.files[0]}: {OUTPUT} differs from {EMBEDDING}, but the config ties them")
+            shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
+            raise ValueError(describe_tie(weights.files[0].parent, EMBEDDING, OUTPUT, shapes))
         del specs[OUTPUT]
     return replace(weights, specs=specs)
