@@ -13,7 +13,7 @@ from tt_ckpt.fill import fill
 from tt_ckpt.mismatch import describe_mismatch, describe_tie, refuse_quantized
 from tt_ckpt.shards import OpenShards, Shards, find_shards
 from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of
-from tt_ckpt.weights import EMBEDDING, OUTPUT, is_finite
+from tt_ckpt.weights import EMBEDDING, OUTPUT, is_finite, num_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,8 @@ def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str]
 
 def _not_finite(source: Tensor, filled: Tensor) -> str:
     """How many values are NaN or infinite, in words."""
-    count = int((~torch.isfinite(filled.float())).sum())
-    if bool(torch.isfinite(source.float()).all()):
+    count = num_not_finite(filled)
+    if is_finite(source):
         return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
     return f"{count} of {filled.numel()} values"
 
