@@ -67,6 +67,18 @@ def test_output_is_a_page_or_a_folder(make_run, tmp_path):
         write_report([run], tmp_path / "report.pdf")
 
 
+@pytest.mark.parametrize("name", ["mine.html", "mine.png"])
+def test_a_file_that_is_not_a_report_is_not_replaced(make_run, tmp_path, name):
+    run = make_run()
+    (tmp_path / name).write_text("a day of my work")
+    with pytest.raises(FileExistsError, match=f"{name} exists and is not a report of tt; name another page with -o"):
+        write_report([run], tmp_path / "mine.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, "run"]
+    assert (tmp_path / name).read_text() == "a day of my work"
+    (tmp_path / name).unlink()
+    assert write_report([run], tmp_path / "mine.html") == write_report([run], tmp_path / "mine.html")
+
+
 def test_what_is_no_run_is_named_with_the_cure(make_run, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no metrics\.jsonl in .*nowhere.*tt ls runs") as caught:
         write_report([make_run(), tmp_path / "nowhere"])
