@@ -2,20 +2,41 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from tt_train.config import OptimizerSection, RunConfig, ScheduleSection
 from tt_train.errors import ConfigError
+from tt_train.master_weights import MasterWeights
 from tt_train.registry import OPTIMIZERS, resolve
 
 DEFAULT_WARMUP_RATIO = 0.03
 
 
-def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer that ``section`` names, over ``groups`` of parameters; torch's fused kernels where it has them."""
+AnyOptimizer = torch.optim.Optimizer | MasterWeights
+
+
+def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection, *, narrow: bool = False) -> MasterWeights:
+    """The optimizer that ``section`` names, over ``groups`` of parameters; torch's fused kernels if it has them.
+
+    What it updates is fp32, also behind bf16 parameters. ``narrow``: fp32 parameters become such bf16 ones.
+    """
+    optimizer = _torch_optimizer(groups, section)
+    return MasterWeights(optimizer, narrow=narrow, together=section.name not in OPTIMIZERS)
+
+
+def decayed(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay as the optimizer says; norms, biases and other vectors do not decay."""
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.dim() > 1 else vectors).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
     optimizer_class = resolve(section.name, OPTIMIZERS)
     accepted = inspect.signature(optimizer_class).parameters
     options: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "betas": tuple(section.betas),
@@ -96,15 +117,13 @@ def rate_change(config: RunConfig, step: int, *, before: int, now: int) -> str |
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: AnyOptimizer, value: float) -> None:
     """Give every group the learning rate ``value``, times the group's ``lr_scale`` where it has one (LoRA+)."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
-) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: AnyOptimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as flat tensors: ``<parameter name>/<entry>``."""
     return {
         f"{name}/{entry}": value
@@ -115,7 +134,7 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors_(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: dict[torch.nn.Parameter, str]
+    optimizer: AnyOptimizer, tensors: Mapping[str, torch.Tensor], names: dict[torch.nn.Parameter, str]
 ) -> None:
     """The inverse of ``optimizer_tensors``; raises ValueError where the parameters are not the saved ones."""
     by_name = {name: parameter for parameter, name in names.items()}
