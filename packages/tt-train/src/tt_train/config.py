@@ -61,6 +61,7 @@ class DataSection:
     split: str | None = None
     on_bad_row: str = "drop"  # drop | error
     num_workers: int = 0  # processes that encode and collate
+    worker_timeout_s: float = 300.0  # a process that prepares no batch for so long ends the run
     cache_dir: str | None = None  # keep token rows there, so that the next run need not make them
     shuffle: bool = True
 
@@ -121,8 +122,10 @@ class RunConfig:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     max_grad_norm: float | None = 1.0
     eval_every: int | None = None
+    early_stop_after: int | None = None  # evaluations in a row without a lower held-out loss
     save_every: int | None = None
     save_async: bool = False  # write checkpoints while training goes on, from a copy in memory
+    save_last: bool = True  # a checkpoint after the last step, from which a longer run continues
     keep_last: int = 2
     samples: SamplesSection = field(default_factory=SamplesSection)
     activation_checkpointing: bool = False
@@ -166,10 +169,10 @@ _ELSEWHERE = {"bfloat16": "bf16", "bfloat": "bf16", "auto": "bf16", "float32": "
               "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "completion": "assistant",
               "true": "all", "input": "all", "inputs": "all"}  # fmt: skip
 _AT_LEAST = {
-    "batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "save_every": 1,
-    "keep_last": 2, "data.max_seq_len": 2, "data.num_workers": 0, "schedule.warmup_steps": 0, "samples.num": 0,
-    "samples.max_new_tokens": 1, "adapter.rank": 1, "optimizer.weight_decay": 0, "optimizer.momentum": 0, "seed": 0,
-    "optimizer.eps": 0,
+    "batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "early_stop_after": 1,
+    "save_every": 1, "keep_last": 2, "data.max_seq_len": 2, "data.num_workers": 0, "schedule.warmup_steps": 0,
+    "samples.num": 0, "samples.max_new_tokens": 1, "adapter.rank": 1, "optimizer.weight_decay": 0,
+    "optimizer.momentum": 0, "seed": 0, "optimizer.eps": 0,
 }  # fmt: skip
 
 
@@ -236,6 +239,8 @@ def _number_mistakes(config: RunConfig) -> list[str]:
     found = []
     if not config.optimizer.lr > 0:
         found.append(f"optimizer.lr: must be positive, got {config.optimizer.lr}")
+    if not config.data.worker_timeout_s > 0:
+        found.append(f"data.worker_timeout_s: must be positive, got {config.data.worker_timeout_s}")
     if config.max_grad_norm is not None and not config.max_grad_norm > 0:
         found.append(f"max_grad_norm: must be positive, or null for no clipping, got {config.max_grad_norm}")
     if config.seed >= 2**64:

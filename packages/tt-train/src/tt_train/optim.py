@@ -29,10 +29,11 @@ def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection, *, n
 
 def decayed(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
     """Parameter groups: matrices decay as the optimizer says; norms, biases and other vectors do not decay."""
-    matrices, vectors = [], []
-    for parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    every = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in every if parameter.dim() > 1]},
+        {"params": [parameter for parameter in every if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -121,6 +122,14 @@ def set_learning_rate(optimizer: AnyOptimizer, value: float) -> None:
     """Give every group the learning rate ``value``, times the group's ``lr_scale`` where it has one (LoRA+)."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
+
+
+_STATE_ENTRIES = {"AdamW": 2, "Adam": 2, "Adagrad": 1, "RMSprop": 1, "SGD": 1}
+
+
+def state_entries(optimizer: MasterWeights) -> int:
+    """How many fp32 numbers the optimizer keeps per weight, at most; 2 if it is not one of the registered."""
+    return _STATE_ENTRIES.get(type(optimizer.optimizer).__name__, 2)
 
 
 def optimizer_tensors(optimizer: AnyOptimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:

@@ -151,10 +151,11 @@ def assemble(config: RunConfig) -> Job:
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
-    if config.eval_every and config.data.eval is None:
-        problems.append(
-            "eval_every: set, but there is nothing to evaluate on; give data.eval a file or a share such as 0.05"
-        )
+    for key in ("eval_every", "early_stop_after"):
+        if getattr(config, key) and config.data.eval is None:
+            problems.append(
+                f"{key}: set, but there is nothing to evaluate on; give data.eval a file or a share such as 0.05"
+            )
     if problems:
         raise ConfigError(problems)
     assert hf_config is not None
