@@ -74,13 +74,18 @@ def write_result(job: Job, run: RunDir, state: TrainingState) -> None:
     dtypes = written_dtypes(job)
     narrow = dtypes == {torch.bfloat16}
     with run.replacing("model") as part, state.optimizer.whole([] if narrow else state.names):
+<<<<<<< HEAD
         stored = tt_ckpt.stored_dtypes(job.model_path) if job.model_path else job.dtype
         tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
+=======
+        stored = tt_ckpt.tensor_dtypes(job.model_path) if job.model_path else job.dtype
+        tt_ckpt.save_hf(state.model, part, config=config, source=source, files=files, dtype=stored)
+>>>>>>> d5339e9 (tt-train: the dtypes of the base come from tt_ckpt.tensor_dtypes)
 
 
 def written_dtypes(job: Job) -> set[torch.dtype]:
     """Of the floating tensors of a full result: what the base's files have; ``model.dtype`` if there is no base."""
-    stored = tt_ckpt.stored_dtypes(job.model_path).values() if job.model_path else [job.dtype]
+    stored = tt_ckpt.tensor_dtypes(job.model_path).values() if job.model_path else [job.dtype]
     return {dtype for dtype in stored if dtype.is_floating_point}
 
 
