@@ -74,13 +74,8 @@ def write_result(job: Job, run: RunDir, state: TrainingState) -> None:
     dtypes = written_dtypes(job)
     narrow = dtypes == {torch.bfloat16}
     with run.replacing("model") as part, state.optimizer.whole([] if narrow else state.names):
-<<<<<<< HEAD
-        stored = tt_ckpt.stored_dtypes(job.model_path) if job.model_path else job.dtype
-        tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
-=======
         stored = tt_ckpt.tensor_dtypes(job.model_path) if job.model_path else job.dtype
-        tt_ckpt.save_hf(state.model, part, config=config, source=source, files=files, dtype=stored)
->>>>>>> d5339e9 (tt-train: the dtypes of the base come from tt_ckpt.tensor_dtypes)
+        tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
 
 
 def written_dtypes(job: Job) -> set[torch.dtype]:
