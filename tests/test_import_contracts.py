@@ -20,7 +20,7 @@ ASSEMBLY = {
     "loading": "tt_train.load",
     "merge": "tt_train.merge_run",
     "verify": "a certificate: what the weights give here and in transformers",
-    "resume": "training state: optimizer, adapter and data position",
+    "training_state": "training state: optimizer, adapter and data position",
 }
 # Imports that a module makes for itself, inside a function, where the user asked for it by name.
 OPTIONAL: dict[str, set[str]] = {
