@@ -218,7 +218,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "evals_per_epoch": ("eval_every", "in steps"),
     "eval_strategy": ("eval_every", "in steps"),
     "evaluation_strategy": ("eval_every", "in steps"),
-    "load_best_model_at_end": ("", "the best step is named and its checkpoint kept; docs/resume.md makes a result of it"),
+    "load_best_model_at_end": ("", "the best step is named and kept as a checkpoint; see docs/resume.md"),
     "metric_for_best_model": ("", "it is the held-out loss"),
     "early_stopping_patience": ("early_stop_after", "evaluations, as there"),
     "packing": ("data.packing", ""),
