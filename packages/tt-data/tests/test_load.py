@@ -41,6 +41,7 @@ def test_the_schema_is_detected_and_reported(chatml: Any, name: str) -> None:
     dataset = load_dataset([ROWS[name]], chatml)
     assert dataset.report == {
         "schema": name, "rows": 1, "dropped": {}, "truncated": 0, "problems": [], "notes": [],
+        "files_left_out": [],
         "no_end_token": 1 if name == "pretokenized" else 0,
         "form": "text" if name in ("prompt_completion", "text", "pretokenized") else "chat",
     }  # fmt: skip

@@ -76,7 +76,7 @@ def test_parquet_text_that_is_not_utf8_is_an_error_of_the_file(chatml: Any, tmp_
 
 
 ROWS: list[tuple[Any, Any, str, str]] = [
-    ({"text": "a"}, {"text": float("nan")}, "null", "column 'text' is nan"),
+    ({"text": "a"}, {"text": float("nan")}, "null", "column 'text' is null"),
     ({"text": "a"}, {"text": float("inf")}, "null", "column 'text' is inf"),
     ({"text": "a"}, {"text": 10**4100}, "wrong type", "column 'text' holds int, expected text"),
     (CHAT, {"messages": [None, A]}, "wrong type", "message 0 is NoneType"),

@@ -10,6 +10,8 @@ from typing import Any
 from tt_data.examples import BadRowError
 
 MAX_PROBLEMS = 20
+DUPLICATE = "duplicate"  # a reason for leaving a row out that is no fault of the row
+_FILES = 10  # that are named in a note
 
 
 @dataclass
@@ -113,6 +115,7 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
+    left_out = [file for report in reports for file in report.get("files_left_out", ())]
     return {
         "schema": schema,
         "rows": rows,
@@ -122,7 +125,33 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
         "problems": [problem for report in reports for problem in report["problems"]],
         "notes": sorted({note for report in reports for note in report["notes"]}),
         "form": "+".join(sorted({form for report in reports for form in report["form"].split("+") if form})),
+        **({"files_left_out": left_out} if left_out else {}),
+        **({"partial": True} if any(report.get("partial") for report in reports) else {}),
     }
+
+
+def with_files(report: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+    """The report of a data set, with the files of its directories that are not read."""
+    report = dict(report)
+    notes = list(report.pop("notes"))
+    if left_out:
+        more = f" and {len(left_out) - _FILES} more" if len(left_out) > _FILES else ""
+        count = f"{len(left_out):,} file{'' if len(left_out) == 1 else 's'}"
+        notes.append(f"{count} of the directory not read: {', '.join(left_out[:_FILES])}{more}")
+    return {**report, "notes": notes, "files_left_out": list(left_out)}
+
+
+def refuse_dropped(report: Mapping[str, Any], share: float | None, *, name: str) -> None:
+    """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
+    dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
+    bad = sum(dropped.values())
+    seen = report["rows"] + sum(report["dropped"].values())
+    if share is not None and bad > share * seen:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        raise ValueError(
+            f"{name}: {bad:,} of {seen:,} rows cannot be used ({reasons}), max_dropped_share allows {share:.0%}: "
+            f"{'; '.join(report['problems'][:3])}; fix the rows, or set max_dropped_share=1 to train on the others"
+        )
 
 
 def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
@@ -133,7 +162,7 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
     dropped rows with their places. ``tt data show``, ``tt validate`` and ``tt run`` print the same.
     """
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
-    so_far = " read so far" if report.get("streaming") else ""
+    so_far = " read so far" if report.get("streaming") or report.get("partial") else ""
     lines = [
         f"{report['rows']:,} {report['schema']} rows{so_far}; dropped: {dropped}; truncated: {report['truncated']:,}"
     ]
@@ -142,6 +171,8 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
             f"no end token behind the last trained text of {_rows(report['no_end_token'])}: the model does not learn "
             "to stop there; use a template (template=chatml, ...) that ends its turns with a special token"
         )
+    if report.get("form") == "chat+text":
+        lines.append("some rows are written by the chat template, others as plain text: the model learns both forms")
     named = report.get("problems", [])[:problems]
     lines += [*report.get("notes", []), *named]
     more = sum(report["dropped"].values()) - len(named)
