@@ -11,6 +11,7 @@ import torch
 from tt_ckpt import commit
 from tt_ckpt.directory import (
     check_destination,
+    check_room,
     copy_companions,
     has_tokenizer,
     make_tmp,
@@ -87,6 +88,7 @@ def convert(
         refuse_unsaid(weights.config, to)
     weights = weights if dtype is None else cast(weights, dtype)
     old = check_destination(target, overwrite=overwrite)
+    check_room(target, weights.nbytes)
     files: list[str] = []
     if not dry_run:
         tmp = make_tmp(target)

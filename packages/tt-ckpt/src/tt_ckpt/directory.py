@@ -1,8 +1,10 @@
 """A model directory: where it is, its config, the files that travel with the weights, and its appearance as a whole."""
 
 import difflib
+import errno
 import fnmatch
 import os
+import shutil
 from collections import Counter
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 
 from tt_ckpt import commit
 from tt_ckpt.names import safe_file
-from tt_ckpt.shards import INDEX_NAME, read_json
+from tt_ckpt.shards import INDEX_NAME, format_size, read_json
 from tt_ckpt.tensor_file import TensorSpec
 
 COMPANIONS = (
@@ -159,6 +161,15 @@ def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
     if found and not overwrite:
         raise FileExistsError(f"{path}: holds {found[0].name} already; choose another directory or allow overwriting")
     return found
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """OSError unless the disk of ``path``, which need not be there yet, has room for ``nbytes``."""
+    place = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        sizes = f"{format_size(free)} free, the model needs {format_size(nbytes)}"
+        raise OSError(errno.ENOSPC, f"{sizes}; free some or choose another directory", str(path))
 
 
 def _weights_in(path: Path) -> list[Path]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tt_ckpt import commit
 from tt_ckpt.directory import (
     check_destination,
+    check_room,
     copy_companions,
     make_tmp,
     publish,
@@ -58,16 +59,17 @@ def save_hf(
 
     def write(weights: Weights) -> None:
         old = check_destination(folder, overwrite=overwrite)
+        check_room(folder, weights.nbytes)
         tmp = make_tmp(folder)
         try:
-            advance = counter(progress, 2 * weights.nbytes)
-            write_shards(weights, tmp, layout, advance)
-            compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
-            write_config(tmp / "config.json", config, weights.specs, origin)
+            write_config(tmp / "config.json", config, weights.specs, origin)  # what can fail for its own reasons: first
             for name, found in (files or {}).items():
                 put_file(tmp / check_basename(name, where="save_hf(files=...)"), found)
             if origin is not None:
                 copy_companions(origin, tmp, leave=files or {})
+            advance = counter(progress, 2 * weights.nbytes)
+            write_shards(weights, tmp, layout, advance)
+            compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
             publish(tmp, folder, old)
         finally:
             commit.remove_tree(tmp)
