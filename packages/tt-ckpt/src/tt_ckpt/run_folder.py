@@ -3,7 +3,6 @@
 import re
 import secrets
 import shutil
-from collections.abc import Collection
 from pathlib import Path
 
 from tt_ckpt import commit
@@ -15,12 +14,6 @@ _NAME = re.compile(r"(\.old-)?step-(\d{6,})(-[0-9a-f]{8})?")
 
 def name_of(step: int) -> str:
     return f"step-{step:06d}"
-
-
-def step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None, "a candidate"
-    return int(match[2])
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -59,11 +52,10 @@ def remove_leftovers(directory: Path) -> None:
             commit.remove_tree(entry)
 
 
-def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
+def prune(directory: Path, keep_last: int, newest: Path) -> None:
     """Remove what is older than the newest ``keep_last`` whole checkpoints; a damaged one does not count as kept.
 
-    ``kept_names`` stay in any case. The one just saved is among them: after going back by hand it may have the lowest
-    number.
+    ``newest``, the one just saved, stays in any case: after going back by hand it may have the lowest number.
     """
     found, kept = candidates(directory), 0
     while found and kept < keep_last:
@@ -73,11 +65,11 @@ def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
             continue
         kept += 1
     for path in found:
-        if path.name not in kept_names:
-            remove(path)
+        if path != newest:
+            _remove(path)
 
 
-def remove(path: Path) -> None:
+def _remove(path: Path) -> None:
     """Take its name away first: a removal that is interrupted leaves no half checkpoint."""
     gone = path.parent / f"{commit.TMP_PREFIX}{path.name}-{secrets.token_hex(4)}"
     try:
@@ -87,11 +79,8 @@ def remove(path: Path) -> None:
     commit.remove_tree(gone)
 
 
-def preflight(directory: Path, nbytes: int, copies: int, besides: int) -> None:
-    """OSError unless files can be written and read back here, and there is room for ``copies`` checkpoints.
-
-    A fifth more than ``copies`` times ``nbytes`` and ``besides`` must be free. Existing checkpoints count as copies.
-    """
+def preflight(directory: Path, nbytes: int, copies: int) -> None:
+    """OSError unless files can be written and read back here and ``copies`` times ``nbytes``, and a fifth, are free."""
     directory.mkdir(parents=True, exist_ok=True)
     probe = commit.make_tmp(directory / "step-probe")
     try:
@@ -100,9 +89,7 @@ def preflight(directory: Path, nbytes: int, copies: int, besides: int) -> None:
             raise OSError(f"{directory}: what is written there cannot be read back")
     finally:
         commit.remove_tree(probe)
-    missing = max(0, copies - len(candidates(directory)))
-    free, needed = shutil.disk_usage(directory).free, int(1.2 * (missing * nbytes + besides))
+    free, needed = shutil.disk_usage(directory).free, int(1.2 * copies * nbytes)
     if free < needed:
-        what = f"{missing} checkpoint{'s' if missing != 1 else ''}{' and the result' if besides else ''}"
-        sizes = f"{format_size(free)} free, {what} need {format_size(needed)}"
+        sizes = f"{format_size(free)} free, {copies} checkpoints need {format_size(needed)}"
         raise OSError(f"{directory}: {sizes}; free some or choose another output directory")
