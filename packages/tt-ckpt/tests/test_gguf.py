@@ -1,5 +1,6 @@
 """GGUF files: the model and tokenizer that transformers reads from them, or that they were made from."""
 
+import math
 import os
 import sys
 from pathlib import Path
@@ -195,6 +196,16 @@ def gemma3_keys(writer) -> None:
     linear_rope(writer)
 
 
+LONG, SHORT = [2.0 + i for i in range(8)], [1.0 + i / 8 for i in range(8)]
+
+
+def longrope(writer) -> None:
+    writer.add_rope_scaling_orig_ctx_len(32)
+    writer.add_rope_scaling_attn_factors((1 + math.log(256 / 32) / math.log(32)) ** 0.5)
+    writer.add_tensor("rope_factors_long.weight", np.float32(LONG))
+    writer.add_tensor("rope_factors_short.weight", np.float32(SHORT))
+
+
 GEMMA = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32}
 T = transformers
 CASES = {
@@ -251,6 +262,26 @@ CASES = {
         gemma3_keys,
     ),
     "phi 3": ("phi3", T.Phi3Config(**SIZES, sliding_window=16), lambda writer: writer.add_sliding_window(16)),
+    "phi 3 long": (
+        "phi3",
+        T.Phi3Config(
+            **SIZES,
+            original_max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope",
+                "long_factor": LONG,
+                "short_factor": SHORT,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 32,
+            },
+        ),
+        longrope,
+    ),
+    "phi 4 mini": (
+        "phi3",
+        T.Phi3Config(**SIZES, partial_rotary_factor=0.75, tie_word_embeddings=True),
+        lambda writer: writer.add_rope_dimension_count(12),
+    ),
     "olmo 2": ("olmo2", T.Olmo2Config(**SIZES), None),
     "smollm 3": ("smollm3", T.SmolLM3Config(**{**SIZES, "num_hidden_layers": 4}, no_rope_layer_interval=4), None),
 }
@@ -418,10 +449,10 @@ def test_a_pipe_a_link_to_nothing_and_a_wrong_name_are_refused_at_once(tmp_path)
 
 
 def test_without_the_gguf_package_the_extra_is_named(tmp_path, monkeypatch):
-    from tt_ckpt.gguf_file import _quant_sizes
+    from tt_ckpt.gguf_blocks import quant_sizes
 
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    _quant_sizes.cache_clear()
+    quant_sizes.cache_clear()
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match=r'pip install "tt-ckpt\[gguf\]"'):
         tt_ckpt.convert(tmp_path / "model.gguf", tmp_path / "hf")
@@ -443,14 +474,14 @@ def test_memory_follows_the_largest_tensor_and_not_the_file(tmp_path):
     rows = gguf.quantize(np.random.default_rng(0).standard_normal((40_000, 1024), dtype=np.float32), Kind.Q8_0)
     rows.tofile(tmp_path / "rows")
     largest = []
-    decode = gguf_file._decode
+    decode = gguf_file.decode
 
     def watched(raw, kind):
         largest.append(raw.nbytes)
         return decode(raw, kind)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf_file, "_decode", watched)
+        patch.setattr(gguf_file, "decode", watched)
         found = gguf_file.read_rows(tensor, 39_000, 1000, torch.bfloat16)
         gguf_file.read_rows(tensor, 0, 40_000, torch.bfloat16)
     assert torch.equal(found, torch.from_numpy(gguf.dequantize(rows[39_000:], Kind.Q8_0)).bfloat16())

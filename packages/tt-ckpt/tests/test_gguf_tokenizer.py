@@ -87,10 +87,11 @@ def as_gpt2():
 
 
 @pytest.mark.parametrize(("pre", "split"), [("smollm", digits_apart), ("gpt-2", as_gpt2), (None, as_gpt2)])
-def test_ids_are_those_of_the_byte_level_tokenizer_that_the_file_was_made_from(tmp_path, pre, split):
+def test_ids_are_those_of_the_byte_level_tokenizer_that_the_file_was_made_from(tmp_path, pre, split, caplog):
     tokens, types, merges, own = byte_level(split())
     file = write(tmp_path / "m.gguf", arch="llama", tokens=tokens, types=types, pre=pre, merges=merges)
     tt_ckpt.convert(file, tmp_path / "hf")
+    assert ("does not say how text is split" in caplog.text) == (pre is None)
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     for text in texts():
         ids = own.encode(text).ids

@@ -4,13 +4,11 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The heade
 the bytes that are there; the blocks of quantized tensors are decoded by the ``gguf`` package.
 """
 
-import difflib
 import math
 import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tt_ckpt.gguf_blocks import PLAIN, can_decode, decode, nearest_kind, quant_sizes, update_hint
 from tt_ckpt.names import safe_file
 from tt_ckpt.tensor_file import is_lfs_pointer
 
@@ -36,7 +35,6 @@ _SCALARS = {
     12: "<f8",
 }
 _STRING, _ARRAY = 8, 9
-_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _PIECE = 1 << 22  # values that are dequantized at once
 _MAX_ENTRIES = 1 << 22  # of a list: more tokens than any vocabulary has
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -59,11 +57,11 @@ class GGUFTensor:
     @property
     def dtype(self) -> torch.dtype:
         """What holds its values exactly."""
-        return _PLAIN.get(self.kind, torch.float32)
+        return PLAIN.get(self.kind, torch.float32)
 
     @property
     def quantized(self) -> bool:
-        return self.kind not in _PLAIN
+        return self.kind not in PLAIN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ def find_gguf(directory: Path) -> Path | None:
 
 def read_gguf(path: Path) -> GGUF:
     """Read and check the header of a GGUF file, and of the other parts if it is the first of a split model."""
-    _quant_sizes()
+    quant_sizes()
     values, tensors = _read_one(path)
     count = values.get("split.count", 0)
     if count in (0, 1):
@@ -134,7 +132,7 @@ def read_rows(tensor: GGUFTensor, first: int, count: int, dtype: torch.dtype) ->
             raw: np.ndarray[Any, Any] = np.empty((rows, tensor.row_bytes), dtype=np.uint8)
             file.seek(tensor.start + (first + begin) * tensor.row_bytes)
             _read_into(file, memoryview(raw.data).cast("B"), tensor.file)
-            out[begin : begin + rows] = _decode(raw, tensor.kind)
+            out[begin : begin + rows] = decode(raw, tensor.kind)
     return out
 
 
@@ -144,15 +142,6 @@ def _read_into(file: IO[bytes], view: memoryview, path: Path) -> None:
         if not count:
             raise ValueError(f"{path}: cut short while it was read; download it again")
         view = view[count:]
-
-
-def _decode(raw: "np.ndarray[Any, Any]", kind: str) -> Tensor:
-    if kind in _PLAIN:
-        return torch.from_numpy(raw).view(_PLAIN[kind])
-    from gguf import GGMLQuantizationType, dequantize
-
-    with np.errstate(all="ignore"):  # a damaged scale is infinite or NaN: the finite check names the tensor
-        return torch.from_numpy(dequantize(raw, GGMLQuantizationType[kind]))
 
 
 # ---- the header ------------------------------------------------------------------------------------------------------
@@ -259,31 +248,21 @@ def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     return name, dims, reader.number("<I"), reader.number("<Q")
 
 
-@cache
-def _quant_sizes() -> dict[int, tuple[str, int, int]]:
-    """Type number -> name, values per block, bytes per block."""
-    try:
-        from gguf import GGML_QUANT_SIZES
-    except ImportError:
-        raise ValueError('GGUF files are read with the gguf package; run: pip install "tt-ckpt[gguf]"') from None
-    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
-
-
 def _place(
     path: Path, infos: Sequence[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
 ) -> dict[str, GGUFTensor]:
     """Every tensor inside the file, none over another."""
-    sizes, size = _quant_sizes(), path.stat().st_size
+    sizes, size = quant_sizes(), path.stat().st_size
     found: dict[str, GGUFTensor] = {}
     end = 0
     for name, dims, number, offset in sorted(infos, key=lambda info: info[3]):
         if number not in sizes:
             raise ValueError(
-                f"{path}: tensor {name!r} has type {number}, which the gguf package here does not know; {_update()}"
+                f"{path}: tensor {name!r} has type {number}, which the gguf package here does not know; {update_hint()}"
             )
         kind, block, block_bytes = sizes[number]
-        if kind not in _PLAIN and not _can_decode(kind):
-            raise ValueError(f"{path}: tensor {name!r} is {kind}, which is not decoded; nearest: {_nearest_kind(kind)}")
+        if kind not in PLAIN and not can_decode(kind):
+            raise ValueError(f"{path}: tensor {name!r} is {kind}, which is not decoded; nearest: {nearest_kind(kind)}")
         if dims[0] % block or not all(dims):
             raise ValueError(f"{path}: tensor {name!r} with {list(dims)} values does not divide into blocks of {block}")
         row_bytes = dims[0] // block * block_bytes
@@ -299,26 +278,3 @@ def _place(
             file=path, start=start + offset, kind=kind, shape=tuple(reversed(dims)), row_bytes=row_bytes
         )
     return found
-
-
-@cache
-def _can_decode(kind: str) -> bool:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-
-    number = GGMLQuantizationType[kind]
-    try:
-        dequantize(np.zeros((1, GGML_QUANT_SIZES[number][1]), dtype=np.uint8), number)
-    except NotImplementedError:
-        return False
-    return True
-
-
-def _nearest_kind(kind: str) -> str:
-    from gguf import GGML_QUANT_SIZES
-
-    known = [*_PLAIN, *(one.name for one in GGML_QUANT_SIZES if _can_decode(one.name))]
-    return ", ".join(difflib.get_close_matches(kind, known, 3, 0.0)) + f"; {_update()}"
-
-
-def _update() -> str:
-    return "pip install -U gguf, or take a file of Q8_0, Q6_K, Q4_K or F16"

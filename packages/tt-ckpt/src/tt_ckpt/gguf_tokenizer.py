@@ -4,47 +4,19 @@ The file names how text is split before merging (``tokenizer.ggml.pre``), or tha
 their scores (``tokenizer.ggml.model`` = llama). Tokens keep their numbers.
 """
 
-import difflib
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from tt_ckpt.gguf_file import GGUF
+from tt_ckpt.gguf_splits import BOS_FIRST, COMPOSED, DIGITS, SPLITS, WHOLE_WORDS, split_name
 
 _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _SPACE = "\u2581"
 _ENDS = ("eos", "eot", "eom")
-
-_MARKS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _MARKS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST
-_QWEN2 = _MARKS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{{0}}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{{0}}"
-_SLASHED = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN = _CASED.replace("{0}", "") + r"|\p{N}" + _SLASHED
-_GPT4O = _CASED.replace("{0}", _MARKS + "?") + r"|\p{N}{1,3}" + _SLASHED
-_DEEPSEEK3 = (
-    r"\p{N}{1,3}",
-    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
-    r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-)
-_GPT2 = ("gpt-2", "default", "mpt", "olmo", "jais", "phi-2", "roberta-bpe", "granite-docling", "gigachat")
-_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-# tokenizer.ggml.pre -> regular expressions that split a text, one after the other
-_SPLITS: dict[str, Sequence[str]] = (
-    dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2"), (_LLAMA3,))
-    | dict.fromkeys(("dbrx", "smaug-bpe", "chatglm-bpe", "glm4"), (_LLAMA3,))
-    | dict.fromkeys(("qwen2", "stablelm2", "deepseek-r1-qwen", "megrez", "kormo"), (_QWEN2,))
-    | {"tekken": (_TEKKEN,), "gpt-4o": (_GPT4O,), "llama4": (_GPT4O,), "deepseek-v3": _DEEPSEEK3}
-)
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken", "gpt-4o")
-_COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez", "kormo")  # Qwen's own tokenizer puts text into NFC first
-_BOS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # unless a key says otherwise
 
 
 def tokenizer_files(gguf: GGUF, config: dict[str, Any]) -> dict[str, str]:
@@ -189,23 +161,22 @@ def _frame(processor: dict[str, Any] | None, frame: list[str | None], ids: dict[
 
 
 def _byte_level(gguf: GGUF, tokens: list[str], types: list[int]) -> tuple[dict[str, Any], bool]:
-    pre = _pre(gguf, len(tokens))
+    pre = split_name(gguf, len(tokens))
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    if pre in _SPLITS:
+    if pre in SPLITS:
         steps = [
-            {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False}
-            for one in _SPLITS[pre]
+            {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in SPLITS[pre]
         ]
         steps.append(bytes_only)
     else:
-        steps = [{"type": "Digits", "individual_digits": True}] if pre in _DIGITS else []
+        steps = [{"type": "Digits", "individual_digits": True}] if pre in DIGITS else []
         steps.append({**bytes_only, "use_regex": True})
     merges = gguf.values.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise ValueError(f"{gguf.path}: lacks tokenizer.ggml.merges; give config=DIR of the original model")
     vocab = {_respelt(token, kind): index for index, (token, kind) in enumerate(zip(tokens, types, strict=True))}
     body = {
-        "normalizer": {"type": "NFC"} if pre in _COMPOSED else None,
+        "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": {**bytes_only, "trim_offsets": False},
         "decoder": {**bytes_only, "add_prefix_space": True, "use_regex": True},
@@ -217,12 +188,12 @@ def _byte_level(gguf: GGUF, tokens: list[str], types: list[int]) -> tuple[dict[s
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": pre in _WHOLE_WORDS,
+            "ignore_merges": pre in WHOLE_WORDS,
             "vocab": vocab,
             "merges": [_two(merge, vocab, gguf.path) for merge in merges],
         },
     }
-    return body, pre in _BOS_FIRST
+    return body, pre in BOS_FIRST
 
 
 def _two(merge: object, vocab: Collection[str], path: Path) -> list[str]:
@@ -232,22 +203,6 @@ def _two(merge: object, vocab: Collection[str], path: Path) -> list[str]:
             f"{path}: tokenizer.ggml.merges: {str(merge)[:80]!r} does not make a token of two; download it again"
         )
     return [left, right]
-
-
-def _pre(gguf: GGUF, count: int) -> str:
-    pre = gguf.values.get("tokenizer.ggml.pre")
-    if pre is None:  # files from before May 2024 do not say
-        architecture = gguf.values.get("general.architecture")
-        pre = "qwen2" if architecture == "qwen2" else "llama-bpe" if count >= 128_000 else "default"
-    known = [*_SPLITS, *_GPT2, *_DIGITS]
-    if pre not in known:
-        close = difflib.get_close_matches(str(pre), known, 1, 0.5)
-        hint = f", nearest {close[0]}" if close else ""
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.pre {pre!r} is not known here{hint}; give config=DIR of the original model "
-            "to take its tokenizer"
-        )
-    return str(pre)
 
 
 def _spellings() -> dict[int, str]:
