@@ -25,6 +25,7 @@ ASSEMBLY = {
 OPTIONAL: dict[str, set[str]] = {
     "tt_models": {"transformers"},  # tt_models.parity compares with it
     "tt_data": {"tiktoken"},
+    "tt_ckpt": {"gguf"},  # of its extra
     "tt_train": {"wandb", "tensorboard"},
 }
 
