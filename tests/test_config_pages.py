@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from tt_train.config import AdapterSection, SFTConfig, to_dict
+from tt_train.config import AdapterSection, SFTConfig
 from tt_train.foreign import FOREIGN
 from tt_train.keys import all_keys, section_type
 
@@ -23,7 +23,7 @@ def test_the_page_for_those_who_come_from_elsewhere_shows_the_table_of_the_code(
 
 
 def test_the_page_about_configs_names_every_key_and_its_default():
-    plain = to_dict(SFTConfig(adapter=AdapterSection()))
+    plain = dataclasses.asdict(SFTConfig(adapter=AdapterSection()))
     shown = {re.sub("`", "", row[0]): row[1] for row in rows("configs.md")}
     sections = {field.name for field in dataclasses.fields(SFTConfig) if section_type(field.type)}
     keys = [key for key in all_keys(SFTConfig) if key not in sections]
@@ -33,4 +33,4 @@ def test_the_page_about_configs_names_every_key_and_its_default():
         for part in key.split("."):
             value = value[part]
         said = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-        assert shown[key] == f"`{said.replace(chr(39), '')}`", key
+        assert shown[key] == f"`{said.replace(chr(39), '').replace('(', '[').replace(')', ']')}`", key

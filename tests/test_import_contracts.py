@@ -15,11 +15,12 @@ PACKAGES = (*LEAVES, "tt_train", "tt_cli")
 
 # Modules of tt_train outside recipes/ that may know more than one leaf. Everything else works on tensors and dicts.
 ASSEMBLY = {
+    "export": "a Modelfile from the tokenizer and the config",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "loading": "tt_train.load",
     "merge": "tt_train.merge_run",
     "verify": "a certificate: what the weights give here and in transformers",
-    "resume": "training state: optimizer, adapter and data position",
+    "training_state": "training state: optimizer, adapter and data position",
 }
 # Imports that a module makes for itself, inside a function, where the user asked for it by name.
 OPTIONAL: dict[str, set[str]] = {

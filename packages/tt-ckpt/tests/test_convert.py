@@ -66,11 +66,12 @@ def test_meta_parts_are_split_as_meta_splits_them(model_dir, equal_dirs, tmp_pat
 def test_heads_may_be_wider_than_hidden_size_over_heads(tmp_path, equal_dirs, to):
     """torchtune's way back to Hugging Face is wrong there; ours must not be."""
     transformers = pytest.importorskip("transformers")
-    settings = transformers.MistralConfig(
+    family = {"meta": "Mistral", "torchtune": "Gemma"}[to]  # whose loaders read head_dim
+    settings = getattr(transformers, f"{family}Config")(
         vocab_size=65, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
-    transformers.MistralForCausalLM(settings).save_pretrained(tmp_path / "hf")
+    getattr(transformers, f"{family}ForCausalLM")(settings).save_pretrained(tmp_path / "hf")
     round_trip(tmp_path / "hf", tmp_path / "deep" / "er" / "between", tmp_path / "back", to)
     assert equal_dirs(tmp_path / "hf", tmp_path / "back") == []
 
@@ -287,6 +288,25 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
     ({}, {"to": "meta", "num_parts": 0}, "num_parts 0 does not divide"),
     ({"num_attention_heads": "4"}, {"to": "meta"}, "num_attention_heads: expected a whole number above 0, found '4'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, {"to": "meta"}, "rope type 'yarn' cannot be said"),
+    ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, {"to": "torchtune"}, "rope type 'linear' cannot"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 4096}},
+     {"to": "meta", "dry_run": True}, r"rope original_max_position_embeddings 4096 \(only 8192\)"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "high_freq_factor": 2.0}}, {"to": "torchtune"},
+     "rope high_freq_factor 2.0"),
+    ({"model_type": "mistral", "rope_scaling": {"type": "llama3", "factor": 8}}, {"to": "meta"}, "'llama3' cannot"),
+    ({"model_type": "mistral", "sliding_window": 16}, {"to": "torchtune"}, "sliding_window 16 cannot be said"),
+    ({"model_type": "mistral", "max_position_embeddings": 8192}, {"to": "torchtune"}, "sliding_window 4096 cannot"),
+    ({"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu"}, {"to": "torchtune"},
+     "config.json: tie_word_embeddings false of gemma cannot be said"),
+    ({"model_type": "qwen2", "use_sliding_window": True}, {"to": "torchtune"}, "use_sliding_window True cannot"),
+    ({"attention_bias": True, "mlp_bias": True}, {"to": "meta"}, "mlp_bias True, attention_bias True cannot be said"),
+    ({"hidden_act": "gelu"}, {"to": "meta"}, "hidden_act gelu cannot be said in the meta format"),
+    ({"head_dim": 16}, {"to": "meta"}, "head_dim 16 beside hidden_size 32 and 4 heads cannot be said"),
+    ({"head_dim": 16, "final_logit_softcapping": 30.0}, {"to": "torchtune"},
+     "final_logit_softcapping 30.0, head_dim 16"),
+    ({"partial_rotary_factor": 0.5}, {"to": "torchtune"}, "partial_rotary_factor 0.5 cannot be said"),
+    ({"model_type": "gemma2", "head_dim": 8, "layer_types": ["full_attention"] * 3}, {"to": "torchtune"},
+     "layer_types in another order.*tie_word_embeddings false of gemma2"),
 ])  # fmt: skip
 def test_what_cannot_be_converted_is_explained(model_dir, tmp_path, fields, options, message):
     source = model_dir()
@@ -312,7 +332,9 @@ def test_tied_tensors_that_differ_are_refused(model_dir, tmp_path):
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
     save_file(weights, source / "model.safetensors")
-    with pytest.raises(ValueError, match="differs from model.embed_tokens.weight, but the config ties them"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight differ .*but the model ties them: .*tie_word_embeddings to false"
+    ):
         tt_ckpt.convert(source, tmp_path / "out", "hf")
 
 

@@ -105,8 +105,17 @@ def test_tied_models_take_files_with_and_without_the_output(tiny, model_dir, equ
     assert equal_models(model, again)
     weights["lm_head.weight"] += 1
     save_file(weights, tied / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lm_head.weight differ.*ties them"):
+    with pytest.raises(ValueError, match=r"lm_head.weight differ.*ties them: .* set tie_word_embeddings to false"):
         tt_ckpt.load_weights(again, tied)
+    weights["lm_head.weight"] = torch.ones(64, 32)  # the embedding alone was resized
+    save_file(weights, tied / "model.safetensors")
+    with pytest.raises(ValueError, match=r"differ \(\[65, 32\] and \[64, 32\]\).*save the model again"):
+        tt_ckpt.load_weights(again, tied)
+    larger = tiny(3, tie_word_embeddings=True, vocab_size=72)
+    with pytest.raises(
+        ValueError, match=r"has \[72, 32\], the file \[65, 32\].* which lm_head shares .*set vocab_size to 65"
+    ):
+        tt_ckpt.load_weights(larger, tied)
 
 
 def test_parameters_shared_by_two_modules_stay_shared(tiny, model_dir):
@@ -217,6 +226,26 @@ class Fused(nn.Module):
         return {"gate.weight": gate, "up.weight": up}
 
 
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_parameter_that_is_on_disk_as_in_the_model_is_read_so(tmp_path, device, copy):
+    """transformers 5 can write the experts of a mixture stacked, as it holds them (save_original_format=False)."""
+    whole = torch.randn(8, 4).bfloat16()
+    save_file({"gate_up": whole}, tmp_path / "model.safetensors")
+    with torch.device(device):
+        model = Fused()
+    tt_ckpt.load_weights(model, tmp_path, copy=copy)
+    assert torch.equal(model.gate_up.bfloat16(), whole)
+    tt_ckpt.save_hf(model, tmp_path / "out", config={}, dtype=tt_ckpt.tensor_dtypes(tmp_path))
+    assert tt_ckpt.tensor_dtypes(tmp_path / "out") == {"gate.weight": torch.bfloat16, "up.weight": torch.bfloat16}
+    save_file(
+        {"gate_up": whole, "gate.weight": whole[:4].clone(), "up.weight": whole[4:].clone()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match="gate_up"):  # two copies that nothing decides between
+        tt_ckpt.load_weights(model, tmp_path)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_fused_parameters_are_joined_and_split_over_shards(tmp_path, device):
     gate, up = torch.randn(4, 4), torch.randn(4, 4)
@@ -288,11 +317,11 @@ def test_large_finite_values_are_no_error(tiny, model_dir):
             {"num_hidden_layers": 2},
             r"9 unexpected \(model.layers.2.\*: 9 tensors\).*num_hidden_layers=2, the files hold 3",
         ),
-        ({"vocab_size": 64}, r"config.vocab_size=64 vs embedding rows 65"),
+        ({"vocab_size": 64}, r"config.vocab_size=64 vs embedding rows 65: set vocab_size to 65 in config.json"),
         ({"num_key_value_heads": 4}, r"6 of another shape.*config.num_key_value_heads=4 vs 2"),
         ({"intermediate_size": 50}, r"config.intermediate_size=50 vs gate_proj rows 48"),
         ({"hidden_size": 48}, r"config.hidden_size=48 vs embedding width 32"),
-        ({"tie_word_embeddings": True}, r"lm_head.weight differ, but the model ties them"),
+        ({"tie_word_embeddings": True}, r"lm_head.weight differ \(both \[65, 32\]\), but the model ties them"),
     ],
 )
 def test_a_config_that_does_not_fit_is_explained(tiny, model_dir, model_fields, expected):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tt_ckpt
-from tt_ckpt.meta import config_from_params, feed_forward_params, params_from_config
+from tt_ckpt.meta_params import config_from_params, feed_forward_params, params_from_config
 from tt_ckpt.tensor_file import TensorSpec
 
 # params.json as published, and what the Hugging Face repositories of the same models say
@@ -73,6 +73,29 @@ def test_params_written_from_the_config_say_the_same(name):
     assert config_from_params(written, specs(vocab, params["dim"], inner), tied, Path("x/y.pth")) == config
 
 
+MATHS = {
+    "attention_dropout", "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings",
+    "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_scaling", "rope_theta",
+    "tie_word_embeddings", "vocab_size",
+}  # fmt: skip
+OWN = {"llama": {"attention_bias", "mlp_bias"}, "mistral": {"sliding_window"}}
+
+
+@pytest.mark.parametrize("name", [*CASES, "mistral_7b_v0_3"])
+def test_no_number_is_left_to_the_readers_default(name):
+    params, vocab, inner, tied, _ = CASES.get(name, CASES["mistral_7b"])
+    if name == "mistral_7b_v0_3":  # published without a window: transformers' default would be one of 4096
+        params = {key: value for key, value in params.items() if key != "sliding_window"} | {"rope_theta": 1e6}
+    config = config_from_params(params, specs(vocab, params["dim"], inner), tied, Path("x/consolidated.00.pth"))
+    assert MATHS | OWN[config["model_type"]] <= config.keys()
+    if config["model_type"] == "mistral":
+        assert config["sliding_window"] == params.get("sliding_window")
+    transformers = pytest.importorskip("transformers")
+    read = transformers.AutoConfig.for_model(**config)
+    assert getattr(read, "sliding_window", None) == config.get("sliding_window")
+    assert read.rope_parameters["rope_theta"] == config["rope_theta"]
+
+
 def test_both_generations_of_configs_are_read(config):
     old = config(rope_theta=5e5, rope_scaling={**SCALING, "factor": 8.0})
     new = config(rope_parameters={**SCALING, "factor": 8.0, "rope_theta": 5e5})
@@ -130,6 +153,10 @@ def test_equal_output_and_embedding_mean_tied(model_dir, tmp_path):
     (lambda params: params.update(n_heads=5), "query rows, not 30|do not divide"),
     (lambda params: params.update(n_layers=-1), "n_layers: expected a whole number above 0, found -1"),
     (lambda params: params.update(dim=33), "parts"),
+    (lambda params: params.update(rope_thetta=1e6), "rope_thetta .* is not known; did you mean rope_theta"),
+    (lambda params: params.update(moe={"num_experts": 8}), "moe .* is not known; give config=DIR"),
+    (lambda params: params.update(quantization_args={"group_size": 32}), "quantization_args"),
+    (lambda params: params.update(hidden_dim=64), "hidden_dim 64 does not fit w1 with 48 rows"),
 ])  # fmt: skip
 def test_wrong_params_are_explained(meta_dir, tmp_path, change, message):
     params = json.loads((meta_dir / "params.json").read_text())

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -163,6 +164,31 @@ def test_the_name_of_a_file_that_leaves_the_folder_is_refused(tiny, tmp_path, na
     with pytest.raises(ValueError, match=r"save_hf\(files=...\): refused the file name"):
         tt_ckpt.save_hf(tiny(), tmp_path / "out", config={}, files={name: "x"})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_before_anything_is_written(tiny, model_dir, tmp_path, monkeypatch):
+    source = model_dir()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    for write in (
+        lambda: tt_ckpt.save_hf(tiny(), tmp_path / "deep" / "out", config={}),
+        lambda: tt_ckpt.convert(source, tmp_path / "deep" / "out", dry_run=True),
+    ):
+        with pytest.raises(OSError, match=r"1.0 KB free, the model needs \d+.\d KB; free some") as caught:
+            write()
+        assert caught.value.filename == str(tmp_path / "deep" / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+def test_what_can_fail_for_its_own_reasons_is_written_before_the_weights(tiny, model_dir, tmp_path, monkeypatch):
+    source = model_dir()
+    (source / "tokenizer_config.json").symlink_to(tmp_path / "away")
+    (tmp_path / "away").write_text("{}")
+    monkeypatch.setattr("tt_ckpt.hf.write_shards", lambda *_: pytest.fail("the weights came first"))
+    with pytest.raises(ValueError, match="a link that leaves its folder"):
+        tt_ckpt.save_hf(tiny(), tmp_path / "out", config={}, source=source)
+    with pytest.raises(FileNotFoundError):
+        tt_ckpt.save_hf(tiny(), tmp_path / "out", config={}, files={"README.md": tmp_path / "none"})
 
 
 def test_links_in_the_source_that_leave_it_are_not_copied(tiny, model_dir, tmp_path):

@@ -390,12 +390,27 @@ def test_state_and_files_of_a_background_save_are_of_its_moment(tmp_path):
     assert (path / "note.txt").read_text() == "before"
 
 
+def test_a_checkpoint_can_be_kept_besides_the_newest(tmp_path):
+    checkpoints = TrainCheckpoint(tmp_path, keep_last=2)
+    for step in range(1, 7):
+        checkpoints.save(step, tensors={}, state={})
+        checkpoints.keep = {3} if step >= 3 else {1}
+    assert sorted(os.listdir(tmp_path)) == ["step-000003", "step-000005", "step-000006"]
+
+
 def test_preflight_tells_before_training(tmp_path):
     checkpoints = TrainCheckpoint(tmp_path / "run", keep_last=3)
     checkpoints.preflight(1000)
     assert os.listdir(tmp_path / "run") == []
     with pytest.raises(OSError, match="4 checkpoints need 4800000.0 TB; free some"):
         checkpoints.preflight(10**18)
+    with pytest.raises(OSError, match="1 checkpoint and the result need"):
+        checkpoints.preflight(1000, copies=1, besides=10**18)
+    for step in range(4):
+        checkpoints.save(step, tensors={}, state={})
+    with pytest.raises(OSError, match="1 checkpoint need"):  # the newest three are there already
+        checkpoints.preflight(10**18)
+    checkpoints.preflight(10**18, copies=3)
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         TrainCheckpoint(tmp_path / "file" / "run").preflight(1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tt_ckpt.shards import encode_index, find_shards, format_size, parse_size, read_json, split
+from tt_ckpt.shards import OpenShards, encode_index, find_shards, format_size, parse_size, read_json, split
 from tt_ckpt.tensor_file import TensorSpec, spec_of
 
 
@@ -94,10 +94,20 @@ def test_an_index_that_disagrees_with_the_shards_is_refused(sharded):
         find_shards(sharded)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded):
+def test_the_index_decides_among_copies(sharded):
+    """In two shards, in a file of the whole model, in Mistral's own, in another precision: only one counts."""
     weights = load_file(sharded / "model-00002-of-00002.safetensors")
-    save_file({**weights, "x": torch.ones(4)}, sharded / "model-00002-of-00002.safetensors")
-    with pytest.raises(ValueError, match="'x' stands in both"):
+    save_file({**weights, "x": torch.zeros(4)}, sharded / "model-00002-of-00002.safetensors")
+    for name in ("model.safetensors", "model.fp16.safetensors", "consolidated.safetensors"):
+        save_file({"x": torch.zeros(4), "stray": torch.ones(9)}, sharded / name)
+    (sharded / "model.fp16.safetensors.index.json").write_text("{}")
+    found = find_shards(sharded)
+    assert {key: name[:11] for key, name in found.where.items()} == {
+        "x": "model-00001", "y": "model-00001", "z": "model-00002",
+    }  # fmt: skip
+    assert torch.equal(OpenShards(found).read("x"), torch.ones(4))
+    (sharded / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="if model.safetensors beside it is the whole model, remove"):
         find_shards(sharded)
 
 

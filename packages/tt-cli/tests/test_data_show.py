@@ -129,3 +129,68 @@ def test_preference_rows_show_both_answers(tt, model_dir, tmp_path):
     assert [text[0][:4] for text in texts] == ["this", "that"]
     assert shown["tokens"] > shown["trained"] > 2
     assert show(tt, rows, model_dir, "--stats", "--json").json["lengths"]["max"] == shown["tokens"]
+
+
+def test_a_recipe_a_config_and_a_recipe_file_show_the_rows_of_their_run(
+    tt, rows_file, model_dir, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [f"model.path={model_dir}", f"data.train={rows_file}", "data.template=llama2", "data.max_seq_len=64"]
+    plain = show(tt, rows_file, model_dir, "--template", "llama2", "--max-seq-len", "64", "--json").json
+    (tmp_path / "c.yaml").write_text(f"recipe: sft\nmodel: {{path: '{model_dir}'}}\ndata: {{train: '{rows_file}'}}\n")
+    assert tt("cp", "sft", "mine.py").code == 0
+    for what in (
+        ["sft", *words],
+        ["mine.py", *words],
+        ["c.yaml", *words[2:]],
+        ["mine.py", "--config", "c.yaml", *words[2:]],
+    ):
+        answer = tt("data", "show", *what, "--json")
+        assert answer.code == 0, answer.err
+        assert answer.json == plain
+    stats = tt("data", "show", "c.yaml", "--stats", "--template", "llama2", "--max-seq-len", "64").out
+    assert stats == show(tt, rows_file, model_dir, "--template", "llama2", "--max-seq-len", "64", "--stats").out
+    streamed = tt("data", "show", "sft", *words, "data.streaming=true", "-n", "1", "--json").json
+    assert streamed["shown"] == plain["shown"][:1]
+
+
+def test_rows_of_a_config_need_no_device_and_the_length_of_the_model_counts(tt, rows_file, write_tiny_model, tmp_path):
+    model = write_tiny_model(tmp_path / "short", max_position_embeddings=29)
+    words = [f"model.path={model}", f"data.train={rows_file}", "device=cuda:77", "-n", "8"]
+    answer = tt("data", "show", "sft", *words)
+    assert answer.code == 0, answer.err
+    assert "cut at max_seq_len" in answer.out
+
+
+CONFUSED = [
+    (["sft", "data.trian=x"], "data.trian: unknown key; did you mean 'data.train'?"),
+    (["sft", "data.train=rows.jsonl"], "model.path: missing"),
+    (["sft", "model.path=MODEL"], "data.train: missing"),
+    (["rows.jsonl"], "no tokenizer: name the model that will see the rows, as in --tokenizer MODEL"),
+    (
+        ["rows.jsonl", "data.packing=true"],
+        "data.packing=true belongs to a recipe or config: tt data show sft data.train=",
+    ),
+    (["rows.jsonl", "--config", "c.yaml"], "--config belongs to a recipe or config"),
+    (["nowhere.yaml"], "nowhere.yaml: no such config file"),
+    (["nowhere.py"], "nowhere.py: no such recipe file"),
+    (["rows.jsonl", "--tokenzier", "m"], "did you mean '--tokenizer'?"),
+    (["run"], "run: a run directory, not rows; give its config, run/config.yaml"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"), CONFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_rows_and_configs_that_are_confused_are_told_apart(
+    tt, rows_file, model_dir, tmp_path, monkeypatch, words, part
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_bytes(rows_file.read_bytes())
+    (tmp_path / "run").mkdir()
+    for name in ("config.yaml", "manifest.json"):
+        (tmp_path / "run" / name).write_text("{}")
+    answer = tt("data", "show", *(word.replace("MODEL", str(model_dir)) for word in words))
+    assert (answer.code, answer.out) == (2, "")
+    assert part in answer.err
+    assert answer.err.count("\n") == 1

@@ -120,7 +120,7 @@ WRONG = [
     (["adapter.rnk=3"], "adapter.rnk: unknown key; did you mean 'adapter.rank'?"),
     (["seed=x"], "seed: expected a whole number, got the text 'x'"),
     (["seed"], "seed: expected key=value"),
-    (["lora.yaml"], "'lora.yaml' is no KEY=VALUE; did you mean --config lora.yaml?"),
+    (["lora.yaml"], "'lora.yaml' is not KEY=VALUE; did you mean --config lora.yaml?"),
     (["-vx"], "no option -x"),
     (["--", "-seed=3"], "-seed=3: expected key=value"),
     (["--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,6 +31,54 @@ def test_generate_answers_on_stdout_alone(tt, lora_run):
     assert answer.code == 0
     assert answer.out.endswith("\n")
     assert answer.err == ""
+
+
+def test_the_prompt_may_be_the_word_behind_the_run(tt, lora_run):
+    assert generate(tt, str(lora_run), "Repeat red.") == generate(tt, str(lora_run), "-p", "Repeat red.")
+
+
+def test_a_prompt_alone_is_for_the_newest_run(tt, beside_the_run):
+    answer = generate(tt, "Repeat the word red.")
+    assert (answer["model"], answer["prompt"]) == (str(beside_the_run), "Repeat the word red.")
+
+
+def test_two_prompts_are_one_too_many(tt, lora_run):
+    answer = tt("generate", str(lora_run), "red", "-p", "blue")
+    assert answer.code == 2
+    assert "two prompts, 'red' and -p 'blue': give one of the two" in answer.err
+
+
+def test_without_a_prompt_the_ways_to_give_one_are_named(tt, lora_run, monkeypatch):
+    pipe(monkeypatch)
+    answer = tt("generate", str(lora_run))
+    assert answer.code == 2
+    assert f'no prompt: tt generate {lora_run} "TEXT", or -p TEXT, or pipe it in' in answer.err
+
+
+@pytest.mark.parametrize("verb", ["chat", "generate", "merge", "export"])
+def test_a_base_that_moved_can_be_given(tt, lora_run, model_dir, tmp_path, monkeypatch, verb):
+    adapter, words = tmp_path / "adapter", {"generate": ["red"], "chat": []}.get(verb, [str(tmp_path / "out")])
+    shutil.copytree(lora_run / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "/gone/base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    pipe(monkeypatch, "red")
+    refused = tt(verb, str(adapter), *words)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert "adapter_config.json: names the base model /gone/base" in refused.err
+    assert "--base DIR" in refused.err
+    pipe(monkeypatch, "red")
+    answer = tt(verb, str(adapter), *words, "--base", str(model_dir))
+    assert answer.code == 0, answer.err
+
+
+def test_after_qlora_chat_generate_and_merge_say_which_base_they_use(
+    tt, train_run, model_dir, rows_file, tmp_path, monkeypatch
+):
+    run = train_run(tmp_path / "run", model_dir, rows_file, "adapter.quantize_base=true")
+    pipe(monkeypatch, "red")
+    assert "base: 4 bits (NF4), as in training" in tt("chat", str(run), "--max-new-tokens", "2").err
+    assert "(--base nf4)" in tt("generate", str(run), "red", "--base", "dense", "--max-new-tokens", "2").err
+    assert "base: 4 bits (NF4)" in tt("merge", str(run), str(tmp_path / "out")).err
 
 
 def test_generate_reads_the_prompt_from_a_pipe(tt, lora_run, monkeypatch):
@@ -178,9 +227,8 @@ def test_the_run_is_listed(tt, beside_the_run):
     runs = tt("ls", "runs", "--json").json["runs"]
     assert [Path(run["path"]).name for run in runs] == ["one"]
     assert runs[0]["step"] == 3
-    head, line = tt("ls", "runs").out.splitlines()
-    assert head.split() == ["PATH", "RECIPE", "MODEL", "METHOD", "STATE", "STEP", "LOSS"]
-    assert (line.split()[0], line.split()[-1]) == ("runs/one", f"{runs[0]['loss']:.4f}")
+    assert tt("ls", "runs").out.split()[0] == "runs/one"
+    assert tt("ls", "runs").out.split()[-1] == f"{runs[0]['loss']:.4f}"
 
 
 def test_before_step_1_the_sample_is_marked_and_counts_are_told(tt, model_dir, rows_file, tmp_path):

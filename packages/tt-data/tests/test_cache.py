@@ -17,13 +17,13 @@ import pytest
 from tt_data import (
     InstructTemplate,
     Schema,
-    converters,
     instruct_templates,
     load_dataset,
     load_tokenizer,
     register_instruct_template,
     register_schema,
     row_encoder,
+    schemas,
     show,
 )
 from tt_data import cache as cache_files
@@ -112,7 +112,7 @@ def test_names_in_a_cache_stay_in_its_folder(chatml: Any, path: Path, tmp_path: 
 
 
 def test_a_registered_function_that_changes_makes_the_rows_again(chatml: Any, write_jsonl: Any, tmp_path: Path) -> None:
-    ours = dict(converters.SCHEMAS)
+    ours = dict(schemas.SCHEMAS)
     path = write_jsonl([{"q": "a", "output": "b"}])
 
     def texts(**options: Any) -> str:
@@ -133,8 +133,8 @@ def test_a_registered_function_that_changes_makes_the_rows_again(chatml: Any, wr
             assert texts() == answer + "<|im_end|>"
     finally:
         instruct_templates.INSTRUCT_TEMPLATES.pop("quiz", None)
-        converters.SCHEMAS.clear()
-        converters.SCHEMAS.update(ours)
+        schemas.SCHEMAS.clear()
+        schemas.SCHEMAS.update(ours)
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import Schema, converters, load_dataset, register_schema
+from tt_data import Schema, load_dataset, register_schema, schemas
 from tt_data.examples import Completion
 
 
@@ -31,7 +31,7 @@ def test_processes_change_nothing(chatml: Any, write_jsonl: Any, make_chat_rows:
 @pytest.fixture
 def troubled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows with ``trouble`` do to the process that reads them what they say."""
-    monkeypatch.setattr(converters, "SCHEMAS", dict(converters.SCHEMAS))
+    monkeypatch.setattr(schemas, "SCHEMAS", dict(schemas.SCHEMAS))
 
     def read(row: Mapping[str, Any], columns: Mapping[str, str]) -> Completion:
         if row["trouble"] == "hang":
@@ -50,7 +50,7 @@ def troubled(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("hang", "rows rows:512 to rows:1023: a process that encodes them did not answer within 2 s"),
         ("die", "a process that encodes them died; look for the kernel's out-of-memory killer"),
-        ("fail", "rows rows:512 to rows:1023: KeyError: 'lost'"),
+        ("fail", "rows:600: the converter of these rows failed: KeyError: 'lost'"),
     ],
 )
 def test_a_process_in_trouble_is_an_error_that_names_its_rows(
@@ -58,7 +58,7 @@ def test_a_process_in_trouble_is_an_error_that_names_its_rows(
 ) -> None:
     rows = [{"n": i, "trouble": trouble if i == 600 else ""} for i in range(2000)]
     begin = time.monotonic()
-    with pytest.raises(RuntimeError) as failure:
+    with pytest.raises(ValueError if trouble == "fail" else RuntimeError) as failure:
         load_dataset(rows, chatml, num_workers=2, timeout_s=2 if trouble == "hang" else 25)
     assert text in str(failure.value)
     assert "\n" not in str(failure.value)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import pytest
 
+import tt_data
 from tt_data import batches, load_dataset
 
 datasets = pytest.importorskip("datasets")
@@ -19,8 +22,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Answers ``datasets.load_dataset``; the list holds how it was asked."""
     asked: list[dict[str, Any]] = []
 
-    def load(name: str, *, split: str | None = None, streaming: bool = False) -> Any:
-        asked.append({"name": name, "split": split, "streaming": streaming})
+    def load(name: str, *, split: str | None = None, streaming: bool = False, **part: Any) -> Any:
+        asked.append({"name": name, "split": split, "streaming": streaming, **part})
         splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}
         if name == "someone/parts":
             splits = {"first": splits["train"], "second": splits["test"]}
@@ -68,3 +71,44 @@ def test_a_hub_stream_is_resumed_in_the_middle(chatml: Any, hub: list[dict[str, 
     assert sorted(text for step in whole[6:12] for text in step) == sorted(row["text"] for row in ROWS)
     for start in (1, 5, 6, 11):
         assert texts(start_step=start) == whole[start:]
+
+
+BUILDERS = [
+    tt_data.alpaca_dataset, tt_data.alpaca_cleaned_dataset, tt_data.grammar_dataset, tt_data.samsum_dataset,
+    tt_data.slimorca_dataset, tt_data.stack_exchange_paired_dataset,
+]  # fmt: skip
+PART = {"data_dir": "some", "data_files": "x.jsonl", "revision": "abc"}
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_builder_hands_the_part_on_to_the_hub(
+    spm: Any, hub: list[dict[str, Any]], build: Any, streaming: bool
+) -> None:
+    for more in ({}, {"source": "someone/rows"}):
+        hub.clear()
+        with contextlib.suppress(ValueError):  # the rows are of another kind
+            build(spm, split="test", streaming=streaming, **PART, **more)
+        assert {key: hub[0][key] for key in ("split", *PART)} == {"split": "test", **PART}
+        assert hub[0]["name"] == more.get("source", hub[0]["name"])
+
+
+@pytest.mark.parametrize("load", [
+    tt_data.stack_exchange_paired_dataset, partial(load_dataset, "stack_exchange_paired"),
+])  # fmt: skip
+def test_stack_exchange_is_the_folder_with_preferences(spm: Any, hub: list[dict[str, Any]], load: Any) -> None:
+    name = {"name": "lvwerra/stack-exchange-paired", "split": "train", "streaming": False}
+    for options, data_dir in (({}, "data/rl"), ({"data_dir": "data/reward"}, "data/reward")):
+        hub.clear()
+        with contextlib.suppress(ValueError):
+            load(tokenizer=spm, **options)
+        assert hub == [{**name, "data_dir": data_dir}]
+
+
+@pytest.mark.parametrize("build", [*BUILDERS, tt_data.chat_dataset, tt_data.instruct_dataset])
+def test_a_wrong_keyword_is_named_with_the_nearest(spm: Any, build: Any) -> None:
+    needed = {"source": []} if build is tt_data.chat_dataset else {"source": [], "template": "alpaca"}
+    needed = needed if build in (tt_data.chat_dataset, tt_data.instruct_dataset) else {"source": []}
+    for wrong, near in (("max_seq_length", "max_seq_len"), ("spilt", "split"), ("colum_map", "column_map")):
+        with pytest.raises(TypeError, match=rf"_dataset: unknown argument '{wrong}'; did you mean '{near}'\?"):
+            build(spm, **needed, **{wrong: 5})

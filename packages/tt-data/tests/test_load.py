@@ -41,6 +41,7 @@ def test_the_schema_is_detected_and_reported(chatml: Any, name: str) -> None:
     dataset = load_dataset([ROWS[name]], chatml)
     assert dataset.report == {
         "schema": name, "rows": 1, "dropped": {}, "truncated": 0, "problems": [], "notes": [],
+        "files_left_out": [],
         "no_end_token": 1 if name == "pretokenized" else 0,
         "form": "text" if name in ("prompt_completion", "text", "pretokenized") else "chat",
     }  # fmt: skip
@@ -268,10 +269,10 @@ def test_rows_can_be_indexed_like_a_list(chatml: Any) -> None:
 
 
 def test_user_functions_can_be_registered(chatml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_data import Schema, converters, register_schema
+    from tt_data import Schema, register_schema, schemas
     from tt_data.examples import Completion
 
-    monkeypatch.setattr(converters, "SCHEMAS", dict(converters.SCHEMAS))
+    monkeypatch.setattr(schemas, "SCHEMAS", dict(schemas.SCHEMAS))
     register_schema(Schema("quiz", (("q",), ("a",)), lambda row, columns: Completion(f"Q: {row['q']} ", row["a"])))
     dataset = load_dataset([{"q": "hello", "a": "the cat", "text": "x"}], chatml)
     assert dataset.report["schema"] == "quiz"

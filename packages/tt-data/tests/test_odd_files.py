@@ -76,7 +76,7 @@ def test_parquet_text_that_is_not_utf8_is_an_error_of_the_file(chatml: Any, tmp_
 
 
 ROWS: list[tuple[Any, Any, str, str]] = [
-    ({"text": "a"}, {"text": float("nan")}, "null", "column 'text' is nan"),
+    ({"text": "a"}, {"text": float("nan")}, "null", "column 'text' is null"),
     ({"text": "a"}, {"text": float("inf")}, "null", "column 'text' is inf"),
     ({"text": "a"}, {"text": 10**4100}, "wrong type", "column 'text' holds int, expected text"),
     (CHAT, {"messages": [None, A]}, "wrong type", "message 0 is NoneType"),
@@ -175,7 +175,7 @@ def test_what_the_template_has_no_words_for_is_told(chatml: Any) -> None:
     rows = [{"messages": [U, call], "tools": [{"name": "f"}]}]
     assert load_dataset(rows, chatml).report["notes"] == [
         "the chat template does not write tool_calls (1 row, the first at rows:0)",
-        "the chat template does not write tools (1 row, the first at rows:0)",
+        "the chat template does not write tools (functions) (1 row, the first at rows:0)",
     ]
     assert load_dataset([CHAT], chatml).report["notes"] == []
     writes = chatml.with_template(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tt_data import load_dataset
 
 USER, ANSWER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"
@@ -52,3 +54,103 @@ def test_unpaired_rows_say_what_was_wanted(chatml: Any) -> None:
     dataset = load_dataset(rows, chatml)
     assert [dataset[i]["desirable"] for i in (0, 1)] == [True, False]
     assert [text for text, flag in dataset.rendered(0) if flag] == ["the cat<|im_end|>"]
+
+
+ASKED = "<|im_start|>user\nHow much is two and two?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("columns", [
+    {"question": "How much is two and two?"},
+    {"query": "How much is two and two?"},
+    {"instruction": "How much is two and two?", "input": ""},
+    {"instruction": "How much is", "input": "two and two?"},
+    {"input": "How much is two and two?"},
+    {"prompt": [{"role": "user", "content": "How much is two and two?"}]},
+    {"conversations": [{"from": "human", "value": "How much is two and two?"}]},
+    {"system": "", "prompt": "How much is two and two?"},
+])  # fmt: skip
+def test_the_prompt_of_a_pair_is_found_under_its_other_names(chatml: Any, columns: dict[str, Any]) -> None:
+    row = {**columns, "chosen": "It is four.", "rejected": "It is five."}
+    dataset = load_dataset([row, {**row, "system": "Be brief."}], chatml)
+    asked = ASKED.replace("is two and", "is\n\ntwo and") if columns.get("input", "")[:3] == "two" else ASKED
+    for side, answer in zip(dataset.documents(0), ("It is four.", "It is five."), strict=True):
+        assert side == [(asked, False), (ANSWER.format(answer), True), ("\n", False)]
+    for side in dataset.documents(1):
+        assert side[0] == ("<|im_start|>system\nBe brief.<|im_end|>\n" + asked, False)
+    assert dataset.report["notes"] == []
+
+
+def test_a_question_is_plain_text_for_a_model_without_a_template(llama: Any) -> None:
+    dataset = load_dataset([{"question": "hello ", "chosen": "the cat", "rejected": "a mat"}], llama)
+    assert [pieces[1] for pieces in dataset.documents(0)] == [(" the cat</s>", True), (" a mat</s>", True)]
+    row = {"instruction": "hello", "input": "", "chosen": "the cat", "rejected": "a mat"}
+    alpaca = load_dataset([row], llama)
+    assert "### Instruction:\nhello\n" in "".join(text for text, _ in alpaca.documents(0)[1])
+
+
+def test_no_prompt_is_guessed_beside_other_text(chatml: Any) -> None:
+    row = {"chosen": "It is four.", "rejected": "It is five."}
+    report = load_dataset([{**row, "prompt": "a "}, {**row, "problem": "Two and two?"}], chatml).report
+    assert report["dropped"] == {"no prompt": 1}
+    assert "columns={'prompt': 'problem'}" in report["problems"][0]
+    assert len(load_dataset([{**row, "score": 5, "note": ""}], chatml)) == 1
+    marked = {"chosen": "\n\nHuman: a\n\nAssistant: b c", "rejected": "\n\nHuman: a\n\nAssistant: b d"}
+    assert len(load_dataset([{**marked, "source": "hh"}], chatml)) == 1  # the marker says where the prompt ends
+
+
+def chat(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def test_a_pair_gives_loss_from_its_first_difference_on(chatml: Any) -> None:
+    row = {
+        "chosen": chat("a", "same", "b", "red", "sure?", "yes"),
+        "rejected": chat("a", "same", "b", "blue", "sure?", "no"),
+    }
+    sides = load_dataset([row], chatml).documents(0)
+    assert [[text for text, on in side if on] for side in sides] == [
+        ["red<|im_end|>", "yes<|im_end|>"], ["blue<|im_end|>", "no<|im_end|>"],
+    ]  # fmt: skip
+    late = {"chosen": chat("a", "same", "b", "red"), "rejected": chat("a", "same", "b", "blue")}
+    assert [[text for text, on in side if on] for side in load_dataset([late], chatml).documents(0)] == [
+        ["red<|im_end|>"], ["blue<|im_end|>"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chosen", "rejected"), [
+    (chat("one?", "red"), chat("two?", "blue")),
+    (chat("a", "red", "b", "yes"), chat("a", "blue", "c", "no")),
+    (chat("a", "red", "b", "yes"), chat("a", "blue")),
+    ([{"role": "system", "content": "s"}, *chat("a", "red")], chat("a", "blue")),
+])  # fmt: skip
+def test_two_prompts_are_not_a_pair(chatml: Any, chosen: Any, rejected: Any) -> None:
+    good = {"chosen": chat("a", "b"), "rejected": chat("a", "c")}
+    report = load_dataset([good, {"chosen": chosen, "rejected": rejected}], chatml).report
+    assert report["dropped"] == {"not a pair": 1}
+    assert "rows:1: chosen and rejected differ in the prompt (from message" in report["problems"][0]
+
+
+def test_both_sides_of_a_text_pair_are_masked_alike(chatml: Any) -> None:
+    """A token that holds the prompt's last letter and the answer's first makes both answers begin before it."""
+    rows = [
+        {"prompt": "sat on the c", "chosen": "at", "rejected": "zz"},
+        {"prompt": "a c", "chosen": "zz", "rejected": "at"},
+    ]
+    dataset = load_dataset(rows, chatml)
+    for row in dataset:
+        masked = [
+            [i for i, label in zip(row[f"{side}_input_ids"], row[f"{side}_labels"], strict=True) if label == -100]
+            for side in ("chosen", "rejected")
+        ]
+        assert masked[0] == masked[1]
+    assert dataset.documents(0)[0][1][0].strip().startswith("cat")
+
+
+def test_a_prompt_that_the_answers_do_not_hold_is_told(chatml: Any) -> None:
+    row = {"prompt": "another", "chosen": chat("a", "b"), "rejected": chat("a", "c")}
+    (note,) = load_dataset([row], chatml).report["notes"][:1]
+    assert "the prompt is not read" in note
+    system = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    kept = load_dataset([{**row, "prompt": system}], chatml)
+    assert kept.documents(0)[0][0][0].startswith("<|im_start|>system\ns<|im_end|>")
+    assert kept.report["notes"] == []

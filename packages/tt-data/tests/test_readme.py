@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import converters, instruct_templates
+from tt_data import instruct_templates, schemas
 
 
 def test_examples_of_the_readme_run(
@@ -21,7 +21,7 @@ def test_examples_of_the_readme_run(
     examples = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(examples) >= 8
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(converters, "SCHEMAS", dict(converters.SCHEMAS))
+    monkeypatch.setattr(schemas, "SCHEMAS", dict(schemas.SCHEMAS))
     (tmp_path / "my-model").symlink_to(chatml_dir)
     answers = ["Yes.", "No, blue.", "A cat sat.", "Hello!", ""]
     for name in ("rows", "more"):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import multiprocessing
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -247,3 +251,32 @@ def test_an_error_in_a_worker_names_the_row_of_a_stream(chatml: Any, tmp_path: P
         stream = load_dataset(path, chatml, streaming=True, buffer=8, **options)
         with pytest.raises(ValueError, match=rf"of batch \d+ of the stream of {path}: {path}:41:2: broken JSON"):
             list(islice(batches(stream, batch_size=4, num_workers=2), 40))
+
+
+def rows_in_files(tmp_path: Path) -> list[Any]:
+    """The same rows in every kind of source that can be streamed."""
+    csv = tmp_path / "rows.csv"
+    csv.write_text("prompt,completion\n" + "".join(f"the {i} ,cat\n" for i in range(40)))
+    found: list[Any] = [[{"prompt": f"the {i} ", "completion": "cat"} for i in range(40)], csv]
+    for name, write in (("rows.jsonl", _lines), ("rows.json", json.dumps), ("rows.jsonl.gz", _lines)):
+        data = write(found[0]).encode()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        found.append(tmp_path / name)
+    return found
+
+
+def _lines(rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("template", [None, "alpaca"])
+def test_a_stream_can_be_sent_to_a_spawned_process(chatml: Any, tmp_path: Path, template: str | None) -> None:
+    for source in rows_in_files(tmp_path):
+        columns = {"instruction": "prompt"} if template else {}
+        stream = load_dataset(source, chatml, streaming=True, buffer=8, template=template, columns=columns)
+        expected = [next(batches(stream, batch_size=4, start_step=step))["input_ids"].tolist() for step in range(12)]
+        sent = pickle.loads(pickle.dumps(stream))
+        assert [next(batches(sent, batch_size=4, start_step=s))["input_ids"].tolist() for s in range(12)] == expected
+    step = {"batch_size": 4, "rank": 0, "world_size": 1, "seed": 0, "shuffle": True}
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(stream.rows_of_step, 3, **step).result(timeout=120) == stream.rows_of_step(3, **step)

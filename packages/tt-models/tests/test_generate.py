@@ -1,6 +1,8 @@
 """Generation against the full forward, against transformers, and every argument for its effect."""
 
 import importlib
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -216,6 +218,60 @@ def test_generation_has_no_dropout_and_leaves_the_mode_alone(small):
     assert list(tokens) == expected[0, 6:].tolist()
 
 
+def test_threads_that_generate_at_once_have_no_dropout_and_leave_the_mode_alone(small):
+    model = small(attention_dropout=0.5)
+    prompts = [torch.randint(0, 60, (1, 5)) for _ in range(6)]
+    settings = {"max_new_tokens": 12, "temperature": 0}
+    expected = [tt_models.generate(model, ids, **settings).tolist() for ids in prompts]
+    model.train().model.norm.eval()
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # a thread may be stopped between any two steps of Python
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda ids: tt_models.generate(model, ids, **settings).tolist(), prompts * 6))
+    finally:
+        sys.setswitchinterval(switch)
+    assert found == expected * 6
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert not modes.pop("model.norm")
+    assert all(modes.values())
+
+
+def test_a_thread_that_leaves_does_not_put_dropout_into_another_ones_step(small):
+    model = small(attention_dropout=0.5).train()
+    modules = list(model.modules())
+    with generate_module.evaluating(modules):
+        with generate_module.evaluating(modules):
+            assert not model.training
+        assert not any(module.training for module in modules)
+    assert all(module.training for module in modules)
+    assert not generate_module._READERS
+    with pytest.raises(KeyError), generate_module.evaluating(modules):
+        raise KeyError
+    assert all(module.training for module in modules)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_model_without_finite_logits_generates_no_text(temperature, wrong, small):
+    model = small(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[7] = wrong
+    with pytest.raises(ValueError, match="logits are not finite, no token can be drawn"):
+        tt_models.generate(model, [[5, 6]], max_new_tokens=3, temperature=temperature)
+    logits = torch.tensor([[0.0, -torch.inf, 1.0]])  # a token that is ruled out is no mistake
+    assert sample(logits, Sampling(temperature=0)).item() == 2
+
+
+def test_ids_of_any_integer_type_are_read(small):
+    model = small()
+    ids = torch.randint(0, 60, (1, 4))
+    settings = {"max_new_tokens": 5, "temperature": 0, "repetition_penalty": 1.3}
+    expected = tt_models.generate(model, ids, **settings)
+    for dtype in (torch.int32, torch.uint8):
+        assert tt_models.generate(model, ids.to(dtype), **settings).equal(expected)
+
+
 def test_compiled_step_gives_the_same_text(small, monkeypatch):
     compiled = []
 
@@ -263,7 +319,7 @@ def test_a_window_is_compiled_once_and_not_for_each_of_its_columns(model_type, s
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"max_new_tokens": 200}, "at most 125 new tokens fit"),
         ({"temperature": -1}, "temperature must not be negative"),
-        ({"top_k": 0}, "top_k must be at least 1"),
+        ({"top_k": 0}, "top_k must be at least 1, or None for all"),
         ({"top_p": 0.0}, "top_p must lie in"),
         ({"top_p": 1.1}, "top_p must lie in"),
         ({"min_p": -0.1}, "min_p must lie in"),
@@ -272,6 +328,8 @@ def test_a_window_is_compiled_once_and_not_for_each_of_its_columns(model_type, s
         ({"input_ids": torch.tensor([1, 2])}, "prompts must be"),
         ({"input_ids": []}, "prompts must be"),
         ({"input_ids": [[1, 1000]]}, "token ids must lie in"),
+        ({"input_ids": [[1.5, 2.0]]}, "prompts must be integers, the ids of tokens, got torch.float32"),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.bool)}, "prompts must be integers"),
         ({"input_ids": [1, 2]}, "prompt 0 must be a list with at least one token id, got 1"),
         ({"input_ids": [[1], []]}, "prompt 1 must be a list with at least one token id"),
         ({"input_ids": [[1], [1, 2]], "pad_id": -1}, "pad_id must lie in"),

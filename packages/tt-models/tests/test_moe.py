@@ -1,5 +1,6 @@
 """Experts against a loop over tokens, their files against transformers', and the load-balancing loss."""
 
+import copy
 import json
 
 import pytest
@@ -71,6 +72,40 @@ def test_files_hold_what_transformers_writes(model_type, seed, random_hf_config,
             back |= model.split_for_hf(name, value)
         assert back.keys() == files.keys()
         assert all(back[key].equal(files[key]) for key in files)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+@pytest.mark.parametrize("original", [True, False])
+def test_load_state_dict_takes_the_files_of_a_mixture_stacked_or_not(
+    model_type, original, random_hf_config, reference_of, tmp_path
+):
+    safetensors = pytest.importorskip("safetensors.torch")
+    reference = reference_of(random_hf_config(model_type, 1))
+    reference.save_pretrained(tmp_path, save_original_format=original, max_shard_size="40KB")
+    files = {}
+    for path in tmp_path.glob("*.safetensors"):
+        files |= safetensors.load_file(path)
+    names = set(files)
+    for assign in (False, True):
+        model = tt_models.build(tt_models.config_from_hf(json.loads((tmp_path / "config.json").read_text())))
+        assert not any(model.load_state_dict(files, assign=assign))
+        assert all(reference.state_dict()[name].equal(value) for name, value in model.state_dict().items())
+    assert set(files) == names  # what is given stays as it was
+    twin = copy.deepcopy(model)
+    assert not any(twin.load_state_dict(files))
+    assert not any(torch.nn.ModuleDict({"a": twin}).load_state_dict({f"a.{key}": files[key] for key in files}))
+
+
+def test_a_mixture_with_a_missing_or_misshapen_expert_is_not_loaded(small):
+    model = small("mixtral", 1)
+    files = {}
+    for name, value in model.state_dict().items():
+        files |= model.split_for_hf(name, value)
+    key = next(key for key in files if ".experts.1.w3" in key)
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate_up_proj"):
+        model.load_state_dict({name: value for name, value in files.items() if name != key})
+    with pytest.raises(RuntimeError, match=r"gate_up_proj cannot be made of .*experts.0.w1.weight"):
+        model.load_state_dict(files | {key: files[key][:, 1:]})
 
 
 @pytest.mark.parametrize("model_type", MIXTURES)

@@ -279,6 +279,18 @@ def test_a_dotted_name_is_imported_only_where_allowed(tmp_path, monkeypatch):
     assert "cannot be imported" in problems("loss.name=mine.local", allow_import=["mine"])[0]
 
 
+def test_the_config_of_a_run_is_read_without_the_code_of_its_recipe(tmp_path):
+    from tt_train.composing import compose_run
+
+    text = to_yaml(compose("sft", overrides=[*BASE, "adapter.rank=4"])).replace("recipe: sft", "recipe: mine.py")
+    (tmp_path / "config.yaml").write_text(text + "my_own_key: 3\n")
+    (tmp_path / "mine.py").write_text("raise SystemExit('run')\n")
+    config = compose_run(tmp_path, ["device=cpu"])
+    assert (config.recipe, config.adapter.rank, config.device) == ("mine.py", 4, "cpu")
+    with pytest.raises(ConfigError, match="mine.py is a recipe file, which runs only if you name it"):
+        compose(tmp_path / "config.yaml")
+
+
 def test_key_typos_are_recognised_in_95_percent():
     from tt_train.keys import all_keys, unknown_key
 

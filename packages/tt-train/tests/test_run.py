@@ -40,8 +40,12 @@ def run(path, words, *more, **kwargs):
     return sft.main(compose("sft", overrides=[*words, f"output_dir={path}", *more]), console=Silent(), **kwargs)
 
 
+def metrics(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(path):
-    return [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in metrics(path) if row["step"] > 0]
 
 
 def weights(path):
@@ -85,7 +89,7 @@ def curves():
 @pytest.fixture
 def plain_curve(curves, tmp_path, words, monkeypatch):
     """The losses of the small run, made once for each set of words, without the report (most of the time)."""
-    monkeypatch.setattr("tt_train.recipes._begin_and_end.write_report", lambda runs: None)
+    monkeypatch.setattr("tt_train.recipes._end.write_report", lambda runs: None)
 
     def curve(*more):
         if more not in curves:
@@ -108,7 +112,9 @@ def test_a_run_explains_itself(lora_run):
         "README.md",
         "adapter",
     } <= names
-    rows = [json.loads(line) for line in (lora_run / "metrics.jsonl").read_text().splitlines()]
+    before, *rows = metrics(lora_run)
+    assert (before["step"], before["loss"]) == (0, None)
+    assert before["eval_loss"] > rows[-1]["eval_loss"]
     assert [row["step"] for row in rows] == list(range(1, 21))
     keys = {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eta_s"}
     assert all(keys <= row.keys() for row in rows)
@@ -433,7 +439,7 @@ def test_a_full_folder_and_a_changed_config_are_refused(tmp_path, words):
         run(path, words)
     with pytest.raises(ConfigError, match=r"seed: 0 -> 1"):
         run(path, words, "max_steps=2", "seed=1", resume="auto")
-    with pytest.raises(ConfigError, match="no run"):
+    with pytest.raises(ConfigError, match="is not a run"):
         run(tmp_path / "other", words, resume=tmp_path / "nothing")
 
 
@@ -447,25 +453,6 @@ def test_secrets_reach_no_file(tmp_path, words, monkeypatch):
     monkeypatch.setattr("sys.argv", ["tt", "run", "sft", "token=hf_canarycanarycanarycanary"])
     path = run(tmp_path / "r", words, "max_steps=1")
     assert all(b"canary" not in file.read_bytes() for file in path.rglob("*") if file.is_file())
-
-
-def test_small_steps_move_an_adapter_in_fp32_and_are_lost_in_bf16(tmp_path, words):
-    from safetensors.torch import load_file
-
-    more = ["model.dtype=bf16", "adapter.rank=4", "optimizer.lr=2e-5", "schedule.warmup_steps=1"]
-
-    def share_moved(dtype):
-        """Of the elements of A: from the first step, whose rate is 0, to the sixth."""
-        start, end = (
-            load_file(run(tmp_path / f"{dtype}-{steps}", words, *more, f"adapter.dtype={dtype}", f"max_steps={steps}")
-                      / "adapter" / "adapter_model.safetensors")
-            for steps in (1, 6)
-        )  # fmt: skip
-        moved = [(end[name] != start[name]).float().mean() for name in start if "lora_A" in name]
-        return sum(moved) / len(moved)
-
-    assert share_moved("fp32") > 0.99
-    assert share_moved("bf16") < 0.9
 
 
 @pytest.fixture
@@ -492,7 +479,7 @@ def test_a_save_that_fails_is_told_and_training_goes_on(tmp_path, words, full_di
     path = sft.main(compose("sft", overrides=[*words, *more]), console=console)
     (note,) = [note for note in console.notes if "not saved" in note]
     assert "No space left" in note
-    assert "training goes on" in note
+    assert "training continues" in note
     assert sorted(folder.name for folder in (path / "checkpoints").iterdir()) == ["step-000002", "step-000006"]
 
 

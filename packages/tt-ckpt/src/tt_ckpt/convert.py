@@ -11,6 +11,7 @@ import torch
 from tt_ckpt import commit
 from tt_ckpt.directory import (
     check_destination,
+    check_room,
     copy_companions,
     has_tokenizer,
     make_tmp,
@@ -22,6 +23,7 @@ from tt_ckpt.formats import open_model
 from tt_ckpt.gguf_file import find_gguf, is_gguf
 from tt_ckpt.hf import counter, write_shards
 from tt_ckpt.layout import choose_layout, read_layout, write_layout
+from tt_ckpt.limits import refuse_unsaid
 from tt_ckpt.meta import write_meta
 from tt_ckpt.torchtune import write_torchtune
 from tt_ckpt.weights import Weights, cast, compare
@@ -80,8 +82,13 @@ def convert(
     target = Path(destination)
     base = None if config is None else resolve(config)
     directory, weights = _open(source, allow_pickle, base)
+    if not weights.config:
+        raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
+    if to != "hf":
+        refuse_unsaid(weights.config, to)
     weights = weights if dtype is None else cast(weights, dtype)
     old = check_destination(target, overwrite=overwrite)
+    check_room(target, weights.nbytes)
     files: list[str] = []
     if not dry_run:
         tmp = make_tmp(target)
@@ -138,8 +145,6 @@ def _write(
     """Into ``tmp``; config, companions and layout from the first of ``origins`` that has them."""
     for name, text in weights.companions.items():
         commit.write_bytes(tmp / name, text.encode())
-    if not weights.config:
-        raise ValueError(f"{origins[0]}: no config.json; give config=DIR of the same model")
     configured = next((origin for origin in origins if (origin / "config.json").exists()), None)
     write_config(tmp / "config.json", weights.config, weights.specs, configured)
     for origin in origins:

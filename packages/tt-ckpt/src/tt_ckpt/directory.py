@@ -1,10 +1,12 @@
 """A model directory: where it is, its config, the files that travel with the weights, and its appearance as a whole."""
 
 import difflib
+import errno
 import fnmatch
 import os
+import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from tt_ckpt import commit
 from tt_ckpt.names import safe_file
-from tt_ckpt.shards import INDEX_NAME, read_json
+from tt_ckpt.shards import INDEX_NAME, format_size, read_json
 from tt_ckpt.tensor_file import TensorSpec
 
 COMPANIONS = (
@@ -120,18 +122,28 @@ def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, Tens
         commit.write_json(path, config)
 
 
-def copy_companions(source: Path, destination: Path) -> None:
-    """Copy tokenizer, template, generation and license files that are not there yet."""
+def copy_companions(source: Path, destination: Path, *, leave: Container[str] = ()) -> None:
+    """Copy tokenizer, template, generation and license files that are not there yet, but for the names of ``leave``."""
     for entry in sorted(source.iterdir()):
-        if (destination / entry.name).exists():
+        if entry.name in leave or (destination / entry.name).exists():
             continue
         if entry.is_file() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS):
             commit.copy_file(safe_file(source, entry.name), destination / entry.name)
         elif entry.is_dir() and entry.name in COMPANION_FOLDERS:
-            (destination / entry.name).mkdir(mode=0o755)
-            for file in sorted(entry.iterdir()):
-                if file.is_file():
-                    commit.copy_file(safe_file(entry, file.name), destination / entry.name / file.name)
+            put_file(destination / entry.name, entry)
+
+
+def put_file(place: Path, content: str | Path | None) -> None:
+    """Write a text, or copy a file or the files of a folder, to a place where nothing is; None: nothing."""
+    if isinstance(content, str):
+        commit.write_bytes(place, content.encode())
+    elif content is not None and content.is_dir():
+        place.mkdir(mode=0o755)
+        for file in sorted(content.iterdir()):
+            if file.is_file():
+                commit.copy_file(safe_file(content, file.name), place / file.name)
+    elif content is not None:
+        commit.copy_file(content, place)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -149,6 +161,15 @@ def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
     if found and not overwrite:
         raise FileExistsError(f"{path}: holds {found[0].name} already; choose another directory or allow overwriting")
     return found
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """OSError unless the disk of ``path``, which need not be there yet, has room for ``nbytes``."""
+    place = next(place for place in (path, *path.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < nbytes:
+        sizes = f"{format_size(free)} free, the model needs {format_size(nbytes)}"
+        raise OSError(errno.ENOSPC, f"{sizes}; free some or choose another directory", str(path))
 
 
 def _weights_in(path: Path) -> list[Path]:

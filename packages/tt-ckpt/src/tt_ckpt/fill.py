@@ -25,7 +25,7 @@ def fill(
     """Fill ``slot``; returns the dtype in the files, and what the slot holds now (or what its module was given)."""
     old: Any = slot.tensor
     parts = [meta(tensors.shards.spec(key)) for key in keys]
-    whole = join(model, name, parts)
+    whole = join(model, name, keys, parts)
     as_stored = whole is parts[0]
     on_meta = old.device.type == "meta"
     spread = hasattr(old, "device_mesh")  # a DTensor: this rank reads its part only
@@ -34,16 +34,16 @@ def fill(
     target_device = torch.device(device or (home if on_meta else old.device))
     module, local = slot.places[0]
     if callable(loader := getattr(module, "load_base_", None)):
-        tensor = tensors.borrow(keys[0]) if as_stored else join(model, name, [tensors.read(key) for key in keys])
+        tensor = tensors.borrow(keys[0]) if as_stored else join(model, name, keys, [tensors.read(key) for key in keys])
         given = tensor.to(device=target_device, dtype=dtype or tensor.dtype)
         loader(local, given)
         return whole.dtype, given
     source = None
     if spread or (on_meta and not copy):
-        source = join(model, name, [tensors[key] for key in keys])
+        source = join(model, name, keys, [tensors[key] for key in keys])
         source = local_part(source, old) if spread else source
     elif not as_stored:
-        source = join(model, name, [tensors.read(key) for key in keys])
+        source = join(model, name, keys, [tensors.read(key) for key in keys])
     fits = not on_meta and old.dtype == target_dtype and old.device == target_device
     if fits:
         new: Tensor = old.to_local() if spread else old.detach()

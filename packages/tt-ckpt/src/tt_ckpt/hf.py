@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from tt_ckpt import commit
-from tt_ckpt.directory import check_destination, copy_companions, make_tmp, publish, resolve, write_config
+from tt_ckpt.directory import (
+    check_destination,
+    check_room,
+    copy_companions,
+    make_tmp,
+    publish,
+    put_file,
+    resolve,
+    write_config,
+)
 from tt_ckpt.gathered import gathered, is_spread, write_together
 from tt_ckpt.layout import Layout, choose_layout, read_layout
 from tt_ckpt.names import check_basename
@@ -28,7 +37,7 @@ def save_hf(
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | Mapping[str, torch.dtype] | None = None,
     overwrite: bool = False,
-    files: Mapping[str, str | Path] | None = None,
+    files: Mapping[str, str | Path | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write ``model``'s base weights as a Hugging Face directory: safetensors shards, index, ``config.json``.
@@ -37,7 +46,8 @@ def save_hf(
     whose shards and header order are kept when the tensors' names, shapes and dtypes are the same: an unchanged model
     is written byte for byte. ``dtype`` casts floating weights, all to one, or each to its own by its name in the files
     (``tensor_dtypes(base)``; a name not in it keeps its dtype). Adapter parameters are not written: merge first.
-    ``files``: name to text, or to a file to copy, instead of what ``source`` has by that name (a chat template).
+    ``files``: name to text, or to a file or folder to copy, instead of what ``source`` has by that name (a chat
+    template); to None: no such file, although ``source`` has one.
 
     What was written is read back and compared; ``progress(done, total)`` counts bytes, each twice.
     A model that is sharded over ranks is gathered tensor by tensor; every rank must call, rank 0 writes.
@@ -49,20 +59,17 @@ def save_hf(
 
     def write(weights: Weights) -> None:
         old = check_destination(folder, overwrite=overwrite)
+        check_room(folder, weights.nbytes)
         tmp = make_tmp(folder)
         try:
+            write_config(tmp / "config.json", config, weights.specs, origin)  # what can fail for its own reasons: first
+            for name, found in (files or {}).items():
+                put_file(tmp / check_basename(name, where="save_hf(files=...)"), found)
+            if origin is not None:
+                copy_companions(origin, tmp, leave=files or {})
             advance = counter(progress, 2 * weights.nbytes)
             write_shards(weights, tmp, layout, advance)
             compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
-            write_config(tmp / "config.json", config, weights.specs, origin)
-            for name, found in (files or {}).items():
-                place = tmp / check_basename(name, where="save_hf(files=...)")
-                if isinstance(found, Path):
-                    commit.copy_file(found, place)
-                else:
-                    commit.write_bytes(place, found.encode())
-            if origin is not None:
-                copy_companions(origin, tmp)
             publish(tmp, folder, old)
         finally:
             commit.remove_tree(tmp)
@@ -99,7 +106,7 @@ def _pieces(
         if type(tensor.data) is not Tensor and not hasattr(tensor, "full_tensor"):
             raise ValueError(f"parameter {name} is a {type(tensor.data).__name__}: merge or dequantize before saving")
         for key, piece in split_parameter(model, name, meta(spec_of(tensor))).items():
-            asked = dtype.get(key) if isinstance(dtype, Mapping) else dtype
+            asked = dtype.get(key, dtype.get(name)) if isinstance(dtype, Mapping) else dtype
             kind = asked if asked is not None and tensor.is_floating_point() else tensor.dtype
 
             def make(key: str = key, name: str = name, tensor: Tensor = tensor, kind: torch.dtype = kind) -> Tensor:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tt_ckpt.directory import read_config, resolve
 from tt_ckpt.fill import fill
-from tt_ckpt.mismatch import describe_mismatch, refuse_quantized
+from tt_ckpt.mismatch import describe_mismatch, describe_tie, refuse_quantized
 from tt_ckpt.shards import OpenShards, Shards, find_shards
 from tt_ckpt.slots import Slot, find_slots, join, meta, sources_of
-from tt_ckpt.weights import EMBEDDING, OUTPUT, is_finite
+from tt_ckpt.weights import EMBEDDING, OUTPUT, is_finite, num_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def load_weights(
     tensors = OpenShards(shards)
     for kept, other in plan.equal:
         if not torch.equal(tensors[kept], tensors[other]):
-            raise ValueError(f"{directory}: {kept} and {other} differ, but the model ties them (tie_word_embeddings)")
+            raise ValueError(describe_tie(directory, kept, other, (shards.spec(kept).shape, shards.spec(other).shape)))
     bad: list[str] = []
     casts: dict[tuple[torch.dtype, torch.dtype], int] = {}
     done = 0
@@ -73,7 +73,7 @@ def load_weights(
         if new.dtype != stored:
             casts[stored, new.dtype] = casts.get((stored, new.dtype), 0) + 1
         if check_finite and not is_finite(new):
-            problem = _not_finite(join(model, name, [tensors[key] for key in keys]), new)
+            problem = _not_finite(join(model, name, keys, [tensors[key] for key in keys]), new)
             bad.append(f"{name} ({problem})")
         done += sum(shards.spec(key).nbytes for key in keys)
         if progress:
@@ -101,7 +101,7 @@ def make_plan(model: nn.Module, shards: Shards) -> Plan:
     plan = Plan()
     used: set[str] = set()
     for slot in find_slots(model):
-        found = [(name, keys) for name in slot.names if _all_in(keys := sources_of(model, name), shards)]
+        found = [(name, keys) for name in slot.names if (keys := _keys_of(model, name, shards))]
         if not found:
             plan.missing += [key for key in sources_of(model, slot.name) if key not in shards.where]
             used.update(sources_of(model, slot.name))
@@ -121,8 +121,12 @@ def make_plan(model: nn.Module, shards: Shards) -> Plan:
     return plan
 
 
-def _all_in(keys: list[str], shards: Shards) -> bool:
-    return all(key in shards.where for key in keys)
+def _keys_of(model: nn.Module, name: str, shards: Shards) -> list[str]:
+    """The sources of a parameter; or itself, as transformers 5 can write stacked experts; or nothing."""
+    sources = sources_of(model, name)
+    if all(key in shards.where for key in sources):
+        return sources
+    return [name] if name in shards.where else []
 
 
 def _wrong_shapes(
@@ -131,7 +135,7 @@ def _wrong_shapes(
     ours = tuple(slot.tensor.shape)
     parts = [meta(shards.spec(key)) for key in keys]
     try:
-        theirs = tuple(join(model, name, parts).shape)
+        theirs = tuple(join(model, name, keys, parts).shape)
     except (RuntimeError, ValueError, IndexError):  # parts that do not even fit each other
         theirs = tuple(parts[0].shape)
     return [] if ours == theirs else [(name, ours, theirs)]
@@ -151,8 +155,8 @@ def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str]
 
 def _not_finite(source: Tensor, filled: Tensor) -> str:
     """How many values are NaN or infinite, in words."""
-    count = int((~torch.isfinite(filled.float())).sum())
-    if bool(torch.isfinite(source.float()).all()):
+    count = num_not_finite(filled)
+    if is_finite(source):
         return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
     return f"{count} of {filled.numel()} values"
 
@@ -160,7 +164,7 @@ def _not_finite(source: Tensor, filled: Tensor) -> str:
 def _refuse_other_kinds(model: nn.Module, directory: Path, plan: Plan, shards: Shards) -> None:
     """Whole numbers are no weights, nor are fractions what an integer buffer holds: neither is cast."""
     for slot, name, keys in plan.fills:
-        ours, theirs = slot.tensor.dtype, join(model, name, [meta(shards.spec(key)) for key in keys]).dtype
+        ours, theirs = slot.tensor.dtype, join(model, name, keys, [meta(shards.spec(key)) for key in keys]).dtype
         if ours.is_floating_point != theirs.is_floating_point:
             raise ValueError(f"{directory}: {name}: the model has {ours}, the file {theirs}, which is not converted")
 

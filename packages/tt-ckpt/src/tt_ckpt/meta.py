@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from tt_ckpt import commit
+from tt_ckpt.meta_params import LLAMA3_VOCAB, config_from_params, params_from_config
 from tt_ckpt.pickles import write_pickled
 from tt_ckpt.rename import Rename
 from tt_ckpt.rotary import to_half_split, to_interleaved
 from tt_ckpt.slots import meta
-from tt_ckpt.tensor_file import TensorSpec, spec_of
-from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, number, positive, rotated_heads, specs_of
+from tt_ckpt.tensor_file import spec_of
+from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
 
-FAMILIES = ("llama", "mistral")
 _LAYER = "model.layers.{}."
 
 RENAME = Rename(
@@ -43,7 +43,6 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"
 IGNORED = ("rope.freqs",)
 _SPLIT_ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight", OUTPUT)
 _SPLIT_COLUMNS = ("o_proj.weight", "down_proj.weight")
-_LLAMA3_VOCAB = 100_000  # from Llama 3 on the vocabulary is larger, and the embedding is split by rows, not columns
 
 
 def from_meta(
@@ -109,8 +108,6 @@ def write_meta(
     weights: Weights, folder: Path, *, num_parts: int = 1, progress: Callable[[int], None] | None = None
 ) -> None:
     """Write ``consolidated.00.pth`` ... and ``params.json`` into ``folder``."""
-    if weights.family not in FAMILIES:
-        raise ValueError(f"model_type {weights.family!r} has no Meta format; families that do: {', '.join(FAMILIES)}")
     heads, hidden = rotated_heads(weights.config), positive(weights.config, "hidden_size")
     if num_parts < 1 or any(count % num_parts for count in heads.values()):
         raise ValueError(f"num_parts {num_parts} does not divide the heads {sorted(set(heads.values()))}")
@@ -151,7 +148,9 @@ def _split_dim(name: str, shape: Sequence[int] | None, hidden: int, *, vocab: in
     if name.endswith(_SPLIT_COLUMNS):
         return 1
     if name == EMBEDDING:
-        by_rows = shape[1] == hidden if shape is not None else vocab >= _LLAMA3_VOCAB
+        by_rows = (
+            shape[1] == hidden if shape is not None else vocab >= LLAMA3_VOCAB
+        )  # then the embedding is split by rows, not columns
         return 0 if by_rows else 1
     return None
 
@@ -166,105 +165,3 @@ def _is_tied(
         return True
     embedding, output = (joined(name, [part[keys[name]] for part in parts]) for name in (EMBEDDING, OUTPUT))
     return embedding.shape == output.shape and torch.equal(embedding, output)
-
-
-# ---- params.json -----------------------------------------------------------------------------------------------------
-
-
-def config_from_params(
-    params: Mapping[str, Any], specs: Mapping[str, TensorSpec], tied: bool, file: Path
-) -> dict[str, Any]:
-    """A ``config.json`` from ``params.json`` and the shapes. ``max_position_embeddings`` is a guess by generation."""
-    where = file.parent / "params.json"
-    mistral = "hidden_dim" in params
-    heads = positive(params, "n_heads", where=where)
-    theta = number(params, "rope_theta", default=10_000.0, where=where)
-    vocab = specs[EMBEDDING].shape[0]
-    llama3 = vocab >= _LLAMA3_VOCAB
-    gate = "model.layers.0.mlp.gate_proj.weight"
-    if gate not in specs:
-        raise ValueError(f"{file}: holds no layers.0.feed_forward.w1.weight")
-    config: dict[str, Any] = {
-        "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        "attention_bias": False,
-        "bos_token_id": 128_000 if llama3 else 1,
-        "eos_token_id": 128_001 if llama3 else 2,
-        "hidden_act": "silu",
-        "hidden_size": positive(params, "dim", where=where),
-        "intermediate_size": specs[gate].shape[0],
-        "max_position_embeddings": _positions(params, theta, mistral, where),
-        "model_type": "mistral" if mistral else "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": positive(params, "n_layers", where=where),
-        "num_key_value_heads": positive(params, "n_kv_heads", default=heads, where=where),
-        "rms_norm_eps": number(params, "norm_eps", default=1e-5, where=where),
-        "rope_theta": theta,
-        "tie_word_embeddings": tied,
-        "torch_dtype": str(specs[EMBEDDING].dtype).removeprefix("torch."),
-        "vocab_size": vocab,
-    }
-    if mistral and params.get("sliding_window"):
-        config["sliding_window"] = positive(params, "sliding_window", where=where)
-    if params.get("head_dim"):
-        config["head_dim"] = positive(params, "head_dim", where=where)
-    if params.get("use_scaled_rope"):
-        factor = 32.0 if tied else 8.0  # the small models of 3.2 are the tied ones
-        config["rope_scaling"] = {
-            "rope_type": "llama3",
-            "factor": number(params, "rope_scaling_factor", default=factor, where=where),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    return config
-
-
-def _positions(params: Mapping[str, Any], theta: float, mistral: bool, where: Path) -> int:
-    if params.get("max_seq_len"):
-        return positive(params, "max_seq_len", where=where)
-    if mistral:
-        return 32_768
-    if params.get("use_scaled_rope"):
-        return 131_072
-    return {500_000.0: 8192, 1_000_000.0: 16_384}.get(theta, 4096)
-
-
-def params_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """``params.json`` for a ``config.json`` of either generation (``rope_theta`` or ``rope_parameters``)."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope_parameters: expected an object, found {rope!r}")
-    heads, hidden = positive(config, "num_attention_heads"), positive(config, "hidden_size")
-    params: dict[str, Any] = {
-        "dim": hidden,
-        "n_layers": positive(config, "num_hidden_layers"),
-        "n_heads": heads,
-        "n_kv_heads": positive(config, "num_key_value_heads", default=heads),
-        "vocab_size": positive(config, "vocab_size"),
-        "norm_eps": number(config, "rms_norm_eps"),
-        "rope_theta": number(rope, "rope_theta", default=number(config, "rope_theta", default=10_000.0)),
-    }
-    head_dim = positive(config, "head_dim", default=hidden // heads)
-    if config["model_type"] == "mistral":
-        params |= {"hidden_dim": positive(config, "intermediate_size"), "head_dim": head_dim}
-        params |= {"sliding_window": config["sliding_window"]} if config.get("sliding_window") else {}
-    else:
-        params |= feed_forward_params(hidden, positive(config, "intermediate_size"))
-        params |= {"head_dim": head_dim} if head_dim * heads != hidden else {}
-    kind = rope.get("rope_type") or rope.get("type")
-    if kind == "llama3":
-        params |= {"use_scaled_rope": True, "rope_scaling_factor": number(rope, "factor")}
-    elif kind not in (None, "default"):
-        raise ValueError(f"rope type {kind!r} cannot be said in params.json; it knows default and llama3")
-    return params
-
-
-def feed_forward_params(hidden: int, intermediate: int) -> dict[str, Any]:
-    """``multiple_of`` and ``ffn_dim_multiplier`` that give ``intermediate`` by Meta's rule."""
-    base = 8 * hidden // 3
-    for multiple_of in (256, 1024, 4096):
-        for multiplier in (None, 1.3, 1.5, 1.4, 1.2, 1.0):
-            size = base if multiplier is None else int(multiplier * base)
-            if -(-size // multiple_of) * multiple_of == intermediate:
-                return {"multiple_of": multiple_of} | ({"ffn_dim_multiplier": multiplier} if multiplier else {})
-    return {"multiple_of": 1, "ffn_dim_multiplier": (intermediate + 0.5) / base}

@@ -51,6 +51,15 @@ def describe_mismatch(
     return f"{directory}: the weights do not fit the model: {'; '.join(parts)}{'; ' + cause if cause else ''}"
 
 
+def describe_tie(where: Path, kept: str, other: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
+    """One line: two tensors that should be one, how large each is, and what to do."""
+    sizes = f"{list(shapes[0])} and {list(shapes[1])}" if shapes[0] != shapes[1] else f"both {list(shapes[0])}"
+    cure = "if both were trained, set tie_word_embeddings to false in config.json"
+    if shapes[0] != shapes[1]:
+        cure += "; if the vocabulary was resized, save the model again so that both are"
+    return f"{where}: {kept} and {other} differ ({sizes}), but the model ties them: {cure}"
+
+
 def _grouped(keys: Iterable[str]) -> str:
     """``layers.1.*: 9 tensors`` for what belongs to a layer, the bare name for the rest."""
     groups: dict[str, list[str]] = {}
@@ -84,7 +93,7 @@ def _cause(
     if layers is not None and extra and not ours:
         return f"config.num_hidden_layers={layers}, the files hold {max(extra) + 1}"
     if missing == ["lm_head.weight"]:
-        return "is tie_word_embeddings meant to be true?"
+        return "is tie_word_embeddings meant to be true? If the output is the embedding, set it in config.json"
     return ""
 
 
@@ -92,12 +101,20 @@ def _layers(keys: list[str]) -> set[int]:
     return {int(match[1]) for key in keys if (match := re.search(r"\blayers\.(\d+)\.", key))}
 
 
+def _resized(config: Any, name: str, size: int) -> str:
+    """The cure where a vocabulary was resized without a word to the config, or the other way round."""
+    if name != "vocab_size":
+        return ""
+    tied = ", which lm_head shares (tie_word_embeddings)" if getattr(config, "tie_word_embeddings", False) else ""
+    return f"{tied}: set vocab_size to {size} in config.json, or take the weights that were saved with this config"
+
+
 def _shape_cause(config: Any, key: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
     if len(ours) != len(theirs):
         return ""
     for suffix, dim, name, what in _FIELDS:
         if key.endswith(suffix) and ours[dim] != theirs[dim] and getattr(config, name, None) == ours[dim]:
-            return f"config.{name}={ours[dim]} vs {what} {theirs[dim]}"
+            return f"config.{name}={ours[dim]} vs {what} {theirs[dim]}{_resized(config, name, theirs[dim])}"
     heads, kv_heads = getattr(config, "num_attention_heads", 0), getattr(config, "num_key_value_heads", 0)
     for projections, name, count in (
         (("q_proj.weight",), "num_attention_heads", heads),

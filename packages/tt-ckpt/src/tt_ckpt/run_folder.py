@@ -3,6 +3,7 @@
 import re
 import secrets
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from tt_ckpt import commit
@@ -14,6 +15,12 @@ _NAME = re.compile(r"(\.old-)?step-(\d{6,})(-[0-9a-f]{8})?")
 
 def name_of(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, "a candidate"
+    return int(match[2])
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -52,10 +59,11 @@ def remove_leftovers(directory: Path) -> None:
             commit.remove_tree(entry)
 
 
-def prune(directory: Path, keep_last: int, newest: Path) -> None:
+def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
     """Remove what is older than the newest ``keep_last`` whole checkpoints; a damaged one does not count as kept.
 
-    ``newest``, the one just saved, stays in any case: after going back by hand it may have the lowest number.
+    ``kept_names`` stay in any case. The one just saved is among them: after going back by hand it may have the lowest
+    number.
     """
     found, kept = candidates(directory), 0
     while found and kept < keep_last:
@@ -65,11 +73,11 @@ def prune(directory: Path, keep_last: int, newest: Path) -> None:
             continue
         kept += 1
     for path in found:
-        if path != newest:
-            _remove(path)
+        if path.name not in kept_names:
+            remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Take its name away first: a removal that is interrupted leaves no half checkpoint."""
     gone = path.parent / f"{commit.TMP_PREFIX}{path.name}-{secrets.token_hex(4)}"
     try:
@@ -79,8 +87,11 @@ def _remove(path: Path) -> None:
     commit.remove_tree(gone)
 
 
-def preflight(directory: Path, nbytes: int, copies: int) -> None:
-    """OSError unless files can be written and read back here and ``copies`` times ``nbytes``, and a fifth, are free."""
+def preflight(directory: Path, nbytes: int, copies: int, besides: int) -> None:
+    """OSError unless files can be written and read back here, and there is room for ``copies`` checkpoints.
+
+    A fifth more than ``copies`` times ``nbytes`` and ``besides`` must be free. Existing checkpoints count as copies.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     probe = commit.make_tmp(directory / "step-probe")
     try:
@@ -89,7 +100,9 @@ def preflight(directory: Path, nbytes: int, copies: int) -> None:
             raise OSError(f"{directory}: what is written there cannot be read back")
     finally:
         commit.remove_tree(probe)
-    free, needed = shutil.disk_usage(directory).free, int(1.2 * copies * nbytes)
+    missing = max(0, copies - len(candidates(directory)))
+    free, needed = shutil.disk_usage(directory).free, int(1.2 * (missing * nbytes + besides))
     if free < needed:
-        sizes = f"{format_size(free)} free, {copies} checkpoints need {format_size(needed)}"
+        what = f"{missing} checkpoint{'s' if missing != 1 else ''}{' and the result' if besides else ''}"
+        sizes = f"{format_size(free)} free, {what} need {format_size(needed)}"
         raise OSError(f"{directory}: {sizes}; free some or choose another output directory")

@@ -51,16 +51,23 @@ def find_shards(directory: Path) -> Shards:
     else:
         raise FileNotFoundError(describe_no_weights(directory))
     files = {name: read_header(safe_file(directory, name)) for name in names}
+    stated: dict[str, str] = {} if index is None else index["weight_map"]
+    if index is not None and (odd := _disagreement(stated, files)) is not None:
+        raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {odd!r}; download again")
     where: dict[str, str] = {}
     for name, header in files.items():
         for key in header.tensors:
-            if key in where:
-                raise ValueError(f"{directory}: tensor {key!r} stands in both {where[key]} and {name}; download again")
+            if stated.get(key, name) != name:
+                continue  # a copy: the index says which one counts
             where[key] = name
-    if index is not None and where != index["weight_map"]:
-        wrong = sorted(set(where.items()) ^ set(index["weight_map"].items()))[0]
-        raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {wrong[0]!r}; download again")
     return Shards(directory=directory, files=files, where=where, index=index)
+
+
+def _disagreement(stated: Mapping[str, str], files: Mapping[str, Header]) -> str | None:
+    """A tensor that is not where the index says, or that the index does not know."""
+    held = {key for header in files.values() for key in header.tensors}
+    absent = [key for key, name in stated.items() if key not in files[name].tensors]
+    return min([*absent, *(held - stated.keys())], default=None)
 
 
 def _index_files(directory: Path, index: Any) -> list[str]:
@@ -76,9 +83,14 @@ def _index_files(directory: Path, index: Any) -> list[str]:
         raise FileNotFoundError(
             f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}{_missing_size(directory, index, names)}; "
-            "run tt download again, it resumes"
+            f"run tt download again, it resumes{_or_single(directory)}"
         )
     return names
+
+
+def _or_single(directory: Path) -> str:
+    single = (directory / SINGLE_NAME).is_file()
+    return f"; or, if {SINGLE_NAME} beside it is the whole model, remove {INDEX_NAME}" if single else ""
 
 
 def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> str:

@@ -84,8 +84,9 @@ def sources_of(model: nn.Module, name: str) -> list[str]:
     return list(ask(name)) if callable(ask) else [name]
 
 
-def join(model: nn.Module, name: str, parts: list[Tensor]) -> Tensor:
-    if not callable(getattr(model, "join_from_hf", None)):
+def join(model: nn.Module, name: str, keys: list[str], parts: list[Tensor]) -> Tensor:
+    """The parameter from the tensors at ``keys``, which are its sources, or the parameter as it is in the model."""
+    if not callable(getattr(model, "join_from_hf", None)) or keys != sources_of(model, name):
         return parts[0]
     joined: Tensor = model.join_from_hf(name, parts)  # type: ignore[operator]
     return joined

@@ -59,13 +59,17 @@ class _Save:
 
 
 class TrainCheckpoint:
-    """The checkpoints of one run, in ``directory``. The newest ``keep_last`` (at least 2) are kept."""
+    """The checkpoints of one run, in ``directory``.
+
+    The newest ``keep_last`` (at least 2) are kept, and those of the steps in ``keep``: the best one, for example.
+    """
 
     def __init__(self, directory: str | Path, *, keep_last: int = 2) -> None:
         if keep_last < 2:
             raise ValueError(f"keep_last must be at least 2, so that a damaged newest has a fall-back; got {keep_last}")
         self.directory = Path(directory)
         self.keep_last = keep_last
+        self.keep: set[int] = set()
         self._background = Background()
 
     @cached_property
@@ -118,12 +122,14 @@ class TrainCheckpoint:
         """Wait for the background save, at most ``timeout`` seconds (then None, and it goes on); raise its failure."""
         return self._background.wait(timeout)
 
-    def preflight(self, nbytes: int) -> None:
-        """OSError unless the folder can be written and has room for ``keep_last`` + 1 checkpoints of ``nbytes``.
+    def preflight(self, nbytes: int, *, copies: int | None = None, besides: int = 0) -> None:
+        """OSError unless the folder can be written and has room for ``copies`` checkpoints of ``nbytes``.
 
-        To be called before training, not hours into it.
+        To be called before training, not hours into it. ``copies`` is by default ``keep_last`` + 1: one is written
+        before the oldest goes. Those that are there already count. ``besides``: bytes of what else is to be written on
+        the disk, such as the result.
         """
-        run_folder.preflight(self.directory, nbytes, self.keep_last + 1)
+        run_folder.preflight(self.directory, nbytes, self.keep_last + 1 if copies is None else copies, besides)
 
     def _begin(
         self, step: int, tensors: Groups, state: Mapping[str, Any], files: Files, info: Mapping[str, Any]
@@ -170,7 +176,8 @@ class TrainCheckpoint:
                 failure = error
         self._agree(saving.destination, saving.tmp, failure)
         if self._ranks.is_first:
-            run_folder.prune(self.directory, self.keep_last, saving.destination)
+            kept = {saving.destination.name, *map(run_folder.name_of, self.keep)}
+            run_folder.prune(self.directory, self.keep_last, kept)
         return saving.destination
 
     def _agree(self, destination: Path, tmp: Path | None, failure: Exception | None) -> None:
@@ -194,6 +201,13 @@ class TrainCheckpoint:
         """
         found: Path | None = self._ranks.from_first(self._newest(hashes) if self._ranks.is_first else None)
         return found
+
+    def remove_after(self, step: int) -> list[str]:
+        """Remove the checkpoints of later steps, for a run that goes back to ``step``; returns their names."""
+        later = [path for path in run_folder.candidates(self.directory) if run_folder.step_of(path) > step]
+        for path in later:
+            run_folder.remove(path)
+        return [path.name for path in later]
 
     def _newest(self, hashes: bool) -> Path | None:
         for path in reversed(run_folder.candidates(self.directory)):

@@ -1,6 +1,6 @@
 """A model on its way from one format to another: tensors under Hugging Face names, read when asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tt_ckpt.mismatch import describe_tie
 from tt_ckpt.tensor_file import TensorSpec, spec_of
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 _PIECE = 1 << 17
+_VALUES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``; a ValueError where finite values become infinite."""
     result = tensor.to(dtype)
     if result is not tensor and not is_finite(result) and is_finite(tensor):
-        count = int((~torch.isfinite(result.float())).sum())
+        count = num_not_finite(result)
         raise ValueError(f"{name}: {count} values overflow {str(dtype).removeprefix('torch.')}; choose a wider dtype")
     return result
 
@@ -68,8 +70,26 @@ def is_finite(tensor: Tensor) -> bool:
     """A finite sum proves that every value is: one pass, nothing allocated, several times as fast as a norm in bf16."""
     if not tensor.is_floating_point():
         return True
-    tensor = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()  # 8-bit floats cannot be summed
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor.float()).all())  # or too large to be summed
+    if tensor.dtype.itemsize > 1 and bool(torch.isfinite(tensor.detach().sum())):  # 8-bit floats cannot be summed
+        return True
+    return not any(map(_num_not_finite, _pieces(tensor)))  # or too large to be summed
+
+
+def num_not_finite(tensor: Tensor) -> int:
+    """How many values are NaN or infinite."""
+    return sum(map(_num_not_finite, _pieces(tensor)))
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """All values, a few at a time, as floats that can be summed."""
+    flat = tensor.detach().reshape(-1)
+    for start in range(0, flat.numel(), _VALUES):
+        piece = flat[start : start + _VALUES]
+        yield piece.float() if piece.dtype.itemsize == 1 else piece
+
+
+def _num_not_finite(piece: Tensor) -> int:
+    return 0 if bool(torch.isfinite(piece.sum())) else int((~torch.isfinite(piece)).sum())
 
 
 def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable[[int], None] | None = None) -> None:
@@ -138,6 +158,7 @@ def without_copies(weights: Weights) -> Weights:
     specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
     if weights.config.get("tie_word_embeddings") and OUTPUT in specs and EMBEDDING in specs:
         if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
-            raise ValueError(f"{weights.files[0]}: {OUTPUT} differs from {EMBEDDING}, but the config ties them")
+            shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
+            raise ValueError(describe_tie(weights.files[0].parent, EMBEDDING, OUTPUT, shapes))
         del specs[OUTPUT]
     return replace(weights, specs=specs)

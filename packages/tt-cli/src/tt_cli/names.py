@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from tt_train import registry
 from tt_train.errors import did_you_mean
+
+if TYPE_CHECKING:
+    from tt_train.config import RunConfig
 
 
 def runnable_names() -> list[str]:
@@ -27,12 +30,38 @@ def path_of(name: str) -> Path:
     raise ValueError(f"no recipe or config '{name}'{hint} (`tt ls` lists them)")
 
 
+def composed(
+    what: str,
+    config_file: str | None,
+    overrides: tuple[str, ...],
+    allow_import: tuple[str, ...],
+    *,
+    complete: bool = True,
+) -> "RunConfig":
+    """The checked config of WHAT: a recipe, a registered config, a YAML file or a recipe file."""
+    from tt_train import compose
+
+    refuse_folder(what)
+    for word in overrides:
+        if "=" not in word and word.endswith((".yaml", ".yml")):
+            raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {word}?")
+    if config_file is not None and what not in registry.RECIPES and not what.endswith(".py"):
+        raise click.UsageError(f"--config belongs to a recipe; '{what}' is a config itself: give one of the two")
+    return compose(what, config=config_file, overrides=overrides, allow_import=allow_import, complete=complete)
+
+
 def refuse_folder(name: str) -> None:
     """A folder is no config; ValueError says what of it may have been meant."""
     if Path(name).is_dir() and name not in runnable_names():
         config = Path(name) / "config.yaml"
         cure = f"give the config in it, {config}" if config.is_file() else "give a YAML file or a registered name"
         raise ValueError(f"{name}: a folder, not a config; {cure}")
+
+
+def refuse_run(name: str) -> None:
+    """A run directory is not a folder of rows."""
+    if (Path(name) / "config.yaml").is_file() and (Path(name) / "manifest.json").is_file():
+        raise ValueError(f"{name}: a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
 
 
 def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
+from tt_cli.basing import tell
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Messages = list[dict[str, str]]
 
@@ -41,7 +43,7 @@ def sampling_options(function: Function) -> Function:
 class Speaker:
     """A loaded model with its tokenizer, asked in the form in which its run was trained."""
 
-    def __init__(self, path: str | None, *, adapter: bool = True) -> None:
+    def __init__(self, path: str | None, *, adapter: bool = True, base: Sequence[str] = ()) -> None:
         from tt_train.run_dir import find_run
 
         self.path = str(path if path is not None else find_run())
@@ -49,7 +51,7 @@ class Speaker:
 
         self.model: Any
         self.tokenizer: Any
-        self.model, self.tokenizer = load(self.path, adapter=adapter)
+        self.model, self.tokenizer = load(self.path, adapter=adapter, base=base or None, tell=tell)
         report, template = trained_on(Path(self.path))
         self.form = prompt_form(report, template, has_chat_template=self.tokenizer.has_chat_template)
 

@@ -4,7 +4,6 @@ from tt_data.builtin_templates import CHAT_TEMPLATES, register_chat_template
 from tt_data.chat_formats import ChatMLFormat, Llama2ChatFormat, MistralChatFormat
 from tt_data.chat_template import TemplateError
 from tt_data.collate import IGNORE_INDEX, collate, padded_collate, padded_collate_dpo
-from tt_data.converters import Schema, register_schema
 from tt_data.dataset import TokenDataset
 from tt_data.datasets import (
     alpaca_cleaned_dataset,
@@ -38,6 +37,7 @@ from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset, pack
 from tt_data.readers import choose_template
 from tt_data.report import summary_lines
+from tt_data.schemas import Schema, register_schema
 from tt_data.show import as_text, show, stats, stats_as_text
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from tt_data.encode_processes import encode_here, encode_in_processes
 from tt_data.examples import BadRowError
 from tt_data.locate import Source
 from tt_data.readers import Read, choose_schema, settings_key
-from tt_data.report import Tally
+from tt_data.report import DUPLICATE, Tally
 from tt_data.row_encoder import TokenRow
 from tt_data.settings import Settings
 from tt_data.store import TokenStore
@@ -32,24 +32,29 @@ def fingerprint_of(sources: Sequence[Source], tokenizer: Tokenizer, settings: Se
 
 def build(
     sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, *, read: Read | None = None, schema: str = "",
-    fingerprint: str | None = None, num_workers: int = 0, timeout_s: float = 300.0,
+    fingerprint: str | None = None, num_workers: int = 0, timeout_s: float = 300.0, limit: int | None = None,
 ) -> TokenDataset:  # fmt: skip
-    """Every row of ``sources``. ``read`` (named ``schema``) instead of the schema that the columns are.
+    """Every row of ``sources``, or the first ``limit`` that can be used. ``read`` (named ``schema``) instead of the
+    schema that the columns are.
 
     Raises ValueError for an empty source, for one without a usable row, and for any bad row where the policy says so.
     """
-    builder = _Builder(sources, tokenizer, settings)
+    builder = _Builder(sources, tokenizer, settings, limit)
     for number, source in enumerate(sources):
+        if builder.is_full():
+            builder.partial = True
+            break
         builder.read(number, source, read, schema, num_workers=num_workers, timeout_s=timeout_s)
     builder.refuse_bad()
     return builder.dataset(fingerprint or fingerprint_of(sources, tokenizer, settings))
 
 
 class _Builder:
-    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings) -> None:
-        self.sources, self.tokenizer, self.settings = sources, tokenizer, settings
+    def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, limit: int | None) -> None:
+        self.sources, self.tokenizer, self.settings, self.limit = sources, tokenizer, settings, limit
+        self.partial = False  # whether there is more than was read
         self.tally = Tally()
-        self.digests: set[bytes] = set()
+        self.digests: dict[int, set[bytes]] = {}  # of the first, second, ... time that a source is given
         self.schemas: dict[str, str] = {}  # used as an ordered set: schema -> the first source of its kind
         self.kind: str | None = None
         self.stores = [TokenStore()]
@@ -66,8 +71,8 @@ class _Builder:
             found = choose_schema(first[1], self.tokenizer, self.settings, where=f"{source.name}:{first[0]}")
             read, schema = found.read, found.name
         self.schemas.setdefault(schema, source.name)
-        batches = batched(chain([first], rows), _BATCH)
-        if num_workers:
+        batches = batched(chain([first], rows), _BATCH if self.limit is None else min(_BATCH, self.limit))
+        if num_workers and self.limit is None:
             encoded = encode_in_processes(
                 source.name, batches, read, self.tokenizer, self.settings, num_workers=num_workers, timeout_s=timeout_s
             )
@@ -75,16 +80,28 @@ class _Builder:
             encoded = encode_here(source.name, batches, read, self.tokenizer, self.settings)
         for kept, tally in encoded:
             self.tally.add(tally)
+            left = len(kept)
             for row in kept:
+                if self.is_full():
+                    break
                 self._keep(number, row)
+                left -= 1
+            if self.is_full():
+                self.partial = left > 0 or _has_more(rows)
+                break
+
+    def is_full(self) -> bool:
+        """Whether all rows that are wanted are there."""
+        return self.limit is not None and len(self.stores[0]) >= self.limit
 
     def _keep(self, number: int, row: TokenRow) -> None:
         if self.settings.drop_duplicates:
-            if row.digest in self.digests:
+            digests = self.digests.setdefault(self._times_given(number), set())
+            if row.digest in digests:
                 where = f"{self.sources[number].name}:{row.line}"
-                self.tally.drop(where, BadRowError("duplicate", "the same as an earlier row"))
+                self.tally.drop(where, BadRowError(DUPLICATE, "the same as an earlier row"))
                 return
-            self.digests.add(row.digest)
+            digests.add(row.digest)
         self.tally.keep(truncated=row.truncated, no_end=row.no_end)
         if self.kind is None:
             self.kind = row.kind
@@ -98,6 +115,10 @@ class _Builder:
         self.truncated.append(row.truncated)
         if row.kind == "judged":
             self.desirable.append(row.desirable)
+
+    def _times_given(self, number: int) -> int:
+        """How often a source was given before: a file that is named twice is meant twice."""
+        return [source.name for source in self.sources[:number]].count(self.sources[number].name)
 
     def refuse_bad(self) -> None:
         tally, kept = self.tally, len(self.stores[0])
@@ -120,9 +141,17 @@ class _Builder:
         return TokenDataset(
             self.tokenizer, schema="+".join(self.schemas), stores=self.stores,
             names=[source.name for source in self.sources], places=self.places, truncated=self.truncated,
-            desirable=self.desirable if self.kind == "judged" else None, report=self.tally.report(),
+            desirable=self.desirable if self.kind == "judged" else None,
+            report={**self.tally.report(), **({"partial": True} if self.partial else {})},
             fingerprint=fingerprint,
         )  # fmt: skip
+
+
+def _has_more(rows: Iterator[Any]) -> bool:
+    try:
+        return next(rows, None) is not None
+    except ValueError:  # what cannot be read is something
+        return True
 
 
 def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:

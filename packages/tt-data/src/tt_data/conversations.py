@@ -27,7 +27,7 @@ def read_messages(turns: Any) -> list[Message]:
     they are text; calls in the older ``function_call`` and in sharegpt's turns of that name become ``tool_calls``.
     """
     if isinstance(turns, str) and turns.lstrip().startswith("["):
-        turns = _from_json(turns, "messages")
+        turns = read_json(turns, "messages")
     if turns is None:
         raise BadRowError("null", "the list of messages is null")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
@@ -48,7 +48,7 @@ def messages_or_text(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             found = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
         return as_turns(found) or value
     return as_turns(value) or value
@@ -67,7 +67,7 @@ def as_turns(value: Any) -> list[Any] | None:
 def read_tools(tools: Any) -> Sequence[Mapping[str, Any]] | None:
     """Tool schemas, from a list or from JSON text."""
     if isinstance(tools, str):
-        tools = _from_json(tools, "tools") if tools.strip() else None
+        tools = read_json(tools, "tools") if tools.strip() else None
     if not tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
@@ -75,10 +75,11 @@ def read_tools(tools: Any) -> Sequence[Mapping[str, Any]] | None:
     return [dict(tool) for tool in tools]
 
 
-def _from_json(text: str, name: str) -> Any:
+def read_json(text: str, name: str) -> Any:
+    """The value of JSON text. Raises BadRowError that names the column."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRowError("wrong type", f"{name} is text but not JSON ({error})") from None
 
 
@@ -122,7 +123,7 @@ def _call_as_turn(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
     """sharegpt's call, whose value is JSON text, as OpenAI writes one."""
     calls = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
     if isinstance(calls, str):
-        calls = _from_json(calls, f"the call in message {i}")
+        calls = read_json(calls, f"the call in message {i}")
     calls = [calls] if isinstance(calls, Mapping) else calls
     if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, Mapping) for call in calls):
         raise BadRowError("wrong type", f"message {i} is a call, expected JSON of an object with name and arguments")
@@ -200,7 +201,7 @@ def _with_parsed_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
         if isinstance(arguments, str):
             function = {
                 **function,
-                "arguments": _from_json(arguments or "{}", f"the arguments of a call in message {i}"),
+                "arguments": read_json(arguments or "{}", f"the arguments of a call in message {i}"),
             }
         parsed.append({**call, "function": function} if "function" in call else function)
     return {**extra, "tool_calls": parsed}

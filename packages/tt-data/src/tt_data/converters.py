@@ -1,292 +1,220 @@
-"""Rows as people have them to ``Example``: which schema the columns are, and how each schema reads."""
+"""Rows as people have them to ``Example``: how each schema of ``schemas`` reads its columns.
+
+Columns are given by our names; ``columns`` says what the row calls them. What a reader does not look at is reported.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from math import isfinite
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from tt_data.conversations import read_messages, read_tools
-from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens
+from tt_data.cells import Columns, Row, as_text, cell, find, numbers, optional, text, turns_or_text
+from tt_data.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools
+from tt_data.examples import BadRowError, Completion, Conversation, Judged, Text, Tokens
 from tt_data.messages import Message
 
-Row = Mapping[str, Any]
-Columns = Mapping[str, str]
-_HUGE = 10**4000  # Python writes no longer numbers
-
-
-@dataclass(frozen=True)
-class Schema:
-    """A kind of row: the ``columns`` it needs (in any of their spellings), and ``read``."""
-
-    name: str
-    columns: tuple[tuple[str, ...], ...]
-    read: Callable[[Row, Columns], Example]
-    values: Callable[[Row, Columns], bool] = lambda row, columns: True
-
-    def matches(self, row: Row, columns: Columns) -> bool:
-        return all(any(columns.get(n, n) in row for n in names) for names in self.columns) and self.values(row, columns)
-
-
-def _cell(row: Row, columns: Columns, *names: str) -> Any:
-    """The value of the first of these columns that the row has. Raises BadRowError where it has none."""
-    for name in names:
-        if columns.get(name, name) in row:
-            return row[columns.get(name, name)]
-    found = ", ".join(map(repr, row)) or "none"
-    raise BadRowError("missing column", f"no column {columns.get(names[0], names[0])!r}, the row has {found}")
-
-
-def _text(row: Row, columns: Columns, *names: str, may_be_empty: bool = False) -> str:
-    value = _cell(row, columns, *names)
-    name = columns.get(names[0], names[0])
-    if value is None:
-        if may_be_empty:
-            return ""
-        raise BadRowError("null", f"column {name!r} is null")
-    if isinstance(value, float) and not isfinite(value):  # as pandas writes what is missing
-        raise BadRowError("null", f"column {name!r} is {value}")
-    if isinstance(value, (int, float)) and abs(value) < _HUGE:
-        return str(value)
-    if not isinstance(value, str):
-        raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")
-    if not value.strip() and not may_be_empty:
-        raise BadRowError("empty", f"column {name!r} is empty")
-    return value
-
-
-def _optional(row: Row, columns: Columns, name: str) -> Any:
-    return row.get(columns.get(name, name))
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+INPUT = ("input", "context")  # context: as Dolly calls it
+OUTPUT = ("output", "response")
+COMPLETION = ("completion", "response")
+TOOLS = ("tools", "functions")
+ADDED = (*SYSTEM, "history", *TOOLS, "chat_template_kwargs")  # what a conversation takes beside its turns
+_MASKS = ("assistant_masks", "completion_mask", "loss_mask")  # 1: trained
+_PACKED = "packed rows (several documents in one) are not read; give each document a row, and pack them with packing"
 
 
 def read_alpaca(row: Row, columns: Columns) -> Conversation:
-    """instruction, input, output: one user turn and its answer."""
-    instruction = _text(row, columns, "instruction")
-    context = _text(row, columns, "input", may_be_empty=True) if columns.get("input", "input") in row else ""
-    user = f"{instruction}\n\n{context}" if context else instruction
-    messages = [Message("user", user), Message("assistant", _text(row, columns, "output", "response"))]
-    system = _optional(row, columns, "system")
-    return Conversation([Message("system", str(system)), *messages] if system else messages)
+    """instruction, input (context), output: a user turn and its answer, behind the history and the system message."""
+    user = instruction_of(row, columns)
+    answer = text(row, columns, *OUTPUT)
+    return conversation(row, columns, [*history(row, columns), Message("user", user), Message("assistant", answer)])
+
+
+def instruction_of(row: Row, columns: Columns) -> str:
+    """The instruction and, below it, the input."""
+    instruction = text(row, columns, "instruction")
+    context = text(row, columns, *INPUT, may_be_empty=True) if find(row, columns, *INPUT) else ""
+    return f"{instruction}\n\n{context}" if context else instruction
 
 
 def read_chat(row: Row, columns: Columns) -> Conversation:
-    """messages (OpenAI) or conversations (sharegpt), with tools and template variables where there are any."""
-    turns = _cell(row, columns, "messages", "conversations", "conversation")
-    messages = read_messages(turns)
-    system = _optional(row, columns, "system")
-    if isinstance(system, str) and system and messages[0].role != "system":
-        messages = [Message("system", system), *messages]
-    return Conversation(messages, read_tools(_optional(row, columns, "tools")), _variables(row, columns))
+    """messages (OpenAI) or conversations (sharegpt), with tools and template variables if there are any."""
+    return conversation(row, columns, read_messages(cell(row, columns, *CHAT_COLUMNS)))
+
+
+def conversation(row: Row, columns: Columns, messages: Sequence[Message]) -> Conversation:
+    """``messages`` with the system message, the tools and the template's variables of the row's other columns."""
+    system, first = optional(row, columns, *SYSTEM), messages[0]
+    if system is not None and as_text(system, find(row, columns, *SYSTEM) or "", may_be_empty=True).strip():
+        if first.role != "system":
+            messages = [Message("system", str(system)), *messages]
+        elif first.content.strip() != str(system).strip():
+            name = find(row, columns, *SYSTEM)
+            raise BadRowError("two system messages", f"column {name!r} and the first message differ; keep one of them")
+    return Conversation(messages, tools_of(row, columns), _variables(row, columns))
+
+
+def has_turns_before(row: Row, columns: Columns) -> bool:
+    """Whether columns beside the prompt hold what comes before it: text alone cannot say it."""
+    names = (columns.get(name, name) for name in (*SYSTEM, "history"))
+    return any(name in row for name in names)
+
+
+def history(row: Row, columns: Columns) -> list[Message]:
+    """Earlier turns: ``[[question, answer], ...]`` or messages, as JSON text too. Raises BadRowError."""
+    found = messages_or_text(optional(row, columns, "history"))
+    if isinstance(found, str) and found.strip():
+        found = read_json(found, "history")
+    if not found:
+        return []
+    if as_turns(found):
+        return read_messages(found)
+    pairs = isinstance(found, Sequence) and all(
+        isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in found
+    )
+    if not pairs:
+        raise BadRowError("wrong type", "history holds something else than [[question, answer], ...] or messages")
+    sides = (("user", "question"), ("assistant", "answer"))
+    return [
+        Message(role, as_text(value, f"history, {name}"))
+        for pair in found
+        for (role, name), value in zip(sides, pair, strict=True)
+    ]
+
+
+def tools_of(row: Row, columns: Columns) -> Sequence[Mapping[str, Any]] | None:
+    """The tools; OpenAI's older ``functions`` as tools."""
+    tools = read_tools(optional(row, columns, *TOOLS))
+    if tools and find(row, columns, *TOOLS) == columns.get("functions", "functions"):
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return tools
 
 
 def _variables(row: Row, columns: Columns) -> Mapping[str, Any]:
     """What a row says to the chat template itself, such as ``enable_thinking``."""
-    variables = _optional(row, columns, "chat_template_kwargs") or {}
+    variables = optional(row, columns, "chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
         raise BadRowError("wrong type", f"chat_template_kwargs holds {type(variables).__name__}, expected an object")
     return variables
 
 
 def read_completion(row: Row, columns: Columns) -> Completion | Conversation:
-    """prompt and completion: both text, or both messages."""
-    return _answer(row, columns, _cell(row, columns, "prompt"), ("completion", "response"))
+    """prompt and completion: texts; a conversation if either is turns, or with a system message or a history."""
+    prompt, answer = turns_or_text(row, columns, "prompt"), turns_or_text(row, columns, *COMPLETION)
+    if not isinstance(prompt, list) and not isinstance(answer, list) and not has_turns_before(row, columns):
+        return read_plain_completion(row, columns)
+    return answered(row, columns, prompt, answer, name=find(row, columns, *COMPLETION) or COMPLETION[0])
 
 
-def read_text(row: Row, columns: Columns) -> Text:
-    """text: all of it is trained."""
-    return Text(_text(row, columns, "text"))
+def read_plain_completion(row: Row, columns: Columns) -> Completion:
+    """prompt and completion, both text."""
+    return Completion(text(row, columns, "prompt", may_be_empty=True), text(row, columns, *COMPLETION))
+
+
+def answered(row: Row, columns: Columns, prompt: Any, answer: Any, *, name: str) -> Conversation:
+    """A prompt (text, turns, or None), masked, and the answer (text or turns) in column ``name``."""
+    after = read_messages(answer) if isinstance(answer, list) else [Message("assistant", as_text(answer, name))]
+    if isinstance(prompt, list):
+        before = read_messages(prompt)
+    else:
+        before = [Message("user", as_text(prompt, "prompt"))] if prompt else []
+    before = [*history(row, columns), *before]
+    held = _overlap(before, after)
+    notes: tuple[str, ...] = ()
+    if before and not held and after[0].role in ("system", "developer", "user"):
+        notes = (f"the prompt is not among the turns of {name!r}, which begin with their own; the prompt is not read",)
+        before = []
+    before = [replace(message, masked=True) for message in before[: len(before) - held]]
+    return replace(conversation(row, columns, [*before, *after]), notes=notes)
+
+
+def _overlap(before: Sequence[Message], after: Sequence[Message]) -> int:
+    """How many of the last messages of ``before`` are the first ones of ``after``, which then holds its prompt."""
+    one, other = ([(m.role, m.content.strip()) for m in messages] for messages in (before, after))
+    return next((k for k in range(min(len(one), len(other)), 0, -1) if one[-k:] == other[:k]), 0)
+
+
+def read_text(row: Row, columns: Columns) -> Text | Conversation:
+    """text: all of it is trained. Turns, as a list or as JSON text, are a conversation."""
+    turns = as_turns(turns_or_text(row, columns, "text"))
+    if turns:
+        return Conversation(read_messages(turns))
+    return Text(text(row, columns, "text"))
 
 
 def read_tokens(row: Row, columns: Columns) -> Tokens:
-    """input_ids, with labels or a mask where there are any."""
-    ids = _cell(row, columns, "input_ids")
+    """input_ids, with labels and masks if there are any. Padding is taken off; a packed row is refused."""
+    ids = cell(row, columns, "input_ids")
     if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(i, int) and i >= 0 for i in ids):
         raise BadRowError("wrong type", "column 'input_ids' holds something else than a list of ids")
-    labels = _numbers(row, columns, "labels")
-    for name in ("assistant_masks", "completion_mask"):
-        mask = _numbers(row, columns, name)
-        if labels is None and mask is not None:
-            if len(mask) != len(ids):
-                raise BadRowError("wrong length", f"{len(ids)} input_ids but {len(mask)} values in {name}")
-            labels = [i if keep else -100 for i, keep in zip(ids, mask, strict=True)]
-    labels = list(ids) if labels is None else labels
-    if len(labels) != len(ids):
-        raise BadRowError("wrong length", f"{len(ids)} input_ids but {len(labels)} labels")
+    labels = _as_long(numbers(row, columns, "labels"), ids, "labels") or list(ids)
     if any(label not in (-100, i) for label, i in zip(labels, ids, strict=True)):
         raise BadRowError(
             "wrong labels", "labels must be -100 or equal to input_ids (they are aligned; the loss shifts)"
         )
-    return Tokens(ids, labels)
+    for name in _MASKS:
+        mask = _as_long(numbers(row, columns, name), ids, name)
+        if mask:
+            labels = [label if keep else -100 for label, keep in zip(labels, mask, strict=True)]
+    real = _as_long(numbers(row, columns, "attention_mask"), ids, "attention_mask") or [1] * len(ids)
+    if any(value not in (0, 1) for value in real):
+        raise BadRowError("packed", f"attention_mask holds other numbers than 0 and 1; {_PACKED}")
+    start, stop = (real.index(1), len(real) - real[::-1].index(1)) if 1 in real else (0, 0)
+    if 0 in real[start:stop]:
+        raise BadRowError("hidden tokens", "attention_mask hides tokens between others; only padding can be taken off")
+    _refuse_packed(row, columns, ids, start, stop)
+    return Tokens(ids[start:stop], labels[start:stop])
 
 
-def _numbers(row: Row, columns: Columns, name: str) -> Sequence[int] | None:
-    """The list of numbers in a column, None where the row has none."""
-    values = _optional(row, columns, name)
-    if values is None:
-        return None
-    if not isinstance(values, Sequence) or isinstance(values, str) or not all(isinstance(v, int) for v in values):
-        raise BadRowError("wrong type", f"column {name!r} holds something else than a list of whole numbers")
+def _as_long(values: list[int] | None, ids: Sequence[int], name: str) -> list[int] | None:
+    if values is not None and len(values) != len(ids):
+        raise BadRowError("wrong length", f"{len(ids)} input_ids but {len(values)} values in {name}")
     return values
 
 
-def read_pair(row: Row, columns: Columns) -> Pair:
-    """chosen and rejected, with a prompt or sharing one."""
-    prompt = _optional(row, columns, "prompt")
-    chosen, rejected = _cell(row, columns, "chosen"), _cell(row, columns, "rejected")
-    if chosen == rejected:
-        raise BadRowError("equal answers", "chosen and rejected are the same")
-    if prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
-        prompt, chosen, rejected = _split_shared_text(chosen, rejected)
-        if not chosen.strip() or not rejected.strip():
-            raise BadRowError("empty", "chosen and rejected differ in no answer")
-        return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
-    sides = {"chosen": chosen, "rejected": rejected}
-    built = {
-        name: _answer({**row, columns.get(name, name): value}, columns, prompt, (name,))
-        for name, value in sides.items()
-    }
-    return Pair(_last_turn_only(built["chosen"]), _last_turn_only(built["rejected"]))
+def _refuse_packed(row: Row, columns: Columns, ids: Sequence[int], start: int, stop: int) -> None:
+    """Documents that share a row would see each other."""
+    positions = _as_long(numbers(row, columns, "position_ids"), ids, "position_ids")
+    if positions is not None and positions[start:stop] != list(range(stop - start)):
+        raise BadRowError("packed", f"position_ids are not 0, 1, 2, ...; {_PACKED}")
+    lengths = numbers(row, columns, "seq_lengths")
+    if lengths is not None and len(lengths) > 1:
+        raise BadRowError("packed", f"seq_lengths has {len(lengths)} documents; {_PACKED}")
 
 
 def read_judged(row: Row, columns: Columns) -> Judged:
     """prompt, completion and a label that says whether the completion was wanted."""
-    label, name = _cell(row, columns, "label"), columns.get("label", "label")
-    if label is None or label != label:  # null, or NaN
+    label, name = cell(row, columns, "label"), columns.get("label", "label")
+    if label is None:
         raise BadRowError("null", f"column {name!r} is null")
-    wanted = _judgement(label)
+    wanted = judgement(label)
     if wanted is None:
         raise BadRowError("wrong label", f"column {name!r} holds {str(label)[:40]!r}, expected true or false")
-    return Judged(_last_turn_only(read_completion(row, columns)), wanted)
+    answer = read_completion(row, columns)
+    return Judged(answer if isinstance(answer, Completion) else reply_only(answer), wanted)
 
 
-def _judgement(label: Any) -> bool | None:
-    """What a label says, as JSON, csv (where all is text) and pandas (1.0) write it; None where it says neither."""
+def judgement(label: Any) -> bool | None:
+    """What a label says, as JSON, csv (where all is text) and pandas (1.0) write it; None if it says neither."""
     if isinstance(label, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
     return bool(label) if isinstance(label, (int, float)) and label in (0, 1) else None
 
 
-def _answer(row: Row, columns: Columns, prompt: Any, names: tuple[str, ...]) -> Completion | Conversation:
-    """A prompt (text, messages, or None) and an answer (text or messages) put together."""
-    answer = _cell(row, columns, *names)
-    if not isinstance(answer, list) and not isinstance(prompt, list):
-        return Completion(_text(row, columns, "prompt", may_be_empty=True), _text(row, columns, *names))
-    after = read_messages(answer) if isinstance(answer, list) else [Message("assistant", _text(row, columns, *names))]
-    before = read_messages(prompt) if isinstance(prompt, list) else [Message("user", prompt)] if prompt else []
-    if after[0].role in ("system", "developer", "user") and (isinstance(prompt, str) or after[: len(before)] == before):
-        before = []  # the answer holds its prompt itself
-    messages = [*(replace(message, masked=True) for message in before), *after]
-    return Conversation(messages, read_tools(_optional(row, columns, "tools")), _variables(row, columns))
+def reply_only(answer: Conversation) -> Conversation:
+    """The conversation with loss behind its last user turn only."""
+    refuse_without_end(answer.messages)
+    last = max((i for i, message in enumerate(answer.messages) if message.role == "user"), default=-1)
+    messages = [
+        message if i > last and message.role == "assistant" else replace(message, masked=True)
+        for i, message in enumerate(answer.messages)
+    ]
+    return replace(answer, messages=messages)
 
 
-def _last_turn_only(answer: Completion | Conversation) -> Completion | Conversation:
-    """Preference compares the last answers only: what they share gives no loss."""
-    if isinstance(answer, Completion):
-        return answer
-    *before, last = answer.messages
-    if last.role != "assistant":
-        raise BadRowError("ends with user", f"the answer ends with a {last.role} turn, expected assistant")
-    return replace(answer, messages=[*(replace(m, masked=True) for m in before), last])
-
-
-def _split_shared_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """An implicit prompt: what both texts begin with, cut after its last assistant marker, else after white space."""
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
-    marker = chosen.rfind("\n\nAssistant:", 0, shared)
-    if marker >= 0:
-        cut = marker + len("\n\nAssistant:")
-    else:
-        cut = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared)) + 1
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def _is_label(row: Row, columns: Columns) -> bool:
-    label = row[columns.get("label", "label")]
-    return isinstance(label, (int, float)) or label is None or _judgement(label) is not None
-
-
-def _is_sharegpt(row: Row, columns: Columns) -> bool:
-    turns = next((row[columns.get(n, n)] for n in _CHAT_COLUMNS if columns.get(n, n) in row), None)
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], Mapping) and "from" in turns[0]
-
-
-_CHAT_COLUMNS = ("messages", "conversations", "conversation")
-SCHEMAS: dict[str, Schema] = {
-    schema.name: schema
-    for schema in (
-        Schema("pretokenized", (("input_ids",),), read_tokens),
-        Schema("preference", (("chosen",), ("rejected",)), read_pair),
-        Schema("unpaired_preference", (("prompt",), ("completion", "response"), ("label",)), read_judged, _is_label),
-        Schema("sharegpt", (_CHAT_COLUMNS,), read_chat, _is_sharegpt),
-        Schema("openai", (_CHAT_COLUMNS,), read_chat),
-        Schema("alpaca", (("instruction",), ("output", "response")), read_alpaca),
-        Schema("prompt_completion", (("prompt",), ("completion", "response")), read_completion),
-        Schema("text", (("text",),), read_text),
-    )
-}
-
-
-def register_schema(schema: Schema) -> None:
-    """Make a kind of row known; it is tried before the others."""
-    ours = dict(SCHEMAS)
-    SCHEMAS.clear()
-    SCHEMAS.update({schema.name: schema, **{name: known for name, known in ours.items() if name != schema.name}})
-
-
-def known_columns() -> list[str]:
-    """Every column name that a schema reads."""
-    return sorted(
-        {name for schema in SCHEMAS.values() for names in schema.columns for name in names}
-        | {"input", "system", "tools"}
-    )
-
-
-def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
-    """The schema of ``row``. Raises ValueError that names the columns, the known schemas, and the nearest column."""
-    unknown = [name for name in columns if name not in known_columns()]
-    if unknown:
-        near = get_close_matches(unknown[0], known_columns(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"columns: tt_data reads no column {unknown[0]!r}, expected one of {', '.join(known_columns())}{hint}"
-        )
-    for name, theirs in columns.items():
-        if theirs not in row:
-            near = get_close_matches(theirs, list(row), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: columns maps {name} to {theirs!r}, but the row has {_names(row)}{hint}")
-    for schema in SCHEMAS.values():
-        if schema.matches(row, columns):
-            return schema
-    raise ValueError(f"{where}: {_no_schema(row, columns)}")
-
-
-def _no_schema(row: Row, columns: Columns) -> str:
-    wanted = "; ".join(f"{s.name}: {' + '.join('/'.join(names) for names in s.columns)}" for s in SCHEMAS.values())
-    return f"no known schema has the columns {_names(row)}, expected one of ({wanted}){_suggestion(row, columns)}"
-
-
-def _suggestion(row: Row, columns: Columns) -> str:
-    """``columns={"text": "txt"}`` for the schema that lacks least."""
-    best: dict[str, str] | None = None
-    for schema in SCHEMAS.values():
-        guess: dict[str, str] = {}
-        for names in schema.columns:
-            if any(columns.get(name, name) in row for name in names):
-                continue
-            near = next((n for name in names for n in get_close_matches(name, map(str, row), 1, 0.5)), None)
-            if near is None:
-                break
-            guess[names[0]] = near
-        else:
-            if guess and (best is None or len(guess) < len(best)):
-                best = guess
-    return f"; did you mean columns={best}?" if best else ""
-
-
-def _names(row: Iterable[str]) -> str:
-    return "[" + ", ".join(repr(str(name)) for name in row) + "]"
+def refuse_without_end(messages: Sequence[Message]) -> None:
+    """Raise BadRowError unless the assistant has the last word."""
+    if messages[-1].role != "assistant":
+        raise BadRowError("ends with user", f"the answer ends with a {messages[-1].role} turn, expected assistant")

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from tt_data.rendered import Encoded
+from tt_data.report import with_files
 from tt_data.store import Numbers, TokenStore, labels_of
 from tt_data.tokenizer import Tokenizer
 
@@ -61,6 +62,7 @@ class TokenDataset:
         self.kind = "pair" if len(self.stores) == 2 else "single" if desirable is None else "judged"
         self.pad_id = tokenizer.pad_id
         self._report = dict(report)
+        self.files_left_out: list[str] = []
 
     def __len__(self) -> int:
         return len(self.stores[0])
@@ -84,7 +86,7 @@ class TokenDataset:
 
     @property
     def report(self) -> dict[str, Any]:
-        return {"schema": self.schema, "rows": len(self), **self._report}
+        return with_files({"schema": self.schema, "rows": len(self), **self._report}, self.files_left_out)
 
     def rendered(self, i: int) -> list[Piece]:
         """Row ``i`` as text pieces and whether each is trained. Control tokens are shown."""

@@ -6,24 +6,51 @@ Each takes the tokenizer and a ``source`` (hub id, local files, rows) and return
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from difflib import get_close_matches
+from functools import partial, wraps
+from inspect import signature
+from pathlib import Path
+from typing import Any, ParamSpec
 
+from tt_data.cells import Columns
 from tt_data.chat_formats import get_chat_format
-from tt_data.converters import Columns, read_chat
+from tt_data.converters import read_chat
 from tt_data.encode import TrainOn
 from tt_data.examples import BadRowError, Conversation, Turns
+from tt_data.hub import Part
 from tt_data.instruct_templates import InstructTemplate, get_instruct_template
 from tt_data.load import AnyDataset, _Loader
+from tt_data.locate import as_files
 from tt_data.messages import Message
 from tt_data.named import DATASETS
-from tt_data.readers import Read, instruct_reader
+from tt_data.readers import InstructReader, Read
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
+P = ParamSpec("P")
+_SETTINGS = ("on_bad_row", "drop_duplicates", "max_dropped_share")
+_PART = ("split", "data_dir", "data_files", "revision")
+_LOADING = ("streaming", "packing", "seed", "buffer", "cache_dir", "num_workers", "timeout_s", "limit")
 
 
+def refuses_unknown(function: Callable[P, AnyDataset]) -> Callable[P, AnyDataset]:
+    """``function``, which names a keyword that neither it nor ``load_dataset`` has."""
+    known = [name for name in signature(function).parameters if name != "options"] + [*_SETTINGS, *_PART, *_LOADING]
+
+    @wraps(function)
+    def checked(*words: P.args, **options: P.kwargs) -> AnyDataset:
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}"
+                raise TypeError(f"{function.__name__}: unknown argument {name!r}{hint}")
+        return function(*words, **options)
+
+    return checked
+
+
+@refuses_unknown
 def instruct_dataset(
     tokenizer: Tokenizer, *, source: Any, template: str | InstructTemplate, column_map: Columns | None = None,
     transform: Callable[[Row], Row] | None = None, train_on_input: bool = False, max_seq_len: int | None = None,
@@ -32,14 +59,15 @@ def instruct_dataset(
     """Rows written as a prompt by an instruct template, and their ``output`` column.
 
     ``column_map``: the template's column names (and ``output``) to the rows'. ``transform`` changes each row first.
-    ``options``: ``split``, ``packing``, ``streaming``, ``seed``, ``on_bad_row``, ... of ``load_dataset``.
+    ``options``: ``split``, ``data_dir``, ``packing``, ``streaming``, ``seed``, ``on_bad_row``, ... of ``load_dataset``.
     """
     if isinstance(template, str):
         template = get_instruct_template(template)
-    read = _transformed(instruct_reader(template), transform)
+    read = _transformed(InstructReader(template), transform)
     return _load(tokenizer, source, read, "instruct", column_map, train_on_input, max_seq_len, options)
 
 
+@refuses_unknown
 def chat_dataset(
     tokenizer: Tokenizer, *, source: Any, conversation_style: str = "sharegpt", chat_format: str | None = None,
     column_map: Columns | None = None, transform: Callable[[Row], Row] | None = None, train_on_input: bool = False,
@@ -56,6 +84,7 @@ def chat_dataset(
     )  # fmt: skip
 
 
+@refuses_unknown
 def preference_dataset(
     tokenizer: Tokenizer, *, source: Any, template: str | InstructTemplate, column_map: Columns | None = None,
     transform: Callable[[Row], Row] | None = None, max_seq_len: int | None = None, **options: Any,
@@ -67,6 +96,7 @@ def preference_dataset(
     )  # fmt: skip
 
 
+@refuses_unknown
 def alpaca_dataset(
     tokenizer: Tokenizer, *, source: Any = "tatsu-lab/alpaca", train_on_input: bool = True, max_seq_len: int = 512,
     column_map: Columns | None = None, **options: Any,
@@ -81,6 +111,7 @@ def alpaca_dataset(
 alpaca_cleaned_dataset = partial(alpaca_dataset, source="yahma/alpaca-cleaned")
 
 
+@refuses_unknown
 def grammar_dataset(
     tokenizer: Tokenizer, *, source: Any = "liweili/c4_200m", train_on_input: bool = False,
     max_seq_len: int | None = None, column_map: Columns | None = None, **options: Any,
@@ -93,6 +124,7 @@ def grammar_dataset(
     )  # fmt: skip
 
 
+@refuses_unknown
 def samsum_dataset(
     tokenizer: Tokenizer, *, source: Any = "samsum", train_on_input: bool = False, max_seq_len: int | None = None,
     column_map: Columns | None = None, **options: Any,
@@ -105,6 +137,7 @@ def samsum_dataset(
     )  # fmt: skip
 
 
+@refuses_unknown
 def slimorca_dataset(
     tokenizer: Tokenizer, *, source: Any = "Open-Orca/SlimOrca-Dedup", max_seq_len: int = 1024,
     train_on_input: bool = False, chat_format: str | None = "llama2", column_map: Columns | None = None, **options: Any,
@@ -118,6 +151,7 @@ def slimorca_dataset(
     )  # fmt: skip
 
 
+@refuses_unknown
 def stack_exchange_paired_dataset(
     tokenizer: Tokenizer, *, source: Any = "lvwerra/stack-exchange-paired", max_seq_len: int | None = 1024,
     column_map: Columns | None = None, **options: Any,
@@ -143,12 +177,17 @@ def _load(
 ) -> AnyDataset:  # fmt: skip
     train_on: TrainOn = "all" if train_on_input else "assistant"
     streaming = options.pop("streaming", False)
-    kept = {key: options.pop(key) for key in ("on_bad_row", "drop_duplicates") if key in options}
+    kept = {key: options.pop(key) for key in _SETTINGS if key in options}
     kept["drop_duplicates"] = kept.get("drop_duplicates", True) and not streaming
     settings = Settings(columns=dict(column_map or {}), train_on=train_on, max_seq_len=max_seq_len, **kept)
-    if isinstance(source, str) and source in DATASETS:
-        source, options = DATASETS[source].source, {"split": DATASETS[source].split, **options}
-    loader = _Loader(tokenizer, settings, read=read, schema=schema, **options)
+    part = Part(**{key: options.pop(key) for key in _PART if key in options})
+    if isinstance(source, str) and not Path(source).exists():
+        for name, known in DATASETS.items():
+            if source in (name, known.source):
+                source, part = known.source, part.over(known.part)
+                break
+    source, part = as_files(source, part)
+    loader = _Loader(tokenizer, settings, read=read, schema=schema, part=part, **options)
     return loader.stream(source) if streaming else loader.load(source)
 
 

@@ -11,11 +11,13 @@ from tt_data.messages import Message
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages, with the tools and further variables that the chat template may read."""
+    """Messages, with the tools and further variables that the chat template may read. ``notes``: what of the row is
+    not in them, worded as ``Tally.note`` says."""
 
     messages: Sequence[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,37 @@ class Judged:
 
 
 Example = Conversation | Turns | Completion | Text | Tokens | Pair | Judged
+
+
+def mistake_in(example: object) -> str | None:
+    """What is wrong with the return value of a converter, None if nothing is."""
+    if isinstance(example, Pair):
+        return mistake_in(example.chosen) or mistake_in(example.rejected)
+    if isinstance(example, Judged):
+        return mistake_in(example.answer)
+    if isinstance(example, (Conversation, Turns)):
+        messages = (*example.messages, *example.formatted) if isinstance(example, Turns) else example.messages
+        wrong = next((message for message in messages if not isinstance(message, Message)), None)
+        return None if wrong is None else f"a message is {type(wrong).__name__}, expected Message"
+    if isinstance(example, (Completion, Text)):
+        texts: tuple[object, ...] = (
+            (example.text,) if isinstance(example, Text) else (example.prompt, example.completion)
+        )
+        found = next((text for text in texts if not isinstance(text, str)), "")
+        return None if isinstance(found, str) else f"a text of {type(example).__name__} is {type(found).__name__}"
+    if isinstance(example, Tokens):
+        return None
+    kinds = ", ".join(kind.__name__ for kind in (Conversation, Completion, Text, Tokens, Pair, Judged))
+    return f"it returned {type(example).__name__}, expected one of {kinds}"
+
+
+def notes_of(example: Example) -> tuple[str, ...]:
+    """What of the row is not in the example."""
+    if isinstance(example, Pair):
+        return (*notes_of(example.chosen), *notes_of(example.rejected))
+    if isinstance(example, Judged):
+        return notes_of(example.answer)
+    return example.notes if isinstance(example, Conversation) else ()
 
 
 def is_chat(example: Example) -> bool:

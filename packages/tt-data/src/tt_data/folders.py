@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from tt_data.compressed import compression, is_unread
 from tt_data.sources import READERS, file_kind
 
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
 
-def local_files(path: Path, split: str | None) -> list[Path]:
-    """The data files that ``path`` (a file or a directory) means. Raises FileNotFoundError or ValueError."""
+def local_files(path: Path, split: str | None = None, data_files: Sequence[str] = ()) -> list[Path]:
+    """The data files that ``path`` (a file or a directory) means, of its ``split``, or only ``data_files`` (names or
+    patterns) in it. Raises FileNotFoundError or ValueError."""
     if path.is_file():
         return [path]
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){_near_file(path)}")
-    files = sorted(p for p in path.rglob("*") if file_kind(p) and p.is_file() and not _is_hidden(p.relative_to(path)))
-    files = [p for p in files if p.name not in _NO_ROWS]
+    files = _matching(path, data_files) if data_files else [file for file in _inside(path) if file_kind(file)]
+    files = [file for file in files if data_files or not _is_hidden(file.relative_to(path))]
     for file in files:
         _refuse_escape(path, file)
+    if not data_files:
+        _refuse_compressed(path)
     if not files:
         raise ValueError(f"{path}: no data file in this directory, expected one of {', '.join(sorted(READERS))}")
+    if split is None and not data_files:
+        split = _main_split(path, files)
+    return files if split is None or data_files else _of_split(path, files, split)
+
+
+def left_out(path: Path, files: Sequence[Path]) -> list[str]:
+    """The files in a directory that are not among ``files``; what is hidden counts if it could hold rows."""
+    if not path.is_dir():
+        return []
+    return [
+        str(file)
+        for file in _inside(path)
+        if file not in files and (file_kind(file) or not _is_hidden(file.relative_to(path)))
+    ]
+
+
+def _inside(path: Path) -> list[Path]:
+    """All files of a directory but those of hidden folders and those that describe the data set."""
+    files = (file for file in path.rglob("*") if file.is_file() and file.name not in _NO_ROWS)
+    return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts[:-1]))
+
+
+def _matching(path: Path, patterns: Sequence[str]) -> list[Path]:
+    """The files that each of ``patterns`` means."""
+    found: list[Path] = []
+    for pattern in patterns:
+        matches = sorted(file for file in path.glob(pattern) if file.is_file()) if pattern else []
+        if not matches:
+            raise FileNotFoundError(f"{path}: no file {pattern!r} in it{_near_file(path / pattern)}")
+        found += matches
+    return found
+
+
+def _main_split(path: Path, files: Sequence[Path]) -> str | None:
+    """``train`` if there are others to hold out, None if the files are not of splits."""
     names = {_split_of(file.relative_to(path)) for file in files}
-    if split is None and "train" in names and names & {"test", "eval", "dev", "valid", "validation"}:
-        split = "train"
-    return files if split is None else _of_split(path, files, split)
+    return "train" if "train" in names and names & {"test", "eval", "dev", "valid", "validation"} else None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Rows that cannot be unpacked here are part of the data: reading on without them would be silent."""
+    for file in _inside(path):
+        if (compression(file) or is_unread(file)) and file_kind(Path(file.stem)) and not file_kind(file):
+            raise ValueError(f"{file}: rows in a compression that is not read; unpack it, or list the files to read")
 
 
 def _is_hidden(file: Path) -> bool:

@@ -6,6 +6,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,37 @@ from tt_data.sources import Placed, file_kind, read_rows, without_nulls
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
-def open_hub(name: str, split: str | None, *, streaming: bool = False) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Which part of a source is meant, in the words of ``datasets.load_dataset``; None: what there is."""
+
+    split: str | None = None
+    data_dir: str | None = None
+    data_files: Any = None  # a name or pattern, a list of them, or these by split
+    revision: str | None = None
+
+    def options(self) -> dict[str, Any]:
+        """What is given besides the split."""
+        given = {"data_dir": self.data_dir, "data_files": self.data_files, "revision": self.revision}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def over(self, other: Part) -> Part:
+        """This part, and what ``other`` says where this one says nothing."""
+        return Part(**{f.name: _first(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+
+def _first(one: Any, other: Any) -> Any:
+    return other if one is None else one
+
+
+def open_hub(name: str, part: Part, *, streaming: bool = False) -> Any:
     """The split of the data set ``org/name`` or ``org/name:config``. Raises ValueError or FileNotFoundError."""
     import datasets
 
     repository, _, config = name.partition(":")
+    words = [config] if config else []
     try:
-        found = datasets.load_dataset(repository, *([config] if config else []), split=split, streaming=streaming)
+        found = datasets.load_dataset(repository, *words, split=part.split, streaming=streaming, **part.options())
     except Exception as error:
         raise _explain(name, repository, error) from None
     return found[name_of_split(name, list(found))] if isinstance(found, Mapping) else found

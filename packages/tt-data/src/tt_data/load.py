@@ -11,7 +11,8 @@ from tt_data import cache
 from tt_data.builder import build, fingerprint_of
 from tt_data.dataset import TokenDataset
 from tt_data.encode import TrainOn
-from tt_data.locate import is_hub_id, open_sources
+from tt_data.hub import Part
+from tt_data.locate import NO_PART, as_files, files_left_out, is_hub_id, open_sources
 from tt_data.mix import MixedDataset
 from tt_data.named import DATASETS
 from tt_data.packed_mix import PackedMix
@@ -19,6 +20,7 @@ from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset
 from tt_data.raw_stream import RawStream, hub_stream, to_stream
 from tt_data.readers import Read, choose_template
+from tt_data.report import refuse_dropped
 from tt_data.settings import OnBadRow, Settings
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
@@ -30,26 +32,31 @@ def load_dataset(
     source: Any, tokenizer: Tokenizer, *, columns: Mapping[str, str] | None = None, train_on: TrainOn = "assistant",
     max_seq_len: int | None = None, packing: bool = False, split: str | None = None, seed: int = 0,
     streaming: bool = False, template: str | None = None, schema: str | None = None, on_bad_row: OnBadRow = "drop",
-    drop_duplicates: bool = True, buffer: int = 10_000, cache_dir: str | Path | None = None, num_workers: int = 0,
-    timeout_s: float = 300.0,
+    drop_duplicates: bool = True, max_dropped_share: float | None = None, buffer: int = 10_000,
+    cache_dir: str | Path | None = None, num_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None,
+    data_files: Any = None, revision: str | None = None, limit: int | None = None,
 ) -> Any:  # fmt: skip
     """Token rows of a file, several files, a directory, a hub id, a registered name, rows in memory, or
     ``{source: weight}`` of these.
 
     ``columns``: our column name to theirs, where they differ. ``train_on``: which turns give loss. ``template``: a
     built-in chat or instruct template instead of the model's own. ``schema``: instead of the one that the columns are.
-    ``on_bad_row``: count and drop, or refuse. ``packing``: whole documents together in rows of ``max_seq_len``
-    (``seed`` decides which). ``streaming``: read while training, shuffled within ``buffer`` rows. ``cache_dir``: where
-    token rows are kept, so that they are made once. ``num_workers``: processes that encode (those of a stream are
-    ``batches``'s); one that does not answer for ``timeout_s`` is an error.
+    ``on_bad_row``: count and drop, or refuse. ``drop_duplicates``: of rows that are the same, one is kept; a file that
+    is given twice counts twice. ``max_dropped_share``: more bad rows than that are an error. ``packing``: whole
+    documents together in rows of ``max_seq_len`` (``seed`` decides which). ``streaming``: read while training, shuffled
+    within ``buffer`` rows. ``cache_dir``: where token rows are kept, so that they are made once. ``num_workers``:
+    processes that encode (those of a stream are ``batches``'s); one that does not answer for ``timeout_s`` is an error.
+    ``split``, ``data_dir``, ``data_files`` and ``revision`` are those of ``datasets.load_dataset``; all but the last
+    are for directories, too. ``limit``: read no further than that many usable rows.
     Raises ValueError or FileNotFoundError, naming the file and line.
     """
     settings = Settings(
         columns=dict(columns or {}), train_on=train_on, max_seq_len=max_seq_len, template=template, schema=schema,
-        on_bad_row=on_bad_row, drop_duplicates=drop_duplicates and not streaming,
+        on_bad_row=on_bad_row, drop_duplicates=drop_duplicates and not streaming, max_dropped_share=max_dropped_share,
     )  # fmt: skip
     loader = _Loader(
-        tokenizer, settings, packing=packing, split=split, seed=seed, buffer=buffer,
+        tokenizer, settings, packing=packing, seed=seed, buffer=buffer, limit=limit,
+        part=Part(split=split, data_dir=data_dir, data_files=data_files, revision=revision),
         cache_dir=None if cache_dir is None else Path(cache_dir), num_workers=num_workers, timeout_s=timeout_s,
     )  # fmt: skip
     return loader.stream(source) if streaming else loader.load(source)
@@ -59,9 +66,9 @@ class _Loader:
     """The arguments of ``load_dataset`` that all of a mix's sources share."""
 
     def __init__(
-        self, tokenizer: Tokenizer, settings: Settings, *, packing: bool = False, split: str | None = None,
+        self, tokenizer: Tokenizer, settings: Settings, *, packing: bool = False, part: Part = NO_PART,
         seed: int = 0, buffer: int = 10_000, cache_dir: Path | None = None, read: Read | None = None, schema: str = "",
-        num_workers: int = 0, timeout_s: float = 300.0,
+        num_workers: int = 0, timeout_s: float = 300.0, limit: int | None = None,
     ) -> None:  # fmt: skip
         if num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {num_workers}")
@@ -69,9 +76,11 @@ class _Loader:
             raise ValueError(f"timeout_s must be positive, got {timeout_s}")
         if packing and settings.max_seq_len is None:
             raise ValueError("packing needs max_seq_len: the length of a packed row")
-        self.tokenizer, self.settings, self.packing, self.split = tokenizer, settings, packing, split
+        if limit is not None and (limit < 1 or packing):
+            raise ValueError(f"limit must be at least 1 and not with packing, which needs all rows; got {limit}")
+        self.tokenizer, self.settings, self.packing, self.part = tokenizer, settings, packing, part
         self.seed, self.buffer, self.cache_dir, self.read_row, self.schema = seed, buffer, cache_dir, read, schema
-        self.num_workers, self.timeout_s = num_workers, timeout_s
+        self.num_workers, self.timeout_s, self.limit = num_workers, timeout_s, limit
 
     def load(self, source: Any) -> TokenDataset | PackedDataset | MixedDataset:
         if isinstance(source, Mapping):
@@ -82,20 +91,21 @@ class _Loader:
         return self._load(source)
 
     def _load(self, source: Any) -> TokenDataset | PackedDataset:
-        source, settings, split = self._resolve(source)
+        source, settings, part = self._resolve(source)
         tokenizer = choose_template(self.tokenizer, settings.template)
-        sources = open_sources(source, split)
+        sources = open_sources(source, part)
         fingerprint = fingerprint_of(sources, tokenizer, settings) if self.read_row is None else None
-        rows = None
-        if self.cache_dir is not None and fingerprint is not None:
-            rows = cache.load(fingerprint, tokenizer, self.cache_dir)
+        cache_dir = self.cache_dir if fingerprint is not None and self.limit is None else None
+        rows = cache.load(str(fingerprint), tokenizer, cache_dir) if cache_dir is not None else None
         if rows is None:
             rows = build(
                 sources, tokenizer, settings, read=self.read_row, schema=self.schema, fingerprint=fingerprint,
-                num_workers=self.num_workers, timeout_s=self.timeout_s,
+                num_workers=self.num_workers, timeout_s=self.timeout_s, limit=self.limit,
             )  # fmt: skip
-            if self.cache_dir is not None and fingerprint is not None:
-                cache.save(rows, self.cache_dir)
+            if cache_dir is not None:
+                cache.save(rows, cache_dir)
+        rows.files_left_out = files_left_out(source, part)
+        refuse_dropped(rows.report, settings.max_dropped_share, name=", ".join(rows.names[:3]))
         if self.packing and settings.max_seq_len:
             return PackedDataset(rows, max_seq_len=settings.max_seq_len, seed=self.seed)
         return rows
@@ -117,29 +127,31 @@ class _Loader:
             raise ValueError(
                 "a streamed mix cannot hold data sets that need different templates or columns; leave streaming off"
             )
+        left_out = [file for source, _, part in resolved for file in files_left_out(source, part)]
         return StreamDataset(
-            [self._streams(source, split) for source, _, split in resolved],
+            [self._streams(source, part) for source, _, part in resolved],
             choose_template(self.tokenizer, settings.template), settings, buffer=self.buffer, weights=weights,
-            read=self.read_row, schema=self.schema,
+            read=self.read_row, schema=self.schema, files_left_out=left_out,
         )  # fmt: skip
 
     @staticmethod
-    def _streams(source: Any, split: str | None) -> list[RawStream]:
+    def _streams(source: Any, part: Part) -> list[RawStream]:
         if is_hub_id(source):
-            return [hub_stream(source, split)]
-        return [to_stream(found) for found in open_sources(source, split)]
+            return [hub_stream(source, part)]
+        return [to_stream(found) for found in open_sources(source, part)]
 
-    def _resolve(self, source: Any) -> tuple[Any, Settings, str | None]:
-        """A registered name's source, columns, template and split, where the arguments do not name others."""
+    def _resolve(self, source: Any) -> tuple[Any, Settings, Part]:
+        """A registered name's source, columns, template and part, if the arguments do not name others."""
         named = DATASETS.get(source) if isinstance(source, str) and not Path(source).exists() else None
         if named is None:
-            return source, self.settings, self.split
+            source, part = as_files(source, self.part)
+            return source, self.settings, part
         settings = replace(
             self.settings,
             columns={**named.columns, **self.settings.columns},
             template=self.settings.template or named.template,
         )
-        return named.source, settings, self.split or named.split
+        return named.source, settings, self.part.over(named.part)
 
 
 def _weights_of(source: Mapping[Any, float]) -> Mapping[Any, float]:

@@ -67,6 +67,11 @@ def normal_role(role: object) -> str:
     return name
 
 
+def is_role(name: object) -> bool:
+    """Whether ``name`` is a role, in our spelling or another."""
+    return isinstance(name, str) and _SPELLINGS.get(name.strip().lower(), name.strip().lower()) in ROLES
+
+
 def roles_of(messages: Sequence[Message]) -> str:
     """``user, assistant, user`` (shortened), to show a conversation's shape in an error."""
     names = [message.role for message in messages[:8]]

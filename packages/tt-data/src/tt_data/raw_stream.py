@@ -11,9 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tt_data.hub import open_hub, rows_from
+from tt_data.compressed import compression
+from tt_data.hub import Part, open_hub, rows_from
 from tt_data.locate import Source
-from tt_data.sources import Row, begin, file_kind, parse_line, read_parquet
+from tt_data.sources import Row, begin, file_kind, is_one_document, parse_line, read_parquet
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
 _CHUNK = 1 << 20
@@ -34,7 +35,7 @@ class RawStream:
 def to_stream(source: Source) -> RawStream:
     """A source as a stream: jsonl and parquet are entered where asked, others are read up to there."""
     path, kind = source.path, source.path and file_kind(source.path)
-    if path is not None and kind in (".jsonl", ".ndjson") and path.suffix != ".gz":
+    if path is not None and kind in (".jsonl", ".ndjson") and not compression(path) and not is_one_document(path):
         lines = _Lines(path)
         return RawStream(
             str(path), lines.open_at, partial(parse_line_or_none, path), lines.count, partial(_quick, path)
@@ -44,10 +45,15 @@ def to_stream(source: Source) -> RawStream:
             str(path), partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(_quick, path)
         )
     digest = source.digest if path is None else partial(_quick, path)
-    return RawStream(
-        source.name, lambda start: islice(source.rows(), start, None), _parsed,
-        lambda: sum(1 for _ in source.rows()), digest,
-    )  # fmt: skip
+    return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), digest)
+
+
+def _from(rows: Callable[[], Iterator[Raw]], start: int) -> Iterator[Raw]:
+    return islice(rows(), start, None)
+
+
+def _count(rows: Callable[[], Iterator[Raw]]) -> int:
+    return sum(1 for _ in rows())
 
 
 def parse_line_or_none(path: Path, line: int, raw: bytes) -> Row | None:
@@ -104,13 +110,33 @@ def _count_parquet(path: Path) -> int:
     return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
-def hub_stream(name: str, split: str | None) -> RawStream:
+def hub_stream(name: str, part: Part) -> RawStream:
     """A data set of the hub, row by row, without downloading all of it first."""
-    found = open_hub(name, split, streaming=True)
-    info = getattr(found.info, "splits", None) or {}
-    known = getattr(info.get(str(found.split)), "num_examples", None)
-    return RawStream(
-        name, lambda start: rows_from(name, found.skip(start), start), _parsed,
-        lambda: int(known) if known else sum(1 for _ in found),
-        lambda: json.dumps([name, str(found.split), str(getattr(found.info, "download_checksums", None))]),
-    )  # fmt: skip
+    found = _HubRows(name, part)
+    return RawStream(name, found.open_at, _parsed, found.count, found.digest)
+
+
+class _HubRows:
+    """A streamed data set, opened where it is needed: the object of the library need not be sent to a process."""
+
+    def __init__(self, name: str, part: Part) -> None:
+        self.name, self.part = name, part
+        self._found: Any = open_hub(name, part, streaming=True)
+
+    def open_at(self, start: int) -> Iterator[Raw]:
+        return rows_from(self.name, self._found.skip(start), start)
+
+    def count(self) -> int:
+        info = getattr(self._found.info, "splits", None) or {}
+        known = getattr(info.get(str(self._found.split)), "num_examples", None)
+        return int(known) if known else sum(1 for _ in self._found)
+
+    def digest(self) -> str:
+        checksums = str(getattr(self._found.info, "download_checksums", None))
+        return json.dumps([self.name, str(self._found.split), self.part.options(), checksums])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "part": self.part}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from math import isfinite
 from typing import Any
 
 from tt_data.builtin_templates import CHAT_TEMPLATES, with_named_template
-from tt_data.converters import SCHEMAS, Columns, Schema, detect_schema
+from tt_data.cells import Columns, as_text, cell, find, optional
+from tt_data.converters import COMPLETION, INPUT, OUTPUT, read_plain_completion
 from tt_data.examples import BadRowError, Completion, Example, Pair
 from tt_data.instruct_templates import INSTRUCT_TEMPLATES, InstructTemplate
+from tt_data.pairs import read_pair_of_texts
+from tt_data.schemas import OUR_READERS, SCHEMAS, Schema, detect_schema
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
@@ -52,20 +55,19 @@ def choose_schema(row: Mapping[str, Any], tokenizer: Tokenizer, settings: Settin
     Instruction rows of a model without a chat template are written with the alpaca template. Raises ValueError.
     """
     if settings.template in INSTRUCT_TEMPLATES:
-        template = INSTRUCT_TEMPLATES[settings.template]
-        return Schema(f"instruct:{settings.template}", (), instruct_reader(template))
+        return Schema(f"instruct:{settings.template}", (), InstructReader(INSTRUCT_TEMPLATES[settings.template]))
     if settings.schema is not None:
         schema = _named_schema(settings.schema)
     else:
         schema = detect_schema(row, settings.columns, where=where)
-    if schema.name == "alpaca" and not tokenizer.has_chat_template:
-        return Schema("alpaca", schema.columns, instruct_reader(INSTRUCT_TEMPLATES["alpaca"]))
-    if schema.name in _NEED_TEMPLATE and not tokenizer.has_chat_template:
+    if tokenizer.has_chat_template:
+        return schema
+    if schema.name in _NEED_TEMPLATE:
         raise ValueError(
             f"{where}: {schema.name} rows need a chat template and this model has none; "
             f"name one with template=... ({', '.join(CHAT_TEMPLATES)})"
         )
-    return schema
+    return replace(schema, read=_WITHOUT_TEMPLATE.get(schema.name, schema.read))
 
 
 def _named_schema(name: str) -> Schema:
@@ -76,43 +78,60 @@ def _named_schema(name: str) -> Schema:
     raise ValueError(f"unknown schema {name!r}, expected one of {', '.join(SCHEMAS)}{hint}")
 
 
-def instruct_reader(template: InstructTemplate) -> Read:
+def tracks(read: Read) -> bool:
+    """Whether ``read`` shows, by what it looks at, which columns it reads: ours do; what a user registers may not."""
+    return read in OUR_READERS or read in _WITHOUT_TEMPLATE.values() or isinstance(read, InstructReader)
+
+
+@dataclass(frozen=True)
+class InstructReader:
     """Rows as the template's prompt and the ``output`` (``response``, ``completion``) column, or the two answers of
     preference rows."""
 
-    def read(row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
-        for column in template.columns:
-            _refuse_structure(columns.get(column, column), row.get(columns.get(column, column)))
-        try:
-            prompt = template.format(row, columns)
-        except ValueError as error:
-            raise BadRowError("missing column", str(error)) from None
-        if columns.get("chosen", "chosen") in row:
-            answers = [_answer(row, columns, (name,)) for name in ("chosen", "rejected")]
-            return Pair(Completion(prompt, answers[0]), Completion(prompt, answers[1]))
-        return Completion(prompt, _answer(row, columns, ("output", "response", "completion")))
+    template: InstructTemplate
 
-    return read
+    def __call__(self, row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
+        cells: dict[str, Any] = {}
+        for column in self.template.columns:
+            names = INPUT if column == "input" else (column,)
+            name = find(row, columns, *names) or columns.get(column, column)
+            cells[name] = row.get(name)
+            _refuse_structure(name, cells[name])
+            columns = {**columns, column: name}
+        try:
+            prompt = self.template.format(cells, columns)
+        except ValueError:
+            missing = next(columns[c] for c in self.template.columns if cells.get(columns[c]) is None)
+            found = ", ".join(map(repr, row)) or "none"
+            raise BadRowError("missing column", f"no column {missing!r}, the row has {found}") from None
+        if find(row, columns, "chosen"):
+            chosen, rejected = (_answer(row, columns, name) for name in ("chosen", "rejected"))
+            return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
+        return Completion(prompt, _answer(row, columns, *OUTPUT, *COMPLETION))
 
 
 def _refuse_structure(name: str, value: Any) -> None:
-    """Lists and objects are no text, though they could be written as some; nor is NaN, which pandas writes for null."""
-    if isinstance(value, float) and not isfinite(value):
-        raise BadRowError("null", f"column {name!r} is {value}")
-    if value is not None and not isinstance(value, (str, int, float)):
-        raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")
+    """Lists and objects are not text, though they could be written as some."""
+    if value is not None:
+        as_text(value, name, may_be_empty=True)
 
 
-def _answer(row: Mapping[str, Any], columns: Columns, names: tuple[str, ...]) -> str:
-    mapped = [columns.get(name, name) for name in names]
-    name = next((name for name in mapped if name in row), None)
-    if name is None:
-        raise BadRowError(
-            "missing column", f"no column {mapped[0]!r}, the row has {', '.join(map(repr, row)) or 'none'}"
-        )
-    if row[name] is None:
-        raise BadRowError("null", f"column {name!r} is null")
-    _refuse_structure(name, row[name])
-    if not str(row[name]).strip():
-        raise BadRowError("empty", f"column {name!r} is empty")
-    return str(row[name])
+def _answer(row: Mapping[str, Any], columns: Columns, *names: str) -> str:
+    return as_text(cell(row, columns, *names), find(row, columns, *names) or names[0])
+
+
+def _read_alpaca_as_text(row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
+    return InstructReader(INSTRUCT_TEMPLATES["alpaca"])(row, columns)
+
+
+def _read_pair_as_text(row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
+    """Text answers to an instruction are written like alpaca's."""
+    is_alpaca = find(row, columns, "instruction") and not optional(row, columns, "prompt")
+    return _read_alpaca_as_text(row, columns) if is_alpaca else read_pair_of_texts(row, columns)
+
+
+_WITHOUT_TEMPLATE: Mapping[str, Read] = {
+    "alpaca": _read_alpaca_as_text,
+    "preference": _read_pair_as_text,
+    "prompt_completion": read_plain_completion,
+}

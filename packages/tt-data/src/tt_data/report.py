@@ -10,6 +10,8 @@ from typing import Any
 from tt_data.examples import BadRowError
 
 MAX_PROBLEMS = 20
+DUPLICATE = "duplicate"  # a reason for leaving a row out that is no fault of the row
+_FILES = 10  # that are named in a note
 
 
 @dataclass
@@ -27,6 +29,8 @@ class Tally:
     longest_prompt: int = 0
     problems: list[str] = field(default_factory=list)
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)  # kind -> how many rows, where the first one is
+    unread: dict[str, tuple[int, str]] = field(default_factory=dict)  # column that is not read -> the same
+    hints: dict[str, str] = field(default_factory=dict)  # and how to have it read
     forms: set[str] = field(default_factory=set)  # chat (by the chat template), text
 
     def drop(self, where: str, bad: BadRowError) -> None:
@@ -48,8 +52,11 @@ class Tally:
         is about the template or the source and is said once, uncounted. Code that has no tally (text to ids) puts its
         kinds into ``Encoded.notes``; they are counted here for the row.
         """
-        count, first = self.notes.get(kind, (0, where))
-        self.notes[kind] = (count + bool(where), first)
+        _count(self.notes, kind, bool(where), where)
+
+    def leave(self, column: str, where: str) -> None:
+        """Count a row that has something in a column that nothing reads."""
+        _count(self.unread, column, 1, where)
 
     def add(self, other: Tally) -> None:
         """Count what another one counted."""
@@ -59,9 +66,10 @@ class Tally:
         self.no_end += other.no_end
         self.longest_prompt = max(self.longest_prompt, other.longest_prompt)
         self.problems = (self.problems + other.problems)[:MAX_PROBLEMS]
-        for kind, (count, where) in other.notes.items():
-            before, first = self.notes.get(kind, (0, where))
-            self.notes[kind] = (before + count, first)
+        for ours, theirs in ((self.notes, other.notes), (self.unread, other.unread)):
+            for key, (count, where) in theirs.items():
+                _count(ours, key, count, where)
+        self.hints = {**other.hints, **self.hints}
         self.forms |= other.forms
 
     def summary(self) -> str:
@@ -74,12 +82,32 @@ class Tally:
             "truncated": self.truncated,
             "no_end_token": self.no_end,
             "problems": list(self.problems),
-            "notes": sorted(
-                f"{kind} ({_rows(count)}, the first at {where})" if count else kind
-                for kind, (count, where) in self.notes.items()
-            ),
+            "notes": [
+                *self._unread_note(),
+                *sorted(
+                    f"{kind} ({_rows(count)}, the first at {where})" if count else kind
+                    for kind, (count, where) in self.notes.items()
+                ),
+            ],
             "form": "+".join(sorted(self.forms)),
         }
+
+    def _unread_note(self) -> list[str]:
+        """One line for all columns: data sets have many that nobody needs."""
+        if not self.unread:
+            return []
+        named = [
+            f"{column!r} ({_rows(count)}{hint and '; '}{hint})"
+            for column, (count, _) in sorted(self.unread.items(), key=lambda item: -item[1][0])
+            for hint in (self.hints.get(column, ""),)
+        ]
+        first = next(iter(self.unread.values()))[1]
+        return [f"columns that are not read: {', '.join(named)}, the first at {first}"]
+
+
+def _count(counts: dict[str, tuple[int, str]], key: str, count: int, where: str) -> None:
+    before, first = counts.get(key, (0, where))
+    counts[key] = (before + count, first)
 
 
 def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) -> dict[str, Any]:
@@ -87,6 +115,7 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
+    left_out = [file for report in reports for file in report.get("files_left_out", ())]
     return {
         "schema": schema,
         "rows": rows,
@@ -96,7 +125,33 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
         "problems": [problem for report in reports for problem in report["problems"]],
         "notes": sorted({note for report in reports for note in report["notes"]}),
         "form": "+".join(sorted({form for report in reports for form in report["form"].split("+") if form})),
+        **({"files_left_out": left_out} if left_out else {}),
+        **({"partial": True} if any(report.get("partial") for report in reports) else {}),
     }
+
+
+def with_files(report: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+    """The report of a data set, with the files of its directories that are not read."""
+    report = dict(report)
+    notes = list(report.pop("notes"))
+    if left_out:
+        more = f" and {len(left_out) - _FILES} more" if len(left_out) > _FILES else ""
+        count = f"{len(left_out):,} file{'' if len(left_out) == 1 else 's'}"
+        notes.append(f"{count} of the directory not read: {', '.join(left_out[:_FILES])}{more}")
+    return {**report, "notes": notes, "files_left_out": list(left_out)}
+
+
+def refuse_dropped(report: Mapping[str, Any], share: float | None, *, name: str) -> None:
+    """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
+    dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
+    bad = sum(dropped.values())
+    seen = report["rows"] + sum(report["dropped"].values())
+    if share is not None and bad > share * seen:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        raise ValueError(
+            f"{name}: {bad:,} of {seen:,} rows cannot be used ({reasons}), max_dropped_share allows {share:.0%}: "
+            f"{'; '.join(report['problems'][:3])}; fix the rows, or set max_dropped_share=1 to train on the others"
+        )
 
 
 def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
@@ -107,7 +162,7 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
     dropped rows with their places. ``tt data show``, ``tt validate`` and ``tt run`` print the same.
     """
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
-    so_far = " read so far" if report.get("streaming") else ""
+    so_far = " read so far" if report.get("streaming") or report.get("partial") else ""
     lines = [
         f"{report['rows']:,} {report['schema']} rows{so_far}; dropped: {dropped}; truncated: {report['truncated']:,}"
     ]
@@ -116,6 +171,8 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
             f"no end token behind the last trained text of {_rows(report['no_end_token'])}: the model does not learn "
             "to stop there; use a template (template=chatml, ...) that ends its turns with a special token"
         )
+    if report.get("form") == "chat+text":
+        lines.append("some rows are written by the chat template, others as plain text: the model learns both forms")
     named = report.get("problems", [])[:problems]
     lines += [*report.get("notes", []), *named]
     more = sum(report["dropped"].values()) - len(named)

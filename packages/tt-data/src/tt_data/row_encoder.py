@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tt_data.encode import AMBIGUOUS, Parts, encode_examples
-from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair, is_chat
-from tt_data.readers import Read
+from tt_data.cells import TrackedRow
+from tt_data.encode import Parts, encode_examples
+from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair, is_chat, mistake_in, notes_of
+from tt_data.readers import Read, tracks
 from tt_data.rendered import Encoded
 from tt_data.report import Tally
+from tt_data.schemas import hint_for_unread
 from tt_data.settings import Settings
+from tt_data.store import IGNORE_INDEX, labels_of
 from tt_data.tokenizer import Tokenizer
 
 _PROMPT_DIFFERS = (
@@ -46,10 +49,11 @@ class RowEncoder:
         examples: list[tuple[int, Example]] = []
         for line, row in batch:
             self.tally.seen += 1
+            where = f"{name}:{line}"
             try:
-                examples.append((line, read(row, self.settings.columns)))
+                examples.append((line, self._read(where, row, read)))
             except BadRowError as bad:
-                self.tally.drop(f"{name}:{line}", bad)
+                self.tally.drop(where, bad)
         self._note_what_is_lost(name, examples)
         forms = {"chat" if is_chat(example) else "text" for _, example in examples}
         self.tally.forms |= forms
@@ -64,15 +68,36 @@ class RowEncoder:
             except BadRowError as bad:
                 self.tally.drop(where, bad)
                 continue
-            for kind in dict.fromkeys(kind for part in kept[-1].parts for kind in part.notes):
+            noted = (*notes_of(example), *(kind for part in kept[-1].parts for kind in part.notes))
+            for kind in dict.fromkeys(noted):
                 self.tally.note(kind, where)
         return kept
 
+    def _read(self, where: str, row: Mapping[str, Any], read: Read) -> Example:
+        """What ``read`` makes of a row. Raises BadRowError, and ValueError with the place of a mistake in ``read``."""
+        columns = self.settings.columns
+        tracked = TrackedRow(row) if tracks(read) else None
+        try:
+            example = read(row if tracked is None else tracked, columns)
+            mistake = mistake_in(example)
+        except BadRowError:
+            raise
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise ValueError(f"{where}: the converter of these rows failed: {type(error).__name__}: {said}") from error
+        if mistake:
+            raise ValueError(f"{where}: the converter of these rows is wrong: {mistake}")
+        for column in tracked.unread() if tracked is not None else ():
+            if column not in self.tally.unread:
+                self.tally.hints[column] = hint_for_unread(column, row, columns, read)
+            self.tally.leave(column, where)
+        return example
+
     def _finish(self, where: str, line: int, example: Example, parts: Parts | BadRowError) -> TokenRow:
         if isinstance(parts, BadRowError):
-            if parts.reason == AMBIGUOUS:
-                raise ValueError(f"{where}: {parts}")
             raise parts
+        if isinstance(example, Pair):
+            parts = _as_pair(*parts)
         limit = self.settings.max_seq_len
         kept = [cut(part, limit) for part in parts]
         if not all(map(is_trainable, kept)):
@@ -94,7 +119,8 @@ class RowEncoder:
                 called = any(message.extra.get("tool_calls") for message in example.messages)
                 for there, key in ((called, "tool_calls"), (bool(example.tools), "tools")):
                     if there and not any(key in source for source in self.tokenizer.templates.values()):
-                        self.tally.note(f"the chat template does not write {key}", f"{name}:{line}")
+                        also = " (functions)" if key == "tools" else ""
+                        self.tally.note(f"the chat template does not write {key}{also}", f"{name}:{line}")
 
     @property
     def _keeps_its_prompt(self) -> bool:
@@ -103,6 +129,27 @@ class RowEncoder:
     def _is_end(self, index: int) -> bool:
         """Whether a model that learned to write this token has learned to stop."""
         return index == self.tokenizer.eos_id or index in self.tokenizer.eos_ids
+
+
+def _as_pair(chosen: Encoded, rejected: Encoded) -> Parts:
+    """Both sides with the same masked ids. Raises BadRowError if the prompts differ.
+
+    A token may hold the end of the prompt and the beginning of one answer only: then both answers begin before it.
+    """
+    if len(chosen.trained) == len(rejected.trained) == 1:
+        start = min(chosen.trained[0][0], rejected.trained[0][0])
+        if chosen.ids[:start] == rejected.ids[:start]:
+            chosen = replace(chosen, trained=[(start, chosen.trained[0][1])])
+            rejected = replace(rejected, trained=[(start, rejected.trained[0][1])])
+    if _masked_ids(chosen) != _masked_ids(rejected):
+        raise BadRowError(
+            "not a pair", "the masked parts of chosen and rejected differ, expected one prompt and two answers"
+        )
+    return chosen, rejected
+
+
+def _masked_ids(part: Encoded) -> list[int]:
+    return [i for i, label in zip(part.ids, labels_of(part.ids, part.trained), strict=True) if label == IGNORE_INDEX]
 
 
 def digest_of(parts: Parts, desirable: bool) -> bytes:

@@ -23,6 +23,7 @@ class Settings:
     schema: str | None = None
     on_bad_row: OnBadRow = "drop"
     drop_duplicates: bool = True
+    max_dropped_share: float | None = None  # of the rows: more bad ones than that are an error; duplicates do not count
 
     def __post_init__(self) -> None:
         check_train_on(self.train_on)
@@ -31,6 +32,10 @@ class Settings:
         if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ValueError(f"max_seq_len must be at least 2, got {self.max_seq_len}")
 
+        if self.max_dropped_share is not None and not 0 <= self.max_dropped_share <= 1:
+            raise ValueError(f"max_dropped_share must be between 0 and 1, got {self.max_dropped_share}")
+
     def key(self) -> str:
-        """The settings as text, for a fingerprint."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """The settings that change rows, as text, for a fingerprint."""
+        changing = {key: value for key, value in asdict(self).items() if key != "max_dropped_share"}
+        return json.dumps(changing, sort_keys=True)

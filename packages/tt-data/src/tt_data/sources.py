@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
-import zlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
+
+from tt_data.compressed import UNPACKED, compression, open_binary
 
 Row = dict[str, Any]
 Placed = tuple[int, Row]  # the line (or row) number that a message names, and the row
 
 _MAX_LINE = 64 << 20
+_BLANK = re.compile(r"[ \t\r\n]*")
 _NO_TEXT = {
     b"version https://git-lfs": "this is a git-lfs pointer, not the data; run git lfs pull",
     b"\x1f\x8b": "this is compressed by gzip; add .gz to its name",
@@ -36,26 +38,18 @@ def read_rows(path: Path) -> Iterator[Placed]:
     kind = file_kind(path)
     if kind is None:
         raise data_error(path, None, f"unknown kind of file, expected one of {', '.join(sorted(READERS))}")
-    return _unpacked(path, READERS[kind]) if path.suffix == ".gz" else READERS[kind](path)
-
-
-def _unpacked(path: Path, read: Callable[[Path], Iterator[Placed]]) -> Iterator[Placed]:
-    try:
-        yield from read(path)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise data_error(path, None, f"not a whole gzip file ({_one_line(error)})") from None
+    yield from READERS[kind](path)
 
 
 def file_kind(path: Path) -> str | None:
-    """``.jsonl`` for ``rows.jsonl`` and ``rows.jsonl.gz``; None where no reader knows the ending."""
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    return suffix.lower() if suffix.lower() in READERS else None
+    """``.jsonl`` for ``rows.jsonl`` and ``rows.jsonl.gz``; None if no reader knows the ending."""
+    packed = compression(path)
+    suffix = (Path(path.stem).suffix if packed else path.suffix).lower()
+    return suffix if suffix in READERS and not (packed and suffix in UNPACKED) else None
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.suffix == ".gz":
-        return cast(BinaryIO, gzip.open(path, "rb"))
-    return path.open("rb")
+    return open_binary(path, lambda text: data_error(path, None, text))
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
@@ -67,11 +61,19 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> Row:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles)
+def _constant(name: str) -> float | None:
+    """NaN is how pandas writes what is missing."""
+    return None if name == "NaN" else float(name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=_constant)
 
 
 def read_jsonl(path: Path) -> Iterator[Placed]:
-    """An object per line; empty lines are skipped."""
+    """An object per line; empty lines are skipped. A file that is one document over many lines is read as .json."""
+    if is_one_document(path):
+        yield from read_json(path)
+        return
     with _open(path) as stream:
         for number, line in enumerate(stream, 1):
             if number == 1:
@@ -106,19 +108,24 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
     return row
 
 
-def read_json(path: Path) -> Iterator[Placed]:
-    """A list of objects, or one object that holds such a list, or jsonl in a file called .json."""
+def is_one_document(path: Path) -> bool:
+    """Whether the first line only opens an object or a list."""
     with _open(path) as stream:
-        first = begin(path, stream.readline()).strip()
-        rest = stream.read()
-        if first[:1] == b"{" and rest.strip() and _is_complete(first):
-            del rest
-            yield from read_jsonl(path)
-            return
-        stream.seek(0)
-        data = stream.read()
+        return stream.readline(64).removeprefix(b"\xef\xbb\xbf").strip() in (b"{", b"[")
+
+
+def read_json(path: Path) -> Iterator[Placed]:
+    """A list of objects, an object that holds such a list, one object, one conversation, or several of these, one
+    behind the other; or jsonl in a file called .json."""
+    with _open(path) as stream:
+        first = begin(path, stream.readline())
+        data = first + stream.read()
+    if first.strip()[:1] == b"{" and data[len(first) :].strip() and _is_complete(first):
+        del data
+        yield from read_jsonl(path)
+        return
     try:
-        found = _DECODER.decode(data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass"))
+        documents = list(_documents(data.decode("utf-8", "surrogatepass")))
     except json.JSONDecodeError as error:
         around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: broken JSON ({error.msg}) near {around!r}") from None
@@ -126,13 +133,45 @@ def read_json(path: Path) -> Iterator[Placed]:
         raise data_error(path, data.count(b"\n", 0, error.start) + 1, "not UTF-8") from None
     except (RecursionError, ValueError) as error:
         raise data_error(path, None, f"broken JSON ({error})") from None
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) else [found]
-    for number, row in enumerate(found if isinstance(found, list) else [found], 1):
+    numbered = enumerate(_rows_of(documents[0][1]), 1) if len(documents) == 1 else documents
+    for number, row in numbered:
         if not isinstance(row, dict):
             raise data_error(path, None, f"row {number}: expected an object with columns, found {type(row).__name__}")
         yield number, row
+
+
+def _documents(text: str) -> Iterator[tuple[int, Any]]:
+    """The JSON values in ``text``, one behind the other, and the line that each begins at."""
+    position, line = 0, 1
+    while True:
+        start = _BLANK.match(text, position).end()  # type: ignore[union-attr]
+        if position and start == len(text):
+            return
+        line += text.count("\n", position, start)
+        value, position = _DECODER.raw_decode(text, start)
+        yield line, value
+        line += text.count("\n", start, position)
+
+
+def _rows_of(value: Any) -> list[Any]:
+    """The rows of one JSON document."""
+    if isinstance(value, dict):
+        lists = [item for item in value.values() if isinstance(item, list)]
+        holds_rows = len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) and not _are_turns(lists[0])
+        return lists[0] if holds_rows else [value]
+    if not isinstance(value, list):
+        return [value]
+    if _are_turns(value):
+        return [{"messages": value}]
+    return [{"messages": item} if isinstance(item, list) and _are_turns(item) else item for item in value]
+
+
+def _are_turns(items: list[Any]) -> bool:
+    """Whether these are the messages of one conversation."""
+    return bool(items) and all(
+        isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
+        for item in items
+    )
 
 
 def _is_complete(line: bytes) -> bool:
@@ -213,14 +252,23 @@ def read_arrow(path: Path) -> Iterator[Placed]:
 
 def without_nulls(row: Mapping[str, Any]) -> Row:
     """A row of a columnar file, whose objects all have the same keys, as it was before: a key that an object below the
-    columns has no value for was not there (an argument that only another tool takes)."""
-    return {name: _without_nulls(value) if isinstance(value, (dict, list)) else value for name, value in row.items()}
+    columns has no value for was not there (an argument that only another tool takes). NaN is null."""
+    return {name: _without_nulls(value) for name, value in row.items()}
 
 
 def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else null_for_nan(value)
+
+
+def null_for_nan(value: Any) -> Any:
+    """``value`` with None for every NaN in it, which is how pandas writes what is missing."""
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, dict):
+        return {key: null_for_nan(item) for key, item in value.items()}
+    return [null_for_nan(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {

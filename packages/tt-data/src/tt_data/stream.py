@@ -19,11 +19,12 @@ from tt_data.order import Permutation, place_in_mix, steps_per_epoch
 from tt_data.raw_stream import Raw, RawStream
 from tt_data.readers import Read, choose_schema, settings_key
 from tt_data.rendered import Encoded
-from tt_data.report import Tally
+from tt_data.report import Tally, refuse_dropped, with_files
 from tt_data.row_encoder import RowEncoder, TokenRow
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
 
+_ENOUGH = 200  # rows of a stream, from which the share of bad ones is judged
 Place = tuple[int, int, Any]  # which stream, line, raw row
 Order = Callable[[int, int, int], int]  # (block, place in it, its size) -> which of its rows
 
@@ -62,6 +63,9 @@ class Blocks:
         block = self.get(number)
         return block[within if order is None else order(number, within, len(block))]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}, "_rows": iter(()), "_next": -1}  # an open file stays in its process
+
     def _open(self, start: int) -> Iterator[Place]:
         for number, stream in enumerate(self.streams):
             if start:
@@ -84,6 +88,7 @@ class StreamDataset:
     def __init__(
         self, groups: Sequence[Sequence[RawStream]], tokenizer: Tokenizer, settings: Settings, *,
         weights: Sequence[float] | None = None, buffer: int = 10_000, read: Read | None = None, schema: str = "",
+        files_left_out: Sequence[str] = (),
     ) -> None:  # fmt: skip
         if buffer <= 0:
             raise ValueError(f"buffer must be positive, got {buffer}")
@@ -91,7 +96,7 @@ class StreamDataset:
         self.blocks = [Blocks(group, buffer) for group in groups]
         self.quotas = quotas_of(weights) if weights else [1]
         self._round = interleave(self.quotas)
-        self.tally = Tally()
+        self.tally, self.files_left_out = Tally(), list(files_left_out)
         self._kind: str | None = None
         self._readers: dict[str, tuple[Read, str]] = {}
         for stream in (stream for group in groups for stream in group):
@@ -174,6 +179,8 @@ class StreamDataset:
             tally.keep(truncated=token_row.truncated, no_end=token_row.no_end)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
+        if tally.seen >= _ENOUGH:
+            refuse_dropped(self.report, self.settings.max_dropped_share, name=", ".join(self.names[:3]))
         return encoded
 
     def rows_of_step(
@@ -220,7 +227,8 @@ class StreamDataset:
     @property
     def report(self) -> dict[str, Any]:
         kept = self.tally.seen - self.tally.dropped.total()
-        return {"schema": self.schema, "rows": kept, **self.tally.report(), "streaming": True}
+        report = {"schema": self.schema, "rows": kept, **self.tally.report(), "streaming": True}
+        return with_files(report, self.files_left_out)
 
 
 def _first_rows(stream: RawStream, count: int) -> Source:

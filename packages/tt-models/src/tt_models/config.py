@@ -24,6 +24,7 @@ class ModelConfig:
     architecture: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings in config.json -> field
     positive: ClassVar[tuple[str, ...]] = ()  # fields of the family that must be positive where they are given
+    written: ClassVar[Mapping[str, Any]] = {}  # keys that the reference reads and that have one value here
     computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys that are no fields -> the values that are computed
 
     vocab_size: int = 32000
@@ -162,7 +163,8 @@ class ModelConfig:
         plain |= {alias: plain[name] for alias, name in self.aliases.items()} | {
             "rope_parameters": self.rope_parameters
         }
-        return copy.deepcopy({"architectures": [self.architecture], "model_type": self.model_type} | plain)
+        head = {"architectures": [self.architecture], "model_type": self.model_type, **self.written}
+        return copy.deepcopy(head | plain)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ class Gemma2Config(LayeredConfig):
     model_type: ClassVar[str] = "gemma2"
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
     positive: ClassVar[tuple[str, ...]] = ("sliding_window", "query_pre_attn_scalar")
+    written: ClassVar[Mapping[str, Any]] = {"use_bidirectional_attention": False}
     aliases: ClassVar[Mapping[str, str]] = {"hidden_activation": "hidden_act"}
 
     vocab_size: int = 256000

@@ -1,6 +1,7 @@
 """Generation: prefill, one token at a time, sampling. B: batch, S: prompt, V: vocabulary."""
 
 import functools
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, overload
@@ -41,16 +42,27 @@ def reread(model: Decoder, input_ids_BS: Tensor, cache: KVCache) -> Tensor:
     return prefill(model, input_ids_BS, cache, (columns - first[:, None]).clamp(min=0))
 
 
+_LOCK = threading.Lock()
+_READERS: dict[nn.Module, int] = {}  # modules in training mode -> how many generations have them in evaluation mode now
+
+
 @contextmanager
-def evaluating(training: Collection[nn.Module]) -> Iterator[None]:
-    """No dropout inside; ``training``: the modules that are in training mode, and will be again."""
-    for module in training:
-        module.__dict__["training"] = False  # what eval() does, without the price of a module's attributes
+def evaluating(modules: Collection[nn.Module]) -> Iterator[None]:
+    """No dropout inside. What is in training mode is so again once the last thread that generates with it has left."""
+    with _LOCK:
+        held = [module for module in modules if module.training or module in _READERS]
+        for module in held:
+            _READERS[module] = _READERS.get(module, 0) + 1
+            module.__dict__["training"] = False  # what eval() does, without the price of a module's attributes
     try:
         yield
     finally:
-        for module in training:
-            module.__dict__["training"] = True
+        with _LOCK:
+            for module in held:
+                _READERS[module] -= 1
+                if not _READERS[module]:
+                    del _READERS[module]
+                    module.__dict__["training"] = True
 
 
 @torch.no_grad()
@@ -72,8 +84,8 @@ def steps(
     cache = KVCache(model.config, batch_size=batch, max_seq_len=room, device=weight.device, dtype=weight.dtype)
     decode = compiled_decode_one_token() if compile else decode_one_token
     seen_BV = seen_tokens(input_ids_BS, lengths_B, weight.shape[0]) if sampling.repetition_penalty != 1.0 else None
-    training = [module for module in model.modules() if module.training]
-    with evaluating(training):
+    modules = list(model.modules())
+    with evaluating(modules):
         logits = prefill(model, input_ids_BS, cache, left_padded_positions(input_ids_BS, lengths_B))
     for step in range(max_new_tokens):
         token = sample(logits, sampling, seen_BV=seen_BV, generator=generator)
@@ -83,7 +95,7 @@ def steps(
         if seen_BV is not None:
             seen_BV.scatter_(1, token[:, None], True)
         input_ids_BS = torch.cat((input_ids_BS, token[:, None]), dim=1)
-        with evaluating(training):
+        with evaluating(modules):
             outgrown = model.model.outgrows_context(cache, 1)
             logits = reread(model, input_ids_BS, cache) if outgrown else decode(model, token, cache)
 
@@ -125,6 +137,9 @@ def left_padded(
         prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
+    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
+        raise ValueError(f"prompts must be integers, the ids of tokens, got {prompts.dtype}")
+    prompts = prompts.long()
     if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
         raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
     prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)

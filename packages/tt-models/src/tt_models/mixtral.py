@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from tt_models.config import ModelConfig, check_top_k
 from tt_models.decoder import Block
@@ -18,6 +18,7 @@ class MixtralConfig(ModelConfig):
     model_type: ClassVar[str] = "mixtral"
     architecture: ClassVar[str] = "MixtralForCausalLM"
     positive: ClassVar[tuple[str, ...]] = ("sliding_window",)
+    written: ClassVar[Mapping[str, Any]] = {"router_jitter_noise": 0.0}
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
 
     intermediate_size: int = 14336

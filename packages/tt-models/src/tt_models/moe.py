@@ -6,7 +6,7 @@ T: tokens, K: experts per token, X: experts, E: hidden size, I: intermediate siz
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -143,9 +143,16 @@ class ExpertNames(NamedTuple):
 
 
 class MixtureDecoder(Decoder):
-    """A decoder whose experts lie apart in the files, one matrix each, and stacked in memory."""
+    """A decoder whose experts are apart in most files, one matrix each, and stacked in memory.
+
+    ``load_state_dict`` takes both; the tensors of all files of a model must come together.
+    """
 
     names: ClassVar[ExpertNames] = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, *parts: Any, **numbers: Any) -> None:
+        super().__init__(*parts, **numbers)
+        self.register_load_state_dict_pre_hook(join_experts)  # type: ignore[no-untyped-call]
 
     def hf_sources(self, name: str) -> list[str]:
         """The keys in Hugging Face files that make up the parameter ``name``, expert by expert."""
@@ -175,3 +182,18 @@ class MixtureDecoder(Decoder):
             return {keys[0]: tensor}
         pieces = [piece for expert in tensor.unbind(0) for piece in expert.chunk(len(keys) // tensor.shape[0])]
         return dict(zip(keys, pieces, strict=True))
+
+
+def join_experts(module: MixtureDecoder, state_dict: dict[str, Any], prefix: str, *lists: Any) -> None:
+    """Put the matrices of a file that is loaded into the stacked parameters that they make up."""
+    for name, _ in module.named_parameters():
+        keys = [prefix + key for key in module.hf_sources(name)]
+        if prefix + name in state_dict or not all(key in state_dict for key in keys):
+            continue
+        try:
+            state_dict[prefix + name] = module.join_from_hf(name, [state_dict[key] for key in keys])
+        except RuntimeError as error:
+            errors: list[str] = lists[-1]
+            errors.append(f"{prefix}{name} cannot be made of {keys[0]} to {keys[-1]}: {error}")
+        for key in keys:
+            del state_dict[key]

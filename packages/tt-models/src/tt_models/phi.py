@@ -24,6 +24,7 @@ class Phi3Config(ModelConfig):
 
     model_type: ClassVar[str] = "phi3"
     architecture: ClassVar[str] = "Phi3ForCausalLM"
+    written: ClassVar[Mapping[str, Any]] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
     positive: ClassVar[tuple[str, ...]] = ("sliding_window", "original_max_position_embeddings")
 
     vocab_size: int = 32064

@@ -25,7 +25,7 @@ class Sampling:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -35,11 +35,20 @@ class Sampling:
 def sample(
     logits_BV: Tensor, sampling: Sampling, *, seen_BV: Tensor | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
-    """A token per row, int64[B]; ``seen_BV`` marks the tokens that ``repetition_penalty`` acts on."""
+    """A token per row, int64[B]; ``seen_BV`` marks the tokens that ``repetition_penalty`` acts on.
+
+    ValueError if logits are not finite: the largest of nan is a token like any other, and its text looks like one.
+    """
     if sampling.repetition_penalty != 1.0 and seen_BV is not None:
         logits_BV = penalize(logits_BV.float(), seen_BV, sampling.repetition_penalty)
+    best_B = logits_BV.max(dim=-1)  # nan where any is nan
+    if not bool(best_B.values.isfinite().all()):
+        raise ValueError(
+            "logits are not finite, no token can be drawn: the weights hold nan or inf, or overflow in this dtype "
+            "(fp16 does from 65504 on, take bf16 or fp32)"
+        )
     if sampling.temperature == 0:
-        return logits_BV.argmax(dim=-1)
+        return best_B.indices
     return torch.multinomial(filtered(logits_BV, sampling).softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
@@ -66,7 +75,8 @@ def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     """Only the most probable tokens that together reach ``top_p``, at least one."""
     ordered, index = logits_BV.sort(dim=-1, descending=True)
-    probabilities = ordered.softmax(dim=-1)
+    exact = torch.float32 if logits_BV.device.type == "mps" else torch.float64  # fp32 loses the tail of a vocabulary
+    probabilities = ordered.softmax(dim=-1, dtype=exact)
     ahead = probabilities.cumsum(dim=-1) - probabilities  # of the tokens more probable than this one
     ordered = ordered.masked_fill(ahead >= top_p, -torch.inf)
     return torch.empty_like(logits_BV).scatter_(-1, index, ordered)

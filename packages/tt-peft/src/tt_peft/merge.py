@@ -170,10 +170,22 @@ def _merge_saved(name: str, module: SavedModule, before: _Before, dtype: torch.d
 def _loss(name: str, base: Tensor, exact: Tensor, stored: Tensor, *, from_nf4: bool) -> LayerLoss:
     """What rounding ``exact`` to ``stored`` takes of its distance from ``base``; all but ``stored`` in fp32."""
     if not torch.isfinite(stored).all():
-        raise ValueError(f"{name}: the merged weight is not finite; the adapter or the base is broken")
+        raise ValueError(f"{name}: {_not_finite(exact, stored)}")
     change = torch.linalg.vector_norm(exact - base)
     lost = float(torch.linalg.vector_norm(stored.float() - exact) / change) if change > 0 else 0.0
     return LayerLoss(name, stored.dtype, lost, from_nf4)
+
+
+def _not_finite(exact: Tensor, stored: Tensor) -> str:
+    """What is wrong with a merged weight, and the cure."""
+    if not torch.isfinite(exact).all():
+        return "the merged weight is not finite; the adapter or the base is broken"
+    kind = str(stored.dtype).removeprefix("torch.")
+    count, largest = int((~torch.isfinite(stored)).sum()), float(exact.abs().max())
+    return (
+        f"{count} merged values overflow {kind} (the largest is {largest:.4g}, {kind} ends at "
+        f"{torch.finfo(stored.dtype).max:.4g}); merge with dtype bf16 or fp32"
+    )
 
 
 def _merged_names(module: AdapterModule) -> list[str]:

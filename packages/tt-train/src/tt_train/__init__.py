@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tt_train.composing import compose
+    from tt_train.config import RunConfig
     from tt_train.errors import ConfigError, Interrupted, TrainingError
     from tt_train.loading import load
     from tt_train.losses import cross_entropy, linear_cross_entropy
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "compose": "composing",
+    "RunConfig": "config",
     "ConfigError": "errors",
     "Interrupted": "errors",
     "TrainingError": "errors",
@@ -27,6 +29,7 @@ _HOMES = {
 __all__ = [
     "ConfigError",
     "Interrupted",
+    "RunConfig",
     "TrainingError",
     "compose",
     "cross_entropy",

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys import is_section, parts_of, plain, section_type, type_of, unknown_key
+from tt_train.keys import all_keys, is_section, parts_of, plain, section_type, type_of, unknown_key
 from tt_train.values import PlainLoader, fits, of_node, of_word
 
 if TYPE_CHECKING:
-    from tt_train.config import SFTConfig
+    from tt_train.config import RunConfig
 
 Setting = tuple[str, Any, str]  # dotted key, value, where it was written ("lora.yaml:3" or "the command line")
 
@@ -23,45 +23,57 @@ def compose(
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
     allow_import: Sequence[str] = (),
-    schema: "type[SFTConfig] | None" = None,
+    schema: "type[RunConfig] | None" = None,
     complete: bool = True,
-) -> "SFTConfig":
+) -> "RunConfig":
     """Read a config: defaults of the recipe's dataclass, then a YAML file, then ``overrides``.
 
     Args:
-        recipe_or_config: a recipe's name, a registered config's name, or the path of a YAML file that names its recipe.
+        recipe_or_config: a recipe's name, the path of a recipe file (``.py``; its code is run), a registered config's
+            name, or the path of a YAML file that names its recipe.
         config: a YAML file or registered name, when ``recipe_or_config`` is a recipe.
-        overrides: words such as ``adapter.rank=8``; values are YAML, split at the first ``=``.
-        allow_import: modules from which dotted names may be imported.
+        overrides: words such as ``adapter.rank=8``, split at the first ``=``; text is taken as typed.
+        allow_import: modules from which dotted names may be imported, installed or in the working folder.
         complete: False accepts a config that lacks what only a run needs, to look at it.
-        schema: the config's dataclass where a recipe of one's own adds keys to SFTConfig.
+        schema: the config's dataclass; that of the recipe by default.
 
     Raises:
         ConfigError: with one line for every unknown key, wrong type and impossible value.
     """
     from tt_train import registry
     from tt_train.config import SFTConfig, missing, mistakes
+    from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
 
-    file = _config_file(recipe_or_config, config)
+    what = str(recipe_or_config)
+    typed: str | RecipeFile | None = registry.RECIPES.get(what)
+    if what.endswith(".py"):
+        typed = load_recipe_file(Path(what), allow_import)
+    if config is not None and typed is None:
+        registry.recipe_path(what)  # says what is wrong with it
+    file = registry.find_config(config or what) if config is not None or typed is None else None
+    if schema is None:
+        schema = schema_of(typed) if isinstance(typed, RecipeFile) else SFTConfig
     problems: list[str] = []
-    schema = schema or SFTConfig
     settings = list(_read_file(file, schema, problems)) if file else []
     settings += _read_words(overrides, schema, problems)
     if problems:
         raise ConfigError(problems)
-    recipe = next((value for key, value, _ in reversed(settings) if key == "recipe"), None)
-    if file is None or str(recipe_or_config) in registry.RECIPES:
-        recipe = str(recipe_or_config)
-    if recipe is not None:
-        recipe = registry.RECIPES.get(str(recipe), recipe)
-        if recipe != "sft":
-            known = registry.recipe_names()
-            raise ConfigError(
-                [f"recipe: unknown recipe {recipe!r}{did_you_mean(str(recipe), known)}; see tt ls recipes"]
-            )
-    settings = [setting for setting in settings if setting[0] != "recipe"]
-    result: SFTConfig = _merge(schema, settings, problems)
+    said, where = next(
+        ((str(value), where) for key, value, where in reversed(settings) if key == "recipe"), ("sft", "")
+    )
+    sha256 = next((value for key, value, _ in reversed(settings) if key == "recipe_sha256"), None)
+    if said.endswith(".py"):
+        check_recipe(said, sha256, where, file, typed)
+    elif said not in registry.RECIPES:
+        known = registry.recipe_names()
+        raise ConfigError([f"{where}: recipe: unknown recipe {said!r}{did_you_mean(said, known)}; see tt ls recipes"])
+    elif isinstance(typed, str) and where and typed != registry.RECIPES[said]:
+        raise ConfigError([f"{where}: recipe: this config is for {said}, not for {typed}; tt run {said} ..."])
+    settings = [setting for setting in settings if setting[0] not in ("recipe", "recipe_sha256")]
+    result: RunConfig = _merge(schema, settings, problems)
     if not problems:
+        result.recipe = typed.name if isinstance(typed, RecipeFile) else typed or registry.RECIPES[said]
+        result.recipe_sha256 = typed.sha256 if isinstance(typed, RecipeFile) else None
         problems += mistakes(result) + registry.name_mistakes(result, allow_import)
         problems += missing(result) if complete else []
     if problems:
@@ -69,12 +81,18 @@ def compose(
     return result
 
 
-def _config_file(recipe_or_config: str | Path, config: str | Path | None) -> Path | None:
-    from tt_train import registry
+def compose_run(run: Path, overrides: Sequence[str] = ()) -> "RunConfig":
+    """The config of a run directory, without the code of its recipe: keys of the recipe's own are left out."""
+    from tt_train.config import RunConfig, mistakes
 
-    if config is not None:
-        return registry.find_config(config)
-    return None if str(recipe_or_config) in registry.RECIPES else registry.find_config(recipe_or_config)
+    problems: list[str] = []
+    known = set(all_keys(RunConfig))
+    settings = [setting for setting in _read_file(run / "config.yaml", RunConfig, problems) if setting[0] in known]
+    settings += _read_words(overrides, RunConfig, problems)
+    result: RunConfig = _merge(RunConfig, settings, problems)
+    if problems or (problems := mistakes(result)):
+        raise ConfigError(problems)
+    return result
 
 
 def _read_file(path: Path, schema: type, problems: list[str]) -> Iterator[Setting]:

@@ -10,7 +10,7 @@ from tt_train.composing import compose
 from tt_train.errors import did_you_mean
 from tt_train.values import TEXT, TEXT_OR_NUMBER
 
-__all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "SFTConfig",
+__all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "RunConfig", "SFTConfig",
            "SamplesSection", "ScheduleSection", "compose", "missing", "mistakes", "to_dict", "to_yaml"]  # fmt: skip
 
 
@@ -61,6 +61,7 @@ class DataSection:
     split: str | None = None
     on_bad_row: str = "drop"  # drop | error
     num_workers: int = 0  # processes that encode and collate
+    worker_timeout_s: float = 300.0  # a process that prepares no batch for so long ends the run
     cache_dir: str | None = None  # keep token rows there, so that the next run need not make them
     shuffle: bool = True
 
@@ -104,10 +105,11 @@ class SamplesSection:
 
 
 @dataclass
-class SFTConfig:
-    """Supervised fine-tuning, full or with an adapter."""
+class RunConfig:
+    """What every recipe has. The ``Config`` of a recipe of one's own extends it: a field is a key."""
 
     recipe: str = "sft"
+    recipe_sha256: str | None = None  # of a recipe file: the text that the config was run by
     model: ModelSection = field(default_factory=ModelSection)
     adapter: AdapterSection | None = None
     data: DataSection = field(default_factory=DataSection)
@@ -120,8 +122,10 @@ class SFTConfig:
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     max_grad_norm: float | None = 1.0
     eval_every: int | None = None
+    early_stop_after: int | None = None  # evaluations in a row without a lower held-out loss
     save_every: int | None = None
     save_async: bool = False  # write checkpoints while training goes on, from a copy in memory
+    save_last: bool = True  # a checkpoint after the last step, from which a longer run continues
     keep_last: int = 2
     samples: SamplesSection = field(default_factory=SamplesSection)
     activation_checkpointing: bool = False
@@ -133,14 +137,21 @@ class SFTConfig:
     loggers: list[str] = field(default_factory=list)
 
 
-def to_dict(config: SFTConfig) -> dict[str, Any]:
+@dataclass
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning, full or with an adapter."""
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as plain containers, ready for YAML or JSON."""
     plain = asdict(config)
     plain["optimizer"]["betas"] = list(plain["optimizer"]["betas"])
+    if plain["recipe_sha256"] is None:  # only a recipe file has one
+        del plain["recipe_sha256"]
     return plain
 
 
-def to_yaml(config: SFTConfig) -> str:
+def to_yaml(config: RunConfig) -> str:
     """The config as YAML that ``compose`` reads back to an equal one."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
@@ -158,10 +169,10 @@ _ELSEWHERE = {"bfloat16": "bf16", "bfloat": "bf16", "auto": "bf16", "float32": "
               "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "completion": "assistant",
               "true": "all", "input": "all", "inputs": "all"}  # fmt: skip
 _AT_LEAST = {
-    "batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "save_every": 1,
-    "keep_last": 2, "data.max_seq_len": 2, "data.num_workers": 0, "schedule.warmup_steps": 0, "samples.num": 0,
-    "samples.max_new_tokens": 1, "adapter.rank": 1, "optimizer.weight_decay": 0, "optimizer.momentum": 0, "seed": 0,
-    "optimizer.eps": 0,
+    "batch_size": 1, "micro_batch_size": 1, "epochs": 1, "max_steps": 1, "eval_every": 1, "early_stop_after": 1,
+    "save_every": 1, "keep_last": 2, "data.max_seq_len": 2, "data.num_workers": 0, "schedule.warmup_steps": 0,
+    "samples.num": 0, "samples.max_new_tokens": 1, "adapter.rank": 1, "optimizer.weight_decay": 0,
+    "optimizer.momentum": 0, "seed": 0, "optimizer.eps": 0,
 }  # fmt: skip
 
 
@@ -171,7 +182,7 @@ def _look_up(plain: dict[str, Any], key: str) -> Any:
     return plain
 
 
-def mistakes(config: SFTConfig) -> list[str]:
+def mistakes(config: RunConfig) -> list[str]:
     """Values that cannot be meant, one line each; what needs files is checked by tt_train.validate."""
     plain = to_dict(config)
     found = []
@@ -197,7 +208,7 @@ def mistakes(config: SFTConfig) -> list[str]:
     return found
 
 
-def missing(config: SFTConfig) -> list[str]:
+def missing(config: RunConfig) -> list[str]:
     """What a run needs and the config does not say, one line each."""
     found = []
     if config.model.path is None and config.model.name is None:
@@ -224,10 +235,12 @@ def _not_finite(value: Any, key: str = "") -> list[str]:
     return []
 
 
-def _number_mistakes(config: SFTConfig) -> list[str]:
+def _number_mistakes(config: RunConfig) -> list[str]:
     found = []
     if not config.optimizer.lr > 0:
         found.append(f"optimizer.lr: must be positive, got {config.optimizer.lr}")
+    if not config.data.worker_timeout_s > 0:
+        found.append(f"data.worker_timeout_s: must be positive, got {config.data.worker_timeout_s}")
     if config.max_grad_norm is not None and not config.max_grad_norm > 0:
         found.append(f"max_grad_norm: must be positive, or null for no clipping, got {config.max_grad_norm}")
     if config.seed >= 2**64:

@@ -19,9 +19,17 @@ class RunFacts:
     steps_total: int
     step_first: int = 0
     device: str
-    dtype: str
+    dtype: str  # of the forward pass
+    precision: dict[str, str] = field(default_factory=dict)  # forward, trained, written: the dtype of each
     run_dir: str
     sample: list[tuple[str, bool]] = field(default_factory=list)  # pieces of text, and whether their tokens are trained
+
+
+def precision_line(facts: RunFacts) -> str:
+    """Which dtype does what."""
+    trained, written = facts.precision.get("trained"), facts.precision.get("written")
+    line = f"forward pass in {facts.dtype}"
+    return f"{line}, trained weights in {trained}, result in {written}" if trained else line
 
 
 class Console:
@@ -36,9 +44,8 @@ class Console:
         marked = "".join(f"{MARKS[0]}{text}{MARKS[1]}" if trained else text for text, trained in facts.sample)
         if marked:
             self.note(f"first row ({MARKS[0]}trained{MARKS[1]}): {marked!r}")
-        self.note(
-            f"{facts.steps_total - facts.step_first} steps on {facts.device} in {facts.dtype}, to {facts.run_dir}"
-        )
+        self.note(f"{facts.steps_total - facts.step_first} steps on {facts.device}, to {facts.run_dir}")
+        self.note(precision_line(facts))
 
     def step(self, row: dict[str, Any]) -> None:
         """After a step: ``row`` is its line in metrics.jsonl."""

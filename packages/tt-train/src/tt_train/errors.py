@@ -18,13 +18,19 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)
-    """A signal stopped the run after it saved ``checkpoint``; ``exit_code`` is 128 + the signal's number."""
+    """A signal stopped the run; ``exit_code`` is 128 + the signal's number.
 
-    def __init__(self, signal_number: int, checkpoint: str, step: int) -> None:
+    ``checkpoint``: what resuming begins with; None if the run had not made a step, so that there is nothing to resume.
+    """
+
+    def __init__(self, signal_number: int, checkpoint: str | None, step: int) -> None:
         self.exit_code = 128 + signal_number
         self.checkpoint = checkpoint
         name = signal.Signals(signal_number).name
-        super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}; go on with --resume auto")
+        if checkpoint is None:
+            super().__init__(f"stopped by {name} before the first step; nothing was trained, so there is no checkpoint")
+        else:
+            super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}; continue with --resume auto")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """A trained model in the form that another program reads, and the commands to run it there."""
 
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,14 @@ from typing import Any
 
 import torch
 
+import tt_ckpt
+import tt_data
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.merge import merge_run, model_source, refuse_full
-from tt_train.ollama import go_template, ollama_modelfile
-from tt_train.serving import load_run_tokenizer, run_tokenizer
+from tt_train.merge import merge_run, refuse_full
+from tt_train.ollama import adds_bos, go_template, notes, ollama_modelfile
+from tt_train.origin import Base, find_origin
+from tt_train.run_dir import read_json
+from tt_train.serving import generation_settings, load_tokenizer
 
 __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
 
@@ -24,12 +29,14 @@ def export(
     to: str = "hf",
     dtype: torch.dtype | None = None,
     dry_run: bool = False,
+    base: Base = None,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write the model of a run, adapter or directory to ``output``, adapters merged, and say how to run it.
 
     ``to``: ``hf`` is a Hugging Face directory, which vLLM, SGLang and llama.cpp's converter read; ``ollama`` adds a
-    Modelfile whose template renders as the model's own. ``tell`` hears what merging cost in precision.
+    Modelfile whose template renders as the model's own. ``base``: as in ``load``. ``tell`` hears what merging cost in
+    precision, and what a Modelfile cannot say.
     Returns plain data: the path, the format, the commands.
 
     Raises:
@@ -39,17 +46,40 @@ def export(
         raise ConfigError([f"--to: unknown format {to!r}{did_you_mean(to, FORMATS)}; known: {', '.join(FORMATS)}"])
     target = Path(output)
     refuse_full(target)
-    modelfile = None
-    if to == "ollama":
-        source = run_tokenizer(Path(path)) or model_source(Path(path))
-        if source is None:
-            raise ConfigError([f"{path}: names no tokenizer"])
-        modelfile = ollama_modelfile(load_run_tokenizer(Path(path), source))
-    if not dry_run:
-        merge_run(path, target, dtype=dtype, tell=tell)
-        if modelfile is not None:
-            (target / "Modelfile").write_text(modelfile, encoding="utf-8")
+    files = ollama_files(path, base, tell) if to == "ollama" else {}
+    if dry_run:
+        find_origin(path, base)
+    else:
+        merge_run(path, target, dtype=dtype, base=base, files=files, tell=tell)
+        if to == "ollama":
+            say_first_token(target)
     return {"path": str(target), "to": to, "dry_run": dry_run, "commands": commands(target, to)}
+
+
+def ollama_files(path: str | Path, base: Base, tell: Callable[[str], None] | None) -> dict[str, str]:
+    """The Modelfile of a run, adapter or model."""
+    origin = find_origin(path, base)
+    tokenizer = load_tokenizer(origin)
+    for note in notes(tokenizer):
+        if tell is not None:
+            tell(note)
+    config = {} if origin.model is None else tt_ckpt.read_config(origin.model)
+    modelfile = ollama_modelfile(tokenizer, config=config, generation=generation_settings(origin.places))
+    return {"Modelfile": modelfile}
+
+
+def say_first_token(folder: Path) -> None:
+    """Have tokenizer_config.json say whether the tokenizer adds the first token, as the Modelfile beside it reckons.
+
+    Ollama's converter reads it there, and takes silence for no (its engine for yes).
+    """
+    tokenizer, file = tt_data.load_tokenizer(folder), folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    wanted = adds_bos(tokenizer)
+    if tokenizer.bos_id is not None and settings.get("add_bos_token") is not wanted:
+        text = json.dumps({**settings, "add_bos_token": wanted}, indent=2, ensure_ascii=False) + "\n"
+        file.unlink(missing_ok=True)  # perhaps a link
+        file.write_text(text, encoding="utf-8")
 
 
 def commands(folder: Path, to: str) -> list[str]:

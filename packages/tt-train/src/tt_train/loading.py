@@ -1,17 +1,21 @@
 """A model and its tokenizer from a run directory, a model directory, an adapter or a hub id."""
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import tt_ckpt
-import tt_data
 import tt_models
 import tt_peft
 from tt_train.errors import ConfigError
-from tt_train.run_dir import find_run, is_run, read_json
-from tt_train.serving import run_template
+from tt_train.origin import Base, Origin, find_origin
+from tt_train.resized import fit_vocabulary_
+from tt_train.serving import load_tokenizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(
@@ -20,118 +24,107 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     adapter: bool = True,
+    base: Base = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[tt_models.Decoder, Any]:
     """The model at ``path``, in evaluation mode, and its tokenizer (with the template that a run was trained with).
+
+    Tokenizer, chat template and generation settings beside a run or adapter go before those of its base.
 
     Args:
         path: a run directory (its model, or its base with its adapter; a stopped run: its newest checkpoint), a
             Hugging Face model directory, a PEFT adapter directory, or a hub id.
-        device: the GPU where there is one, else the CPU.
-        dtype: the run's or config.json's own by default.
+        device: the GPU if there is one, else the CPU.
+        dtype: the run's or the files' own by default; fp16 files are fp32 on a CPU.
         adapter: False gives the base model of a run or adapter.
+        base: where the base is now, ``nf4`` or ``dense``, or both: see ``find_origin``.
+        tell: hears which base computes, if an adapter was trained on 4 bits.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: with what is missing and the cure.
     """
-    folder = Path(path)
+    origin = find_origin(path, base)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, _adapter_base(folder), device, dtype, adapter)
-    if is_run(folder):
-        return _load_run(find_run(folder), device, dtype, adapter)
-    source = tt_ckpt.resolve(str(path))
-    return load_base(source, device=device, dtype=dtype), tt_data.load_tokenizer(source)
+    dtype = dtype or _DTYPES.get(str(origin.settings.get("dtype")))
+    if tell is not None and origin.base_words is not None and adapter:
+        tell(origin.base_words)
+    if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
+        model = _load_stopped(origin, device, adapter)
+    else:
+        assert origin.model is not None  # of what is no stopped run there are weights
+        model = load_base(origin.model, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(origin)
+    if adapter and origin.adapter is not None:
+        add_adapter_(model, origin)
+    if origin.adapter is not None and adapter:
+        check_tokens(model, tokenizer, origin)
+    return model.eval(), tokenizer
 
 
 def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tt_models.Decoder:
-    """A Hugging Face model directory as one of our models."""
-    hf_config = tt_ckpt.read_config(source)
-    dtype = dtype or saved_dtype(hf_config)
-    model = tt_models.build(tt_models.config_from_hf(hf_config), device="meta", dtype=dtype)
+    """A Hugging Face model directory as one of our models; ``dtype``: ``saved_dtype`` by default."""
+    dtype = dtype or saved_dtype(source, device)
+    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(source)), device="meta", dtype=dtype)
     tt_ckpt.load_weights(model, source, dtype=dtype, device=device)
     return model.eval()
 
 
-def saved_dtype(hf_config: dict[str, Any]) -> torch.dtype:
-    """The dtype that config.json names (either generation of the key); bf16 where it is fp16 or absent."""
-    name = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return torch.float32 if name == "float32" else torch.bfloat16
+def saved_dtype(source: Path, device: torch.device) -> torch.dtype:
+    """The dtype of most tensors in the files; fp16, in which CPUs do not compute well, is fp32 there."""
+    counts = Counter(kind for kind in tt_ckpt.tensor_dtypes(source).values() if kind.is_floating_point)
+    most = counts.most_common(1)[0][0] if counts else torch.bfloat16
+    return torch.float32 if most == torch.float16 and device.type == "cpu" else most
 
 
-def _adapter_base(folder: Path) -> str:
-    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
+def add_adapter_(model: tt_models.Decoder, origin: Origin) -> None:
+    """Load the adapter of ``origin`` onto its base, in place; the base is resized or quantized as it needs."""
+    assert origin.adapter is not None
+    fit_vocabulary_(model, origin.adapter)
+    tt_peft.load_adapter(model, origin.adapter, quantize_base=origin.nf4)
+
+
+def check_tokens(model: tt_models.Decoder, tokenizer: Any, origin: Origin) -> None:
+    """ConfigError if the tokenizer beside an adapter knows tokens that the model has no embedding for."""
+    rows = model.config.vocab_size
+    if tokenizer.vocab_size > rows:
         raise ConfigError(
-            [f"{folder}: adapter_config.json names no base model; load the base and call tt_peft.load_adapter"]
+            [
+                f"{origin.path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {rows} embeddings, and the "
+                f"adapter brings none for {rows} to {tokenizer.vocab_size - 1}; give the resized base that it was "
+                "trained on: --base DIR"
+            ]
         )
-    return str(base)
 
 
-def _load_adapter(
-    folder: Path,
-    base: str,
-    device: torch.device,
-    dtype: torch.dtype | None,
-    adapter: bool,
-    tokenizer: str | None = None,
-) -> tuple[tt_models.Decoder, Any]:
-    source = tt_ckpt.resolve(base)
-    model = load_base(source, device=device, dtype=dtype)
-    if adapter:
-        tt_peft.load_adapter(model, folder)
-    return model.eval(), tt_data.load_tokenizer(tokenizer or source)
-
-
-def _load_run(
-    run: Path, device: torch.device, dtype: torch.dtype | None, adapter: bool
-) -> tuple[tt_models.Decoder, Any]:
-    model, tokenizer = _load_trained(run, device, dtype, adapter)
-    return model, tt_data.choose_template(tokenizer, run_template(run))
-
-
-def _load_trained(
-    run: Path, device: torch.device, dtype: torch.dtype | None, adapter: bool
-) -> tuple[tt_models.Decoder, Any]:
-    section = (read_json(run / "manifest.json").get("config") or {}).get("model") or {}
-    dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}.get(str(section.get("dtype")))
-    if (run / "adapter" / "adapter_config.json").is_file():
-        base = _adapter_base(run / "adapter")
-        return _load_adapter(run / "adapter", base, device, dtype, adapter, section.get("tokenizer"))
-    if (run / "model" / "config.json").is_file():
-        model = load_base(run / "model", device=device, dtype=dtype)
-        return model, tt_data.load_tokenizer(run / "model")
-    return _load_stopped(run, device, adapter)
-
-
-def _load_stopped(run: Path, device: torch.device, adapter: bool) -> tuple[tt_models.Decoder, Any]:
+def _load_stopped(origin: Origin, device: torch.device, adapter: bool) -> tt_models.Decoder:
     """A run without results yet: its newest checkpoint over its base."""
-    from tt_train.composing import compose
+    from tt_train.composing import compose_run
     from tt_train.recipes import _assemble
 
+    run = origin.run
+    assert run is not None
     checkpoints = tt_ckpt.TrainCheckpoint(run / "checkpoints")
     newest = checkpoints.latest()
     if newest is None:
         raise ConfigError(
-            [f"{run}: neither results nor a checkpoint; go on with: tt run {run}/config.yaml -o {run} --resume auto"]
+            [f"{run}: neither results nor a checkpoint; resume it: tt run {run}/config.yaml -o {run} --resume auto"]
         )
-    config = compose(run / "config.yaml", overrides=[f"device={device}"])
-    model_path = _assemble.model_folder(config)
-    hf_config = _assemble.read_hf_config(config, model_path)
-    model_config = tt_models.config_from_hf(hf_config)
+    moved = [] if origin.model is None else [f"model.path={origin.model}"]
+    config = compose_run(run, [f"device={device}", *moved])
     dtype = _assemble.DTYPES[config.model.dtype]
     saved = checkpoints.restore(newest)
-    if model_path is not None:
-        model = load_base(model_path, device=device, dtype=dtype)
+    if origin.model is not None:
+        model = load_base(origin.model, device=device, dtype=dtype)
     else:
         torch.manual_seed(config.seed)
-        model = tt_models.build(model_config, device=device, dtype=dtype)
+        hf_config = _assemble.read_hf_config(config, None)
+        model = tt_models.build(tt_models.config_from_hf(hf_config), device=device, dtype=dtype)
     if adapter and config.adapter is not None:
-        tt_peft.apply_lora_(model, _assemble.lora_config(config.adapter))
+        lora = _assemble.lora_config(config.adapter)
+        tt_peft.apply_lora_(model, lora.with_(quantize_base=origin.nf4))
         tt_peft.load_adapter_state_(model, saved.tensors["adapter"])
     elif adapter:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(saved.tensors["model"][name])
-    source = config.model.tokenizer or model_path
-    assert source is not None  # compose has seen to it
-    return model.eval(), tt_data.load_tokenizer(source)
+    return model

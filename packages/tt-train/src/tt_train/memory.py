@@ -18,8 +18,9 @@ def explaining_memory(batches: Sequence[dict[str, Tensor]], peak_gib: Callable[[
     """Where memory runs out inside, say what was asked of it and which three keys ask for less."""
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        ours = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not ours and "allocate memory" not in str(error):
             raise
         shapes = [tuple(batch["input_ids"].shape) for batch in batches]
         rows, length = max(shapes, key=math.prod)

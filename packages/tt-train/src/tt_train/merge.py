@@ -1,7 +1,8 @@
 """A run's adapter merged into its base, as a Hugging Face directory that transformers, vLLM and llama.cpp read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,45 +10,85 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.errors import ConfigError
-from tt_train.loading import load
-from tt_train.run_dir import is_run, read_json
-from tt_train.serving import run_template, run_tokenizer, serving_files, tokenizer_files
+from tt_train.loading import add_adapter_, check_tokens, load
+from tt_train.origin import DENSE, NF4, Base, Origin, find_origin
+from tt_train.serving import Files, load_tokenizer, run_template, serving_files
 
 
 def merge_run(
-    path: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, tell: Callable[[str], None] | None = None
+    path: str | Path,
+    output: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    base: Base = None,
+    files: Mapping[str, str] | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the merged model of a run or adapter to ``output``, which must be new or empty; returns it.
 
+    Each weight is computed in fp32 and rounded once: to ``dtype``, else to the dtype that it has in the base's files.
+    ``base``: as in ``load``. ``files``: more files to write, name to text.
     What was written is read back and compared before it stands there. ``tell`` hears what merging cost in precision.
     """
-    folder, target = Path(path), Path(output)
+    target, origin = Path(output), find_origin(path, base)
     refuse_full(target)
-    model, tokenizer = load(path, dtype=dtype, device="cpu")
+    model, tokenizer = _as_stored(origin), load_tokenizer(origin)
+    if origin.adapter is not None:
+        add_adapter_(model, origin)
+        check_tokens(model, tokenizer, origin)
     if any(hasattr(module, "adapter_params") for module in model.modules()):
-        report = tt_peft.merge_lora_(model)
+        report = tt_peft.merge_lora_(model, dtype=dtype)
+        rounded = any(layer.lost > 0 for layer in report.layers)
         if tell is not None:
-            tell(str(report))
-    source = model_source(folder)
-    config = dict(tt_ckpt.read_config(source)) if source else tt_models.config_to_hf(model.config)
-    files = tokenizer_files(run_tokenizer(folder)) | serving_files(tokenizer, run_template(folder), source)
-    tt_ckpt.save_hf(model, target, config=config, source=source, files=files)
+            tell(f"{report}{'; --dtype fp32 keeps all of it' if rounded else ''}")
+            if origin.base_words is not None:
+                tell(origin.base_words)
+    stored = {} if origin.model is None else tt_ckpt.tensor_dtypes(origin.model)
+    tt_ckpt.save_hf(
+        model,
+        target,
+        config=merged_config(origin, model, tokenizer),
+        source=origin.model,
+        dtype=dtype or stored,
+        files={**merged_files(origin, tokenizer), **(files or {})},
+    )
     return target
 
 
+def _as_stored(origin: Origin) -> tt_models.Decoder:
+    """The weights without an adapter, each tensor in the dtype that its file has."""
+    if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
+        return load(
+            origin.run, device="cpu", base=[NF4 if origin.nf4 else DENSE, *([origin.model] if origin.model else [])]
+        )[0]
+    assert origin.model is not None
+    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(origin.model)), device="meta")
+    tt_ckpt.load_weights(model, origin.model, device="cpu")
+    return model.eval()
+
+
+def merged_files(origin: Origin, tokenizer: Any) -> Files:
+    """The files beside the merged weights; those of a plain model are its own."""
+    if origin.places == (origin.model,):
+        return {}
+    return serving_files(origin.places, tokenizer, run_template(origin.run), origin.model)
+
+
+def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> dict[str, Any]:
+    """config.json of the merged model: its vocabulary as large as the weights, its tokens those of the tokenizer."""
+    if origin.model is None:
+        return tt_models.config_to_hf(model.config)
+    config = dict(tt_ckpt.read_config(origin.model))
+    if model.config.vocab_size != config.get("vocab_size", model.config.vocab_size):
+        config["vocab_size"] = model.config.vocab_size
+    stated = config.get("eos_token_id")
+    ends = stated if isinstance(stated, list) else [stated]
+    if origin.places != (origin.model,) and tokenizer.eos_id is not None and tokenizer.eos_id not in ends:
+        config |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+    return config
+
+
 def refuse_full(target: Path) -> None:
-    """ConfigError where writing to ``target`` would mix with what it holds."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """ConfigError if writing to ``target`` would mix with what it holds."""
+    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
         raise ConfigError([f"{target}: exists and is not empty; choose another -o"])
-
-
-def model_source(folder: Path) -> Path | None:
-    """The Hugging Face directory under a run, adapter or model: where tokenizer files and config.json are."""
-    if (folder / "adapter_config.json").is_file():
-        return tt_ckpt.resolve(str(read_json(folder / "adapter_config.json")["base_model_name_or_path"]))
-    if not is_run(folder):
-        return tt_ckpt.resolve(str(folder))
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    section = (read_json(folder / "manifest.json").get("config") or {}).get("model") or {}
-    return tt_ckpt.resolve(str(section["path"])) if section.get("path") else None

@@ -1,54 +1,89 @@
 """Where the figures of a run go: metrics.jsonl always, other loggers by name."""
 
 import importlib.util
+import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 
+from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError
 from tt_train.registry import LOGGERS, resolve
+from tt_train.run_dir import RunDir, read_json
 
-Logger = Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl
-
-
-def open_loggers(names: Sequence[str], run_path: Path, config: dict[str, Any]) -> list[Logger]:
-    """The named loggers; ConfigError where one's package is not installed."""
-    return [resolve(name, LOGGERS)(run_path, config) for name in names]
+Logger = Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl; its ``close``, if it has one, ends it
 
 
-def tensorboard(run_path: Path, config: dict[str, Any]) -> Logger:
+@contextmanager
+def open_loggers(config: RunConfig, run: RunDir, step: int) -> Iterator[list[Logger]]:
+    """The loggers that the config names, closed at the end, whatever ends it; ``step``: what the run continues from.
+
+    A logger is what ``factory(run, config, step)`` gives: a function that takes a row of metrics.jsonl. What it
+    holds of later steps belongs to an abandoned continuation. ConfigError if a logger's package is not installed.
+    """
+    with ExitStack() as stack:
+        loggers: list[Logger] = []
+        for name in config.loggers:
+            logger = resolve(name, LOGGERS)(run, to_dict(config), step)
+            if callable(close := getattr(logger, "close", None)):
+                stack.callback(close)
+            loggers.append(logger)
+        yield loggers
+
+
+class TensorBoard:
     """Scalars under ``tb/``, for ``tensorboard --logdir RUN/tb``."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError(["loggers: tensorboard is not installed; pip install tensorboard, or leave it out"])
-    from torch.utils.tensorboard.writer import SummaryWriter
 
-    writer = SummaryWriter(str(run_path / "tb"))
+    def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError(["loggers: tensorboard is not installed; pip install tensorboard, or leave it out"])
+        from torch.utils.tensorboard.writer import SummaryWriter
 
-    def log(row: dict[str, Any]) -> None:
+        folder = run.path / "tb"
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1 if folder.is_dir() else None)
+
+    def __call__(self, row: dict[str, Any]) -> None:
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
-                writer.add_scalar(key, value, row["step"])
-        writer.flush()
+                self.writer.add_scalar(key, value, row["step"])
+        self.writer.flush()
 
-    return log
+    def close(self) -> None:
+        self.writer.close()
 
 
-def wandb(run_path: Path, config: dict[str, Any]) -> Logger:
-    """A Weights & Biases run named like the run directory."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ConfigError(["loggers: wandb is not installed; pip install wandb, or leave it out"])
-    import wandb as client
+class WandB:
+    """A Weights & Biases run named like the run directory. Its id is in manifest.json: a resumed run continues it."""
 
-    run = client.init(project="tt", name=run_path.name, dir=str(run_path), config=config, resume="allow")
+    def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(["loggers: wandb is not installed; pip install wandb, or leave it out"])
+        import wandb
 
-    def log(row: dict[str, Any]) -> None:
-        run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tt"), name=run.path.resolve().name, dir=str(run.path),
+            config=config, id=_wandb_id(run), resume="allow",
+        )  # fmt: skip
 
-    return log
+    def __call__(self, row: dict[str, Any]) -> None:
+        self.run.log({key: value for key, value in row.items() if key != "step"}, step=row["step"])
+
+    def close(self) -> None:
+        """Failed, if an error is on its way."""
+        self.run.finish(exit_code=0 if sys.exc_info()[1] is None else 1)
+
+
+def _wandb_id(run: RunDir) -> str:
+    known = read_json(run.path / "manifest.json").get("wandb_id")
+    if known is None:
+        known = uuid.uuid4().hex[:8]
+        run.update_manifest(wandb_id=known)
+    return str(known)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -2,20 +2,42 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from tt_train.config import OptimizerSection, ScheduleSection, SFTConfig
+from tt_train.config import OptimizerSection, RunConfig, ScheduleSection
 from tt_train.errors import ConfigError
+from tt_train.master_weights import MasterWeights
 from tt_train.registry import OPTIMIZERS, resolve
 
 DEFAULT_WARMUP_RATIO = 0.03
 
 
-def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer that ``section`` names, over ``groups`` of parameters; torch's fused kernels where it has them."""
+AnyOptimizer = torch.optim.Optimizer | MasterWeights
+
+
+def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection, *, narrow: bool = False) -> MasterWeights:
+    """The optimizer that ``section`` names, over ``groups`` of parameters; torch's fused kernels if it has them.
+
+    What it updates is fp32, also behind bf16 parameters. ``narrow``: fp32 parameters become such bf16 ones.
+    """
+    optimizer = _torch_optimizer(groups, section)
+    return MasterWeights(optimizer, narrow=narrow, together=section.name not in OPTIMIZERS)
+
+
+def decayed(parameters: Iterable[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups: matrices decay as the optimizer says; norms, biases and other vectors do not decay."""
+    every = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in every if parameter.dim() > 1]},
+        {"params": [parameter for parameter in every if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
     optimizer_class = resolve(section.name, OPTIMIZERS)
     accepted = inspect.signature(optimizer_class).parameters
     options: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "betas": tuple(section.betas),
@@ -57,7 +79,7 @@ def warmup_steps(section: ScheduleSection, steps_total: int) -> int:
     return max(0, min(math.ceil(ratio * steps_total), steps_total - 1))
 
 
-def schedule_notes(config: SFTConfig, steps_total: int) -> list[str]:
+def schedule_notes(config: RunConfig, steps_total: int) -> list[str]:
     """A line for each number of the config that a run of ``steps_total`` steps makes meaningless."""
     notes = []
     section, run = config.schedule, f"the run's {steps_total:,} step{'s' if steps_total > 1 else ''}"
@@ -82,7 +104,7 @@ def schedule_notes(config: SFTConfig, steps_total: int) -> list[str]:
     return notes
 
 
-def rate_change(config: SFTConfig, step: int, *, before: int, now: int) -> str | None:
+def rate_change(config: RunConfig, step: int, *, before: int, now: int) -> str | None:
     """What a run that was to have ``before`` steps, and has ``now``, changes at ``step`` (counted from 0); or None."""
     old, new = (
         learning_rate(config.schedule, base=config.optimizer.lr, step=step, steps_total=total)
@@ -96,15 +118,21 @@ def rate_change(config: SFTConfig, step: int, *, before: int, now: int) -> str |
     )
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+def set_learning_rate(optimizer: AnyOptimizer, value: float) -> None:
     """Give every group the learning rate ``value``, times the group's ``lr_scale`` where it has one (LoRA+)."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: dict[torch.nn.Parameter, str]
-) -> dict[str, torch.Tensor]:
+_STATE_ENTRIES = {"AdamW": 2, "Adam": 2, "Adagrad": 1, "RMSprop": 1, "SGD": 1}
+
+
+def state_entries(optimizer: MasterWeights) -> int:
+    """How many fp32 numbers the optimizer keeps per weight, at most; 2 if it is not one of the registered."""
+    return _STATE_ENTRIES.get(type(optimizer.optimizer).__name__, 2)
+
+
+def optimizer_tensors(optimizer: AnyOptimizer, names: dict[torch.nn.Parameter, str]) -> dict[str, torch.Tensor]:
     """The optimizer's state as flat tensors: ``<parameter name>/<entry>``."""
     return {
         f"{name}/{entry}": value
@@ -115,7 +143,7 @@ def optimizer_tensors(
 
 
 def load_optimizer_tensors_(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], names: dict[torch.nn.Parameter, str]
+    optimizer: AnyOptimizer, tensors: Mapping[str, torch.Tensor], names: dict[torch.nn.Parameter, str]
 ) -> None:
     """The inverse of ``optimizer_tensors``; raises ValueError where the parameters are not the saved ones."""
     by_name = {name: parameter for parameter, name in names.items()}

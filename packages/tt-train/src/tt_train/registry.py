@@ -1,6 +1,7 @@
 """Names that a config or a command may use, and what they stand for. Importing this loads no torch, no recipe."""
 
 import importlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tt_train.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from tt_train.config import SFTConfig
+    from tt_train.config import RunConfig
 
 HERE = Path(__file__).parent
 
@@ -23,7 +24,8 @@ OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "
 # what other tools call these optimizers
 _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
-LOGGERS = {"tensorboard": "tt_train.metrics.tensorboard", "wandb": "tt_train.metrics.wandb"}
+LOGGERS = {"tensorboard": "tt_train.metrics.TensorBoard", "wandb": "tt_train.metrics.WandB"}
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # what must be installed for them
 
 
 def recipe_names() -> list[str]:
@@ -55,6 +57,8 @@ def config_path(name: str) -> Path:
 def find_config(name: str | Path) -> Path:
     """A YAML file by path or registered name."""
     path = Path(name)
+    if path.suffix == ".py":
+        raise ConfigError([f"{name}: a recipe file, not a config; tt run {name} ..."])
     if path.is_file():
         return path
     if str(name) in config_names():
@@ -63,13 +67,13 @@ def find_config(name: str | Path) -> Path:
         siblings = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = did_you_mean(str(name), [*siblings, *config_names()])
         raise ConfigError([f"{name}: no such config file (looked in {Path.cwd()}){hint}"])
-    known = [*RECIPES, *config_names()]
+    known = [*RECIPES, *config_names(), *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind))]
     raise ConfigError(
         [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(str(name), known)}; see tt ls"]
     )
 
 
-def name_mistakes(config: "SFTConfig", allow_import: Sequence[str]) -> list[str]:
+def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]:
     """Component names that are neither registered nor allowed to be imported."""
     named = [("optimizer.name", config.optimizer.name, OPTIMIZERS), ("loss.name", config.loss.name, LOSSES)]
     named += [("loggers", logger, LOGGERS) for logger in config.loggers]
@@ -86,11 +90,28 @@ def name_mistakes(config: "SFTConfig", allow_import: Sequence[str]) -> list[str]
             found.append(f"{key}: {name!r} is a dotted path; to let it be imported, add --allow-import {module}")
         else:
             _ALLOWED.add(name)
-            try:
-                resolve(name, known)
-            except (ImportError, AttributeError) as error:
-                found.append(f"{key}: {name!r} cannot be imported: {error}")
+            found += _import_mistakes(key, name, module)
     return found
+
+
+def _import_mistakes(key: str, name: str, module: str) -> list[str]:
+    """What is wrong with a dotted name that may be imported; afterwards ``resolve`` finds it."""
+    from tt_train.recipe_file import finding_modules_here
+
+    try:
+        with finding_modules_here([module]):
+            resolve(name, {})
+    except ModuleNotFoundError as error:
+        files = [path.stem for path in Path().glob("*.py")]
+        near = did_you_mean(module, files) or f"; neither installed nor in {Path.cwd()}"
+        return [f"{key}: {name!r} cannot be imported: {error}{near if error.name == module else ''}"]
+    except AttributeError:
+        found = sys.modules[module]
+        near = did_you_mean(name.rpartition(".")[2], vars(found))
+        return [f"{key}: {name!r} cannot be imported: {getattr(found, '__file__', module)} has no such name{near}"]
+    except Exception as error:  # the module's own
+        return [f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}"]
+    return []
 
 
 _ALLOWED: set[str] = set()  # dotted names that this process was allowed to import, on its command line

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tt_train.report_figure import write_png
+from tt_train.report_figure import GENERATOR, write_png
 from tt_train.report_html import page
 from tt_train.report_run import read_runs
 
@@ -17,14 +17,18 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     lies beside it) or a folder. By default a run's report lies in its directory as ``report.html``, and a comparison
     beside the first run as ``comparison.html``.
 
-    Raises FileNotFoundError for a directory without metrics.jsonl. A cut last line, rows without a figure, and a
+    An older report is replaced, any other file is not. Raises FileExistsError for one, and FileNotFoundError for a
+    directory without metrics.jsonl. A cut last line, rows without a figure, and a
     missing manifest, config or samples are named on the page instead.
     """
     paths = [Path(run) for run in runs]
     read = read_runs(paths)
     html = _destination(paths, None if output is None else Path(output))
-    html.parent.mkdir(parents=True, exist_ok=True)
     png = html.with_suffix(".png")
+    for path in (html, png) if html.parent not in paths else ():  # a run's own report is the run's to replace
+        if path.exists() and not _is_ours(path):
+            raise FileExistsError(f"{path} exists and is not a report of tt; name another page with -o, or remove it")
+    html.parent.mkdir(parents=True, exist_ok=True)
     _replace(html, page(read).encode())
     with tempfile.TemporaryDirectory() as folder:
         drawing = Path(folder) / png.name
@@ -42,6 +46,13 @@ def _destination(paths: Sequence[Path], output: Path | None) -> Path:
     if output.suffix and not output.is_dir():
         raise ValueError(f"{output}: a report is an .html page or a folder, found {output.suffix!r}")
     return output / name
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is a page or a picture that this module wrote, or is empty."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return not head or GENERATOR.encode() in head
 
 
 def _replace(path: Path, content: bytes) -> None:

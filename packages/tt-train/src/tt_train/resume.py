@@ -1,32 +1,28 @@
-"""The training state of a run, out and back in: weights, optimizer, place in the data, and what it belonged to."""
+"""Which run and which checkpoint ``--resume`` means, and whether they fit the config. Nothing is written here."""
 
-import contextlib
 import json
-import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 import tt_ckpt
-import tt_peft
-from tt_train.config import SFTConfig, to_dict
-from tt_train.errors import ConfigError
-from tt_train.optim import load_optimizer_tensors_, optimizer_tensors
+from tt_train.config import RunConfig, to_dict
+from tt_train.errors import ConfigError, did_you_mean
 from tt_train.recipes._assemble import Job
-from tt_train.run_dir import RunDir, is_run, list_runs, read_json
+from tt_train.run_dir import is_run, list_runs, read_json
 
-# keys that may differ when a run goes on: they change how long, how often and where, but not which steps are made
+# keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
     "output_dir",
     "save_every",
     "save_async",
+    "save_last",
     "eval_every",
+    "early_stop_after",
     "keep_last",
     "loggers",
     "data.num_workers",
+    "data.worker_timeout_s",
     "samples.num",
     "samples.max_new_tokens",
     "epochs",
@@ -35,26 +31,45 @@ _MAY_CHANGE = {
 }
 
 
-def find_resumable(config: SFTConfig, resume: str | Path | None) -> Path | None:
-    """The run to go on with; None to start anew.
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """The run to resume; ``checkpoint`` if the user named one. Not ``in_place``: a new run begins from there."""
+
+    run: Path
+    checkpoint: Path | None = None
+    in_place: bool = True
+
+
+def find_origin(config: RunConfig, resume: str | Path | None) -> Origin | None:
+    """What to resume; None to start anew.
 
     ``auto``: the run at ``output_dir``, else the newest one under runs/ with the same config that is not finished.
+    A path names a run or one of its checkpoints; with another ``output_dir``, a new run begins from there.
     """
     if resume is None:
         return None
     if str(resume) != "auto":
-        path = Path(resume)
-        path = path.parent.parent if path.name.startswith("step-") else path
-        if not is_run(path):
-            raise ConfigError(
-                [f"--resume: {resume} is no run with training state; to start from a model's weights, set model.path"]
-            )
-        return path
+        return _named(Path(resume), config.output_dir)
     if config.output_dir is not None:
         path = Path(config.output_dir)
-        return path if is_run(path) else None
+        return Origin(run=path) if is_run(path) else None
     unfinished = (Path(run["path"]) for run in list_runs() if run["state"] != "finished")
-    return next((path for path in unfinished if not changed_keys(saved_config(path), config)), None)
+    return next((Origin(run=path) for path in unfinished if not changed_keys(saved_config(path), config)), None)
+
+
+def _named(path: Path, output_dir: str | None) -> Origin:
+    checkpoint = path if path.name.startswith("step-") else None
+    run = path if checkpoint is None else (path if len(path.parts) > 2 else path.absolute()).parent.parent
+    if not is_run(run):
+        raise ConfigError(
+            [f"--resume: {path} is not a run with training state; to start from a model's weights, set model.path"]
+        )
+    if checkpoint is not None and not checkpoint.is_dir():
+        there = sorted(entry.name for entry in checkpoint.parent.glob("step-*"))
+        known = f"; there are {', '.join(there)}" if there else "; the run has no checkpoint"
+        raise ConfigError([f"--resume: {path} does not exist{did_you_mean(path.name, there)}{known}"])
+    in_place = output_dir is None or Path(output_dir).resolve() == run.resolve()
+    return Origin(run=run, checkpoint=checkpoint, in_place=in_place)
 
 
 def saved_config(run: Path) -> dict[str, Any]:
@@ -63,9 +78,10 @@ def saved_config(run: Path) -> dict[str, Any]:
     return found
 
 
-def changed_keys(before: dict[str, Any], config: SFTConfig) -> list[str]:
+def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
     """``key: old -> new`` for each key that would make other steps than the saved run's."""
-    old, new = _flat(before), _flat(to_dict(config))
+    defaults = _flat(to_dict(type(config)()))  # a key that did not exist yet had its default's effect
+    old, new = defaults | _flat(before), _flat(to_dict(config))
     return [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -84,90 +100,58 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return plain
 
 
-class TrainingState:
-    """What a run saves and restores: its trained weights and its optimizer. An adapter run leaves its base."""
+def nothing_left(job: Job, run: Path) -> str | None:
+    """Why a finished run has no step left to make; None if it has one, or its result is not there."""
+    manifest = read_json(run / "manifest.json")
+    summary = manifest.get("summary") or {}
+    if manifest.get("state") != "finished" or not any((run / name).is_dir() for name in ("adapter", "model")):
+        return None
+    steps, total = summary.get("steps", 0), job.steps_total
+    if steps >= total:
+        return f"{run} is finished after {steps:,} steps, nothing is left to do; raise max_steps or epochs to train on"
+    if summary.get("stopped_early") and saved_config(run).get("early_stop_after") == job.config.early_stop_after:
+        return (
+            f"{run} has stopped early after {steps:,} steps, nothing is left to do; raise early_stop_after to train on"
+        )
+    return None
 
-    def __init__(self, run: RunDir, job: Job, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.job, self.model, self.optimizer = job, model, optimizer
-        self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=job.config.keep_last)
-        self.failed = 0  # saves in a row
 
-    def check_space(self) -> None:
-        """ConfigError where the checkpoints that are to come cannot fit on the disk."""
-        size = 3 * sum(parameter.nbytes for parameter in self.names)  # weights and two moments
-        needed = int(1.2 * size * (self.job.config.keep_last + 1))
-        free = shutil.disk_usage(self.checkpoints.directory.parent).free
-        if free < needed:
-            raise ConfigError(
-                [
-                    f"output_dir: {free / 2**30:.1f} GiB free on its disk, checkpoints need {needed / 2**30:.1f} "
-                    "GiB; choose another -o, or lower keep_last"
-                ]
-            )
+def read_checkpoint(job: Job, origin: Origin, *, explicit: bool) -> tt_ckpt.TrainState | None:
+    """The named or newest checkpoint, whole and of this config's rows; None if the run has none to continue from.
 
-    def save(self, step: int, progress: dict[str, Any]) -> Path:
-        """Write a checkpoint after ``step`` steps; raises CheckpointNotSaved."""
-        with contextlib.suppress(tt_ckpt.CheckpointNotSaved):
-            self.checkpoints.wait()  # one that failed in the background is made up for by this one
-        return self.checkpoints.save(step, **self._content(step, progress))
+    ``explicit``: the user named the run, so that starting anew is not an answer.
+    """
+    checkpoints = tt_ckpt.TrainCheckpoint(origin.run / "checkpoints")
+    path = origin.checkpoint or checkpoints.latest()
+    if path is None:
+        _refuse_damaged(origin.run, explicit=explicit)
+        return None
+    try:
+        saved = checkpoints.restore(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError([f"--resume: {error}; choose another checkpoint"]) from error
+    if "steps_total" not in saved.state:
+        raise ConfigError([f"--resume: {path} was written by another version of tt-train; start a new run"])
+    if saved.state["data"] != job.train.fingerprint:
+        rows = f"the rows of data.train are not those that {path} was trained on"
+        raise ConfigError([f"--resume: {rows}; restore them, or start a new run"])
+    if saved.step > job.steps_total:
+        raise ConfigError(
+            [f"--resume: {path} is after the last step ({job.steps_total}) of this config; raise max_steps or epochs"]
+        )
+    return saved
 
-    def _content(self, step: int, progress: dict[str, Any]) -> dict[str, Any]:
-        adapted = self.job.lora is not None
-        weights = tt_peft.adapter_state_dict(self.model) if adapted else self._weights()
-        tensors = {
-            "adapter" if adapted else "model": weights,
-            "optimizer": optimizer_tensors(self.optimizer, self.names),
-        }
-        state = {"step": step, "data": self.job.train.fingerprint, "progress": progress}
-        return {"tensors": tensors, "state": state}
 
-    def try_to_save(self, step: int, progress: dict[str, Any], warn: Callable[[str], None]) -> None:
-        """Save, with ``save_async`` in the background; a failure is a warning, see ``tolerate``."""
-        content = self._content(step, progress)
-        if self.job.config.save_async:
-            self.tolerate(self.checkpoints.wait, warn)
-            self.checkpoints.save_async(step, **content)
-        else:
-            self.tolerate(lambda: self.checkpoints.save(step, **content), warn)
-
-    def check(self, warn: Callable[[str], None]) -> None:
-        """At every step: whether a save in the background has failed."""
-        self.tolerate(self.checkpoints.check, warn)
-
-    def drain(self, warn: Callable[[str], None]) -> None:
-        """At the end: wait for the save in the background."""
-        self.tolerate(self.checkpoints.wait, warn)
-
-    def tolerate(self, save: Callable[[], Path | None], warn: Callable[[str], None]) -> None:
-        """A failed save is a warning as long as an older checkpoint exists and the last save went well."""
-        try:
-            if save() is not None:
-                self.failed = 0
-        except tt_ckpt.CheckpointNotSaved as error:
-            self.failed += 1
-            if self.failed > 1 or self.checkpoints.latest(hashes=False) is None:
-                raise
-            warn(f"{error}; training goes on, the checkpoint before it is whole")
-
-    def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """Put a checkpoint into the model and the optimizer; returns (steps made, progress)."""
-        saved = self.checkpoints.restore(path)
-        if saved.state["data"] != self.job.train.fingerprint:
-            raise ConfigError(
-                [
-                    f"--resume: the rows of data.train are not those that {path} was trained on; restore them, or "
-                    "start a new run"
-                ]
-            )
-        if self.job.lora is not None:
-            tt_peft.load_adapter_state_(self.model, saved.tensors["adapter"])
-        else:
-            with torch.no_grad():
-                for name, weight in self._weights().items():
-                    weight.copy_(saved.tensors["model"][name])
-        load_optimizer_tensors_(self.optimizer, saved.tensors["optimizer"], self.names)
-        return int(saved.state["step"]), dict(saved.state["progress"])
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for parameter, name in self.names.items()}
+def _refuse_damaged(run: Path, *, explicit: bool) -> None:
+    """A run whose checkpoints cannot be used, or that has a result and no checkpoint, does not quietly start anew."""
+    there = sorted(entry.name for entry in (run / "checkpoints").glob("*step-*") if not entry.name.startswith(".tmp-"))
+    if there:
+        cure = "restore one from a copy, or start a new run with another -o"
+        raise ConfigError([f"--resume: every checkpoint of {run} is damaged ({', '.join(there)}); {cure}"])
+    if read_json(run / "manifest.json").get("state") == "finished":
+        how = f"adapter.path={run / 'adapter'}" if (run / "adapter").is_dir() else f"model.path={run}"
+        raise ConfigError(
+            [f"--resume: {run} is finished and kept no checkpoint; start a new run from its result: {how}"]
+        )
+    if explicit:
+        raise ConfigError([f"--resume: {run} has no checkpoint to continue from; start a new run with another -o"])

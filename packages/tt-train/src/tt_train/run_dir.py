@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,6 @@ from types import TracebackType
 from typing import Any
 
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
-from tt_train.headline import training_loss
 from tt_train.redact import redact
 from tt_train.run_lock import RunLock, writer_of
 
@@ -58,6 +58,23 @@ class RunDir:
         with naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(text)
 
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[Path]:
+        """An empty folder to fill; at the end of the block it takes the place of the folder ``name``, as a whole."""
+        part, old = self.path / f".{name}.part", self.path / f".{name}.old"
+        for leftover in (part, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            yield part
+            if (self.path / name).exists():
+                (self.path / name).rename(old)
+            part.rename(self.path / name)
+        finally:
+            if old.exists() and not (self.path / name).exists():
+                old.rename(self.path / name)
+            for leftover in (part, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out."""
         return list(read_rows(self.path / name))
@@ -66,7 +83,7 @@ class RunDir:
         """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             if (self.path / name).exists():
-                kept = [row for row in self.rows(name) if row.get("step", 0) <= step]
+                kept = [row for row in self.rows(name) if (row.get("step") or 0) <= step]
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -182,7 +199,7 @@ def new_path(output_dir: str | None, model: str, method: str, *, root: Path | No
         raise ConfigError([f"output_dir: {path} is a file; choose another -o"])
     if path.is_dir() and any(path.iterdir()):
         kept = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
-        cure = "go on with --resume auto, or choose another -o" if (path / MARKER).exists() else "choose another -o"
+        cure = "continue with --resume auto, or choose another -o" if (path / MARKER).exists() else "choose another -o"
         raise ConfigError([f"output_dir: {path} is not empty (it holds {kept}); {cure}"])
     return path
 
@@ -206,7 +223,7 @@ def is_run(path: Path) -> bool:
 
 
 def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
-    """The runs under ``root``, newest first: path, state, model, last step and training loss (tt_train.headline)."""
+    """The runs under ``root``, newest first: path, state, model, last step and loss."""
     folder = Path(root)
     found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
     found.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
@@ -224,7 +241,7 @@ def _describe(path: Path) -> dict[str, Any]:
         "method": manifest.get("method"),
         "state": state_of(path, manifest),
         "step": last.get("step"),
-        "loss": training_loss(rows),
+        "loss": last.get("loss"),
     }
 
 
@@ -271,4 +288,4 @@ def results_of(path: Path) -> Path:
     for name, marker in (("adapter", "adapter_config.json"), ("model", "config.json")):
         if (path / name / marker).is_file():
             return path / name
-    raise ConfigError([f"{path}: the run has no results yet; go on with --resume auto"])
+    raise ConfigError([f"{path}: the run has no results yet; continue with --resume auto"])

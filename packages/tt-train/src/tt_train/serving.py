@@ -1,26 +1,28 @@
-"""What lies beside the weights so that other programs ask a model as it was trained."""
+"""What is beside the weights so that other programs ask a model as it was trained: the nearest file of each kind."""
 
+import fnmatch
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tt_data
 from tt_data.instruct_templates import INSTRUCT_TEMPLATES
-from tt_train.run_dir import is_run, read_json
+from tt_data.model_files import find_templates, find_tokenizer
+from tt_train.origin import Origin
+from tt_train.run_dir import read_json
 
 TEMPLATE_FILE = "chat_template.jinja"
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
-)
+_TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
+                    "*.model", "tekken.json")  # fmt: skip
+_GENERATION = "generation_config.json"
+
+Files = dict[str, str | Path | None]  # name -> text, a file or folder to copy, or None: not even if the base has it
 
 
 def own_template(tokenizer: Any, template: str | None) -> str | None:
-    """The Jinja text of ``data.template``; None where a run keeps the model's own, or trains on an instruct template.
+    """The Jinja text of ``data.template``; None if a run keeps the model's own, or trains on an instruct template.
 
     ``tokenizer``: the one that ``tt_data.choose_template`` gave.
     """
@@ -29,46 +31,86 @@ def own_template(tokenizer: Any, template: str | None) -> str | None:
     return str(tokenizer.templates["default"])
 
 
-def run_template(folder: Path) -> str | None:
+def run_template(run: Path | None) -> str | None:
     """What to give ``tt_data.choose_template`` for a run: its saved template, or the name in its config."""
-    if not is_run(folder):
+    if run is None:
         return None
-    if (folder / TEMPLATE_FILE).is_file():
-        return str(folder / TEMPLATE_FILE)
-    data = (read_json(folder / "manifest.json").get("config") or {}).get("data") or {}
+    if (run / TEMPLATE_FILE).is_file():
+        return str(run / TEMPLATE_FILE)
+    data = (read_json(run / "manifest.json").get("config") or {}).get("data") or {}
     name = data.get("template")
     return None if name is None else str(name)
 
 
-def serving_files(tokenizer: Any, template: str | None, source: Path | None) -> dict[str, str | Path]:
-    """Files for ``tt_ckpt.save_hf(files=...)`` where a run brought its own template: the template, and
-    generation_config.json with the tokens that end a turn in it, or a server would write on behind them."""
-    text = own_template(tokenizer, template)
-    if text is None:
+def load_tokenizer(origin: Origin) -> Any:
+    """The tokenizer of a run, adapter or model, with the template that it was trained with."""
+    return tt_data.choose_template(tt_data.load_tokenizer(origin.places), run_template(origin.run))
+
+
+def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, source: Path | None) -> Files:
+    """Files for ``tt_ckpt.save_hf(files=...)``: of each kind the nearest, instead of those of ``source``.
+
+    ``template``: what ``own_template`` takes. generation_config.json holds every token that ends a turn, or a server
+    would write on behind them; it is the nearest one byte for byte if it does already.
+    """
+    folder, file = find_tokenizer(list(places))
+    folders = _folders(places)
+    files: Files = {}
+    if folder != source:
+        files |= _group(folder, source, _TOKENIZER_FILES)
+        files[file.name] = file
+    files |= _template_files(folders, folder, source, own_template(tokenizer, template))
+    generation = generation_settings(places)
+    nearest = next((place / _GENERATION for place in folders if (place / _GENERATION).is_file()), None)
+    stated = generation.get("eos_token_id")
+    if stated is None and source is not None and (source / "config.json").is_file():
+        stated = read_json(source / "config.json").get("eos_token_id")
+    known = stated if isinstance(stated, list) else [stated]
+    if not set(tokenizer.eos_ids) <= set(known):
+        generation["eos_token_id"] = list(tokenizer.eos_ids)
+        files[_GENERATION] = _json(generation)
+    elif nearest is not None and nearest.parent != source:
+        files[_GENERATION] = nearest
+    return files
+
+
+def generation_settings(places: Sequence[Path]) -> dict[str, Any]:
+    """The nearest generation_config.json; {} if there is none."""
+    files = [folder / _GENERATION for folder in _folders(places)]
+    return next((read_json(file) for file in files if file.is_file()), {})
+
+
+def _folders(places: Sequence[Path]) -> list[Path]:
+    return [place if place.is_dir() else place.parent for place in places]
+
+
+def _template_files(folders: Sequence[Path], tokenizer: Path, source: Path | None, own: str | None) -> Files:
+    """The files of the chat templates, if they are not those that go with the tokenizer's."""
+    nearest = next((folder for folder in folders if find_templates([folder])[0]), None)
+    if own is not None:
+        return {**_group(None, source, _TEMPLATE_FILES), TEMPLATE_FILE: own}
+    if nearest is None or nearest == tokenizer == source:
         return {}
-    file = None if source is None else source / "generation_config.json"
-    generation = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else {}
-    generation["eos_token_id"] = list(tokenizer.eos_ids)
-    return {TEMPLATE_FILE: text, "generation_config.json": json.dumps(generation, indent=2) + "\n"}
+    files = _group(nearest, source, _TEMPLATE_FILES)
+    if nearest != tokenizer and not any(files.values()):  # within a tokenizer_config.json, which stays behind
+        chosen = find_templates([nearest])[0]
+        config = tokenizer / "tokenizer_config.json"
+        settings = read_json(config) if config.is_file() else {}
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in chosen.items()]
+        files["tokenizer_config.json"] = _json(settings)
+    return files
 
 
-def tokenizer_files(folder: Path | None) -> dict[str, str | Path]:
-    """The tokenizer's files of a folder (or beside a file) named by ``model.tokenizer``."""
-    if folder is None:
-        return {}
-    place = folder if folder.is_dir() else folder.parent
-    found = {file for pattern in _TOKENIZER_FILES for file in place.glob(pattern) if file.is_file()}
-    return {file.name: file for file in sorted(found)}
+def _group(folder: Path | None, source: Path | None, patterns: Sequence[str]) -> Files:
+    """Entries of ``folder`` that match; those that only ``source`` has are left out: they would say something else."""
+    found = {entry.name: entry for entry in _matching(folder, patterns)}
+    return {**dict.fromkeys(entry.name for entry in _matching(source, patterns)), **found}
 
 
-def run_tokenizer(folder: Path) -> Path | None:
-    """``model.tokenizer`` of a run, where it names one."""
-    if not is_run(folder):
-        return None
-    section = (read_json(folder / "manifest.json").get("config") or {}).get("model") or {}
-    return Path(section["tokenizer"]) if section.get("tokenizer") else None
+def _matching(folder: Path | None, patterns: Sequence[str]) -> list[Path]:
+    entries = sorted(folder.iterdir()) if folder is not None else []
+    return [entry for entry in entries if any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in patterns)]
 
 
-def load_run_tokenizer(folder: Path, source: Path) -> Any:
-    """The tokenizer of a run, adapter or model, with the template that it was trained with; ``source``: its base."""
-    return tt_data.choose_template(tt_data.load_tokenizer(run_tokenizer(folder) or source), run_template(folder))
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tt_train.losses import Objective
+from tt_train.master_weights import MasterWeights
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ def train_step(
     model: nn.Module,
     micro_batches: Sequence[dict[str, Tensor]],
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | MasterWeights,
     *,
     max_grad_norm: float | None = None,
 ) -> StepResult:

@@ -1,19 +1,39 @@
-"""Signals that ask a run to stop: the first is noted and answered after the step, the second ends at once."""
+"""Signals that ask a run to stop: the first is answered between steps, the second ends the process at once."""
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
+
+from tt_train.errors import Interrupted
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
 
 
-class StopRequest:
-    """``with StopRequest() as stop``: ``stop.signal`` is the signal's number once one has come, else None."""
+class Stopped(BaseException):
+    """Raised where the run may stop; no ``except Exception`` on the way up takes it for an error."""
 
-    def __init__(self) -> None:
+    def __init__(self, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+
+
+class StopRequest:
+    """``with StopRequest() as stop``: a signal is noted, and answered by ``check`` or inside ``at_once``.
+
+    The answer is Stopped; one that nobody has turned into Interrupted by the end of the block becomes one there, with
+    ``checkpoint`` and ``step``, which the run began with.
+    """
+
+    def __init__(self, *, checkpoint: str | None = None, step: int = 0) -> None:
         self.signal: int | None = None
+        self._begun_with = (checkpoint, step)
         self._before: dict[int, Any] = {}
+        self._at_once = False
+        self._owner = os.getpid()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
@@ -25,9 +45,29 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, Stopped):
+            raise Interrupted(error.signal_number, *self._begun_with) from None
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.signal is not None:
+            raise Stopped(self.signal)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal is answered the moment it comes: for work that can be abandoned anywhere."""
+        self._at_once = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._at_once = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None or os.getpid() != self._owner:  # a second one; or a forked process is meant to end
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.signal = number
+        if self._at_once:
+            self._at_once = False  # once: what cleans up is not interrupted again
+            raise Stopped(number)

@@ -1,25 +1,34 @@
 """Everything about a config that can be known before weights load."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tt_train.config import SFTConfig
+from tt_train.config import RunConfig, missing
 from tt_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from tt_train.recipes._assemble import Job
 
 
-def check(config: SFTConfig) -> "Job":
+def check(config: RunConfig) -> "Job":
     """All that ``tt run`` would read but the weights. ConfigError holds every mistake."""
     from tt_train.recipes._assemble import assemble
 
     return assemble(config)
 
 
-def problems(config: SFTConfig) -> list[str]:
+def problems(config: RunConfig) -> list[str]:
     """One line for each mistake; empty where ``tt run`` would start. Reads all but the weights."""
     try:
         check(config)
     except ConfigError as error:
         return error.problems
     return []
+
+
+def rows(config: RunConfig) -> Any:
+    """The rows of ``data.train`` as the run would see them, held-out ones included; needs no device and no weights."""
+    from tt_train.recipes import _assemble
+
+    if lacking := [line for line in missing(config) if not line.startswith("max_steps")]:
+        raise ConfigError(lacking)
+    return _assemble.rows_to_train(config)

@@ -1,24 +1,28 @@
 """``tt cat``: a config as a run would see it."""
 
+from dataclasses import replace
+
 import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json
-from tt_cli.names import complete_keys, complete_runnable, refuse_folder
+from tt_cli.names import complete_keys, complete_runnable, composed
 
 
 @click.command("cat", cls=ConfigVerb)
-@click.argument("config", shell_complete=complete_runnable)
+@click.argument("what", metavar="RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
+@click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @json_option
-def command(config: str, overrides: tuple[str, ...], allow_import: tuple[str, ...], as_json: bool) -> None:
-    """Show CONFIG (a recipe, a registered config or a YAML file) with overrides and every default filled in."""
-    from tt_train import compose
+def command(
+    what: str, overrides: tuple[str, ...], config_file: str | None, allow_import: tuple[str, ...], as_json: bool
+) -> None:
+    """Show a config with overrides and every default filled in."""
+    config = composed(what, config_file, overrides, allow_import, complete=False)
     from tt_train.config import to_dict, to_yaml
 
-    refuse_folder(config)
-    composed = compose(config, overrides=overrides, allow_import=allow_import, complete=False)
+    config = replace(config, recipe_sha256=None)  # what is shown is for the recipe file as it will be
     if as_json:
-        print_json({"config": to_dict(composed)})
+        print_json({"config": to_dict(config)})
     else:
-        click.echo(to_yaml(composed).rstrip("\n"))
+        click.echo(to_yaml(config).rstrip("\n"))

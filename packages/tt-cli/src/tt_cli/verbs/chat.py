@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import click
 
+from tt_cli.basing import base_option
 from tt_cli.group import Verb
 from tt_cli.marking import visible
 from tt_cli.talk import Messages, Sampling, Speaker, sampling_options
@@ -22,10 +23,11 @@ COMMANDS = {
 @click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
 @click.option("--system", metavar="TEXT", help="A system message to begin with.")
 @click.option("--no-adapter", is_flag=True, help="Talk to the base model of a run.")
+@base_option
 @sampling_options
-def command(model: str | None, system: str | None, no_adapter: bool, **sampling: object) -> None:
+def command(model: str | None, system: str | None, no_adapter: bool, base: tuple[str, ...], **sampling: object) -> None:
     """Talk to RUN or MODEL (default: the newest run). Prompts are lines of standard input."""
-    speaker = Speaker(model, adapter=not no_adapter)
+    speaker = Speaker(model, adapter=not no_adapter, base=base)
     settings = Sampling(**sampling)  # type: ignore[arg-type]
     interactive = sys.stdin.isatty()
     if interactive:

@@ -1,52 +1,62 @@
 """``tt data show``: rows as the model sees them."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json, wants_color
+from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
+from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
 
 
-@click.command("show", cls=Verb)
-@click.argument("data", type=click.Path())
-@click.option("--tokenizer", required=True, metavar="MODEL", type=click.Path(), help="A directory, hub id or file.")
+@click.command("show", cls=ConfigVerb)
+@click.argument("what", metavar="DATA|RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
+@click.option("--tokenizer", metavar="MODEL", type=click.Path(), help="A directory, hub id or file.")
+@click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
 @click.option("-n", "--num", type=click.IntRange(min=0), default=3, show_default=True, help="How many rows.")
 @click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="The first row shown.")
 @click.option("--stats", is_flag=True, help="Lengths, the share trained and what was dropped, instead of rows.")
 @click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Name a column, such as messages=conv.")
-@click.option("--train-on", type=click.Choice(["assistant", "last", "all"]), default="assistant", show_default=True)
+@click.option("--train-on", type=click.Choice(["assistant", "last", "all"]), help="Default: assistant.")
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Cut rows there.")
 @click.option("--packing", is_flag=True, help="Rows packed up to --max-seq-len.")
 @click.option("--template", metavar="NAME", help="A registered template; default: the model's own.")
 @click.option("--split", metavar="NAME", help="Of a hub data set or folder.")
 @click.option("--streaming", is_flag=True, help="Read no further than the rows shown.")
+@click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @json_option
 def command(
-    data: str,
-    tokenizer: str,
+    what: str,
+    overrides: tuple[str, ...],
+    config_file: str | None,
+    allow_import: tuple[str, ...],
     num: int,
     start: int,
     stats: bool,
-    columns: tuple[str, ...],
-    streaming: bool,
     as_json: bool,
-    **settings: Any,
+    **options: Any,
 ) -> None:
     """Show rows of DATA (a file, folder or hub id) as the model named by --tokenizer sees them.
 
-    What is trained is green, or stands between marks where there is no colour.
+    A recipe, a config or a recipe file shows the rows of its data.train as its run would see them; options count as
+    overrides. What is trained is green, or stands between marks where there is no colour.
     """
-    if streaming and (stats or settings["packing"]):
-        raise click.UsageError("--streaming shows the first rows; --stats and --packing need all of them")
-    import tt_ckpt
     import tt_data
 
-    path = tokenizer if Path(tokenizer).exists() else tt_ckpt.resolve(tokenizer)
-    settings |= {"columns": _columns(columns) or None, "streaming": streaming}
-    dataset = tt_data.load_dataset(data, tt_data.load_tokenizer(path), **settings)
+    if what in runnable_names() or what.endswith((".yaml", ".yml", ".py")):
+        dataset, streaming = _rows_of_config(what, config_file, (*overrides, *_as_words(options)), allow_import)
+    else:
+        if overrides or config_file:
+            given = overrides[0] if overrides else "--config"
+            raise click.UsageError(f"{given} belongs to a recipe or config: tt data show sft data.train={what} ...")
+        refuse_run(what)
+        dataset, streaming = _rows_of_data(what, **options), options["streaming"]
     if streaming:
+        if stats or hasattr(dataset, "rows"):
+            raise click.UsageError("--streaming shows the first rows; --stats and --packing need all of them")
         dataset = dataset.head(max(1, start + num))
     if stats:
         figures = tt_data.stats(dataset)
@@ -65,11 +75,42 @@ def command(
         click.echo(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n")
 
 
-def _columns(words: tuple[str, ...]) -> dict[str, str]:
-    for word in words:
+def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...], **settings: Any) -> Any:
+    if tokenizer is None:
+        raise click.UsageError("no tokenizer: name the model that will see the rows, as in --tokenizer MODEL")
+    import tt_ckpt
+    import tt_data
+
+    path = tokenizer if Path(tokenizer).exists() else tt_ckpt.resolve(tokenizer)
+    names = {ours: theirs for ours, _, theirs in (word.partition("=") for word in _checked(columns))}
+    settings["train_on"] = settings["train_on"] or "assistant"
+    return tt_data.load_dataset(data, tt_data.load_tokenizer(path), columns=names or None, **settings)
+
+
+def _rows_of_config(
+    what: str, config_file: str | None, words: tuple[str, ...], allow_import: tuple[str, ...]
+) -> tuple[Any, bool]:
+    """The rows of ``data.train``, and whether they are a stream."""
+    config = composed(what, config_file, words, allow_import, complete=False)
+    from tt_train.validate import rows
+
+    return rows(config), config.data.streaming
+
+
+def _as_words(options: Mapping[str, Any]) -> list[str]:
+    """The options that were given, as the words of a config that say the same."""
+    keys = {"tokenizer": "model.tokenizer", "train_on": "data.train_on", "max_seq_len": "data.max_seq_len",
+            "packing": "data.packing", "template": "data.template", "split": "data.split",
+            "streaming": "data.streaming"}  # fmt: skip
+    words = [f"{key}={options[name]}" for name, key in keys.items() if options[name] not in (None, False)]
+    return [*words, *(f"data.columns.{word}" for word in _checked(options["columns"]))]
+
+
+def _checked(columns: tuple[str, ...]) -> tuple[str, ...]:
+    for word in columns:
         if not all(word.partition("=")):
             raise ValueError(f"--column {word}: expected OURS=THEIRS, such as messages=conversation")
-    return {ours: theirs for ours, _, theirs in (word.partition("=") for word in words)}
+    return columns
 
 
 def _with_names(sample: dict[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from tt_cli.basing import base_option, tell
 from tt_cli.destination import chosen_output, takes_output
 from tt_cli.group import Verb, json_option, print_json
 
@@ -12,7 +13,12 @@ from tt_cli.group import Verb, json_option, print_json
 @click.argument("run", type=click.Path())
 @takes_output("The directory to write.")
 @click.option("--to", "target", default="hf", show_default=True, help="hf (vLLM, llama.cpp, transformers) or ollama.")
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights written; default: as they are.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Data type of the weights written; default: each as in the files of the base.",
+)
+@base_option
 @click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
 @json_option
 def command(
@@ -21,6 +27,7 @@ def command(
     output: Path | None,
     target: str,
     dtype: str | None,
+    base: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -30,11 +37,16 @@ def command(
 
     from tt_train.export import export
 
-    def tell(text: str) -> None:
-        click.echo(text, err=True)
-
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    done = export(run, target_folder, to=target, dtype=dtypes[dtype] if dtype else None, dry_run=dry_run, tell=tell)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    done = export(
+        run,
+        target_folder,
+        to=target,
+        dtype=dtypes[dtype] if dtype else None,
+        base=base or None,
+        dry_run=dry_run,
+        tell=tell,
+    )
     if as_json:
         print_json(done)
         return

@@ -1,35 +1,41 @@
 """``tt generate``: one prompt, one answer."""
 
 import sys
+from pathlib import Path
 
 import click
 
+from tt_cli.basing import base_option
 from tt_cli.group import Verb, json_option, print_json
 from tt_cli.talk import Sampling, Speaker, sampling_options
 
 
 @click.command("generate", cls=Verb)
 @click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
-@click.option("-p", "--prompt", metavar="TEXT", help="What to answer; default: standard input.")
+@click.argument("question", required=False, metavar="[PROMPT]")
+@click.option("-p", "--prompt", metavar="TEXT", help="What to answer, like PROMPT; default: standard input.")
 @click.option("--system", metavar="TEXT", help="A system message before it.")
 @click.option("--raw", is_flag=True, help="Continue TEXT as it stands, in no template.")
 @click.option("--no-adapter", is_flag=True, help="Ask the base model of a run.")
+@base_option
 @sampling_options
 @json_option
 def command(
     model: str | None,
+    question: str | None,
     prompt: str | None,
     system: str | None,
     raw: bool,
     no_adapter: bool,
+    base: tuple[str, ...],
     as_json: bool,
     **sampling: object,
 ) -> None:
     """Answer one prompt with RUN or MODEL (default: the newest run)."""
-    text = prompt if prompt is not None else _read_stdin()
+    model, text = _asked(model, question, prompt)
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template, which --raw leaves out: give one of the two")
-    speaker = Speaker(model, adapter=not no_adapter)
+    speaker = Speaker(model, adapter=not no_adapter, base=base)
     ids = speaker.raw_ids(text) if raw else speaker.prompt_ids(_messages(system, text))
     answer = speaker.reply(ids, Sampling(**sampling))  # type: ignore[arg-type]
     if as_json:
@@ -45,7 +51,16 @@ def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
     return [*opening, {"role": "user", "content": prompt}]
 
 
-def _read_stdin() -> str:
-    if sys.stdin.isatty():
-        raise click.UsageError("no prompt: give -p TEXT, or pipe it in")
-    return sys.stdin.read().rstrip("\n")
+def _asked(model: str | None, question: str | None, prompt: str | None) -> tuple[str | None, str]:
+    """The model and the prompt. A lone word of several words is a prompt, for no directory or hub id has spaces."""
+    if question is None and prompt is None and model is not None and " " in model.strip() and not Path(model).exists():
+        model, question = None, model
+    if question is not None and prompt is not None:
+        raise click.UsageError(f"two prompts, '{question}' and -p '{prompt}': give one of the two")
+    text = question if question is not None else prompt
+    if text is None:
+        text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        if not text:
+            asked = f"tt generate {model or 'RUN'}"
+            raise click.UsageError(f'no prompt: {asked} "TEXT", or -p TEXT, or pipe it in')
+    return model, text

@@ -10,10 +10,10 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import AdapterSection, SFTConfig
+from tt_train import preflight
+from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.optim import schedule_notes
-from tt_train.recipes._rows import Subset, count_rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -22,7 +22,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 class Job:
     """A config with its files read: tokenizer, rows and shapes, but no weights yet."""
 
-    config: SFTConfig
+    config: RunConfig
     model_path: Path | None  # None: random weights
     model_config: Any
     hf_config: dict[str, Any]
@@ -51,14 +51,13 @@ class Job:
 
     @property
     def num_rows(self) -> int | None:
-        """Sequences of an epoch, packs if rows are packed; a stream does not know."""
+        """Rows of an epoch; a stream does not know."""
         return len(self.train) if hasattr(self.train, "__len__") else None
 
     @property
     def row_count(self) -> str:
         """For people: the number of rows, or that nobody knows it yet."""
-        count = count_rows(self.train)
-        return "a stream of" if count is None else f"{count:,}"
+        return "a stream of" if self.num_rows is None else f"{self.num_rows:,}"
 
     @property
     def data_lines(self) -> list[str]:
@@ -66,7 +65,7 @@ class Job:
         first, *rest = tt_data.summary_lines(self.train.report)
         if self.held_out is None:
             return [first, *rest]
-        first += f"; held out: {count_rows(self.held_out):,}"
+        first += f"; held out: {len(self.held_out):,}"
         if isinstance(self.held_out, Subset):  # a share of the rows that the first line counts
             return [f"{first} of them", *rest]
         return [first, *rest, *(f"held out: {line}" for line in tt_data.summary_lines(self.held_out.report))]
@@ -103,25 +102,48 @@ class Job:
         return self.config.epochs * self.steps_per_epoch
 
 
-def assemble(config: SFTConfig) -> Job:
+class Subset:
+    """Rows of a dataset chosen by index; what else the dataset knows is passed on."""
+
+    def __init__(self, dataset: Any, indices: list[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.dataset[self.indices[index]]
+        return row
+
+    def rendered(self, index: int) -> list[tuple[str, bool]]:
+        pieces: list[tuple[str, bool]] = self.dataset.rendered(self.indices[index])
+        return pieces
+
+    def where(self, index: int) -> str:
+        place: str = self.dataset.where(self.indices[index])
+        return place
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("dataset", "at"):  # a mix may not turn: it would meet the held-out
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+def assemble(config: RunConfig) -> Job:
     """Read what the config names, all but the weights. ConfigError holds every mistake that was found."""
     problems: list[str] = []
     notes: list[str] = []
-    device = _collect(problems, "device", lambda: pick_device(config.device))
+    device = _collect(problems, "device", lambda: preflight.pick_device(config.device))
+    problems += preflight.mistakes(config, device)
     model_path = _collect(problems, "model.path", lambda: model_folder(config))
-    hf_config = model_config = tokenizer = lora = train = held_out = None
-    if not problems:
+    hf_config = model_config = lora = train = held_out = None
+    if model_path is not None or config.model.path is None:
         hf_config = _collect(problems, "model.path", lambda: read_hf_config(config, model_path))
     if hf_config is not None:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None and config.adapter is not None:
         lora = _collect(problems, "adapter", lambda: check_adapter(config.adapter, model_config))
-    source = config.model.tokenizer or model_path
-    if source is not None:
-        tokenizer = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
-    if tokenizer is not None:
-        plain = tokenizer
-        tokenizer = _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
+    tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
@@ -129,10 +151,11 @@ def assemble(config: SFTConfig) -> Job:
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
-    if config.eval_every and config.data.eval is None:
-        problems.append(
-            "eval_every: set, but there is nothing to evaluate on; give data.eval a file or a share such as 0.05"
-        )
+    for key in ("eval_every", "early_stop_after"):
+        if getattr(config, key) and config.data.eval is None:
+            problems.append(
+                f"{key}: set, but there is nothing to evaluate on; give data.eval a file or a share such as 0.05"
+            )
     if problems:
         raise ConfigError(problems)
     assert hf_config is not None
@@ -168,22 +191,7 @@ def _collect(problems: list[str], key: str, action: Any) -> Any:
     return None
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto``: the GPU where there is one. A device that is not there is refused."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError([f"device: unknown device {name!r}; known: auto, cpu, cuda, cuda:0"]) from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            [f"device: {name} asked for, {torch.cuda.device_count()} CUDA devices visible; use device=cpu or auto"]
-        )
-    return device
-
-
-def model_folder(config: SFTConfig) -> Path | None:
+def model_folder(config: RunConfig) -> Path | None:
     """The folder of ``model.path``: itself, a run's full model, or a snapshot of a hub id."""
     path = config.model.path
     if path is None:
@@ -198,7 +206,7 @@ def model_folder(config: SFTConfig) -> Path | None:
     return tt_ckpt.resolve(path)
 
 
-def read_hf_config(config: SFTConfig, model_path: Path | None) -> dict[str, Any]:
+def read_hf_config(config: RunConfig, model_path: Path | None) -> dict[str, Any]:
     """config.json of the model, or of the named size."""
     if model_path is not None:
         return tt_ckpt.read_config(model_path)
@@ -213,6 +221,17 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
         targets = [name.strip() for name in targets.split(",")]
     options = {key: value for key, value in asdict(section).items() if key not in ("path", "lora_plus_ratio")}
     return tt_peft.LoRAConfig(**options | {"target_modules": targets, "dtype": DTYPES[section.dtype]})
+
+
+def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[str]) -> Any:
+    """The tokenizer with the template of the config; None if there is none to read, and why in ``problems``."""
+    source = config.model.tokenizer or model_path
+    if source is None:
+        return None
+    plain = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
+    if plain is None:
+        return None
+    return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
 
 
 def check_adapter(section: AdapterSection, model_config: Any) -> tt_peft.LoRAConfig:
@@ -235,7 +254,7 @@ def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:
     ]
 
 
-def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> int:
+def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> int:
     """``data.max_seq_len``, or less where the model's positions end before it."""
     longest = getattr(model_config, "max_position_embeddings", None) or config.data.max_seq_len
     if longest < config.data.max_seq_len:
@@ -243,12 +262,26 @@ def sequence_length(config: SFTConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def training_rows(config: SFTConfig, tokenizer: Any, max_seq_len: int) -> Any:
+def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int) -> Any:
     """The rows of ``data.train``, all read or as a stream."""
     return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=config.data.streaming)
 
 
-def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
+def rows_to_train(config: RunConfig) -> Any:
+    """The rows of ``data.train`` alone, without what else a run needs. ConfigError names every mistake."""
+    problems: list[str] = []
+    folder = _collect(problems, "model.path", lambda: model_folder(config))
+    tokenizer = read_tokenizer(config, folder, problems)
+    if not problems:
+        model_config = tt_models.config_from_hf(read_hf_config(config, folder))
+        length = sequence_length(config, model_config, [])
+        rows = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
+    if problems:
+        raise ConfigError(problems)
+    return rows
+
+
+def read_rows(config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
     """The rows of ``source`` as token ids and labels."""
     keys = ("train_on", "packing", "split", "template", "on_bad_row")
     options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
@@ -258,7 +291,7 @@ def read_rows(config: SFTConfig, source: Any, tokenizer: Any, max_seq_len: int, 
     return tt_data.load_dataset(source, tokenizer, **options)
 
 
-def hold_out(config: SFTConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
+def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
     """(rows to train on, rows held out): another source, or a seeded share of the training rows."""
     share = config.data.eval
     if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():

@@ -9,26 +9,31 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_train.config import SFTConfig
+from tt_train.config import RunConfig
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
+from tt_train.optim import decayed
 from tt_train.recipes._assemble import Job
 from tt_train.registry import LOSSES, resolve
 
 
 def load_model(job: Job) -> tt_models.Decoder:
-    """The model with its weights and, if the config says so, its adapter; ready to train."""
+    """The model with its weights and, if the config says so, its adapter; ready to train.
+
+    What trains is fp32: with bf16 as ``model.dtype``, ``make_optimizer(narrow=True)`` makes a full model bf16.
+    """
     torch.manual_seed(job.config.seed)
     adapter = job.config.adapter
+    dtype = torch.float32 if job.lora is None else job.dtype
     if job.model_path is None:
-        model = tt_models.build(job.model_config, device=job.device, dtype=job.dtype)
+        model = tt_models.build(job.model_config, device=job.device, dtype=dtype)
         if job.lora is not None:
             tt_peft.apply_lora_(model, job.lora)
     else:
-        model = tt_models.build(job.model_config, device="meta", dtype=job.dtype)
+        model = tt_models.build(job.model_config, device="meta", dtype=dtype)
         if job.lora is not None:  # before the weights: a base of 4 bits is quantized tensor by tensor while it loads
             tt_peft.apply_lora_(model, job.lora)
-        tt_ckpt.load_weights(model, job.model_path, dtype=job.dtype, device=job.device)
+        tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=job.device)
         if job.lora is not None:
             torch.manual_seed(job.config.seed)
             tt_peft.init_adapter_(model)
@@ -42,17 +47,17 @@ def load_model(job: Job) -> tt_models.Decoder:
 
 
 def trainable_groups(job: Job, model: tt_models.Decoder) -> list[dict[str, Any]]:
-    """What the optimizer trains: one group, or LoRA+'s groups with their share of the learning rate."""
+    """What the optimizer trains: matrices and vectors, or LoRA+'s groups with their share of the learning rate."""
     section, adapter = job.config.optimizer, job.config.adapter
     if adapter is None or adapter.lora_plus_ratio == 1.0:
-        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
+        return decayed(parameter for parameter in model.parameters() if parameter.requires_grad)
     groups = tt_peft.lora_plus_groups(
         model, lr=section.lr, ratio=adapter.lora_plus_ratio, weight_decay=section.weight_decay
     )
     return [{**group, "lr_scale": group["lr"] / section.lr} for group in groups]
 
 
-def make_objective(config: SFTConfig) -> Objective:
+def make_objective(config: RunConfig) -> Objective:
     """The loss that the config names."""
     objective: Objective = resolve(config.loss.name, LOSSES)
     if config.loss.label_smoothing:

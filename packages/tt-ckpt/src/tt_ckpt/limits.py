@@ -1,0 +1,98 @@
+"""What Meta's and torchtune's formats cannot say: refused before anything is written, each by name.
+
+A format says what its own loader reads: ``params.json`` of Meta and of Mistral, or the arguments of torchtune's builder
+of the family. A number that no loader reads would be lost without a word.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from tt_ckpt.weights import positive
+
+FAMILIES = {"meta": ("llama", "mistral"), "torchtune": ("llama", "mistral", "gemma", "gemma2", "qwen2", "phi3")}
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu")
+# keys that no format has: the value with which they do nothing
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "mlp_bias": (None, False),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "use_sliding_window": (None, False),
+    "use_qk_norm": (None, False),
+    "no_rope_layers": (None, []),
+    "residual_multiplier": (None, 1, 1.0),
+    "embedding_multiplier": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "attention_multiplier": (None,),
+    "quantization_config": (None,),
+}
+_SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
+
+
+def refuse_unsaid(config: Mapping[str, Any], to: str) -> None:
+    """ValueError, in one line, for everything in ``config`` that ``to`` (meta or torchtune) cannot say."""
+    if (family := config.get("model_type")) not in FAMILIES[to]:
+        name = {"meta": "Meta"}.get(to, to)
+        raise ValueError(f"model_type {family!r} has no {name} format; families that do: {', '.join(FAMILIES[to])}")
+    if problems := list(_unsaid(config, to)):
+        raise ValueError(
+            f"config.json: {', '.join(problems)} cannot be said in the {to} format, whose loaders would compute "
+            "something else; keep the hf format"
+        )
+
+
+def _unsaid(config: Mapping[str, Any], to: str) -> Iterator[str]:
+    family = str(config.get("model_type"))
+    for key, neutral in _NEUTRAL.items():
+        if config.get(key) not in neutral:
+            yield _shown(config, key)
+    if config.get("attention_bias"):
+        yield _shown(config, "attention_bias")
+    for key in _SOFTCAPS:
+        if family != "gemma2" and config.get(key) is not None:
+            yield _shown(config, key)
+    for key in ("hidden_act", "hidden_activation"):
+        if config.get(key) is not None and config[key] not in (_GELU if family.startswith("gemma") else _SILU):
+            yield _shown(config, key)
+    yield from _rope(config, family)
+    yield from _window(config, family, to)
+    heads, hidden = positive(config, "num_attention_heads"), positive(config, "hidden_size")
+    says_head_dim = family.startswith("gemma") or (family, to) == ("mistral", "meta")
+    if not says_head_dim and positive(config, "head_dim", default=hidden // heads) * heads != hidden:
+        yield f"{_shown(config, 'head_dim')} beside hidden_size {hidden} and {heads} heads"
+    tied = config.get("tie_word_embeddings", family.startswith("gemma"))
+    if to == "torchtune" and bool(tied) != {"mistral": False, "phi3": False, "gemma": True, "gemma2": True}.get(
+        family, bool(tied)
+    ):
+        yield f"tie_word_embeddings {str(bool(tied)).lower()} of {family}"
+
+
+def _shown(config: Mapping[str, Any], key: str) -> str:
+    return f"{key} {str(config[key])[:60]}"
+
+
+def _rope(config: Mapping[str, Any], family: str) -> Iterator[str]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ValueError(f"config.json: rope_parameters: expected an object, found {rope!r}")
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "llama3" and family == "llama":
+        for key, value in _LLAMA3.items():
+            if rope.get(key, value) != value:
+                yield f"rope {key} {rope[key]} (only {value:g})"
+    elif kind != "default":
+        yield f"rope type {kind!r}"
+
+
+def _window(config: Mapping[str, Any], family: str, to: str) -> Iterator[str]:
+    """A window that is shorter than the longest text. Llama has none, and Qwen2's has a key that turns it on."""
+    layers = config.get("layer_types")
+    if family == "gemma2":
+        kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(len(layers or ()))]
+        if layers and list(layers) != kinds:
+            yield "layer_types in another order than every second"
+        return
+    if family not in ("mistral", "phi3") or (family, to) == ("mistral", "meta"):
+        return
+    window = config.get("sliding_window", 4096 if family == "mistral" else None)
+    if window is not None and window < positive(config, "max_position_embeddings", default=1 << 30):
+        yield f"sliding_window {window}"

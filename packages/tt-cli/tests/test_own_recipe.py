@@ -1,0 +1,202 @@
+"""A recipe file of one's own: what a run keeps of it, who may run it, and keys of its own."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+OWN = '''
+from dataclasses import dataclass
+
+from tt_train import RunConfig
+from tt_train.recipes import sft
+
+
+@dataclass
+class Config(RunConfig):
+    """Keys of my own."""
+
+    lr_per_sequence: float = 1e-5
+    note: str | None = None
+
+
+def main(config, **settings):
+    config.optimizer.lr = config.lr_per_sequence * config.batch_size
+    return sft.main(config, **settings)
+'''
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch, model_dir, rows_file) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    words = [
+        f"model.path={model_dir}",
+        f"data.train={rows_file}",
+        "model.dtype=fp32",
+        "adapter.rank=2",
+        "samples.num=0",
+    ]
+    return [*words, "batch_size=4", "max_steps=2", "schedule.warmup_steps=0"]
+
+
+@pytest.fixture
+def run(tt, words) -> Path:
+    assert tt("run", "mine.py", *words, "note=no", "-o", "own").code == 0
+    return Path("own")
+
+
+def read(run: Path) -> tuple[dict, dict, list[dict]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return yaml.safe_load((run / "config.yaml").read_text()), json.loads((run / "manifest.json").read_text()), rows
+
+
+def test_a_run_keeps_its_recipe_and_names_it_in_config_and_manifest(run):
+    config, manifest, rows = read(run)
+    sha256 = hashlib.sha256(OWN.encode()).hexdigest()
+    assert (run / "mine.py").read_bytes() == Path("mine.py").read_bytes()
+    assert (config["recipe"], config["recipe_sha256"]) == ("mine.py", sha256)
+    assert (manifest["recipe"], manifest["recipe_sha256"]) == ("mine.py", sha256)
+    assert (config["lr_per_sequence"], config["note"]) == (1e-5, "no")
+    assert rows[0]["lr"] == pytest.approx(4e-5)
+
+
+def test_its_config_alone_never_runs_the_file_beside_it(tt, run):
+    (run / "mine.py").write_text("open('canary', 'w')\n" + OWN)
+    for verb in ("run", "cat", "validate"):
+        answer = tt(verb, "own/config.yaml")
+        assert (answer.code, answer.out) == (2, "")
+        assert answer.err.count("\n") == 1
+        assert answer.err.startswith("error: own/config.yaml:1: recipe: mine.py (sha256 ")
+        assert (
+            "a recipe file, which runs only if you name it: tt run own/mine.py --config own/config.yaml" in answer.err
+        )
+    assert not Path("canary").exists()
+
+
+def test_the_copy_with_the_config_repeats_the_run(tt, run):
+    assert tt("run", "own/mine.py", "--config", "own/config.yaml", "-o", "again").code == 0
+    assert [row["loss"] for row in read(Path("again"))[2]] == [row["loss"] for row in read(run)[2]]
+    assert (Path("again") / "mine.py").read_text() == OWN
+
+
+def test_another_recipe_or_a_changed_one_does_not_repeat_it_unasked(tt, run, words):
+    answer = tt("run", "sft", "--config", "own/config.yaml", "-o", "again")
+    assert "recipe: this config is for mine.py (sha256 " in answer.err
+    assert "not for sft; tt run own/mine.py --config own/config.yaml, or add recipe=sft" in answer.err
+    Path("other.py").write_text(OWN)
+    assert "not for other.py; " in tt("run", "other.py", "--config", "own/config.yaml", "-o", "again").err
+    Path("mine.py").write_text(OWN + "# changed\n")
+    answer = tt("run", "mine.py", "--config", "own/config.yaml", "-o", "again")
+    assert answer.code == 2
+    assert "mine.py is not the file that this config was run by (sha256 " in answer.err
+    assert "tt run own/mine.py --config own/config.yaml" in answer.err
+    assert not Path("again").exists()
+    changed = ["recipe_sha256=null", "-o", "again"]
+    assert tt("run", "mine.py", "--config", "own/config.yaml", *changed).code == 0
+
+
+def test_resuming_by_another_recipe_or_a_changed_one_is_refused(tt, run, words):
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = [*words, "max_steps=4", "-o", "own", "--resume", "auto"]
+    answer = tt("run", "sft", *again)
+    assert answer.code == 2
+    assert '--resume: recipe: "mine.py" -> "sft"' in answer.err
+    Path("mine.py").write_text(OWN + "# changed\n")
+    answer = tt("run", "mine.py", *again, "note=no")
+    assert answer.code == 2
+    assert "--resume: recipe_sha256: " in answer.err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+
+
+def test_every_verb_takes_the_file(tt, words):
+    shown = yaml.safe_load(tt("cat", "mine.py", *words).out)
+    assert (shown["recipe"], "recipe_sha256" in shown, shown["lr_per_sequence"]) == ("mine.py", False, 1e-5)
+    assert tt("cat", "mine.py").code == 0
+    assert tt("validate", "mine.py", *words, "lr_per_sequence=1e-4").out == "mine.py: no mistakes found\n"
+    Path("c.yaml").write_text("recipe: mine.py\nlr_per_sequence: 2e-5\n")
+    assert yaml.safe_load(tt("cat", "mine.py", "--config", "c.yaml").out)["lr_per_sequence"] == 2e-5
+    assert tt("validate", "mine.py", "--config", "c.yaml", *words).code == 0
+
+
+def test_a_config_for_sft_may_be_run_by_a_recipe_of_ones_own(tt, words):
+    Path("c.yaml").write_text("recipe: sft\nseed: 3\n")
+    assert yaml.safe_load(tt("cat", "mine.py", "--config", "c.yaml").out)["recipe"] == "mine.py"
+
+
+def test_mistyped_keys_of_ones_own_are_answered(tt, words):
+    answer = tt("validate", "mine.py", *words, "lr_per_sequnce=1e-4", "lr_per_sequence=fast")
+    assert "lr_per_sequnce: unknown key; did you mean 'lr_per_sequence'?" in answer.err
+    answer = tt("validate", "mine.py", *words, "lr_per_sequence=fast")
+    assert "lr_per_sequence: expected a number, got the text 'fast'" in answer.err
+    assert "lr_per_sequence: must be a finite number" in tt("validate", "mine.py", *words, "lr_per_sequence=inf").err
+    assert "unknown key" in tt("validate", "sft", *words, "lr_per_sequence=1e-4").err
+
+
+FAULTY = {
+    "import nowhere_to_be\n": "mine.py:1: ModuleNotFoundError: No module named 'nowhere_to_be'; a recipe file stands",
+    "x = 1\nx.y\n": "mine.py:2: AttributeError: ",
+    "def main(:\n": "mine.py:1: invalid syntax",
+    "x = 1\n": "mine.py: has no function main(config, *, console, resume, dry_run)",
+    "class Config: pass\ndef main(config): ...\n": "mine.py: Config must extend tt_train.RunConfig",
+    "from tt_train import RunConfig\nclass Config(RunConfig):\n    beta: float = 1.0\ndef main(config): ...\n":
+        "mine.py: Config is not a dataclass; write @dataclass above",
+    "key = 'hf_abcdefghijklmnopqrstuvwxyz'\ndef main(config): ...\n": "mine.py: contains a secret",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", FAULTY, ids=lambda text: FAULTY[text][9:40])
+def test_what_a_recipe_file_lacks_is_one_line(tt, words, text):
+    Path("mine.py").write_text(text)
+    for verb in ("run", "cat", "validate"):
+        answer = tt(verb, "mine.py", *words)
+        assert (answer.code, answer.out, answer.err.count("\n")) == (2, "", 1)
+        assert answer.err.startswith(f"error: {FAULTY[text]}")
+
+
+def test_a_recipe_with_postponed_annotations_runs(tt, words):
+    Path("mine.py").write_text("from __future__ import annotations\n" + OWN)
+    assert tt("run", "mine.py", *words, "lr_per_sequence=1e-4", "-o", "own").code == 0
+    assert not Path("__pycache__").exists()
+
+
+def test_a_mistyped_file_name_is_answered_with_the_nearest(tt, words):
+    assert "did you mean 'mine.py'?" in tt("run", "mien.py", *words).err
+    assert "did you mean 'mine.py'?" in tt("run", "mine", *words).err
+    assert "mine.py: a recipe file, not a config; tt run mine.py" in tt("run", "sft", "--config", "mine.py").err
+
+
+LOSS = """
+from tt_train.losses import cross_entropy
+
+
+def tripled(model, batch):
+    total, count = cross_entropy(model, batch)
+    return 3 * total, count
+"""
+
+
+def test_allow_import_finds_modules_in_the_working_folder(tt, tt_process, words):
+    Path("tripling.py").write_text(LOSS)
+    named = ["loss.name=tripling.tripled", "--allow-import", "tripling"]
+    answer = tt_process(
+        "run", "sft", *words, *named, "-o", "a", python=["-P"]
+    )  # as the script tt: no folder on the path
+    assert (answer.code, answer.out) == (0, "a\n"), answer.err
+    assert tt("run", "sft", *words, "-o", "b").code == 0
+    assert read(Path("a"))[2][0]["loss"] == pytest.approx(3 * read(Path("b"))[2][0]["loss"], rel=1e-5)
+    assert "--allow-import tripling" in tt("validate", "sft", *words, named[0]).err
+    assert "has no such name; did you mean 'tripled'?" in tt(
+        "validate", "sft", *words, "loss.name=tripling.tripeld", "--allow-import", "tripling").err  # fmt: skip
+    assert "did you mean 'tripling'?" in tt(
+        "validate", "sft", *words, "loss.name=triplng.tripled", "--allow-import", "triplng").err  # fmt: skip
+
+
+def test_a_recipe_file_may_import_an_allowed_module_of_the_working_folder(tt_process, words):
+    Path("tripling.py").write_text(LOSS)
+    Path("mine.py").write_text("import tripling\n" + OWN)
+    refused = tt_process("validate", "mine.py", *words, python=["-P"])
+    assert (refused.code, "--allow-import MODULE" in refused.err) == (2, True)
+    assert tt_process("validate", "mine.py", *words, "--allow-import", "tripling", python=["-P"]).code == 0

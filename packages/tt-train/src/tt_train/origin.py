@@ -1,0 +1,131 @@
+"""What is behind a path that load, merge or export are given: which base, adapter, tokenizer and template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tt_ckpt
+from tt_train.errors import ConfigError
+from tt_train.run_dir import find_run, is_run, read_json
+
+NF4, DENSE = "nf4", "dense"
+Base = str | Path | Sequence[str | Path] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """``model``: the Hugging Face directory with the weights, or those under the adapter; None: random ones by a name.
+
+    ``places``: where tokenizer, chat template and generation settings are looked for, nearest first.
+    """
+
+    path: Path
+    run: Path | None = None
+    adapter: Path | None = None
+    model: Path | None = None
+    places: tuple[Path, ...]
+    nf4: bool = False  # whether the base computes in 4 bits
+    trained_on_nf4: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)  # ``model:`` of a run's config
+
+    @property
+    def base_words(self) -> str | None:
+        """For people: which base computes, if there is a choice that matters."""
+        if self.nf4 and self.trained_on_nf4:
+            return f"base: 4 bits (NF4), as in training; --base {DENSE} takes the weights of its files"
+        if self.nf4:
+            return "base: quantized to 4 bits (NF4)"
+        if self.trained_on_nf4:
+            return f"base: the weights of its files; the adapter was trained on 4 bits (--base {NF4})"
+        return None
+
+
+def find_origin(path: str | Path, base: Base = None) -> Origin:
+    """Read what ``path`` is: a run directory, an adapter, a model directory or a hub id.
+
+    ``base``: where the base of a run or adapter is now, ``nf4`` or ``dense``, or both; by default the base that the run
+    or adapter names, in 4 bits if a run was trained so.
+
+    Raises:
+        ConfigError: a base that is not there, with the file that names it.
+    """
+    folder = Path(path)
+    moved, nf4 = _read_base(base)
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if is_adapter and folder.name == "adapter" and is_run(folder.parent):
+        folder, is_adapter = folder.parent, False
+    if is_adapter:
+        model = _resolve_base(folder / "adapter_config.json", "base_model_name_or_path", moved)
+        return Origin(path=folder, adapter=folder, model=model, places=(folder, model), nf4=bool(nf4))
+    if is_run(folder):
+        return _of_run(find_run(folder), moved, nf4)
+    if base is not None:
+        raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base apart from itself"])
+    model = tt_ckpt.resolve(str(path))
+    return Origin(path=folder, model=model, places=(model,))
+
+
+def _of_run(run: Path, moved: str | None, nf4: bool | None) -> Origin:
+    config = read_json(run / "manifest.json").get("config") or {}
+    settings = config.get("model") or {}
+    trained_on_nf4 = bool((config.get("adapter") or {}).get("quantize_base"))
+    adapter = run / "adapter" if (run / "adapter" / "adapter_config.json").is_file() else None
+    own = run / "model"
+    if adapter is None and (own / "config.json").is_file():
+        if moved is not None or nf4 is not None:
+            raise ConfigError([f"--base: {run} trained the whole model, so it has no base apart from itself"])
+        return Origin(path=run, run=run, model=own, places=(run, own), settings=settings)
+    model: Path | None = None
+    if adapter is not None:
+        model = _resolve_base(adapter / "adapter_config.json", "base_model_name_or_path", moved)
+    elif settings.get("path"):
+        model = _resolve_base(run / "manifest.json", "model.path", moved, settings["path"])
+    tokenizer = [Path(settings["tokenizer"])] if settings.get("tokenizer") else []
+    places = [run, *([adapter] if adapter else []), *(file for file in tokenizer if file.exists())]
+    return Origin(
+        path=run,
+        run=run,
+        adapter=adapter,
+        model=model,
+        places=(*places, *([model] if model else [])),
+        nf4=trained_on_nf4 if nf4 is None else nf4,
+        trained_on_nf4=trained_on_nf4,
+        settings=settings,
+    )
+
+
+def _read_base(base: Base) -> tuple[str | None, bool | None]:
+    """The directory in ``base``, and whether it says nf4 (True) or dense (False)."""
+    words = [base] if isinstance(base, str | Path) else list(base or ())
+    kinds = [word for word in words if word in (NF4, DENSE)]
+    folders = [str(word) for word in words if word not in (NF4, DENSE)]
+    if len(kinds) > 1 or len(folders) > 1:
+        raise ConfigError(
+            [f"--base: give one directory at most, and one of {NF4}, {DENSE}; got {', '.join(map(str, words))}"]
+        )
+    return (folders[0] if folders else None), (kinds[0] == NF4 if kinds else None)
+
+
+def _resolve_base(file: Path, key: str, moved: str | None, named: object = None) -> Path:
+    """The directory of the base: ``moved``, else what ``file`` names."""
+    if moved is not None:
+        return tt_ckpt.resolve(_own_model(moved))
+    named = named or read_json(file).get(key)
+    if not named:
+        raise ConfigError([f"{file}: names no base model ({key}); give --base DIR"])
+    try:
+        return tt_ckpt.resolve(_own_model(str(named)))
+    except (FileNotFoundError, ValueError) as error:
+        why = "which does not exist" if str(named).startswith(("/", ".", "~")) else f"which was not found ({error})"
+        raise ConfigError(
+            [f"{file}: names the base model {named}, {why}; if it is elsewhere give --base DIR"]
+        ) from None
+    except ConnectionError as error:
+        raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
+
+
+def _own_model(path: str) -> str:
+    """The model of a run that trained a whole one, else ``path``."""
+    own = Path(path) / "model"
+    return str(own) if is_run(Path(path)) and (own / "config.json").is_file() else path

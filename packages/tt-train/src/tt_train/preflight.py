@@ -1,0 +1,88 @@
+"""What can be known of a device, an optimizer, a loss and the loggers before anything is loaded."""
+
+import importlib.util
+import inspect
+import re
+from typing import Any
+
+import torch
+
+from tt_train.config import RunConfig
+from tt_train.errors import ConfigError, did_you_mean
+from tt_train.optim import make_optimizer
+from tt_train.registry import LOGGER_PACKAGES, LOSSES, resolve
+
+_DEVICES = ("auto", "cpu", "cuda", "cuda:0", "mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: the GPU, if there is one. A device that is unknown, absent or does not answer is refused."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
+        near = "; did you mean 'cuda'?" if "gpu" in name.lower() else did_you_mean(name, _DEVICES)
+        raise ConfigError([f"device: unknown device {name!r}{near}; known: {', '.join(_DEVICES)}"])
+    device = torch.device(name)
+    cure = "use device=cpu or device=auto"
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError([f"device: mps asked for, this machine or this torch {torch.__version__} has none; {cure}"])
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without CUDA)"
+        raise ConfigError([f"device: {name} asked for, {count} CUDA devices visible{built}; {cure}"])
+    return device
+
+
+def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:
+    """A line for each thing that the device, the optimizer, the loss or the loggers cannot do."""
+    found = _device_mistakes(config, device) if device is not None else []
+    try:
+        make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config.optimizer)
+    except ConfigError as error:
+        found += error.problems
+    except (ValueError, TypeError) as error:
+        found.append(f"optimizer: {config.optimizer.name} takes no such value: {error}")
+    return found + _loss_mistakes(config) + logger_mistakes(config)
+
+
+def _device_mistakes(config: RunConfig, device: torch.device) -> list[str]:
+    wants_bf16 = [key for key, section in (("model.dtype", config.model), ("adapter.dtype", config.adapter))
+                  if section is not None and section.dtype == "bf16"]  # fmt: skip
+    if device.type == "cuda" and wants_bf16 and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            what = f"{torch.cuda.get_device_name(device)} (compute capability {'.'.join(map(str, capability))})"
+            return [f"{key}: {what} does not compute in bf16; use {key}=fp32" for key in wants_bf16]
+    if device.type != "cpu":
+        try:
+            torch.ones(1, device=device, dtype=torch.bfloat16 if wants_bf16 else torch.float32).add_(1)
+        except (RuntimeError, TypeError) as error:
+            return [f"device: {device} does not answer: {str(error).splitlines()[0]}"]
+    return []
+
+
+def _loss_mistakes(config: RunConfig) -> list[str]:
+    if not config.loss.label_smoothing:
+        return []
+    accepted: Any = inspect.signature(resolve(config.loss.name, LOSSES)).parameters
+    if "label_smoothing" in accepted or any(value.kind is value.VAR_KEYWORD for value in accepted.values()):
+        return []
+    return [f"loss.label_smoothing: {config.loss.name} takes none; leave it out"]
+
+
+def logger_mistakes(config: RunConfig) -> list[str]:
+    """A line for each logger whose package is not installed, or that is named twice."""
+    found = [
+        f"loggers: {name} is named twice" for name in dict.fromkeys(config.loggers) if config.loggers.count(name) > 1
+    ]
+    for name in dict.fromkeys(config.loggers):
+        package = LOGGER_PACKAGES.get(name)
+        if package is not None and not is_installed(package):
+            found.append(f"loggers: {name} is not installed; pip install {package}, or leave it out")
+    return found
+
+
+def is_installed(package: str) -> bool:
+    """Whether a module can be imported; a folder that is only called so, as wandb leaves one, does not count."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None

@@ -1,0 +1,165 @@
+"""A recipe file of one's own. It runs only if its path was typed, and a run keeps a copy of the file that made it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.abc
+import importlib.util
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import CodeType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from tt_train.errors import ConfigError, did_you_mean
+from tt_train.redact import redact
+
+if TYPE_CHECKING:
+    from tt_train.config import RunConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeFile:
+    """The text that was run as ``module``, and what it was called."""
+
+    name: str
+    text: str
+    module: ModuleType
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+_LOADED: dict[str, RecipeFile] = {}  # by hash: what this process was asked to run
+
+
+def load_recipe_file(path: Path, allow_import: Sequence[str] = ()) -> RecipeFile:
+    """Run a recipe file and return it; ConfigError names the line where it fails, and what it lacks.
+
+    Its folder is on no path: it stands alone, imports what is installed, or modules of ``allow_import``.
+    """
+    if not path.is_file():
+        near = did_you_mean(str(path), [str(file) for file in path.parent.glob("*.py")] if path.parent.is_dir() else [])
+        cure = near or f"; tt cp sft {path} makes one"
+        raise ConfigError([f"{path}: no such recipe file (looked in {Path.cwd()}){cure}"])
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"]) from error
+    if redact(text) != text:
+        raise ConfigError([f"{path}: contains a secret, and a run keeps a copy of its recipe; read it from os.environ"])
+    name = f"tt_recipe_{path.stem}"
+    spec = importlib.util.spec_from_loader(name, _TextLoader(text, path), origin=str(path))
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # dataclasses and annotations look their module up
+    with finding_modules_here(allow_import):
+        _execute(module, path)
+    recipe = RecipeFile(path.name, text, module)
+    if not callable(getattr(module, "main", None)):
+        raise ConfigError(
+            [f"{path}: has no function main(config, *, console, resume, dry_run); compare with: tt cp sft"]
+        )
+    schema_of(recipe)
+    _LOADED[recipe.sha256] = recipe
+    return recipe
+
+
+class _TextLoader(importlib.abc.InspectLoader):
+    """Runs a text that was read before: what is hashed and copied is what ran, and no cache is written beside it."""
+
+    def __init__(self, text: str, path: Path) -> None:
+        self.text, self.path = text, path
+
+    def get_source(self, fullname: str) -> str:
+        return self.text
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.text, str(self.path))
+
+
+def _execute(module: ModuleType, path: Path) -> None:
+    loader = module.__loader__
+    assert isinstance(loader, _TextLoader)
+    try:
+        loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError([f"{path}:{error.lineno}: {error.msg}"]) from error
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        cure = "; a recipe file stands alone, imports what is installed, or needs --allow-import MODULE"
+        cure = cure if isinstance(error, ModuleNotFoundError) else ""
+        where = f":{lines[-1]}" if lines else ""
+        raise ConfigError([f"{path}{where}: {type(error).__name__}: {error}{cure}"]) from error
+
+
+def schema_of(recipe: RecipeFile) -> "type[RunConfig]":
+    """The dataclass of its keys: ``Config``, which extends RunConfig; SFTConfig if it has none."""
+    from tt_train.config import RunConfig, SFTConfig
+
+    schema = getattr(recipe.module, "Config", SFTConfig)
+    if not (isinstance(schema, type) and issubclass(schema, RunConfig)):
+        raise ConfigError([f"{recipe.name}: Config must extend tt_train.RunConfig, as in: class Config(RunConfig)"])
+    undeclared = set(vars(schema).get("__annotations__", {})) - {field.name for field in dataclasses.fields(schema)}
+    if undeclared:
+        raise ConfigError([f"{recipe.name}: Config is not a dataclass; write @dataclass above class Config(RunConfig)"])
+    return schema
+
+
+def recipe_of(config: "RunConfig") -> Any:
+    """The module whose ``main`` takes ``config``."""
+    if config.recipe_sha256 is not None:
+        return _LOADED[config.recipe_sha256].module
+    return importlib.import_module(f"tt_train.recipes.{config.recipe}")
+
+
+def copy_of(config: "RunConfig") -> RecipeFile | None:
+    """What a run keeps beside its config; None for a recipe that comes with the package."""
+    return _LOADED.get(config.recipe_sha256 or "")
+
+
+def check_recipe(said: str, sha256: str | None, where: str, file: Path | None, typed: str | RecipeFile | None) -> None:
+    """ConfigError if a config for the recipe file ``said`` is run by another recipe, by a changed one, or by itself.
+
+    Args:
+        where: where the config says so. file: the config's own. typed: the recipe of the command line, if any.
+    """
+    name = Path(said).name
+    beside = file.parent / name if file is not None else Path(name)
+    command = f"tt run {shlex.quote(str(beside if beside.is_file() else name))}"
+    command += f" --config {shlex.quote(str(file))}" if file is not None else ""
+    mark = f" (sha256 {sha256[:12]})" if sha256 else ""
+    if isinstance(typed, RecipeFile) and typed.name == name:
+        if sha256 not in (None, typed.sha256):
+            raise ConfigError(
+                [
+                    f"{where}: recipe: {name} is not the file that this config was run by{mark}, it has sha256 "
+                    f"{typed.sha256[:12]}; repeat the run with {command}, or run it as it is with recipe_sha256=null"
+                ]
+            )
+        return
+    if typed is not None:
+        other = typed.name if isinstance(typed, RecipeFile) else typed
+        raise ConfigError(
+            [f"{where}: recipe: this config is for {name}{mark}, not for {other}; {command}, or add recipe={other}"]
+        )
+    raise ConfigError([f"{where}: recipe: {name}{mark} is a recipe file, which runs only if you name it: {command}"])
+
+
+@contextlib.contextmanager
+def finding_modules_here(allow_import: Sequence[str]) -> Iterator[None]:
+    """Inside, the modules that the user allows are found in the working folder, too; what is installed comes first."""
+    here = str(Path.cwd())
+    add = bool(allow_import) and here not in sys.path
+    if add:
+        sys.path.append(here)
+        importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if add:
+            sys.path.remove(here)

@@ -1,0 +1,150 @@
+"""What comes before the loop of every recipe: a run directory, new or resumed, and what is said before step 1."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import tt_ckpt
+from tt_train.config import RunConfig, to_dict, to_yaml
+from tt_train.console import Console, RunFacts
+from tt_train.environment import collect, command_line, git_state
+from tt_train.errors import ConfigError
+from tt_train.optim import rate_change
+from tt_train.recipe_file import copy_of
+from tt_train.recipes._assemble import Job
+from tt_train.recipes._end import data_facts, precision, result_bytes
+from tt_train.resume import changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
+from tt_train.run_dir import RunDir, new_path, probe_writable, read_rows
+from tt_train.serving import TEMPLATE_FILE, own_template
+from tt_train.training_state import TrainingState
+
+
+def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:
+    """Open a new run directory, or the one to resume; also gives the checkpoint to restore, None to start anew.
+
+    A Path is a run that is finished already. Whatever is refused is refused before anything is written.
+    """
+    origin = find_origin(job.config, resume)
+    if origin is None:
+        return _new_run(job), None
+    if changed := changed_keys(saved_config(origin.run), job.config):
+        raise ConfigError(
+            [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
+        )
+    explicit = str(resume) != "auto"
+    if not origin.in_place:
+        saved = read_checkpoint(job, origin, explicit=explicit)
+        assert saved is not None  # explicit
+        run = _new_run(job, continued_from={"run": str(origin.run.resolve()), "step": saved.step})
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            run.append(name, *(row for row in read_rows(origin.run / name) if row.get("step", 0) <= saved.step))
+        return run, saved
+    if origin.checkpoint is None and (reason := nothing_left(job, origin.run)):
+        console.note(reason)
+        return origin.run
+    run = RunDir(origin.run)
+    try:
+        saved = read_checkpoint(job, origin, explicit=explicit)
+        if saved is None:
+            console.note(f"{run.path} has no checkpoint: training starts at step 1")
+    except BaseException:
+        run.close()
+        raise
+    return run, saved
+
+
+def _new_run(job: Job, **more: Any) -> RunDir:
+    path = new_path(job.config.output_dir, job.base_model, job.method)
+    probe_writable(path)
+    run = RunDir(path)
+    try:
+        run.write_text("config.yaml", to_yaml(replace(job.config, output_dir=None)))
+        run.write_json("manifest.json", _manifest(job) | more)
+        if (own := copy_of(job.config)) is not None:
+            run.write_text(own.name, own.text)
+        template = own_template(job.tokenizer, job.config.data.template)
+        if template is not None:
+            run.write_text(TEMPLATE_FILE, template)
+    except BaseException:
+        run.close()
+        raise
+    run.set_state("running")
+    return run
+
+
+def before_steps(
+    job: Job, run: RunDir, state: TrainingState, saved: tt_ckpt.TrainState | None, console: Console
+) -> None:
+    """Check the disk, say what is about to happen, and cut the run's files back to the step that it starts from."""
+    facts = opening_facts(job, state.model, run.path, state.step)
+    state.check_space(result_bytes(job, state))
+    before = saved.state["steps_total"] if saved is not None else job.steps_total
+    if note := rate_change(job.config, state.step, before=before, now=job.steps_total):
+        console.warn(note)
+    console.start(facts)
+    config = replace(job.config, output_dir=None)
+    run.write_text("config.yaml", to_yaml(config))
+    run.update_manifest(config=to_dict(config), parameters=facts.parameters, trainable=facts.trainable,
+                        precision=facts.precision)  # fmt: skip
+    run.set_state("running")
+    state.recorded(next((row for row in run.rows("metrics.jsonl") if row.get("step") == state.step), None))
+    run.keep_until(state.step - 1 if state.row else state.step)
+    if later := state.checkpoints.remove_after(state.step):
+        console.note(f"checkpoints after step {state.step} are made anew: {', '.join(later)} removed")
+
+
+def _manifest(job: Job) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "state": "running",
+        "recipe": job.config.recipe,
+        "recipe_sha256": job.config.recipe_sha256,
+        "method": job.method,
+        "base_model": job.base_model,
+        "command": command_line(),
+        "seed": job.config.seed,
+        "config": to_dict(replace(job.config, output_dir=None)),
+        "data": data_facts(job),
+        "environment": collect(),
+        "git": git_state(),
+    }
+
+
+def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> RunFacts:
+    """What the console shows before the first step."""
+    parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
+    return RunFacts(
+        model=job.base_model,
+        method=job.method,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        data=job.data_lines,
+        steps_total=job.steps_total,
+        step_first=first,
+        device=str(job.device),
+        dtype=job.config.model.dtype,
+        precision=precision(job),
+        run_dir=str(run_path),
+        sample=job.train.rendered(0),
+    )
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The config with every local path absolute, so that the run directory works from any folder."""
+    model = replace(config.model, path=_absolute(config.model.path), tokenizer=_absolute(config.model.tokenizer))
+    adapter = config.adapter and replace(config.adapter, path=_absolute(config.adapter.path))
+    rows = {key: _absolute(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
+    data = replace(config.data, **rows)
+    return replace(config, model=model, adapter=adapter, data=data)
+
+
+def _absolute(source: Any) -> Any:
+    if isinstance(source, str) and source and Path(source).exists():
+        return str(Path(source).resolve())
+    if isinstance(source, list):
+        return [_absolute(item) for item in source]
+    if isinstance(source, dict):
+        return {_absolute(key): weight for key, weight in source.items()}
+    return source

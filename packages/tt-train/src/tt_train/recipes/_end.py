@@ -1,0 +1,149 @@
+"""What comes after the loop of every recipe: the result, and then figures, card and report."""
+
+import logging
+import os
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tt_ckpt
+import tt_models
+import tt_peft
+from tt_train.console import Console
+from tt_train.model_card import model_card
+from tt_train.recipes._assemble import Job
+from tt_train.recipes._watch import Watch
+from tt_train.report import write_report
+from tt_train.run_dir import RunDir, read_json
+from tt_train.serving import serving_files
+from tt_train.training_state import TrainingState
+
+_SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+
+
+def finish(job: Job, run: RunDir, watch: Watch) -> None:
+    """Write the result first, and then what may fail after it: the last figures, the card and the report."""
+    state, console = watch.state, watch.console
+    state.drain(console.warn)
+    if job.config.save_last:
+        state.tolerate(state.save, console.warn)
+    write_result(job, run, state)
+    if state.row is not None:
+        watch.record(sample=False)
+        _or_warn(console, "the last samples", lambda: watch.sample(state.step))
+    summary = _summary(job, run, state)
+    run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
+    _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
+    _or_warn(console, "the report", lambda: write_report([run.path]))
+    console.end({**summary, "next": next_commands(run.path, job.method)})
+    if best := _best(run, state):
+        _tell_best(console, run, best, steps=state.step)
+
+
+def data_facts(job: Job) -> dict[str, Any]:
+    """What the manifest says of the rows."""
+    return {
+        "fingerprint": job.train.fingerprint,
+        "rows": job.num_rows,
+        "report": job.train.report,
+        "held_out_rows": len(job.held_out) if job.held_out else 0,
+    }
+
+
+def _or_warn(console: Console, what: str, action: Callable[[], object]) -> None:
+    """The result is safe: what fails now is a warning."""
+    try:
+        action()
+    except Exception as error:
+        console.warn(f"{what} could not be written: {type(error).__name__}: {error}; the result is safe")
+        logging.getLogger("tt_train").warning("%s could not be written", what, exc_info=error)
+
+
+def write_result(job: Job, run: RunDir, state: TrainingState) -> None:
+    """``adapter/`` or ``model/``, as a whole: what was there before is replaced by a rename."""
+    if job.lora is not None:
+        with run.replacing("adapter") as part:
+            tt_peft.save_adapter(state.model, part, base_model=job.base_model)
+        return
+    config = job.hf_config if job.model_path else tt_models.config_to_hf(job.model_config)
+    places = [Path(place) for place in (job.config.model.tokenizer, job.model_path) if place is not None]
+    files = serving_files(places, job.tokenizer, job.config.data.template, job.model_path)
+    dtypes = written_dtypes(job)
+    narrow = dtypes == {torch.bfloat16}
+    with run.replacing("model") as part, state.optimizer.whole([] if narrow else state.names):
+        stored = tt_ckpt.tensor_dtypes(job.model_path) if job.model_path else job.dtype
+        tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
+
+
+def written_dtypes(job: Job) -> set[torch.dtype]:
+    """Of the floating tensors of a full result: what the base's files have; ``model.dtype`` if there is no base."""
+    stored = tt_ckpt.tensor_dtypes(job.model_path).values() if job.model_path else [job.dtype]
+    return {dtype for dtype in stored if dtype.is_floating_point}
+
+
+def result_bytes(job: Job, state: TrainingState) -> int:
+    """The size of the result on the disk."""
+    if job.lora is not None:
+        return sum(parameter.nbytes for parameter in state.names)
+    return max(dtype.itemsize for dtype in written_dtypes(job)) * sum(parameter.numel() for parameter in state.names)
+
+
+def precision(job: Job) -> dict[str, str]:
+    """In which dtype the forward pass runs, the trained weights are kept, and the result is written."""
+    if job.lora is not None and job.config.adapter is not None:
+        written = {job.config.adapter.dtype}
+    else:
+        written = {_SHORT.get(dtype, str(dtype).removeprefix("torch.")) for dtype in written_dtypes(job)}
+    return {"forward": job.config.model.dtype, "trained": "fp32", "written": " and ".join(sorted(written))}
+
+
+def _summary(job: Job, run: RunDir, state: TrainingState) -> dict[str, Any]:
+    rows = run.rows("metrics.jsonl")
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    evaluated = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    return {
+        "run_dir": str(run.path),
+        "steps": state.step,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "eval_loss_first": evaluated[0] if evaluated else None,
+        "eval_loss": evaluated[-1] if evaluated else None,
+        "seconds": state.elapsed_s,
+        "tokens": state.tokens,
+        "stopped_early": state.step < job.steps_total,
+    }
+
+
+def _best(run: RunDir, state: TrainingState) -> dict[str, Any] | None:
+    """The step with the lowest held-out loss, and its checkpoint if there is one."""
+    if state.best is None:
+        return None
+    folder = run.checkpoints / f"step-{state.best['step']:06d}"
+    return {**state.best, "checkpoint": f"checkpoints/{folder.name}" if folder.is_dir() else None}
+
+
+def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: int) -> None:
+    if best["step"] == steps:
+        return
+    console.note(
+        f"lowest held-out loss: {best['eval_loss']:.4f} at step {best['step']:,}; the result is of step {steps:,}"
+    )
+    if best["checkpoint"] is not None:
+        path = shlex.quote(str(run.path))
+        console.note(
+            f"  tt run {path}/config.yaml max_steps={best['step']} -o {path}-best --resume {path}/{best['checkpoint']}"
+        )
+
+
+def _write_card(job: Job, run: RunDir, summary: dict[str, Any]) -> None:
+    run.write_text("README.md", model_card(job, read_json(run.path / "manifest.json"), summary))
+
+
+def next_commands(run: Path, method: str) -> list[str]:
+    """What a user would type next."""
+    path = shlex.quote(os.path.relpath(run) if not run.is_absolute() else str(run))
+    merged = shlex.quote(f"{path}-merged") if method != "full" else None
+    return [f"tt chat {path}", *([f"tt merge {path} -o {merged}"] if merged else []), f"tt report {path}"]

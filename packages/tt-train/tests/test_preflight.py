@@ -1,0 +1,108 @@
+"""Devices, optimizers, losses and loggers: what cannot work is known before anything is loaded."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from tt_train import ConfigError, compose, preflight
+from tt_train.validate import check, problems
+
+
+@pytest.fixture
+def found(words):
+    return lambda *more, **kwargs: problems(compose("sft", overrides=[*words, *more], **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gpu", "unknown device 'gpu'; did you mean 'cuda'?"),
+        ("CPU", "unknown device 'CPU'; did you mean 'cpu'?"),
+        ("cdua:0", "unknown device 'cdua:0'; did you mean 'cuda:0'?"),
+        ("meta", "unknown device 'meta'"),
+        ("cuda:-1", "unknown device 'cuda:-1'"),
+        ("cuda:7", "device: cuda:7 asked for, 1 CUDA devices visible"),
+        ("mps", "device: mps asked for, this machine or this torch"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named_with_what_is(found, monkeypatch, name, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    (problem,) = found(f"device={name}")
+    assert said in problem
+
+
+def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    monkeypatch.setattr(torch.version, "hip", None)
+    config = compose("sft", overrides=["model.path=m", "data.train=d", "adapter.dtype=bf16"])
+    said = "Tesla T4 (compute capability 7.5) does not compute in bf16; use"
+    found = preflight.mistakes(config, torch.device("cuda:0"))
+    assert found == [f"model.dtype: {said} model.dtype=fp32", f"adapter.dtype: {said} adapter.dtype=fp32"]
+
+
+def test_a_device_that_does_not_answer_is_named():
+    config = compose("sft", overrides=["model.path=m", "data.train=d"])
+    if not torch.backends.mps.is_available():
+        (problem,) = preflight.mistakes(config, torch.device("mps"))
+        assert problem.startswith("device: mps does not answer: ")
+    assert preflight.mistakes(config, torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_that_is_not_installed_is_found_before_the_run(found, monkeypatch, name):
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda package: None)
+    assert f"loggers: {name} is not installed; pip install {name}, or leave it out" in found(f"loggers=[{name}]")
+
+
+def test_the_folder_that_wandb_leaves_behind_is_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "a_logger_of_nobody").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not preflight.is_installed("a_logger_of_nobody")
+    assert preflight.is_installed("json")
+
+
+def test_a_logger_named_twice_is_named(found):
+    assert "loggers: wandb is named twice" in found("loggers=[wandb, wandb]")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["optimizer.momentum=0.9"], "optimizer.momentum: adamw has no momentum; leave it out"),
+        (["optimizer.name=sgd", "optimizer.betas=[0.8, 0.9]"], "optimizer.betas: sgd has no betas; leave it out"),
+        (["optimizer.name=collections.OrderedDict"], "optimizer"),
+        (
+            ["loss.label_smoothing=0.1", "loss.name=losses_without_smoothing.plain"],
+            "loss.label_smoothing: losses_without",
+        ),
+    ],
+)
+def test_what_a_component_does_not_take_is_found_before_the_run(found, monkeypatch, more, said):
+    module = types.ModuleType("losses_without_smoothing")
+    module.plain = lambda model, batch: None
+    monkeypatch.setitem(sys.modules, "losses_without_smoothing", module)
+    (problem,) = found(*more, allow_import=["collections", "losses_without_smoothing"])
+    assert problem.startswith(said)
+
+
+def test_every_phase_is_checked_even_if_the_device_is_wrong(found):
+    said = found("device=gpu", "data.train=nowhere.jsonl", "adapter.target_modules=[q_prj]", "loggers=[wandb, wandb]")
+    assert {line.split(":")[0] for line in said} >= {"device", "data.train", "adapter", "loggers"}
+
+
+def test_the_largest_seed_trains(words, tmp_path):
+    from tt_train.recipes import sft
+
+    more = [f"seed={2**64 - 1}", "max_steps=2", f"output_dir={tmp_path / 'r'}", "data.eval=0.1", "adapter.dropout=0.1"]
+    assert sft.main(compose("sft", overrides=[*words, *more])).is_dir()
+
+
+def test_a_schedule_beyond_the_end_of_the_run_is_in_the_notes_of_validate_and_run(words):
+    job = check(compose("sft", overrides=[*words, "save_every=100"]))
+    assert [note for note in job.notes if note.startswith("save_every: 100 is beyond the run's 6 steps")]
+    with pytest.raises(ConfigError, match="eval_every: set, but there is nothing"):
+        check(compose("sft", overrides=[*words, "eval_every=100"]))
