@@ -138,12 +138,17 @@ def test_a_registered_function_that_changes_makes_the_rows_again(chatml: Any, wr
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
 
-def test_end_tokens_of_the_model_belong_to_the_key(tmp_path: Path, make_model: Any) -> None:
-    """generation_config.json decides what ends a turn, and so what is trained."""
-    model = make_model(tmp_path / "model", ["<e>", "<|eot|>"], eos_token="<e>")
-    before = load_tokenizer(model).fingerprint
-    (model / "generation_config.json").write_text('{"eos_token_id": [0, 1]}')
-    assert load_tokenizer(model).fingerprint != before
+def test_generation_settings_change_neither_rows_nor_their_key(tmp_path: Path, make_model: Any) -> None:
+    """Which tokens stop generation may be changed after training: the rows stay as they were."""
+    source = "{% for m in messages %}{{ m.content }}<|eot|>{% endfor %}"
+    model = make_model(tmp_path / "model", ["<e>", "<|eot|>", "<|x|>"], eos_token="<e>", chat_template=source)
+    rows = [{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat <|x|>"}]}]
+    before = load_tokenizer(model)
+    (model / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    after = load_tokenizer(model)
+    assert after.eos_ids != before.eos_ids
+    assert after.fingerprint == before.fingerprint
+    assert load_dataset(rows, after)[0] == load_dataset(rows, before)[0]
 
 
 WRITE = """

@@ -196,9 +196,7 @@ REWRITES = {
     "earlier turns in capitals": (
         "{% for m in messages %}{{ (m.content if loop.last else m.content|upper) + '<|im_end|>' }}{% endfor %}"
     ),
-    "only the last two turns": "{% for m in messages[-2:] %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}",
     "newest first": "{% for m in messages|reverse %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}",
-    "a count at the start": "{{ messages|length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}",
 }
 
 
@@ -208,6 +206,27 @@ def test_a_template_that_rewrites_what_was_said_is_refused(chatml: Any, rewrite:
     with pytest.raises(TemplateError, match="ambiguous") as refusal:
         trained_texts(tokenizer, CONVERSATIONS["multi"][0], None)
     assert refusal.value.ambiguous
+
+
+@pytest.mark.parametrize(
+    ("source", "trained", "lost"),
+    [
+        (
+            "{{ messages|length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}",
+            ["b. <|im_end|>", "d\n\n<|im_end|>", "a<|im_end|>"],
+            False,
+        ),
+        ("{% for m in messages[-2:] %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}", ["a<|im_end|>"], True),
+    ],
+)
+def test_answers_behind_a_rewritten_prompt_are_found_and_it_is_told(
+    chatml: Any, source: str, trained: list[str], lost: bool
+) -> None:
+    dataset = load_dataset([{"messages": CONVERSATIONS["multi"][0]}], chatml.with_template({"default": source}, "x"))
+    assert [text for text, flag in dataset.rendered(0) if flag] == trained
+    notes = " ".join(dataset.report["notes"])
+    assert "generation prompt is not part of its training text" in notes
+    assert ("does not write words of some messages (1 row" in notes) == lost
 
 
 def test_marked_blocks_help_a_template_that_rewrites(chatml: Any) -> None:

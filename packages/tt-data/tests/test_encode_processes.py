@@ -66,9 +66,9 @@ def test_a_process_in_trouble_is_an_error_that_names_its_rows(
 
 
 def test_a_setting_at_fault_is_a_value_error(chatml: Any, make_chat_rows: Any) -> None:
-    source = "{{ messages|length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
-    tokenizer = chatml.with_template({"default": source}, "counting")
-    with pytest.raises(ValueError, match="rows:0: counting: .* ambiguous"):
+    source = "{% for m in messages|reverse %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    tokenizer = chatml.with_template({"default": source}, "backwards")
+    with pytest.raises(ValueError, match="rows:0: backwards: .* ambiguous"):
         load_dataset(make_chat_rows(5, turns=2), tokenizer, num_workers=1)
 
 

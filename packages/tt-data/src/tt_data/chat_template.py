@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import subprocess
 import sys
 import threading
@@ -21,6 +20,22 @@ _SECONDS_PER_PAIR = 2e-5
 _SLACK_SECONDS = 5.0  # and twice the limit: until a process that hangs outside Python is killed
 _PAIRS_PER_REQUEST = 10_000
 _CHARACTERS_PER_REQUEST = 4_000_000
+
+
+_LOST = {
+    "words": "words of some messages",
+    "reasoning": "the reasoning of some turns",
+    "tool calls": "tool_calls",
+    "tool results": "some results of tools",
+    "tools": "tools (functions)",
+}
+_EMPTY_TURN = "the chat template leaves nothing of some turns but their end, so they are not trained"
+
+
+PROMPT_DIFFERS = (
+    "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
+    "deletes): what is trained is not quite what inference asks for"
+)
 
 
 class TemplateError(ValueError):
@@ -54,14 +69,14 @@ class ChatTemplate:
     """A Jinja chat template with the variables it may read. Starts its process when first used."""
 
     def __init__(
-        self, source: str, *, variables: Mapping[str, Any] | None = None, controls: Sequence[str] = (),
+        self, source: str, *, variables: Mapping[str, Any] | None = None, special: Sequence[str] = (),
         ends: Sequence[str] = (), name: str = "chat template",
     ) -> None:  # fmt: skip
         if len(source.encode()) > MAX_TEMPLATE_BYTES:
             raise TemplateError(f"{name}: {len(source.encode())} bytes, expected at most {MAX_TEMPLATE_BYTES}")
         self.source, self.name = source, name
         self._setup = {
-            "source": source, "variables": dict(variables or {}), "controls": list(controls), "ends": list(ends),
+            "source": source, "variables": dict(variables or {}), "special": list(special), "ends": list(ends),
             "output_limit": MAX_OUTPUT_CHARACTERS,
         }  # fmt: skip
         self._process: subprocess.Popen[str] | None = None
@@ -71,7 +86,7 @@ class ChatTemplate:
 
     @property
     def turn_ends(self) -> tuple[str, ...]:
-        """The control strings that end an assistant turn."""
+        """The special tokens that end an assistant turn."""
         with self._lock:
             self._start()
             return tuple(self._facts["ends"])
@@ -84,7 +99,9 @@ class ChatTemplate:
             return bool(self._facts["keeps_its_prompt"])
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Render ``jobs``; each answer has ``text`` (with ``spans`` where a job says what is trained) or ``error``."""
+        """Render ``jobs``; each answer has ``text`` or ``error``. If a job says what is trained, it also has ``spans``,
+        ``lost`` (the kinds of things that the text does not hold), ``empty`` (of some turn nothing is left) and
+        ``follows_prompts`` (what is trained follows what inference would ask with)."""
         answers: list[dict[str, Any]] = []
         with self._lock:
             for request in _requests(jobs):
@@ -231,25 +248,8 @@ def _read_legacy(path: Path) -> Any:
         raise ValueError(f"{path}: expected a JSON object with chat_template ({error})") from None
 
 
-def escape_controls(value: Any, controls: Any, nonce: str) -> Any:
-    """``value`` with every control string in it broken by ``nonce``; the same object where there is none.
-
-    A string that ends like the beginning of one is broken too: the template may write the rest.
-    """
-    if isinstance(value, str):
-        text = controls.sub(lambda m: m.group()[0] + nonce + m.group()[1:], value)
-        return text if text != value else value
-    if isinstance(value, Mapping):
-        keys = escape_controls(list(value), controls, nonce)
-        items = escape_controls(list(value.values()), controls, nonce)
-        same = all(a is b for a, b in zip([*keys, *items], [*value, *value.values()], strict=True))
-        return value if same else dict(zip(keys, items, strict=True))
-    if isinstance(value, (list, tuple)):
-        items = [escape_controls(item, controls, nonce) for item in value]
-        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    return value
-
-
-def new_nonce() -> str:
-    """Letters that no data holds."""
-    return f"q{secrets.token_hex(16)}q"
+def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:
+    """What a report says of a rendering that does not hold all of its conversation."""
+    notes = [f"the chat template does not write {_LOST[kind]}" for kind in answer.get("lost", ())]
+    notes += [_EMPTY_TURN] if answer.get("empty") else []
+    return notes if answer.get("follows_prompts", True) else [*notes, PROMPT_DIFFERS]

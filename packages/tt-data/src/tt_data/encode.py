@@ -9,11 +9,14 @@ from typing import Literal, get_args
 from tt_data.chat_template import TemplateError
 from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.messages import Message, roles_of, validate_messages
-from tt_data.rendered import Encoded, Rendered, Span, join_spans
+from tt_data.rendered import BLANKS, Encoded, Rendered, Span, check_unicode, join_spans
 from tt_data.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
-AMBIGUOUS = "ambiguous template"  # the reason that no row is to blame for
+_PROMPT_MERGES = (
+    "the end of the prompt and the beginning of the completion make one token, so that what is trained is not what "
+    "inference asks for; end the prompt where a word ends"
+)
 Unit = Conversation | Turns | Completion | Text | Tokens
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
 
@@ -54,8 +57,9 @@ def _units(example: Example) -> list[Unit]:
 
 def _checked(unit: Unit) -> Unit:
     """``unit``, when its turns make a conversation that ends with an answer. Raises BadRowError."""
-    if isinstance(unit, Turns) and not all(is_unicode(message.content) for message in unit.messages):
-        raise BadRowError("not text", "half of a surrogate pair in the text")
+    if isinstance(unit, Turns):
+        for message in unit.messages:
+            _refuse_half_pairs(message.content)
     if isinstance(unit, (Conversation, Turns)):
         try:
             validate_messages(unit.messages)
@@ -71,19 +75,23 @@ def _checked(unit: Unit) -> Unit:
 def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
     rendered = _render_units(units, tokenizer, train_on)
     encoded = iter(tokenizer.encode_rendered([row for row in rendered if isinstance(row, Rendered)]))
+    asked = [_prompt_of(unit) for unit in units] if train_on != "all" else [Rendered("") for _ in units]
+    prompts = tokenizer.encode_rendered(asked)
     results: list[Encoded | BadRowError] = []
-    for unit, row in zip(units, rendered, strict=True):
+    for unit, row, prompt in zip(units, rendered, prompts, strict=True):
         if isinstance(row, BadRowError):
             results.append(row)
         elif isinstance(unit, Tokens):
             results.append(_from_tokens(unit, tokenizer.vocab_size))
         elif isinstance(unit, Turns):
-            results.append(tokenizer.encode_turns(mask_messages(unit.formatted, train_on)))
+            turns = tokenizer.encode_turns(mask_messages(unit.formatted, train_on))
+            spelt = [note for message in unit.messages for note in tokenizer.notes_of(message.content)]
+            results.append(replace(turns, notes=tuple(dict.fromkeys(spelt))))
         elif isinstance(unit, Conversation):
             results.append(next(encoded))
         else:
             assert row is not None
-            results.append(_with_ends(next(encoded), row, tokenizer))
+            results.append(_with_ends(_from_prompt(next(encoded), prompt.ids), row, tokenizer))
     return results
 
 
@@ -99,25 +107,23 @@ def _render_units(
         if isinstance(unit, (Tokens, Turns)):
             results.append(None)
             continue
-        row = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on)
+        row = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on, tokenizer)
         if isinstance(row, TemplateError):
-            results.append(BadRowError(AMBIGUOUS if row.ambiguous else "template", str(row)))
+            results.append(BadRowError("ambiguous template" if row.ambiguous else "template", str(row)))
         else:
-            results.append(
-                row if is_unicode(row.text) else BadRowError("not text", "half of a surrogate pair in the text")
-            )
+            try:
+                _refuse_half_pairs(row.text)
+                results.append(row)
+            except BadRowError as bad:
+                results.append(bad)
     return results
 
 
-def is_unicode(text: str) -> bool:
-    """Whether ``text`` can be written as UTF-8 (JSON may hold halves of surrogate pairs)."""
-    if text.isascii():
-        return True
+def _refuse_half_pairs(text: str) -> None:
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        check_unicode(text)
+    except ValueError as error:
+        raise BadRowError("not text", str(error)) from None
 
 
 def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:
@@ -131,26 +137,47 @@ def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Messag
     ]
 
 
-def _document(unit: Text | Completion, train_on: TrainOn) -> Rendered:
-    if isinstance(unit, Text):
-        return Rendered(unit.text, [(0, len(unit.text))], controls=[])
-    text = unit.prompt + unit.completion
-    return Rendered(text, [(0 if train_on == "all" else len(unit.prompt), len(text))], controls=[])
+def _document(unit: Text | Completion, train_on: TrainOn, tokenizer: Tokenizer) -> Rendered:
+    text = unit.text if isinstance(unit, Text) else unit.prompt + unit.completion
+    start = 0 if isinstance(unit, Text) or train_on == "all" else len(unit.prompt)
+    return Rendered(text, [(start, len(text))], controls=[], notes=tokenizer.notes_of(text))
+
+
+def _prompt_of(unit: Unit) -> Rendered:
+    """What inference asks: the prompt without the blanks at its end, which make one token with the word behind them."""
+    return Rendered(unit.prompt.rstrip(BLANKS) if isinstance(unit, Completion) else "", controls=[])
+
+
+def _from_prompt(row: Encoded, prompt: Sequence[int]) -> Encoded:
+    """``row`` trained from where the ids of its prompt end, so that it is trained as it is asked."""
+    if row.ids[: len(prompt)] != prompt:
+        return replace(row, notes=(*row.notes, _PROMPT_MERGES))
+    return replace(row, trained=join_spans([(len(prompt), len(row.ids))])) if prompt else row
 
 
 def _with_ends(row: Encoded, document: Rendered, tokenizer: Tokenizer) -> Encoded:
-    """The document between bos (where this model has it) and eos, which is trained."""
+    """The document between bos (if this model has it) and eos, which is trained; neither twice, if it holds them."""
     ids, spans = row.ids, row.trained
-    if tokenizer.adds_bos and tokenizer.bos_id is not None:
+    if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         whole = bool(document.trained) and document.trained[0][0] == 0
         ids = [tokenizer.bos_id, *ids]
         spans = [(a + 1, b + 1) for a, b in spans]
         if whole and spans:
             spans[0] = (0, spans[0][1])
-    if tokenizer.eos_id is not None:
+    if tokenizer.eos_id is not None and not ends_turn(ids, tokenizer):
         spans = join_spans([*spans, (len(ids), len(ids) + 1)])
         ids = [*ids, tokenizer.eos_id]
-    return Encoded(ids, spans)
+    return Encoded(ids, spans, row.notes)
+
+
+def ends_turn(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
+    """Whether a model that learned to write ``ids`` has learned to stop: white space may follow the end token."""
+    for index in reversed(ids):
+        if index == tokenizer.eos_id or index in tokenizer.eos_ids:
+            return True
+        if not tokenizer.decode([index], skip_special=False).isspace():
+            return False
+    return False
 
 
 def _from_tokens(unit: Tokens, vocab_size: int) -> Encoded | BadRowError:

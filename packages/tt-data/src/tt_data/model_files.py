@@ -9,10 +9,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from tt_data.backend import Backend
 from tt_data.builtin_templates import with_named_template
 from tt_data.chat_template import find_chat_template
 from tt_data.sentencepiece_model import read_sentencepiece
-from tt_data.tokenizer import Backend, Tokenizer
+from tt_data.tokenizer import Tokenizer
 from tt_data.tokenizer_json import JsonTokenizer, read_tokenizer_json
 
 _log = logging.getLogger(__name__)

@@ -21,12 +21,18 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
+from tt_data.message_forms import MessageForms
 from tt_data.rendered import alternatives
-from tt_data.turn_spans import find_turn_ends, keeps_its_prompt, turn_spans
+from tt_data.template_facts import study
+from tt_data.turn_spans import AmbiguousTemplateError, turn_spans
 
 _MEMORY_LIMIT = 1 << 30
 _OPEN, _CLOSE = (secrets.token_hex(12) for _ in range(2))
 _MARKS = re.compile(f"{_OPEN}|{_CLOSE}")
+_NO_SYSTEM = (
+    "; this template takes no system message: put its text at the beginning of the first user message, or choose a "
+    "template that has one (data.template=chatml)"
+)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -72,12 +78,12 @@ class _Template:
         self.template = make_environment().from_string(setup["source"])
         self.variables: dict[str, Any] = setup["variables"]
         self.output_limit: int = setup["output_limit"]
-        self.control = alternatives(setup["controls"]) if setup["controls"] else None
+        self.special = alternatives(setup["special"]) if setup["special"] else None
         self.has_generation = re.search(r"\{%[-+]?\s*generation\b", setup["source"]) is not None
-        self.ends: list[str] = []
-        self.ends = find_turn_ends(self.render, self.control)
-        self.ends += [end for end in setup["ends"] if end not in self.ends]
-        self.keeps_its_prompt = keeps_its_prompt(self.render)
+        self.forms = MessageForms(lambda messages, tools, extra: self.render(messages, False, tools, extra))
+        self.facts = study(
+            lambda m, prompt: self.render(self.forms.fit(m, None, None)[0], prompt), self.special, setup["ends"]
+        )
 
     def raw(self, messages: list[dict[str, Any]], prompt: bool, tools: Any = None, extra: Any = None) -> str:
         pieces: list[str] = []
@@ -94,53 +100,71 @@ class _Template:
         text = self.raw(messages, prompt, tools, extra)
         return _MARKS.sub("", text) if self.has_generation else text
 
-    def spans(self, job: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        messages, trained = job["messages"], job["trained"]
-        assistant = [message["role"] == "assistant" for message in messages]
-        if self.has_generation and not any(t and not a for t, a in zip(trained, assistant, strict=True)):
-            found = self._generation_spans(job)
-            if found is not None:
-                return found
-        return turn_spans(
-            lambda m, prompt: self.render(m, prompt, job.get("tools"), job.get("extra")),
-            messages, trained, control=self.control, ends=self.ends,
-        )  # fmt: skip
+    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The text of a conversation; where it says what is trained, the spans of that and what is lost."""
+        tools, extra = job.get("tools"), job.get("extra")
+        messages, losses = self.forms.fit(job["messages"], tools, extra)
+        if "trained" not in job:
+            return {"text": self.render(messages, job["prompt"], tools, extra)}
+        raw = self.raw(messages, False, tools, extra)
+        text = _MARKS.sub("", raw)
+        losses = self.forms.losses(messages, extra, text) if losses is None else losses
+        trained = job["trained"]
+        empty = [i for i in losses.empty if trained[i] and messages[i]["role"] == "assistant"]
+        spans = self._generation_spans(raw, text, messages, trained, empty) if self.has_generation else None
+        follows = True
+        if spans is None:
+            spans, follows = turn_spans(
+                lambda m, prompt: self.render(m, prompt, tools, extra), messages, trained, text, special=self.special,
+                facts=self.facts, empty=empty,
+            )  # fmt: skip
+        left_out = bool(empty) and not all(trained)
+        return {"text": text, "spans": spans, "lost": losses.kinds, "empty": left_out, "follows_prompts": follows}
 
-    def _generation_spans(self, job: dict[str, Any]) -> tuple[str, list[tuple[int, int]]] | None:
-        """The blocks that the template itself marks; None when they are not one for each assistant turn."""
-        text = self.raw(job["messages"], False, job.get("tools"), job.get("extra"))
-        pieces: list[str] = []
+    def _generation_spans(
+        self, raw: str, text: str, messages: list[dict[str, Any]], trained: list[bool], empty: list[int]
+    ) -> list[tuple[int, int]] | None:
+        """The blocks that the template itself marks; None when they are not one for each assistant turn, or when more
+        than assistant turns are trained."""
+        assistant = [message["role"] == "assistant" for message in messages]
+        if any(wanted and not answers for wanted, answers in zip(trained, assistant, strict=True)):
+            return None
+        flags = [trained[i] and i not in empty for i, answers in enumerate(assistant) if answers]
         blocks: list[list[int]] = []
         length = position = 0
-        for match in _MARKS.finditer(text):
-            pieces.append(text[position : match.start()])
+        for match in _MARKS.finditer(raw):
             length += match.start() - position
             position = match.end()
             if match.group() == _OPEN:
                 blocks.append([length, length])
             else:
                 blocks[-1][1] = length
-        full = "".join([*pieces, text[position:]])
-        flags = [t for m, t in zip(job["messages"], job["trained"], strict=True) if m["role"] == "assistant"]
         if len(flags) != len(blocks):
             if all(flags) and blocks:
                 flags = [True] * len(blocks)
             else:
                 return None
-        return full, [(a, self._with_end(full, b)) for (a, b), wanted in zip(blocks, flags, strict=True) if wanted]
+        return [(a, self._with_end(text, b)) for (a, b), wanted in zip(blocks, flags, strict=True) if wanted]
 
     def _with_end(self, full: str, end: int) -> int:
         """A block that stops just before the end-of-turn token takes it in: it must be trained."""
-        if any(full.endswith(token, 0, end) or full[:end].rstrip().endswith(token) for token in self.ends):
+        ends = self.facts.ends
+        if any(full.endswith(token, 0, end) or full[:end].rstrip().endswith(token) for token in ends):
             return end
-        return next((end + len(token) for token in self.ends if full.startswith(token, end)), end)
+        return next((end + len(token) for token in ends if full.startswith(token, end)), end)
 
 
-def _answer(template: _Template, job: dict[str, Any]) -> dict[str, Any]:
-    if "trained" in job:
-        text, spans = template.spans(job)
-        return {"text": text, "spans": spans}
-    return {"text": template.render(job["messages"], job["prompt"], job.get("tools"), job.get("extra"))}
+def _refuses_system(template: _Template, job: dict[str, Any]) -> bool:
+    """Whether a conversation on which the template failed is fine without its system message."""
+    messages = job.get("messages") or [{}]
+    if messages[0].get("role") not in ("system", "developer"):
+        return False
+    shorter = {key: value for key, value in job.items() if key != "trained"}
+    try:
+        template.answer({"prompt": False, **shorter, "messages": messages[1:]})
+    except (Exception, _TooLong):
+        return False
+    return True
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -195,11 +219,15 @@ def main() -> None:
                 _limit_time(item["seconds"])
                 if template is None:
                     template = _Template(job)
-                    answers.append({"ends": template.ends, "keeps_its_prompt": template.keeps_its_prompt})
+                    facts = template.facts
+                    answers.append({"ends": facts.ends, "keeps_its_prompt": facts.keeps_its_prompt})
                 else:
-                    answers.append(_answer(template, job))
+                    answers.append(template.answer(job))
             except (Exception, _TooLong) as error:
                 answers.append(_failure(error))
+                is_refusal = isinstance(error, Exception) and not isinstance(error, AmbiguousTemplateError)
+                if is_refusal and template is not None and _refuses_system(template, job):
+                    answers[-1]["error"] += _NO_SYSTEM
             finally:
                 _limit_time(0)
         sys.stdout.write(json.dumps(answers) + "\n")

@@ -8,15 +8,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 Span = tuple[int, int]
+BLANKS = " \t"  # at the end of a prompt: part of what follows it, in tokens
 
 
 @dataclass(slots=True)
 class Rendered:
-    """``text`` with character spans. ``controls=None``: every control string in it is a control token."""
+    """``text`` with character spans. ``controls=None``: every control string in it is a control token. ``notes``: see
+    ``Encoded``."""
 
     text: str
     trained: list[Span] = field(default_factory=list)
     controls: list[Span] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -62,3 +65,15 @@ def join_spans(spans: Sequence[Span]) -> list[Span]:
         else:
             joined.append((start, end))
     return joined
+
+
+def check_unicode(text: str) -> None:
+    """Raise ValueError for text that cannot be written as UTF-8 (JSON may hold halves of surrogate pairs)."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"half of a surrogate pair in the text ({text[error.start]!a} at character {error.start}), expected "
+                "whole characters; remove it, or write the pair as one character"
+            ) from None

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tt_data.cells import TrackedRow
-from tt_data.encode import Parts, encode_examples
-from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair, is_chat, mistake_in, notes_of
+from tt_data.chat_template import PROMPT_DIFFERS
+from tt_data.encode import Parts, encode_examples, ends_turn
+from tt_data.examples import BadRowError, Example, Judged, Pair, is_chat, mistake_in, notes_of
 from tt_data.readers import Read, tracks
 from tt_data.rendered import Encoded
 from tt_data.report import Tally
@@ -18,11 +19,6 @@ from tt_data.schemas import hint_for_unread
 from tt_data.settings import Settings
 from tt_data.store import IGNORE_INDEX, labels_of
 from tt_data.tokenizer import Tokenizer
-
-_PROMPT_DIFFERS = (
-    "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
-    "deletes): what is trained is not quite what inference asks for"
-)
 
 
 @dataclass(slots=True)
@@ -54,11 +50,10 @@ class RowEncoder:
                 examples.append((line, self._read(where, row, read)))
             except BadRowError as bad:
                 self.tally.drop(where, bad)
-        self._note_what_is_lost(name, examples)
         forms = {"chat" if is_chat(example) else "text" for _, example in examples}
         self.tally.forms |= forms
         if "chat" in forms and not self._keeps_its_prompt:
-            self.tally.note(_PROMPT_DIFFERS)
+            self.tally.note(PROMPT_DIFFERS)
         encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
         kept: list[TokenRow] = []
         for (line, example), parts in zip(examples, encoded, strict=True):
@@ -106,29 +101,15 @@ class RowEncoder:
             at = f" at max_seq_len {limit}" if limit is not None else ""
             raise BadRowError("no trainable token", f"no trainable token{at} (its prompt has {prompt})")
         truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
-        no_end = any(not self._is_end(part.ids[part.trained[-1][1] - 1]) for part in parts)
+        no_end = any(not ends_turn(part.ids[a:b], self.tokenizer) for part in parts for a, b in part.trained)
         kind = "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
         desirable = isinstance(example, Judged) and example.desirable
         digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
 
-    def _note_what_is_lost(self, name: str, examples: Sequence[tuple[int, Example]]) -> None:
-        """Calls and tools that a chat template has no words for would vanish in silence."""
-        for line, example in examples:
-            if isinstance(example, Conversation):
-                called = any(message.extra.get("tool_calls") for message in example.messages)
-                for there, key in ((called, "tool_calls"), (bool(example.tools), "tools")):
-                    if there and not any(key in source for source in self.tokenizer.templates.values()):
-                        also = " (functions)" if key == "tools" else ""
-                        self.tally.note(f"the chat template does not write {key}{also}", f"{name}:{line}")
-
     @property
     def _keeps_its_prompt(self) -> bool:
         return not self.tokenizer.has_chat_template or self.tokenizer.template_keeps_its_prompt
-
-    def _is_end(self, index: int) -> bool:
-        """Whether a model that learned to write this token has learned to stop."""
-        return index == self.tokenizer.eos_id or index in self.tokenizer.eos_ids
 
 
 def _as_pair(chosen: Encoded, rejected: Encoded) -> Parts:

@@ -35,11 +35,15 @@ class SentencePieceTokenizer:
         self.vocab_size = max(size, max(self.added.values(), default=-1) + 1)
         self.prefix_once = prefix_once
         self._names = {index: token for token, index in self.added.items()}
-        self._pattern = alternatives(self.added)
+        self._pattern, self._free = alternatives(self.added), alternatives(())  # _free: tokens in typed text too
         self._newline = self._model.encode("\n")
 
-    def set_control(self, control: dict[str, int]) -> None:
-        self.control = control
+    def with_control(self, control: dict[str, int]) -> SentencePieceTokenizer:
+        """One on the same model whose control tokens, never made from text that someone typed, are these."""
+        other = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
+        other.__dict__.update(self.__dict__, control=control)
+        other._free = alternatives(token for token in self.added if token not in control)
+        return other
 
     def token_id(self, token: str) -> int | None:
         if token in self.added:
@@ -80,7 +84,7 @@ class SentencePieceTokenizer:
         return [self._encode(row) for row in rows]
 
     def _encode(self, row: Rendered) -> Encoded:
-        spans = row.controls if row.controls is not None else [m.span() for m in self._pattern.finditer(row.text)]
+        spans = self._tokens_in(row)
         ids: list[int] = []
         places: list[Span] = []
         position = 0
@@ -92,6 +96,18 @@ class SentencePieceTokenizer:
                 places.append((start, end))
             position = end
         return Encoded(ids, _token_spans(places, row.trained))
+
+    def _tokens_in(self, row: Rendered) -> list[Span]:
+        """Where ``row`` holds added tokens: those that a template put there, and those that may be typed."""
+        if row.controls is None:
+            return [m.span() for m in self._pattern.finditer(row.text)]
+        found: list[Span] = []
+        position = 0
+        for start, end in [*row.controls, (len(row.text), len(row.text))]:
+            found += [m.span() for m in self._free.finditer(row.text, position, start)]
+            found += [(start, end)] if start < end else []
+            position = end
+        return found
 
     def _append(self, text: str, offset: int, ids: list[int], places: list[Span]) -> None:
         """Encode plain text at character ``offset``, with the characters of each of its tokens."""

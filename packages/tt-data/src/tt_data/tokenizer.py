@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
-from tt_data.chat_template import ChatTemplate, Job, TemplateError, escape_controls, new_nonce
+from tt_data.backend import Backend
+from tt_data.chat_template import ChatTemplate, Job, TemplateError, notes_of_answer
 from tt_data.messages import Message
-from tt_data.rendered import Encoded, Rendered, Span, alternatives, substitute
+from tt_data.rendered import BLANKS, Encoded, Rendered, Span, check_unicode
+from tt_data.special_tokens import SpecialTokens, new_nonce
 
 _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|padding|>")
-
-
-class Backend(Protocol):
-    """What a tokenizer file must be able to do."""
-
-    added: dict[str, int]
-    control: dict[str, int]
-    vocab_size: int
-
-    def set_control(self, control: dict[str, int]) -> None: ...
-    def token_id(self, token: str) -> int | None: ...
-    def token(self, index: int) -> str | None: ...
-    def to_str(self) -> str: ...
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str: ...
-    def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]: ...
 
 
 class Tokenizer:
@@ -41,19 +27,24 @@ class Tokenizer:
     def __init__(
         self, backend: Backend, *, names: Mapping[str, Any], adds_bos: bool, templates: Mapping[str, str] | None = None,
         template_name: str = "chat template", extra_eos_ids: Sequence[int] = (), text_specials: Sequence[str] = (),
+        more_specials: Sequence[str] = (),
     ) -> None:  # fmt: skip
         self._backend = backend
         self._names = dict(names)
         self._extra_eos_ids = tuple(extra_eos_ids)
         self._template_name = template_name
-        self._text_specials = tuple(text_specials)
         self.vocab_size = backend.vocab_size
         self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
         self.pad_id = self._find_pad()
         self.adds_bos = adds_bos and self.bos_id is not None
         self.templates = dict(templates or {})
         self._compiled: dict[str, ChatTemplate] = {}
-        self._protect_control()
+        self._eos_ids: tuple[int, ...] | None = None
+        self._special = self._find_special(more_specials)
+        unknown = [token for token in text_specials if token not in backend.added]
+        if unknown:
+            raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
+        self._keep_apart([token for token in self._special if token not in text_specials])
 
     def _named_id(self, name: str) -> int | None:
         token = self._names.get(name)
@@ -68,23 +59,16 @@ class Tokenizer:
         found = next((i for i in [*candidates, self.eos_id] if i is not None and 0 <= i < self.vocab_size), None)
         return 0 if found is None else found
 
-    def _protect_control(self) -> None:
-        """Control tokens are those flagged special, and those that the model uses as such whatever their flag."""
-        control = dict(self._backend.control)
+    def _find_special(self, more: Sequence[str]) -> list[str]:
+        """The tokens flagged special, and those that the tokenizer's own files name as such."""
         named = [token for key, token in self._names.items() if key.endswith("_token") and isinstance(token, str)]
-        for token in [*named, *filter(None, map(self._backend.token, self._extra_eos_ids))]:
-            if token in self._backend.added:
-                control[token] = self._backend.added[token]
-        control = {token: index for token, index in control.items() if token and token not in self._text_specials}
-        unknown = [token for token in self._text_specials if token not in self._backend.added]
-        if unknown:
-            raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
-        self._backend.set_control(control)
-        beginnings = {token[:n] for token in control for n in range(1, len(token))}
-        self._control = alternatives(control)
-        self._breakable = re.compile(f"{self._control.pattern}|(?:{alternatives(beginnings).pattern})\\Z")
-        spelt = [json.dumps(token)[1:-1] for token in control] + [json.dumps(token)[1:] for token in beginnings]
-        self._suspect = alternatives(spelt)  # in a conversation's JSON: one that may need breaking
+        known = [token for token in (*named, *more) if token in self._backend.added]
+        return [token for token in dict.fromkeys([*self._backend.control, *known]) if token]
+
+    def _keep_apart(self, tokens: Sequence[str]) -> None:
+        """``tokens`` are made where a template puts them, and never from text that someone typed."""
+        self._backend = self._backend.with_control({token: self._backend.added[token] for token in tokens})
+        self._typed = SpecialTokens(tokens)
 
     # Text -----------------------------------------------------------------------------------------------------
 
@@ -107,8 +91,14 @@ class Tokenizer:
         """The id of one token as the vocabulary spells it, or None."""
         return self._backend.token_id(token)
 
+    def encode_text_prompt(self, text: str) -> list[int]:
+        """Ids of the beginning of a document that the model continues. Blanks at its end are left to the model: they
+        make one token with the word behind them, and were trained so."""
+        start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        return [*start, *self._encode_plain(text.rstrip(BLANKS))]
+
     def _encode_plain(self, text: str) -> list[int]:
-        return self._backend.encode_batch([Rendered(text, controls=[])])[0].ids
+        return self.encode_rendered([Rendered(text, controls=[])])[0].ids
 
     def _encode_after(self, prefix: str, text: str) -> list[int]:
         before, both = self._encode_plain(prefix), self._encode_plain(prefix + text)
@@ -116,7 +106,19 @@ class Tokenizer:
 
     def encode_rendered(self, rows: Sequence[Rendered]) -> list[Encoded]:
         """Ids and trained token spans of many texts at once, without tokens at either end."""
-        return self._backend.encode_batch(rows)
+        try:
+            encoded = self._backend.encode_batch(rows)
+        except (UnicodeError, TypeError):
+            for row in rows:
+                check_unicode(row.text)
+            raise
+        for row, found in zip(rows, encoded, strict=True):
+            found.notes = row.notes
+        return encoded
+
+    def notes_of(self, text: str) -> tuple[str, ...]:
+        """What a report says of the special tokens that ``text`` spells."""
+        return self._typed.notes(text)
 
     # Conversations --------------------------------------------------------------------------------------------
 
@@ -127,9 +129,11 @@ class Tokenizer:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Every id that ends what the model writes: eos, generation_config.json's, the template's end of turn."""
-        ends = self._template(None).turn_ends if self.has_chat_template else ()
-        ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
-        return tuple(dict.fromkeys(i for i in ids if i is not None))
+        if self._eos_ids is None:
+            ends = self._template(None).turn_ends if self.has_chat_template else self._end_tokens()
+            ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
+            self._eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+        return self._eos_ids
 
     @property
     def template_keeps_its_prompt(self) -> bool:
@@ -140,6 +144,13 @@ class Tokenizer:
         """A copy with other chat templates (``default`` and, where tools need another, ``tool_use``)."""
         other = copy.copy(self)
         other.templates, other._template_name, other._compiled = dict(templates), name, {}
+        other._eos_ids = None
+        return other
+
+    def with_special_tokens_in_text(self) -> Tokenizer:
+        """A copy for which a special token that is typed in text is that token."""
+        other = copy.copy(self)
+        other._keep_apart([])
         return other
 
     def render(
@@ -159,12 +170,13 @@ class Tokenizer:
         self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> list[int]:  # fmt: skip
-        """Ids of the conversation up to where the model writes its next turn."""
+        """Ids of the conversation up to where the model writes its next turn: without blanks at the end, as
+        ``encode_text_prompt``."""
         job = {**self._job(messages, tools, variables), "prompt": True}
         rendered = self._rendered([job], tools)[0]
         if isinstance(rendered, TemplateError):
             raise rendered
-        return self._backend.encode_batch([rendered])[0].ids
+        return self.encode_rendered([replace(rendered, text=rendered.text.rstrip(BLANKS))])[0].ids
 
     def render_rows(
         self, rows: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None, Mapping[str, Any]]]
@@ -202,7 +214,7 @@ class Tokenizer:
         rendered = self.render_rows([(messages, None, {})])[0]
         if isinstance(rendered, TemplateError):
             raise rendered
-        return self._backend.encode_batch([rendered])[0]
+        return self.encode_rendered([rendered])[0]
 
     def encode_turns(self, messages: Sequence[Message]) -> Encoded:
         """Each message by itself: ``<bos> user assistant <eos> <bos> user assistant <eos>``."""
@@ -211,11 +223,12 @@ class Tokenizer:
         opens, spaced = True, False
         for message in messages:
             content, start = message.content.rstrip(" "), len(ids)
-            if opens and self.bos_id is not None:
+            words = self._encode_plain(content) if opens or spaced else self._encode_after("\n", content)
+            if opens and self.bos_id is not None and words[:1] != [self.bos_id]:
                 ids.append(self.bos_id)
-            ids += self._encode_plain(content) if opens or spaced else self._encode_after("\n", content)
+            ids += words
             opens, spaced = message.role == "assistant", message.content.endswith(" ")
-            if opens and self.eos_id is not None:
+            if opens and self.eos_id is not None and ids[-1:] != [self.eos_id]:
                 ids.append(self.eos_id)
             if not message.masked:
                 trained.append((start, len(ids)))
@@ -232,15 +245,15 @@ class Tokenizer:
             raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)}")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(
-                self.templates[name], variables=self._names, controls=list(self._backend.added),
-                ends=self._end_tokens(),
+                self.templates[name], variables=self._names, special=self._special, ends=self._end_tokens(),
                 name=self._template_name,
             )  # fmt: skip
         return self._compiled[name]
 
     def _end_tokens(self) -> list[str]:
-        ids = [i for i in (self.eos_id, *self._extra_eos_ids) if i is not None]
-        return [token for token in map(self._backend.token, dict.fromkeys(ids)) if token]
+        """Those that the tokenizer's files name; what generation_config.json adds must not change token rows."""
+        named = [self._names.get(name) for name in ("eos_token", "eot_token")]
+        return [token for token in named if isinstance(token, str) and self._backend.token_id(token) is not None]
 
     def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
         return {"messages": [_plain(message) for message in messages], "tools": tools or None, "extra": dict(variables)}
@@ -248,31 +261,22 @@ class Tokenizer:
     def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
         template, nonce = self._template(tools), new_nonce()
         sent: list[Job] = []
-        broken: list[bool] = []
+        spelt: list[tuple[str, ...]] = []
         for content in jobs:
             job = Job(content, len(content["messages"]))
-            safe = escape_controls(content, self._breakable, nonce) if self._suspect.search(job.text) else content
-            broken.append(safe is not content)
-            sent.append(Job(safe, job.messages) if broken[-1] else job)
+            safe, notes = self._typed.broken(content, job.text, nonce)
+            sent.append(job if safe is content else Job(safe, job.messages))
+            spelt.append(notes)
         results: list[Rendered | TemplateError] = []
-        for answer, was_broken in zip(template.run(sent), broken, strict=True):
+        for answer, job, notes in zip(template.run(sent), sent, spelt, strict=True):
             if "error" in answer:
                 results.append(template.error(answer, nonce))
                 continue
-            spans = [(a, b) for a, b in answer.get("spans", ())]
-            if not was_broken:
-                results.append(Rendered(answer["text"], spans))
-            else:
-                results.append(self._unescape(answer["text"], spans, nonce))
+            row = Rendered(answer["text"], [(a, b) for a, b in answer.get("spans", ())])
+            if nonce in job.text:
+                row = self._typed.mended(row.text, row.trained, nonce)
+            results.append(replace(row, notes=(*notes, *notes_of_answer(answer))))
         return results
-
-    def _unescape(self, text: str, spans: list[Span], nonce: str) -> Rendered:
-        controls = [m.span() for m in self._control.finditer(text)]
-        edits = [(m.start(), m.end(), "") for m in re.finditer(nonce, text)]
-        clean, moved = substitute(text, edits, [*spans, *controls])
-        trained, controls = moved[: len(spans)], moved[len(spans) :]
-        seen = [m.span() for m in self._control.finditer(clean)]
-        return Rendered(clean, trained, None if seen == controls else controls)
 
     @property
     def fingerprint(self) -> str:
@@ -282,7 +286,7 @@ class Tokenizer:
             repr(sorted(self._names.items(), key=str)),
             repr(sorted(self.templates.items())),
         ]
-        parts.append(repr((self._text_specials, self.adds_bos, self.bos_id, self.eos_id, self._extra_eos_ids)))
+        parts.append(repr((self._special, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

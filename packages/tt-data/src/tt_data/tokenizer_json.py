@@ -39,10 +39,11 @@ class JsonTokenizer:
         self._markers: dict[str, str] = {}
         self._words = make_word_cache(self._tokenizer, json.loads(source))
 
-    def set_control(self, control: dict[str, int]) -> None:
-        """Which strings are control tokens: never made from text that someone typed."""
-        self.control, self._marked = control, None
-        self._typed = alternatives(control)
+    def with_control(self, control: dict[str, int]) -> JsonTokenizer:
+        """One on the same vocabulary whose control tokens, never made from text that someone typed, are these."""
+        other = JsonTokenizer.__new__(JsonTokenizer)
+        other.__dict__.update(self.__dict__, control=control, _marked=None, _typed=alternatives(control))
+        return other
 
     def token_id(self, token: str) -> int | None:
         index: int | None = self._tokenizer.token_to_id(token)
