@@ -106,12 +106,14 @@ def _message(turn: Any, i: int) -> Message:
         extra["tool_calls"] = [{"type": "function", "function": older}]
     if not extra.get("tool_calls"):
         extra.pop("tool_calls", None)  # an empty list is no call
-    content = _content(turn, i, may_be_null="tool_calls" in extra)
+    content, parts = _content(turn, i, may_be_null="tool_calls" in extra)
     if content is None:  # a call without words: the template must not find any, not even empty ones
         content, extra["content"] = "", None
+    if parts is not None:  # for templates that read parts; others are given the text
+        extra["content"] = parts
     if name == "assistant" and not content.strip() and "tool_calls" not in extra:
         raise BadRowError("empty", f"the assistant message {i} is empty")
-    return Message(name, content, masked, _with_parsed_calls(extra, i))
+    return Message(name, content, masked, _checked_calls(extra, i))
 
 
 def _is_call(turn: Any) -> bool:
@@ -142,24 +144,28 @@ def _joined(words: Message, call: Message, i: int) -> Message:
     return Message("assistant", words.content, words.masked, extra)
 
 
-def _content(turn: Mapping[str, Any], i: int, *, may_be_null: bool) -> str | None:
+def _content(
+    turn: Mapping[str, Any], i: int, *, may_be_null: bool
+) -> tuple[str | None, list[dict[str, Any]] | None]:  # fmt: skip
+    """A turn's words; and its parts, if that is what it has."""
     content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
     if content is None:
         if may_be_null:
-            return None
+            return None, None
         raise BadRowError("null", f"the content of message {i} is null")
     if isinstance(content, str):
-        return content
+        return content, None
     if isinstance(content, Sequence):
-        return "".join(_part(part, i) for part in content)
+        parts = [_part(part, i) for part in content]
+        return "".join(part["text"] for part in parts), parts
     raise BadRowError("wrong type", f"the content of message {i} is {type(content).__name__}, expected text")
 
 
-def _part(part: Any, i: int) -> str:
+def _part(part: Any, i: int) -> dict[str, Any]:
     if isinstance(part, str):
-        return part
+        return {"type": "text", "text": part}
     if isinstance(part, Mapping) and isinstance(part.get("text"), str):
-        return str(part["text"])
+        return {"type": "text", **{key: value for key, value in part.items() if value is not None}}
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise BadRowError("not text", f"message {i} has a part of type {kind!r}; only text is supported")
 
@@ -185,23 +191,18 @@ def _is_masked(turn: Mapping[str, Any], i: int) -> bool:
 _NOT_EXTRA = frozenset((*_KNOWN, *_TRAINS, *_MASKS, *_PARTS_OF_A_TURN))
 
 
-def _with_parsed_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
-    """OpenAI sends a call's arguments as JSON text; templates want the object."""
+def _checked_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
+    """``extra``, if its calls have names. Their arguments stay as they are, JSON text (OpenAI's form) or an object: the
+    template takes one of them, or both."""
     calls = extra.get("tool_calls")
     if not calls:
         return extra
     if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
         raise BadRowError("wrong type", f"the tool_calls of message {i} are not a list of objects")
-    parsed = []
     for call in calls:
         function = call.get("function", call)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise BadRowError("wrong type", f"a call in message {i} has no function with a name")
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            function = {
-                **function,
-                "arguments": read_json(arguments or "{}", f"the arguments of a call in message {i}"),
-            }
-        parsed.append({**call, "function": function} if "function" in call else function)
-    return {**extra, "tool_calls": parsed}
+        if isinstance(function.get("arguments"), str):
+            read_json(function["arguments"] or "{}", f"the arguments of a call in message {i}")
+    return {**extra, "tool_calls": list(calls)}

@@ -252,13 +252,14 @@ class _Marks:
         ]  # fmt: skip
 
     def _call(self, call: dict[str, Any], i: int) -> dict[str, Any]:
-        """The mark is an argument more; of a call without arguments it follows the name."""
+        """The mark is an argument more, and follows each; of a call without arguments it follows the name."""
         function = call.get("function", call)
         arguments = function.get("arguments")
         given = _other_form(arguments) if isinstance(arguments, str) else arguments
         mark = self.new("tool calls", i)
         if isinstance(given, dict) and given:
-            more = {**given, mark: mark}
+            more = {key: value + mark if isinstance(value, str) else value for key, value in given.items()}
+            more[mark] = mark
             written = json.dumps(more, ensure_ascii=False)
             self._enclosed.append(f"{{{written}")
             return _call_with(call, lambda old: written if isinstance(old, str) else more)
