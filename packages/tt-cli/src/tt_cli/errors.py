@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from tt_cli.group import Invocation, wants_color
+from tt_cli.group import Invocation, nearest_option, wants_color
 from tt_train.errors import Interrupted, TrainingError, did_you_mean
 from tt_train.redact import redact
 
@@ -96,11 +96,14 @@ def lines_of(error: Exception) -> list[str]:
 def _usage(error: click.UsageError) -> str:
     text = error.format_message().rstrip(".")
     if isinstance(error, click.NoSuchOption):
-        options = [word for param in error.ctx.command.params for word in param.opts] if error.ctx else []
-        text = f"no option {error.option_name}{did_you_mean(error.option_name, options)}"
+        text = f"no option {error.option_name}"
+        text += nearest_option(error.option_name, error.ctx.command) if error.ctx else ""
     elif isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
         given = error.message.partition("'")[2].partition("'")[0]
-        text = f"{error.message.rstrip('.')}{did_you_mean(given, error.param.type.choices)}"
+        option = f"{error.param.opts[-1]}: " if isinstance(error.param, click.Option) else ""
+        text = f"{option}{error.message.rstrip('.')}{did_you_mean(given, error.param.type.choices)}"
+    elif isinstance(error, click.BadParameter):
+        text = text.replace("integer range", "whole number").replace("float range", "number")
     where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
     return text[:1].lower() + text[1:] + where
 

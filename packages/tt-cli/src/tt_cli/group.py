@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean
+from tt_train.foreign import FOREIGN
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,7 +52,8 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in self.table and not name.startswith("-"):
-            raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{did_you_mean(name, self.table)}", ctx)
+            hint = f"; the help is {ctx.command_path} --help" if name == "help" else did_you_mean(name, self.table)
+            raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{hint}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -83,7 +85,16 @@ class Verb(click.Command):
         # Noted before parsing, so that a mistake in the options is answered in JSON as well.
         if any("--json" in param.opts for param in self.params):
             ctx.ensure_object(Invocation).json = "--json" in args
+        if "" in args and self._names_a_file(args[args.index("") - 1] if args[0] else ""):
+            raise click.UsageError(
+                "an empty word (a shell variable that is not set?); leave it out or give it a value", ctx
+            )
         return super().parse_args(ctx, args)
+
+    def _names_a_file(self, before: str) -> bool:
+        """Whether the word after ``before`` is an argument, or the path of an option, and not a text of the user's."""
+        option = next((param for param in self.params if before in param.opts), None)
+        return isinstance(option.type, click.Path) if option is not None else not before.startswith("-")
 
 
 class ConfigVerb(Verb):
@@ -97,8 +108,10 @@ class ConfigVerb(Verb):
             word = error.option_name
             index = next((i for i, typed in enumerate(given) if typed.startswith(word)), len(given))  # -vx hides its -x
             name, _, value = given[index].partition("=") if index < len(given) else (word, "", "")
-            options = [option for param in self.params for option in param.opts]
-            hint = did_you_mean(name, options) or _key_hint(name, value or _value_after(given[index + 1 :]))
+            value = value or _value_after(given[index + 1 :])
+            hint = nearest_option(name, self) or _key_hint(name, value)
+            if value.endswith((".yaml", ".yml")):
+                hint = f"; did you mean --config {value}?"
             raise click.UsageError(f"no option {name}{hint}", ctx) from None
 
 
@@ -130,15 +143,27 @@ def _value_after(words: Sequence[str]) -> str:
     return words[0] if words and "=" not in words[0] and not words[0].startswith("-") else "VALUE"
 
 
+def nearest_option(name: str, command: click.Command) -> str:
+    """``; did you mean '--resume'?``; the dashes that all options share say nothing."""
+    known = {option.lstrip("-"): option for param in command.params for option in param.opts}
+    near = did_you_mean(name.lstrip("-"), [word for word in known if len(word) > 1])
+    return near.replace("'", "'--", 1) if near else ""
+
+
 def _key_hint(name: str, value: str) -> str:
     """The config key that ``name`` stands for, in the form in which it is overridden."""
     word, keys = name.lstrip("-").replace("-", "_"), config_keys()
-    homes = [key for key in keys if word in (key, key.rsplit(".", 1)[-1])]
+    ours, note = FOREIGN.get(word.lower(), (None, ""))
+    if ours == "":
+        return f"; there is none here: {note}"
+    homes = [ours] if ours else [key for key in keys if word in (key, key.rsplit(".", 1)[-1])]
     if not homes:
         close = get_close_matches(word, [key.rsplit(".", 1)[-1] for key in keys], n=1)
         homes = [key for key in keys if close and key.rsplit(".", 1)[-1] == close[0]]
-    example = f"{homes[0] if homes else word or 'key'}={value}"
-    return f"; {'did you mean' if homes else 'a config key is written'} {example}{'?' if homes else ''}"
+    home = next((key for key in keys if homes and key.startswith(f"{homes[0]}.")), homes[0] if homes else None)
+    if home is None:
+        return f"; a config key is written {word or 'key'}={value}"
+    return f"; did you mean {home}={value}?{f' ({note})' if note else ''}"
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -27,6 +27,8 @@ def path_of(name: str) -> Path:
         except ValueError:
             continue
     hint = did_you_mean(name, [*registry.RECIPES, *registry.config_names()])
+    if Path(name).is_file():
+        hint = "; it is a file already: copy it with cp"
     raise ValueError(f"no recipe or config '{name}'{hint} (`tt ls` lists them)")
 
 

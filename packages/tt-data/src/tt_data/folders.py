@@ -16,6 +16,8 @@ def local_files(path: Path, split: str | None = None, data_files: Sequence[str] 
     """The data files that ``path`` (a file or a directory) means, of its ``split``, or only ``data_files`` (names or
     patterns) in it. Raises FileNotFoundError or ValueError."""
     if path.is_file():
+        if split not in (None, "train"):  # as the datasets library calls a file that is alone
+            raise ValueError(f"{path}: split {split!r} asked for, but it is one file and has no splits")
         return [path]
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")

@@ -146,7 +146,7 @@ def _kind(schema: type, key: str) -> Any:
 def _read_words(words: Sequence[str], schema: type, problems: list[str]) -> Iterator[Setting]:
     """``key=value`` words of the command line."""
     where = "the command line"
-    for word in words:
+    for word in _whole_words(words, problems):
         key, sign, text = word.partition("=")
         key = key.strip()
         if word.startswith("-") or not sign or not key:
@@ -161,6 +161,24 @@ def _read_words(words: Sequence[str], schema: type, problems: list[str]) -> Iter
             )
         else:
             yield key, of_word(text, _kind(schema, key)), where
+
+
+def _whole_words(words: Sequence[str], problems: list[str]) -> Iterator[str]:
+    """The words, but those that a shell has cut apart: ``key = value`` and ``key={a: 1}`` without quotes."""
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        value = word.partition("=")[2].lstrip()
+        if value[:1] in ("{", "[") and value[-1] not in ("}", "]") and any(part[-1:] in ("}", "]") for part in rest):
+            while not word.endswith(("}", "]")):
+                word += f" {rest.pop(0)}"
+            problems.append(f"{word}: a value with spaces needs quotes: '{word}'")
+        elif rest and (rest[0] == "=" or (word.endswith(("=", ":")) and "=" not in rest[0])):
+            parts = [word, rest.pop(0)]
+            parts += [rest.pop(0)] if parts[1] == "=" and rest else []
+            problems.append(f"{' '.join(parts)}: write {word.rstrip('=:')}={parts[-1]}, without spaces")
+        else:
+            yield word
 
 
 def _mapping(text: str) -> yaml.MappingNode | None:

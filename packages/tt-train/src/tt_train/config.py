@@ -1,6 +1,7 @@
 """What a run is made of: dataclasses whose fields are the keys of a YAML file, and checks that need no other file."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
@@ -203,6 +204,12 @@ def mistakes(config: RunConfig) -> list[str]:
     steps, ratio = config.schedule.warmup_steps, config.schedule.warmup_ratio
     if steps is not None and ratio is not None:
         found.append(f"schedule: warmup_steps {steps} and warmup_ratio {ratio} are both given; set one of them to null")
+    if config.data.train is not None and not config.data.train:
+        found.append("data.train: names no source; give a file of rows: data.train=rows.jsonl")
+    if re.fullmatch(r"[\d.]+ *%", str(config.data.eval)):
+        found.append(f"data.eval: a share is written 0.05, not {config.data.eval!r}")
+    if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):
+        found.append(f"adapter.target_modules: did you mean 'all-linear', not {config.adapter.target_modules!r}?")
     if config.data.streaming and isinstance(config.data.eval, float):
         found.append("data.eval: a share of a stream cannot be held out; give a file of its own")
     return found

@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:
         found += error.problems
     except (ValueError, TypeError) as error:
         found.append(f"optimizer: {config.optimizer.name} takes no such value: {error}")
-    return found + _loss_mistakes(config) + logger_mistakes(config)
+    return found + _loss_mistakes(config) + logger_mistakes(config) + _data_mistakes(config)
 
 
 def _device_mistakes(config: RunConfig, device: torch.device) -> list[str]:
@@ -68,6 +69,12 @@ def _loss_mistakes(config: RunConfig) -> list[str]:
     if "label_smoothing" in accepted or any(value.kind is value.VAR_KEYWORD for value in accepted.values()):
         return []
     return [f"loss.label_smoothing: {config.loss.name} takes none; leave it out"]
+
+
+def _data_mistakes(config: RunConfig) -> list[str]:
+    if config.data.cache_dir is not None and Path(config.data.cache_dir).is_file():
+        return [f"data.cache_dir: {config.data.cache_dir} is a file; name a folder"]
+    return []
 
 
 def logger_mistakes(config: RunConfig) -> list[str]:

@@ -19,6 +19,15 @@ RECIPES = {
     "full_finetune_single_device": "sft",
     "lora_finetune_single_device": "sft",
 }
+# recipes of torchtune that have no counterpart, and what to do instead
+ABSENT_RECIPES = {
+    "full_finetune_distributed": "a run uses one device; tt run full_finetune_single_device",
+    "lora_finetune_distributed": "a run uses one device; tt run lora_finetune_single_device",
+    "lora_dpo_single_device": "preference tuning is not offered",
+    "eleuther_eval": "evaluation by lm-evaluation-harness is not offered; tt merge writes what it reads",
+    "generate": "it is a verb: tt generate",
+    "quantize": "quantization is not offered; tt merge writes what other tools quantize",
+}
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
               "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop"}  # fmt: skip
 # what other tools call these optimizers
@@ -59,6 +68,8 @@ def find_config(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix == ".py":
         raise ConfigError([f"{name}: a recipe file, not a config; tt run {name} ..."])
+    if path.name.lower().endswith((".jsonl", ".csv", ".parquet", ".gz", ".zst")):
+        raise ConfigError([f"{name}: a file of rows, not a config; tt data show {name} --tokenizer MODEL"])
     if path.is_file():
         return path
     if str(name) in config_names():
@@ -67,6 +78,10 @@ def find_config(name: str | Path) -> Path:
         siblings = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         hint = did_you_mean(str(name), [*siblings, *config_names()])
         raise ConfigError([f"{name}: no such config file (looked in {Path.cwd()}){hint}"])
+    if str(name) in RECIPES:
+        raise ConfigError([f"{name}: a recipe, not a config; tt ls configs lists those"])
+    if str(name) in ABSENT_RECIPES:
+        raise ConfigError([f"{name}: no such recipe here: {ABSENT_RECIPES[str(name)]}"])
     known = [*RECIPES, *config_names(), *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind))]
     raise ConfigError(
         [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(str(name), known)}; see tt ls"]

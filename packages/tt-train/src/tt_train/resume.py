@@ -9,7 +9,7 @@ import tt_ckpt
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.recipes._assemble import Job
-from tt_train.run_dir import is_run, list_runs, read_json
+from tt_train.run_dir import is_run, list_runs, new_path, read_json
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
@@ -57,13 +57,20 @@ def find_origin(config: RunConfig, resume: str | Path | None) -> Origin | None:
     return next((Origin(run=path) for path in unfinished if not changed_keys(saved_config(path), config)), None)
 
 
+def check_destination(config: RunConfig, resume: str | Path | None) -> None:
+    """ConfigError, before rows are read, if there is nothing to resume or the new run's directory is not free."""
+    origin = find_origin(config, resume)
+    if config.output_dir is not None and (origin is None or not origin.in_place):
+        new_path(config.output_dir, "", "")
+
+
 def _named(path: Path, output_dir: str | None) -> Origin:
     checkpoint = path if path.name.startswith("step-") else None
     run = path if checkpoint is None else (path if len(path.parts) > 2 else path.absolute()).parent.parent
     if not is_run(run):
-        raise ConfigError(
-            [f"--resume: {path} is not a run with training state; to start from a model's weights, set model.path"]
-        )
+        near = did_you_mean(str(path), [*(entry["path"] for entry in list_runs()), "auto"])
+        cure = near or "; to start from a model's weights, set model.path"
+        raise ConfigError([f"--resume: {path} is not a run with training state{cure}"])
     if checkpoint is not None and not checkpoint.is_dir():
         there = sorted(entry.name for entry in checkpoint.parent.glob("step-*"))
         known = f"; there are {', '.join(there)}" if there else "; the run has no checkpoint"

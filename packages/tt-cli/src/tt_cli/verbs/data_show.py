@@ -51,7 +51,9 @@ def command(
     else:
         if overrides or config_file:
             given = overrides[0] if overrides else "--config"
-            raise click.UsageError(f"{given} belongs to a recipe or config: tt data show sft data.train={what} ...")
+            if "=" not in given and overrides:
+                raise click.UsageError(f"a second source, '{given}'; did you mean --tokenizer {given}?")
+            raise click.UsageError(f"{given} belongs to a recipe: tt data show sft data.train={what} KEY=VALUE")
         refuse_run(what)
         dataset, streaming = _rows_of_data(what, **options), options["streaming"]
     if streaming:
@@ -66,6 +68,8 @@ def command(
             lines = tt_data.summary_lines(dataset.report, problems=0)  # the figures name them all
             click.echo("\n".join([*lines, tt_data.stats_as_text(figures)]))
         return
+    if start >= len(dataset) and num:
+        raise ValueError(f"--start {start}: there are {len(dataset):,} rows, counted from 0")
     shown = tt_data.show(dataset, rows=range(start, min(start + num, len(dataset))))
     if as_json:
         print_json({**dataset.report, "shown": [_with_names(sample) for sample in shown]})

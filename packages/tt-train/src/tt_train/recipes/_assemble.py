@@ -1,6 +1,6 @@
 """From a config to what a recipe needs: everything that can be found wrong is, before weights load."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ def assemble(config: RunConfig) -> Job:
     model_path = _collect(problems, "model.path", lambda: model_folder(config))
     hf_config = model_config = lora = train = held_out = None
     if model_path is not None or config.model.path is None:
-        hf_config = _collect(problems, "model.path", lambda: read_hf_config(config, model_path))
+        key = "model.path" if model_path is not None else "model.name"
+        hf_config = _collect(problems, key, lambda: read_hf_config(config, model_path))
     if hf_config is not None:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None and config.adapter is not None:
@@ -228,7 +229,8 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     source = config.model.tokenizer or model_path
     if source is None:
         return None
-    plain = _collect(problems, "model.path", lambda: tt_data.load_tokenizer(source))
+    key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    plain = _collect(problems, key, lambda: tt_data.load_tokenizer(source))
     if plain is None:
         return None
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
@@ -297,9 +299,11 @@ def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) ->
     if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
         share = float(share)
     if not isinstance(share, int | float):
-        return train, read_rows(config, share, tokenizer, max_seq_len)
+        is_file = isinstance(share, str) and Path(share).is_file()  # data.split is that of data.train
+        own = replace(config, data=replace(config.data, split=None)) if is_file else config
+        return train, read_rows(own, share, tokenizer, max_seq_len)
     if not 0 < share < 1:
-        raise ConfigError([f"data.eval: a share must lie between 0 and 1, got {share}"])
+        raise ConfigError([f"data.eval: a share must lie between 0 and 1, got {share}; 5 % is 0.05"])
     if len(train) < 2:
         raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a file of its own"])
     number = min(len(train) - 1, max(1, round(share * len(train))))

@@ -19,6 +19,7 @@ from tt_train.recipes._begin import before_steps, begin, opening_facts, with_abs
 from tt_train.recipes._end import finish
 from tt_train.recipes._model import load_model, make_objective, trainable_groups
 from tt_train.recipes._watch import Watch
+from tt_train.resume import check_destination
 from tt_train.run_dir import RunDir
 from tt_train.step import StepResult, train_step
 from tt_train.stop import StopRequest
@@ -43,7 +44,9 @@ def main(
         ConfigError: a mistake to correct. TrainingError: a non-finite loss. Interrupted: a signal, after saving.
     """
     console = console or Console()
-    job = assemble(with_absolute_paths(config))
+    config = with_absolute_paths(config)
+    check_destination(config, resume)  # before rows are read
+    job = assemble(config)
     for note in job.notes:
         console.note(note)
     if dry_run:
