@@ -1,8 +1,9 @@
-"""Every config that comes with the package is one that compose accepts."""
+"""Every config that comes with the package is one that compose accepts and that trains a model known here."""
 
 import pytest
 
-from tt_train import compose, registry
+import tt_models
+from tt_train import compose, registry, validate
 
 
 @pytest.mark.parametrize("name", registry.config_names())
@@ -11,6 +12,29 @@ def test_a_registered_config_composes(name):
     assert config.model.path.count("/") == 1
     assert (config.adapter is None) == name.endswith("_full")
     assert (config.adapter is not None and config.adapter.quantize_base) == name.endswith("_qlora")
+
+
+@pytest.mark.parametrize("name", registry.config_names())
+def test_a_registered_config_trains_a_model_that_can_be_built_on_rows_that_fit(name):
+    config = compose(name)
+    size = name.rpartition("_")[0].replace("/", "_").replace(".", "_")
+    model = tt_models.get_config(size)
+    assert config.data.max_seq_len <= model.max_position_embeddings
+    assert config.batch_size % config.micro_batch_size == 0
+
+
+@pytest.mark.parametrize("family", sorted({name.split("/")[0] for name in registry.config_names()}))
+def test_a_registered_config_is_one_that_would_run(family, model_dir, rows_file):
+    """With a small model and rows from here in place of those of the hub."""
+    here = [f"model.path={model_dir}", f"data.train={rows_file}", "data.max_seq_len=128", "device=cpu", "batch_size=16"]
+    for name in (name for name in registry.config_names() if name.startswith(f"{family}/")):
+        assert validate.problems(compose(name, overrides=here)) == [], name
+
+
+def test_the_families_that_are_not_gated_have_configs_of_every_method():
+    sizes = {name.rpartition("_")[0] for name in registry.config_names()}
+    assert {"qwen2.5/0.5b", "qwen3/0.6b", "smollm2/135m", "smollm3/3b", "olmo2/1b", "phi4/mini", "gemma3/1b"} <= sizes
+    assert {f"{size}_{method}" for size in sizes for method in ("full", "lora", "qlora")} == {*registry.config_names()}
 
 
 def test_a_name_nearly_right_is_suggested():

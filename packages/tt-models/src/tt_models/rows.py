@@ -53,7 +53,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep buffers of up to 32 MB that were freed, as it does once one of that size was freed.
 
     Until then every activation of such a size is mapped, zeroed and unmapped again, layer by layer: a fifth of a
-    forward of 134M in a fresh process (tests/test_rows.py counts the pages; ``man 3 mallopt``, M_MMAP_THRESHOLD).
+    forward of 134M in a fresh process (``man 3 mallopt``, M_MMAP_THRESHOLD).
     Nothing is written to the buffer, so this costs next to nothing; other allocators just free it.
     """
     torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
