@@ -28,6 +28,8 @@ SUMMARY = {
     "steps": 20,
     "loss_first": 3.0,
     "loss_last": 1.25,
+    "loss_over": "last epoch",
+    "tokens_per_s": 120.0,
     "eval_loss": 1.5,
     "seconds": 62.0,
     "tokens": 6200,
@@ -92,7 +94,7 @@ def test_an_evaluation_stays_on_the_screen(terminal):
 
 def test_the_end_is_a_table_and_the_next_commands(terminal):
     text = told(terminal)
-    assert "3.0000 -> 1.2500" in text
+    assert "1.2500 (last epoch; 3.0000 at first)" in text
     assert text.rstrip().endswith("tt merge runs/one -o model\x1b[0m")
 
 
@@ -116,7 +118,7 @@ def test_figures_that_a_run_does_not_have_are_left_out():
 
 
 def test_tokens_per_second_are_over_the_whole_run():
-    assert dict(summary_rows(SUMMARY))["tokens"] == "6,200 (100 per second)"
+    assert dict(summary_rows(SUMMARY))["tokens"] == "6,200 (120 per second)"
 
 
 def test_a_pipe_gets_plain_lines_and_the_run_directory_is_known_once_it_began(capsys):
@@ -132,7 +134,7 @@ def test_a_pipe_gets_plain_lines_and_the_run_directory_is_known_once_it_began(ca
     assert out == ""
     assert "\x1b" not in err
     assert "\u27e64\u27e7" in err
-    assert "loss           3.0000 -> 1.2500\n" in err
+    assert "training loss  1.2500 (last epoch; 3.0000 at first)\n" in err
     assert err.endswith("  tt merge runs/one -o model\n")
 
 

@@ -227,8 +227,9 @@ def test_the_run_is_listed(tt, beside_the_run):
     runs = tt("ls", "runs", "--json").json["runs"]
     assert [Path(run["path"]).name for run in runs] == ["one"]
     assert runs[0]["step"] == 3
-    assert tt("ls", "runs").out.split()[0] == "runs/one"
-    assert tt("ls", "runs").out.split()[-1] == f"{runs[0]['loss']:.4f}"
+    head, line = tt("ls", "runs").out.splitlines()
+    assert head.split() == ["PATH", "RECIPE", "MODEL", "METHOD", "STATE", "STEP", "LOSS"]
+    assert (line.split()[0], line.split()[-1]) == ("runs/one", f"{runs[0]['loss']:.4f}")
 
 
 def test_before_step_1_the_sample_is_marked_and_counts_are_told(tt, model_dir, rows_file, tmp_path):

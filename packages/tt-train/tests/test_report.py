@@ -225,7 +225,8 @@ def test_headline_figures_come_from_rows_and_manifest(make_run):
         for step, prompt, answer in ((0, "2+2", "5"), (10, "2+2", " 4\n"), (0, "1+3", "?"), (10, "1+3", "3"))
     ]
     one = headline(read_run(make_run(records=records, manifest=MANIFEST, samples=samples), name="run"))
-    assert (one.steps, one.loss_first, one.loss_last) == (10, 3.0, pytest.approx(0.3))
+    assert (one.steps, one.loss_first, one.loss_over) == (10, 3.0, "last 10 steps")
+    assert one.loss_last == pytest.approx(sum(3.0 / step for step in range(1, 11)) / 10)
     assert (one.eval_last, one.eval_best, one.eval_best_step) == (0.6, 0.5, 4)
     assert (one.tokens, one.seconds, one.tokens_per_s, one.memory_gib, one.epochs) == (1000, 20, 50, 1.5, 1)
     assert (one.parameters, one.trainable, one.rows, one.eval_rows, one.truncated) == (2_000_000, 5_000, 120, 7, 4)
@@ -250,6 +251,35 @@ def test_samples_are_shown_before_and_after(make_run):
     assert page.count('badge wrong">wrong') == 2
     assert '<div class="tag">Expected' not in page  # the last answer says it
     assert "Samples</h2>" not in page_of(make_run("bare"))
+
+
+def test_an_open_answer_is_never_wrong(make_run):
+    """Where many answers would do, only one that is the expected one is said to be."""
+    text = "a long answer that could be put in many other words"
+    samples = [
+        {"step": step, "prompt": f"p{i}", "generation": text if step and i else "another", "expected": text}
+        for step in (0, 9)
+        for i in (0, 1)
+    ]
+    page = page_of(make_run(samples=samples))
+    assert page.count(">as expected</span>") == 1
+    assert ">wrong<" not in page
+    assert "Samples as expected" in page
+    assert ".badge.same { color: var(--soft); }" in page
+
+
+def test_turns_of_a_prompt_are_shown_apart_and_rows_are_named_by_where_they_are_from(make_run):
+    turns = [{"role": "user", "content": "first <b>"}, {"role": "assistant", "content": "second"}]
+    samples = [
+        {"step": 0, "prompt": "a", "turns": [*turns, turns[0]], "generation": "x", "held_out": True},
+        {"step": 0, "prompt": "b", "turns": turns[:1], "generation": "x", "held_out": False},
+        {"step": 0, "prompt": "plain", "turns": "mangled", "generation": "x"},
+    ]
+    page = page_of(make_run(samples=samples))
+    assert 'Prompt of 3 turns</b><span class="source">held-out row</span>' in page
+    assert 'Prompt</b><span class="source">row of the training data</span>' in page
+    assert page.count("<pre>first &lt;b&gt;</pre>") == 3
+    assert "<pre>plain</pre>" in page
 
 
 def test_long_and_many_samples_are_cut(make_run):
@@ -286,6 +316,47 @@ def test_a_comparison_sets_off_the_best_and_says_what_is_shared(make_run):
     assert "parameters 2M" in page
 
 
+def test_losses_are_not_ranked_across_tokenizers(make_run):
+    runs = [
+        make_run(name, rows(5, loss=loss), manifest={**MANIFEST, "tokenizer": name})
+        for name, loss in (("first", 0.2), ("second", 0.1))
+    ]
+    page = page_of(*runs)
+    assert '<td class="best">' not in page
+    assert "The runs have different tokenizers or templates" in page
+
+
+def test_an_adapter_that_one_run_lacks_is_one_row(make_run):
+    with_adapter = "adapter:\n  rank: 4\n  alpha: 16.0\n  target_modules: all-linear\nseed: 1\n"
+    page = page_of(make_run("first", config=with_adapter), make_run("second", config="adapter: null\nseed: 2\n"))
+    table = page[page.index("What differs") : page.index("The whole configs")]
+    assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["adapter", "seed"]
+    assert "<td>rank: 4\ntarget_modules: all-linear</td><td>none</td>" in table
+
+
+def test_the_keys_that_were_set_come_first_and_the_whole_config_is_folded(make_run):
+    config = "recipe: sft\nadapter:\n  rank: 8\n  alpha: 16.0\nepochs: 3\nbatch_size: 16\nown:\n  key: 5\n"
+    page = page_of(make_run(config=config))
+    table = page[page.index("What was set") : page.index("<summary>The whole config</summary>")]
+    assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["adapter.rank", "epochs", "own.key"]
+    assert '<td>3</td><td class="soft">1</td>' in table
+    assert "No key was set." in page_of(make_run("bare", config="recipe: sft\n"))
+
+
+def test_date_and_device_are_under_the_title(make_run):
+    environment = {"cpu": "A CPU", "devices": ["GPU zero", "GPU one"]}
+    started = "2026-11-30T01:02:03+00:00"
+    for device, name in (("cuda:1", "GPU one"), ("cuda", "GPU zero"), ("cpu", "A CPU")):
+        manifest = {"environment": environment, "device": device, "started": started}
+        page = page_of(make_run(device.replace(":", ""), manifest=manifest))
+        assert f"<span>{name}</span><span>2026-11-30 01:02</span>" in page
+
+
+def test_packed_rows_are_counted_as_rows(make_run):
+    manifest = {"data": {"rows": 120, "held_out_rows": 0, "report": {"packs": 14, "dropped": {}}}}
+    assert "in 14 packs, 0 dropped" in page_of(make_run(manifest=manifest))
+
+
 def test_the_commands_that_made_the_run_are_shown(make_run, tmp_path, monkeypatch):
     run = make_run(manifest={"command": ["tt", "run", "sft", "note=two words"]})
     monkeypatch.chdir(tmp_path.parent)
@@ -303,6 +374,14 @@ def test_smoothing_follows_without_lag_and_keeps_gaps():
     with_gap = smooth([1.0, None, 3.0] * 40)
     assert with_gap[1] is None
     assert 1.0 < with_gap[60] < 3.0
+    assert smooth([None] * 50) == [None] * 50
+
+
+def test_smoothing_does_not_bend_the_ends_of_a_curve():
+    line = [5.0 - 0.01 * i for i in range(300)]
+    assert smooth(line) == pytest.approx(line)
+    noisy = [value + (0.05 if i % 2 else -0.05) for i, value in enumerate(line)]
+    assert max(abs(a - b) for a, b in zip(smooth(noisy), line, strict=True)) < 0.03
 
 
 def test_thinning_keeps_every_spike():
@@ -326,6 +405,8 @@ def test_configs_are_flattened_and_written_line_by_line():
     assert flatten(config) == {"a.b": [1, "x: y"], "a.c": {}, "d": None}
     assert list(yaml_lines(config)) == [("a", "a:"), ("a.b", "  b: [1, 'x: y']"), ("a.c", "  c: {}"), ("d", "d: null")]
     assert differences([config, {"a": {"b": [1, "x: y"]}, "e": 1}]) == ["a.c", "d", "e"]
+    assert differences([{"a": None, "b": 1}, {"a": {"x": 1, "y": {"z": 2}}, "b": 1}]) == ["a"]
+    assert differences([{"ab": 1, "a": None}, {"ab": 2, "a": None}]) == ["ab"]
 
 
 def test_numbers_are_written_for_people():

@@ -33,9 +33,9 @@ def write_run(path, num_steps):
     return path
 
 
-def open_in_browser(page, tmp_path):
+def open_in_browser(page, tmp_path, *flags):
     """The document after its scripts have run, and what the console said."""
-    command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    command = [CHROMIUM, *FLAGS, *flags, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
@@ -53,6 +53,14 @@ def test_the_page_draws_its_charts_without_a_word_on_the_console(tmp_path, steps
     assert [len(paths) for paths in drawn] == [curves + smoothed + held_out, curves, curves, curves, curves]
     if steps == (0,):
         assert document.count(">nothing recorded<") == 5
+
+
+def test_a_narrow_page_has_three_ticks_at_least(tmp_path):
+    page = write_report([write_run(tmp_path / "run", 115)])[0]
+    document, _ = open_in_browser(page, tmp_path, "--window-size=500,900")  # no narrower one without a screen
+    for chart in re.findall(r"<figure class=.*?</figure>", document, flags=re.DOTALL):
+        heights = re.findall(r'<text x="[^"]+" y="([^"]+)"', chart)
+        assert max(map(heights.count, heights)) >= 3  # those of the steps are all at one height
 
 
 def test_the_console_is_heard(tmp_path):

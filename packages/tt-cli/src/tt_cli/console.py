@@ -126,14 +126,15 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("steps", f"{summary['steps']:,}")]
     first, last = summary.get("loss_first"), summary.get("loss_last")
     if first is not None and last is not None:
-        rows.append(("loss", f"{first:.4f} -> {last:.4f}"))
+        rows.append(("training loss", f"{last:.4f} ({summary['loss_over']}; {first:.4f} at first)"))
     if summary.get("eval_loss") is not None:
         rows.append(("held-out loss", f"{summary['eval_loss']:.4f}"))
     seconds, tokens = summary.get("seconds"), summary.get("tokens")
     if seconds is not None:
         rows.append(("time", duration(seconds)))
     if tokens is not None:
-        rate = f" ({tokens / seconds:,.0f} per second)" if seconds else ""
+        speed = summary.get("tokens_per_s")
+        rate = f" ({speed:,.0f} per second)" if speed else ""
         rows.append(("tokens", f"{tokens:,}{rate}"))
     rows.append(("run", str(summary["run_dir"])))
     return rows

@@ -1,5 +1,6 @@
 """Held-out loss, and prompts answered by the model while it trains."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,12 @@ from torch import nn
 import tt_data
 import tt_models
 from tt_train.losses import IGNORE, Objective
+
+_ROLES: dict[str, str] = {
+    **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
+    **{"model": "assistant", "ipython": "tool", "observation": "tool", "inst": "user", "/inst": "assistant"},
+    **{"system_prompt": "system", "/system_prompt": "user"},
+}
 
 
 @contextmanager
@@ -59,10 +66,53 @@ def prompts(dataset: Any, tokenizer: Any, *, num: int, max_prompt: int) -> list[
         if not 0 < first <= max_prompt:
             continue
         end = next((place for place in range(first, len(labels)) if labels[place] == IGNORE), len(labels))
+        turns = split_turns(ids[:first], tokenizer)
         found.append(
-            {"ids": ids[:first], "prompt": tokenizer.decode(ids[:first]), "expected": tokenizer.decode(ids[first:end])}
+            {
+                "ids": ids[:first],
+                "prompt": tokenizer.decode(ids[:first]),
+                **({"turns": turns} if turns else {}),
+                "expected": tokenizer.decode(ids[first:end]),
+            }
         )
     return found
+
+
+def split_turns(ids: Sequence[int], tokenizer: Any) -> list[dict[str, str]]:
+    """The turns of a rendered conversation, for people: ``{"role", "content"}``; none if its template names no roles.
+
+    A role is in a control token (``<|user|>``, ``[INST]``) or the first line of the text behind one.
+    """
+
+    def name_of(index: int) -> str:
+        return str(tokenizer.decode([index], skip_special=False)).strip("<>[]|\uff5c ").lower()
+
+    def is_control(index: int) -> bool:
+        text = tokenizer.decode([index], skip_special=False).strip()
+        hidden = bool(text) and not tokenizer.decode([index])
+        return hidden or (text.startswith("<") and name_of(index) in _ROLES)  # some are not flagged
+
+    turns: list[dict[str, str]] = []
+    behind_control = headed = False  # headed: the last turn has its role, and its content comes next
+    for control, group in itertools.groupby(ids, key=is_control):
+        if control:
+            roles = [_ROLES[name] for name in map(name_of, group) if name in _ROLES]
+            turns += [{"role": role, "content": ""} for role in roles]
+            behind_control, headed = True, headed or bool(roles)
+            continue
+        text = tokenizer.decode(list(group))
+        head, newline, rest = text.lstrip("\n").partition("\n")
+        if behind_control and not headed and head.strip().lower() in _ROLES:
+            turns.append({"role": _ROLES[head.strip().lower()], "content": rest})
+            headed = not newline
+        else:
+            if not turns:  # some templates put the system message in front of every role
+                turns.append({"role": "system", "content": ""})
+            turns[-1]["content"] += text
+            headed = False
+        behind_control = False
+    turns = [{**turn, "content": turn["content"].strip("\n")} for turn in turns if turn["content"].strip()]
+    return turns if any(turn["role"] != "system" for turn in turns) else []
 
 
 def answer(
@@ -81,7 +131,6 @@ def answer(
             output = list(
                 tt_models.stream(model, ids, max_new_tokens=max_new_tokens, temperature=0.0, eos_ids=tokenizer.eos_ids)
             )
-            rows.append(
-                {"prompt": item["prompt"], "expected": item["expected"], "generation": tokenizer.decode(output)}
-            )
+            kept = {key: item[key] for key in ("prompt", "turns", "expected") if key in item}
+            rows.append(kept | {"generation": tokenizer.decode(output)})
     return rows

@@ -21,14 +21,26 @@ def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> s
         "data fingerprint": job.train.fingerprint,
         "steps": summary["steps"],
         "trained tokens": f"{summary['tokens']:,}",
-        "loss, first and last step": f"{_figure(summary['loss_first'])}, {_figure(summary['loss_last'])}",
+        "training loss": _training_loss(summary),
         "held-out loss": _figure(summary["eval_loss"]),
+        "trained tokens per second": _count(summary["tokens_per_s"]),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["packages"].items()),
     }
     lines += [f"| {key} | {value} |" for key, value in facts.items()]
     lines += ["", "## Config", "", "```yaml", to_yaml(job.config).rstrip(), "```", ""]
     lines += ["Its limits are those of the base model and of the rows; nothing else was measured.", ""]
     return "\n".join(lines)
+
+
+def _training_loss(summary: dict[str, Any]) -> str:
+    """As in tt_train.headline."""
+    if summary["loss_last"] is None:
+        return "not measured"
+    return f"{_figure(summary['loss_last'])} ({summary['loss_over']}; {_figure(summary['loss_first'])} at first)"
+
+
+def _count(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:,.0f}"
 
 
 def _figure(value: float | None) -> str:

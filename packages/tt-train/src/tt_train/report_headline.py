@@ -1,13 +1,14 @@
 """The figures that sum a run up, and how the report writes numbers."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tt_train.headline import part_name, tokens_per_second, training_loss
 from tt_train.report_run import Run
 
 DASH = "\u2013"
+CLOSED = 24  # characters of an answer to a question that has only one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,21 +17,24 @@ class Headline:
 
     steps: int
     loss_first: float | None
-    loss_last: float | None
+    loss_last: float | None  # of the run's last part, see tt_train.headline
+    loss_over: str  # which part
     eval_last: float | None
     eval_best: float | None
     eval_best_step: float | None
     tokens: float | None
     seconds: float | None
-    tokens_per_s: float | None  # median over the steps
+    tokens_per_s: float | None
     memory_gib: float | None  # peak
     epochs: float | None
     parameters: float | None
     trainable: float | None
     rows: float | None
     eval_rows: float | None
+    packs: float | None
     truncated: float | None
     dropped: dict[str, float] = field(default_factory=dict)  # reason: rows
+    closed: bool = False  # whether another answer than the expected one is wrong
     matches: tuple[int, int, int] | None = None  # samples answered as expected at first, at last, of how many
 
     @property
@@ -50,23 +54,26 @@ def headline(run: Run) -> Headline:
     return Headline(
         steps=int(run.rows[-1]["step"] or 0) if run.rows else 0,
         loss_first=losses[0] if losses else None,
-        loss_last=losses[-1] if losses else None,
+        loss_last=training_loss(run.rows),
+        loss_over=part_name(run.rows),
         eval_last=evals[-1] if evals else None,
         eval_best=best[0],
         eval_best_step=best[1],
         tokens=max(run.figures("tokens"), default=None),
         seconds=max(run.figures("elapsed_s"), default=None),
-        tokens_per_s=median(run.figures("tokens_per_s")),
+        tokens_per_s=tokens_per_second(run.rows),
         memory_gib=max(run.figures("memory_gib"), default=None),
         epochs=max(run.figures("epoch"), default=None),
         parameters=_number(run.manifest, "parameters"),
         trainable=_number(run.manifest, "trainable"),
         rows=_number(run.manifest, "data.rows"),
         eval_rows=_number(run.manifest, "data.held_out_rows"),
+        packs=_number(run.manifest, "data.report.packs"),
         truncated=_number(run.manifest, "data.report.truncated"),
         dropped={key: value for key, value in dropped.items() if _is_number(value)}
         if isinstance(dropped, dict)
         else {},
+        closed=is_closed(run),
         matches=_matches(run),
     )
 
@@ -100,16 +107,18 @@ def is_expected(sample: dict[str, Any]) -> bool | None:
     return bool(str(sample.get("generation", "")).strip() == sample["expected"].strip())
 
 
+def is_closed(run: Run) -> bool:
+    """Whether the samples ask for one short answer each: only then is another answer wrong."""
+    expected = [sample["expected"].strip() for sample in run.samples if isinstance(sample.get("expected"), str)]
+    return bool(expected) and all(len(text) <= CLOSED and "\n" not in text for text in expected)
+
+
 def _matches(run: Run) -> tuple[int, int, int] | None:
     checked = [samples for samples in answers(run).values() if is_expected(samples[-1]) is not None]
     if not checked:
         return None
     before = sum(is_expected(samples[0]) is True for samples in checked)
     return before, sum(is_expected(samples[-1]) is True for samples in checked), len(checked)
-
-
-def median(values: Sequence[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
 
 
 def _is_number(value: Any) -> bool:

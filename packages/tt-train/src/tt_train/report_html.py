@@ -88,21 +88,30 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _facts(runs: Sequence[Run]) -> list[str]:
-    """The line under the title: what was trained, how, in what, on what; as far as all runs agree."""
+    """The line under the title: what was trained, how, in what, on what, when; as far as all runs agree."""
     facts: list[list[str]] = []
     for run in runs:
         model = str(at(run.manifest, "base_model") or "")
-        devices = at(run.manifest, "environment.devices") or ["cpu"]
         facts.append(
             [
                 Path(model).name if model.startswith(("/", ".")) else model,
                 str(at(run.manifest, "method") or ""),
                 str(at(run.config, "model.dtype") or ""),
-                str(devices[0]) if run.manifest and isinstance(devices, list) else "",
+                _device(run),
+                str(at(run.manifest, "started") or "")[:16].replace("T", " "),
                 str(at(run.manifest, "state") or ""),
             ]
         )
     return [values[0] for values in zip(*facts, strict=True) if values[0] and len(set(values)) == 1]
+
+
+def _device(run: Run) -> str:
+    """The name of what the run was computed on, as far as it says so."""
+    names = at(run.manifest, "environment.devices")
+    kind, _, index = str(at(run.manifest, "device") or ("cuda" if names else "cpu")).partition(":")
+    if kind == "cpu" or not isinstance(names, list) or not names:
+        return str(at(run.manifest, "environment.cpu") or (kind if run.manifest else ""))
+    return str(names[int(index)] if index.isdigit() and int(index) < len(names) else names[0])
 
 
 def _notices(runs: Sequence[Run]) -> str:

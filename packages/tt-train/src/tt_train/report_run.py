@@ -82,25 +82,40 @@ def read_run(path: Path, *, name: str) -> Run:
 
 
 def smooth(values: Sequence[float | None]) -> list[float | None]:
-    """An exponential average over a fortieth of the run, both ways so that it does not lag. Gaps stay gaps."""
-    ahead, behind = _sums(values), _sums(values[::-1])[::-1]
+    """A straight line fitted around each value, its neighbours weighted by e^-distance over a fortieth of the run.
+
+    A line, and not a mean, so that the ends of a falling curve are not bent towards its middle. Gaps stay gaps.
+    """
+    behind, ahead = _moments(values), _moments(values[::-1])[::-1]
     return [
-        None if value is None else (total + other - value) / (weight + other_weight - 1)
-        for value, (total, weight), (other, other_weight) in zip(values, ahead, behind, strict=True)
+        None if value is None else _intercept(value, before, after)
+        for value, before, after in zip(values, behind, ahead, strict=True)
     ]
 
 
-def _sums(values: Sequence[float | None]) -> list[tuple[float, float]]:
-    """Decayed sum and weight up to and with each value; the value itself weighs 1."""
+_Moments = tuple[float, float, float, float, float]
+
+
+def _moments(values: Sequence[float | None]) -> list[_Moments]:
+    """Before each value: the sums of w, w d, w d^2, w y and w d y over distance d, weight w and value y."""
     decay = 1 - 1 / max(1.0, len(values) / 40)
-    total = weight = 0.0
+    w = wd = wdd = wy = wdy = 0.0
     sums = []
     for value in values:
-        total, weight = decay * total, decay * weight
+        wdd, wd, wdy = decay * (wdd + 2 * wd + w), decay * (wd + w), decay * (wdy + wy)
+        w, wy = decay * w, decay * wy
+        sums.append((w, wd, wdd, wy, wdy))
         if value is not None:
-            total, weight = total + value, weight + 1
-        sums.append((total, weight))
+            w, wy = w + 1, wy + value
     return sums
+
+
+def _intercept(value: float, before: _Moments, after: _Moments) -> float:
+    """The height at d = 0 of the line through a value and what is before (d < 0) and after it."""
+    w, wdd, wy = 1 + before[0] + after[0], before[2] + after[2], value + before[3] + after[3]
+    wd, wdy = after[1] - before[1], after[4] - before[4]
+    spread = w * wdd - wd * wd
+    return (wdd * wy - wd * wdy) / spread if spread > 1e-9 * w * w else wy / w
 
 
 def thin(columns: Sequence[Sequence[float | None]], *, buckets: int) -> list[int]:
@@ -129,15 +144,35 @@ def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> list[str]:
-    """The dotted keys whose values are not the same in every config, in the order of their first appearance."""
+    """The dotted keys whose values are not the same in every config, in the order of their first appearance.
+
+    A section that some configs do not have (``adapter`` of a full fine-tune) is one key.
+    """
     flat = [flatten(config) if config else {} for config in configs]
-    keys = dict.fromkeys(key for one in flat for key in one)
+    absent = {key for one in flat for key, value in one.items() if value is None}
+    sections = {key for key in absent if any(other.startswith(f"{key}.") for one in flat for other in one)}
+    keys = dict.fromkeys(_section(key, sections) for one in flat for key in one)
     missing = object()
     return [
         key
         for key in keys
-        if key != "output_dir" and any(one.get(key, missing) != flat[0].get(key, missing) for one in flat[1:])
+        if key in sections
+        or (key != "output_dir" and any(one.get(key, missing) != flat[0].get(key, missing) for one in flat[1:]))
     ]
+
+
+def _section(key: str, sections: set[str]) -> str:
+    return next((section for section in sections if key.startswith(f"{section}.")), key)
+
+
+def value_at(config: dict[str, Any], key: str) -> tuple[bool, Any]:
+    """Whether a config has a dotted key, and its value: a section is a mapping."""
+    value: Any = config
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
 
 
 def _number(value: Any) -> float | None:

@@ -2,14 +2,16 @@
 
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from tt_train.config import AdapterSection, SFTConfig, to_dict
 from tt_train.report_headline import DASH
-from tt_train.report_run import Run, differences, flatten
+from tt_train.report_run import Run, differences, flatten, value_at
 from tt_train.report_samples import clipped, dot
 
 SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
@@ -17,42 +19,82 @@ PACKAGES = "environment.packages."
 
 
 def config_section(runs: Sequence[Run]) -> str:
-    """The resolved config. With several runs: the keys that differ, then every config with those lines marked."""
+    """The keys that were set (of one run) or that differ (of several) in a table; the whole configs are folded."""
     if not any(run.config for run in runs):
         return ""
     if len(runs) == 1:
-        content = f'<div class="card">{_yaml(runs[0].config, changed=[])}</div>'
+        changed = set_keys(runs[0].config)
+        table = _table_of_keys(runs, changed, "What was set", "No key was set.", defaults=_defaults(runs[0].config))
+        title = "The whole config"
     else:
         changed = differences([run.config for run in runs])
-        blocks = "".join(
-            f'<div class="card"><h3>{dot(index)}{escape(run.name)}</h3>{_yaml(run.config, changed=changed)}</div>'
-            for index, run in enumerate(runs)
-        )
-        whole = f'<details><summary>The whole configs</summary><div class="columns">{blocks}</div></details>'
-        content = _differing(runs, changed) + whole
-    return f'<section><div class="bar"><h2>Config</h2></div>{content}</section>'
+        table = _table_of_keys(runs, changed, "What differs", "No key differs but output_dir.")
+        title = "The whole configs"
+    blocks = "".join(
+        f'<div class="card">{_name_of(run, index, runs)}{_yaml(run.config, changed=changed)}</div>'
+        for index, run in enumerate(runs)
+    )
+    whole = f'<details><summary>{title}</summary><div class="columns">{blocks}</div></details>'
+    return f'<section><div class="bar"><h2>Config</h2></div>{table}{whole}</section>'
 
 
-def _differing(runs: Sequence[Run], changed: Sequence[str]) -> str:
-    heads = "".join(f'<th scope="col">{dot(index)}{escape(run.name)}</th>' for index, run in enumerate(runs))
-    flat = [flatten(run.config) for run in runs]
+def set_keys(config: dict[str, Any]) -> list[str]:
+    """The dotted keys of a config that are not what they are by default; the rank of an adapter always."""
+    defaults = _defaults(config)
+    return [
+        key
+        for key, value in flatten(config).items()
+        if key == "adapter.rank" or (key not in ("recipe", "output_dir") and defaults.get(key, DASH) != value)
+    ]
+
+
+def _defaults(config: dict[str, Any]) -> dict[str, Any]:
+    plain = to_dict(SFTConfig())
+    if isinstance(config.get("adapter"), dict):
+        plain["adapter"] = asdict(AdapterSection())
+    return flatten(plain)
+
+
+def _table_of_keys(
+    runs: Sequence[Run], keys: Sequence[str], title: str, nothing: str, *, defaults: dict[str, Any] | None = None
+) -> str:
+    """A row for each key, a column for each run; with ``defaults``, one more for them."""
+    if not keys:
+        return f'<p class="note">{nothing}</p>'
+    names = [f"{dot(index)}{escape(run.name)}" for index, run in enumerate(runs)] if defaults is None else ["Value"]
+    heads = "".join(f'<th scope="col">{name}</th>' for name in [*names, *(["Default"] if defaults is not None else [])])
     body = ""
-    for key in changed:
-        cells = "".join(f"<td>{escape(scalar(one[key])) if key in one else DASH}</td>" for one in flat)
+    for key in keys:
+        found = [value_at(run.config, key) for run in runs]
+        cells = "".join(f"<td>{escape(_shown(value)) if known else DASH}</td>" for known, value in found)
+        if defaults is not None:
+            cells += f'<td class="soft">{escape(scalar(defaults[key])) if key in defaults else DASH}</td>'
         body += f'<tr><th scope="row">{escape(key)}</th>{cells}</tr>'
-    if not changed:
-        return '<p class="note">No key differs but output_dir.</p>'
     return (
         '<div class="card scroll" tabindex="0"><table class="keys">'
-        f'<thead><tr><th scope="col">What differs</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+        f'<thead><tr><th scope="col">{title}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _shown(value: Any) -> str:
+    """A value in a cell; of a section, the keys that were set, or that it is absent."""
+    if value is None:
+        return "none"
+    if not isinstance(value, dict) or not value:
+        return scalar(value)
+    keys = set_keys({"adapter": value})  # the only section that may be absent; any other is all keys
+    return "\n".join(f"{key.removeprefix('adapter.')}: {scalar(value_at({'adapter': value}, key)[1])}" for key in keys)
+
+
+def _name_of(run: Run, index: int, runs: Sequence[Run]) -> str:
+    return f"<h3>{dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
 
 
 def _yaml(config: dict[str, Any], *, changed: Sequence[str]) -> str:
     lines = ""
     for dotted, line in yaml_lines(config):
         key, colon, value = line.partition(":")
-        mark = ' class="changed"' if dotted in changed else ""
+        mark = ' class="changed"' if any(dotted == one or dotted.startswith(f"{one}.") for one in changed) else ""
         lines += f'<span{mark}><b class="key">{escape(key)}</b>{colon}{escape(value)}</span>'
     return f'<pre class="yaml">{lines}</pre>'
 
@@ -110,13 +152,11 @@ def manifest_section(runs: Sequence[Run]) -> str:
         flat |= {"packages": packages} if packages else {}
         if run.manifest:
             facts = "".join(f"<dt>{escape(key)}</dt><dd>{clipped(_fact(value))}</dd>" for key, value in flat.items())
-            name = f"<h3>{dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
-            blocks += f'<div class="card">{name}<dl class="manifest">{facts}</dl></div>'
+            blocks += f'<div class="card">{_name_of(run, index, runs)}<dl class="manifest">{facts}</dl></div>'
     if not blocks:
         return ""
-    blocks = f'<div class="columns">{blocks}</div>'
-    if len(runs) > 1:
-        blocks = f"<details><summary>The whole manifests</summary>{blocks}</details>"
+    title = "The whole manifest" if len(runs) == 1 else "The whole manifests"
+    blocks = f'<details><summary>{title}</summary><div class="columns">{blocks}</div></details>'
     return f'<section><div class="bar"><h2>Manifest</h2></div>{blocks}</section>'
 
 

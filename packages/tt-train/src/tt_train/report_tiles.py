@@ -13,9 +13,10 @@ def tiles(run: Run) -> str:
     one = headline(run)
     speed = f"{as_count(one.tokens_per_s)} tokens per second" if one.tokens_per_s else ""
     steps = f"{one.steps:,} step" + "s" * (one.steps != 1)
+    loss = f"{one.loss_over}; {as_figure(one.loss_first)} at first; {steps}" if one.steps else steps
     memory = f"{as_figure(one.memory_gib, 3)} <small>GiB</small>" if one.memory_gib else DASH
     shown = [
-        _tile("Training loss", as_figure(one.loss_last), f"from {as_figure(one.loss_first)}, over {steps}"),
+        _tile("Training loss", as_figure(one.loss_last), loss),
         _tile("Held-out loss", as_figure(one.eval_last), _best(one)),
         _tile("Trained tokens", as_count(one.tokens), f"{as_figure(one.epochs, 3)} epochs" if one.epochs else ""),
         _tile("Time", as_time(one.seconds), speed),
@@ -25,7 +26,8 @@ def tiles(run: Run) -> str:
     ]
     if one.matches:
         before, after, total = one.matches
-        shown.append(_tile("Samples right", f"{after} <small>of {total}</small>", f"{before} of {total} at first"))
+        title = "Samples right" if one.closed else "Samples as expected"
+        shown.append(_tile(title, f"{after} <small>of {total}</small>", f"{before} of {total} at first"))
     return f'<section class="tiles" aria-label="Headline figures">{"".join(shown)}</section>'
 
 
@@ -56,7 +58,8 @@ def _rows(one: Headline) -> str:
     if one.rows is None:
         return _tile("Rows", DASH)
     reasons = ", ".join(f"{as_count(count)} {escape(reason)}" for reason, count in one.dropped.items() if count)
-    details = [f"{as_count(one.lost)} dropped" + (f" ({reasons})" if reasons else "")]
+    details = [f"in {as_count(one.packs)} packs"] if one.packs else []
+    details += [f"{as_count(one.lost)} dropped" + (f" ({reasons})" if reasons else "")]
     details += [f"{as_count(one.truncated)} cut"] if one.truncated else []
     details += [f"{as_count(one.eval_rows)} held out"] if one.eval_rows else []
     return _tile("Rows", as_count(one.rows), ", ".join(details))
@@ -76,13 +79,15 @@ COLUMNS: tuple[tuple[str, str, Callable[[float | None], str], Callable[[Iterable
     ("Trained", "trainable", as_count, None),
     ("Rows", "rows", as_count, None),
     ("Dropped", "lost", as_count, None),
-    ("Samples right", "right", as_percent, max),
+    ("Samples as expected", "right", as_percent, max),
 )
+PER_TOKEN = ("loss_last", "eval_last", "eval_best", "tokens_per_s")  # another tokenizer counts other tokens
 
 
 def comparison(runs: Sequence[Run]) -> str:
     """What several runs came to: a row each, the best of a column set off, what they share said below."""
     heads = [headline(run) for run in runs]
+    one_tokenizer = len({_tokenizer(run) for run in runs}) == 1
     same, titles = [], ""
     cells = ["" for _ in runs]
     for title, field, write, best in COLUMNS:
@@ -93,13 +98,22 @@ def comparison(runs: Sequence[Run]) -> str:
         if len(set(values)) == 1:
             same.append(f"{title.lower()} {write(values[0])}")
             continue
+        ranked = best is not None and (one_tokenizer or field not in PER_TOKEN)
         titles += f'<th scope="col">{title}</th>'
         for index, value in enumerate(values):
-            mark = ' class="best"' if best is not None and value == best(known) else ""
+            mark = ' class="best"' if ranked and best is not None and value == best(known) else ""
             cells[index] += f"<td{mark}>{write(value)}</td>"
     body = "".join(
         f'<tr><th scope="row">{dot(index)}{escape(run.name)}</th>{cells[index]}</tr>' for index, run in enumerate(runs)
     )
     table = f'<table><thead><tr><th scope="col">Run</th>{titles}</tr></thead><tbody>{body}</tbody></table>'
-    note = f'<p class="note">The same in all: {", ".join(same)}.</p>' if same else ""
+    notes = [f"The same in all: {', '.join(same)}."] if same else []
+    if not one_tokenizer:
+        notes.append("The runs have different tokenizers or templates: their losses are means over different tokens.")
+    note = "".join(f'<p class="note">{text}</p>' for text in notes)
     return f'<section aria-label="Headline figures"><div class="card scroll" tabindex="0">{table}</div>{note}</section>'
+
+
+def _tokenizer(run: Run) -> str:
+    """What tells a run's tokenizer from others; of older runs, the model."""
+    return str(run.manifest.get("tokenizer") or run.manifest.get("base_model"))

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
+from tt_train.headline import training_loss
 from tt_train.redact import redact
 from tt_train.run_lock import RunLock, writer_of
 
@@ -223,7 +224,7 @@ def is_run(path: Path) -> bool:
 
 
 def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
-    """The runs under ``root``, newest first: path, state, model, last step and loss."""
+    """The runs under ``root``, newest first: path, state, model, last step and training loss (tt_train.headline)."""
     folder = Path(root)
     found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
     found.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
@@ -241,7 +242,7 @@ def _describe(path: Path) -> dict[str, Any]:
         "method": manifest.get("method"),
         "state": state_of(path, manifest),
         "step": last.get("step"),
-        "loss": last.get("loss"),
+        "loss": training_loss(rows),
     }
 
 

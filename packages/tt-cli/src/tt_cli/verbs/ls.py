@@ -23,7 +23,7 @@ def command(kind: str | None, as_json: bool) -> None:
     for name, rows in found.items():
         if kind is None:
             click.secho(name, bold=True)
-        for line in _table(rows) or [f"no {name} here"]:
+        for line in _table(rows, headed=name == "runs") or [f"no {name} here"]:
             click.echo(("" if kind else "  ") + line)
 
 
@@ -59,9 +59,10 @@ def _runs() -> list[dict[str, Any]]:
 _LISTS = {"recipes": _recipes, "configs": _configs, "models": _models, "runs": _runs}
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """``rows`` as aligned columns; what is None is left blank."""
+def _table(rows: list[dict[str, Any]], *, headed: bool) -> list[str]:
+    """``rows`` as aligned columns, under their names; what is None is left blank."""
     cells = [[_cell(value) for value in row.values()] for row in rows]
+    cells = [[name.upper() for name in rows[0]], *cells] if headed and rows else cells
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 

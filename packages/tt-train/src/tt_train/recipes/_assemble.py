@@ -14,6 +14,7 @@ from tt_train import preflight
 from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.optim import schedule_notes
+from tt_train.recipes._rows import Subset, count_rows
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,13 +52,14 @@ class Job:
 
     @property
     def num_rows(self) -> int | None:
-        """Rows of an epoch; a stream does not know."""
+        """Sequences of an epoch, packs if rows are packed; a stream does not know."""
         return len(self.train) if hasattr(self.train, "__len__") else None
 
     @property
     def row_count(self) -> str:
         """For people: the number of rows, or that nobody knows it yet."""
-        return "a stream of" if self.num_rows is None else f"{self.num_rows:,}"
+        count = count_rows(self.train)
+        return "a stream of" if count is None else f"{count:,}"
 
     @property
     def data_lines(self) -> list[str]:
@@ -65,7 +67,7 @@ class Job:
         first, *rest = tt_data.summary_lines(self.train.report)
         if self.held_out is None:
             return [first, *rest]
-        first += f"; held out: {len(self.held_out):,}"
+        first += f"; held out: {count_rows(self.held_out):,}"
         if isinstance(self.held_out, Subset):  # a share of the rows that the first line counts
             return [f"{first} of them", *rest]
         return [first, *rest, *(f"held out: {line}" for line in tt_data.summary_lines(self.held_out.report))]
@@ -100,33 +102,6 @@ class Job:
             return self.config.max_steps
         assert self.steps_per_epoch is not None  # compose has seen to it
         return self.config.epochs * self.steps_per_epoch
-
-
-class Subset:
-    """Rows of a dataset chosen by index; what else the dataset knows is passed on."""
-
-    def __init__(self, dataset: Any, indices: list[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = self.dataset[self.indices[index]]
-        return row
-
-    def rendered(self, index: int) -> list[tuple[str, bool]]:
-        pieces: list[tuple[str, bool]] = self.dataset.rendered(self.indices[index])
-        return pieces
-
-    def where(self, index: int) -> str:
-        place: str = self.dataset.where(self.indices[index])
-        return place
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("dataset", "at"):  # a mix may not turn: it would meet the held-out
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
 
 
 def assemble(config: RunConfig) -> Job:

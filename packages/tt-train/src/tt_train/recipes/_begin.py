@@ -1,6 +1,7 @@
 """What comes before the loop of every recipe: a run directory, new or resumed, and what is said before step 1."""
 
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,9 @@ def _manifest(job: Job) -> dict[str, Any]:
         "recipe_sha256": job.config.recipe_sha256,
         "method": job.method,
         "base_model": job.base_model,
+        "tokenizer": job.tokenizer.fingerprint,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": str(job.device),
         "command": command_line(),
         "seed": job.config.seed,
         "config": to_dict(replace(job.config, output_dir=None)),

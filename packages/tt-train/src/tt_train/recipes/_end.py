@@ -13,8 +13,10 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.console import Console
+from tt_train.headline import part_name, tokens_per_second, training_loss
 from tt_train.model_card import model_card
 from tt_train.recipes._assemble import Job
+from tt_train.recipes._rows import count_rows
 from tt_train.recipes._watch import Watch
 from tt_train.report import write_report
 from tt_train.run_dir import RunDir, read_json
@@ -47,9 +49,9 @@ def data_facts(job: Job) -> dict[str, Any]:
     """What the manifest says of the rows."""
     return {
         "fingerprint": job.train.fingerprint,
-        "rows": job.num_rows,
+        "rows": count_rows(job.train),
         "report": job.train.report,
-        "held_out_rows": len(job.held_out) if job.held_out else 0,
+        "held_out_rows": count_rows(job.held_out) if job.held_out else 0,
     }
 
 
@@ -108,11 +110,13 @@ def _summary(job: Job, run: RunDir, state: TrainingState) -> dict[str, Any]:
         "run_dir": str(run.path),
         "steps": state.step,
         "loss_first": losses[0] if losses else None,
-        "loss_last": losses[-1] if losses else None,
+        "loss_last": training_loss(rows),
+        "loss_over": part_name(rows),
         "eval_loss_first": evaluated[0] if evaluated else None,
         "eval_loss": evaluated[-1] if evaluated else None,
         "seconds": state.elapsed_s,
         "tokens": state.tokens,
+        "tokens_per_s": tokens_per_second(rows),
         "stopped_early": state.step < job.steps_total,
     }
 

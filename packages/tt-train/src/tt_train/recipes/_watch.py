@@ -96,7 +96,9 @@ class Watch:
         options: dict[str, Any] = {"max_new_tokens": self.job.config.samples.max_new_tokens, "device": self.job.device}
         with self.stop.at_once():
             rows = answer(self.state.model, self.job.tokenizer, self.asked, **options)
-        self.run.append("samples.jsonl", *({"step": step, **row} for row in rows))
+        self.run.append(
+            "samples.jsonl", *({"step": step, "held_out": self.job.held_out is not None, **row} for row in rows)
+        )
 
 
 _KEYS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eta_s")

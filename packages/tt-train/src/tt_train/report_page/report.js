@@ -55,6 +55,12 @@
     for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-6; i += 1) ticks.push(+(i * step).toPrecision(12));
     return ticks;
   };
+  const xTicks = (low, high, width) => { // three at least, also on a phone, where the run has as many
+    let ticks = [];
+    for (let count = Math.max(2, width / 110); count < 12 && ticks.length < 3; count += 1)
+      ticks = linearTicks(low, high, count).filter((tick) => view.x !== "step" || Number.isInteger(tick));
+    return ticks;
+  };
   const logTicks = (low, high) => {
     const factors = Math.log10(high / low) > 2.5 ? [1] : [1, 2, 5];
     const ticks = [];
@@ -111,8 +117,7 @@
       svg(canvas, "text", { x: box.left - 8, y: toY(tick) + 4, "text-anchor": "end" }, short(tick));
     }
     svg(canvas, "line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom });
-    for (const tick of linearTicks(x0, x1, Math.max(2, width / 110))) {
-      if (view.x === "step" && !Number.isInteger(tick)) continue;
+    for (const tick of xTicks(x0, x1, width)) {
       const anchor = toX(tick) > box.right - 14 ? "end" : "middle";
       svg(canvas, "text", { x: toX(tick), y: box.bottom + 17, "text-anchor": anchor }, onX(tick));
     }
