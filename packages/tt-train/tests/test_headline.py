@@ -35,6 +35,14 @@ def test_of_one_epoch_the_last_twentieth_counts_but_no_fewer_than_ten_steps():
     assert part_name(make([1.0], [1])) == "one step"
 
 
+def test_the_evaluation_before_step_1_is_no_step():
+    before = {"step": 0, "epoch": None, "loss": None, "tokens": 0, "tokens_per_s": None, "eval_loss": 3.0}
+    rows = make([4.0, 1.0], [3, 1])
+    assert training_loss([before, *rows]) == training_loss(rows)
+    assert tokens_per_second([before, *rows]) == tokens_per_second(rows)
+    assert part_name([before, *rows]) == "last 2 steps"
+
+
 def test_gaps_and_lost_rows_do_not_spoil_the_figures():
     rows = make([None, 2.0, 4.0], [1, 1, 3])
     assert training_loss(rows) == pytest.approx(14 / 4)

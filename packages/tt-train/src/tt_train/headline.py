@@ -14,6 +14,7 @@ FEWEST = 10  # steps: a partial batch alone would say nothing
 
 def training_loss(rows: Sequence[Row]) -> float | None:
     """The mean over the trained tokens of the run's last part, see ``last_part``; None if nothing is known."""
+    rows = _steps(rows)
     begin = len(rows) - len(last_part(rows))
     weighted = [
         (row["loss"], tokens)
@@ -26,6 +27,7 @@ def training_loss(rows: Sequence[Row]) -> float | None:
 
 def last_part(rows: Sequence[Row]) -> Sequence[Row]:
     """The steps of the last epoch; in a run of one epoch at most, the last 5 % of its steps, but no fewer than 10."""
+    rows = _steps(rows)
     end = rows[-1].get("epoch") if rows else None
     if end is not None and end > 1:
         return [row for row in rows if row.get("epoch") is not None and row["epoch"] > end - 1 + 1e-6]
@@ -39,6 +41,11 @@ def part_name(rows: Sequence[Row]) -> str:
         return "last epoch"
     count = len(last_part(rows))
     return f"last {count:,} steps" if count != 1 else "one step"
+
+
+def _steps(rows: Sequence[Row]) -> Sequence[Row]:
+    """Without the evaluation before the first step."""
+    return [row for row in rows if row.get("step") != 0]
 
 
 def tokens_per_second(rows: Sequence[Row]) -> float | None:
