@@ -174,6 +174,16 @@ def experts(used: int, count: int, width: int | None = None):
     return extra
 
 
+def neutral(writer) -> None:
+    """Keys that say what is computed anyway, and those of how the file was made."""
+    writer.add_causal_attention(True)
+    writer.add_string("llama.tensor_data_layout", "Meta AI original pth")
+    writer.add_rope_scaling_finetuned(False)
+    writer.add_string("general.name", "small")
+    writer.add_array("general.tags", ["a", "b"])
+    writer.add_bool("quantize.imatrix.used", True)
+
+
 def linear_rope(writer) -> None:
     writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
     writer.add_rope_scaling_factor(4.0)
@@ -209,7 +219,7 @@ def longrope(writer) -> None:
 GEMMA = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32}
 T = transformers
 CASES = {
-    "llama": ("llama", T.LlamaConfig(**SIZES, rope_theta=5e4), None),
+    "llama": ("llama", T.LlamaConfig(**SIZES, rope_theta=5e4), neutral),
     "llama tied, wide heads": ("llama", T.LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=True), None),
     "llama with biases": ("llama", T.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True), None),
     "llama 3.1": ("llama", T.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE), llama3_factors),
@@ -389,6 +399,7 @@ def test_what_no_config_can_say_is_refused_by_name(tmp_path):
             (lambda w: w.add_tensor("blk.3.attn_norm.weight", np.ones(64, np.float32)), "block 3 is not like"),
             (lambda w: w.add_tensor("rope_freqs.weight", np.float32([1, 3] * 4)), "rope_freqs.weight is not made"),
             (lambda w: w.add_token_list([f"t{i}" for i in range(97)]), "97 tokens, but token_embd.weight has 96"),
+            (lambda w: w.add_causal_attention(False), "attention.causal False is not converted"),
             (lambda w: w.add_string("general.type", "adapter"), "of type 'adapter', not a model"),
         ]
     ):
@@ -446,6 +457,10 @@ def test_a_pipe_a_link_to_nothing_and_a_wrong_name_are_refused_at_once(tmp_path)
         tt_ckpt.convert(tmp_path / "model.gguf", tmp_path / "hf")
     with pytest.raises(ValueError, match=r"run: tt convert .*model\.gguf DIR"):
         tt_ckpt.load_weights(torch.nn.Linear(1, 1), tmp_path / "model.gguf")
+    with pytest.raises(FileNotFoundError, match=r"weights only as GGUF; run: tt convert .*gguf DEST"):
+        tt_ckpt.load_weights(torch.nn.Linear(1, 1), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"a GGUF file: run tt convert"):
+        tt_ckpt.read_config(tmp_path)
 
 
 def test_without_the_gguf_package_the_extra_is_named(tmp_path, monkeypatch):

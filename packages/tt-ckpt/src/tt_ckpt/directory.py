@@ -95,6 +95,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not file.exists():
         present = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
         hint = "; a Meta checkpoint: run tt convert" if (directory / "params.json").exists() else ""
+        if (gguf := next(directory.glob("*.gguf"), None)) is not None:
+            hint = f"; a GGUF file: run tt convert {gguf} DEST"
         raise FileNotFoundError(f"{file}: missing; the directory holds {present}{hint}")
     config = read_json(file)
     if not isinstance(config, dict):

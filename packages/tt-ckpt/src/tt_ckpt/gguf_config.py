@@ -18,6 +18,19 @@ _CLASSES = {
 # what llama.cpp computes by the number of layers, because no key says it: scores are divided by sqrt(hidden / heads)
 _WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_NO_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")  # how the file and the weights were made
+# keys that say what is computed anyway, as long as they have one of these values
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "attention.causal": (True,),
+    "pooling_type": (0,),
+    "expert_gating_func": (0, 1),  # softmax
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0.0, 1.0),
+    "expert_shared_count": (0,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (1.0,),
+    "rope.scale_linear": (1.0,),
+}
 
 
 class Keys:
@@ -98,9 +111,11 @@ def config_of(gguf: GGUF, model_type: str) -> dict[str, Any]:
     config["rope_scaling"] = _rope_scaling(gguf, keys, config)
     if keys.whole("vocab_size", config["vocab_size"]) != config["vocab_size"]:
         raise ValueError(f"{gguf.path}: {keys.prefix}vocab_size does not fit token_embd.weight: {config['vocab_size']}")
-    if keys.get("attention.causal") not in (None, True):
-        raise ValueError(f"{gguf.path}: {keys.prefix}attention.causal is false: not a model that writes text")
-    keys.get("tensor_data_layout")  # how the file was made
+    for key in _NO_EFFECT:
+        keys.get(key)
+    for key, neutral in _NEUTRAL.items():
+        if (value := keys.get(key)) not in (None, *neutral):
+            raise ValueError(f"{gguf.path}: {keys.prefix}{key} {str(value)[:40]} is not converted")
     keys.refuse_the_rest()
     return config
 

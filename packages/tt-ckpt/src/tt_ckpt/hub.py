@@ -83,9 +83,9 @@ def download(
     commit, remote = _retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
     wanted = [file for file in remote if _matches(file.name, allow, ignore)]
     if not any(file.name.endswith(".safetensors") for file in wanted) and any(
-        file.name.endswith((".bin", ".pth", ".pt")) for file in remote
+        file.name.endswith((".bin", ".pth", ".pt", ".gguf")) for file in remote
     ):
-        logger.warning("%s holds no safetensors among the wanted files, only pickles; see tt convert", repo_id)
+        logger.warning("%s: no safetensors among the wanted files, only pickles or GGUF; see tt convert", repo_id)
     _check_space(repo_id, wanted, output_dir)
     options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
     path = Path(_retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))

@@ -114,6 +114,8 @@ def describe_no_weights(directory: Path) -> str:
         return (
             f"{directory}: weights only as pickles ({pickles[0]}), which can run code; if you trust them run: {convert}"
         )
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f"{directory}: weights only as GGUF; run: tt convert {directory / ggufs[0]} DEST"
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         close = difflib.get_close_matches(SINGLE_NAME, shards, 1, 0.0)[0]
