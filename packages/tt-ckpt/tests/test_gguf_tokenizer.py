@@ -2,11 +2,13 @@
 
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import tt_ckpt
+from tt_ckpt import gguf_file, gguf_model
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")
@@ -205,3 +207,30 @@ def test_a_vocabulary_that_tokenizer_json_cannot_hold_is_refused(tmp_path):
         file = write(tmp_path / f"{i}.gguf", arch="llama", **settings)
         with pytest.raises(ValueError, match=words):
             tt_ckpt.convert(file, tmp_path / "hf")
+
+
+ODD = [True, -1, 2**40, 2**63, 1.5, float("nan"), float("inf"), "", "x", [], [1], ["a"], [True, False]]
+
+
+def test_a_value_of_another_kind_is_an_error_of_one_line(tmp_path, monkeypatch):
+    tokens, types, merges, _ = byte_level(as_gpt2())
+    file = write(
+        tmp_path / "m.gguf", arch="llama", tokens=tokens, types=types, pre="llama-bpe", merges=merges, bos_token_id=1,
+        eos_token_id=2, eot_token_id=3, add_bos_token=True, chat_template="x", key_length=8, sliding_window=4,
+    )  # fmt: skip
+    gguf_model.from_gguf(file)
+    whole = gguf_file.read_gguf(file)
+    more = ["general.type", "llama.expert_count", "llama.rope.scaling.type", "llama.rope.scaling.factor",
+            "llama.vocab_size", "tokenizer.ggml.scores", "tokenizer.chat_template.tool", "llama.attention.causal",
+            "tokenizer.ggml.add_space_prefix"]  # fmt: skip
+    refused = []
+    for key in [*whole.values, *more]:
+        for odd in [*ODD, ["a"] * len(tokens), [1.0] * len(tokens), [3] * len(tokens), tokens[::-1], tokens[:-3]]:
+            changed = replace(whole, values=whole.values | {key: odd})
+            monkeypatch.setattr(gguf_model, "read_gguf", lambda path, changed=changed: changed)
+            try:
+                gguf_model.from_gguf(file)
+            except ValueError as error:
+                refused.append(str(error))
+    assert len(refused) > 300
+    assert all(str(file) in text and "\n" not in text for text in refused)

@@ -18,6 +18,7 @@ _CLASSES = {
 # what llama.cpp computes by the number of layers, because no key says it: scores are divided by sqrt(hidden / heads)
 _WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+_NO_TOKEN = 2**32 - 1
 _NO_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")  # how the file and the weights were made
 # keys that say what is computed anyway, as long as they have one of these values
 _NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -106,7 +107,7 @@ def config_of(gguf: GGUF, model_type: str) -> dict[str, Any]:
         "torch_dtype": "float32",
         "vocab_size": gguf.tensors["token_embd.weight"].shape[0],
     }
-    config |= {name: _token(gguf, key) for name, key in _TOKENS.items()}
+    config |= {name: token_id(gguf, key) for name, key in _TOKENS.items()}
     config |= _extras(gguf, keys, config)
     config["rope_scaling"] = _rope_scaling(gguf, keys, config)
     if keys.whole("vocab_size", config["vocab_size"]) != config["vocab_size"]:
@@ -124,9 +125,17 @@ def _has(gguf: GGUF, local: str) -> bool:
     return f"blk.0.{local}" in gguf.tensors
 
 
-def _token(gguf: GGUF, key: str) -> int | None:
+def token_id(gguf: GGUF, key: str) -> int | None:
+    """The id of a special token (bos, eos, eot, ...), None if the file names none."""
     value = gguf.values.get(f"tokenizer.ggml.{key}_token_id")
-    return value if type(value) is int and 0 <= value < gguf.tensors["token_embd.weight"].shape[0] else None
+    if value is None or value == _NO_TOKEN:
+        return None
+    rows = gguf.tensors["token_embd.weight"].shape[0]
+    if type(value) is not int or not 0 <= value < rows:
+        raise ValueError(
+            f"{gguf.path}: tokenizer.ggml.{key}_token_id: expected a whole number below {rows}, found {str(value)[:40]}"
+        )
+    return value
 
 
 def _extras(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from tt_ckpt.gguf_config import token_id
 from tt_ckpt.gguf_file import GGUF
 from tt_ckpt.gguf_splits import BOS_FIRST, COMPOSED, DIGITS, SPLITS, WHOLE_WORDS, split_name
 
@@ -73,8 +74,7 @@ def _json(value: Any) -> str:
 
 def _generation(gguf: GGUF, config: dict[str, Any]) -> dict[str, Any]:
     """Every token that ends a turn, not only the one that ends a text."""
-    found = [gguf.values.get(f"tokenizer.ggml.{key}_token_id") for key in _ENDS]
-    ends = [value for value in dict.fromkeys(found) if type(value) is int and 0 <= value < config["vocab_size"]]
+    ends = [value for value in dict.fromkeys(token_id(gguf, key) for key in _ENDS) if value is not None]
     ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config[key] is not None}
     return ids | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
@@ -124,8 +124,8 @@ def _is_number(value: object) -> bool:
 
 
 def _token_text(gguf: GGUF, tokens: list[str], key: str) -> str | None:
-    index = gguf.values.get(f"tokenizer.ggml.{key}_token_id")
-    return tokens[index] if type(index) is int and 0 <= index < len(tokens) else None
+    index = token_id(gguf, key)
+    return None if index is None or index >= len(tokens) else tokens[index]
 
 
 def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
