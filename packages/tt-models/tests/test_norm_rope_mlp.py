@@ -55,16 +55,16 @@ def test_norm_gives_no_gradient_that_nobody_wants():
     assert norm.weight.grad is not None
 
 
-def test_norms_differ_by_where_they_round_and_where_they_begin():
+def test_norms_differ_by_where_they_round_and_where_they_begin(close):
     x = torch.randn(64, 32, dtype=torch.bfloat16)
     early, late = (away_from_neutral(kind(32)) for kind in (RMSNorm, LateRoundingRMSNorm))
     late.load_state_dict(early.state_dict())
-    torch.testing.assert_close(early(x.float()), late(x.float()))
+    close(early(x.float()), late(x.float()))
     early, late = early.bfloat16(), late.bfloat16()
     assert not early(x).equal(late(x))
     assert OffsetRMSNorm(4).weight.eq(0).all()
     assert RMSNorm(4).weight.eq(1).all()
-    torch.testing.assert_close(OffsetRMSNorm(32)(x.float()), RMSNorm(32)(x.float()))
+    close(OffsetRMSNorm(32)(x.float()), RMSNorm(32)(x.float()))
 
 
 def test_norms_compute_in_fp32_and_epsilon_counts():
@@ -76,13 +76,13 @@ def test_norms_compute_in_fp32_and_epsilon_counts():
     assert "eps=0.5" in repr(RMSNorm(4, eps=0.5))
 
 
-def test_rotation_is_that_of_complex_numbers():
+def test_rotation_is_that_of_complex_numbers(close):
     rope = Rope(6, theta=50.0)
     positions, x = torch.tensor([[0, 3, 11]]), torch.randn(1, 2, 3, 6)
     found = rotate(x, *rope.tables(positions, torch.float32))
     turns = torch.polar(torch.ones(3, 3), positions[0, :, None] * 50.0 ** -(torch.arange(3) / 3))
     expected = torch.complex(x[..., :3], x[..., 3:]) * turns
-    torch.testing.assert_close(found, torch.cat((expected.real, expected.imag), -1))
+    close(found, torch.cat((expected.real, expected.imag), -1))
     assert found[:, :, 0].equal(x[:, :, 0])
 
 
@@ -113,12 +113,12 @@ def test_longrope_needs_a_factor_per_pair():
         Rope(4, theta=1.0, scaling=scaling | {"original_max_position_embeddings": 8})
 
 
-def test_longrope_treats_each_document_by_its_own_length():
+def test_longrope_treats_each_document_by_its_own_length(close):
     scaling = {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [3.0]}
     rope = Rope(2, theta=1.0, scaling=scaling | {"original_max_position_embeddings": 4}, max_position_embeddings=16)
     positions, lengths = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[3, 3, 3, 9, 9]])
     cos = rope.tables(positions, torch.float32, lengths)[0][0, 0, :, 0] / rope.amplitude
-    torch.testing.assert_close(cos, torch.tensor([0.0, 1.0, 2.0, 0.0, 1 / 3]).cos())
+    close(cos, torch.tensor([0.0, 1.0, 2.0, 0.0, 1 / 3]).cos())
 
 
 def test_amplitudes():
@@ -146,23 +146,23 @@ def test_older_spellings_of_scalings():
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_mlp_is_its_formula(activation):
+def test_mlp_is_its_formula(activation, close):
     mlp, x = MLP(6, 10, activation=activation, bias=True), torch.randn(2, 3, 6)
     expected = mlp.down_proj(ACTIVATIONS[activation](mlp.gate_proj(x)) * mlp.up_proj(x))
-    torch.testing.assert_close(mlp(x), expected)
+    close(mlp(x), expected)
     assert all(parameter.shape[0] in (6, 10) for parameter in mlp.parameters())
     assert len(list(MLP(6, 10).parameters())) == 3
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_few_rows_are_the_same_product(bias, rows):
+def test_few_rows_are_the_same_product(bias, rows, close):
     layer, x = nn.Linear(32, 48, bias=bias).bfloat16(), torch.randn(rows, 1, 32).bfloat16()
     with torch.no_grad():
         found = linear(layer, x)
         assert found.shape == (rows, 1, 48)
-        torch.testing.assert_close(found, layer(x), rtol=2e-2, atol=1e-2)
-        torch.testing.assert_close(few_rows(x.float(), layer.weight.float()), x.float() @ layer.weight.float().T)
+        close(found, layer(x))
+        close(few_rows(x.float(), layer.weight.float()), x.float() @ layer.weight.float().T)
 
 
 def test_linear_calls_the_layer_wherever_somebody_may_be_watching():
@@ -185,7 +185,7 @@ def test_linear_calls_the_layer_wherever_somebody_may_be_watching():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [RMSNorm, LateRoundingRMSNorm, OffsetRMSNorm])
-def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch):
+def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch, close):
     norm = away_from_neutral(kind(24)).to(dtype)
     x, upstream = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True), torch.randn(3, 5, 24, dtype=dtype)
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch):
         assert norm(x).equal(expected)
     found = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
     assert found[0].equal(gradients[0])
-    torch.testing.assert_close(found[1], gradients[1])
+    close(found[1], gradients[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -217,7 +217,7 @@ def test_gating_in_blocks_is_gating_with_the_same_gradients(activation, dtype, m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, monkeypatch):
+def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, monkeypatch, close):
     monkeypatch.setattr(rope_module, "BLOCK", 60)  # two columns
     x, upstream = (torch.randn(2, 3, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(3)[None], dtype)
@@ -228,24 +228,24 @@ def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, 
     for one, other in zip(
         torch.autograd.grad(found, x, upstream), torch.autograd.grad(expected, x, upstream), strict=True
     ):
-        torch.testing.assert_close(one, other, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+        close(one, other)
     with torch.no_grad():
         assert rotate(x, cos, sin).equal(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_norm_of_one_row_is_that_of_many(dtype):
+def test_the_norm_of_one_row_is_that_of_many(dtype, close):
     norm, x = away_from_neutral(RMSNorm(24, eps=1e-3)).to(dtype), torch.randn(1, 2, 24, dtype=dtype)
     with torch.no_grad():
         found = norm(x[:, :1])
-    torch.testing.assert_close(found, norm(x)[:, :1], rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+    close(found, norm(x)[:, :1])
     bare, nothing = RMSNorm(24, eps=0.0).to(dtype), torch.zeros(1, 24, dtype=dtype)
     with torch.no_grad():
         assert bare(nothing).isnan().all()
     assert bare(nothing).isnan().all()
 
 
-def test_gradients_per_sample_go_through_every_block(monkeypatch):
+def test_gradients_per_sample_go_through_every_block(monkeypatch, close):
     monkeypatch.setattr(mlp, "BLOCK", 8)
     monkeypatch.setattr(rope_module, "BLOCK", 8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
@@ -260,11 +260,11 @@ def test_gradients_per_sample_go_through_every_block(monkeypatch):
     for index in range(3):
         expected = torch.autograd.grad(loss(parameters, x[index]), list(parameters.values()))
         for name, gradient in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(found[name][index], gradient, rtol=1e-5, atol=1e-6)
+            close(found[name][index], gradient)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch):
+def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch, close):
     monkeypatch.setattr(mlp, "BLOCK", 8)
     monkeypatch.setattr(rope_module, "BLOCK", 8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
@@ -285,20 +285,18 @@ def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch)
     monkeypatch.setattr(rope_module, "is_eager", lambda _: False)
     assert layers[0](x).grad_fn.name() != "NormAndWeightBackward"
     for one, other in zip(found, product_with_the_hessian(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        close(one, other, 256)
 
 
-def test_gradients_with_a_graph_are_wanted_for_some_inputs_only(monkeypatch):
+def test_gradients_with_a_graph_are_wanted_for_some_inputs_only(monkeypatch, close):
     monkeypatch.setattr(mlp, "BLOCK", 8)
     gate, up = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
     (slope,) = torch.autograd.grad(mlp.gated(torch.sigmoid, gate, up).sum(), gate, create_graph=True)
     s = gate.sigmoid()
-    torch.testing.assert_close(slope, s * (1 - s) * up)
-    torch.testing.assert_close(
-        torch.autograd.grad(slope.sum(), gate)[0], s * (1 - s) * (1 - 2 * s) * up, rtol=1e-5, atol=1e-6
-    )
+    close(slope, s * (1 - s) * up)
+    close(torch.autograd.grad(slope.sum(), gate)[0], s * (1 - s) * (1 - 2 * s) * up)
     (slope,) = torch.autograd.grad(mlp.gated(torch.sigmoid, gate, gate * 2).sum(), gate, create_graph=True)
-    torch.testing.assert_close(slope, 2 * gate * s * (1 - s) + 2 * s)  # each factor counted once
+    close(slope, 2 * gate * s * (1 - s) + 2 * s)  # each factor counted once
 
 
 def test_norm_with_weights_of_another_dtype_promotes_however_many_rows_there_are(monkeypatch):
