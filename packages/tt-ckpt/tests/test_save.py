@@ -223,6 +223,20 @@ def test_weights_are_written_over_only_when_allowed(tiny, tmp_path, equal_models
     assert not list((tmp_path / "out").glob("model-*"))
 
 
+def test_a_file_of_the_user_that_is_no_weights_file_is_not_replaced_either(tiny, tmp_path):
+    for name in ("config.json", "tokenizer.json"):
+        out, source = tmp_path / name / "out", tmp_path / name / "source"
+        out.mkdir(parents=True)
+        source.mkdir()
+        (source / "tokenizer.json").write_text("{}")
+        (out / name).write_text("mine")
+        with pytest.raises(FileExistsError, match=f"{name}: another file is there"):
+            tt_ckpt.save_hf(tiny(), out, config={}, source=source)
+        assert [(file.name, file.read_text()) for file in out.iterdir()] == [(name, "mine")]
+        tt_ckpt.save_hf(tiny(), out, config={}, source=source, overwrite=True)
+        assert (out / name).read_text() != "mine"
+
+
 def test_a_map_of_the_old_weights_survives_overwriting(tiny, tmp_path):
     tt_ckpt.save_hf(tiny(1), tmp_path / "out", config={})
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:

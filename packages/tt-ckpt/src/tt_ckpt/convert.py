@@ -99,7 +99,7 @@ def convert(
             _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
             compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
             files = commit.list_files(tmp)
-            publish(tmp, target, old)
+            publish(tmp, target, old, overwrite=overwrite)
         finally:
             commit.remove_tree(tmp)
     return Conversion(

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import filecmp
 import fnmatch
 import os
 import shutil
@@ -183,14 +184,29 @@ def make_tmp(path: Path) -> Path:
     return commit.make_tmp(path / "model" if path.is_dir() else path)
 
 
-def publish(tmp: Path, path: Path, old: list[Path]) -> None:
-    """Rename the finished folder into place; into an existing folder, file by file, after its old weights are gone."""
+def publish(tmp: Path, path: Path, old: list[Path], *, overwrite: bool) -> None:
+    """Rename the finished folder into place; into an existing folder, file by file, after its old weights are gone.
+
+    Another file of a name that is written is a FileExistsError unless ``overwrite``: a tokenizer or a license there.
+    """
+    if not overwrite:
+        _refuse_other_files(tmp, path)
     commit.fsync_tree(tmp)
     if not path.exists():
         tmp.rename(path)
     else:
         _replace(tmp, path, old)
     commit.fsync_dir(path.parent)
+
+
+def _refuse_other_files(tmp: Path, path: Path) -> None:
+    for file in sorted(tmp.rglob("*")):
+        there = path / file.relative_to(tmp)
+        same = there.is_dir() if file.is_dir() else there.is_file() and filecmp.cmp(file, there, shallow=False)
+        if os.path.lexists(there) and not same:
+            raise FileExistsError(
+                f"{there}: another file is there already; choose another directory or allow overwriting"
+            )
 
 
 def _replace(tmp: Path, path: Path, old: list[Path]) -> None:

@@ -70,7 +70,7 @@ def save_hf(
             advance = counter(progress, 2 * weights.nbytes)
             write_shards(weights, tmp, layout, advance)
             compare(open_hf(tmp, {}), weights, where=folder, progress=advance)
-            publish(tmp, folder, old)
+            publish(tmp, folder, old, overwrite=overwrite)
         finally:
             commit.remove_tree(tmp)
 
