@@ -238,7 +238,7 @@ def test_before_step_1_the_sample_is_marked_and_counts_are_told(tt, model_dir, r
     assert answer.code == 0, answer.err
     assert "\u27e6red" in answer.err
     assert "parameters" in answer.err
-    assert "8 rows" in answer.err
+    assert "8 alpaca rows" in answer.err
 
 
 def test_env_answers_in_both_forms(tt):
