@@ -194,3 +194,28 @@ def test_rows_and_configs_that_are_confused_are_told_apart(
     assert (answer.code, answer.out) == (2, "")
     assert part in answer.err
     assert answer.err.count("\n") == 1
+
+
+def test_of_a_large_file_only_the_rows_shown_are_read(tt, model_dir, tmp_path, monkeypatch):
+    from tt_cli.verbs import data_show
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)) + "{broken\n")
+    assert "rows.jsonl:41:2: broken JSON" in tt("data", "show", str(file), "--tokenizer", str(model_dir)).err
+    monkeypatch.setattr(data_show, "SMALL", 100)
+    answer = show(tt, file, model_dir, "-n", "2", "--start", "1")
+    assert answer.err.startswith("3 text rows read so far; dropped: none; truncated: 0\n")
+    assert "row 2" in answer.out
+    assert show(tt, file, model_dir, "-n", "2", "--json").json["partial"] is True
+    words = ("data", "show", "sft", f"model.path={model_dir}", f"data.train={file}", "-n", "2")
+    assert tt(*words).err.startswith("2 text rows read so far")
+    assert tt(*words, "--stats").code == 2
+
+
+def test_the_schema_may_be_named(tt, model_dir, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "Say ", "chosen": "red", "rejected": "blue", "text": "whole"}) + "\n")
+    assert show(tt, file, model_dir, "--json").json["schema"] == "preference"
+    assert show(tt, file, model_dir, "--schema", "text", "--json").json["schema"] == "text"
+    config = tt("data", "show", "sft", f"model.path={model_dir}", f"data.train={file}", "--schema", "text", "--json")
+    assert config.json["schema"] == "text"

@@ -91,3 +91,18 @@ def test_one_ambiguous_row_is_a_bad_row(chatml: Any, make_chat_rows: Any) -> Non
     tokenizer = chatml.with_template({"default": source}, "counting")
     report = load_dataset([*make_chat_rows(5), *make_chat_rows(1, turns=2)], tokenizer).report
     assert (report["rows"], report["dropped"]) == (5, {"ambiguous template": 1})
+
+
+def test_a_template_that_refuses_the_system_message_says_the_cure(chatml: Any) -> None:
+    turns = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer = chatml.with_template({"default": refuses + turns + prompt}, "gemma-like")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    system = {"role": "system", "content": "s"}
+    pair = {"chosen": [system, *chat], "rejected": [system, chat[0], {"role": "assistant", "content": "c"}]}
+    good: list[dict[str, Any]] = [{"messages": chat}, {"chosen": chat, "rejected": pair["rejected"][1:]}]
+    for kept, row in zip(good, ({"messages": [system, *chat]}, pair), strict=True):
+        report = load_dataset([kept, row], tokenizer).report
+        assert report["dropped"] == {"system message refused": 1}
+        assert "System role not supported; this template takes no system message: put its text" in report["problems"][0]

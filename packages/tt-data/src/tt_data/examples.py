@@ -70,6 +70,11 @@ class Judged:
 Example = Conversation | Turns | Completion | Text | Tokens | Pair | Judged
 
 
+def kind_of(example: Example) -> str:
+    """What a row of it holds: ``single``, ``pair`` (chosen and rejected) or ``judged``."""
+    return "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
+
+
 def mistake_in(example: object) -> str | None:
     """What is wrong with the return value of a converter, None if nothing is."""
     if isinstance(example, Pair):

@@ -61,7 +61,7 @@ class MixedDataset:
         for name, part in zip(names, parts, strict=True):
             if part[0].keys() != parts[0][0].keys():
                 raise ValueError(f"{name}: {part.schema} rows cannot be mixed with {parts[0].schema} rows")
-        self.tokenizer, self.pad_id = parts[0].tokenizer, parts[0].pad_id
+        self.tokenizer, self.pad_id, self.kind = parts[0].tokenizer, parts[0].pad_id, parts[0].kind
         self.schema = "+".join(dict.fromkeys(part.schema for part in parts))
         content = f"{[part.fingerprint for part in parts]} {self.quotas} {seed}"
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()

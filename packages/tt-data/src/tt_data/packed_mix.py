@@ -25,7 +25,7 @@ class PackedMix:
         self._round = interleave(self.quotas)
         self._nth = [self._round[:slot].count(source) for slot, source in enumerate(self._round)]
         self._rounds: int | None = None  # of an epoch, once the end has been seen
-        self.tokenizer, self.pad_id = parts[0].tokenizer, parts[0].pad_id
+        self.tokenizer, self.pad_id, self.kind = parts[0].tokenizer, parts[0].pad_id, parts[0].kind
         self.schema = "+".join(dict.fromkeys(part.schema for part in parts))
         self.names = [name for part in parts for name in part.names]
         content = f"{[part.fingerprint for part in parts]} {self.quotas}"

@@ -58,6 +58,7 @@ class PackedStream:
         assert len(rows.blocks) == 1, "PackedMix packs several"
         self.rows, self.max_seq_len = rows, max_seq_len
         self.tokenizer, self.pad_id, self.schema, self.names = rows.tokenizer, rows.pad_id, rows.schema, rows.names
+        self.kind = rows.kind
         self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len}".encode()).hexdigest()
         self.index_file = index_dir and index_dir / f"{self.fingerprint[:40]}-packs.json"
         self.counts: list[int] = []  # packs of each block

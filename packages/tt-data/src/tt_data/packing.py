@@ -79,7 +79,7 @@ class PackedDataset:
     def __init__(self, rows: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
         refuse_judged(rows.kind)
         self.rows, self.max_seq_len = rows, max_seq_len
-        self.tokenizer, self.pad_id, self.schema = rows.tokenizer, rows.pad_id, rows.schema
+        self.tokenizer, self.pad_id, self.schema, self.kind = rows.tokenizer, rows.pad_id, rows.schema, rows.kind
         lengths = [rows.length(i) for i in range(len(rows))]
         self._flat, self._ends = array("q"), array("q", [0])
         for members in pack(lengths, max_seq_len, seed=seed):

@@ -6,13 +6,16 @@ A stream is cut into blocks of ``buffer`` rows; each block is shuffled by itself
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 from tt_data.builder import build
 from tt_data.dataset import Piece, Row, TokenDataset, to_row
+from tt_data.examples import kind_of
 from tt_data.locate import Source
 from tt_data.mix import interleave, quotas_of
 from tt_data.order import Permutation, place_in_mix, steps_per_epoch
@@ -98,6 +101,7 @@ class StreamDataset:
         self._round = interleave(self.quotas)
         self.tally, self.files_left_out = Tally(), list(files_left_out)
         self._kind: str | None = None
+        self._given, self._given_schema = read, schema
         self._readers: dict[str, tuple[Read, str]] = {}
         for stream in (stream for group in groups for stream in group):
             self._readers[stream.name] = (read, schema) if read else self._reader_of(stream)
@@ -105,6 +109,16 @@ class StreamDataset:
         content = [stream.digest() for group in groups for stream in group]
         parts = (*content, tokenizer.fingerprint, settings_key(settings), f"{self.quotas} {buffer}")
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @property
+    def kind(self) -> str:
+        """What a row holds (``single``, ``pair`` or ``judged``), from the first one that can be read."""
+        if self._kind is None:
+            stream = self.blocks[0].streams[0]
+            for _, row in islice(_parsed_rows(stream), _ENOUGH):
+                with contextlib.suppress(Exception):  # a bad row; or a mistake, which is named when the row is encoded
+                    return kind_of(self._readers[stream.name][0](row, self.settings.columns))
+        return self._kind or "single"
 
     def _reader_of(self, stream: RawStream) -> tuple[Read, str]:
         """The schema of a stream's first row. Raises ValueError for an empty one."""
@@ -213,12 +227,12 @@ class StreamDataset:
         return to_row(self._kind, [Encoded([self.pad_id] * 2)] * sides, False)
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows as a data set of their own, to look at."""
+        """The first rows that can be used, as a data set of their own, to look at."""
         streams = {stream.name: stream for blocks in self.blocks for stream in blocks.streams}
-        sources = [_first_rows(stream, rows) for stream in streams.values()]
-        return build(
-            sources[:1], self.tokenizer, self.settings, read=self._readers[sources[0].name][0], schema=self.schema
-        )
+        sources = [Source(stream.name, partial(_parsed_rows, stream), stream.digest) for stream in streams.values()]
+        first = build(sources, self.tokenizer, self.settings, read=self._given, schema=self._given_schema, limit=rows)
+        first.files_left_out = self.files_left_out
+        return first
 
     def rendered(self, i: int) -> list[Piece]:
         """Row ``i`` of the stream as text pieces and whether each is trained."""
@@ -231,9 +245,6 @@ class StreamDataset:
         return with_files(report, self.files_left_out)
 
 
-def _first_rows(stream: RawStream, count: int) -> Source:
-    def rows() -> Iterator[Raw]:
-        parsed = ((line, stream.parse(line, raw)) for line, raw in stream.open_at(0))
-        return islice(((line, row) for line, row in parsed if row is not None), count)
-
-    return Source(stream.name, rows, stream.digest)
+def _parsed_rows(stream: RawStream) -> Iterator[Raw]:
+    parsed = ((line, stream.parse(line, raw)) for line, raw in stream.open_at(0))
+    return ((line, row) for line, row in parsed if row is not None)

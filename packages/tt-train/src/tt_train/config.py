@@ -59,8 +59,14 @@ class DataSection:
     streaming: bool = False  # read while training; needs max_steps
     train_on: str = "assistant"  # assistant | last | all
     template: str | None = None  # the model's own; or a registered name
+    schema: str | None = None  # alpaca, openai, preference, ...: where the columns fit several
     split: str | None = None
+    data_dir: str | None = None  # a folder of train, as datasets.load_dataset takes it
+    data_files: Annotated[Any, TEXT] = None  # names or patterns in train
+    revision: str | None = None  # of train on the hub
     on_bad_row: str = "drop"  # drop | error
+    max_dropped_share: float = 0.1  # of the rows: more that cannot be used stop the run
+    drop_duplicates: bool = True  # of rows that are the same, keep one; a file that is given twice counts twice
     num_workers: int = 0  # processes that encode and collate
     worker_timeout_s: float = 300.0  # a process that prepares no batch for so long ends the run
     cache_dir: str | None = None  # keep token rows there, so that the next run need not make them
@@ -108,6 +114,8 @@ class SamplesSection:
 @dataclass
 class RunConfig:
     """What every recipe has. The ``Config`` of a recipe of one's own extends it: a field is a key."""
+
+    ROWS = "single"  # no key, but what the recipe trains: single | pair (chosen and rejected) | judged
 
     recipe: str = "sft"
     recipe_sha256: str | None = None  # of a recipe file: the text that the config was run by
@@ -264,6 +272,8 @@ def _number_mistakes(config: RunConfig) -> list[str]:
     for key, value in [*shares.items(), *(("optimizer.betas", beta) for beta in config.optimizer.betas)]:
         if not 0 <= value < 1:
             found.append(f"{key}: must be at least 0 and below 1, got {value}")
+    if not 0 <= config.data.max_dropped_share <= 1:
+        found.append(f"data.max_dropped_share: must be between 0 and 1, got {config.data.max_dropped_share}")
     batch, micro = config.batch_size, config.micro_batch_size
     if batch >= 1 and micro >= 1 and batch % micro:
         lower, upper = batch // micro * micro, (batch // micro + 1) * micro

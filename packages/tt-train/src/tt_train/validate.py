@@ -25,10 +25,11 @@ def problems(config: RunConfig) -> list[str]:
     return []
 
 
-def rows(config: RunConfig) -> Any:
-    """The rows of ``data.train`` as the run would see them, held-out ones included; needs no device and no weights."""
+def rows(config: RunConfig, *, limit: int | None = None) -> Any:
+    """The rows of ``data.train`` (the first ``limit``) as the run would see them, held-out ones included; needs no
+    device and no weights."""
     from tt_train.recipes import _assemble
 
     if lacking := [line for line in missing(config) if not line.startswith("max_steps")]:
         raise ConfigError(lacking)
-    return _assemble.rows_to_train(config)
+    return _assemble.rows_to_train(config, limit=limit)

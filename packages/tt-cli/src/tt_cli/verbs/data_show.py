@@ -10,6 +10,8 @@ import click
 from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
 from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
 
+SMALL = 1 << 20  # bytes of a source that is read to its end, so that its summary is about all rows
+
 
 @click.command("show", cls=ConfigVerb)
 @click.argument("what", metavar="DATA|RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
@@ -24,6 +26,7 @@ from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run,
 @click.option("--max-seq-len", type=click.IntRange(min=2), help="Cut rows there.")
 @click.option("--packing", is_flag=True, help="Rows packed up to --max-seq-len.")
 @click.option("--template", metavar="NAME", help="A registered template; default: the model's own.")
+@click.option("--schema", metavar="NAME", help="What the rows are, if their columns fit several: openai, alpaca, ...")
 @click.option("--split", metavar="NAME", help="Of a hub data set or folder.")
 @click.option("--streaming", is_flag=True, help="Read no further than the rows shown.")
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
@@ -42,12 +45,15 @@ def command(
     """Show rows of DATA (a file, folder or hub id) as the model named by --tokenizer sees them.
 
     A recipe, a config or a recipe file shows the rows of its data.train as its run would see them; options count as
-    overrides. What is trained is green, or stands between marks where there is no colour.
+    overrides. What is trained is green, or stands between marks where there is no colour. Of more than a megabyte of
+    rows only those that are shown are read; --stats reads all.
     """
     import tt_data
 
     if what in runnable_names() or what.endswith((".yaml", ".yml", ".py")):
-        dataset, streaming = _rows_of_config(what, config_file, (*overrides, *_as_words(options)), allow_import)
+        dataset, streaming = _rows_of_config(
+            what, config_file, (*overrides, *_as_words(options)), allow_import, limit=None if stats else start + num
+        )
     else:
         if overrides or config_file:
             given = overrides[0] if overrides else "--config"
@@ -55,7 +61,9 @@ def command(
                 raise click.UsageError(f"a second source, '{given}'; did you mean --tokenizer {given}?")
             raise click.UsageError(f"{given} belongs to a recipe: tt data show sft data.train={what} KEY=VALUE")
         refuse_run(what)
-        dataset, streaming = _rows_of_data(what, **options), options["streaming"]
+        whole = stats or options["packing"] or options["streaming"]
+        dataset = _rows_of_data(what, limit=None if whole else _limit(what, start + num), **options)
+        streaming = options["streaming"]
     if streaming:
         if stats or hasattr(dataset, "rows"):
             raise click.UsageError("--streaming shows the first rows; --stats and --packing need all of them")
@@ -92,19 +100,28 @@ def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...],
 
 
 def _rows_of_config(
-    what: str, config_file: str | None, words: tuple[str, ...], allow_import: tuple[str, ...]
+    what: str, config_file: str | None, words: tuple[str, ...], allow_import: tuple[str, ...], *, limit: int | None
 ) -> tuple[Any, bool]:
     """The rows of ``data.train``, and whether they are a stream."""
     config = composed(what, config_file, words, allow_import, complete=False)
     from tt_train.validate import rows
 
-    return rows(config), config.data.streaming
+    sources = config.data.train if isinstance(config.data.train, (list, dict)) else [config.data.train]
+    limits = [_limit(source, limit) for source in sources] if limit is not None else [None]
+    return rows(config, limit=None if None in limits else limits[0]), config.data.streaming
+
+
+def _limit(source: Any, wanted: int) -> int | None:
+    """How many rows to read: all (None) of what is read at once, no more than are shown of anything else."""
+    path = Path(str(source)).expanduser()
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return None if files and sum(file.stat().st_size for file in files) <= SMALL else max(1, wanted)
 
 
 def _as_words(options: Mapping[str, Any]) -> list[str]:
     """The options that were given, as the words of a config that say the same."""
     keys = {"tokenizer": "model.tokenizer", "train_on": "data.train_on", "max_seq_len": "data.max_seq_len",
-            "packing": "data.packing", "template": "data.template", "split": "data.split",
+            "packing": "data.packing", "template": "data.template", "schema": "data.schema", "split": "data.split",
             "streaming": "data.streaming"}  # fmt: skip
     words = [f"{key}={options[name]}" for name, key in keys.items() if options[name] not in (None, False)]
     return [*words, *(f"data.columns.{word}" for word in _checked(options["columns"]))]

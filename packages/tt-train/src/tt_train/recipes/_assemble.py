@@ -127,6 +127,8 @@ def assemble(config: RunConfig) -> Job:
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
+        for key, found in (("data.train", train), ("data.eval", held_out)):
+            problems += kind_mistakes(config, key, found)
     for key in ("eval_every", "early_stop_after"):
         if getattr(config, key) and config.data.eval is None:
             problems.append(
@@ -239,33 +241,59 @@ def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int) -> Any:
-    """The rows of ``data.train``, all read or as a stream."""
-    return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=config.data.streaming)
+def kind_mistakes(config: RunConfig, key: str, rows: Any) -> list[str]:
+    """Preference rows for a recipe of single answers, or the reverse."""
+    wanted = type(config).ROWS
+    if rows is None or rows.kind == wanted:
+        return []
+    return [
+        f"{key}: {rows.schema} rows hold {_KINDS[rows.kind]}, the recipe {config.recipe} trains {_KINDS[wanted]}; give "
+        "it other rows, or name with data.schema what else their columns are (openai, alpaca, prompt_completion, ...)"
+    ]
 
 
-def rows_to_train(config: RunConfig) -> Any:
-    """The rows of ``data.train`` alone, without what else a run needs. ConfigError names every mistake."""
+_KINDS = {
+    "single": "one answer each", "pair": "a chosen and a rejected answer (preference)",
+    "judged": "an answer and a judgement (unpaired_preference)",
+}  # fmt: skip
+
+
+def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options: Any) -> Any:
+    """The rows of ``data.train``, all read or as a stream; ``options`` of ``load_dataset`` over those of the config."""
+    part = {key: getattr(config.data, key) for key in ("data_dir", "data_files", "revision")}
+    streaming = config.data.streaming
+    return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=streaming, **part, **options)
+
+
+def rows_to_train(config: RunConfig, *, limit: int | None = None) -> Any:
+    """The rows of ``data.train`` alone (the first ``limit``), however many are bad, without what else a run needs.
+    ConfigError names every mistake."""
     problems: list[str] = []
     folder = _collect(problems, "model.path", lambda: model_folder(config))
     tokenizer = read_tokenizer(config, folder, problems)
     if not problems:
         model_config = tt_models.config_from_hf(read_hf_config(config, folder))
         length = sequence_length(config, model_config, [])
-        rows = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
+        options = {
+            "max_dropped_share": None,
+            "limit": limit if not (config.data.packing or config.data.streaming) else None,
+        }
+        rows = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **options))
     if problems:
         raise ConfigError(problems)
     return rows
 
 
-def read_rows(config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False) -> Any:
+def read_rows(
+    config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False, **options: Any
+) -> Any:
     """The rows of ``source`` as token ids and labels."""
-    keys = ("train_on", "packing", "split", "template", "on_bad_row")
-    options: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
-    options |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
-    options |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
-    options["num_workers"] = 0 if streaming else config.data.num_workers
-    return tt_data.load_dataset(source, tokenizer, **options)
+    keys = ("train_on", "packing", "split", "template", "schema", "on_bad_row", "drop_duplicates", "max_dropped_share")
+    given: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
+    given |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
+    given |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
+    given["num_workers"] = 0 if streaming else config.data.num_workers
+    return tt_data.load_dataset(source, tokenizer, **given | options)
 
 
 def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
