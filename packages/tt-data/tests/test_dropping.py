@@ -85,10 +85,10 @@ def test_a_limit_reads_no_further_and_says_so(chatml: Any, tmp_path: Path) -> No
 
 
 def test_one_ambiguous_row_is_a_bad_row(chatml: Any, make_chat_rows: Any) -> None:
-    """The template counts the turns at the top: a second one changes what stands before the first answer."""
-    turns = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
-    source = "{{ messages|length if messages|length > 2 }}" + turns
-    tokenizer = chatml.with_template({"default": source}, "counting")
+    """The template writes longer conversations backwards."""
+    order = "(messages|reverse if messages|length > 2 else messages)"
+    source = f"{{% for m in {order} %}}{{{{ m.content + '<|im_end|>' }}}}{{% endfor %}}"
+    tokenizer = chatml.with_template({"default": source}, "backwards")
     report = load_dataset([*make_chat_rows(5), *make_chat_rows(1, turns=2)], tokenizer).report
     assert (report["rows"], report["dropped"]) == (5, {"ambiguous template": 1})
 
