@@ -73,7 +73,8 @@ class Speaker:
 
             template = get_instruct_template(self.form)
             text = template.format({template.columns[0]: text})
-        return self.raw_ids(text)
+        prompt: list[int] = self.tokenizer.encode_text_prompt(text)
+        return prompt
 
     def reply(self, ids: Sequence[int], sampling: Sampling) -> Iterator[str]:
         """The answer to ``ids`` in pieces of text, as soon as each is known to be whole characters."""
@@ -109,10 +110,10 @@ def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:
     """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
-    from tt_data.instruct_templates import INSTRUCT_TEMPLATES
+    from tt_data.instruct_templates import INSTRUCT_TEMPLATES, our_name
 
-    if template in INSTRUCT_TEMPLATES:
-        return str(template)
+    if template is not None and our_name(template) in INSTRUCT_TEMPLATES:
+        return our_name(template)
     schemas, forms = str(report.get("schema", "")).split("+"), str(report.get("form", "")).split("+")
     if "chat" in forms:
         return "chat"

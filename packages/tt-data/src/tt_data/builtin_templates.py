@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from tt_data.chat_template import read_template
+from tt_data.instruct_templates import our_name
 from tt_data.tokenizer import Tokenizer
 
 _MERGE_SYSTEM = (
@@ -65,6 +66,7 @@ def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
     Where the model does not know the token with which a built-in template ends a turn, its eos token follows the text
     of that token, so that there is something to stop at. Raises ValueError with the nearest name, or FileNotFoundError.
     """
+    name = our_name(name)
     if name in CHAT_TEMPLATES:
         source = CHAT_TEMPLATES[name]
         if name in _END_TOKENS and tokenizer.token_id(_END_TOKENS[name]) is None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
+from tt_data.instruct_templates import our_name
 from tt_data.messages import Message
 
 
@@ -59,7 +60,8 @@ CHAT_FORMATS = {"llama2": Llama2ChatFormat, "mistral": MistralChatFormat, "chatm
 
 
 def get_chat_format(name: str) -> type[Llama2ChatFormat] | type[MistralChatFormat] | type[ChatMLFormat]:
-    """A registered chat format. Raises ValueError with the nearest name."""
+    """A registered chat format, by our name or torchtune's. Raises ValueError with the nearest name."""
+    name = our_name(name)
     if name in CHAT_FORMATS:
         return CHAT_FORMATS[name]  # type: ignore[return-value]
     near = get_close_matches(name.lower(), CHAT_FORMATS, 1)

@@ -29,7 +29,7 @@ from tt_data.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
 P = ParamSpec("P")
-_SETTINGS = ("on_bad_row", "drop_duplicates", "max_dropped_share")
+_SETTINGS = ("on_bad_row", "special_tokens", "drop_duplicates", "max_dropped_share")
 _PART = ("split", "data_dir", "data_files", "revision")
 _LOADING = ("streaming", "packing", "seed", "buffer", "cache_dir", "num_workers", "timeout_s", "limit")
 

@@ -56,9 +56,25 @@ INSTRUCT_TEMPLATES = {
     "stack_exchange_paired": StackExchangedPairedTemplate,
 }
 
+_TORCHTUNE = {
+    "AlpacaInstructTemplate": "alpaca",
+    "GrammarErrorCorrectionTemplate": "grammar",
+    "SummarizeTemplate": "summarize",
+    "StackExchangedPairedTemplate": "stack_exchange_paired",
+    "Llama2ChatFormat": "llama2",
+    "MistralChatFormat": "mistral",
+    "ChatMLFormat": "chatml",
+}
+
+
+def our_name(template: str) -> str:
+    """Our name of a template or chat format that is given as torchtune's class (``torchtune.data.ChatMLFormat``)."""
+    return _TORCHTUNE.get(template.rpartition(".")[2], template)
+
 
 def get_instruct_template(name: str) -> InstructTemplate:
-    """A registered template. Raises ValueError with the nearest name."""
+    """A registered template, by our name or torchtune's. Raises ValueError with the nearest name."""
+    name = our_name(name)
     if name in INSTRUCT_TEMPLATES:
         return INSTRUCT_TEMPLATES[name]
     near = get_close_matches(name, INSTRUCT_TEMPLATES, 1)

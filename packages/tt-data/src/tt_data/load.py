@@ -19,9 +19,9 @@ from tt_data.packed_mix import PackedMix
 from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset
 from tt_data.raw_stream import RawStream, hub_stream, to_stream
-from tt_data.readers import Read, choose_template
+from tt_data.readers import Read, tokenizer_for
 from tt_data.report import refuse_dropped
-from tt_data.settings import OnBadRow, Settings
+from tt_data.settings import OnBadRow, Settings, SpecialTokensInText
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
 
@@ -32,27 +32,30 @@ def load_dataset(
     source: Any, tokenizer: Tokenizer, *, columns: Mapping[str, str] | None = None, train_on: TrainOn = "assistant",
     max_seq_len: int | None = None, packing: bool = False, split: str | None = None, seed: int = 0,
     streaming: bool = False, template: str | None = None, schema: str | None = None, on_bad_row: OnBadRow = "drop",
-    drop_duplicates: bool = True, max_dropped_share: float | None = None, buffer: int = 10_000,
-    cache_dir: str | Path | None = None, num_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None,
-    data_files: Any = None, revision: str | None = None, limit: int | None = None,
+    special_tokens: SpecialTokensInText = "text", drop_duplicates: bool = True, max_dropped_share: float | None = None,
+    buffer: int = 10_000, cache_dir: str | Path | None = None, num_workers: int = 0, timeout_s: float = 300.0,
+    data_dir: str | None = None, data_files: Any = None, revision: str | None = None, limit: int | None = None,
 ) -> Any:  # fmt: skip
     """Token rows of a file, several files, a directory, a hub id, a registered name, rows in memory, or
     ``{source: weight}`` of these.
 
     ``columns``: our column name to theirs, where they differ. ``train_on``: which turns give loss. ``template``: a
     built-in chat or instruct template instead of the model's own. ``schema``: instead of the one that the columns are.
-    ``on_bad_row``: count and drop, or refuse. ``drop_duplicates``: of rows that are the same, one is kept; a file that
-    is given twice counts twice. ``max_dropped_share``: more bad rows than that are an error. ``packing``: whole
-    documents together in rows of ``max_seq_len`` (``seed`` decides which). ``streaming``: read while training, shuffled
-    within ``buffer`` rows. ``cache_dir``: where token rows are kept, so that they are made once. ``num_workers``:
-    processes that encode (those of a stream are ``batches``'s); one that does not answer for ``timeout_s`` is an error.
-    ``split``, ``data_dir``, ``data_files`` and ``revision`` are those of ``datasets.load_dataset``; all but the last
-    are for directories, too. ``limit``: read no further than that many usable rows.
+    ``on_bad_row``: count and drop, or refuse. ``special_tokens``: what ``</s>`` and its like become when they are typed
+    in data: text, or (for a column that is rendered already) tokens. ``drop_duplicates``: of rows that are the same,
+    one is kept; a file that is given twice counts twice. ``max_dropped_share``: more bad rows than that are an error.
+    ``packing``: whole documents together in rows of ``max_seq_len`` (``seed`` decides which). ``streaming``: read while
+    training, shuffled within ``buffer`` rows. ``cache_dir``: where token rows are kept, so that they are made once.
+    ``num_workers``: processes that encode (those of a stream are ``batches``'s); one that does not answer for
+    ``timeout_s`` is an error. ``split``, ``data_dir``, ``data_files`` and ``revision`` are those of
+    ``datasets.load_dataset``; all but the last are for directories, too. ``limit``: read no further than that many
+    usable rows.
     Raises ValueError or FileNotFoundError, naming the file and line.
     """
     settings = Settings(
         columns=dict(columns or {}), train_on=train_on, max_seq_len=max_seq_len, template=template, schema=schema,
-        on_bad_row=on_bad_row, drop_duplicates=drop_duplicates and not streaming, max_dropped_share=max_dropped_share,
+        on_bad_row=on_bad_row, special_tokens=special_tokens, drop_duplicates=drop_duplicates and not streaming,
+        max_dropped_share=max_dropped_share,
     )  # fmt: skip
     loader = _Loader(
         tokenizer, settings, packing=packing, seed=seed, buffer=buffer, limit=limit,
@@ -92,7 +95,7 @@ class _Loader:
 
     def _load(self, source: Any) -> TokenDataset | PackedDataset:
         source, settings, part = self._resolve(source)
-        tokenizer = choose_template(self.tokenizer, settings.template)
+        tokenizer = tokenizer_for(self.tokenizer, settings)
         sources = open_sources(source, part)
         fingerprint = fingerprint_of(sources, tokenizer, settings) if self.read_row is None else None
         cache_dir = self.cache_dir if fingerprint is not None and self.limit is None else None
@@ -130,7 +133,7 @@ class _Loader:
         left_out = [file for source, _, part in resolved for file in files_left_out(source, part)]
         return StreamDataset(
             [self._streams(source, part) for source, _, part in resolved],
-            choose_template(self.tokenizer, settings.template), settings, buffer=self.buffer, weights=weights,
+            tokenizer_for(self.tokenizer, settings), settings, buffer=self.buffer, weights=weights,
             read=self.read_row, schema=self.schema, files_left_out=left_out,
         )  # fmt: skip
 

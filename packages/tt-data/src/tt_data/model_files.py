@@ -91,6 +91,7 @@ def _build(
     return Tokenizer(
         backend, names=names, adds_bos=adds_bos, templates=templates, template_name=origin,
         extra_eos_ids=_generation_eos(folders), text_specials=text_specials,
+        more_specials=_more_specials(directory, config),
     )  # fmt: skip
 
 
@@ -116,11 +117,29 @@ def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token, eos_token, ... as strings; what tokenizer_config.json says goes before special_tokens_map.json."""
     names: dict[str, Any] = {}
     for source in (_read_json(directory / "special_tokens_map.json"), config):
-        for key, value in source.items():
-            content = value.get("content") if isinstance(value, Mapping) else value
-            if key.endswith("_token") and isinstance(content, str):
+        extra = source.get("extra_special_tokens")
+        for key, value in {**(extra if isinstance(extra, Mapping) else {}), **source}.items():
+            content = _content_of(value)
+            if key.endswith("_token") and content is not None:
                 names[key] = content
     return names
+
+
+def _more_specials(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    """The tokens without a name of their own that the files call special, a user's own among them."""
+    found: list[str] = []
+    for source in (_read_json(directory / "special_tokens_map.json"), config):
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            values = source.get(key)
+            if isinstance(values, list):
+                found += [text for text in map(_content_of, values) if text is not None]
+    return found
+
+
+def _content_of(token: Any) -> str | None:
+    """The string of a token, which may be an object with its flags."""
+    content = token.get("content") if isinstance(token, Mapping) else token
+    return content if isinstance(content, str) else None
 
 
 def _sentencepiece_names(backend: Any) -> dict[str, str]:

@@ -12,7 +12,7 @@ from tt_data.builtin_templates import CHAT_TEMPLATES, with_named_template
 from tt_data.cells import Columns, as_text, cell, find, optional
 from tt_data.converters import COMPLETION, INPUT, OUTPUT, read_plain_completion
 from tt_data.examples import BadRowError, Completion, Example, Pair
-from tt_data.instruct_templates import INSTRUCT_TEMPLATES, InstructTemplate
+from tt_data.instruct_templates import INSTRUCT_TEMPLATES, InstructTemplate, our_name
 from tt_data.pairs import read_pair_of_texts
 from tt_data.schemas import OUR_READERS, SCHEMAS, Schema, detect_schema
 from tt_data.settings import Settings
@@ -41,12 +41,18 @@ def _code_of(function: Callable[..., Any]) -> str:
 
 def choose_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     """``tokenizer`` with the chat template of that name; instruct templates change rows, not the tokenizer."""
-    if template is None or template in INSTRUCT_TEMPLATES:
+    if template is None or our_name(template) in INSTRUCT_TEMPLATES:
         return tokenizer
     try:
         return with_named_template(tokenizer, template)
     except ValueError as error:
         raise ValueError(str(error).replace(" or a .jinja", f", {', '.join(INSTRUCT_TEMPLATES)} or a .jinja")) from None
+
+
+def tokenizer_for(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
+    """``tokenizer`` as the settings want it: with their template, and special tokens in text as they say."""
+    chosen = choose_template(tokenizer, settings.template)
+    return chosen.with_special_tokens_in_text() if settings.special_tokens == "tokens" else chosen
 
 
 def choose_schema(row: Mapping[str, Any], tokenizer: Tokenizer, settings: Settings, *, where: str) -> Schema:

@@ -68,10 +68,12 @@ class SentencePieceTokenizer:
         return f"{digest} {sorted(self.added.items())} {self.prefix_once}"
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """As sentencepiece does: an unknown piece is " \u2047 ", and an id outside of the vocabulary an IndexError."""
         pieces: list[str] = []
         run: list[int] = []
+        unknown = self._model.unk_id()
         for index in ids:
-            if index in self._names:
+            if index in self._names and index != unknown:
                 pieces.append(self._model.decode(run) if run else "")
                 run = []
                 if not skip_special:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from tt_data.dataset import Dataset, Piece
+from tt_data.rendered import Span
+from tt_data.special_tokens import typed_spans
 from tt_data.store import IGNORE_INDEX
 
-_COLOR, _PLAIN = "\x1b[32m", "\x1b[0m"
+_COLOR, _INVERSE, _PLAIN = "\x1b[32m", "\x1b[7m", "\x1b[0m"
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
+_OPEN_TYPED, _CLOSE_TYPED = "\u2039", "\u203a"
 _WIDEST = 40  # characters of a bar
 
 
@@ -22,6 +26,7 @@ def show(dataset: Dataset, *, rows: Sequence[int] | None = None, limit: int = 3)
 def _sample(dataset: Dataset, i: int) -> dict[str, Any]:
     row = dataset[i]
     labels = [label for key in row if key.endswith("labels") for label in row[key]]
+    documents, typed = dataset.documents(i), _typed_in(dataset, row)
     return {
         "index": i,
         "where": dataset.where(i),
@@ -29,22 +34,40 @@ def _sample(dataset: Dataset, i: int) -> dict[str, Any]:
         "trained": sum(label != IGNORE_INDEX for label in labels),
         "truncated": dataset.is_truncated(i),
         "names": dataset.document_names(i),
-        "documents": dataset.documents(i),
+        "documents": documents,
+        "typed": [typed.get("".join(text for text, _ in pieces), []) for pieces in documents],
     }
+
+
+def _typed_in(dataset: Dataset, row: Mapping[str, Any]) -> dict[str, list[Span]]:
+    """By the text of each document: where it spells a special token without being one."""
+    found: dict[str, list[Span]] = {}
+    for key in [key for key in row if key.endswith("input_ids")]:
+        positions = row.get(key.replace("input_ids", "position_ids"), row.get("position_ids", ()))
+        cuts = [place for place, position in enumerate(positions) if position == 0] or [0]
+        for start, end in pairwise([*cuts, len(row[key])]):
+            ids = list(row[key][start:end])
+            found[dataset.tokenizer.decode(ids, skip_special=False)] = typed_spans(dataset.tokenizer, ids)
+    return found
 
 
 def as_text(sample: Mapping[str, Any], *, color: bool = False) -> str:
     """A sample of ``show`` for a terminal: trained text in green, or between marks where there is no colour.
 
-    A line before each document of a pack, and of a preference row, names it.
+    A line before each document of a pack, and of a preference row, names it. Text that spells a special token, but is
+    not one, is inverse, or between marks of its own.
     """
-    names, texts = sample["names"], [_marked(document, color) for document in sample["documents"]]
+    spans = sample.get("typed") or [[] for _ in sample["documents"]]
+    names = sample["names"]
+    texts = [_marked(document, typed, color) for document, typed in zip(sample["documents"], spans, strict=True)]
     cut = ", cut at max_seq_len" if sample["truncated"] else ""
     where = sample["where"] if len({*_places(names)}) == 1 else f"{len(names)} documents"
     head = f"[{sample['index']}] {where}: {sample['tokens']} tokens, {sample['trained']} trained{cut}"
     if len(texts) > 1:
         texts = [f"--- {name} ---\n{text}" for name, text in zip(names, texts, strict=True)]
-    return "\n".join([head, *texts])
+    legend = "inverse" if color else f"{_OPEN_TYPED}...{_CLOSE_TYPED}"
+    told = [f"({legend}: text that spells a special token; special_tokens=tokens makes it one)"] if any(spans) else []
+    return "\n".join([head, *texts, *told])
 
 
 def _places(names: Sequence[str]) -> list[str]:
@@ -52,14 +75,27 @@ def _places(names: Sequence[str]) -> list[str]:
     return [name.removesuffix(" chosen").removesuffix(" rejected") for name in names]
 
 
-def _marked(pieces: Sequence[Piece], color: bool) -> str:
+def _marked(pieces: Sequence[Piece], typed: Sequence[Span], color: bool) -> str:
     shown = []
+    position = 0
     for text, trained in pieces:
-        text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-        if trained and color:  # line by line: a pager resets the colour at the end of a line
-            text = "\n".join(f"{_COLOR}{line}{_PLAIN}" if line else "" for line in text.split("\n"))
-        shown.append(f"{_OPEN}{text}{_CLOSE}" if trained and not color else text)
+        ends = [place - position for span in typed for place in span if 0 < place - position < len(text)]
+        inner = ""
+        for start, end in pairwise([0, *ends, len(text)]):
+            is_typed = any(a <= position + start < b for a, b in typed)
+            inner += _drawn(text[start:end], trained, is_typed, color)
+        position += len(text)
+        shown.append(f"{_OPEN}{inner}{_CLOSE}" if trained and not color else inner)
     return "".join(shown)
+
+
+def _drawn(text: str, trained: bool, typed: bool, color: bool) -> str:
+    text = "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+    if not color:
+        return f"{_OPEN_TYPED}{text}{_CLOSE_TYPED}" if typed else text
+    codes = (_COLOR if trained else "") + (_INVERSE if typed else "")
+    # line by line: a pager resets the colour at the end of a line
+    return "\n".join(f"{codes}{line}{_PLAIN}" if line and codes else line for line in text.split("\n"))
 
 
 def stats(dataset: Dataset, *, bins: int = 10) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from tt_data.rendered import Rendered, Span, alternatives, substitute
@@ -75,3 +76,21 @@ def _notes(found: set[str]) -> tuple[str, ...]:
     if len(found) > _MOST_NAMED:
         return (f"more than {_MOST_NAMED} special tokens are spelt out in the data: {cure}",)
     return tuple(f"the special token {token!r} is spelt out in the data: {cure}" for token in sorted(found))
+
+
+def typed_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
+    """The characters of ``tokenizer.decode(ids, skip_special=False)`` that spell a special token without being one."""
+    special = {tokenizer.token_id(token): token for token in tokenizer.special_tokens}
+    pattern = alternatives(special.values())
+    places = [place for place, index in enumerate(ids) if index in special]
+    if len(pattern.findall(tokenizer.decode(ids, skip_special=False))) <= len(places):
+        return []
+    spans: list[Span] = []
+    position = 0
+    for before, place in pairwise([-1, *places, len(ids)]):
+        head = special[ids[before]] if before >= 0 else ""  # decoders treat a beginning otherwise
+        run = tokenizer.decode(ids[max(before, 0) : place], skip_special=False)[len(head) :]
+        position += len(head)
+        spans += [(position + match.start(), position + match.end()) for match in pattern.finditer(run)]
+        position += len(run)
+    return spans

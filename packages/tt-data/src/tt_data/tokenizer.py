@@ -21,7 +21,7 @@ class Tokenizer:
     """Text and conversations to ids and back. Text is data: a control token typed in it stays text.
 
     ``bos_id``, ``eos_id`` (None where the model has none), ``pad_id`` (always a valid id), ``vocab_size`` (added tokens
-    included), ``adds_bos`` (whether this model's documents begin with ``bos_id``).
+    included), ``adds_bos`` (whether this model's documents begin with ``bos_id``), ``special_tokens`` (their strings).
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class Tokenizer:
         self.templates = dict(templates or {})
         self._compiled: dict[str, ChatTemplate] = {}
         self._eos_ids: tuple[int, ...] | None = None
-        self._special = self._find_special(more_specials)
+        self.special_tokens = self._find_special(more_specials)
         unknown = [token for token in text_specials if token not in backend.added]
         if unknown:
             raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
-        self._keep_apart([token for token in self._special if token not in text_specials])
+        self._keep_apart([token for token in self.special_tokens if token not in text_specials])
 
     def _named_id(self, name: str) -> int | None:
         token = self._names.get(name)
@@ -245,7 +245,7 @@ class Tokenizer:
             raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)}")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(
-                self.templates[name], variables=self._names, special=self._special, ends=self._end_tokens(),
+                self.templates[name], variables=self._names, special=self.special_tokens, ends=self._end_tokens(),
                 name=self._template_name,
             )  # fmt: skip
         return self._compiled[name]
@@ -286,7 +286,7 @@ class Tokenizer:
             repr(sorted(self._names.items(), key=str)),
             repr(sorted(self.templates.items())),
         ]
-        parts.append(repr((self._special, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
+        parts.append(repr((self.special_tokens, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tt_data
-from tt_data.instruct_templates import INSTRUCT_TEMPLATES
+from tt_data.instruct_templates import INSTRUCT_TEMPLATES, our_name
 from tt_data.model_files import find_templates, find_tokenizer
 from tt_train.origin import Origin
 from tt_train.run_dir import read_json
@@ -26,7 +26,7 @@ def own_template(tokenizer: Any, template: str | None) -> str | None:
 
     ``tokenizer``: the one that ``tt_data.choose_template`` gave.
     """
-    if template is None or template in INSTRUCT_TEMPLATES:
+    if template is None or our_name(template) in INSTRUCT_TEMPLATES:
         return None
     return str(tokenizer.templates["default"])
 

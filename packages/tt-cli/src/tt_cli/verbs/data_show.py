@@ -27,6 +27,7 @@ SMALL = 1 << 20  # bytes of a source that is read to its end, so that its summar
 @click.option("--packing", is_flag=True, help="Rows packed up to --max-seq-len.")
 @click.option("--template", metavar="NAME", help="A registered template; default: the model's own.")
 @click.option("--schema", metavar="NAME", help="What the rows are, if their columns fit several: openai, alpaca, ...")
+@click.option("--special-tokens", type=click.Choice(["text", "tokens"]), help="What those typed in rows become.")
 @click.option("--split", metavar="NAME", help="Of a hub data set or folder.")
 @click.option("--streaming", is_flag=True, help="Read no further than the rows shown.")
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
@@ -96,6 +97,7 @@ def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...],
     path = tokenizer if Path(tokenizer).exists() else tt_ckpt.resolve(tokenizer)
     names = {ours: theirs for ours, _, theirs in (word.partition("=") for word in _checked(columns))}
     settings["train_on"] = settings["train_on"] or "assistant"
+    settings["special_tokens"] = settings["special_tokens"] or "text"
     return tt_data.load_dataset(data, tt_data.load_tokenizer(path), columns=names or None, **settings)
 
 
@@ -122,7 +124,7 @@ def _as_words(options: Mapping[str, Any]) -> list[str]:
     """The options that were given, as the words of a config that say the same."""
     keys = {"tokenizer": "model.tokenizer", "train_on": "data.train_on", "max_seq_len": "data.max_seq_len",
             "packing": "data.packing", "template": "data.template", "schema": "data.schema", "split": "data.split",
-            "streaming": "data.streaming"}  # fmt: skip
+            "streaming": "data.streaming", "special_tokens": "data.special_tokens"}  # fmt: skip
     words = [f"{key}={options[name]}" for name, key in keys.items() if options[name] not in (None, False)]
     return [*words, *(f"data.columns.{word}" for word in _checked(options["columns"]))]
 

@@ -288,7 +288,8 @@ def read_rows(
     config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False, **options: Any
 ) -> Any:
     """The rows of ``source`` as token ids and labels."""
-    keys = ("train_on", "packing", "split", "template", "schema", "on_bad_row", "drop_duplicates", "max_dropped_share")
+    keys = ("train_on", "packing", "split", "template", "schema", "on_bad_row", "special_tokens", "drop_duplicates",
+            "max_dropped_share")  # fmt: skip
     given: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
     given |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
     given |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
