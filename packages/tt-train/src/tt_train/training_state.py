@@ -129,7 +129,7 @@ class TrainingState:
         lost = {self.names[parameter]: bits for parameter, bits in self.optimizer.lost.items()}
         return {
             "adapter" if adapted else "model": tt_peft.adapter_state_dict(self.model) if adapted else self._weights(),
-            "lost_bits": lost,
+            **({"lost_bits": lost} if lost else {}),
             "optimizer": optimizer_tensors(self.optimizer, self.names),
         }
 
