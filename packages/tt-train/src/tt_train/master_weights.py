@@ -42,6 +42,7 @@ class MasterWeights:
         self.together = together
         self.lost: dict[nn.Parameter, Tensor] = {}
         self.half_done = False  # whether a step has failed with a part of the weights updated
+        self.updates = 0  # steps made
         for parameter in self.parameters():
             if parameter.dtype == torch.bfloat16 or (narrow and parameter.dtype == torch.float32):
                 self._narrow_(parameter)
@@ -77,7 +78,7 @@ class MasterWeights:
                 self.optimizer.step()
         else:
             self._step_by_buckets()
-        self.half_done = False
+        self.half_done, self.updates = False, self.updates + 1
 
     def _step_by_buckets(self) -> None:
         groups = self.param_groups

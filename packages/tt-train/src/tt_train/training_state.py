@@ -17,7 +17,11 @@ from tt_train.master_weights import MasterWeights
 from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_entries
 from tt_train.recipes._assemble import Job
 from tt_train.run_dir import RunDir
+from tt_train.step import StepResult
 from tt_train.stop import Stopped
+
+
+_SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged")
 
 
 class TrainingState:
@@ -35,15 +39,19 @@ class TrainingState:
         self.row: dict[str, Any] | None = {"step": 0}
         self.best: dict[str, Any] | None = None  # step and eval_loss
         self.evaluations_since_best = 0
+        self.judged = 0  # the last step whose held-out loss was compared
         self.saved: Path | None = None  # the checkpoint of this step, if there is one
+        self.updates = 0  # of the optimizer, that ``step`` counts
         self.failed = 0  # saves in a row
 
     # ---- what happens in a run ---------------------------------------------------------------------------------------
 
-    def made(self, row: dict[str, Any]) -> None:
-        """A step has updated the weights; ``row`` holds its figures."""
-        self.step, self.row, self.saved = row["step"], row, None
-        self.tokens, self.elapsed_s = row["tokens"], row["elapsed_s"]
+    def made(self, step: int, result: StepResult, *, rate: float) -> None:
+        """A step was made: to be called at once, so that ``step`` is always that of the weights."""
+        self.step, self.saved, self.updates = step, None, self.optimizer.updates
+        self.tokens += result.tokens
+        self.row = {"step": step, "epoch": None, "loss": result.loss, "lr": rate, "grad_norm": result.grad_norm,
+                    "tokens": self.tokens}  # fmt: skip
 
     def recorded(self, row: dict[str, Any] | None) -> None:
         """``row``: what metrics.jsonl has of this step; its figures need not be recorded again."""
@@ -55,8 +63,9 @@ class TrainingState:
 
     def judge(self, eval_loss: float) -> bool:
         """Whether this held-out loss is the lowest so far. The one before step 1 does not count."""
-        if self.step == 0:
-            return False
+        if self.judged == self.step:  # before step 1, and in a run that was stopped between this and its record
+            return self.best is not None and self.best["step"] == self.step
+        self.judged = self.step
         if math.isfinite(eval_loss) and (self.best is None or eval_loss < self.best["eval_loss"]):
             self.best, self.evaluations_since_best = {"step": self.step, "eval_loss": eval_loss}, 0
             return True
@@ -136,8 +145,7 @@ class TrainingState:
     def _content(self) -> dict[str, Any]:
         if self.best is not None:
             self.checkpoints.keep = {self.best["step"]}
-        keys = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best")
-        state = {key: getattr(self, key) for key in keys}
+        state = {key: getattr(self, key) for key in _SAVED}
         state["row"] = self.row and {key: finite_or_none(value) for key, value in self.row.items()}
         state |= {"data": self.job.train.fingerprint, "steps_total": self.job.steps_total}
         return {"tensors": self._tensors(), "state": state}
@@ -165,8 +173,8 @@ class TrainingState:
 
     def _rescue(self) -> str:
         """Save what can be saved; returns why nothing could."""
-        if self.optimizer.half_done:
-            return "the optimizer failed within a step"
+        if self.optimizer.half_done or self.optimizer.updates != self.updates:
+            return "it failed within a step"
         try:
             self.save()
         except (tt_ckpt.CheckpointNotSaved, OSError, RuntimeError, MemoryError) as failure:
@@ -200,7 +208,7 @@ class TrainingState:
         for parameter, bits in self.optimizer.lost.items():
             bits.copy_(saved.tensors["lost_bits"][self.names[parameter]])
         load_optimizer_tensors_(self.optimizer, saved.tensors["optimizer"], self.names)
-        for key in ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best"):
+        for key in _SAVED:
             setattr(self, key, saved.state[key])
         if saved.path.parent == self.checkpoints.directory:
             self.saved = saved.path

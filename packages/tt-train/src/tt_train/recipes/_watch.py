@@ -12,7 +12,6 @@ from tt_train.losses import Objective
 from tt_train.metrics import peak_memory_gib
 from tt_train.recipes._assemble import Job
 from tt_train.run_dir import RunDir
-from tt_train.step import StepResult
 from tt_train.stop import StopRequest
 from tt_train.training_state import TrainingState, finite_or_none
 
@@ -38,23 +37,24 @@ class Watch:
         rows, tokenizer = self.job.rows_to_show, self.job.tokenizer
         self.asked = prompts(rows, tokenizer, num=config.samples.num, max_prompt=config.data.max_seq_len)
 
-    def figures(self, step: int, result: StepResult, *, rate: float, seconds: float) -> dict[str, Any]:
-        """The row of metrics.jsonl of a step that was just made, but for its evaluation."""
-        per_epoch, now = self.job.steps_per_epoch, time.perf_counter() - self.began
-        return {
-            "step": step, "epoch": round(step / per_epoch, 4) if per_epoch else None, "loss": result.loss,
-            "lr": rate, "grad_norm": result.grad_norm, "tokens": self.state.tokens + result.tokens,
-            "tokens_per_s": round(result.tokens / seconds, 2),
+    def measure(self, *, tokens: int, seconds: float) -> None:
+        """Add to the figures of the step that was just made what it took: its trained tokens, and its time."""
+        state, per_epoch, now = self.state, self.job.steps_per_epoch, time.perf_counter() - self.began
+        assert state.row is not None
+        state.elapsed_s = round(self.elapsed_before + now, 3)
+        state.row |= {
+            "epoch": round(state.step / per_epoch, 4) if per_epoch else None,
+            "tokens_per_s": round(tokens / seconds, 2),
             "memory_gib": round(peak_memory_gib(self.job.device), 4),
-            "elapsed_s": round(self.elapsed_before + now, 3),
-            "eta_s": round(now / (step - self.first) * (self.job.steps_total - step), 1),
-        }  # fmt: skip
+            "elapsed_s": state.elapsed_s,
+            "eta_s": round(now / (state.step - self.first) * (self.job.steps_total - state.step), 1),
+        }
 
     def record(self, *, sample: bool = True) -> bool:
         """Complete the figures of the step that was made, and write them; whether its held-out loss is the lowest."""
         state, improved = self.state, False
         assert state.row is not None
-        row = dict(state.row)
+        row = dict.fromkeys(_KEYS) | state.row
         if self.is_due(state.step):
             row["eval_loss"] = self.evaluate()
             improved = state.judge(row["eval_loss"])
@@ -63,9 +63,9 @@ class Watch:
         if state.step > 0:
             self._write(row)
             self.console.step(row)
-            log.info("step %d loss %.6f grad_norm %.4f", row["step"], row["loss"], row["grad_norm"])
+            log.info("step %d loss %.6f grad_norm %.4f", state.step, row["loss"], row["grad_norm"])
         elif "eval_loss" in row:
-            self._write(dict.fromkeys(_KEYS) | {"tokens": 0, "elapsed_s": 0.0} | row)
+            self._write(row | {"tokens": 0, "elapsed_s": 0.0})
             self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
         state.row = None
         return improved

@@ -103,11 +103,12 @@ def run_steps(job: Job, watch: Watch) -> None:
             result = train_step(
                 state.model, micro_batches, watch.objective, optimizer, max_grad_norm=config.max_grad_norm
             )
+        if not result.updated and config.on_nonfinite == "stop":
+            raise TrainingError(not_finite(step, result, job))
+        state.made(step, result, rate=rate)
         if not result.updated:
-            if config.on_nonfinite == "stop":
-                raise TrainingError(not_finite(step, result, job))
             watch.console.warn(f"{not_finite(step, result, job)}; skipped")
-        state.made(watch.figures(step, result, rate=rate, seconds=time.perf_counter() - began))
+        watch.measure(tokens=result.tokens, seconds=time.perf_counter() - began)
         watch.stop.check()
         if step < job.steps_total:
             improved = watch.record()
