@@ -67,9 +67,10 @@ class TerminalConsole(LineConsole):
     def step(self, row: dict[str, Any]) -> None:
         if self.progress is None:
             return
-        figures = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s"
-        self.progress.update(self.task, completed=row["step"], figures=figures, eta=row["eta_s"])
-        if "eval_loss" in row:
+        speed = row.get("tokens_per_s")  # absent if the run was stopped before it was measured
+        figures = f"loss {row['loss']:.4f}" + (f"  {speed:,.0f} tokens/s" if speed is not None else "")
+        self.progress.update(self.task, completed=row["step"], figures=figures, eta=row.get("eta_s"))
+        if row.get("eval_loss") is not None:
             self.note(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
 
     def note(self, text: str) -> None:

@@ -25,6 +25,11 @@ class RunFacts:
     sample: list[tuple[str, bool]] = field(default_factory=list)  # pieces of text, and whether their tokens are trained
 
 
+_STEP = [("step", "step", "", ""), ("loss", "loss", ".4f", ""), ("lr", "lr", ".2e", ""),
+         ("grad_norm", "grad_norm", ".3f", ""), ("tokens_per_s", "tokens/s", ".0f", ""), ("eta_s", "eta", ".0f", "s"),
+         ("eval_loss", "eval_loss", ".4f", "")]  # fmt: skip
+
+
 def precision_line(facts: RunFacts) -> str:
     """Which dtype does what."""
     trained, written = facts.precision.get("trained"), facts.precision.get("written")
@@ -49,11 +54,8 @@ class Console:
 
     def step(self, row: dict[str, Any]) -> None:
         """After a step: ``row`` is its line in metrics.jsonl."""
-        text = f"step {row['step']} loss {row['loss']:.4f} lr {row['lr']:.2e} grad_norm {row['grad_norm']:.3f}"
-        text += f" tokens/s {row['tokens_per_s']:.0f} eta {row['eta_s']:.0f}s"
-        if "eval_loss" in row:
-            text += f" eval_loss {row['eval_loss']:.4f}"
-        self.note(text)
+        shown = [f"{name} {row[key]:{form}}{unit}" for key, name, form, unit in _STEP if row.get(key) is not None]
+        self.note(" ".join(shown))
 
     def note(self, text: str) -> None:
         """A fact worth a line."""

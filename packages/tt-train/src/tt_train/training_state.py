@@ -20,7 +20,6 @@ from tt_train.run_dir import RunDir
 from tt_train.step import StepResult
 from tt_train.stop import Stopped
 
-
 _SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged")
 
 

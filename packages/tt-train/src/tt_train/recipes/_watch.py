@@ -56,8 +56,8 @@ class Watch:
         assert state.row is not None
         row = dict.fromkeys(_KEYS) | state.row
         if self.is_due(state.step):
-            row["eval_loss"] = self.evaluate()
-            improved = state.judge(row["eval_loss"])
+            row["eval_loss"] = eval_loss = self.evaluate()
+            improved = state.judge(eval_loss)
         if sample and (self.is_due(state.step) or state.step == 0):
             self.sample(state.step)
         if state.step > 0:
