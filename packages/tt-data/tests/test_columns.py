@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import Schema, batches, load_dataset, register_schema, schemas
+from tt_data import Schema, batches, chat_dataset, load_dataset, register_schema, schemas
 from tt_data.examples import Completion, Text
 
 U, A = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "red"}
@@ -180,3 +180,14 @@ def test_padding_is_taken_off_and_hidden_or_packed_tokens_are_refused(chatml: An
     for more, text in refused:
         report = load_dataset([{"input_ids": IDS}, {"input_ids": IDS, **more}], chatml).report
         assert text in report["problems"][0]
+
+
+def test_keys_of_messages_that_no_template_writes_are_named(chatml: Any) -> None:
+    rated = {"messages": [{**U, "rating": 5}, {**A, "name": "Bo", "score": None}]}
+    note = "columns that are not read: 'messages.name' (1 row), 'messages.rating' (1 row), the first at rows:0"
+    assert load_dataset([rated], chatml).report["notes"] == [note]
+    template = "{% for m in messages %}{{ (m.name or '') + (m.rating or '')|string + m.content }}<|im_end|>{% endfor %}"
+    assert load_dataset([rated], chatml.with_template({"default": template}, "t")).report["notes"] == []
+    called = {"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]}
+    formatted = chat_dataset(chatml, source=[called], conversation_style="openai", chat_format="llama2")
+    assert "'messages.tool_calls' (1 row)" in formatted.report["notes"][0]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import Message, load_dataset, validate_messages
+from tt_data import Message, load_dataset, sharegpt_to_llama2_messages, validate_messages
 from tt_data.conversations import messages_or_text, read_messages
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -76,13 +76,14 @@ def test_a_call_that_is_not_json_is_a_bad_row(chatml: Any) -> None:
 
 
 def test_the_older_function_call_is_a_tool_call() -> None:
-    older = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"q": "x"}'}}
-    answer = {"role": "function", "name": "f", "content": "7"}
-    _, call, result, _ = read_messages([U, older, answer, A])
-    assert (
-        call.to_dict() == read_messages([U, {"role": "assistant", "content": None, "tool_calls": CALLED}])[1].to_dict()
-    )
-    assert (result.role, result.extra) == ("tool", {"name": "f"})
+    for arguments in ('{"q": "x"}', {"q": "x"}):  # as the row has them: the template decides which form it wants
+        function = {"name": "f", "arguments": arguments}
+        older = {"role": "assistant", "content": None, "function_call": function}
+        newer = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+        answer = {"role": "function", "name": "f", "content": "7"}
+        _, call, result, _ = read_messages([U, older, answer, A])
+        assert call.to_dict() == read_messages([U, newer])[1].to_dict() == newer
+        assert (result.role, result.extra) == ("tool", {"name": "f"})
 
 
 def test_no_calls_are_no_key() -> None:
@@ -106,3 +107,16 @@ def test_there_is_one_system_message() -> None:
     validate_messages([system, Message("developer", "d"), *turns])
     with pytest.raises(ValueError, match="a second system message at message 1"):
         validate_messages([system, system, *turns])
+
+
+def test_sharegpt_rows_become_messages_under_torchtunes_name() -> None:
+    turns = [("system", "s"), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+    sample = {"conversations": [{"from": role, "value": text} for role, text in turns]}
+    roles = ("system", "user", "assistant", "user", "assistant")
+    for train_on_input in (False, True):
+        assert sharegpt_to_llama2_messages(sample, train_on_input) == [
+            Message(role, text, masked=role != "assistant" and not train_on_input)
+            for role, (_, text) in zip(roles, turns, strict=True)
+        ]
+    with pytest.raises(ValueError, match="no column 'conversations', the row has 'messages'"):
+        sharegpt_to_llama2_messages({"messages": []})

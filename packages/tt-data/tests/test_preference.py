@@ -46,6 +46,12 @@ def test_preference_labels_are_the_last_answer_whatever_train_on_says(chatml: An
             for side in load_dataset([row], chatml, train_on=train_on).documents(0)
         ]
         assert texts == [["the cat<|im_end|>"], ["no<|im_end|>"]]
+        text = {"prompt": "hello ", "chosen": "the cat", "rejected": "a mat"}
+        judged = {"prompt": "hello ", "completion": "the cat", "label": True}
+        for plain in (text, judged):
+            assert load_dataset([plain], chatml, train_on=train_on).documents(0)[0] == [
+                ("hello", False), (" the cat<|im_end|>", True),
+            ]  # fmt: skip
 
 
 def test_unpaired_rows_say_what_was_wanted(chatml: Any) -> None:

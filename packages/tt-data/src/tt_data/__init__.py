@@ -4,6 +4,7 @@ from tt_data.builtin_templates import CHAT_TEMPLATES, register_chat_template
 from tt_data.chat_formats import ChatMLFormat, Llama2ChatFormat, MistralChatFormat
 from tt_data.chat_template import TemplateError
 from tt_data.collate import IGNORE_INDEX, collate, padded_collate, padded_collate_dpo
+from tt_data.conversations import sharegpt_to_llama2_messages
 from tt_data.dataset import TokenDataset
 from tt_data.datasets import (
     alpaca_cleaned_dataset,
@@ -46,7 +47,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     # text and conversations to ids
-    "load_tokenizer", "choose_template", "Tokenizer", "Message", "validate_messages", "TemplateError",
+    "load_tokenizer", "choose_template", "Tokenizer", "Message", "validate_messages", "sharegpt_to_llama2_messages",
+    "TemplateError",
     # rows to ids and labels
     "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "PackedMix",
     "pack",

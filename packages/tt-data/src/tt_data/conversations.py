@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tt_data.examples import BadRowError
@@ -41,6 +42,16 @@ def read_messages(turns: Any) -> list[Message]:
             message = _joined(messages.pop(), message, i)
         messages.append(message)
     return messages
+
+
+def sharegpt_to_llama2_messages(sample: Mapping[str, Any], train_on_input: bool = False) -> list[Message]:
+    """The turns of a sharegpt row, all but the assistant's masked, or none (torchtune's name). Raises ValueError."""
+    if "conversations" not in sample:
+        raise BadRowError("missing column", f"no column 'conversations', the row has {', '.join(map(repr, sample))}")
+    messages = read_messages(sample["conversations"])
+    if train_on_input:
+        return messages
+    return [message if message.role == "assistant" else replace(message, masked=True) for message in messages]
 
 
 def messages_or_text(value: Any) -> Any:

@@ -30,7 +30,9 @@ def check_train_on(train_on: str) -> None:
 def encode_examples(
     examples: Sequence[Example], tokenizer: Tokenizer, *, train_on: TrainOn
 ) -> list[Parts | BadRowError]:
-    """Each example's parts, or what is wrong with it."""
+    """Each example's parts, or what is wrong with it. The prompt of a compared or judged answer gives no loss."""
+    if train_on == "all" and any(isinstance(example, (Pair, Judged)) for example in examples):
+        train_on = "assistant"  # a data set holds no other examples beside these
     results: list[list[Encoded] | BadRowError] = [[] for _ in examples]
     units: list[tuple[int, Unit]] = []
     for i, example in enumerate(examples):

@@ -8,10 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tt_data.cells import TrackedRow
+from tt_data.cells import TrackedRow, is_empty
 from tt_data.chat_template import PROMPT_DIFFERS
 from tt_data.encode import Parts, encode_examples, ends_turn
-from tt_data.examples import BadRowError, Conversation, Example, Judged, Pair, is_chat, kind_of, mistake_in, notes_of
+from tt_data.examples import (
+    BadRowError,
+    Conversation,
+    Example,
+    Judged,
+    Pair,
+    Turns,
+    is_chat,
+    kind_of,
+    mistake_in,
+    notes_of,
+)
 from tt_data.messages import Message
 from tt_data.readers import Read, tracks
 from tt_data.rendered import Encoded
@@ -20,6 +31,8 @@ from tt_data.schemas import hint_for_unread
 from tt_data.settings import Settings
 from tt_data.store import IGNORE_INDEX, labels_of
 from tt_data.tokenizer import Tokenizer
+
+_SOUGHT = {"content", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "thinking"}
 
 
 @dataclass(slots=True)
@@ -88,7 +101,17 @@ class RowEncoder:
             if column not in self.tally.unread:
                 self.tally.hints[column] = hint_for_unread(column, row, columns, read)
             self.tally.leave(column, where)
+        for key in dict.fromkeys(key for part in _conversations(example) for key in self._unwritten(part)):
+            self.tally.leave(f"messages.{key}", where)
         return example
+
+    def _unwritten(self, part: Conversation | Turns) -> list[str]:
+        """Keys of messages that no template can write; what the known ones hold is looked for in the text."""
+        keys = {key for message in part.messages for key, value in message.extra.items() if not is_empty(value)}
+        if isinstance(part, Turns):
+            return sorted(keys)
+        sources = self.tokenizer.templates.values()
+        return sorted(key for key in keys - _SOUGHT if not any(key in source for source in sources))
 
     def _finish(self, where: str, line: int, example: Example, parts: Parts | BadRowError) -> TokenRow:
         if isinstance(parts, BadRowError):
@@ -136,6 +159,13 @@ class RowEncoder:
     @property
     def _keeps_its_prompt(self) -> bool:
         return not self.tokenizer.has_chat_template or self.tokenizer.template_keeps_its_prompt
+
+
+def _conversations(example: Example) -> list[Conversation | Turns]:
+    if isinstance(example, Pair):
+        return [*_conversations(example.chosen), *_conversations(example.rejected)]
+    answer = example.answer if isinstance(example, Judged) else example
+    return [answer] if isinstance(answer, (Conversation, Turns)) else []
 
 
 def _as_pair(chosen: Encoded, rejected: Encoded) -> Parts:
