@@ -1,5 +1,7 @@
 """Errors as the user meets them: lines, exit codes, JSON, logs, tracebacks."""
 
+import warnings
+
 import click
 import pytest
 
@@ -121,3 +123,14 @@ def test_an_error_is_red_on_a_terminal_unless_no_color(monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     errors.run(raising(ValueError("no")), [])
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_warning_is_a_line_without_a_place_in_the_code(capsys):
+    @click.command("verb", cls=Verb)
+    def verb() -> None:
+        warnings.warn("rank 9 is\nabove 8", stacklevel=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert errors.run(verb, []) == 0
+        assert capsys.readouterr().err == "warning: rank 9 is; above 8\n"

@@ -199,11 +199,22 @@ def test_text_in_a_file_is_taken_as_written(tmp_path):
         ("schedule.name=constant_with_warmup", "did you mean 'constant'?"),
         ("optimizer.name=adamw_torch_fused", "did you mean 'adamw'?"),
         ("optimizer.name=torch.optim.AdamW", "did you mean 'adamw'?"),
+        ("data.train={path: rows.jsonl, type: alpaca}", "the weight of 'type' must be a positive number, got 'alpaca'"),
         ("data.train={a.jsonl: inf}", "data.train.a.jsonl: must be a finite number, got inf"),
     ],
 )
 def test_what_yaml_would_bend_is_refused(word, expected):
     assert any(expected in problem for problem in problems(word))
+
+
+def test_the_home_folder_is_known_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    words = ["model.path=~/m", "data.train=[~/a.jsonl, b~/c]", "data.eval={~/e.jsonl: 1}", "output_dir=~/runs/x"]
+    config = compose("sft", overrides=[*words, "adapter.path=~/ad", "data.cache_dir=~other"])
+    home = str(tmp_path)
+    assert (config.model.path, config.output_dir, config.adapter.path) == (f"{home}/m", f"{home}/runs/x", f"{home}/ad")
+    assert (config.data.train, config.data.eval) == ([f"{home}/a.jsonl", "b~/c"], {f"{home}/e.jsonl": 1})
+    assert config.data.cache_dir == "~other"
 
 
 def test_names_given_anew_replace_those_of_the_file(tmp_path):
@@ -256,6 +267,15 @@ def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
         ("- 1\n", "expected keys and values"),
         ("seed: 1\nseed: 2\n", "stands twice"),
         ("_component_: os.system\n", "unknown key"),
+        ("a: " + "[" * 3000, "nested too deeply to be a config"),
+        ("model:\n  <<: {path: m}\n", ":2: merge keys (<<) are not read"),
+        ("model: DIR\n", "got the text 'DIR'; did you mean model.path?"),
+        ("adapter: true\n", "got True; did you mean adapter.rank?"),
+        (
+            "data: {train: {path: rows.jsonl, type: alpaca}}\n",
+            "the weight of 'type' must be a positive number, got 'alpaca'",
+        ),
+        ("data: {train: a: b}\n", "a value with ': ' in it needs quotes"),
     ],
 )
 def test_a_hostile_or_broken_file_is_refused(tmp_path, text, expected):

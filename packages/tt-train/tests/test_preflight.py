@@ -106,3 +106,24 @@ def test_a_schedule_beyond_the_end_of_the_run_is_in_the_notes_of_validate_and_ru
     assert [note for note in job.notes if note.startswith("save_every: 100 is beyond the run's 6 steps")]
     with pytest.raises(ConfigError, match="eval_every: set, but there is nothing"):
         check(compose("sft", overrides=[*words, "eval_every=100"]))
+
+
+def test_a_rank_above_what_a_layer_holds_is_one_note_and_no_warning_of_python(words, tmp_path, recwarn):
+    from tt_train.recipes import sft
+
+    config = compose("sft", overrides=[*words, "adapter.rank=1000", "max_steps=1", f"output_dir={tmp_path / 'r'}"])
+    (note,) = [note for note in check(config).notes if "rank 1000" in note]
+    assert note.endswith("(and 3 more such modules)")
+    sft.main(config)
+    assert not [warning for warning in recwarn if "rank 1000" in str(warning.message)]
+
+
+def test_a_file_in_place_of_the_cache_is_named_and_held_out_rows_have_no_split_of_the_training_rows(
+    words, found, rows_file, tmp_path
+):
+    assert f"data.cache_dir: {rows_file} is a file; name a folder" in found(f"data.cache_dir={rows_file}")
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(rows_file.read_text())
+    more = [f"data.train={tmp_path / 'rows'}", "data.split=test", f"data.eval={rows_file}"]
+    assert len(check(compose("sft", overrides=[*words, *more])).held_out) == 37

@@ -6,9 +6,11 @@
 import json
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,6 +25,7 @@ WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsA
 def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run ``command``, report what goes wrong, and return the exit code."""
     invocation = Invocation()
+    warnings.showwarning = _show_warning
     try:
         result = command.main(
             args, prog_name="tt", standalone_mode=False, obj=invocation, color=wants_color(sys.stdout)
@@ -36,6 +39,14 @@ def run(command: click.Command, args: Sequence[str] | None = None) -> int:
         report(error, invocation)
         return exit_code(error, invocation)
     return result if isinstance(result, int) else DONE
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A line, as for every other thing that is said; the place in the code helps nobody here."""
+    if issubclass(category, UserWarning):
+        click.echo(f"warning: {_one_line(str(message))}", err=True)
 
 
 def exit_code(error: Exception, invocation: Invocation) -> int:

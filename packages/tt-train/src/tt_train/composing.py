@@ -42,6 +42,7 @@ def compose(
     """
     from tt_train import registry
     from tt_train.config import SFTConfig, missing, mistakes
+    from tt_train.paths import at_home
     from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
 
     what = str(recipe_or_config)
@@ -59,7 +60,7 @@ def compose(
     if problems:
         raise ConfigError(problems)
     said, where = next(
-        ((str(value), where) for key, value, where in reversed(settings) if key == "recipe"), ("sft", "")
+        ((str(value), where) for key, value, where in reversed(settings) if key == "recipe" and value), ("sft", "")
     )
     sha256 = next((value for key, value, _ in reversed(settings) if key == "recipe_sha256"), None)
     if said.endswith(".py"):
@@ -72,6 +73,7 @@ def compose(
     settings = [setting for setting in settings if setting[0] not in ("recipe", "recipe_sha256")]
     result: RunConfig = _merge(schema, settings, problems)
     if not problems:
+        result = at_home(result)
         result.recipe = typed.name if isinstance(typed, RecipeFile) else typed or registry.RECIPES[said]
         result.recipe_sha256 = typed.sha256 if isinstance(typed, RecipeFile) else None
         problems += mistakes(result) + registry.name_mistakes(result, allow_import)
@@ -110,6 +112,9 @@ def _read_file(path: Path, schema: type, problems: list[str]) -> Iterator[Settin
         cure = "; a value with ': ' in it needs quotes" if "mapping values" in cause else ""
         problems.append(f"{path}{line}: not YAML: {cause}{cure}")
         return
+    except RecursionError:
+        problems.append(f"{path}: nested too deeply to be a config")
+        return
     if root is None:
         return
     if not isinstance(root, yaml.MappingNode):
@@ -123,6 +128,9 @@ def _walk(node: yaml.MappingNode, prefix: str, path: Path, schema: type, problem
     for key_node, value_node in node.value:
         where = f"{path}:{key_node.start_mark.line + 1}"
         key = prefix + str(key_node.value)
+        if key_node.value == "<<":
+            problems.append(f"{where}: merge keys (<<) are not read; write the keys that they stand for")
+            continue
         if key in seen:
             problems.append(f"{where}: {key} stands twice (first on line {seen[key]}); keep one")
         seen[key] = key_node.start_mark.line + 1
@@ -208,7 +216,7 @@ def _merge(schema: type, settings: list[Setting], problems: list[str]) -> Any:
             )
             continue
         if not fits(value, kind):
-            problems.append(f"{where}: {key}: {_type_problem(kind, value)}")
+            problems.append(f"{where}: {key}: {_type_problem(key, kind, value)}")
             continue
         nested: Any = value
         for part in reversed(parts_of(schema, key)):
@@ -218,19 +226,22 @@ def _merge(schema: type, settings: list[Setting], problems: list[str]) -> Any:
             if isinstance(value, dict) and section_type(kind) is None:  # names given anew replace those before
                 OmegaConf.update(merged, key, value, merge=False)
         except (OmegaConfBaseException, ValueError, TypeError):
-            problems.append(f"{where}: {key}: {_type_problem(kind, value)}")
+            problems.append(f"{where}: {key}: {_type_problem(key, kind, value)}")
     return OmegaConf.to_object(merged)
 
 
-def _type_problem(kind: Any, value: Any) -> str:
+def _type_problem(key: str, kind: Any, value: Any) -> str:
     inner, optional = plain(kind)
+    cure = ""
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if typing.get_origin(inner) is Annotated:
         return f"expected text or a list of text, got {value!r}; a name with ': ' in it needs quotes"
     containers = {list: "a list such as [a, b]", tuple: "a list such as [0.9, 0.95]", dict: "names such as {a: b}"}
     if section := section_type(inner):
-        expected = f"keys ({', '.join(typing.get_type_hints(section))})"
+        keys = typing.get_type_hints(section)
+        expected = f"keys ({', '.join(keys)})"
+        cure = f"; did you mean {key}.{next(iter(keys))}?"
     else:
         expected = names.get(inner) or containers.get(typing.get_origin(inner) or inner) or str(inner)
     got = f"the text {value!r}" if isinstance(value, str) else repr(value)
-    return f"expected {expected}{' or null' if optional else ''}, got {got}"
+    return f"expected {expected}{' or null' if optional else ''}, got {got}{cure}"

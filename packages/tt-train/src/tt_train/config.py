@@ -216,6 +216,9 @@ def mistakes(config: RunConfig) -> list[str]:
         found.append(f"schedule: warmup_steps {steps} and warmup_ratio {ratio} are both given; set one of them to null")
     if config.data.train is not None and not config.data.train:
         found.append("data.train: names no source; give a file of rows: data.train=rows.jsonl")
+    for name, weight in config.data.train.items() if isinstance(config.data.train, dict) else ():
+        if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
+            found.append(f"data.train: the weight of {name!r} must be a positive number, got {weight!r}")
     if re.fullmatch(r"[\d.]+ *%", str(config.data.eval)):
         found.append(f"data.eval: a share is written 0.05, not {config.data.eval!r}")
     if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):

@@ -34,11 +34,12 @@ def command(
     Words such as optimizer.lr=1e-4 override the config; adapter.rank=8 switches LoRA on, adapter=null off.
     """
     config = composed(what, config_file, overrides, allow_import)
+    from tt_train.paths import home
     from tt_train.recipe_file import recipe_of
 
     recipe = recipe_of(config)
     if output_dir is not None:
-        config = replace(config, output_dir=output_dir)
+        config = replace(config, output_dir=home(output_dir))
     from tt_cli.console import console_here
 
     with closing(console_here()) as console:

@@ -1,5 +1,6 @@
 """From a config to what a recipe needs: everything that can be found wrong is, before weights load."""
 
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def assemble(config: RunConfig) -> Job:
     if hf_config is not None:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None and config.adapter is not None:
-        lora = _collect(problems, "adapter", lambda: check_adapter(config.adapter, model_config))
+        lora = _collect(problems, "adapter", lambda: check_adapter(config.adapter, model_config, notes))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
@@ -213,10 +214,15 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
 
 
-def check_adapter(section: AdapterSection, model_config: Any) -> tt_peft.LoRAConfig:
+def check_adapter(section: AdapterSection, model_config: Any, notes: list[str]) -> tt_peft.LoRAConfig:
     """The LoRAConfig, tried on a model without memory: a target that matches nothing is found here."""
     lora = lora_config(section)
-    tt_peft.apply_lora_(tt_models.build(model_config, device="meta"), lora)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tt_peft.apply_lora_(tt_models.build(model_config, device="meta"), lora)
+    if said:
+        more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
+        notes.append(f"adapter: {said[0].message}{more}")
     if section.path is not None and not (Path(section.path) / "adapter_config.json").is_file():
         raise ConfigError([f"adapter.path: {section.path} has no adapter_config.json; give the folder of an adapter"])
     return lora

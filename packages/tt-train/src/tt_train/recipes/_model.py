@@ -1,6 +1,7 @@
 """The model of a job with its weights and adapter, what the optimizer trains of it, and by which objective."""
 
 import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,11 @@ def load_model(job: Job) -> tt_models.Decoder:
     if job.model_path is None:
         model = tt_models.build(job.model_config, device=job.device, dtype=dtype)
         if job.lora is not None:
-            tt_peft.apply_lora_(model, job.lora)
+            _adapt(model, job.lora)
     else:
         model = tt_models.build(job.model_config, device="meta", dtype=dtype)
         if job.lora is not None:  # before the weights: a base of 4 bits is quantized tensor by tensor while it loads
-            tt_peft.apply_lora_(model, job.lora)
+            _adapt(model, job.lora)
         tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=job.device)
         if job.lora is not None:
             torch.manual_seed(job.config.seed)
@@ -44,6 +45,12 @@ def load_model(job: Job) -> tt_models.Decoder:
     if job.config.compile:
         compile_(model)
     return model.train()
+
+
+def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # assemble has said them, in one line
+        tt_peft.apply_lora_(model, lora)
 
 
 def trainable_groups(job: Job, model: tt_models.Decoder) -> list[dict[str, Any]]:
