@@ -1,6 +1,14 @@
-"""Rows of a data set by index, and how many there are."""
+"""The rows of a config: read, told by their kind, held out, and how many there are."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch
+
+import tt_data
+from tt_train.config import RunConfig
+from tt_train.errors import ConfigError
 
 
 class Subset:
@@ -36,3 +44,66 @@ def count_rows(rows: Any) -> int | None:
         return None
     packs, chosen = (rows.dataset, rows.indices) if isinstance(rows, Subset) else (rows, range(len(rows)))
     return sum(len(packs.members(index)) for index in chosen) if hasattr(packs, "members") else len(rows)
+
+
+def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> int:
+    """``data.max_seq_len``, or less where the model's positions end before it."""
+    longest = getattr(model_config, "max_position_embeddings", None) or config.data.max_seq_len
+    if longest < config.data.max_seq_len:
+        notes.append(f"max_seq_len is {longest}, the model's max_position_embeddings, not {config.data.max_seq_len}")
+    return min(longest, config.data.max_seq_len)
+
+
+def kind_mistakes(config: RunConfig, key: str, rows: Any) -> list[str]:
+    """Preference rows for a recipe of single answers, or the reverse."""
+    wanted = type(config).ROWS
+    if rows is None or rows.kind == wanted:
+        return []
+    return [
+        f"{key}: {rows.schema} rows hold {_KINDS[rows.kind]}, the recipe {config.recipe} trains {_KINDS[wanted]}; give "
+        "it other rows, or name with data.schema what else their columns are (openai, alpaca, prompt_completion, ...)"
+    ]
+
+
+_KINDS = {
+    "single": "one answer each", "pair": "a chosen and a rejected answer (preference)",
+    "judged": "an answer and a judgement (unpaired_preference)",
+}  # fmt: skip
+
+
+def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options: Any) -> Any:
+    """The rows of ``data.train``, all read or as a stream; ``options`` of ``load_dataset`` over those of the config."""
+    part = {key: getattr(config.data, key) for key in ("data_dir", "data_files", "revision")}
+    streaming = config.data.streaming
+    return read_rows(config, config.data.train, tokenizer, max_seq_len, streaming=streaming, **part, **options)
+
+
+def read_rows(
+    config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False, **options: Any
+) -> Any:
+    """The rows of ``source`` as token ids and labels."""
+    keys = ("train_on", "packing", "split", "template", "schema", "on_bad_row", "special_tokens", "drop_duplicates",
+            "max_dropped_share")  # fmt: skip
+    given: dict[str, Any] = {key: getattr(config.data, key) for key in keys}
+    given |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
+    given |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
+    given["num_workers"] = 0 if streaming else config.data.num_workers
+    return tt_data.load_dataset(source, tokenizer, **given | options)
+
+
+def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
+    """(rows to train on, rows held out): another source, or a seeded share of the training rows."""
+    share = config.data.eval
+    if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
+        share = float(share)
+    if not isinstance(share, int | float):
+        is_file = isinstance(share, str) and Path(share).is_file()  # data.split is that of data.train
+        own = replace(config, data=replace(config.data, split=None)) if is_file else config
+        return train, read_rows(own, share, tokenizer, max_seq_len)
+    if not 0 < share < 1:
+        raise ConfigError([f"data.eval: a share must lie between 0 and 1, got {share}; 5 % is 0.05"])
+    if len(train) < 2:
+        raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a file of its own"])
+    number = min(len(train) - 1, max(1, round(share * len(train))))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))
