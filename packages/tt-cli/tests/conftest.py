@@ -1,11 +1,10 @@
 """What the tests share: ``tt`` called in this process, and as a process of its own."""
 
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ class Answer:
     code: int
     out: str
     err: str
-    cpu_s: float = field(default=0.0, compare=False)  # of a process; on a busy machine its wall time says nothing
 
     @property
     def json(self) -> Any:
@@ -54,11 +52,8 @@ def tt_process() -> Tt:
 
     def call(*args: str, python: Sequence[str] = (), **settings: Any) -> Answer:
         command = [sys.executable, *python, "-m", "tt_cli", *args]
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, **settings)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        return Answer(done.returncode, done.stdout, done.stderr, spent)
+        return Answer(done.returncode, done.stdout, done.stderr)
 
     return call
 

@@ -30,11 +30,6 @@ def test_light_commands_import_neither_torch_nor_rich_nor_a_leaf(tt_process, arg
     assert not imported & {"torch", "numpy", "rich", "omegaconf", "tt_models", "tt_data", "tt_peft", "tt_ckpt"}
 
 
-@pytest.mark.parametrize("args", LIGHT[:4], ids=" ".join)
-def test_light_commands_take_less_than_200_ms(tt_process, args):
-    assert min(tt_process(*args).cpu_s for _ in range(3)) < 0.2
-
-
 def test_completion_offers_verbs_and_recipes_without_torch(tt_process):
     def complete(words: str, position: int) -> list[str]:
         wanted = {"_TT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}

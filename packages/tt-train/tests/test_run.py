@@ -6,7 +6,6 @@ import math
 import os
 import re
 import signal
-import time
 
 import pytest
 import torch
@@ -425,11 +424,9 @@ def test_random_weights_by_name_need_only_a_tokenizer(tmp_path, tokenizer_dir, r
 )
 def test_mistakes_are_found_before_weights_load(tmp_path, words, more, expected, monkeypatch):
     monkeypatch.setattr(tt_ckpt, "load_weights", lambda *args, **kwargs: pytest.fail("weights were loaded"))
-    start = time.perf_counter()
     with pytest.raises(ConfigError) as caught:
         run(tmp_path / "r", words, *more)
     assert expected in str(caught.value)
-    assert time.perf_counter() - start < 5
     assert not (tmp_path / "r").exists()
 
 
