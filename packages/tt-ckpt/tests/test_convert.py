@@ -236,6 +236,34 @@ def test_the_report_is_plain_data(model_dir, tmp_path):
     assert seen[-1] == (2 * report.num_bytes, 2 * report.num_bytes)
 
 
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
+def test_names_lose_the_prefix_of_a_wrapper(model_dir, tiny, tmp_path, equal_models, prefix):
+    source = model_dir()
+    weights = load_file(source / "model.safetensors")
+    save_file({prefix + name: tensor for name, tensor in weights.items()}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"all names begin with .* of a wrapper that was saved too: tt convert"):
+        tt_ckpt.load_weights(tiny(), source)
+    tt_ckpt.convert(source, tmp_path / "out")
+    back = load_file(tmp_path / "out" / "model.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    lora = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    lora["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 32)
+    save_file(lora, source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lora_A.weight belongs to an adapter that was saved with its base; merge it"):
+        tt_ckpt.convert(source, tmp_path / "other")
+
+
+def test_paths_may_begin_with_the_home_folder(model_dir, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    source = model_dir()
+    tt_ckpt.convert(source, "~/converted")
+    tt_ckpt.save_hf(tiny(), "~/saved", config={})
+    tt_ckpt.TrainCheckpoint("~/run").save(1, tensors={}, state={})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "run", "saved", "source"]
+
+
 def test_a_dry_run_writes_nothing(model_dir, tmp_path):
     report = tt_ckpt.convert(model_dir(), tmp_path / "deep" / "out", "meta", dry_run=True)
     assert not report.verified

@@ -354,6 +354,9 @@ def test_quantized_repositories_are_refused(tiny, model_dir):
     source = model_dir(quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match=r"config.json: quantization_config: bitsandbytes; only unquantized"):
         tt_ckpt.load_weights(tiny(), source)
+    mlx = model_dir("mlx", quantization={"group_size": 64, "bits": 4})
+    with pytest.raises(ValueError, match=r"quantization_config: MLX; only unquantized"):
+        tt_ckpt.load_weights(tiny(), mlx)
 
 
 def test_a_buffer_left_on_meta_is_named(tiny, model_dir):

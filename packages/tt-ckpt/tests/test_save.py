@@ -244,6 +244,21 @@ def test_a_map_of_the_old_weights_survives_overwriting(tiny, tmp_path):
         assert torch.equal(file.get_tensor("lm_head.weight"), tiny(1).lm_head.weight)
 
 
+def test_a_model_is_not_saved_beside_an_adapter_that_loaders_would_put_on_top(tiny, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="holds an adapter, which transformers would put on top"):
+        tt_ckpt.save_hf(tiny(), tmp_path, config={}, overwrite=True)
+
+
+def test_what_a_config_says_is_kept_and_read_whatever_its_form(model_dir, tiny, tmp_path):
+    source = model_dir()
+    text = (source / "config.json").read_text().rstrip()[:-1] + ', "limit": Infinity}'
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + text.encode())  # as some editors on Windows save it
+    config = tt_ckpt.read_config(source)
+    tt_ckpt.save_hf(tiny(), tmp_path / "out", config={**config, "torch_dtype": "bfloat16"}, dtype=torch.bfloat16)
+    assert tt_ckpt.read_config(tmp_path / "out")["limit"] == float("inf")
+
+
 def test_an_existing_empty_directory_is_used(tiny, tmp_path):
     (tmp_path / "out").mkdir()
     tt_ckpt.save_hf(tiny(), tmp_path / "out", config={})

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tt_ckpt.layout import read_layout
 from tt_ckpt.shards import OpenShards, encode_index, find_shards, format_size, parse_size, read_json, split
 from tt_ckpt.tensor_file import TensorSpec, spec_of
 
@@ -107,14 +108,53 @@ def test_the_index_decides_among_copies(sharded):
     }  # fmt: skip
     assert torch.equal(OpenShards(found).read("x"), torch.ones(4))
     (sharded / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="if model.safetensors beside it is the whole model, remove"):
+    with pytest.raises(
+        FileNotFoundError, match="if model.safetensors is of the whole model and the index is old, remove"
+    ):
         find_shards(sharded)
 
 
-def test_a_tensor_that_the_index_forgets_is_refused(sharded):
+def test_a_tensor_that_the_index_does_not_name_is_left_out_and_told(sharded, caplog):
+    """Repositories reuse old shards: https://github.com/vllm-project/vllm/pull/54230."""
     edit_index(sharded, lambda index: index["weight_map"].pop("y"))
-    with pytest.raises(ValueError, match="disagrees with the shards about 'y'"):
+    assert sorted(find_shards(sharded).where) == ["x", "z"]
+    assert "does not name 1 tensors of its shards (y), which are left out" in caplog.text
+
+
+def test_a_whole_set_of_shards_needs_no_index(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    assert sorted(find_shards(sharded).where) == ["x", "y", "z"]
+    assert read_layout(sharded) is None  # written again, it gets one
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="only model-00001-of-00002.safetensors; .* download the index too"):
         find_shards(sharded)
+
+
+def test_a_stale_index_beside_a_whole_set_is_explained(sharded):
+    edit_index(sharded, lambda index: index["weight_map"].update(x="model-00001-of-00003.safetensors"))
+    with pytest.raises(
+        FileNotFoundError, match=r"if model-00001-of-00002.safetensors is of the whole model and the index"
+    ):
+        find_shards(sharded)
+
+
+def test_copies_without_an_index_to_decide_are_refused(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    weights = load_file(sharded / "model-00002-of-00002.safetensors")
+    save_file({**weights, "x": torch.ones(4)}, sharded / "model-00002-of-00002.safetensors")
+    with pytest.raises(
+        ValueError, match=r"'x' is in model-00001.* and in model-00002.*download model.safetensors.index"
+    ):
+        find_shards(sharded)
+
+
+def test_training_states_of_others_lead_to_what_reads_them(tmp_path):
+    (tmp_path / "zero" / "global_step7").mkdir(parents=True)
+    (tmp_path / "fsdp" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    (tmp_path / "fsdp" / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"x")
+    for name, cure in (("zero", "zero_to_fp32.py"), ("fsdp", r"tt convert .*fsdp/pytorch_model_fsdp_0 DEST")):
+        with pytest.raises(FileNotFoundError, match=cure):
+            find_shards(tmp_path / name)
 
 
 @pytest.mark.parametrize("change", [

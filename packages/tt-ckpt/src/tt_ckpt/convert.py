@@ -79,7 +79,7 @@ def convert(
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     started = time.monotonic()
-    target = Path(destination)
+    target = Path(destination).expanduser()
     base = None if config is None else resolve(config)
     directory, weights = _open(source, allow_pickle, base)
     if not weights.config:

@@ -4,6 +4,7 @@ import difflib
 import errno
 import filecmp
 import fnmatch
+import json
 import os
 import shutil
 from collections import Counter
@@ -122,7 +123,8 @@ def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, Tens
     if original is not None and original.exists() and read_json(original) == config:
         commit.copy_file(original, path)
     else:
-        commit.write_json(path, config)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # with Infinity, if the source has it
+        commit.write_bytes(path, text.encode())
 
 
 def copy_companions(source: Path, destination: Path, *, leave: Container[str] = ()) -> None:
@@ -160,6 +162,10 @@ def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
         raise FileExistsError(f"{path}: a link to nothing stands there; remove it or choose another directory")
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: a file stands there; choose another directory")
+    if (path / "adapter_config.json").exists():
+        raise FileExistsError(
+            f"{path}: holds an adapter, which transformers would put on top; choose another directory"
+        )
     found = _weights_in(path)
     if found and not overwrite:
         raise FileExistsError(f"{path}: holds {found[0].name} already; choose another directory or allow overwriting")

@@ -53,7 +53,7 @@ def save_hf(
     A model that is sharded over ranks is gathered tensor by tensor; every rank must call, rank 0 writes.
     The directory appears whole or not at all. One that holds weights already is a FileExistsError unless ``overwrite``.
     """
-    folder, origin = Path(path), None if source is None else resolve(source)
+    folder, origin = Path(path).expanduser(), None if source is None else resolve(source)
     weights = _weights_of(model, dtype, config)
     layout = choose_layout(None if origin is None else read_layout(origin), weights.specs, max_shard_size)
 

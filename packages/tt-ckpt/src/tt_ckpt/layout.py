@@ -38,6 +38,8 @@ def read_layout(directory: Path) -> Layout | None:
         shards = find_shards(directory)
     except (FileNotFoundError, ValueError):
         return None
+    if shards.index is None and len(shards.files) > 1:
+        return None  # an index is to be made
     return Layout(
         files={name: list(header.tensors) for name, header in shards.files.items()},
         metadata={name: header.metadata for name, header in shards.files.items()},

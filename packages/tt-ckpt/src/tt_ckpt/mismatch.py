@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 _SHOWN = 3
+WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")  # torch.compile, DDP, FSDP, peft
 # which config field stands behind which dimension of which weight
 _FIELDS = (
     ("embed_tokens.weight", 0, "vocab_size", "embedding rows"),
@@ -21,9 +22,13 @@ _FIELDS = (
 
 
 def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
-    settings = config.get("quantization_config")
+    settings = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
     if settings:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+        method = (
+            settings.get("quant_method", "MLX" if "quantization" in config else "unknown")
+            if isinstance(settings, dict)
+            else settings
+        )
         raise ValueError(
             f"{directory / 'config.json'}: quantization_config: {method}; only unquantized weights can be loaded: "
             "use the original model (and quantize_base for QLoRA)"
@@ -47,7 +52,7 @@ def describe_mismatch(
         first = shapes[:_SHOWN]
         shown = ", ".join(f"{key}: the model has {list(ours)}, the file {list(theirs)}" for key, ours, theirs in first)
         parts.append(f"{len(shapes)} of another shape ({shown}{', ...' if len(shapes) > _SHOWN else ''})")
-    cause = _cause(model, missing, unexpected, shapes)
+    cause = _cause(directory, model, missing, unexpected, shapes)
     return f"{directory}: the weights do not fit the model: {'; '.join(parts)}{'; ' + cause if cause else ''}"
 
 
@@ -71,6 +76,7 @@ def _grouped(keys: Iterable[str]) -> str:
 
 
 def _cause(
+    directory: Path,
     model: nn.Module,
     missing: list[str],
     unexpected: list[str],
@@ -80,8 +86,10 @@ def _cause(
     if shapes:
         return "; ".join(dict.fromkeys(filter(None, (_shape_cause(config, *shape) for shape in shapes))))
     if missing and unexpected:
-        for prefix in ("model.", "transformer.", "module.", "language_model.", "model.language_model."):
+        for prefix in (*WRAPPERS, "model.", "transformer.", "language_model.", "model.language_model."):
             longer, shorter = {prefix + key for key in unexpected}, {prefix + key for key in missing}
+            if prefix in WRAPPERS and all(key.startswith(prefix) for key in unexpected):
+                return f"all names begin with {prefix!r}, of a wrapper that was saved too: tt convert {directory} DEST"
             if longer & set(missing) or shorter & set(unexpected):
                 return f"names differ by the prefix {prefix!r}: saved from another class of model"
         close = difflib.get_close_matches(missing[0], unexpected, 1, 0.8)

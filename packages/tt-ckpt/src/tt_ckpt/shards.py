@@ -5,6 +5,7 @@ The rule for splitting and the index's form are those of huggingface_hub, so tha
 
 import difflib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,11 @@ from tt_ckpt.names import safe_file
 from tt_ckpt.placed_file import PlacedFile
 from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, is_lfs_pointer, read_header
 
+logger = logging.getLogger(__name__)
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -48,26 +52,50 @@ def find_shards(directory: Path) -> Shards:
         names = _index_files(directory, index)
     elif (directory / SINGLE_NAME).exists():
         index, names = None, [SINGLE_NAME]
+    elif whole := _whole_set(directory):  # without its index
+        index, names = None, whole
     else:
         raise FileNotFoundError(describe_no_weights(directory))
     files = {name: read_header(safe_file(directory, name)) for name in names}
-    stated: dict[str, str] = {} if index is None else index["weight_map"]
-    if index is not None and (odd := _disagreement(stated, files)) is not None:
-        raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {odd!r}; download again")
-    where: dict[str, str] = {}
-    for name, header in files.items():
-        for key in header.tensors:
-            if stated.get(key, name) != name:
-                continue  # a copy: the index says which one counts
-            where[key] = name
+    if index is None:
+        where = _where(directory, files)
+    else:
+        where = index["weight_map"]
+        _check_index(directory, where, files)
     return Shards(directory=directory, files=files, where=where, index=index)
 
 
-def _disagreement(stated: Mapping[str, str], files: Mapping[str, Header]) -> str | None:
-    """A tensor that is not where the index says, or that the index does not know."""
-    held = {key for header in files.values() for key in header.tensors}
-    absent = [key for key, name in stated.items() if key not in files[name].tensors]
-    return min([*absent, *(held - stated.keys())], default=None)
+def _where(directory: Path, files: Mapping[str, Header]) -> dict[str, str]:
+    where: dict[str, str] = {}
+    for name, header in files.items():
+        for key in header.tensors:
+            if key in where:
+                raise ValueError(f"{directory}: {key!r} is in {where[key]} and in {name}; download {INDEX_NAME} too")
+            where[key] = name
+    return where
+
+
+def _check_index(directory: Path, where: Mapping[str, str], files: Mapping[str, Header]) -> None:
+    """Every tensor is where the index says. What it does not say is left out, with a warning."""
+    for key, name in where.items():
+        if key not in files[name].tensors:
+            raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {key!r}; download again")
+    left = sorted({key for header in files.values() for key in header.tensors} - where.keys())
+    if left:
+        logger.warning(
+            "%s does not name %d tensors of its shards (%s), which are left out",
+            directory / INDEX_NAME, len(left), ", ".join(left[:3]),
+        )  # fmt: skip
+
+
+def _whole_set(directory: Path) -> list[str]:
+    """Shards 1 to N of N, if there is one such set; else nothing."""
+    sets: dict[str, list[str]] = {}
+    for path in sorted(directory.glob("model-*-of-*.safetensors")) if directory.is_dir() else ():
+        if match := _SHARD.fullmatch(path.name):
+            sets.setdefault(match[2], []).append(path.name)
+    whole = [names for count, names in sets.items() if len(names) == int(count)]
+    return whole[0] if len(whole) == len(sets) == 1 else []
 
 
 def _index_files(directory: Path, index: Any) -> list[str]:
@@ -83,14 +111,15 @@ def _index_files(directory: Path, index: Any) -> list[str]:
         raise FileNotFoundError(
             f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}{_missing_size(directory, index, names)}; "
-            f"run tt download again, it resumes{_or_single(directory)}"
+            f"run tt download again, it resumes{_or_without(directory)}"
         )
     return names
 
 
-def _or_single(directory: Path) -> str:
-    single = (directory / SINGLE_NAME).is_file()
-    return f"; or, if {SINGLE_NAME} beside it is the whole model, remove {INDEX_NAME}" if single else ""
+def _or_without(directory: Path) -> str:
+    """Another whole model beside a stale index."""
+    found = [SINGLE_NAME] if (directory / SINGLE_NAME).is_file() else _whole_set(directory)
+    return f"; or, if {found[0]} is of the whole model and the index is old, remove {INDEX_NAME}" if found else ""
 
 
 def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> str:
@@ -116,6 +145,12 @@ def describe_no_weights(directory: Path) -> str:
         )
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return f"{directory}: weights only as GGUF; run: tt convert {directory / ggufs[0]} DEST"
+    if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
+        return f"{directory}: the state of DeepSpeed's ZeRO; run: python {directory}/zero_to_fp32.py {directory} DEST"
+    if parts := [name for name in names if (directory / name / ".metadata").is_file()]:
+        return (
+            f"{directory}: a training state in {parts[0]}; run: tt convert {directory / parts[0]} DEST --allow-pickle"
+        )
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         close = difflib.get_close_matches(SINGLE_NAME, shards, 1, 0.0)[0]
@@ -127,7 +162,7 @@ def describe_no_weights(directory: Path) -> str:
 def read_json(path: Path) -> Any:
     """A JSON file, or a ValueError with its path, line and what it may be instead."""
     try:
-        return json.loads(path.read_bytes().decode("utf-8"))
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: 0 bytes; download it again") from None

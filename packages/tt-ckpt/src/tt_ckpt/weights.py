@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_ckpt.mismatch import describe_tie
+from tt_ckpt.mismatch import WRAPPERS, describe_tie
 from tt_ckpt.tensor_file import TensorSpec, spec_of
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -154,11 +154,25 @@ def rotated_heads(config: Mapping[str, Any]) -> dict[str, int]:
 
 def without_copies(weights: Weights) -> Weights:
     """Leave out what the config makes redundant: the output of a tied model, which must equal the embedding, and the
-    rotary frequencies that old files hold."""
+    rotary frequencies that old files hold. Names lose the prefix of a wrapper that was saved with the model."""
+    weights = _unwrapped(weights)
     specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
-    if weights.config.get("tie_word_embeddings") and OUTPUT in specs and EMBEDDING in specs:
+    tied = weights.config.get("tie_word_embeddings", weights.family.startswith("gemma"))  # as transformers defaults it
+    if tied and OUTPUT in specs and EMBEDDING in specs:
         if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
             shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
             raise ValueError(describe_tie(weights.files[0].parent, EMBEDDING, OUTPUT, shapes))
         del specs[OUTPUT]
     return replace(weights, specs=specs)
+
+
+def _unwrapped(weights: Weights) -> Weights:
+    names = {name: name for name in weights.specs}
+    while names and (prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in names)), "")):
+        names = {name.removeprefix(prefix): key for name, key in names.items()}
+    if odd := next((name for name in names if ".lora_" in name or ".base_layer." in name), ""):
+        raise ValueError(
+            f"{weights.files[0]}: {odd} belongs to an adapter that was saved with its base; merge it first"
+        )
+    specs = {name: weights.specs[key] for name, key in names.items()}
+    return replace(weights, specs=specs, get=lambda name: weights.get(names[name]))
