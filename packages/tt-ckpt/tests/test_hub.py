@@ -251,6 +251,26 @@ def test_patterns_and_directory_are_the_callers(server, repository, tmp_path):
     assert (tmp_path / "here" / "notes.py").read_text() == "print()"
 
 
+@pytest.mark.parametrize("changed", ["before", "since"])
+def test_a_file_of_the_users_in_the_directory_is_not_replaced(server, repository, tmp_path, changed):
+    here = tmp_path / "here"
+    if changed == "before":
+        here.mkdir()
+    else:
+        tt_ckpt.download(REPO, output_dir=here)
+    (here / "config.json").write_text("mine")
+    os.utime(here / "config.json", (4e9, 4e9))  # later than any download
+    with pytest.raises(FileExistsError, match=r"config.json: not as a download left it.*remove"):
+        tt_ckpt.download(REPO, output_dir=here)
+    assert (here / "config.json").read_text() == "mine"
+    (here / "config.json").unlink()
+    tt_ckpt.download(REPO, output_dir=here)
+    server.files["config.json"] += b" "  # a newer one comes over the older
+    server.commit = "d" * 40
+    tt_ckpt.download(REPO, output_dir=here)
+    assert (here / "config.json").read_bytes() == server.files["config.json"]
+
+
 def test_a_repository_id_is_a_path_everywhere(server, repository, tiny, equal_models, tmp_path):
     model = tiny(5)
     tt_ckpt.load_weights(model, REPO)
@@ -512,6 +532,13 @@ def test_a_readme_of_ones_own_is_kept(server, model_dir):
     (source / "README.md").write_text("mine")
     tt_ckpt.upload(source, REPO)
     assert server.files["README.md"] == b"mine"
+
+
+def test_a_readme_that_the_repository_has_is_kept(server, model_dir):
+    server.files["README.md"] = b"theirs"
+    report = tt_ckpt.upload(model_dir(), REPO)
+    assert "README.md" not in report.files
+    assert server.files["README.md"] == b"theirs"
 
 
 def test_a_dry_run_sends_nothing(server, model_dir):

@@ -281,6 +281,13 @@ def test_after_qlora_the_base_is_that_of_training_unless_dense_is_asked_for(qlor
         torch.testing.assert_close(logits(tmp_path / name), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_card_and_report_of_qlora_say_which_base_was_trained_on_and_the_card_names_no_path_as_base(qlora_run):
+    card = (qlora_run / "README.md").read_text()
+    assert "qlora over a base of 4 bits (NF4)" in card
+    assert "over a base of 4 bits (NF4)" in (qlora_run / "report.html").read_text()
+    assert "base_model" not in card.split("---")[1]
+
+
 def test_4_bits_can_be_asked_for_and_given_with_a_directory(model_dir, tmp_path):
     adapter = write_adapter(model_dir, tmp_path / "adapter")
     assert not torch.equal(logits(adapter, base=["nf4", model_dir]), logits(adapter))

@@ -6,6 +6,7 @@ There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, a
 import difflib
 import fnmatch
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tt_ckpt.commit import remove_tree
 from tt_ckpt.names import check_basename
 from tt_ckpt.redact import redact
 from tt_ckpt.shards import format_size
-from tt_ckpt.verify import content_hash
+from tt_ckpt.verify import content_hash, was_fetched
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ def download(
     """Fetch a repository into the hub's cache, or into ``output_dir``, and compare every file with the hub's hash.
 
     ``revision``: branch, tag or commit. ``allow``, ``ignore``: file name patterns; by default safetensors, JSON,
-    tokenizer and license files. Files that are there already are not fetched again; interrupted transfers go on where
-    they stopped; passing failures are retried for ``retry_s`` seconds. A damaged file is fetched once more.
+    tokenizer and license files. Files that are there already are not fetched again, others of their names are a
+    FileExistsError; interrupted transfers resume; passing failures are retried for ``retry_s`` seconds.
     """
     started = time.monotonic()
     check_endpoint()
@@ -86,6 +87,8 @@ def download(
         file.name.endswith((".bin", ".pth", ".pt", ".gguf")) for file in remote
     ):
         logger.warning("%s: no safetensors among the wanted files, only pickles or GGUF; see tt convert", repo_id)
+    if output_dir is not None:
+        _refuse_own_files(repo_id, wanted, Path(output_dir))
     _check_space(repo_id, wanted, output_dir)
     options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
     path = Path(_retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
@@ -127,9 +130,6 @@ def snapshot(repo_id: str, *, revision: str | None = None) -> Path:
     return Path(download(repo_id, revision=revision).path)
 
 
-# ---- the hub's side --------------------------------------------------------------------------------------------------
-
-
 def check_endpoint() -> None:
     """A token goes to the configured host: refuse plain http to others, warn when it is not the public hub."""
     from huggingface_hub import constants, get_token
@@ -162,8 +162,7 @@ def _list_files(repo_id: str, revision: str | None) -> tuple[str, list[_Remote]]
             check_basename(part, where=repo_id)
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
         found.append(_Remote(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else sibling.blob_id))
-    assert info.sha is not None
-    return info.sha, found
+    return str(info.sha), found
 
 
 def _fetch(repo_id: str, revision: str | None, options: dict[str, Any]) -> str:
@@ -192,6 +191,14 @@ def _check_space(repo_id: str, wanted: list[_Remote], output_dir: str | Path | N
     needed, free = sum(file.size for file in wanted), shutil.disk_usage(root).free
     if needed > free:
         raise OSError(f"{repo_id}: needs {format_size(needed)}, {root} has {format_size(free)} free")
+
+
+def _refuse_own_files(repo_id: str, wanted: list[_Remote], folder: Path) -> None:
+    """A file of the user's own, or one changed since it was fetched, is not replaced."""
+    there = [file for file in wanted if os.path.lexists(folder / file.name) and not was_fetched(folder, file.name)]
+    if own := ", ".join(file.name for file in there if not _is_whole(folder / file.name, file)):
+        cure = f"other than {repo_id}'s; choose another directory, or remove what is to be fetched again"
+        raise FileExistsError(f"{folder}: {own}: not as a download left it, and {cure}")
 
 
 def _is_whole(path: Path, file: _Remote) -> bool:
@@ -285,7 +292,6 @@ def _similar(repo_id: str) -> str:
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
-    names = [entry.name for entry in cache.iterdir()] if cache.is_dir() else []
-    cached = [name.removeprefix("models--").replace("--", "/") for name in names if name.startswith("models--")]
+    cached = [entry.name.removeprefix("models--").replace("--", "/") for entry in cache.glob("models--*")]
     close = difflib.get_close_matches(repo_id, cached, 1, 0.6)
     return f"; did you mean {close[0]}, which is in the cache?" if close and close[0] != repo_id else ""

@@ -65,8 +65,8 @@ def upload(
 ) -> Upload:
     """Commit a model or adapter directory to a repository, which is made (private by default) where it does not exist.
 
-    A README.md is written for it where the directory has none; ``base_model`` is named in it. Text files that hold a
-    token are a ValueError. What has arrived is compared by hash.
+    A README.md is written for it if neither the directory nor the repository has one; ``base_model`` is named in it.
+    Text files that hold a token are a ValueError. What has arrived is compared by hash.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -87,6 +87,9 @@ def upload(
         try:
             hub = api()
             url = str(hub.create_repo(repo_id, private=private, exist_ok=True))
+            if card and "README.md" in _names_there(hub, repo_id, revision):  # perhaps a person's: it stays
+                operations.pop()
+                files.remove("README.md")
             done = hub.create_commit(repo_id, operations, commit_message=message, revision=revision)
             commit = done.oid
             verified = _check_arrived(hub, repo_id, commit, folder, names)
@@ -111,6 +114,10 @@ def _select(folder: Path, allow: Sequence[str], ignore: Sequence[str]) -> list[s
     if not any(name.endswith(".safetensors") for name in names):
         raise ValueError(f"{folder}: no safetensors files to upload; give a model or adapter directory")
     return names
+
+
+def _names_there(hub: Any, repo_id: str, revision: str | None) -> set[str]:
+    return {sibling.rfilename for sibling in hub.model_info(repo_id, revision=revision).siblings or []}
 
 
 def _check_arrived(hub: Any, repo_id: str, commit: str, folder: Path, names: Sequence[str]) -> int:

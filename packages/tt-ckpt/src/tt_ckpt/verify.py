@@ -51,10 +51,24 @@ def _expected_hash(directory: Path, file: Path, name: str) -> str | None:
     if file.is_symlink():  # the cache: a link to blobs/<hash>
         stated = file.readlink().name
     else:
-        record = directory / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        record = _record(directory, name)
         lines = record.read_text("utf-8", "replace").splitlines() if record.is_file() else []
         stated = lines[1].strip() if len(lines) > 1 else ""
     return stated if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", stated) else None
+
+
+def was_fetched(directory: Path, name: str) -> bool:
+    """Whether a download put this file into ``directory`` and nobody has written to it since."""
+    file, record = directory / name, _record(directory, name)
+    try:
+        return file.stat().st_mtime - 1 <= float(record.read_text("utf-8").splitlines()[2])
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def _record(directory: Path, name: str) -> Path:
+    """Where huggingface_hub keeps the commit, the hash and the time of a file that it put into a directory."""
+    return directory / ".cache" / "huggingface" / "download" / f"{name}.metadata"
 
 
 def content_hash(file: Path, like: str) -> str:

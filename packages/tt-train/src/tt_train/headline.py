@@ -67,3 +67,8 @@ def step_tokens(rows: Sequence[Row]) -> list[float]:
     if steps and (rows[0].get("step") or 1) > 1:  # the first rows are lost
         steps[0] /= rows[0]["step"]
     return [max(0.0, step) for step in steps]
+
+
+def method_words(method: str) -> str:
+    """A run's method for people; after QLoRA with the base that it was trained and scored on."""
+    return f"{method} over a base of 4 bits (NF4)" if method == "qlora" else method

@@ -1,22 +1,28 @@
 """README.md of a run: what was trained on what, in the form that the hub shows."""
 
 import json
+import re
 from typing import Any
 
 from tt_train.config import to_yaml
+from tt_train.headline import method_words
 from tt_train.recipes._assemble import Job
+
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> str:
     """The card's markdown, with the metadata block of a Hugging Face model card."""
     header = {"library_name": "transformers" if job.lora is None else "peft", "base_model": job.base_model,
               "tags": ["tt", job.config.recipe, job.method]}  # fmt: skip
+    if not _REPO_ID.fullmatch(job.base_model):  # the hub refuses a path there
+        del header["base_model"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
     lines += [f"# {job.base_model.rstrip('/').split('/')[-1]}, {job.method} fine-tune", ""]
     lines += ["| | |", "|---|---|"]
     facts = {
         "base model": job.base_model,
-        "method": job.method,
+        "method": method_words(job.method),
         "rows": f"{job.row_count} {job.train.report['schema']}",
         "data fingerprint": job.train.fingerprint,
         "steps": summary["steps"],

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from tt_train.headline import method_words
 from tt_train.redact import redact
 from tt_train.report_headline import as_figure, at
 from tt_train.report_run import NUMBERS, Run, smooth, thin
@@ -95,7 +96,7 @@ def _facts(runs: Sequence[Run]) -> list[str]:
         facts.append(
             [
                 Path(model).name if model.startswith(("/", ".")) else model,
-                str(at(run.manifest, "method") or ""),
+                method_words(str(at(run.manifest, "method") or "")),
                 str(at(run.config, "model.dtype") or ""),
                 _device(run),
                 str(at(run.manifest, "started") or "")[:16].replace("T", " "),
