@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from tt_data import Schema, batches, chat_dataset, load_dataset, register_schema, schemas
+from tt_data import (
+    InstructTemplate,
+    Schema,
+    batches,
+    chat_dataset,
+    instruct_dataset,
+    load_dataset,
+    register_schema,
+    schemas,
+)
 from tt_data.examples import Completion, Text
 
 U, A = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "red"}
@@ -191,3 +200,20 @@ def test_keys_of_messages_that_no_template_writes_are_named(chatml: Any) -> None
     called = {"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]}
     formatted = chat_dataset(chatml, source=[called], conversation_style="openai", chat_format="llama2")
     assert "'messages.tool_calls' (1 row)" in formatted.report["notes"][0]
+
+
+def test_a_mistake_in_ones_own_template_or_transform_has_a_place_too(chatml: Any) -> None:
+    def broken(row: Any) -> str:
+        raise ValueError("no such thing")
+
+    rows = [{"q": "a", "output": "b"}]
+    for template, text in (
+        (InstructTemplate(("q",), broken), "rows:0: the converter of these rows failed: ValueError: no such thing"),
+        (InstructTemplate(("q",), lambda row: 5), "rows:0: the converter of these rows is wrong: a text of Completion"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            instruct_dataset(chatml, source=rows, template=template)
+    with pytest.raises(ValueError, match="rows:0: the converter of these rows failed: KeyError: 'p'"):
+        instruct_dataset(chatml, source=rows, template="alpaca", transform=lambda row: {"instruction": row["p"]})
+    report = load_dataset([{"text": "a", "label": 1, "labels": "x"}], chatml).report
+    assert "'label' (1 row), 'labels' (1 row)" in report["notes"][0]

@@ -104,12 +104,12 @@ class InstructReader:
             cells[name] = row.get(name)
             _refuse_structure(name, cells[name])
             columns = {**columns, column: name}
-        try:
-            prompt = self.template.format(cells, columns)
-        except ValueError:
-            missing = next(columns[c] for c in self.template.columns if cells.get(columns[c]) is None)
+        needed = (columns[c] for c in self.template.columns if c not in self.template.optional)
+        missing = next((name for name in needed if cells[name] is None), None)
+        if missing is not None:
             found = ", ".join(map(repr, row)) or "none"
-            raise BadRowError("missing column", f"no column {missing!r}, the row has {found}") from None
+            raise BadRowError("missing column", f"no column {missing!r}, the row has {found}")
+        prompt = self.template.format(cells, columns)
         if find(row, columns, "chosen"):
             chosen, rejected = (_answer(row, columns, name) for name in ("chosen", "rejected"))
             return Pair(Completion(prompt, chosen), Completion(prompt, rejected))

@@ -160,8 +160,11 @@ def hint_for_unread(column: str, row: Row, columns: Columns, read: object) -> st
     for schema in fitting(row, columns):
         if schema.read != read and any(columns.get(n, n) == column for names in schema.columns for n in names):
             return f"schema={schema.name} reads it"
-    near = get_close_matches(column, [name for name in known_columns() if name not in row], 1, 0.75)
-    return f"did you mean columns={{{near[0]!r}: {column!r}}}?" if near and near[0] != column else ""
+    known = known_columns()
+    near = (
+        get_close_matches(column, [name for name in known if name not in row], 1, 0.75) if column not in known else ()
+    )
+    return f"did you mean columns={{{near[0]!r}: {column!r}}}?" if near else ""
 
 
 def _names(row: Iterable[str]) -> str:
