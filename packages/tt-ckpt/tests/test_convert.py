@@ -181,17 +181,28 @@ def test_a_config_is_asked_for_where_heads_cannot_be_told(model_dir, tmp_path):
         tt_ckpt.convert(tmp_path / "tune", tmp_path / "back", "hf", allow_pickle=True)
 
 
-def test_mistrals_own_safetensors_need_no_pickle(model_dir, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_mistrals_own_safetensors_need_no_pickle(model_dir, tmp_path, sharded):
     source = model_dir(model_type="mistral", sliding_window=8)
     tt_ckpt.convert(source, tmp_path / "meta", "meta")
     published = tmp_path / "published"
     published.mkdir()
-    save_file(torch.load(tmp_path / "meta" / "consolidated.00.pth"), published / "consolidated.safetensors")
+    state = torch.load(tmp_path / "meta" / "consolidated.00.pth")
+    if sharded:
+        for i in (1, 2):
+            part = {name: state[name] for name in sorted(state)[i - 1 :: 2]}
+            save_file(part, published / f"consolidated-0000{i}-of-00002.safetensors")
+    else:
+        save_file(state, published / "consolidated.safetensors")
     (published / "params.json").write_bytes((tmp_path / "meta" / "params.json").read_bytes())
     report = tt_ckpt.convert(published, tmp_path / "back", "hf")
     assert report.model_type == "mistral"
     assert tt_ckpt.read_config(tmp_path / "back")["sliding_window"] == 8
     assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    if sharded:
+        (published / "consolidated-00001-of-00002.safetensors").unlink()
+        with pytest.raises(FileNotFoundError, match="1 of 2 files missing: consolidated-00001-of-00002.safetensors"):
+            tt_ckpt.convert(published, tmp_path / "other", "hf")
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -37,7 +37,7 @@ COMPANIONS = (
 WEIGHTS = (
     "model*.safetensors",
     INDEX_NAME,
-    "consolidated.*",
+    "consolidated[.-]*",
     "torchtune_model_*.pt",
     "pytorch_model*",
     "params.json",

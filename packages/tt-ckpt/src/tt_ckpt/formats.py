@@ -19,6 +19,7 @@ from tt_ckpt.torchtune import from_torchtune
 from tt_ckpt.weights import Weights, specs_of, without_copies
 
 MISTRAL_NAME = "consolidated.safetensors"
+_MISTRAL_SHARD = re.compile(r"consolidated-\d{5}-of-(\d{5})\.safetensors")
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 # in the order in which they are looked for; the number in (..) is the epoch, of which the last is taken
 _PICKLE_SETS = (
@@ -46,9 +47,14 @@ def open_model(directory: Path, *, allow_pickle: bool = False, config: Path | No
 def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool) -> Weights:
     if (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists():
         return open_hf(folder, known.get("config.json", {}))
-    if (folder / MISTRAL_NAME).exists():
-        file = MappedFile(safe_file(folder, MISTRAL_NAME))
-        return _by_names([{name: file.tensor(name) for name in file.header.tensors}], known, [file.header.path])
+    if names := _mistral_files(folder):
+        opened = [MappedFile(safe_file(folder, name)) for name in names]
+        together: dict[str, Tensor] = {}
+        for file in opened:
+            together |= {name: file.tensor(name) for name in file.header.tensors}
+        if len(together) != sum(len(file.header.tensors) for file in opened):
+            raise ValueError(f"{folder}: a tensor is in two of {', '.join(names)}; download again")
+        return _by_names([together], known, [opened[0].header.path])
     if (folder / METADATA_NAME).exists():
         if not allow_pickle:
             raise ValueError(f"{folder / METADATA_NAME}: a pickle; if you trust it: --allow-pickle")
@@ -58,6 +64,18 @@ def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool)
         read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files
     ]
     return _by_names(parts, known, [folder / name for name in files])
+
+
+def _mistral_files(folder: Path) -> list[str]:
+    """Mistral's own release: one file, or numbered ones of which none is missing."""
+    if (folder / MISTRAL_NAME).exists():
+        return [MISTRAL_NAME]
+    names = [path.name for path in folder.iterdir()]
+    count = max((int(match[1]) for name in names if (match := _MISTRAL_SHARD.fullmatch(name))), default=0)
+    expected = [f"consolidated-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if missing := [name for name in expected if name not in names]:
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {count} files missing: {', '.join(missing[:3])}")
+    return expected
 
 
 def _newest_epoch(directory: Path) -> Path:
