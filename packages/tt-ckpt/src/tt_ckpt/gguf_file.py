@@ -22,18 +22,8 @@ from tt_ckpt.tensor_file import is_lfs_pointer
 
 MAGIC = b"GGUF"
 _SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "|b1",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8",
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _PIECE = 1 << 22  # values that are dequantized at once
 _MAX_ENTRIES = 1 << 22  # of a list: more tokens than any vocabulary has

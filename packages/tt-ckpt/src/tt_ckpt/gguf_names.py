@@ -34,8 +34,10 @@ _BIASED = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """``layer``: GGUF name within a block -> Hugging Face's within a layer. ``experts``: the same for stacked experts,
-    with ``{}`` for the expert."""
+    """``layer``: GGUF name within a block -> Hugging Face's within a layer.
+
+    ``experts``: the same for stacked experts, with ``{}`` for the number of one.
+    """
 
     model_type: str
     layer: Mapping[str, str] = field(default_factory=lambda: _MATRICES | _NORMS)

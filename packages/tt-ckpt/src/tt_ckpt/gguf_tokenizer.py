@@ -109,14 +109,16 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
         if not isinstance(value, list) or len(value) != len(tokens) or not all(map(_is_number, value)):
             raise ValueError(f"{path}: tokenizer.ggml.{key}: expected {len(tokens)} numbers; download it again")
     types, scores = lists["token_type"], lists["scores"]
-    while tokens and types[len(tokens) - 1] == _UNUSED and tokens[-1] == f"[PAD{len(tokens) - 1}]":
-        tokens = tokens[:-1]
+    count = len(tokens)
+    while count and types[count - 1] == _UNUSED and tokens[count - 1] == f"[PAD{count - 1}]":
+        count -= 1
+    tokens = tokens[:count]
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise ValueError(
             f"{path}: tokenizer.ggml.tokens: {twice[:80]!r} is there twice, which tokenizer.json cannot say"
         )
-    return tokens, types[: len(tokens)], scores[: len(tokens)]
+    return tokens, types[:count], scores[:count]
 
 
 def _is_number(value: object) -> bool:
