@@ -79,10 +79,12 @@ def test_a_merged_weight_is_rounded_once(model_dir, tmp_path):
     assert "fp32" in told[0]
 
 
-def test_a_run_in_fp32_over_a_bf16_base_merges_to_what_its_base_is(model_dir, rows_file, tmp_path, words):
+def test_a_run_in_fp32_over_a_bf16_base_merges_to_what_its_base_is_and_says_so(model_dir, tmp_path, words, capsys):
     base = with_dtypes(model_dir, tmp_path / "base", lambda name: torch.bfloat16)
     more = [f"model.path={base}", "adapter.rank=2", "max_steps=1", f"output_dir={tmp_path / 'run'}"]
     run = sft.main(compose("sft", overrides=[*words, *more]))
+    assert "forward pass in fp32" in (told := capsys.readouterr().err)
+    assert "result in fp32; tt merge will write bf16, as the base is, or all of it with --dtype fp32" in told
     assert tt_train.load(run)[0].model.norm.weight.dtype == torch.float32
     tt_train.merge_run(run, tmp_path / "out")
     assert set(tt_ckpt.tensor_dtypes(tmp_path / "out").values()) == {torch.bfloat16}

@@ -34,7 +34,11 @@ def precision_line(facts: RunFacts) -> str:
     """Which dtype does what."""
     trained, written = facts.precision.get("trained"), facts.precision.get("written")
     line = f"forward pass in {facts.dtype}"
-    return f"{line}, trained weights in {trained}, result in {written}" if trained else line
+    if trained:
+        line += f", trained weights in {trained}, result in {written}"
+    if merged := facts.precision.get("merged"):
+        line += f"; tt merge will write {merged}, as the base is, or all of it with --dtype fp32"
+    return line
 
 
 class Console:

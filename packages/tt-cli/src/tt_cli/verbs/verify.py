@@ -22,6 +22,8 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
     """
     from tt_train.verify import verify
 
+    if output is not None and output.exists() and not _is_certificate(output):
+        raise click.UsageError(f"{output} exists and is not a certificate: name another file with -o, or remove it")
     certificate = verify(model, seed=seed)
     if output is not None:
         output.write_text(json.dumps(certificate, indent=2) + "\n", encoding="utf-8")
@@ -37,6 +39,15 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
         click.echo(f"{certificate['model']}: {verdict} ({versions})")
     if not certificate["passed"]:
         ctx.exit(1)
+
+
+def _is_certificate(path: Path) -> bool:
+    """Whether a file may be replaced: an older certificate, or nothing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8") or "{}")
+    except (OSError, ValueError):
+        return False
+    return found == {} or (isinstance(found, dict) and {"passed", "errors", "versions"} <= found.keys())
 
 
 def _number(number: float | str | None) -> str:

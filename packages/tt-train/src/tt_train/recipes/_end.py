@@ -94,12 +94,16 @@ def result_bytes(job: Job, state: TrainingState) -> int:
 
 
 def precision(job: Job) -> dict[str, str]:
-    """In which dtype the forward pass runs, the trained weights are kept, and the result is written."""
-    if job.lora is not None and job.config.adapter is not None:
-        written = {job.config.adapter.dtype}
-    else:
-        written = {_SHORT.get(dtype, str(dtype).removeprefix("torch.")) for dtype in written_dtypes(job)}
-    return {"forward": job.config.model.dtype, "trained": "fp32", "written": " and ".join(sorted(written))}
+    """In which dtype the forward pass runs, the trained weights are kept, and the result is written.
+
+    ``merged``: of an adapter, what ``tt merge`` will write, if that is less than what the forward pass runs in.
+    """
+    whole = " and ".join(sorted(_SHORT.get(kind, str(kind).removeprefix("torch.")) for kind in written_dtypes(job)))
+    facts = {"forward": job.config.model.dtype, "trained": "fp32", "written": whole}
+    if job.config.adapter is None:
+        return facts
+    narrower = any(kind.itemsize < job.dtype.itemsize for kind in written_dtypes(job))
+    return {**facts, "written": job.config.adapter.dtype} | ({"merged": whole} if narrower else {})
 
 
 def _summary(job: Job, run: RunDir, state: TrainingState) -> dict[str, Any]:
