@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from tt_peft.apply import spec_of, stacked_names, target_names
 from tt_peft.config import LoRAConfig
 from tt_peft.fingerprint import difference
 from tt_peft.lowrank import low_ranks
+from tt_peft.patterns import known
 from tt_peft.switch import modules_of
-from tt_peft.targets import full_matches, matches, own_modules, pattern_matches
+from tt_peft.targets import full_matches, own_modules
 
 BASE_KEY = "tt_base"
 
@@ -44,14 +44,15 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
     file may hold some; ``check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
     endings, not as whole parts: "norm" means "input_layernorm" too; targets in a saved module get no adapter.
     """
-    names, patterns = list(own_modules(model)), (config.rank_pattern, config.alpha_pattern)
+    names = list(own_modules(model))
     saved = tuple(name for name in names if name.endswith(config.modules_to_save))
     targets, excluded = config.target_modules, config.exclude_modules
     try:
+        ranks, alphas = config.ranks, config.alphas
         if not isinstance(targets, str):
-            targets = _known(targets, names) or targets  # of none that is known, the error names the nearest
+            targets = tuple(known(targets, names)) or targets  # of none that is known, the error names the nearest
         unknown = not full_matches(excluded, names) if isinstance(excluded, str) else None
-        excluded = () if unknown else excluded if isinstance(excluded, str) else _known(excluded, names)
+        excluded = () if unknown else excluded if isinstance(excluded, str) else tuple(known(excluded, names))
         config = config.with_(target_modules=targets, exclude_modules=excluded)
         config = config.with_(modules_to_save=saved, rank_pattern={}, alpha_pattern={})
         chosen = target_names(model, config)
@@ -61,19 +62,9 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
                 target_modules=outside, exclude_modules=(), layers_to_transform=None, layers_pattern=()
             )
         adapted = [*outside, *stacked_names(model, config)]
-        ranks, alphas = ({p: v for p, v in known.items() if _means(p, adapted)} for known in patterns)
-        return config.with_(rank_pattern=ranks, alpha_pattern=alphas)
+        return config.with_(rank_pattern=ranks.meaning(adapted), alpha_pattern=alphas.meaning(adapted))
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
-
-
-def _means(pattern: str, names: Sequence[str]) -> bool:
-    return any(pattern_matches(pattern, name) for name in names)
-
-
-def _known(targets: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Those of ``targets`` that mean any of ``names``."""
-    return tuple(target for target in targets if any(matches(target, name) for name in names))
 
 
 def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> LoRAConfig:

@@ -13,20 +13,18 @@ from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import AdapterModule, LowRankSpec
 from tt_peft.merge import keep_merged_
 from tt_peft.nf4 import NF4Base
+from tt_peft.patterns import check_expression
 from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.saved import SavedModule, save_module_
 from tt_peft.stacked import stack_lora_
 from tt_peft.switch import adapted_modules, adapter_names, set_adapter_
 from tt_peft.targets import (
     all_modules,
-    check_expression,
     check_plain_weight,
-    first_match,
     is_embedding,
     is_linear,
     nearest,
     own_modules,
-    pattern_matches,
     select,
     select_modules,
 )
@@ -80,10 +78,11 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     if config.target_modules and not chosen:
         raise ValueError("target_modules: nothing is left after exclude_modules and layers_to_transform")
     adapted = chosen + stacked_names(model, config)
-    for what in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, what):
-            if not any(pattern_matches(pattern, n) for n in adapted):
-                raise ValueError(f"{what}: {pattern!r} matches no adapted module{nearest(pattern, adapted)}")
+    for what, patterns in (("rank_pattern", config.ranks), ("alpha_pattern", config.alphas)):
+        meaning = patterns.meaning(adapted)
+        unknown = next((pattern for pattern in getattr(config, what) if pattern not in meaning), None)
+        if unknown is not None:
+            raise ValueError(f"{what}: {unknown!r} matches no adapted module{nearest(unknown, adapted)}")
     return chosen
 
 
@@ -128,7 +127,7 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
         check_plain_weight(name, module)
         if isinstance(module, nn.Embedding) and (config.use_dora or config.init != "kaiming"):
             raise ValueError(f"{name} is an embedding: use_dora=False and init='kaiming' only")
-        rank, limit = first_match(config.rank_pattern, name, config.rank), min(module.get_parameter("weight").shape)
+        rank, limit = config.ranks.get(name, config.rank), min(module.get_parameter("weight").shape)
         if rank > limit:
             text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can do all that it can"
             warnings.warn(text, stacklevel=3)
@@ -161,6 +160,6 @@ def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding
 
 def spec_of(name: str, config: LoRAConfig) -> LowRankSpec:
     """Rank and scaling of the module ``name``."""
-    rank = first_match(config.rank_pattern, name, config.rank)
-    alpha = first_match(config.alpha_pattern, name, config.alpha)
+    rank = config.ranks.get(name, config.rank)
+    alpha = config.alphas.get(name, config.alpha)
     return LowRankSpec(rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha), config=config)

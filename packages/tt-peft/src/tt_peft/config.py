@@ -1,11 +1,14 @@
 """What an adapter is made of: :class:`LoRAConfig`."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, TypeGuard, get_args
 
 import torch
+
+from tt_peft.patterns import Patterns
 
 Init = Literal["kaiming", "gaussian", "pissa", "loftq"]
 
@@ -102,6 +105,16 @@ class LoRAConfig:
         if not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"{name} must hold names, got {value!r}")
         object.__setattr__(self, name, names)
+
+    @functools.cached_property
+    def ranks(self) -> Patterns[int]:
+        """``rank_pattern``, ready to be asked for each module."""
+        return Patterns(self.rank_pattern)
+
+    @functools.cached_property
+    def alphas(self) -> Patterns[float]:
+        """``alpha_pattern``, ready to be asked for each module."""
+        return Patterns(self.alpha_pattern)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """``alpha / rank``, or ``alpha / sqrt(rank)`` with rsLoRA (https://arxiv.org/abs/2312.03732)."""

@@ -9,11 +9,11 @@ from torch import nn
 from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.lora import LoRALinear, QLoRALinear
 from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
+from tt_peft.patterns import named
 from tt_peft.saved import SavedModule
 from tt_peft.targets import (
     check_plain_weight,
     is_linear,
-    matches,
     output_projection_names,
     own_modules,
     router_names,
@@ -45,7 +45,7 @@ def quantizable_names(model: nn.Module, *, skip: Sequence[str] = ("lm_head",), s
     """Names of the linear layers to quantize: none of ``skip`` or inside of modules trained in full."""
     modules = own_modules(model)
     skipped = {*router_names(model), *(output_projection_names(model) if "lm_head" in skip else ())}
-    skipped |= {name for name in modules if any(matches(s, name) for s in skip)}
+    skipped |= set(named(skip, modules))
     skipped |= set(select([s for s in skip if s != "lm_head"], list(modules), what="quantize_skip"))
     trained = (*saved, *(name for name, m in modules.items() if isinstance(m, SavedModule)))
     used = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))

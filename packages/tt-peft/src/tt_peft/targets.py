@@ -2,8 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -11,23 +10,10 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule
 from tt_peft.nf4 import NF4Linear
+from tt_peft.patterns import check_expression, known, named
 from tt_peft.switch import clean_name, unwrapped
 
-V = TypeVar("V")
-
 _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
-
-
-def matches(target: str, name: str) -> bool:
-    """Whether the name ``target`` means the dotted ``name``: all of it, or its last whole parts."""
-    return name == target or name.endswith("." + target)
-
-
-def check_expression(target: str) -> None:
-    try:
-        re.compile(target)
-    except re.error as error:
-        raise ValueError(f"{target!r} is not a valid regular expression: {error}") from None
 
 
 def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> list[str]:
@@ -40,11 +26,10 @@ def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> 
         chosen = full_matches(targets, names)
         if chosen:
             return chosen
-    known = (targets,) if isinstance(targets, str) else targets
-    for target in known:
-        if not any(matches(target, name) for name in names):
-            raise ValueError(f"{what}: {target!r} matches no module{_hint(targets, target, names)}")
-    return [name for name in names if any(matches(target, name) for target in known)]
+    given = (targets,) if isinstance(targets, str) else targets
+    if unknown := sorted(set(given) - set(known(given, names)), key=list(given).index):
+        raise ValueError(f"{what}: {unknown[0]!r} matches no module{_hint(targets, unknown[0], names)}")
+    return named(given, names)
 
 
 def full_matches(expression: str, names: Iterable[str]) -> list[str]:
@@ -72,17 +57,6 @@ def nearest(target: str, names: Iterable[str], *, limit: int = 12) -> str:
     )
     listed = ", ".join(leaves[:limit]) + (", ..." if len(leaves) > limit else "")
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (there are: {listed or 'none'})"
-
-
-def first_match(patterns: Mapping[str, V], name: str, default: V) -> V:
-    """The value of the first pattern that means ``name``."""
-    return next((value for pattern, value in patterns.items() if pattern_matches(pattern, name)), default)
-
-
-def pattern_matches(pattern: str, name: str) -> bool:
-    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` means ``name``: an expression for its last whole parts."""
-    check_expression(pattern)
-    return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
 
 
 def is_linear(module: nn.Module) -> bool:
