@@ -125,7 +125,8 @@ def _as_tensors(batch: Any) -> Any:
 
 
 def _describe(steps: Steps, step: int, what: str) -> str:
-    cure = "look for the kernel's out-of-memory killer" if what == "died" else "raise timeout_s (data.worker_timeout_s of a run) if rows take long"
+    longer = "raise timeout_s (data.worker_timeout_s of a run) if rows take long"
+    cure = "look for the kernel's out-of-memory killer" if what == "died" else longer
     return (
         f"step {step}: a data worker {what} while it prepared the rows {steps.places(step)} or the next ones; "
         f"{cure}, or set num_workers: 0"

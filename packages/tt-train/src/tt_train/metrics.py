@@ -1,6 +1,5 @@
 """Where the figures of a run go: metrics.jsonl always, other loggers by name."""
 
-import importlib.util
 import os
 import resource
 import sys
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 
 from tt_train.config import RunConfig, to_dict
-from tt_train.errors import ConfigError
 from tt_train.registry import LOGGERS, resolve
 from tt_train.run_dir import RunDir, read_json
 
@@ -24,7 +22,7 @@ def open_loggers(config: RunConfig, run: RunDir, step: int) -> Iterator[list[Log
     """The loggers that the config names, closed at the end, whatever ends it; ``step``: what the run continues from.
 
     A logger is what ``factory(run, config, step)`` gives: a function that takes a row of metrics.jsonl. What it
-    holds of later steps belongs to an abandoned continuation. ConfigError if a logger's package is not installed.
+    holds of later steps belongs to a continuation that was given up.
     """
     with ExitStack() as stack:
         loggers: list[Logger] = []
@@ -40,8 +38,6 @@ class TensorBoard:
     """Scalars under ``tb/``, for ``tensorboard --logdir RUN/tb``."""
 
     def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
-        if importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError(["loggers: tensorboard is not installed; pip install tensorboard, or leave it out"])
         from torch.utils.tensorboard.writer import SummaryWriter
 
         folder = run.path / "tb"
@@ -61,8 +57,6 @@ class WandB:
     """A Weights & Biases run named like the run directory. Its id is in manifest.json: a resumed run continues it."""
 
     def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(["loggers: wandb is not installed; pip install wandb, or leave it out"])
         import wandb
 
         self.run = wandb.init(
