@@ -343,6 +343,7 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
     ({"head_dim": 16}, {"to": "meta"}, "head_dim 16 beside hidden_size 32 and 4 heads cannot be said"),
     ({"head_dim": 16, "final_logit_softcapping": 30.0}, {"to": "torchtune"},
      "final_logit_softcapping 30.0, head_dim 16"),
+    ({"vocab_size": 64}, {"to": "hf"}, "vocab_size 64, but model.embed_tokens.weight has 65 rows; set"),
     ({"partial_rotary_factor": 0.5}, {"to": "torchtune"}, "partial_rotary_factor 0.5 cannot be said"),
     ({"model_type": "gemma2", "head_dim": 8, "layer_types": ["full_attention"] * 3}, {"to": "torchtune"},
      "layer_types in another order.*tie_word_embeddings false of gemma2"),

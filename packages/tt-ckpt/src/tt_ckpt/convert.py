@@ -26,7 +26,7 @@ from tt_ckpt.layout import choose_layout, read_layout, write_layout
 from tt_ckpt.limits import refuse_unsaid
 from tt_ckpt.meta import write_meta
 from tt_ckpt.torchtune import write_torchtune
-from tt_ckpt.weights import Weights, cast, compare
+from tt_ckpt.weights import EMBEDDING, Weights, cast, compare
 
 Format = Literal["hf", "meta", "torchtune"]
 FORMATS = ("hf", "meta", "torchtune")
@@ -84,6 +84,7 @@ def convert(
     directory, weights = _open(source, allow_pickle, base)
     if not weights.config:
         raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
+    _check_vocabulary(weights, directory)
     if to != "hf":
         refuse_unsaid(weights.config, to)
     weights = weights if dtype is None else cast(weights, dtype)
@@ -130,6 +131,16 @@ def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Pa
     from tt_ckpt.gguf_model import from_gguf
 
     return file, from_gguf(file, tokenizer=base is None or not has_tokenizer(base))
+
+
+def _check_vocabulary(weights: Weights, directory: Path) -> None:
+    """A resized embedding whose config was not told: every reader of the new files would stumble over it."""
+    stated, embedding = weights.config.get("vocab_size"), weights.specs.get(EMBEDDING)
+    if stated is not None and embedding is not None and stated != embedding.shape[0]:
+        raise ValueError(
+            f"{directory}: config.json: vocab_size {stated}, but {EMBEDDING} has {embedding.shape[0]} rows; "
+            f"set vocab_size to {embedding.shape[0]}, or take the weights that were saved with this config"
+        )
 
 
 def _write(
