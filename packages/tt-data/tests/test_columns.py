@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -114,13 +115,18 @@ def test_a_message_of_a_tree_is_not_a_text(chatml: Any) -> None:
     for columns in (row, {"parent_id": None, "text": "hello"}, {"role": "assistant", "text": "hello"}):
         with pytest.raises(ValueError, match="a row is one message here .* write each conversation as one row first"):
             load_dataset([columns], chatml)
+    for columns in ({"id": 0, "role": "user", "message": "hello"}, {"from": "human", "value": "hello"}):
+        with pytest.raises(ValueError, match="a row is one message here"):
+            load_dataset([columns], chatml)
     assert whole(load_dataset([row], chatml, schema="text")).startswith("hello")
     assert whole(load_dataset([{"text": "hello", "role": "teacher"}], chatml)).startswith("hello")
 
 
 def test_questions_and_answers_get_a_suggestion(chatml: Any) -> None:
-    with pytest.raises(ValueError, match=r"did you mean columns=\{'prompt': 'question', 'completion': 'answer'\}\?"):
-        load_dataset([{"question": "a", "answer": "b"}], chatml)
+    for prompt, completion in (("question", "answer"), ("input", "output"), ("problem", "solution")):
+        hint = f"did you mean columns={{'prompt': '{prompt}', 'completion': '{completion}'}}?"
+        with pytest.raises(ValueError, match=re.escape(hint)):
+            load_dataset([{prompt: "a", completion: "b"}], chatml)
 
 
 @pytest.mark.parametrize("name", ["messages", "text", "prompt", "completion", "chosen", "rejected"])

@@ -120,3 +120,34 @@ def test_sharegpt_rows_become_messages_under_torchtunes_name() -> None:
         ]
     with pytest.raises(ValueError, match="no column 'conversations', the row has 'messages'"):
         sharegpt_to_llama2_messages({"messages": []})
+
+
+def test_turns_in_columns_are_turns(chatml: Any) -> None:
+    """As ``datasets`` stores a sequence of objects: an object of lists."""
+    rows = [
+        {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
+        {"conversations": {"from": ["human", "gpt"], "value": ["a", "b"]}},
+        {"prompt": {"role": ["user"], "content": ["a"]}, "completion": {"role": ["assistant"], "content": ["b"]}},
+        {"messages": json.dumps({"role": ["user", "assistant"], "content": ["a", "b"]})},
+    ]
+    expected = load_dataset([{"messages": [U, A]}], chatml)[0]
+    assert [load_dataset([row], chatml)[0] for row in rows] == [expected] * 4
+    uneven = {"messages": {"role": ["user", "assistant"], "content": ["a"]}}
+    assert "expected a list of messages, found dict" in load_dataset([rows[0], uneven], chatml).report["problems"][0]
+
+
+def test_a_wrong_turn_names_its_column(chatml: Any) -> None:
+    rows = [{"prompt": "p ", "chosen": "a", "rejected": text} for text in ("b", ["b", "c"])]
+    (problem,) = load_dataset(rows, chatml).report["problems"]
+    assert problem == "rows:1: column 'rejected': message 0 is str, expected an object with role and content"
+
+
+def test_a_system_message_or_a_tools_answer_may_say_nothing(chatml: Any) -> None:
+    expected = load_dataset([{"messages": [U, A]}], chatml)[0]
+    for nothing in ("", " ", None):
+        system = {"role": "system", "content": nothing}
+        assert load_dataset([{"messages": [system, U, A]}], chatml)[0] == expected
+        call = {"role": "assistant", "content": None, "tool_calls": CALLED}
+        assert [m.content for m in read_messages([U, call, {"role": "tool", "content": nothing}, A])][2] == (
+            nothing or ""
+        )

@@ -35,6 +35,9 @@ FILES: list[tuple[str, bytes, str]] = [
     ("rows.jsonl", GOOD.replace("\n", "\r").encode() * 2, ":1:18: broken JSON (Extra data)"),
     ("rows.csv", b'prompt,completion\na,"b\nc,d\ne,f\n', ":2: broken csv (unexpected end of data)"),
     ("rows.csv", b'text\n"a"b\n', ":2: broken csv"),
+    ("rows.csv", b"prompt;completion\na;b\n", ":1: one column called 'prompt;completion': its separator is ';', exp"),
+    ("rows.csv", b"prompt\tcompletion\na\tb\n", "its separator is '\\t', expected ','; call it .tsv"),
+    ("rows.tsv", b"prompt,completion\na,b\n", "its separator is ',', expected '\\t'; call it .csv"),
     ("rows.csv", b"text,text\na,b\n", ":1: two columns are called 'text'"),
     ("rows.csv", b"text,b\na,b\nc\n", ":3: 1 values, but the header has 2 columns"),
 ]  # fmt: skip

@@ -27,8 +27,9 @@ def read_messages(turns: Any) -> list[Message]:
     ``weight: 0`` (OpenAI), ``train: false``, ``masked: true`` and their like mask a turn; content lists are joined if
     they are text; calls in the older ``function_call`` and in sharegpt's turns of that name become ``tool_calls``.
     """
-    if isinstance(turns, str) and turns.lstrip().startswith("["):
+    if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
         turns = read_json(turns, "messages")
+    turns = _by_turn(turns)
     if turns is None:
         raise BadRowError("null", "the list of messages is null")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
@@ -38,6 +39,8 @@ def read_messages(turns: Any) -> list[Message]:
     messages: list[Message] = []
     for i, turn in enumerate(turns):
         message = _message(turn, i)
+        if message.role == "system" and not message.content.strip() and i == 0 and len(turns) > 1:
+            continue  # it says nothing: the template writes what it writes without one
         if _is_call(turn) and messages and messages[-1].role == "assistant":
             message = _joined(messages.pop(), message, i)
         messages.append(message)
@@ -65,9 +68,19 @@ def messages_or_text(value: Any) -> Any:
     return as_turns(value) or value
 
 
+def _by_turn(value: Any) -> Any:
+    """``{"role": [...], "content": [...]}``, as columnar files may hold turns, as a list of turns."""
+    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
+        same = len({len(column) for column in value.values()}) == 1
+        if same and ("role" in value or "from" in value):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    return value
+
+
 def as_turns(value: Any) -> list[Any] | None:
     """``value`` as a list of turns, None if it is something else."""
-    turns = [value] if isinstance(value, Mapping) else value
+    turns = _by_turn(value)
+    turns = [turns] if isinstance(turns, Mapping) else turns
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         return None
     if all(isinstance(t, Message) or (isinstance(t, Mapping) and ("role" in t or "from" in t)) for t in turns):
@@ -110,6 +123,8 @@ def _message(turn: Any, i: int) -> Message:
         name = normal_role(role)
     except ValueError as error:
         raise BadRowError("unknown role", f"message {i}: {error}") from None
+    if name in ("system", "tool") and all(turn.get(key) is None for key in ("content", "value", "text")):
+        turn = {**turn, "content": ""}  # a tool may return nothing
     masked = _is_masked(turn, i)
     extra = {key: value for key, value in turn.items() if key not in _NOT_EXTRA and value is not None}
     older = extra.pop("function_call", None)

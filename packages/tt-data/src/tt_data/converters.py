@@ -115,9 +115,9 @@ def read_plain_completion(row: Row, columns: Columns) -> Completion:
 
 def answered(row: Row, columns: Columns, prompt: Any, answer: Any, *, name: str) -> Conversation:
     """A prompt (text, turns, or None), masked, and the answer (text or turns) in column ``name``."""
-    after = read_messages(answer) if isinstance(answer, list) else [Message("assistant", as_text(answer, name))]
+    after = turns_of(answer, name) if isinstance(answer, list) else [Message("assistant", as_text(answer, name))]
     if isinstance(prompt, list):
-        before = read_messages(prompt)
+        before = turns_of(prompt, "prompt")
     else:
         before = [Message("user", as_text(prompt, "prompt"))] if prompt else []
     before = [*history(row, columns), *before]
@@ -128,6 +128,14 @@ def answered(row: Row, columns: Columns, prompt: Any, answer: Any, *, name: str)
         before = []
     before = [replace(message, masked=True) for message in before[: len(before) - held]]
     return replace(conversation(row, columns, [*before, *after]), notes=notes)
+
+
+def turns_of(value: Sequence[Any], name: str) -> list[Message]:
+    """The messages in column ``name``, which a BadRowError names."""
+    try:
+        return read_messages(value)
+    except BadRowError as bad:
+        raise BadRowError(bad.reason, f"column {name!r}: {bad}") from None
 
 
 def _overlap(before: Sequence[Message], after: Sequence[Message]) -> int:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tt_data.sources import Placed, file_kind, read_rows, without_nulls
+from tt_data.nulls import without_nulls
+from tt_data.sources import Placed, file_kind, read_rows
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 

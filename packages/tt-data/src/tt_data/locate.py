@@ -13,7 +13,8 @@ from typing import Any
 from tt_data.compressed import compression, is_unread
 from tt_data.folders import left_out, local_files
 from tt_data.hub import HUB_ID, Part, open_hub, rows_from
-from tt_data.sources import READERS, Placed, file_kind, null_for_nan, read_rows, without_nulls
+from tt_data.nulls import null_for_nan, without_nulls
+from tt_data.sources import READERS, Placed, file_kind, read_rows
 
 NO_PART = Part()
 _BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets library that mean: the files that are named

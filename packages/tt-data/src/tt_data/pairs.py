@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tt_data.cells import Columns, Row, TrackedRow, as_text, find, optional, text, turns_or_text
-from tt_data.conversations import messages_or_text, read_messages
+from tt_data.conversations import messages_or_text
 from tt_data.converters import (
     ADDED,
     CHAT_COLUMNS,
@@ -15,6 +15,7 @@ from tt_data.converters import (
     has_turns_before,
     instruction_of,
     refuse_without_end,
+    turns_of,
 )
 from tt_data.examples import BadRowError, Completion, Conversation, Pair
 from tt_data.messages import Message
@@ -58,7 +59,9 @@ def _prompt(row: Row, columns: Columns, sides: dict[str, Any]) -> tuple[Any, boo
     if find(row, columns, *QUESTIONS):
         found = turns_or_text(row, columns, *QUESTIONS)
         return (found if isinstance(found, list) else text(row, columns, *QUESTIONS)), True
-    holds_it = any(isinstance(side, list) and read_messages(side)[0].role != "assistant" for side in sides.values())
+    holds_it = any(
+        isinstance(side, list) and turns_of(side, name)[0].role != "assistant" for name, side in sides.items()
+    )
     if find(row, columns, *CHAT_COLUMNS) and not holds_it:
         return turns_or_text(row, columns, *CHAT_COLUMNS), True
     return None, False

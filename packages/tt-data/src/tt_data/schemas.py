@@ -29,7 +29,7 @@ from tt_data.pairs import QUESTIONS, read_pair
 _TREE = ("parent_id", "message_tree_id")  # OpenAssistant's: a row is one message of a tree
 # What people call our columns, for suggestions.
 _ALSO_CALLED: Mapping[str, Sequence[str]] = {
-    "prompt": ("question", "query", "problem", "source", "instruction"),
+    "prompt": ("question", "query", "problem", "source", "instruction", "input"),
     "completion": ("answer", "solution", "target", "reply", "output", "generation"),
     "messages": ("chat", "dialog", "dialogue", "turns"),
     "chosen": ("preferred", "accepted", "response_j"),
@@ -123,11 +123,11 @@ def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
 
 
 def _no_schema(row: Row, columns: Columns) -> str:
-    if "text" in row:
-        tree = _names(name for name in ("role", *_TREE) if name in row)
+    role = next((name for name in ("role", "from", *_TREE) if name in row), None)
+    if role is not None and (role in _TREE or is_role(row[role])):
         return (
-            f"a row is one message here (it has {tree}), not a text; write each conversation as one row first (of a "
-            "tree: from its root to each leaf), or read every message as text with schema=text"
+            f"a row is one message here (it has {role!r}), expected a conversation; write each conversation as one row "
+            "first (of a tree: from its root to each leaf), or read every message as text with schema=text"
         )
     wanted = "; ".join(f"{s.name}: {' + '.join('/'.join(names) for names in s.columns)}" for s in SCHEMAS.values())
     return f"no known schema has the columns {_names(row)}, expected one of ({wanted}){_suggestion(row, columns)}"

@@ -7,11 +7,12 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tt_data.compressed import UNPACKED, compression, open_binary
+from tt_data.nulls import without_nulls
 
 Row = dict[str, Any]
 Placed = tuple[int, Row]  # the line (or row) number that a message names, and the row
@@ -194,6 +195,7 @@ def read_csv(path: Path) -> Iterator[Placed]:
             twice = [name for name, count in Counter(reader.fieldnames or ()).items() if count > 1]
             if twice:
                 raise data_error(path, 1, f"two columns are called {twice[0]!r}")
+            _refuse_separator(path, reader.fieldnames or (), delimiter)
             for row in reader:
                 if None in row or None in row.values():
                     count = len(row.get(None, ())) + sum(v is not None for k, v in row.items() if k is not None)
@@ -205,6 +207,15 @@ def read_csv(path: Path) -> Iterator[Placed]:
             raise data_error(path, start, f"not UTF-8 ({error.reason})") from None
         except csv.Error as error:
             raise data_error(path, start, f"broken csv ({error})") from None
+
+
+def _refuse_separator(path: Path, names: Sequence[str], delimiter: str) -> None:
+    """One column whose name holds another separator is a file of another kind."""
+    others = [mark for mark in (";", "\t", ",", "|") if mark != delimiter and len(names) == 1 and mark in names[0]]
+    if others:
+        cure = {"\t": "call it .tsv", ",": "call it .csv"}.get(others[0], "save it with commas")
+        found = f"one column called {names[0]!r}: its separator is {others[0]!r}, expected {delimiter!r}"
+        raise data_error(path, 1, f"{found}; {cure}")
 
 
 def read_parquet(path: Path, start: int = 0) -> Iterator[Placed]:
@@ -248,27 +259,6 @@ def read_arrow(path: Path) -> Iterator[Placed]:
                     yield number, without_nulls(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise data_error(path, None, f"not a whole arrow file ({_one_line(error)})") from None
-
-
-def without_nulls(row: Mapping[str, Any]) -> Row:
-    """A row of a columnar file, whose objects all have the same keys, as it was before: a key that an object below the
-    columns has no value for was not there (an argument that only another tool takes). NaN is null."""
-    return {name: _without_nulls(value) for name, value in row.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else null_for_nan(value)
-
-
-def null_for_nan(value: Any) -> Any:
-    """``value`` with None for every NaN in it, which is how pandas writes what is missing."""
-    if isinstance(value, float):
-        return None if value != value else value
-    if isinstance(value, dict):
-        return {key: null_for_nan(item) for key, item in value.items()}
-    return [null_for_nan(item) for item in value] if isinstance(value, list) else value
 
 
 READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {
