@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,14 @@ def test_the_copy_with_the_config_repeats_the_run(tt, run):
     assert tt("run", "own/mine.py", "--config", "own/config.yaml", "-o", "again").code == 0
     assert [row["loss"] for row in read(Path("again"))[2]] == [row["loss"] for row in read(run)[2]]
     assert (Path("again") / "mine.py").read_text() == OWN
+
+
+def test_every_command_that_is_shown_for_a_run_names_its_recipe(tt, run):
+    page = (run / "report.html").read_text()
+    assert "tt run own/mine.py --config own/config.yaml</pre>" in page
+    for path in ("adapter", "checkpoints"):
+        shutil.rmtree(run / path)
+    assert "resume it: tt run own/mine.py --config own/config.yaml -o own --resume auto" in tt("chat", "own").err
 
 
 def test_another_recipe_or_a_changed_one_does_not_repeat_it_unasked(tt, run, words):
@@ -187,11 +196,23 @@ def test_allow_import_finds_modules_in_the_working_folder(tt, tt_process, words)
     assert (answer.code, answer.out) == (0, "a\n"), answer.err
     assert tt("run", "sft", *words, "-o", "b").code == 0
     assert read(Path("a"))[2][0]["loss"] == pytest.approx(3 * read(Path("b"))[2][0]["loss"], rel=1e-5)
+    assert read(Path("a"))[1]["imports"] == {"tripling": hashlib.sha256(LOSS.encode()).hexdigest()}
+    assert "tt run a/config.yaml --allow-import tripling</pre>" in (Path("a") / "report.html").read_text()
     assert "--allow-import tripling" in tt("validate", "sft", *words, named[0]).err
     assert "has no such name; did you mean 'tripled'?" in tt(
         "validate", "sft", *words, "loss.name=tripling.tripeld", "--allow-import", "tripling").err  # fmt: skip
     assert "did you mean 'tripling'?" in tt(
         "validate", "sft", *words, "loss.name=triplng.tripled", "--allow-import", "triplng").err  # fmt: skip
+
+
+def test_a_run_is_not_resumed_with_a_loss_that_has_changed(tt_process, words):
+    Path("tripling.py").write_text(LOSS)
+    named = ["loss.name=tripling.tripled", "--allow-import", "tripling", "-o", "a"]
+    assert tt_process("run", "sft", *words, *named, python=["-P"]).code == 0
+    Path("tripling.py").write_text(LOSS.replace("3 *", "4 *"))
+    answer = tt_process("run", "sft", *words, "max_steps=4", *named, "--resume", "auto", python=["-P"])
+    assert answer.code == 2
+    assert "--resume: tripling: its file has sha256 " in answer.err
 
 
 def test_a_recipe_file_may_import_an_allowed_module_of_the_working_folder(tt_process, words):

@@ -12,7 +12,9 @@ import tt_models
 import tt_peft
 from tt_train.errors import ConfigError
 from tt_train.origin import Base, Origin, find_origin
+from tt_train.recipe_file import repeating
 from tt_train.resized import fit_vocabulary_
+from tt_train.run_dir import read_json
 from tt_train.serving import load_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,9 +108,8 @@ def _load_stopped(origin: Origin, device: torch.device, adapter: bool) -> tt_mod
     checkpoints = tt_ckpt.TrainCheckpoint(run / "checkpoints")
     newest = checkpoints.latest()
     if newest is None:
-        raise ConfigError(
-            [f"{run}: neither results nor a checkpoint; resume it: tt run {run}/config.yaml -o {run} --resume auto"]
-        )
+        again = repeating(run, read_json(run / "manifest.json"))
+        raise ConfigError([f"{run}: neither results nor a checkpoint; resume it: {again} -o {run} --resume auto"])
     moved = [] if origin.model is None else [f"model.path={origin.model}"]
     config = compose_run(run, [f"device={device}", *moved])
     dtype = _assemble.DTYPES[config.model.dtype]

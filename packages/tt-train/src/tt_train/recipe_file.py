@@ -8,7 +8,7 @@ import importlib.util
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,14 @@ def recipe_of(config: "RunConfig") -> Any:
 def copy_of(config: "RunConfig") -> RecipeFile | None:
     """What a run keeps beside its config; None for a recipe that comes with the package."""
     return _LOADED.get(config.recipe_sha256 or "")
+
+
+def repeating(run: Path, manifest: Mapping[str, Any]) -> str:
+    """What a user types to run the config of a run directory again: its recipe file and what it may import included."""
+    config, name = shlex.quote(str(run / "config.yaml")), str(manifest.get("recipe"))
+    recipe = f"{shlex.quote(str(run / Path(name).name))} --config {config}" if name.endswith(".py") else config
+    allowed = [f" --allow-import {shlex.quote(module)}" for module in sorted(manifest.get("imports") or {})]
+    return f"tt run {recipe}{''.join(allowed)}"
 
 
 def check_recipe(said: str, sha256: str | None, where: str, file: Path | None, typed: str | RecipeFile | None) -> None:

@@ -1,5 +1,6 @@
 """Names that a config or a command may use, and what they stand for. Importing this loads no torch, no recipe."""
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -127,6 +128,17 @@ def _import_mistakes(key: str, name: str, module: str) -> list[str]:
     except Exception as error:  # the module's own
         return [f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}"]
     return []
+
+
+def imports_of(config: "RunConfig") -> dict[str, str | None]:
+    """The modules behind dotted names of a config, each with the SHA-256 of its file: a run is what they say, too."""
+    found: dict[str, str | None] = {}
+    for name in (config.optimizer.name, config.loss.name, *config.loggers):
+        module = name.rpartition(".")[0]
+        if module in sys.modules:
+            file = getattr(sys.modules[module], "__file__", None)
+            found[module] = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
+    return found
 
 
 _ALLOWED: set[str] = set()  # dotted names that this process was allowed to import, on its command line

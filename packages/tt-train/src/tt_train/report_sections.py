@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tt_train.config import AdapterSection, SFTConfig, to_dict
+from tt_train.recipe_file import repeating
 from tt_train.report_headline import DASH
 from tt_train.report_run import Run, differences, flatten, value_at
 from tt_train.report_samples import clipped, dot
@@ -125,7 +126,7 @@ def reproduce_section(runs: Sequence[Run]) -> str:
         if command:
             text = shlex.join(str(word) for word in command) if isinstance(command, list) else str(command)
             commands.append((f"What made {what}", text))
-        commands.append((f"Repeat {what} from its resolved config", f"tt run {_typed(run.path / 'config.yaml')}"))
+        commands.append((f"Repeat {what} from its resolved config", repeating(_near(run.path), run.manifest)))
         if len(runs) == 1:
             commands.append(("Talk to it", f"tt chat {_typed(run.path)}"))
     commands.append(("Write this page again", "tt report " + " ".join(_typed(run.path) for run in runs)))
@@ -138,9 +139,14 @@ def reproduce_section(runs: Sequence[Run]) -> str:
 
 
 def _typed(path: Path) -> str:
-    """As one would type it: relative where the path is below the working directory."""
+    """As one would type it."""
+    return shlex.quote(str(_near(path)))
+
+
+def _near(path: Path) -> Path:
+    """Relative if the path is below the working directory."""
     here, absolute = Path.cwd(), path.absolute()
-    return shlex.quote(str(absolute.relative_to(here) if absolute.is_relative_to(here) else path))
+    return absolute.relative_to(here) if absolute.is_relative_to(here) else path
 
 
 def manifest_section(runs: Sequence[Run]) -> str:

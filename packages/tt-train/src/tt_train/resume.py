@@ -9,6 +9,7 @@ import tt_ckpt
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.recipes._assemble import Job
+from tt_train.registry import imports_of
 from tt_train.run_dir import is_run, list_runs, new_path, read_json
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
@@ -93,6 +94,16 @@ def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in _MAY_CHANGE
+    ]
+
+
+def changed_imports(manifest: dict[str, Any], config: RunConfig) -> list[str]:
+    """A line for each module of a loss, optimizer or logger whose file is not that of the run any more."""
+    before = manifest.get("imports") or {}
+    return [
+        f"{module}: its file has sha256 {str(now)[:12]}, the run began with {str(before[module])[:12]}"
+        for module, now in imports_of(config).items()
+        if before.get(module) not in (None, now)
     ]
 
 

@@ -16,8 +16,9 @@ from tt_train.optim import rate_change
 from tt_train.recipe_file import copy_of
 from tt_train.recipes._assemble import Job
 from tt_train.recipes._end import data_facts, precision, result_bytes
-from tt_train.resume import changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
-from tt_train.run_dir import RunDir, new_path, probe_writable, read_rows
+from tt_train.registry import imports_of
+from tt_train.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
+from tt_train.run_dir import RunDir, new_path, probe_writable, read_json, read_rows
 from tt_train.serving import TEMPLATE_FILE, own_template
 from tt_train.training_state import TrainingState
 
@@ -30,7 +31,8 @@ def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir
     origin = find_origin(job.config, resume)
     if origin is None:
         return _new_run(job), None
-    if changed := changed_keys(saved_config(origin.run), job.config):
+    manifest = read_json(origin.run / "manifest.json")
+    if changed := changed_keys(saved_config(origin.run), job.config) + changed_imports(manifest, job.config):
         raise ConfigError(
             [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
         )
@@ -102,6 +104,7 @@ def _manifest(job: Job) -> dict[str, Any]:
         "state": "running",
         "recipe": job.config.recipe,
         "recipe_sha256": job.config.recipe_sha256,
+        "imports": imports_of(job.config),
         "method": job.method,
         "base_model": job.base_model,
         "tokenizer": job.tokenizer.fingerprint,

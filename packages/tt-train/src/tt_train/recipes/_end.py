@@ -15,6 +15,7 @@ import tt_peft
 from tt_train.console import Console
 from tt_train.headline import part_name, tokens_per_second, training_loss
 from tt_train.model_card import model_card
+from tt_train.recipe_file import repeating
 from tt_train.recipes._assemble import Job
 from tt_train.recipes._rows import count_rows
 from tt_train.recipes._watch import Watch
@@ -140,10 +141,8 @@ def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: in
         f"lowest held-out loss: {best['eval_loss']:.4f} at step {best['step']:,}; the result is of step {steps:,}"
     )
     if best["checkpoint"] is not None:
-        path = shlex.quote(str(run.path))
-        console.note(
-            f"  tt run {path}/config.yaml max_steps={best['step']} -o {path}-best --resume {path}/{best['checkpoint']}"
-        )
+        path, again = shlex.quote(str(run.path)), repeating(run.path, read_json(run.path / "manifest.json"))
+        console.note(f"  {again} max_steps={best['step']} -o {path}-best --resume {path}/{best['checkpoint']}")
 
 
 def _write_card(job: Job, run: RunDir, summary: dict[str, Any]) -> None:
