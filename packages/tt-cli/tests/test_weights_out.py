@@ -79,6 +79,10 @@ def test_a_certificate_is_json(tt, bare_model, tmp_path):
     assert "equal within rounding" in words.out
     assert "transformers" in words.out.splitlines()[0]
     assert words.err == ""
+    (tmp_path / "notes.json").write_text('{"mine": 1}')
+    refused = tt("verify", str(bare_model), "-o", str(tmp_path / "notes.json"))
+    assert (refused.code, "notes.json exists and is not a certificate" in refused.err) == (2, True)
+    assert tt("verify", str(bare_model), "-o", str(tmp_path / "certificate.json")).code == 0  # an older one
 
 
 @pytest.mark.parametrize("verb", ["merge", "export"])
