@@ -42,6 +42,19 @@ def test_a_prompt_alone_is_for_the_newest_run(tt, beside_the_run):
     assert (answer["model"], answer["prompt"]) == (str(beside_the_run), "Repeat the word red.")
 
 
+def test_an_answer_that_is_cut_says_so_unless_its_length_was_asked_for(tt, lora_run, monkeypatch):
+    from tt_cli.talk import Speaker
+
+    assert generate(tt, str(lora_run), "red", "--max-new-tokens", "1")["cut"]
+    assert tt("generate", str(lora_run), "red", "--max-new-tokens", "1").err == ""
+    monkeypatch.setattr("tt_models.stream", lambda *_, max_new_tokens, **__: iter([70] * max_new_tokens))
+    assert "tokens, where the model's context ends)" in tt("generate", str(lora_run), "red").err
+    monkeypatch.setattr(Speaker, "prompt_ids", lambda *_: [1] * 127)
+    assert "(cut after 1 tokens, where" in tt("generate", str(lora_run), "red").err
+    monkeypatch.setattr("tt_models.stream", lambda *_, **__: iter([]))
+    assert tt("generate", str(lora_run), "red").err == ""
+
+
 def test_two_prompts_are_one_too_many(tt, lora_run):
     answer = tt("generate", str(lora_run), "red", "-p", "blue")
     assert answer.code == 2

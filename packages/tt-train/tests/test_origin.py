@@ -182,6 +182,17 @@ def test_a_tokenizer_without_a_template_beside_an_adapter_keeps_the_bases(adapte
     assert served(tmp_path / "out")[1].startswith("<|im_start|>user")
 
 
+def test_what_ends_a_turn_of_the_bases_own_template_goes_into_the_generation_settings(model_dir, words, tmp_path):
+    base = tmp_path / "base"  # a base model: its text ends with another token than its chat template's turns
+    shutil.copytree(model_dir, base)
+    config = json.loads((base / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
+    more = [f"model.path={base}", "adapter.rank=2", "max_steps=1", f"output_dir={tmp_path / 'run'}"]
+    tt_train.merge_run(sft.main(compose("sft", overrides=[*words, *more])), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+
+
 @pytest.mark.parametrize("kind", ["adapter", "run"])
 def test_generation_settings_beside_an_adapter_or_run_go_before_the_bases(model_dir, words, tmp_path, kind):
     if kind == "run":
@@ -236,6 +247,23 @@ def test_a_base_that_moved_is_named_with_the_file_that_names_it_and_can_be_given
     assert torch.equal(logits(folder, base=new), expected)
     tt_train.merge_run(folder, tmp_path / "out", base=new)
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_quantized_base_is_answered_with_the_way_to_give_another(model_dir, tmp_path):
+    base = tmp_path / "base-bnb-4bit"
+    shutil.copytree(model_dir, base)
+    adapter = write_adapter(base, tmp_path / "adapter")
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"adapter_config.json: names the base model .*quantized.*--base DIR"):
+        tt_train.load(adapter)
+    assert logits(adapter, base=model_dir).shape[-1] == 400
+
+
+def test_a_folder_that_holds_an_adapter_names_it(model_dir, tmp_path):
+    write_adapter(model_dir, tmp_path / "saved" / "reward")
+    with pytest.raises(ConfigError, match="reward is an adapter; give that"):
+        tt_train.load(tmp_path / "saved")
 
 
 def test_another_base_than_the_adapters_own_is_refused(model_dir, tmp_path):

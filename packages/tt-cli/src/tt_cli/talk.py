@@ -49,6 +49,7 @@ class Speaker:
         self.path = str(path if path is not None else find_run())
         from tt_train import load  # loads torch: a run that is not there is told before
 
+        self.cut = 0  # tokens of the last answer, if it ended at its length and not at a token that ends a turn
         self.model: Any
         self.tokenizer: Any
         self.model, self.tokenizer = load(self.path, adapter=adapter, base=base or None, tell=tell)
@@ -82,6 +83,7 @@ class Speaker:
 
         import tt_models
 
+        self.cut = 0
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
             raise ValueError(f"the prompt has {len(ids)} tokens, {self.path} reads {limit} with its answer; shorten it")
@@ -95,7 +97,23 @@ class Speaker:
             eos_ids=self.tokenizer.eos_ids,
             seed=sampling.seed,
         )
-        return pieces(tokens, self.tokenizer.decode)
+        return pieces(self._counted(tokens, min(sampling.max_new_tokens, limit - len(ids))), self.tokenizer.decode)
+
+    def _counted(self, tokens: Iterator[int], most: int) -> Iterator[int]:
+        """``tokens``; ``cut`` says afterwards whether there would have been more."""
+        number = 0
+        for token in tokens:
+            number += 1
+            yield token
+        self.cut = number if number == most else 0
+
+    def tell_cut(self, sampling: Sampling) -> None:
+        """Say on stderr that the answer was cut, unless its length was asked for."""
+        asked = click.get_current_context().get_parameter_source("max_new_tokens")
+        if self.cut and self.cut < sampling.max_new_tokens:
+            tell(f"(cut after {self.cut} tokens, where the model's context ends)")
+        elif self.cut and asked == click.core.ParameterSource.DEFAULT:
+            tell(f"(cut after {self.cut} tokens; --max-new-tokens allows more)")
 
 
 def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -63,6 +63,8 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
     if base is not None:
         raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base apart from itself"])
     model = tt_ckpt.resolve(str(path))
+    if not (model / "config.json").is_file() and (inside := sorted(model.glob("*/adapter_config.json"))):
+        raise ConfigError([f"{path}: neither a run nor a model, but {inside[0].parent} is an adapter; give that"])
     return Origin(path=folder, model=model, places=(model,))
 
 
@@ -115,7 +117,7 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     if not named:
         raise ConfigError([f"{file}: names no base model ({key}); give --base DIR"])
     try:
-        return tt_ckpt.resolve(_own_model(str(named)))
+        found = tt_ckpt.resolve(_own_model(str(named)))
     except (FileNotFoundError, ValueError) as error:
         why = "which does not exist" if str(named).startswith(("/", ".", "~")) else f"which was not found ({error})"
         raise ConfigError(
@@ -123,6 +125,12 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
         ) from None
     except ConnectionError as error:
         raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
+    if (found / "config.json").is_file() and "quantization_config" in tt_ckpt.read_config(found):
+        raise ConfigError(
+            [f"{file}: names the base model {named}, whose weights are quantized; give the model it was made from: "
+             "--base DIR (with --base nf4 it computes in 4 bits)"]
+        )  # fmt: skip
+    return found
 
 
 def _own_model(path: str) -> str:

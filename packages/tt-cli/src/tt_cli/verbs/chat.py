@@ -91,4 +91,5 @@ def _take_turn(speaker: Speaker, messages: Messages, prompt: str, settings: Samp
         click.echo(f"{error}; /reset forgets the conversation", err=True)
         return
     click.echo()
+    speaker.tell_cut(settings)
     messages.append({"role": "assistant", "content": "".join(answer)})

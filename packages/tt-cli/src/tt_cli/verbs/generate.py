@@ -37,13 +37,15 @@ def command(
         raise click.UsageError("--system needs the chat template, which --raw leaves out: give one of the two")
     speaker = Speaker(model, adapter=not no_adapter, base=base)
     ids = speaker.raw_ids(text) if raw else speaker.prompt_ids(_messages(system, text))
-    answer = speaker.reply(ids, Sampling(**sampling))  # type: ignore[arg-type]
+    settings = Sampling(**sampling)  # type: ignore[arg-type]
+    answer = speaker.reply(ids, settings)
     if as_json:
-        print_json({"model": speaker.path, "prompt": text, "text": "".join(answer)})
+        print_json({"model": speaker.path, "prompt": text, "text": "".join(answer), "cut": bool(speaker.cut)})
         return
     for piece in answer:
         click.echo(piece, nl=False)
     click.echo()
+    speaker.tell_cut(settings)
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
