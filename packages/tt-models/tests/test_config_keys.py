@@ -8,7 +8,8 @@ LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "nu
 
 
 HARMLESS = """_model_name_or_path _anything unsloth_version lora_alpha learning_rate per_device_train_batch_size
-image_token_id vision_start_token_id summary_type z_loss_coef attn_implementation tf_legacy_loss"""
+nemo_version type_vocab_size draft_model_name_or_path image_token_id
+vision_start_token_id summary_type z_loss_coef attn_implementation tf_legacy_loss"""
 
 
 @pytest.mark.parametrize("key", HARMLESS.split())
@@ -41,7 +42,7 @@ def test_a_key_that_is_not_a_field_must_say_what_is_computed(model_type, agrees,
     config = LLAMA | {"model_type": model_type, "num_key_value_heads": 2, "head_dim": 8}
     tt_models.config_from_hf(config | agrees)
     key, value = next(iter(contradicts.items()))
-    with pytest.raises(ValueError, match=f"{key} = .* is not supported, {model_type} is computed with .*remove a key"):
+    with pytest.raises(ValueError, match=f"{key} = .* is not supported, {model_type} is computed with.*remove a key"):
         tt_models.config_from_hf(config | {key: value})
 
 
@@ -83,6 +84,17 @@ def test_the_original_context_length_comes_from_the_rope_or_beside_it_or_is_the_
     assert read({"rope_scaling": rope}) == 64
     with pytest.raises(ValueError, match="original_max_position_embeddings is given twice and differently: 32 and 16"):
         read({"rope_scaling": rope | {length: 16}, length: 32})
+
+
+def test_a_number_of_a_rope_that_its_reference_does_not_read_is_passed_over_if_it_is_neutral():
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    expected = tt_models.config_from_hf(LLAMA | {"rope_scaling": yarn})
+    for extra in ({"attn_factor": 0.88}, {"extrapolation_factor": 1.0}, {"finetuned": True}):
+        assert tt_models.config_from_hf(LLAMA | {"rope_scaling": yarn | extra}) == expected
+    with pytest.raises(ValueError, match="does not know extrapolation_factor"):
+        tt_models.config_from_hf(LLAMA | {"rope_scaling": yarn | {"extrapolation_factor": 2.0}})
+    plain = {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": 16}
+    assert tt_models.config_from_hf(LLAMA | {"rope_scaling": plain}).rope_scaling is None
 
 
 def test_a_window_that_is_used_and_not_given_is_that_of_the_reference():

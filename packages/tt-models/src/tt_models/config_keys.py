@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 WITHOUT_EFFECT_BY_KIND = {
     "provenance and other software": """
-        architectures attn_implementation auto_map base_model base_model_name_or_path dtype finetuning_task framework
-        is_composition is_llama_config language languages license model_name model_name_or_path model_version neuron
-        original_vocab_size pad_to_multiple_of padded_vocab_size params_dtype pretraining_tp task_specific_params
-        tensor_parallel tensor_parallel_degree tensor_parallel_output torch_dtype torchscript use_bfloat16
-        use_cpu_initialization version vocab_file
+        architectures attn_implementation author auto_map base_model base_model_name_or_path checkpoint commit
+        created_by creator datasets date description dtype finetuning_task framework is_composition is_llama_config
+        language languages license metrics model_name model_name_or_path model_version neuron original_vocab_size
+        pad_to_multiple_of padded_vocab_size params_dtype pretraining_tp revision source tags task_specific_params
+        tensor_parallel tensor_parallel_degree tensor_parallel_output torch_dtype torchscript type_vocab_size
+        use_bfloat16 use_cpu_initialization version vocab_file
     """,
     "other heads, and what a forward pass hands out": """
         classifier_activation classifier_bias classifier_dropout head_dtype id2label is_decoder
@@ -57,8 +58,8 @@ WITHOUT_EFFECT_BY_KIND = {
 }
 WITHOUT_EFFECT = frozenset(word for words in WITHOUT_EFFECT_BY_KIND.values() for word in words.split())
 WITHOUT_EFFECT_LIKE = re.compile(
-    r"_.*|.*_token|.*_token_(id|ids|index)|.*(aux|z)_loss.*"
-    r"|(adam|assistant|bnb|chat_template|dataloader|dataset|ddp|deepspeed|eval|flash_attn|forced|fsdp|fuse|fused"
+    r"_.*|.*_token|.*_token_(id|ids|index)|.*(aux|z)_loss.*|.*_(version|revision|name_or_path|parallel_degree|pp_degree)"
+    r"|(adam|assistant|axolotl|bnb|chat_template|dataloader|dataset|ddp|deepspeed|eval|flash_attn|forced|fsdp|fuse|fused"
     r"|gradient|hub|image|logging|log|lora|lr|num_train|optim|optimizer|peft|per_device|push_to_hub|recompute|save"
     r"|summary|tf_legacy|tokenizer|train|training|transformers|trust_remote_code|unsloth|use_cache|use_flash|use_fused"
     r"|use_recompute|use_sdpa|video|vision_end|vision_start|vllm|wandb|warmup|xla)([_.].*)?"
@@ -161,7 +162,8 @@ def refuse_unlike(config: "ModelConfig", keys: Mapping[str, Any], names: Collect
             continue
         close = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
         if values is not None:
-            wrong.append(f"{key} = {value!r} is not supported, {config.model_type} is computed with {values[0]!r}")
+            how = "without it" if is_off(values[0]) else f"with {values[0]!r}"
+            wrong.append(f"{key} = {value!r} is not supported, {config.model_type} is computed {how}")
         elif not is_off(value) or difflib.get_close_matches(str(key), names, n=1, cutoff=0.85):
             hint = f", nearest known key {close[0]!r}" if close else ""
             wrong.append(f"unknown key {key!r} with value {value!r}{hint}")

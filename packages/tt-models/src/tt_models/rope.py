@@ -51,8 +51,9 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
     kind = OLD_NAMES.get(str(kind), str(kind))
     without = {"type", "rope_type", "finetuned"} | WITHOUT_EFFECT.get(kind, set())
     numbers = {key: value for key, value in scaling.items() if key not in without and value is not None}
+    neutral = {"default": ("factor", 1), "yarn": ("extrapolation_factor", 1)}.get(kind)
+    numbers = {key: value for key, value in numbers.items() if (key, value) != neutral}
     if kind == "default":
-        numbers = {key: value for key, value in numbers.items() if (key, value) != ("factor", 1)}
         if numbers:
             raise ValueError(f"rope_scaling of type 'default' takes no numbers, got {', '.join(sorted(numbers))}")
         return None
