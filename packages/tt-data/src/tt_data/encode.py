@@ -77,8 +77,10 @@ def _checked(unit: Unit) -> Unit:
 def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
     rendered = _render_units(units, tokenizer, train_on)
     encoded = iter(tokenizer.encode_rendered([row for row in rendered if isinstance(row, Rendered)]))
-    asked = [_prompt_of(unit) for unit in units] if train_on != "all" else [Rendered("") for _ in units]
-    prompts = tokenizer.encode_rendered(asked)
+    asks = [train_on != "all" and isinstance(row, Rendered) for row in rendered]
+    prompts = tokenizer.encode_rendered(
+        [_prompt_of(u) if a else Rendered("") for u, a in zip(units, asks, strict=True)]
+    )
     results: list[Encoded | BadRowError] = []
     for unit, row, prompt in zip(units, rendered, prompts, strict=True):
         if isinstance(row, BadRowError):

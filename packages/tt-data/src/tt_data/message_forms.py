@@ -91,11 +91,23 @@ class MessageForms:
             losses = marks.missing_in(self._write(marked, marks.tools(tools), extra))
         except Exception:
             return None
+        losses.empty = [i for i in losses.empty if not self._writes_words_of(messages, i, tools, extra)]
         if "reasoning" not in losses.kinds and any(
             self._drops_thought(messages, i, tools, extra) for i in range(len(messages))
         ):
             losses.kinds.append("reasoning")
         return losses
+
+    def _writes_words_of(self, messages: Messages, i: int, tools: Any, extra: Any) -> bool:
+        """Whether something of a turn is written although the mark at its end is not: it is cut."""
+        if not text_of(messages[i].get("content")).strip():
+            return False
+        mark = _Marks().new("words", i)
+        marked = {**messages[i], "content": like(messages[i]["content"], mark)}
+        try:
+            return mark[:_SHORT] in self._write([*messages[:i], marked, *messages[i + 1 :]], tools, extra)
+        except Exception:
+            return False
 
     def _drops_thought(self, messages: Messages, i: int, tools: Any, extra: Any) -> bool:
         """A thought at the beginning of an answer's words may be cut off: a mark at their end does not show it."""

@@ -108,7 +108,7 @@ class Tokenizer:
         """Ids and trained token spans of many texts at once, without tokens at either end."""
         try:
             encoded = self._backend.encode_batch(rows)
-        except (UnicodeError, TypeError):
+        except Exception:  # each library has its own for text that is not Unicode
             for row in rows:
                 check_unicode(row.text)
             raise
