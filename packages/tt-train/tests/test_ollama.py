@@ -10,7 +10,7 @@ import pytest
 
 import tt_data
 from tt_train import ConfigError
-from tt_train.export import go_template, ollama_modelfile
+from tt_train.export import export, go_template, ollama_modelfile
 from tt_train.go_template import ollama_prompt
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -134,6 +134,20 @@ def with_bos(tokenizer_dir, tmp_path):
 def test_the_first_token_is_left_out_only_if_the_tokenizer_adds_it(with_bos, added):
     template = go_template(tt_data.load_tokenizer(with_bos(added)))
     assert ("<|endoftext|>" in template) is not added
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_an_export_says_whether_the_first_token_is_added(with_bos, model_dir, tmp_path, added):
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    for file in with_bos(added).iterdir():
+        shutil.copy(file, model / file.name)
+    export(model, tmp_path / "out", to="ollama")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["add_bos_token"] is added
+    transformers = pytest.importorskip("transformers")
+    before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (model, tmp_path / "out"))
+    assert before("say alpha").input_ids == after("say alpha").input_ids
+    assert (before("say alpha").input_ids[0] == 0) is added
 
 
 def test_parameters_come_from_the_models_own_files(tokenizer):

@@ -62,6 +62,11 @@ def test_a_run_is_asked_with_its_template(runs, kind):
     assert tokenizer.token_id("<|im_end|>") in tokenizer.eos_ids
 
 
+def test_the_template_of_a_run_goes_where_its_adapter_goes(runs, tmp_path):
+    shutil.copytree(runs["lora"] / "adapter", tmp_path / "elsewhere")
+    assert tt_train.load(tmp_path / "elsewhere")[1].render(TURNS) == tt_train.load(runs["lora"])[1].render(TURNS)
+
+
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_what_is_merged_or_exported_carries_template_and_ends(runs, kind, tmp_path):
     if kind == "full":

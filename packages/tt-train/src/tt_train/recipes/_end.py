@@ -21,7 +21,7 @@ from tt_train.recipes._rows import count_rows
 from tt_train.recipes._watch import Watch
 from tt_train.report import write_report
 from tt_train.run_dir import RunDir, read_json
-from tt_train.serving import serving_files
+from tt_train.serving import TEMPLATE_FILE, own_template, serving_files
 from tt_train.training_state import TrainingState
 
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
@@ -70,6 +70,8 @@ def write_result(job: Job, run: RunDir, state: TrainingState) -> None:
     if job.lora is not None:
         with run.replacing("adapter") as part:
             tt_peft.save_adapter(state.model, part, base_model=job.base_model)
+            if (template := own_template(job.tokenizer, job.config.data.template)) is not None:
+                (part / TEMPLATE_FILE).write_text(template, encoding="utf-8")  # so that it goes where the adapter goes
         return
     config = job.hf_config if job.model_path else tt_models.config_to_hf(job.model_config)
     places = [Path(place) for place in (job.config.model.tokenizer, job.model_path) if place is not None]
