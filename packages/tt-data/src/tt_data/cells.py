@@ -52,9 +52,15 @@ def is_empty(value: Any) -> bool:
 
 def find(row: Row, columns: Columns, *names: str) -> str | None:
     """The row's column for the first of our ``names`` that it has a value for, else that it has at all. Reads none."""
-    theirs = [columns.get(name, name) for name in names if columns.get(name, name) in row]
     peek = row.peek if isinstance(row, TrackedRow) else row.get
-    return next((name for name in theirs if not is_empty(peek(name))), theirs[0] if theirs else None)
+    first = None
+    for name in names:
+        theirs = columns.get(name, name)
+        if theirs in row:
+            if not is_empty(peek(theirs)):
+                return theirs
+            first = first or theirs
+    return first
 
 
 def optional(row: Row, columns: Columns, *names: str) -> Any:
@@ -80,6 +86,8 @@ def turns_or_text(row: Row, columns: Columns, *names: str) -> Any:
 def text(row: Row, columns: Columns, *names: str, may_be_empty: bool = False) -> str:
     """The text (or the number, as text) of the first of these columns. Raises BadRowError."""
     value = cell(row, columns, *names)
+    if isinstance(value, str) and (may_be_empty or (value and not value.isspace())):
+        return value
     return as_text(value, find(row, columns, *names) or names[0], may_be_empty=may_be_empty)
 
 

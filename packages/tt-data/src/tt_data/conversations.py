@@ -59,13 +59,14 @@ def sharegpt_to_llama2_messages(sample: Mapping[str, Any], train_on_input: bool 
 
 def messages_or_text(value: Any) -> Any:
     """The turns that a column holds, as a list (also from JSON text, or a single turn); any other value as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            found = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return as_turns(found) or value
-    return as_turns(value) or value
+    if not isinstance(value, str):
+        return as_turns(value) or value
+    if value[:1] not in ("[", "{") and value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return as_turns(json.loads(value)) or value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _by_turn(value: Any) -> Any:

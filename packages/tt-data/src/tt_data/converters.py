@@ -146,9 +146,9 @@ def _overlap(before: Sequence[Message], after: Sequence[Message]) -> int:
 
 def read_text(row: Row, columns: Columns) -> Text | Conversation:
     """text: all of it is trained. Turns, as a list or as JSON text, are a conversation."""
-    turns = as_turns(turns_or_text(row, columns, "text"))
-    if turns:
-        return Conversation(read_messages(turns))
+    found = turns_or_text(row, columns, "text")
+    if not isinstance(found, str) and as_turns(found):
+        return Conversation(read_messages(found))
     return Text(text(row, columns, "text"))
 
 

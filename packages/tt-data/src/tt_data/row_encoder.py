@@ -58,11 +58,12 @@ class RowEncoder:
     def encode(self, name: str, batch: Sequence[tuple[int, Mapping[str, Any]]], read: Read) -> list[TokenRow]:
         """The rows of ``batch`` that can be learned from. Raises ValueError where a setting is at fault, not a row."""
         examples: list[tuple[int, Example]] = []
+        tracked = tracks(read)
         for line, row in batch:
             self.tally.seen += 1
             where = f"{name}:{line}"
             try:
-                examples.append((line, self._read(where, row, read)))
+                examples.append((line, self._read(where, TrackedRow(row) if tracked else row, read)))
             except BadRowError as bad:
                 self.tally.drop(where, bad)
         forms = {"chat" if is_chat(example) else "text" for _, example in examples}
@@ -86,9 +87,8 @@ class RowEncoder:
     def _read(self, where: str, row: Mapping[str, Any], read: Read) -> Example:
         """What ``read`` makes of a row. Raises BadRowError, and ValueError with the place of a mistake in ``read``."""
         columns = self.settings.columns
-        tracked = TrackedRow(row) if tracks(read) else None
         try:
-            example = read(row if tracked is None else tracked, columns)
+            example = read(row, columns)
             mistake = mistake_in(example)
         except BadRowError:
             raise
@@ -97,7 +97,7 @@ class RowEncoder:
             raise ValueError(f"{where}: the converter of these rows failed: {type(error).__name__}: {said}") from error
         if mistake:
             raise ValueError(f"{where}: the converter of these rows is wrong: {mistake}")
-        for column in tracked.unread() if tracked is not None else ():
+        for column in row.unread() if isinstance(row, TrackedRow) else ():
             if column not in self.tally.unread:
                 self.tally.hints[column] = hint_for_unread(column, row, columns, read)
             self.tally.leave(column, where)
