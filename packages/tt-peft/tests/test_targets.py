@@ -226,3 +226,26 @@ def test_a_layer_whose_weight_is_computed_can_be_trained_in_full(make_lm, ids):
     torch.testing.assert_close(model(ids), expected)
     model(ids).sum().backward()
     assert all(p.grad is not None for p in model.lm_head.adapters.parameters())
+
+
+def test_the_output_projection_of_a_tied_model_is_answered_with_the_tie(make_lm):
+    model = make_lm()
+    model.lm_head = None
+    model.config = type("Config", (), {"tie_word_embeddings": True})
+    message = r"'lm_head' matches no module: the model ties its output projection to model.embed_tokens"
+    for changes in ({"target_modules": ("q_proj", "lm_head")}, {"modules_to_save": ("lm_head",)}):
+        with pytest.raises(ValueError, match=rf"{next(iter(changes))}: {message}"):
+            names(model, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"target_modules": "embed_tokens"}, {"modules_to_save": "embed_tokens"}])
+def test_half_of_a_tie_is_warned_about_before_training(changes, make_lm):
+    model = make_lm()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.warns(
+        UserWarning, match=r"embed_tokens shares its weight with the output projection, .* cannot be merged"
+    ):
+        names(model, **changes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        names(make_lm(), **changes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tt_peft.adapter_checks import BASE_KEY, as_here, check_base_of, check_finite, check_same, check_targets, precise
 from tt_peft.apply import apply_lora_
 from tt_peft.config import LoRAConfig
-from tt_peft.embeddings import take_embeddings, tied_embedding
+from tt_peft.embeddings import take_embeddings
 from tt_peft.fingerprint import encode, fingerprint
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import low_ranks, whole
@@ -30,7 +30,7 @@ from tt_peft.switch import (
     set_adapter_,
     unwrapped,
 )
-from tt_peft.targets import output_projection_names, own_modules
+from tt_peft.targets import output_projection_names, own_modules, tied_embedding
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

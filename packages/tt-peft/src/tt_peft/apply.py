@@ -24,9 +24,11 @@ from tt_peft.targets import (
     is_embedding,
     is_linear,
     nearest,
+    output_projection_names,
     own_modules,
     select,
     select_modules,
+    tied_embedding,
 )
 
 
@@ -117,6 +119,7 @@ def layer_of(name: str, patterns: Sequence[str] = ()) -> int | None:
 
 def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Sequence[str]) -> None:
     modules = own_modules(model)
+    _warn_of_tie(model, [*names, *saved])
     for name in names:
         module = modules[name]
         inside = next((s for s in saved if name == s or name.startswith(s + ".")), None)
@@ -140,6 +143,19 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
         for part, other in adapted_modules(model).items():
             if (part == name and not isinstance(other, SavedModule)) or part.startswith(f"{name}."):
                 raise ValueError(f"modules_to_save: {part} has an adapter already: {name} cannot be trained in full")
+
+
+def _warn_of_tie(model: nn.Module, names: Sequence[str]) -> None:
+    """An embedding and an output projection that share a weight are adapted one by one."""
+    tied = tied_embedding(model)
+    changed = [name for name in names if name == tied or name in output_projection_names(model)]
+    if tied is not None and changed:
+        other = "the output projection" if changed[0] == tied else tied
+        warnings.warn(
+            f"{changed[0]} shares its weight with {other}, which keeps the base's: this adapter cannot be merged; for "
+            "both, give the base an output projection of its own (tie_word_embeddings=false)",
+            stacklevel=4,
+        )
 
 
 def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:

@@ -10,23 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_peft.targets import output_projection_names, own_modules
+from tt_peft.targets import output_projection_names, own_modules, tied_embedding, untie
 
 _PART = 4096  # rows compared at a time, in fp32
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _LOAD_OVER = "another base, or a changed one; load the adapter over the base that it was trained on"
-
-
-def tied_embedding(model: nn.Module) -> str | None:
-    """The name of the embedding whose weight is the output projection's too; None where there is none."""
-    modules, heads = own_modules(model), output_projection_names(model)
-    flagged = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-    for name, module in modules.items():
-        if isinstance(module, nn.Embedding):
-            shared = any(getattr(modules[head], "weight", None) is module.weight for head in heads)
-            if shared or (flagged and not heads):
-                return name
-    return None
 
 
 def take_embeddings(
@@ -73,7 +61,7 @@ def _without_tied_head(
         if owner in modules:
             kept[key] = tensor
         elif key != f"{owner}.weight" or _changed(modules[tied].get_parameter("weight"), tensor, key, file)[0]:
-            raise ValueError(f"{file.parent}: {key} is of an output projection of its own, but {_tie(tied)}")
+            raise ValueError(f"{file.parent}: {key} is of an output projection of its own, but {untie(tied)}")
     return kept
 
 
@@ -148,7 +136,7 @@ def _whole_layers(
         found = f"{file.parent}: {key} differs from the base's in {rows:,} of {len(tensors[key]):,} rows"
         if tied is not None:
             raise ValueError(
-                f"{found}, but {_tie(tied)}; or load the adapter over the resized base that it was trained on"
+                f"{found}, but {untie(tied)}; or load the adapter over the resized base that it was trained on"
             )
         if check_base and 2 * far > len(tensors[key]):
             raise ValueError(f"{found}, most of them altogether: another base; pass check_base=False to use the file's")
@@ -163,13 +151,6 @@ def _owner(key: str) -> str:
 
 def _is_head(owner: str) -> bool:
     return owner.rpartition(".")[2] == "lm_head"
-
-
-def _tie(tied: str) -> str:
-    return (
-        f"the model ties its output projection to {tied} (tie_word_embeddings): give the base one of its own "
-        f"(tie_word_embeddings=false in config.json, a copy of {tied}.weight as lm_head.weight in the weights)"
-    )
 
 
 @torch.no_grad()

@@ -107,6 +107,10 @@ def select_modules(model: nn.Module, targets: Sequence[str] | str, *, what: str)
     """Names of the modules that ``targets`` mean; ``"all-linear"``: all but the output projection and routers."""
     modules = own_modules(model)
     if targets != "all-linear":
+        names = [targets] if isinstance(targets, str) else targets
+        head = next((name for name in names if name.rpartition(".")[2] == "lm_head"), None)
+        if head is not None and not known([head], modules) and (tied := tied_embedding(model)) is not None:
+            raise ValueError(f"{what}: {head!r} matches no module: {untie(tied)}")
         return select(targets, list(modules), what=what)
     left_out = {*output_projection_names(model), *router_names(model)}
     chosen = [name for name, module in modules.items() if is_linear(module) and name not in left_out]
@@ -120,6 +124,26 @@ def output_projection_names(model: nn.Module) -> list[str]:
     getter = getattr(unwrapped(model), "get_output_embeddings", None)
     head = getter() if callable(getter) else None
     return [n for n, m in own_modules(model).items() if n.rsplit(".", 1)[-1] == "lm_head" or m is head]
+
+
+def tied_embedding(model: nn.Module) -> str | None:
+    """The name of the embedding whose weight is the output projection's too; None where there is none."""
+    modules, heads = own_modules(model), output_projection_names(model)
+    flagged = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding):
+            shared = any(getattr(modules[head], "weight", None) is module.weight for head in heads)
+            if shared or (flagged and not heads):
+                return name
+    return None
+
+
+def untie(tied: str) -> str:
+    """The tail of an error message: that there is no output projection of its own, and how to get one."""
+    return (
+        f"the model ties its output projection to {tied} (tie_word_embeddings): give the base one of its own "
+        f"(tie_word_embeddings=false in config.json, a copy of {tied}.weight as lm_head.weight in the weights)"
+    )
 
 
 def router_names(model: nn.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """From a config to what a recipe needs: everything that can be found wrong is, before weights load."""
 
+import re
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,9 +195,9 @@ def read_hf_config(config: RunConfig, model_path: Path | None) -> dict[str, Any]
 
 
 def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
-    """The adapter block as tt_peft knows it."""
+    """The adapter block as tt_peft knows it. A text may be names with commas between; any other is an expression."""
     targets = section.target_modules
-    if isinstance(targets, str) and targets != "all-linear":
+    if isinstance(targets, str) and re.fullmatch(r"\s*[\w.-]+(\s*,\s*[\w.-]+)+\s*", targets):
         targets = [name.strip() for name in targets.split(",")]
     options = {key: value for key, value in asdict(section).items() if key not in ("path", "lora_plus_ratio")}
     return tt_peft.LoRAConfig(**options | {"target_modules": targets, "dtype": DTYPES[section.dtype]})
