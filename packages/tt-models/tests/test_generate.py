@@ -97,6 +97,17 @@ def test_end_is_seen_on_the_first_generated_token(small):
     assert tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=first).shape == (1, 5)
 
 
+def test_end_ids_come_as_a_config_or_a_tensor_has_them(small):
+    model = small()
+    ids = torch.randint(0, 60, (1, 4))
+    free = tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=None)
+    assert free.shape == (1, 13)
+    first = free[0, 4]
+    for ends in (first, first[None], torch.stack([first, first + 1]), [first]):
+        assert tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=ends).shape == (1, 5)
+        assert list(tt_models.stream(model, ids, max_new_tokens=9, temperature=0, eos_ids=ends)) == []
+
+
 def test_seed_repeats_and_none_uses_the_global_generator(small):
     model = small()
     ids = torch.randint(0, 60, (2, 4))

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
+from tt_models.prompts import EndIds, Prompts, check_room, left_padded, left_padded_positions, numbers_of
 from tt_models.sampling import Sampling, sample
-
-Prompts = Tensor | Sequence[Sequence[int]]
 
 
 def prefill(model: Decoder, input_ids_BS: Tensor, cache: KVCache, position_ids_BS: Tensor | None = None) -> Tensor:
@@ -111,60 +110,6 @@ def seen_tokens(input_ids_BS: Tensor, lengths_B: Tensor | None, vocab_size: int)
     return counts.scatter_reduce(1, input_ids_BS, real, "amax").bool()
 
 
-def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Tensor | None:
-    """Position ids of rows padded on the left: each prompt counts from 0, and every padding token is alone."""
-    if lengths_B is None:
-        return None
-    seq_len = input_ids_BS.shape[1]
-    columns = torch.arange(seq_len, device=input_ids_BS.device)
-    return (columns - (seq_len - lengths_B[:, None])).clamp(min=0)
-
-
-def left_padded(
-    prompts: Prompts, prompt_lengths: Tensor | Sequence[int] | None, pad_id: int, model: Decoder
-) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
-    weight = model.model.embed_tokens.weight
-    device, vocab_size = weight.device, weight.shape[0]
-    if not isinstance(prompts, Tensor):
-        lengths = [len(prompt) if hasattr(prompt, "__len__") else 0 for prompt in prompts]
-        if 0 in lengths:
-            wrong = prompts[lengths.index(0)]
-            raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {wrong!r}")
-        if len({*lengths}) > 1 and not 0 <= pad_id < vocab_size:
-            raise ValueError(f"pad_id must lie in [0, {vocab_size}) where prompts are padded, got {pad_id}")
-        prompt_lengths = torch.tensor(lengths)
-        prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
-    if prompts.dim() != 2 or prompts.numel() == 0:
-        raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
-    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
-        raise ValueError(f"prompts must be integers, the ids of tokens, got {prompts.dtype}")
-    prompts = prompts.long()
-    if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
-        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
-    prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
-    if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
-        return prompts.to(device), None
-    if prompt_lengths.shape != prompts.shape[:1] or not bool(
-        ((prompt_lengths > 0) & (prompt_lengths <= prompts.shape[1])).all()
-    ):
-        raise ValueError(f"prompt_lengths must be {prompts.shape[0]} numbers from 1 to {prompts.shape[1]}")
-    return prompts.to(device), prompt_lengths.to(device)
-
-
-def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
-    """ValueError where the text would become longer than the model can read."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    longest = model.config.max_position_embeddings
-    scaling = model.config.rope_scaling or {}
-    if seq_len + max_new_tokens - 1 > longest and scaling.get("rope_type") != "dynamic":
-        raise ValueError(
-            f"{seq_len} prompt tokens and max_new_tokens={max_new_tokens} exceed max_position_embeddings {longest}: "
-            f"at most {max(0, longest - seq_len + 1)} new tokens fit"
-        )
-
-
 @overload
 def generate(
     model: Decoder,
@@ -176,7 +121,7 @@ def generate(
     top_p: float | None = ...,
     min_p: float | None = ...,
     repetition_penalty: float = ...,
-    eos_ids: int | Collection[int] = ...,
+    eos_ids: EndIds = ...,
     seed: int | None = ...,
     pad_id: int | None = ...,
     prompt_lengths: Tensor | Sequence[int] | None = ...,
@@ -196,7 +141,7 @@ def generate(
     top_p: float | None = ...,
     min_p: float | None = ...,
     repetition_penalty: float = ...,
-    eos_ids: int | Collection[int] = ...,
+    eos_ids: EndIds = ...,
     seed: int | None = ...,
     pad_id: int | None = ...,
     prompt_lengths: Tensor | Sequence[int] | None = ...,
@@ -215,7 +160,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_ids: int | Collection[int] = (),
+    eos_ids: EndIds = (),
     seed: int | None = None,
     pad_id: int | None = None,
     prompt_lengths: Tensor | Sequence[int] | None = None,
@@ -226,18 +171,18 @@ def generate(
 
     ``input_ids`` may be lists of unequal length; as a tensor, rows of unequal length are padded on the left and give
     their ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row ends with
-    one of ``eos_ids`` (an id or several; it is kept) and is filled up with ``pad_id`` (default: the first end id, else
-    0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step of one
-    token. ``return_logits`` gives the logits [B, n, V] of each step too.
+    one of ``eos_ids`` (an id, several or None; it is kept) and is filled up with ``pad_id`` (default: the first end
+    id, else 0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step
+    of one token. ``return_logits`` gives the logits [B, n, V] of each step too.
     """
-    eos_ids = (eos_ids,) if isinstance(eos_ids, int) else eos_ids
-    fill = pad_id if pad_id is not None else next(iter(eos_ids), 0)
+    end_ids = numbers_of(eos_ids)
+    fill = pad_id if pad_id is not None else next(iter(end_ids), 0)
     ids, lengths = left_padded(input_ids, prompt_lengths, fill, model)
     check_room(model, ids.shape[1], max_new_tokens)
     sampling = Sampling(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    ends = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=ids.device)
+    ends = torch.tensor(end_ids, dtype=torch.int64, device=ids.device)
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     columns, kept = [ids], []
     for token, logits in steps(
@@ -264,7 +209,7 @@ def stream(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    eos_ids: int | Collection[int] = (),
+    eos_ids: EndIds = (),
     seed: int | None = None,
     compile: bool = False,
 ) -> Iterator[int]:
@@ -277,7 +222,7 @@ def stream(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
-    return until_end(found, frozenset((eos_ids,) if isinstance(eos_ids, int) else eos_ids))
+    return until_end(found, frozenset(numbers_of(eos_ids)))
 
 
 def until_end(found: Iterator[tuple[Tensor, Tensor]], ends: Collection[int]) -> Iterator[int]:
