@@ -333,6 +333,7 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "high_freq_factor": 2.0}}, {"to": "torchtune"},
      "rope high_freq_factor 2.0"),
     ({"model_type": "mistral", "rope_scaling": {"type": "llama3", "factor": 8}}, {"to": "meta"}, "'llama3' cannot"),
+    ({"model_type": "mistral", "sliding_window": "16"}, {"to": "meta"}, "sliding_window: expected a whole number"),
     ({"model_type": "mistral", "sliding_window": 16}, {"to": "torchtune"}, "sliding_window 16 cannot be said"),
     ({"model_type": "mistral", "max_position_embeddings": 8192}, {"to": "torchtune"}, "sliding_window 4096 cannot"),
     ({"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu"}, {"to": "torchtune"},
@@ -345,6 +346,8 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
      "final_logit_softcapping 30.0, head_dim 16"),
     ({"vocab_size": 64}, {"to": "hf"}, "vocab_size 64, but model.embed_tokens.weight has 65 rows; set"),
     ({"partial_rotary_factor": 0.5}, {"to": "torchtune"}, "partial_rotary_factor 0.5 cannot be said"),
+    ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, {"to": "meta"}, "of several kinds"),
+    ({"layer_types": 3}, {"to": "meta"}, "layer_types: expected a list, found 3"),
     ({"model_type": "gemma2", "head_dim": 8, "layer_types": ["full_attention"] * 3}, {"to": "torchtune"},
      "layer_types in another order.*tie_word_embeddings false of gemma2"),
 ])  # fmt: skip

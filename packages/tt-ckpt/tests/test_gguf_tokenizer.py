@@ -154,11 +154,14 @@ def test_ids_are_those_of_the_sentencepiece_model_that_the_file_was_made_from(tm
     )  # fmt: skip
     tt_ckpt.convert(file, tmp_path / "hf")
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     for text in texts():
         if any(token in text for token in [*USER, *CONTROL]) or not text:
             continue
         ids = own.encode(text)
         assert ours(text, add_special_tokens=False).input_ids == ids, text
+        if prefix and not text.startswith(" "):  # it always puts a space first, but not before another
+            assert theirs(text).input_ids == ours(text).input_ids, text
         assert ours(text).input_ids == [own.bos_id(), *ids]  # sentencepiece files begin a text unless a key says no
         assert ours.decode(ids) == own.decode(ids) == text
     assert "<think>" in ours.tokenize("a<think>b")

@@ -85,14 +85,26 @@ def _rope(config: Mapping[str, Any], family: str) -> Iterator[str]:
 
 def _window(config: Mapping[str, Any], family: str, to: str) -> Iterator[str]:
     """A window that is shorter than the longest text. Llama has none, and Qwen2's has a key that turns it on."""
-    layers = config.get("layer_types")
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ValueError(f"config.json: layer_types: expected a list, found {str(layers)[:60]}")
     if family == "gemma2":
-        kinds = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(len(layers or ()))]
-        if layers and list(layers) != kinds:
+        if layers != [("full_attention" if i % 2 else "sliding_attention") for i in range(len(layers))]:
             yield "layer_types in another order than every second"
         return
+    if len(set(map(str, layers))) > 1:
+        yield "layer_types of several kinds"
     if family not in ("mistral", "phi3") or (family, to) == ("mistral", "meta"):
         return
-    window = config.get("sliding_window", 4096 if family == "mistral" else None)
-    if window is not None and window < positive(config, "max_position_embeddings", default=1 << 30):
+    window, longest = window_of(config), positive(config, "max_position_embeddings", default=1 << 30)
+    if window is not None and window < longest:
         yield f"sliding_window {window}"
+
+
+def window_of(config: Mapping[str, Any]) -> int | None:
+    """The window of a Mistral or Phi-3. A Mistral without the key has one of 4096 in transformers."""
+    if config.get("sliding_window", 0) is None:
+        return None
+    if "sliding_window" not in config and config.get("model_type") != "mistral":
+        return None
+    return positive(config, "sliding_window", default=4096)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tt_ckpt.limits import window_of
 from tt_ckpt.tensor_file import TensorSpec
 from tt_ckpt.weights import EMBEDDING, number, positive
 
@@ -123,8 +124,7 @@ def params_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = positive(config, "head_dim", default=hidden // heads)
     if config["model_type"] == "mistral":
         params |= {"hidden_dim": positive(config, "intermediate_size"), "head_dim": head_dim}
-        window = config.get("sliding_window", 4096)  # transformers' default
-        params |= {} if window is None else {"sliding_window": window}
+        params |= {} if (window := window_of(config)) is None else {"sliding_window": window}
     else:
         params |= feed_forward_params(hidden, positive(config, "intermediate_size"))
     if (rope.get("rope_type") or rope.get("type")) == "llama3":
