@@ -49,7 +49,7 @@ class TerminalConsole(LineConsole):
         for number, line in enumerate(facts.data):
             self.warn(line) if number else self._line("data", line, soft_wrap=False)
         self._show_sample(facts)
-        self._line("run", f"{facts.run_dir}, on {facts.device} in {facts.dtype}")
+        self._line("run", f"{facts.run_dir}, on {facts.device}, {plain.precision_line(facts)}")
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),

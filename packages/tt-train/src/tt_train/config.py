@@ -22,7 +22,7 @@ class ModelSection:
     path: str | None = None
     name: str | None = None
     tokenizer: str | None = None  # where it differs from path
-    dtype: str = "bf16"  # bf16 | fp32
+    dtype: str = "bf16"  # of the forward and backward pass: bf16 | fp32; what trains is fp32
 
 
 @dataclass
@@ -43,7 +43,7 @@ class AdapterSection:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init: str = "kaiming"  # kaiming | gaussian | pissa | loftq
     lora_plus_ratio: float = 1.0  # B learns this much faster than A
-    dtype: str = "fp32"  # of the adapter's weights: fp32 | bf16; small steps are lost in bf16
+    dtype: str = "fp32"  # of the adapter's files and forward pass: fp32 | bf16; what trains is fp32
     path: str | None = None  # start from this adapter
 
 
@@ -134,7 +134,7 @@ class RunConfig:
     eval_every: int | None = None
     early_stop_after: int | None = None  # evaluations in a row without a lower held-out loss
     save_every: int | None = None
-    save_async: bool = False  # write checkpoints while training goes on, from a copy in memory
+    save_async: bool = False  # write checkpoints while training continues, from a copy in memory
     save_last: bool = True  # a checkpoint after the last step, from which a longer run continues
     keep_last: int = 2
     samples: SamplesSection = field(default_factory=SamplesSection)

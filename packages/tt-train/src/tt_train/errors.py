@@ -14,7 +14,7 @@ class ConfigError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on: a non-finite loss, a checkpoint that cannot be written, no memory left."""
+    """A run that cannot continue: a non-finite loss, a checkpoint that cannot be written, no memory left."""
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)

@@ -97,13 +97,20 @@ def _facts(runs: Sequence[Run]) -> list[str]:
             [
                 Path(model).name if model.startswith(("/", ".")) else model,
                 method_words(str(at(run.manifest, "method") or "")),
-                str(at(run.config, "model.dtype") or ""),
+                _precision(run),
                 _device(run),
                 str(at(run.manifest, "started") or "")[:16].replace("T", " "),
                 str(at(run.manifest, "state") or ""),
             ]
         )
     return [values[0] for values in zip(*facts, strict=True) if values[0] and len(set(values)) == 1]
+
+
+def _precision(run: Run) -> str:
+    """``bf16``, or what else is which if the forward pass, the trained weights and the result are not all the same."""
+    forward = str(at(run.config, "model.dtype") or "")
+    others = [(word, at(run.manifest, f"precision.{word}")) for word in ("trained", "written")]
+    return ", ".join([forward, *(f"{word} in {dtype}" for word, dtype in others if dtype and dtype != forward)])
 
 
 def _device(run: Run) -> str:

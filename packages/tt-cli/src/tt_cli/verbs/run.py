@@ -15,7 +15,11 @@ from tt_train.errors import Interrupted
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
 @click.option("-o", "--output-dir", metavar="DIR", type=click.Path(), help="Default: runs/<time>-<model>-<method>.")
-@click.option("--resume", metavar="auto|PATH", help="Go on from the run's newest checkpoint, or from this one.")
+@click.option(
+    "--resume",
+    metavar="auto|PATH",
+    help="Continue a run from its newest checkpoint, or from the one named; with -o, in a new run.",
+)
 @click.option("--dry-run", is_flag=True, help="Load and show everything, and stop before step 1.")
 @click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @pass_invocation
@@ -46,7 +50,8 @@ def command(
         try:
             run_dir = recipe.main(config, console=console, resume=resume, dry_run=dry_run)
         except Interrupted:
-            click.echo(console.run_dir)
+            if console.run_dir is not None:  # else it was stopped before there was anything to say
+                click.echo(console.run_dir)
             raise
         finally:
             invocation.run_dir = console.run_dir
