@@ -1,5 +1,6 @@
 """Configs: what is accepted, and how each mistake is answered."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,17 @@ def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
 def test_keys_that_people_bring_along_are_answered(name):
     (problem,) = problems(f"{name}=1")
     assert "did you mean" in problem or "there is none here: " in problem
+
+
+@pytest.mark.parametrize(("package", "config"), [("trl", "SFTConfig"), ("peft", "LoraConfig")])
+def test_every_key_of_peers_is_answered_on_purpose(package, config):
+    """A key that is spelt like one of ours by chance would send people the wrong way."""
+    from tt_train.foreign import foreign_key
+    from tt_train.keys import all_keys
+
+    fields = dataclasses.fields(getattr(pytest.importorskip(package), config))
+    ours = {key.rsplit(".", 1)[-1] for key in all_keys(SFTConfig)}
+    assert [field.name for field in fields if field.name not in ours and not foreign_key(field.name)] == []
 
 
 def test_all_mistakes_are_told_at_once_with_their_lines(tmp_path):
