@@ -320,3 +320,25 @@ def test_modes_are_0644_and_0755_less_the_umask(umask, mode, make_lm, tmp_path):
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {mode}
     assert folder.stat().st_mode & 0o777 == 0o755 & ~umask
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda key: "_orig_mod." + key,
+        lambda key: "module." + key,
+        lambda key: key.replace(".self_attn.", "._checkpoint_wrapped_module.self_attn."),
+        lambda key: key.replace("_A.weight", "_A.default.weight").replace("_B.weight", "_B.default.weight"),
+    ],
+)
+def test_names_of_wrappers_and_of_the_adapter_in_the_keys_are_read_past(rename, folder, make_lm, ids):
+    """A compiled or sharded model, or a raw dump of its state, leaves them there."""
+    expected = make_lm()
+    tt_peft.load_adapter(expected, folder)
+    strip_metadata(folder)
+    file = folder / "adapter_model.safetensors"
+    save_file({rename(key): tensor for key, tensor in load_file(file).items()}, file)
+    model = make_lm()
+    tt_peft.load_adapter(model, folder)
+    assert torch.equal(model(ids), expected(ids))

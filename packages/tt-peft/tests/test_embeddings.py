@@ -76,13 +76,27 @@ def test_new_rows_of_the_file_count_and_the_base_keeps_its_own(folder, make_llam
     torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_another_vocabulary_is_refused_with_both_sizes_and_the_cure(folder, make_llama):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"embeddings": True},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["embed_tokens"], "embeddings": False},
+        {"target_modules": ["lm_head"], "embeddings": False},
+        {"target_modules": ["lm_head"], "embeddings": True},
+    ],
+)
+def test_another_vocabulary_is_refused_with_both_sizes_and_the_cure(settings, folder, make_llama):
     resized = make_llama()
     resized.resize_token_embeddings(44, mean_resizing=False)
-    _, path = folder(resized, embeddings=True)
-    message = r"\[44, 32\], the base has \[40, 32\]: the vocabulary was resized from 40 to 44 rows .*dings\(44\)"
+    _, path = folder(resized, **settings)
+    message = r"for 44 tokens, the base has 40: the vocabulary was resized .*resize_token_embeddings\(44\)"
     with pytest.raises(ValueError, match=message):
         tt_peft.load_adapter(make_llama(), path)
+    again = make_llama()
+    again.resize_token_embeddings(44, mean_resizing=False)
+    tt_peft.load_adapter(again, path, check_base=False)
 
 
 def test_embeddings_of_another_base_are_refused_unless_told(folder, make_llama):

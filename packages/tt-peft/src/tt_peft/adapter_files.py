@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tt_peft.switch import (
     active_adapters,
     adapter_config,
     adapter_names,
+    clean_name,
     modules_of,
     remove_adapter_,
     set_adapter_,
@@ -35,6 +37,7 @@ from tt_peft.targets import output_projection_names, own_modules, tied_embedding
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_NAMED = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(\.weight)?$")
 _START = (".start_A.weight", ".start_B.weight")
 
 
@@ -166,6 +169,12 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return settings
 
 
+def _plain_key(key: str) -> str:
+    """A key without PEFT's prefix, what compilers and wrappers put into it, and an adapter's name (of a raw dump)."""
+    key = clean_name(key.removeprefix("module.")).removeprefix(_PREFIX)
+    return _NAMED.sub(r"\1\2", key)
+
+
 def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of an adapter folder without the ``base_model.model.`` prefix, and the file's metadata."""
     file = Path(folder) / WEIGHTS_FILE
@@ -175,7 +184,7 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
         raise FileNotFoundError(f"{file} not found{why if pickled else ''}")
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key.removeprefix(_PREFIX): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            tensors = {_plain_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             # no arithmetic with 8 bits of float; bf16 holds all of their values
             tensors = {k: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
             return tensors, opened.metadata() or {}

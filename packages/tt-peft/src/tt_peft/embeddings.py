@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tt_peft.targets import output_projection_names, own_modules, tied_embedding, untie
 
 _PART = 4096  # rows compared at a time, in fp32
+_COPY = ".base_layer"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _LOAD_OVER = "another base, or a changed one; load the adapter over the base that it was trained on"
 
@@ -21,12 +22,32 @@ def take_embeddings(
     model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path, *, check_base: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors without what the base has, and the names of the layers whose whole weight the adapter brings."""
+    _check_vocabulary(model, state, file)
     state, tied = _without_base_copies(model, state, file), tied_embedding(model)
     if tied is not None:
         state = _without_tied_head(model, state, settings, file, tied)
     state, rows = _rows_as_layers(model, state, settings, file)
     state, layers = _whole_layers(model, state, settings, file, tied=tied, check_base=check_base)
     return state, rows + layers
+
+
+def _check_vocabulary(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    """An adapter that was trained after the vocabulary was resized needs a base with as many rows."""
+    modules, heads = own_modules(model), output_projection_names(model)
+    for key, tensor in state.items():
+        owner = _owner(key)
+        if not isinstance(modules.get(owner), nn.Embedding) and owner not in heads:
+            continue
+        whole_weight = ".lora_" not in key and key.endswith(".weight")
+        head = whole_weight or (owner in heads and key.endswith(".lora_B.weight"))
+        rows = tensor.shape[-1] if key.endswith(".lora_embedding_A") else len(tensor) if head and tensor.dim() else None
+        own = len(modules[owner].get_parameter("weight"))
+        if rows is not None and rows != own:
+            raise ValueError(
+                f"{file.parent}: {key} has shape {list(tensor.shape)} for {rows:,} tokens, the base has {own:,}: the "
+                "vocabulary was resized before training; load the adapter over that base (in transformers: "
+                f"resize_token_embeddings({rows}), then save_pretrained)"
+            )
 
 
 def _without_base_copies(model: nn.Module, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
@@ -146,7 +167,9 @@ def _whole_layers(
 
 def _owner(key: str) -> str:
     """The module of the base that a tensor of an adapter file is for."""
-    return key.split(".lora_")[0].removesuffix(_TOKENS).removesuffix(".weight").removesuffix(".bias")
+    return (
+        key.split(".lora_")[0].removesuffix(_TOKENS).removesuffix(".weight").removesuffix(".bias").removesuffix(_COPY)
+    )
 
 
 def _is_head(owner: str) -> bool:
@@ -160,13 +183,9 @@ def _changed(own: Tensor, given: Tensor, key: str, file: Path) -> tuple[int, int
     On the meta device nothing is known: every row differs, a little.
     """
     if own.shape != given.shape:
-        cure = _LOAD_OVER
-        if own.shape[1:] == given.shape[1:]:
-            cure = (
-                f"the vocabulary was resized from {len(own):,} to {len(given):,} rows before training: load the "
-                f"adapter over that base (in transformers: resize_token_embeddings({len(given)}), then save_pretrained)"
-            )
-        raise ValueError(f"{file.parent}: {key} has shape {list(given.shape)}, the base has {list(own.shape)}: {cure}")
+        raise ValueError(
+            f"{file.parent}: {key} has shape {list(given.shape)}, the base has {list(own.shape)}: {_LOAD_OVER}"
+        )
     if own.is_meta:
         return len(own), 0
     differing = far = 0
