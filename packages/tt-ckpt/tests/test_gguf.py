@@ -341,6 +341,21 @@ def test_quantized_weights_and_logits_are_those_that_transformers_reads(tmp_path
         assert torch.equal(logits(ours), logits(theirs))
 
 
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3", "gemma 2", "gemma 3"])
+def test_quantized_weights_of_a_family_are_those_that_transformers_reads(tmp_path, case):
+    """(Head sizes of Qwen 3 and sizes of experts it takes from its own defaults: those are compared with the model.)"""
+    arch, config, extra = CASES[case]
+    if case == "qwen3":
+        config = T.Qwen3Config(**SIZES, head_dim=128)
+    kinds = {"attn": "Q8_0", "ffn": "Q4_0", "token_embd": "Q8_0"}
+    file = write_gguf(tmp_path / "model.gguf", small(config), arch, extra=extra, kinds=kinds)
+    tt_ckpt.convert(file, tmp_path / "hf")
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).state_dict()
+    theirs = as_transformers_reads(file).state_dict()
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_a_quantized_file_is_rounded_once_to_the_dtype_that_is_asked_for(tmp_path):
     file = write_gguf(tmp_path / "model.gguf", small(T.Qwen2Config(**SIZES)), "qwen2", kinds={"ffn": "Q8_0"})
     tt_ckpt.convert(file, tmp_path / "exact")
