@@ -158,7 +158,7 @@ def test_a_turn_of_which_only_the_end_is_left_is_not_trained(chatml: Any) -> Non
 def test_the_cure_is_named_if_a_template_refuses_a_system_message(chatml: Any) -> None:
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer = chatml.with_template({"default": source + PARTS}, "t")
-    cure = "not supported; this template takes no system message: put its text at the beginning of the first user"
+    cure = "not supported; this template takes no system message: put its text at the beginning of the first user turn"
     with pytest.raises(TemplateError, match=cure):
         tokenizer.render([SYSTEM, ASK])
     with pytest.raises(ValueError, match=cure):

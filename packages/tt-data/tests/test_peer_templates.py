@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import jinja2
 import pytest
 
-from tt_data import TemplateError, load_tokenizer
+from tt_data import TemplateError, load_dataset, load_tokenizer
 from tt_data.conversations import read_messages
 from tt_data.encode import mask_messages
 
@@ -59,6 +60,107 @@ def test_templates_of_real_models(name: str, tmp_path: Path, make_model: Any) ->
             assert not [i for i, ours_masked, trained_there in both if not ours_masked and not trained_there]
             spare = tokenizer.decode([i for i, ours_masked, there in both if ours_masked and there], skip_special=False)
             assert not {"hello", "cat", "fine"} & set(re.findall(r"\w+", spare))  # headers, and line ends behind a turn
+
+
+# Every template that TRL ships, over every kind of conversation.
+ROLE_TOKENS = re.compile(
+    r"<\|(?:tool_call|tool_response|tool|turn|channel)>|<(?:tool_call|tool_response|tool|turn|channel)\|>"
+)
+OTHERS = re.compile(r"<(?:end_of_utterance|/s|s)>")
+RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "abcdefghi", "name": "get"}
+TOOL = {
+    "type": "function",
+    "function": {"name": "get", "description": "Find out.", "parameters": {
+        "type": "object", "properties": {"q": {"type": "string", "description": "What."}}, "required": ["q"]}},
+}  # fmt: skip
+
+
+def call(arguments: Any, **more: Any) -> dict[str, Any]:
+    function = {"name": "get", "arguments": arguments}
+    found = {"id": "abcdefghi", "type": "function", "function": function}
+    return {"role": "assistant", "content": "", "tool_calls": [found], **more}
+
+
+def think(turn: dict[str, Any], thought: str) -> dict[str, Any]:
+    return {**turn, "reasoning_content": thought}
+
+
+TOOLS = [TURNS[0], call({"q": "rain"}), RESULT, TURNS[1], TURNS[2], call({"q": "snow"}), RESULT, TURNS[3]]
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
+    "one turn": TURNS[:2],
+    "two turns": TURNS,
+    "system": [{"role": "system", "content": "be nice"}, *TURNS],
+    "reasoning": [TURNS[0], think(TURNS[1], "hmm so"), TURNS[2], think(TURNS[3], "well then")],
+    "tools": TOOLS,
+    "tools, system and reasoning": [
+        {"role": "system", "content": "be nice"},
+        *[think(turn, f"thought {i}") if turn["role"] == "assistant" else turn for i, turn in enumerate(TOOLS)],
+    ],
+    "parts": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS],
+}
+
+
+def peer_templates() -> list[str]:
+    found = importlib.util.find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else Path()
+    return sorted(path.stem for path in folder.glob("*.jinja") if not path.stem.endswith("_training")) or ["trl"]
+
+
+@pytest.fixture(scope="module", params=peer_templates())
+def peer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> tuple[Any, Any]:
+    """Our tokenizer and transformers', with a template of TRL's."""
+    trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
+    source = (Path(trl.__file__).parent / "chat_templates" / f"{request.param}.jinja").read_text()
+    found = {token for pattern in (TOKENS, ROLE_TOKENS, OTHERS) for token in pattern.findall(source)}
+    eos = next((end for end in ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>") if end in found), "<|endoftext|>")
+    specials = sorted(found | {"<s>", "<|endoftext|>"})
+    path = make_model(
+        tmp_path_factory.mktemp("peer") / "model", specials, bos_token="<s>", eos_token=eos, chat_template=source
+    )
+    return load_tokenizer(path), transformers.PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def tokenizer_refuses(tokenizer: Any, row: dict[str, Any]) -> bool:
+    try:
+        load_dataset([row], tokenizer)
+    except ValueError as refusal:
+        return "1 of 1 rows are bad (1 template)" in str(refusal) or "1 system message refused" in str(refusal)
+    return False
+
+
+@pytest.mark.parametrize("kind", CONVERSATIONS)
+def test_rows_are_rendered_like_transformers_and_exactly_the_answers_are_trained(
+    peer: tuple[Any, Any], kind: str
+) -> None:
+    tokenizer, reference = peer
+    turns, tools = CONVERSATIONS[kind], [TOOL] if "tools" in kind else None
+    row = {"messages": turns, "tools": tools} if tools else {"messages": turns}
+    try:
+        wanted = reference.apply_chat_template(turns, tools=tools, tokenize=False)
+    except Exception:
+        wanted = None  # refused, or not in this form
+    if wanted is None and tokenizer_refuses(tokenizer, row):
+        return
+    dataset = load_dataset([row], tokenizer)
+    text = "".join(piece for piece, _ in dataset.rendered(0))
+    words = [turn["content"] if isinstance(turn["content"], str) else turn["content"][0]["text"] for turn in turns]
+    if wanted is not None and "'text'" not in wanted and '"text"' not in wanted and all(w in wanted for w in words):
+        assert text == wanted  # else transformers printed the list itself, or nothing of the turns
+    notes = " ".join(dataset.report["notes"])
+    trained = [piece for piece, flag in dataset.rendered(0) if flag]
+    for number, turn in enumerate(turns):
+        said = "".join(trained)
+        content = turn["content"] if isinstance(turn["content"], str) else turn["content"][0]["text"]
+        if turn["role"] == "assistant" and content:
+            assert content in said, number
+        elif content:
+            assert content not in said, number
+        for thought in [turn["reasoning_content"]] if "reasoning_content" in turn else []:
+            assert thought in said or "does not write the reasoning" in notes
+        for one in turn.get("tool_calls", ()):
+            assert one["function"]["arguments"]["q"] in said or "does not write tool_calls" in notes
+    assert not re.search(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|turn>|<\|user\|>.", "".join(trained))
+    assert dataset.report["no_end_token"] == ("[gMASK]" in text)  # GLM's last answer has none
 
 
 @pytest.mark.parametrize("content", [None, "words first"])

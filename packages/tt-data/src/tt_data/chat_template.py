@@ -41,12 +41,14 @@ PROMPT_DIFFERS = (
 class TemplateError(ValueError):
     """The chat template refused a conversation, failed, or went over a limit.
 
-    ``ambiguous``: it renders, but does not show which of the text is trained.
+    ``reason``: the short name that reports count; ``ambiguous template`` for one that renders, but does not show which
+    of the text is trained.
     """
 
-    def __init__(self, text: str, *, ambiguous: bool = False) -> None:
+    def __init__(self, text: str, *, reason: str = "template") -> None:
         super().__init__(text)
-        self.ambiguous = ambiguous
+        self.reason = reason
+        self.ambiguous = reason == "ambiguous template"
 
 
 class Job:
@@ -113,10 +115,16 @@ class ChatTemplate:
         """The exception for an answer that is one: which template, which line, what. ``nonce`` is taken out."""
         line, text = answer.get("line"), str(answer["error"])
         where = f"{self.name}{f', line {line}' if line else ''}"
-        return TemplateError(
-            f"{where}: {text.replace(nonce, '') if nonce else text}",
-            ambiguous=answer.get("kind") == "AmbiguousTemplateError",
-        )
+        said = f"{where}: {text.replace(nonce, '') if nonce else text}"
+        if answer.get("kind") == "AmbiguousTemplateError":
+            return TemplateError(said, reason="ambiguous template")
+        if role := answer.get("refused_role"):
+            cure = (
+                f"this template takes no {role} message: put its text at the beginning of the first user turn, or name "
+                "a template that takes one (template=chatml, llama3, ...)"
+            )
+            return TemplateError(f"{said}; {cure}", reason="system message refused")
+        return TemplateError(said)
 
     def _one_by_one(self, request: Sequence[Job]) -> list[dict[str, Any]]:
         """A request killed the process: find the job that did."""

@@ -113,7 +113,7 @@ def _render_units(
             continue
         row = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on, tokenizer)
         if isinstance(row, TemplateError):
-            results.append(BadRowError("ambiguous template" if row.ambiguous else "template", str(row)))
+            results.append(BadRowError(row.reason, str(row)))
         else:
             try:
                 _refuse_half_pairs(row.text)

@@ -29,10 +29,6 @@ from tt_data.turn_spans import AmbiguousTemplateError, turn_spans
 _MEMORY_LIMIT = 1 << 30
 _OPEN, _CLOSE = (secrets.token_hex(12) for _ in range(2))
 _MARKS = re.compile(f"{_OPEN}|{_CLOSE}")
-_NO_SYSTEM = (
-    "; this template takes no system message: put its text at the beginning of the first user message, or choose a "
-    "template that has one (data.template=chatml)"
-)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -154,17 +150,21 @@ class _Template:
         return next((end + len(token) for token in ends if full.startswith(token, end)), end)
 
 
-def _refuses_system(template: _Template, job: dict[str, Any]) -> bool:
-    """Whether a conversation on which the template failed is fine without its system message."""
-    messages = job.get("messages") or [{}]
-    if messages[0].get("role") not in ("system", "developer"):
-        return False
-    shorter = {key: value for key, value in job.items() if key != "trained"}
+def _refused_role(template: _Template, job: dict[str, Any]) -> str:
+    """``system`` (or ``developer``) if a conversation begins with such a message and the template takes none."""
+    role = (job.get("messages") or [{}])[0].get("role")
+    if role not in ("system", "developer"):
+        return ""
+    plain = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
     try:
-        template.answer({"prompt": False, **shorter, "messages": messages[1:]})
+        template.answer({"messages": plain, "prompt": False})
     except (Exception, _TooLong):
-        return False
-    return True
+        return ""  # it fails on everything
+    try:
+        template.answer({"messages": [{"role": role, "content": "Be brief."}, *plain], "prompt": False})
+    except (Exception, _TooLong):
+        return str(role)
+    return ""
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -226,8 +226,8 @@ def main() -> None:
             except (Exception, _TooLong) as error:
                 answers.append(_failure(error))
                 is_refusal = isinstance(error, Exception) and not isinstance(error, AmbiguousTemplateError)
-                if is_refusal and template is not None and _refuses_system(template, job):
-                    answers[-1]["error"] += _NO_SYSTEM
+                if is_refusal and template is not None:
+                    answers[-1]["refused_role"] = _refused_role(template, job)
             finally:
                 _limit_time(0)
         sys.stdout.write(json.dumps(answers) + "\n")

@@ -23,7 +23,6 @@ from tt_data.examples import (
     mistake_in,
     notes_of,
 )
-from tt_data.messages import Message
 from tt_data.readers import Read, tracks
 from tt_data.rendered import Encoded
 from tt_data.report import Tally
@@ -53,7 +52,6 @@ class RowEncoder:
 
     def __init__(self, tokenizer: Tokenizer, settings: Settings, tally: Tally) -> None:
         self.tokenizer, self.settings, self.tally = tokenizer, settings, tally
-        self._taken: dict[str, bool] = {}  # roles that may come first
 
     def encode(self, name: str, batch: Sequence[tuple[int, Mapping[str, Any]]], read: Read) -> list[TokenRow]:
         """The rows of ``batch`` that can be learned from. Raises ValueError where a setting is at fault, not a row."""
@@ -77,7 +75,7 @@ class RowEncoder:
             try:
                 kept.append(self._finish(where, line, example, parts))
             except BadRowError as bad:
-                self.tally.drop(where, self._with_cure(bad, example))
+                self.tally.drop(where, bad)
                 continue
             noted = (*notes_of(example), *(kind for part in kept[-1].parts for kind in part.notes))
             for kind in dict.fromkeys(noted):
@@ -131,30 +129,6 @@ class RowEncoder:
         desirable = isinstance(example, Judged) and example.desirable
         digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
-
-    def _with_cure(self, bad: BadRowError, example: Example) -> BadRowError:
-        """What to do if it is the system message that the template refuses."""
-        answer = example.answer if isinstance(example, Judged) else example
-        side = answer.chosen if isinstance(answer, Pair) else answer
-        role = side.messages[0].role if isinstance(side, Conversation) else ""
-        if bad.reason != "template" or role not in ("system", "developer") or self._takes(role):
-            return bad
-        return BadRowError(
-            "system message refused",
-            f"{bad}; this template takes no {role} message: put its text at the beginning of the first user turn, or "
-            "name a template that takes one (template=chatml, llama3, ...)",
-        )
-
-    def _takes(self, role: str) -> bool:
-        """Whether the template writes a conversation that begins with ``role``."""
-        if role not in self._taken:
-            turns = [Message(role, "Be brief."), Message("user", "Hello."), Message("assistant", "Hi.")]
-            try:
-                self.tokenizer.render(turns)
-                self._taken[role] = True
-            except ValueError:
-                self._taken[role] = False
-        return self._taken[role]
 
     @property
     def _keeps_its_prompt(self) -> bool:
