@@ -249,6 +249,14 @@ def test_a_base_that_moved_is_named_with_the_file_that_names_it_and_can_be_given
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_relative_base_may_be_relative_to_its_adapter(model_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "base")
+    adapter = write_adapter(tmp_path / "base", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "../base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    assert logits(adapter).shape[-1] == 400
+
+
 def test_a_quantized_base_is_answered_with_the_way_to_give_another(model_dir, tmp_path):
     base = tmp_path / "base-bnb-4bit"
     shutil.copytree(model_dir, base)
@@ -326,8 +334,17 @@ def test_4_bits_can_be_asked_for_and_given_with_a_directory(model_dir, tmp_path)
 # ---- resized vocabularies --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_adapter_over_a_resized_base_loads_and_merges_as_in_peft(model_dir, tmp_path, tied):
+@pytest.mark.parametrize(
+    ("tied", "lora"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+        (False, {"trainable_token_indices": [400, 405]}),
+    ],
+)
+def test_an_adapter_over_a_resized_base_loads_and_merges_as_in_peft(model_dir, tmp_path, tied, lora):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = tmp_path / "base"
     shutil.copytree(model_dir, base)
@@ -340,10 +357,11 @@ def test_an_adapter_over_a_resized_base_loads_and_merges_as_in_peft(model_dir, t
     theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs.resize_token_embeddings(410)
     torch.manual_seed(3)
-    adapted = peft.get_peft_model(
-        theirs,
-        peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
-    )
+    settings = {"r": 4, "target_modules": ["q_proj", "up_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(**settings | lora))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter)) if parameter.requires_grad else None
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     ids = torch.tensor([[5, 6, 405, 7]])
     with torch.no_grad():

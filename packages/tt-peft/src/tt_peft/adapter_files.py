@@ -187,9 +187,17 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
             tensors = {_plain_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             # no arithmetic with 8 bits of float; bf16 holds all of their values
             tensors = {k: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
-            return tensors, opened.metadata() or {}
+            return _saved_once(tensors), opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file ({file.stat().st_size} bytes): {error}") from None
+
+
+def _saved_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a resized vocabulary PEFT writes each saved module three times; what was trained counts, as when it loads."""
+    trained = {key: key.replace(".modules_to_save.", ".") for key in tensors if ".modules_to_save." in key}
+    before = {key.replace(".modules_to_save.", ".original_module.") for key in trained}
+    kept = {key: tensor for key, tensor in tensors.items() if key not in before and key not in trained}
+    return kept | {name: tensors[key] for key, name in trained.items()}
 
 
 def _for_file(tensor: Tensor) -> Tensor:

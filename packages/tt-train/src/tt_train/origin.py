@@ -116,6 +116,8 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     named = named or read_json(file).get(key)
     if not named:
         raise ConfigError([f"{file}: names no base model ({key}); give --base DIR"])
+    if not Path(str(named)).is_dir() and (file.parent / str(named)).is_dir():
+        named = file.parent / str(named)  # relative to the adapter, not to the working directory
     try:
         found = tt_ckpt.resolve(_own_model(str(named)))
     except (FileNotFoundError, ValueError) as error:

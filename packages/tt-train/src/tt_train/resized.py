@@ -52,9 +52,11 @@ def fit_vocabulary_(model: Any, adapter: Path) -> None:
         if not tied:
             new[:here] = old  # load_adapter puts the file's in its place, in the file's precision
         module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", grown)
     model.config = replace(model.config, vocab_size=grown)
 
 
 def _whole(state: dict[str, torch.Tensor], name: str) -> torch.Tensor | None:
-    """A module's whole weight in an adapter file, or None."""
-    return next((state[key] for key in (f"{name}.weight", f"{name}.base_layer.weight") if key in state), None)
+    """A module's whole weight in an adapter file, or None: as it was trained, or under what was trained."""
+    keys = (f"{name}.{part}weight" for part in ("", "modules_to_save.", "base_layer.", "token_adapter.base_layer."))
+    return next((state[key] for key in keys if key in state), None)
