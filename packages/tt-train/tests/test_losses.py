@@ -56,6 +56,24 @@ def test_half_precision_sums_in_fp32():
     torch.testing.assert_close(loss.double(), exact, rtol=2e-3, atol=0)
 
 
+def test_many_chunks_in_bf16_lose_no_more_of_the_gradient_than_one():
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(4096, 64, generator=generator) + 0.5).bfloat16()
+    weight = (torch.randn(500, 64, generator=generator) * 0.05).bfloat16()
+    labels = torch.randint(0, 20, (4096,), generator=generator)
+    exact = weight.double().requires_grad_()
+    F.cross_entropy(hidden.double() @ exact.T, labels, reduction="sum").backward()
+
+    def error(chunk_size):
+        ours = weight.clone().requires_grad_()
+        ours.grad_dtype = torch.float32  # as in a run, where gradients are fp32
+        linear_cross_entropy(hidden, ours, labels, reduction="sum", chunk_size=chunk_size).backward()
+        assert ours.grad.dtype == torch.float32
+        return (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
+
+    assert error(8) < 2 * error(4096)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [({"reduction": "none"}, "reduction must be"), ({"labels": torch.zeros(3, dtype=torch.long)}, "leading shape")],

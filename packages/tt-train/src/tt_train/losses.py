@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Objective = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, int]]
 IGNORE = -100
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at a time
+CHUNKS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
 
 
 def cross_entropy(model: nn.Module, batch: dict[str, Tensor], *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
@@ -78,6 +79,28 @@ def linear_cross_entropy(
     return total if reduction == "sum" else total / labels_N.numel()
 
 
+class _WeightGradient:
+    """The sum over chunks of ``grad.T @ hidden``: a few in the weight's dtype, and those sums in fp32.
+
+    In bf16 alone the parts of a long sequence would be lost in a sum that grows.
+    """
+
+    def __init__(self, weight_VD: Tensor) -> None:
+        self.few_VD = torch.zeros_like(weight_VD)
+        self.many_VD: Tensor | None = None
+        self.chunks = 0
+
+    def add_(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+        self.few_VD.addmm_(grad_CV.T, hidden_CD)
+        self.chunks += 1
+        if self.few_VD.dtype.itemsize < 4 and self.chunks % CHUNKS_IN_LOW_PRECISION == 0:
+            self.many_VD = self.total().float()
+            self.few_VD.zero_()
+
+    def total(self) -> Tensor:
+        return self.few_VD if self.many_VD is None else self.many_VD.add_(self.few_VD)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """The sum over positions; its gradients stand ready when forward ends and are only scaled in backward."""
 
@@ -93,7 +116,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight_VD = torch.zeros_like(weight_VD) if needs_weight else None
+        grad_weight = _WeightGradient(weight_VD) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
@@ -106,9 +129,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_CV = grad_CV.to(weight_VD.dtype)
             if grad_hidden_ND is not None and grad_CV is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
-            if grad_weight_VD is not None and grad_CV is not None:
-                grad_weight_VD.addmm_(grad_CV.T, hidden_ND[part])
-        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD)
+            if grad_weight is not None and grad_CV is not None:
+                grad_weight.add_(grad_CV, hidden_ND[part])
+        ctx.save_for_backward(grad_hidden_ND, None if grad_weight is None else grad_weight.total())
         return total
 
     @staticmethod
