@@ -52,14 +52,21 @@ def test_the_share_is_judged_behind_the_cache_and_does_not_change_it(chatml: Any
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("packing", [False, True])
-def test_a_stream_with_too_many_bad_rows_stops_once_that_is_certain(chatml: Any, packing: bool) -> None:
+def test_a_stream_with_too_many_bad_rows_stops_once_that_is_certain(
+    chatml: Any, packing: bool, num_workers: int
+) -> None:
     rows = [BAD if i % 5 == 0 else {"prompt": f"{i} ", "completion": "cat"} for i in range(1000)]
     options: dict[str, Any] = {"streaming": True, "buffer": 50, "packing": packing, "max_seq_len": 64}
-    stream = batches(load_dataset(rows, chatml, **options, max_dropped_share=0.1), batch_size=4)
+    stream = batches(
+        load_dataset(rows, chatml, **options, max_dropped_share=0.1), batch_size=4, num_workers=num_workers
+    )
     with pytest.raises(ValueError, match="rows cannot be used"):
         deque(islice(stream, 300), maxlen=0)
-    stream = batches(load_dataset(rows, chatml, **options, max_dropped_share=0.3), batch_size=4)
+    stream = batches(
+        load_dataset(rows, chatml, **options, max_dropped_share=0.3), batch_size=4, num_workers=num_workers
+    )
     assert len(list(islice(stream, 100))) == 100
 
 

@@ -185,3 +185,23 @@ def test_nan_is_null_in_files_and_in_memory(chatml: Any, tmp_path: Path) -> None
     report = load_dataset(tmp_path / "rows.parquet", chatml).report
     assert (report["rows"], report["dropped"]) == (2, {})
     assert "'score' (1 row)" in report["notes"][0]
+
+
+def test_a_pattern_is_the_files_that_it_matches(chatml: Any, tmp_path: Path) -> None:
+    for number, name in enumerate(("part-1.jsonl", "part-0.jsonl", "other.jsonl", "sub/part-2.jsonl")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": f"{number}"}))
+    for pattern, names in (("part-*.jsonl", ["part-0", "part-1"]), ("**/part-?.jsonl", ["part-0", "part-1", "part-2"])):
+        for streaming in (False, True):
+            dataset = load_dataset(str(tmp_path / pattern), chatml, streaming=streaming)
+            assert [Path(name).stem for name in dataset.names] == names
+    with pytest.raises(FileNotFoundError, match=r"x\*.jsonl: no file of such a name"):
+        load_dataset(tmp_path / "x*.jsonl", chatml)
+
+
+def test_a_data_frame_is_its_rows(chatml: Any) -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame({"text": ["a", None, "b"], "score": [1.0, float("nan"), float("nan")]})
+    report = load_dataset(frame, chatml).report
+    assert (report["rows"], report["dropped"]) == (2, {"null": 1})
+    assert "'score' (1 row)" in report["notes"][0]

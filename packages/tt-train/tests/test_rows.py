@@ -8,6 +8,7 @@ import pytest
 from tt_train.config import RunConfig, SFTConfig, compose, to_dict
 from tt_train.errors import ConfigError
 from tt_train.recipes._assemble import assemble
+from tt_train.recipes._begin import with_absolute_paths
 from tt_train.recipes.sft import main
 from tt_train.validate import check, problems, rows
 
@@ -101,6 +102,14 @@ def test_parts_of_a_directory_have_keys(composed, tmp_path):
         job = check(composed(TEXTS, folder, word, eval_rows=TEXTS))  # what is held out is a file of its own
         assert [job.train.where(i) for i in range(job.num_rows)] == [f"{tmp_path}/folder/sub/b.jsonl:1"]
     assert "revisions are of hub data sets" in problems(composed(TEXTS, folder, "data.revision=main"))[0]
+
+
+def test_a_pattern_of_files_is_kept_with_its_folder(composed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = with_absolute_paths(composed(TEXTS, "data.train=tr*.jsonl"))
+    assert config.data.train == f"{tmp_path}/tr*.jsonl"
+    assert check(config).num_rows == 18
+    assert with_absolute_paths(composed(TEXTS, "data.train=no*.jsonl")).data.train == "no*.jsonl"
 
 
 def test_the_new_keys_have_defaults():

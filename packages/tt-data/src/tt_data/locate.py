@@ -57,7 +57,9 @@ def as_files(source: Any, part: Part) -> tuple[Any, Part]:
     if isinstance(files, Mapping):
         files = files.get(part.split or "train")
     files = [files] if isinstance(files, (str, Path)) else list(files or ())
-    if source not in _BUILDERS or not files or Path(source).exists() or any("://" in str(file) for file in files):
+    if not isinstance(source, str) or source not in _BUILDERS or not files or Path(source).exists():
+        return source, part
+    if any("://" in str(file) for file in files):
         return source, part
     return [Path(part.data_dir or "") / file for file in files], Part()
 
@@ -89,6 +91,11 @@ def _files(name: str | Path, part: Part) -> list[Path]:
     path = Path(name).expanduser()
     if part.revision is not None:
         raise ValueError(f"revision: {name} is on this machine, where it has one state; revisions are of hub data sets")
+    if not path.exists() and any(mark in str(path) for mark in "*?["):
+        matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+        if not matches:
+            raise FileNotFoundError(f"{name}: no file of such a name (looked from {Path.cwd()})")
+        return [file for match in matches for file in local_files(match, part.split)]
     if path.is_file() and part.options():
         raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
     files = part.data_files
@@ -135,6 +142,8 @@ class _Rows:
 
 
 def _from_rows(rows: Iterable[Any]) -> Source:
+    if hasattr(rows, "iterrows"):  # a DataFrame would give the names of its columns
+        rows = rows.to_dict("records")  # type: ignore[attr-defined]
     kept = _Rows(rows if hasattr(rows, "__getitem__") else list(rows), hasattr(rows, "features"))
     return Source(kept.name, kept.placed, kept.digest)
 

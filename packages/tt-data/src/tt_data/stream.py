@@ -115,7 +115,7 @@ class StreamDataset:
         """What a row holds (``single``, ``pair`` or ``judged``), from the first one that can be read."""
         if self._kind is None:
             stream = self.blocks[0].streams[0]
-            for _, row in islice(_parsed_rows(stream), _ENOUGH):
+            for _, row in islice(_parsed_rows(stream), 4096):
                 with contextlib.suppress(Exception):  # a bad row; or a mistake, which is named when the row is encoded
                     return kind_of(self._readers[stream.name][0](row, self.settings.columns))
         return self._kind or "single"
@@ -193,8 +193,7 @@ class StreamDataset:
             tally.keep(truncated=token_row.truncated, no_end=token_row.no_end)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
-        if tally.seen >= _ENOUGH:
-            refuse_dropped(self.report, self.settings.max_dropped_share, name=", ".join(self.names[:3]))
+        self._refuse_dropped()
         return encoded
 
     def rows_of_step(
@@ -218,11 +217,16 @@ class StreamDataset:
 
     def add_news(self, news: Tally) -> None:
         self.tally.add(news)
+        self._refuse_dropped()
+
+    def _refuse_dropped(self) -> None:
+        if self.tally.seen >= _ENOUGH:
+            refuse_dropped(self.report, self.settings.max_dropped_share, name=", ".join(self.names[:3]))
 
     def blank(self) -> Row:
         """Two padding tokens in the shape of a row."""
         if self._kind is None:
-            self._kind = self.head(4096).kind  # the first ones may all be bad
+            self._kind = self.kind
         sides = 2 if self._kind == "pair" else 1
         return to_row(self._kind, [Encoded([self.pad_id] * 2)] * sides, False)
 

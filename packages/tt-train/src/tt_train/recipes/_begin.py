@@ -148,10 +148,16 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 
 def _absolute(source: Any) -> Any:
-    if isinstance(source, str) and source and Path(source).exists():
+    if isinstance(source, str) and source and (Path(source).exists() or _matches(source)):
         return str(Path(source).resolve())
     if isinstance(source, list):
         return [_absolute(item) for item in source]
     if isinstance(source, dict):
         return {_absolute(key): weight for key, weight in source.items()}
     return source
+
+
+def _matches(pattern: str) -> bool:
+    """Whether a relative pattern such as ``data/*.jsonl`` finds files here."""
+    path = Path(pattern)
+    return any(mark in pattern for mark in "*?[") and not path.is_absolute() and any(Path().glob(pattern))
