@@ -85,6 +85,27 @@ def test_a_certificate_is_json(tt, bare_model, tmp_path):
     assert tt("verify", str(bare_model), "-o", str(tmp_path / "certificate.json")).code == 0  # an older one
 
 
+def test_a_model_that_is_not_equal_is_shown_with_its_limits_and_exits_with_1(tt, monkeypatch):
+    certificate = {
+        "model": "m",
+        "passed": False,
+        "errors": {"logits": 2e-3, "greedy_differences": 3, "gradients": "inf"},
+    }
+    certificate |= {"reference_errors": {"logits": 1e-6}, "limits": {"logits": 8e-6, "greedy_differences": 0}}
+    certificate["limits"]["gradients"] = 1e-5
+    certificate |= {"worst_gradient": "model.norm.weight", "versions": {"torch": "2"}}
+    monkeypatch.setattr("tt_train.verify.verify", lambda model, seed: certificate)
+    answer = tt("verify", "m")
+    assert answer.code == 1
+    assert [line.split() for line in answer.out.splitlines()[1:4]] == [
+        ["logits", "2.0e-03", "1.0e-06", "8.0e-06"],
+        ["greedy_differences", "3", "0"],
+        ["gradients", "inf", "1.0e-05"],
+    ]
+    assert "furthest off: model.norm.weight" in answer.out
+    assert "m: NOT equal (torch 2)" in answer.out
+
+
 @pytest.mark.parametrize("verb", ["merge", "export"])
 def test_the_output_is_a_word_or_an_option_but_not_both(tt, model_dir, tmp_path, verb):
     one, other = tmp_path / "one", tmp_path / "other"

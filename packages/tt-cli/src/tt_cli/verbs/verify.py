@@ -34,6 +34,8 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
         for name, error in certificate["errors"].items():
             numbers = (error, certificate["reference_errors"].get(name), certificate["limits"][name])
             click.echo("  ".join([f"{name:24}", *(f"{_number(number):>12}" for number in numbers)]))
+        if not certificate["passed"]:
+            click.echo(f"the gradient that is furthest off: {certificate['worst_gradient']}")
         versions = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
         verdict = "equal within rounding" if certificate["passed"] else "NOT equal"
         click.echo(f"{certificate['model']}: {verdict} ({versions})")
