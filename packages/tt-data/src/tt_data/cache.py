@@ -16,7 +16,7 @@ from tt_data.store import TokenStore, read_numbers, write_numbers
 from tt_data.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_FORMAT = 2  # what a cached data set holds; another number for every change
+_FORMAT = 3  # what a cached data set holds; another number for every change
 _COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
 
 

@@ -65,7 +65,7 @@ def as_files(source: Any, part: Part) -> tuple[Any, Part]:
 
 
 def files_left_out(source: Any, part: Part) -> list[str]:
-    """The files in the directories of ``source`` that are not read, each with the reason if it could hold rows."""
+    """The files in the directories of ``source`` that are not read."""
     left: list[str] = []
     if part.data_files is not None:  # the others are not meant
         return left
