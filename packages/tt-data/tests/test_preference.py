@@ -160,3 +160,18 @@ def test_a_prompt_that_the_answers_do_not_hold_is_told(chatml: Any) -> None:
     kept = load_dataset([{**row, "prompt": system}], chatml)
     assert kept.documents(0)[0][0][0].startswith("<|im_start|>system\ns<|im_end|>")
     assert kept.report["notes"] == []
+
+
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_turns_with_a_boolean_label_are_judged(chatml: Any, column: str) -> None:
+    """Trained as they are, they would teach the answers that nobody wanted."""
+    rows = [{"messages": chat("a", "b", "c", f"{i}"), column: bool(i % 2)} for i in range(4)]
+    dataset = load_dataset(rows, chatml)
+    assert (dataset.schema, dataset.kind) == ("unpaired_preference", "judged")
+    assert [row["desirable"] for row in dataset] == [False, True, False, True]
+    assert [text for text, on in dataset.rendered(1) if on] == ["1<|im_end|>"]
+    assert dataset.report["notes"] == []
+    assert load_dataset(rows, chatml, schema="openai").kind == "single"
+    numbers = load_dataset([{"messages": chat("a", "b"), column: 3}], chatml)
+    assert (numbers.schema, numbers.kind) == ("openai", "single")
+    assert f"'{column}' (1 row)" in numbers.report["notes"][0]

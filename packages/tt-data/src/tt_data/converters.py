@@ -20,6 +20,7 @@ INPUT = ("input", "context")  # context: as Dolly calls it
 OUTPUT = ("output", "response")
 COMPLETION = ("completion", "response")
 TOOLS = ("tools", "functions")
+LABEL = ("label", "kto_tag")
 ADDED = (*SYSTEM, "history", *TOOLS, "chat_template_kwargs")  # what a conversation takes beside its turns
 _MASKS = ("assistant_masks", "completion_mask", "loss_mask")  # 1: trained
 _PACKED = "packed rows (several documents in one) are not read; give each document a row, and pack them with packing"
@@ -193,14 +194,15 @@ def _refuse_packed(row: Row, columns: Columns, ids: Sequence[int], start: int, s
 
 
 def read_judged(row: Row, columns: Columns) -> Judged:
-    """prompt, completion and a label that says whether the completion was wanted."""
-    label, name = cell(row, columns, "label"), columns.get("label", "label")
+    """prompt and completion, or turns, and a label that says whether the answer was wanted."""
+    label, name = cell(row, columns, *LABEL), find(row, columns, *LABEL)
     if label is None:
         raise BadRowError("null", f"column {name!r} is null")
     wanted = judgement(label)
     if wanted is None:
         raise BadRowError("wrong label", f"column {name!r} holds {str(label)[:40]!r}, expected true or false")
-    answer = read_completion(row, columns)
+    is_chat = find(row, columns, *CHAT_COLUMNS) and not find(row, columns, *COMPLETION)
+    answer = read_chat(row, columns) if is_chat else read_completion(row, columns)
     return Judged(answer if isinstance(answer, Completion) else reply_only(answer), wanted)
 
 

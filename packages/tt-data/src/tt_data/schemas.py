@@ -13,6 +13,7 @@ from tt_data.converters import (
     CHAT_COLUMNS,
     COMPLETION,
     INPUT,
+    LABEL,
     OUTPUT,
     judgement,
     read_alpaca,
@@ -50,9 +51,12 @@ class Schema:
         return all(any(columns.get(n, n) in row for n in names) for names in self.columns) and self.values(row, columns)
 
 
-def _is_label(row: Row, columns: Columns) -> bool:
-    label = row[columns.get("label", "label")]
-    return isinstance(label, (int, float)) or label is None or judgement(label) is not None
+def _is_judged(row: Row, columns: Columns) -> bool:
+    """A prompt, its completion and a label that says true or false; or turns and a label that is a boolean."""
+    label = row[find(row, columns, *LABEL) or ""]
+    if find(row, columns, "prompt") and find(row, columns, *COMPLETION):
+        return isinstance(label, (int, float)) or label is None or judgement(label) is not None
+    return isinstance(label, bool) and find(row, columns, *CHAT_COLUMNS) is not None
 
 
 def _is_sharegpt(row: Row, columns: Columns) -> bool:
@@ -71,7 +75,7 @@ SCHEMAS: dict[str, Schema] = {
     for schema in (
         Schema("pretokenized", (("input_ids",),), read_tokens),
         Schema("preference", (("chosen",), ("rejected",)), read_pair),
-        Schema("unpaired_preference", (("prompt",), COMPLETION, ("label",)), read_judged, _is_label),
+        Schema("unpaired_preference", (("prompt", *CHAT_COLUMNS), LABEL), read_judged, _is_judged),
         Schema("sharegpt", (CHAT_COLUMNS,), read_chat, _is_sharegpt),
         Schema("openai", (CHAT_COLUMNS,), read_chat),
         Schema("alpaca", (("instruction",), OUTPUT), read_alpaca),
