@@ -172,6 +172,9 @@ def test_a_broken_adapter_is_refused_by_tensor(folder, make_lm):
     save_file(state, file)
     with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.lora_A.weight has NaN or infinite values"):
         tt_peft.load_adapter(make_lm(), folder)
+    save_file({**state, key: torch.zeros(0)}, file)
+    with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is empty: the shards of .* were not gathered"):
+        tt_peft.load_adapter(make_lm(), folder)
     save_file({**state, key: torch.zeros(4, 32, dtype=torch.int8)}, file)
     with pytest.raises(ValueError, match=r"q_proj.lora_A.weight is torch.int8, expected floating point"):
         tt_peft.load_adapter(make_lm(), folder)
@@ -264,6 +267,12 @@ def test_damaged_and_missing_files_are_named(folder, make_lm, tmp_path):
     weights.unlink()
     (folder / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"is a pickle"):
+        tt_peft.load_adapter(make_lm(), folder)
+    (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 4}}')
+    weights.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"no peft_type: .* \(it holds: fine_tune_type, lora_parameters\); convert it to"
+    ):
         tt_peft.load_adapter(make_lm(), folder)
     (folder / "adapter_config.json").write_text('{"r": 4')
     with pytest.raises(ValueError, match=r"adapter_config.json is not valid JSON"):

@@ -164,3 +164,23 @@ def test_a_name_given_twice_counts_once(two, ids):
     set_adapter_(two, ("default", "default"))
     assert torch.equal(two(ids), expected)
     assert tt_peft.active_adapters(two) == ("default",)
+
+
+def test_adapters_may_save_different_modules(make_lm, randomise, ids):
+    models = {}
+    both = make_lm()
+    for name, saved in (("one", ("lm_head",)), ("two", ("norm",)), ("three", ())):
+        config = LoRAConfig(rank=2, modules_to_save=saved)
+        apply_lora_(both, config, adapter=name)
+        randomise(both, seed=len(name))
+        models[name] = make_lm()
+        apply_lora_(models[name], config, adapter=name)
+        tt_peft.load_adapter_state_(models[name], tt_peft.adapter_state_dict(both, name), adapter=name)
+    for name, alone in models.items():
+        tt_peft.set_adapter_(both, name)
+        assert torch.equal(both(ids), alone(ids))
+    with tt_peft.disable_adapter(both):
+        assert torch.equal(both(ids), make_lm()(ids))
+    tt_peft.set_adapter_(both, "one")
+    tt_peft.merge_lora_(both)
+    torch.testing.assert_close(both(ids), models["one"](ids))

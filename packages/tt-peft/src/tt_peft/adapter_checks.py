@@ -80,6 +80,11 @@ def check_finite(state: dict[str, Tensor], file: Path) -> None:
     for key, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{file}: {key} is {tensor.dtype}, expected floating point numbers")
+        if tensor.numel() == 0:
+            raise ValueError(
+                f"{file}: {key} is empty: the shards of DeepSpeed ZeRO-3 or FSDP were not gathered when it was saved; "
+                "save the adapter again from the gathered model"
+            )
         if not torch.isfinite(tensor.float()).all():
             raise ValueError(f"{file}: {key} has NaN or infinite values: its training went wrong")
 

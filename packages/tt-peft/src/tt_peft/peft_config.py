@@ -149,6 +149,11 @@ def _endings(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
     """Read PEFT's JSON object; whatever we do not compute is a ValueError that names it."""
     kind = settings.get("peft_type")
+    if kind is None:
+        held = ", ".join(sorted(settings)[:6]) or "nothing"
+        raise ValueError(
+            f"{file} has no peft_type: not an adapter that PEFT wrote (it holds: {held}); convert it to PEFT's"
+        )
     if kind != "LORA":
         raise ValueError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
     for key, accepted in _NEUTRAL.items():
