@@ -145,7 +145,10 @@ AS_TYPED = [
     ("max_steps=1_000", "max_steps", 1000),
     ("optimizer.lr=1e-3", "optimizer.lr", 1e-3),
     ("optimizer.betas=[1e-1, 0.9]", "optimizer.betas", [0.1, 0.9]),
+    ("epochs=3.0", "epochs", 3),
+    ("max_steps=1e3", "max_steps", 1000),
     ("data.packing=Yes", "data.packing", True),
+    ("data.packing=False", "data.packing", False),
     ("data.shuffle=0", "data.shuffle", False),
 ]
 
@@ -182,6 +185,10 @@ def test_text_in_a_file_is_taken_as_written(tmp_path):
     [
         ("max_steps=1:30", "expected a whole number or null, got the text '1:30'"),
         ("batch_size=0x10", "expected a whole number, got the text '0x10'"),
+        ("epochs=0.5", "expected a whole number, got 0.5; a part of an epoch is given by max_steps"),
+        ("eval_every=0.1", "got 0.1; it counts steps, not a share of the run"),
+        ("schedule.warmup_steps=0.1", "got 0.1; a share of the run is schedule.warmup_ratio"),
+        ("max_steps=-1", "max_steps: must be at least 1, got -1; null is what -1 is elsewhere"),
         ("data.packing=2", "expected true or false, got the text '2'"),
         ("loggers=wandb", "expected a list such as [a, b], got the text 'wandb'"),
         ("data.columns=conv", "expected names such as {a: b}, got the text 'conv'"),

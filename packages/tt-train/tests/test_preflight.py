@@ -127,3 +127,24 @@ def test_a_file_in_place_of_the_cache_is_named_and_held_out_rows_have_no_split_o
         (tmp_path / "rows" / f"{name}.jsonl").write_text(rows_file.read_text())
     more = [f"data.train={tmp_path / 'rows'}", "data.split=test", f"data.eval={rows_file}"]
     assert len(check(compose("sft", overrides=[*words, *more])).held_out) == 37
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], None),
+        (["adapter.rank=4"], "rank is 2 for "),
+        (["adapter.alpha=99"], "scaling is "),
+        (["adapter.target_modules=[q_proj]"], "the adapter does not fit this model"),
+        (["adapter.use_dora=true"], "use_dora is False for "),
+    ],
+)
+def test_an_adapter_to_start_from_that_does_not_fit_is_found_before_weights_load(words, found, tmp_path, more, said):
+    from tt_train.recipes import sft
+
+    run = tmp_path / "r"
+    sft.main(compose("sft", overrides=[*words, "adapter.rank=2", "max_steps=1", f"output_dir={run}"]))
+    problems = found("adapter.rank=2", f"adapter.path={run}/adapter", *more)
+    assert len(problems) == (said is not None)
+    assert said is None or said in problems[0]
+    assert f"did you mean {run}/adapter?" in found("adapter.rank=2", f"adapter.path={run}")[0]

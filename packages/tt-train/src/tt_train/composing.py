@@ -230,6 +230,15 @@ def _merge(schema: type, settings: list[Setting], problems: list[str]) -> Any:
     return OmegaConf.to_object(merged)
 
 
+# where other tools take a part of something
+_INSTEAD_OF_A_SHARE = {
+    "epochs": "; a part of an epoch is given by max_steps",
+    "eval_every": "; it counts steps, not a share of the run",
+    "save_every": "; it counts steps, not a share of the run",
+    "schedule.warmup_steps": "; a share of the run is schedule.warmup_ratio",
+}
+
+
 def _type_problem(key: str, kind: Any, value: Any) -> str:
     inner, optional = plain(kind)
     cure = ""
@@ -243,5 +252,7 @@ def _type_problem(key: str, kind: Any, value: Any) -> str:
         cure = f"; did you mean {key}.{next(iter(keys))}?"
     else:
         expected = names.get(inner) or containers.get(typing.get_origin(inner) or inner) or str(inner)
+    if isinstance(value, float):
+        cure = _INSTEAD_OF_A_SHARE.get(key, cure)
     got = f"the text {value!r}" if isinstance(value, str) else repr(value)
     return f"expected {expected}{' or null' if optional else ''}, got {got}{cure}"

@@ -209,7 +209,8 @@ def mistakes(config: RunConfig) -> list[str]:
     for key, least in _AT_LEAST.items():
         value = _look_up(plain, key)
         if value is not None and value < least:
-            found.append(f"{key}: must be at least {least}, got {value}")
+            unset = "; null is what -1 is elsewhere" if key == "max_steps" and value == -1 else ""
+            found.append(f"{key}: must be at least {least}, got {value}{unset}")
     found += _number_mistakes(config)
     steps, ratio = config.schedule.warmup_steps, config.schedule.warmup_ratio
     if steps is not None and ratio is not None:

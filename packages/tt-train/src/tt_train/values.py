@@ -106,8 +106,8 @@ def _scalar(text: str, kind: Any) -> Any:
     if number_wanted and _WHOLE.fullmatch(text):
         return int(text.replace("_", ""))
     if number_wanted and _NUMBER.fullmatch(text):
-        return float(text.replace("_", "").replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf")
-                     .replace(".nan", "nan").replace(".NaN", "nan").replace(".NAN", "nan"))  # fmt: skip
+        number = float(re.sub(r"\.(inf|nan)", r"\1", text.replace("_", "").lower()))
+        return int(number) if kind is int and number.is_integer() else number  # 3.0 epochs, 1e3 steps
     return text
 
 

@@ -17,6 +17,7 @@ from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.optim import schedule_notes
 from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
+from tt_train.run_dir import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -218,15 +219,32 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
 def check_adapter(section: AdapterSection, model_config: Any, notes: list[str]) -> tt_peft.LoRAConfig:
     """The LoRAConfig, tried on a model without memory: a target that matches nothing is found here."""
     lora = lora_config(section)
+    model = tt_models.build(model_config, device="meta")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        tt_peft.apply_lora_(tt_models.build(model_config, device="meta"), lora)
+        tt_peft.apply_lora_(model, lora)
     if said:
         more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
         notes.append(f"adapter: {said[0].message}{more}")
-    if section.path is not None and not (Path(section.path) / "adapter_config.json").is_file():
-        raise ConfigError([f"adapter.path: {section.path} has no adapter_config.json; give the folder of an adapter"])
+    if section.path is not None:
+        _try_adapter(model, Path(section.path))
     return lora
+
+
+def _try_adapter(model: tt_models.Decoder, folder: Path) -> None:
+    """ConfigError, ValueError if the adapter that training starts from does not fit the one of the config."""
+    if not (folder / "adapter_config.json").is_file():
+        near = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else None
+        cure = f"did you mean {near}?" if near else "give the folder of an adapter"
+        raise ConfigError([f"adapter.path: {folder} has no adapter_config.json; {cure}"])
+    settings = read_json(folder / "adapter_config.json")
+    if settings.get("modules_to_save") or settings.get("trainable_token_indices"):
+        return  # these need the weights of the base
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(parameter.requires_grad for parameter in own):
+            module.to_empty(device="cpu", recurse=False)
+    tt_peft.load_adapter(model, folder)
 
 
 def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:
