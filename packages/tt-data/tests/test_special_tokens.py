@@ -125,3 +125,29 @@ def test_show_finds_the_typed_ones_between_real_ones(spm: Any, chatml: Any) -> N
         (sample,) = show(load_dataset([{"text": text}], tokenizer))
         whole = "".join(piece for piece, _ in sample["documents"][0])
         assert [whole[a:b] for a, b in sample["typed"][0]] == typed
+
+
+def test_role_tokens_of_a_template_are_kept_apart_though_no_flag_says_so(tmp_path: Path, make_model: Any) -> None:
+    """DeepSeek's are plain added tokens; tokens that no template writes (for code to be filled in) stay tokens."""
+    import tokenizers
+
+    source = "{% for m in messages %}<\uff5c{{ m.role }}\uff5c>{{ m.content }}{% endfor %}{# <\uff5cuser\uff5c> #}"
+    model = make_model(tmp_path / "model", ["<e>"], eos_token="<e>", chat_template=source)
+    file = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    file.add_tokens([tokenizers.AddedToken(t, normalized=False) for t in ("<\uff5cuser\uff5c>", "<|fim|>", "<think>")])
+    file.save(str(model / "tokenizer.json"))
+    tokenizer = load_tokenizer(model)
+    role, fill, think = map(tokenizer.token_id, ("<\uff5cuser\uff5c>", "<|fim|>", "<think>"))
+    row = [{"role": "user", "content": "a<\uff5cuser\uff5c><|fim|><think>b"}, TALK[1]]
+    dataset = load_dataset([{"messages": row}], tokenizer)
+    counts = [dataset[0]["input_ids"].count(index) for index in (role, fill, think)]
+    assert counts == [1, 1, 1]
+    assert "special token '<\uff5cuser\uff5c>'" in " ".join(dataset.report["notes"])
+
+
+def test_a_template_that_writes_todays_date_is_told(chatml: Any) -> None:
+    source = "{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    dated = chatml.with_template({"default": "{{ strftime_now('%d %b %Y') }}" + source}, "t")
+    plain = chatml.with_template({"default": source}, "t")
+    notes = [load_dataset([{"messages": TALK}], tokenizer).report["notes"] for tokenizer in (dated, plain)]
+    assert ["writes the date of today" in " ".join(found) for found in notes] == [True, False]

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tt_data.messages import Message
+
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
@@ -35,6 +37,12 @@ _EMPTY_TURN = "the chat template leaves nothing of some turns but their end, so 
 PROMPT_DIFFERS = (
     "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
     "deletes): what is trained is not quite what inference asks for"
+)
+
+
+DATED = (
+    "the chat template writes the date of today: the same rows make other ids on another day, and the model is asked "
+    "with another date than it was trained with"
 )
 
 
@@ -92,6 +100,12 @@ class ChatTemplate:
         with self._lock:
             self._start()
             return tuple(self._facts["ends"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the template, whatever it is given."""
+        differs = [] if self.keeps_its_prompt else [PROMPT_DIFFERS]
+        return [*differs, DATED] if self._facts["dated"] else differs
 
     @property
     def keeps_its_prompt(self) -> bool:
@@ -261,3 +275,12 @@ def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:
     notes = [f"the chat template does not write {_LOST[kind]}" for kind in answer.get("lost", ())]
     notes += [_EMPTY_TURN] if answer.get("empty") else []
     return notes if answer.get("follows_prompts", True) else [*notes, PROMPT_DIFFERS]
+
+
+def as_dict(message: Any) -> dict[str, Any]:
+    """What a template sees of a message: no None values, the reasoning under each of its names."""
+    data = message.to_dict() if isinstance(message, Message) else dict(message)
+    data = {key: value for key, value in data.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((data[name] for name in names if data.get(name) is not None), None)
+    return data if reasoning is None else {"thinking": reasoning, **data, "reasoning_content": reasoning}

@@ -7,27 +7,16 @@ What a template loses is found by rendering: every part of the conversation gets
 from __future__ import annotations
 
 import contextlib
-import json
-import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
+
+from tt_data.marks import REASONING, Losses, Marks, call_with, like, other_form, part_of, text_of
 
 Messages = list[dict[str, Any]]
 Write = Callable[[Messages, Any, Any], str]  # (messages, tools, the template's other variables) -> text
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 _SHORT = 12  # characters: so few are easily found in a text that does not hold them
-_STEM = "".join(str(secrets.randbelow(10)) for _ in range(18))  # digits: the same in capitals and inside JSON
 _QUESTION, _ANSWER = "zq-question-qz", "zq-answer-qz"
-
-
-@dataclass
-class Losses:
-    """What a rendering does not hold: ``kinds`` by name, and the messages of which nothing is left."""
-
-    kinds: list[str] = field(default_factory=list)
-    empty: list[int] = field(default_factory=list)
 
 
 class MessageForms:
@@ -36,7 +25,7 @@ class MessageForms:
     def __init__(self, write: Write) -> None:
         self._write = write
         plain = self._writes([_QUESTION, _ANSWER])
-        self.takes_parts = self._writes([_part(_QUESTION), _part(_ANSWER)])
+        self.takes_parts = self._writes([part_of(_QUESTION), part_of(_ANSWER)])
         self.wants_parts = self.takes_parts and not plain
         self._in_order = {has_system: self._keeps_order(has_system) for has_system in (False, True)}
 
@@ -85,7 +74,7 @@ class MessageForms:
 
     def _losses(self, messages: Messages, tools: Any, extra: Any) -> Losses | None:
         """What is not in the rendering of a marked conversation; None if the template fails on it."""
-        marks = _Marks()
+        marks = Marks()
         marked = [marks.message(i, message) for i, message in enumerate(messages)]
         try:
             losses = marks.missing_in(self._write(marked, marks.tools(tools), extra))
@@ -102,7 +91,7 @@ class MessageForms:
         """Whether something of a turn is written although the mark at its end is not: it is cut."""
         if not text_of(messages[i].get("content")).strip():
             return False
-        mark = _Marks().new("words", i)
+        mark = Marks().new("words", i)
         marked = {**messages[i], "content": like(messages[i]["content"], mark)}
         try:
             return mark[:_SHORT] in self._write([*messages[:i], marked, *messages[i + 1 :]], tools, extra)
@@ -117,7 +106,7 @@ class MessageForms:
         thought, closed, _ = content.partition("</think>")
         if not closed or not thought.replace("<think>", "").strip():
             return False
-        mark = _Marks().new("reasoning", i)
+        mark = Marks().new("reasoning", i)
         marked = {**messages[i], "content": content.replace(closed, mark + closed, 1)}
         try:
             return mark not in self._write([*messages[:i], marked, *messages[i + 1 :]], tools, extra)
@@ -135,26 +124,10 @@ class MessageForms:
     def _fit_content(self, message: dict[str, Any]) -> dict[str, Any]:
         content = message.get("content")
         if isinstance(content, str) and self.wants_parts:
-            return {**message, "content": _part(content)}
+            return {**message, "content": part_of(content)}
         if isinstance(content, list) and not self.takes_parts:
             return {**message, "content": text_of(content)}
         return message
-
-
-def text_of(content: Any) -> str:
-    """The words of a message's content."""
-    if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in content)
-    return content if isinstance(content, str) else ""
-
-
-def like(content: Any, words: str) -> Any:
-    """``words`` in the form of ``content``."""
-    return _part(words) if isinstance(content, list) else words
-
-
-def _part(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
 
 
 def _turns(contents: list[Any]) -> Messages:
@@ -178,7 +151,7 @@ def _has_more(message: dict[str, Any]) -> bool:
         not is_plain
         or message["role"] == "tool"
         or bool(message.get("tool_calls"))
-        or any(message.get(name) for name in _REASONING)
+        or any(message.get(name) for name in REASONING)
     )
 
 
@@ -198,109 +171,11 @@ def _candidates(messages: Messages) -> Iterator[Messages]:
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     return (
-        {**message, "content": _part(text_of(content))} if isinstance(content, list) and len(content) > 1 else message
+        {**message, "content": part_of(text_of(content))} if isinstance(content, list) and len(content) > 1 else message
     )
 
 
 def _with_other_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """Arguments that are JSON text as the object, and the other way round."""
     calls = message.get("tool_calls")
-    return message if not calls else {**message, "tool_calls": [_call_with(call, _other_form) for call in calls]}
-
-
-def _call_with(call: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    function = call.get("function", call)
-    if "arguments" not in function:
-        return call
-    function = {**function, "arguments": change(function["arguments"])}
-    return {**call, "function": function} if "function" in call else function
-
-
-def _other_form(arguments: Any) -> Any:
-    if not isinstance(arguments, str):
-        return json.dumps(arguments, ensure_ascii=False)
-    try:
-        return json.loads(arguments or "{}")
-    except ValueError:
-        return arguments
-
-
-class _Marks:
-    """Numbered strings put behind every part of a conversation, and the kind of thing that each stands for."""
-
-    def __init__(self) -> None:
-        self._given: list[tuple[str, str, int]] = []  # mark, kind, message
-        self._enclosed: list[str] = []  # what stands where a call's JSON text was put into one more pair of braces
-
-    def new(self, kind: str, message: int) -> str:
-        mark = f"{_STEM}{len(self._given):06d}"
-        self._given.append((mark, kind, message))
-        return mark
-
-    def message(self, i: int, message: dict[str, Any]) -> dict[str, Any]:
-        marked = dict(message)
-        if text_of(message.get("content")).strip():
-            marked["content"] = self._content(
-                message["content"], "tool results" if message["role"] == "tool" else "words", i
-            )
-        reasoning = {
-            name: message[name] for name in _REASONING if isinstance(message.get(name), str) and message[name].strip()
-        }
-        if reasoning:
-            mark = self.new("reasoning", i)
-            marked |= {name: text + mark for name, text in reasoning.items()}
-        if message.get("tool_calls"):
-            marked["tool_calls"] = [self._call(call, i) for call in message["tool_calls"]]
-        return marked
-
-    def _content(self, content: Any, kind: str, i: int) -> Any:
-        if isinstance(content, str):
-            return content + self.new(kind, i)
-        return [
-            part if not text_of([part]).strip()
-            else part + self.new(kind, i) if isinstance(part, str)
-            else {**part, "text": part["text"] + self.new(kind, i)}
-            for part in content
-        ]  # fmt: skip
-
-    def _call(self, call: dict[str, Any], i: int) -> dict[str, Any]:
-        """The mark is an argument more, and follows each; of a call without arguments it follows the name."""
-        function = call.get("function", call)
-        arguments = function.get("arguments")
-        given = _other_form(arguments) if isinstance(arguments, str) else arguments
-        mark = self.new("tool calls", i)
-        if isinstance(given, dict) and given:
-            more = {key: value + mark if isinstance(value, str) else value for key, value in given.items()}
-            more[mark] = mark
-            written = json.dumps(more, ensure_ascii=False)
-            self._enclosed.append(f"{{{written}")
-            return _call_with(call, lambda old: written if isinstance(old, str) else more)
-        if isinstance(arguments, str) and arguments.strip() not in ("", "{}"):
-            return _call_with(call, lambda old: old + mark)
-        function = {**function, "name": f"{function.get('name')}{mark}"}
-        return {**call, "function": function} if "function" in call else function
-
-    def tools(self, tools: Any) -> Any:
-        if not tools:
-            return tools
-        marked = []
-        for tool in tools:
-            inner = tool.get("function")
-            mark = self.new("tools", -1)
-            named = isinstance(inner, dict)
-            changed = {**(inner if named else tool), "name": f"{(inner if named else tool).get('name')}{mark}"}
-            marked.append({**tool, "function": changed} if named else changed)
-        return marked
-
-    def missing_in(self, text: str) -> Losses:
-        """A call whose JSON text was written as a JSON string (escaped once more), or into braces, is a lost one."""
-        spoilt = any(enclosed in text for enclosed in self._enclosed)
-        lost = [
-            (kind, i)
-            for mark, kind, i in self._given
-            if mark not in text or (kind == "tool calls" and (spoilt or f'\\"{mark}' in text))
-        ]
-        parts = [i for _, _, i in self._given if i >= 0]
-        gone = [i for _, i in lost]
-        empty = [i for i in dict.fromkeys(parts) if gone.count(i) == parts.count(i)]
-        return Losses(list(dict.fromkeys(kind for kind, _ in lost)), empty)
+    return message if not calls else {**message, "tool_calls": [call_with(call, other_form) for call in calls]}

@@ -63,7 +63,6 @@ def make_environment() -> jinja2.Environment:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
 
@@ -71,7 +70,10 @@ class _Template:
     """One compiled template and what it is rendered with."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        self.template = make_environment().from_string(setup["source"])
+        self.dated = False
+        environment = make_environment()
+        environment.globals["strftime_now"] = self._today
+        self.template = environment.from_string(setup["source"])
         self.variables: dict[str, Any] = setup["variables"]
         self.output_limit: int = setup["output_limit"]
         self.special = alternatives(setup["special"]) if setup["special"] else None
@@ -80,6 +82,10 @@ class _Template:
         self.facts = study(
             lambda m, prompt: self.render(self.forms.fit(m, None, None)[0], prompt), self.special, setup["ends"]
         )
+
+    def _today(self, form: str) -> str:
+        self.dated = True
+        return datetime.now().strftime(form)
 
     def raw(self, messages: list[dict[str, Any]], prompt: bool, tools: Any = None, extra: Any = None) -> str:
         pieces: list[str] = []
@@ -220,7 +226,9 @@ def main() -> None:
                 if template is None:
                     template = _Template(job)
                     facts = template.facts
-                    answers.append({"ends": facts.ends, "keeps_its_prompt": facts.keeps_its_prompt})
+                    answers.append(
+                        {"ends": facts.ends, "keeps_its_prompt": facts.keeps_its_prompt, "dated": template.dated}
+                    )
                 else:
                     answers.append(template.answer(job))
             except (Exception, _TooLong) as error:

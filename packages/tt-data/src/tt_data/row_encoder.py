@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tt_data.cells import TrackedRow, is_empty
-from tt_data.chat_template import PROMPT_DIFFERS
 from tt_data.encode import Parts, encode_examples, ends_turn
 from tt_data.examples import (
     BadRowError,
@@ -66,8 +65,8 @@ class RowEncoder:
                 self.tally.drop(where, bad)
         forms = {"chat" if is_chat(example) else "text" for _, example in examples}
         self.tally.forms |= forms
-        if "chat" in forms and not self._keeps_its_prompt:
-            self.tally.note(PROMPT_DIFFERS)
+        for note in self.tokenizer.template_notes if "chat" in forms else ():
+            self.tally.note(note)
         encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
         kept: list[TokenRow] = []
         for (line, example), parts in zip(examples, encoded, strict=True):
@@ -129,10 +128,6 @@ class RowEncoder:
         desirable = isinstance(example, Judged) and example.desirable
         digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
-
-    @property
-    def _keeps_its_prompt(self) -> bool:
-        return not self.tokenizer.has_chat_template or self.tokenizer.template_keeps_its_prompt
 
 
 def _conversations(example: Example) -> list[Conversation | Turns]:

@@ -9,11 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from tt_data.backend import Backend
-from tt_data.chat_template import ChatTemplate, Job, TemplateError, notes_of_answer
+from tt_data.chat_template import ChatTemplate, Job, TemplateError, as_dict, notes_of_answer
 from tt_data.messages import Message
 from tt_data.rendered import BLANKS, Encoded, Rendered, Span, check_unicode
 from tt_data.special_tokens import SpecialTokens, new_nonce
 
+_OPENING, _CLOSING = ("<|", "<\uff5c"), ("|>", "\uff5c>")
 _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|padding|>")
 
 
@@ -32,18 +33,18 @@ class Tokenizer:
         self._backend = backend
         self._names = dict(names)
         self._extra_eos_ids = tuple(extra_eos_ids)
-        self._template_name = template_name
+        self._template_name, self.templates = template_name, dict(templates or {})
         self.vocab_size = backend.vocab_size
         self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
         self.pad_id = self._find_pad()
         self.adds_bos = adds_bos and self.bos_id is not None
-        self.templates = dict(templates or {})
         self._compiled: dict[str, ChatTemplate] = {}
         self._eos_ids: tuple[int, ...] | None = None
         self.special_tokens = self._find_special(more_specials)
-        unknown = [token for token in text_specials if token not in backend.added]
-        if unknown:
+        if unknown := [token for token in text_specials if token not in backend.added]:
             raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
+        self._enders = self.special_tokens
+        self.special_tokens = [*self._enders, *self._find_markers()]
         self._keep_apart([token for token in self.special_tokens if token not in text_specials])
 
     def _named_id(self, name: str) -> int | None:
@@ -64,6 +65,12 @@ class Tokenizer:
         named = [token for key, token in self._names.items() if key.endswith("_token") and isinstance(token, str)]
         known = [token for token in (*named, *more) if token in self._backend.added]
         return [token for token in dict.fromkeys([*self._backend.control, *known]) if token]
+
+    def _find_markers(self) -> list[str]:
+        """Tokens that a template opens turns with though no flag says so (DeepSeek's ``<\uff5cUser\uff5c>``)."""
+        sources, known = "".join(self.templates.values()), set(self._enders)
+        spelt = [t for t in self._backend.added if t[:2] in _OPENING and t[-2:] in _CLOSING and t not in known]
+        return [token for token in spelt if token in sources]
 
     def _keep_apart(self, tokens: Sequence[str]) -> None:
         """``tokens`` are made where a template puts them, and never from text that someone typed."""
@@ -136,9 +143,9 @@ class Tokenizer:
         return self._eos_ids
 
     @property
-    def template_keeps_its_prompt(self) -> bool:
-        """Whether the chat template's training text begins with its generation prompt (DeepSeek-R1's does not)."""
-        return self._template(None).keeps_its_prompt
+    def template_notes(self) -> list[str]:
+        """What a report says of the chat template itself."""
+        return self._template(None).notes if self.has_chat_template else []
 
     def with_template(self, templates: Mapping[str, str], name: str) -> Tokenizer:
         """A copy with other chat templates (``default`` and, where tools need another, ``tool_use``)."""
@@ -161,8 +168,7 @@ class Tokenizer:
         (``enable_thinking=False``)."""
         job = {**self._job(messages, tools, variables), "prompt": add_generation_prompt}
         template = self._template(tools)
-        answer = template.run([Job(job, len(messages))])[0]
-        if "error" in answer:
+        if "error" in (answer := template.run([Job(job, len(messages))])[0]):
             raise template.error(answer)
         return str(answer["text"])
 
@@ -245,7 +251,7 @@ class Tokenizer:
             raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)}")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(
-                self.templates[name], variables=self._names, special=self.special_tokens, ends=self._end_tokens(),
+                self.templates[name], variables=self._names, special=self._enders, ends=self._end_tokens(),
                 name=self._template_name,
             )  # fmt: skip
         return self._compiled[name]
@@ -256,7 +262,11 @@ class Tokenizer:
         return [token for token in named if isinstance(token, str) and self._backend.token_id(token) is not None]
 
     def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
-        return {"messages": [_plain(message) for message in messages], "tools": tools or None, "extra": dict(variables)}
+        return {
+            "messages": [as_dict(message) for message in messages],
+            "tools": tools or None,
+            "extra": dict(variables),
+        }
 
     def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
         template, nonce = self._template(tools), new_nonce()
@@ -288,12 +298,3 @@ class Tokenizer:
         ]
         parts.append(repr((self.special_tokens, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-
-def _plain(message: Any) -> dict[str, Any]:
-    """What a template sees of a message: no None values, the reasoning under each of its names."""
-    data = message.to_dict() if isinstance(message, Message) else dict(message)
-    data = {key: value for key, value in data.items() if value is not None}
-    names = ("reasoning_content", "thinking", "reasoning")
-    reasoning = next((data[name] for name in names if data.get(name) is not None), None)
-    return data if reasoning is None else {"thinking": reasoning, **data, "reasoning_content": reasoning}

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 
-from tt_data.message_forms import like
+from tt_data.marks import REASONING, like
 from tt_data.rendered import BLANKS, Span
 from tt_data.template_facts import Facts, Messages, Render, shared_length
 
 _PROBES = ("0probe", "1probe")
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class AmbiguousTemplateError(ValueError):
@@ -154,7 +153,7 @@ class _Finder:
 
     def _with(self, i: int, words: str) -> Messages:
         """The conversation with other words, and another thought where there is one, in its turn ``i``."""
-        message = {key: words if key in _REASONING else value for key, value in self.messages[i].items()}
+        message = {key: words if key in REASONING else value for key, value in self.messages[i].items()}
         message["content"] = like(message.get("content"), words)
         return [*self.messages[:i], message, *self.messages[i + 1 :]]
 
