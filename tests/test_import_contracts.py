@@ -25,7 +25,7 @@ ASSEMBLY = {
 # Imports that a module makes for itself, inside a function, where the user asked for it by name.
 OPTIONAL: dict[str, set[str]] = {
     "tt_models": {"transformers"},  # tt_models.parity compares with it
-    "tt_data": {"tiktoken"},
+    "tt_data": {"tiktoken", "zstandard", "compression"},  # compression.zstd of Python 3.14, zstandard before it
     "tt_ckpt": {"gguf"},  # of its extra
     "tt_train": {"wandb", "tensorboard"},
 }
