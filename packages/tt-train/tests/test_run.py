@@ -418,6 +418,7 @@ def test_random_weights_by_name_need_only_a_tokenizer(tmp_path, tokenizer_dir, r
         (["data.streaming=true", "max_steps=null"], "max_steps: missing"),
         (["data.streaming=true", "data.eval=0.1"], "cannot be held out"),
         (["eval_every=2"], "data.eval"),
+        (["early_stop_after=2", "data.eval=0.2"], "set eval_every"),
         (["device=cuda:7"], "device"),
         (["device=tpu"], "device"),
     ],

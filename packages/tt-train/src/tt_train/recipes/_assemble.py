@@ -132,6 +132,8 @@ def assemble(config: RunConfig) -> Job:
             train, held_out = parts or (train, None)
         for key, found in (("data.train", train), ("data.eval", held_out)):
             problems += kind_mistakes(config, key, found)
+    if config.early_stop_after and not config.eval_every:
+        problems.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
     for key in ("eval_every", "early_stop_after"):
         if getattr(config, key) and config.data.eval is None:
             problems.append(
