@@ -273,3 +273,21 @@ def test_the_state_of_a_checkpoint_names_its_place(train, tmp_path):
     saved = tt_ckpt.TrainCheckpoint(path / "checkpoints").restore()
     assert (saved.step, saved.state["steps_total"]) == (4, 4)
     assert saved.state["tokens"] == list(read_rows(path / "metrics.jsonl"))[-1]["tokens"]
+
+
+def test_nobody_advises_to_resume_what_would_start_at_step_1(train, tmp_path, monkeypatch):
+    from tt_train.run_dir import results_of
+
+    path = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "train_step", lambda *args, **kwargs: fail())
+        with pytest.raises(OSError, match="planted"):
+            train(path)
+    for ask in (results_of, load):
+        with pytest.raises(ConfigError, match="checkpoint") as caught:
+            ask(path)
+        assert "--resume" not in str(caught.value)
+    with pytest.raises(Interrupted):
+        train(path, console=Heard(stop_at=1), resume="auto")
+    with pytest.raises(ConfigError, match="no results yet; continue it with --resume auto"):
+        results_of(path)

@@ -109,7 +109,7 @@ def _load_stopped(origin: Origin, device: torch.device, adapter: bool) -> tt_mod
     newest = checkpoints.latest()
     if newest is None:
         again = repeating(run, read_json(run / "manifest.json"))
-        raise ConfigError([f"{run}: neither results nor a checkpoint; resume it: {again} -o {run} --resume auto"])
+        raise ConfigError([f"{run}: neither results nor a checkpoint; start it again from step 1: {again} -o NEW"])
     moved = [] if origin.model is None else [f"model.path={origin.model}"]
     config = compose_run(run, [f"device={device}", *moved])
     dtype = _assemble.DTYPES[config.model.dtype]

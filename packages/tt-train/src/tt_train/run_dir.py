@@ -289,4 +289,6 @@ def results_of(path: Path) -> Path:
     for name, marker in (("adapter", "adapter_config.json"), ("model", "config.json")):
         if (path / name / marker).is_file():
             return path / name
-    raise ConfigError([f"{path}: the run has no results yet; continue with --resume auto"])
+    saved = any((path / "checkpoints").glob("step-*"))
+    cure = "continue it with --resume auto" if saved else "nor a checkpoint to continue from; start a new run"
+    raise ConfigError([f"{path}: the run has no results yet{';' if saved else ','} {cure}"])
