@@ -83,7 +83,7 @@ def test_a_run_shows_facts_a_bar_a_table_and_the_next_commands(screen, model_dir
     assert "8 alpaca rows" in text
     assert "\x1b[32mred<|im_end|>\x1b[0m" in text
     assert "step 4/4" in text
-    assert re.search(r"loss +\d\.\d{4} -> \d\.\d{4}", re.sub(r"\x1b\[\d*m", "", text))
+    assert re.search(r"training loss +\d\.\d{4} \(.*; \d\.\d{4} at first\)", re.sub(r"\x1b\[\d*m", "", text))
     assert "tt chat out" in text
     assert text.rstrip().endswith("\nout")
 
@@ -130,4 +130,4 @@ def test_a_conversation_that_is_too_long_can_be_reset(screen):
 def test_generate_without_a_prompt_asks_for_one_instead_of_waiting(screen):
     code, text = screen("generate").end()
     assert code == 2
-    assert "no prompt: give -p TEXT" in text
+    assert 'no prompt: tt generate RUN "TEXT", or -p TEXT' in text
