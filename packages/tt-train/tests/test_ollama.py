@@ -10,8 +10,10 @@ import pytest
 
 import tt_data
 from tt_train import ConfigError
+from tt_train.composing import compose
 from tt_train.export import export, go_template, ollama_modelfile
 from tt_train.go_template import ollama_prompt
+from tt_train.recipes import sft
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -148,6 +150,26 @@ def test_an_export_says_whether_the_first_token_is_added(with_bos, model_dir, tm
     before, after = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (model, tmp_path / "out"))
     assert before("say alpha").input_ids == after("say alpha").input_ids
     assert (before("say alpha").input_ids[0] == 0) is added
+
+
+@pytest.mark.parametrize(
+    ("row", "template"),
+    [
+        ({"prompt": "say alpha", "completion": " beta"}, "{{ .Prompt }}{{ .Response }}"),
+        (
+            {"dialogue": "say alpha", "summary": "beta"},
+            "Summarize this dialogue:\n{{ .Prompt }}\n---\nSummary:\n{{ .Response }}",
+        ),
+    ],
+)
+def test_a_run_on_rows_that_are_no_chats_is_asked_in_their_words(words, tmp_path, row, template):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps(row) + "\n") * 8)
+    more = [f"data.train={rows}", "adapter.rank=2", "max_steps=1", f"output_dir={tmp_path / 'run'}"]
+    if "dialogue" in row:
+        more.append("data.template=summarize")
+    export(sft.main(compose("sft", overrides=[*words, *more])), tmp_path / "out", to="ollama")
+    assert of_modelfile((tmp_path / "out" / "Modelfile").read_text()) == template
 
 
 def test_parameters_come_from_the_models_own_files(tokenizer):

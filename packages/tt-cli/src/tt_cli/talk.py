@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from tt_cli.basing import tell
+from tt_train.asking import prompt_form, trained_on
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Messages = list[dict[str, str]]
@@ -114,30 +115,6 @@ class Speaker:
             tell(f"(cut after {self.cut} tokens, where the model's context ends)")
         elif self.cut and asked == click.core.ParameterSource.DEFAULT:
             tell(f"(cut after {self.cut} tokens; --max-new-tokens allows more)")
-
-
-def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The report on the rows that a run was trained on, and its ``data.template``; ({}, None) for a model."""
-    from tt_train.run_dir import is_run, read_json
-
-    if not is_run(path):
-        return {}, None
-    manifest = read_json(path / "manifest.json")
-    return manifest.get("data", {}).get("report", {}), manifest.get("config", {}).get("data", {}).get("template")
-
-
-def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:
-    """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
-    from tt_data.instruct_templates import INSTRUCT_TEMPLATES, our_name
-
-    if template is not None and our_name(template) in INSTRUCT_TEMPLATES:
-        return our_name(template)
-    schemas, forms = str(report.get("schema", "")).split("+"), str(report.get("form", "")).split("+")
-    if "chat" in forms:
-        return "chat"
-    if "text" in forms or not has_chat_template:
-        return "alpaca" if "alpaca" in schemas else "text"
-    return "chat"  # a model, or a stream of which nothing was read
 
 
 def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

@@ -10,10 +10,11 @@ import torch
 
 import tt_ckpt
 import tt_data
+from tt_train.asking import prompt_form, trained_on
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.merge import merge_run, refuse_full
 from tt_train.ollama import adds_bos, go_template, notes, ollama_modelfile
-from tt_train.origin import Base, find_origin
+from tt_train.origin import Base, Origin, find_origin
 from tt_train.run_dir import read_json
 from tt_train.serving import generation_settings, load_tokenizer
 
@@ -46,39 +47,38 @@ def export(
         raise ConfigError([f"--to: unknown format {to!r}{did_you_mean(to, FORMATS)}; known: {', '.join(FORMATS)}"])
     target = Path(output)
     refuse_full(target)
-    files = ollama_files(path, base, tell) if to == "ollama" else {}
-    if dry_run:
-        find_origin(path, base)
-    else:
+    origin = find_origin(path, base)
+    files, first = ollama_files(origin, tell) if to == "ollama" else ({}, None)
+    if not dry_run:
         merge_run(path, target, dtype=dtype, base=base, files=files, tell=tell)
-        if to == "ollama":
-            say_first_token(target)
+        if first is not None:
+            say_first_token(target, first)
     return {"path": str(target), "to": to, "dry_run": dry_run, "commands": commands(target, to)}
 
 
-def ollama_files(path: str | Path, base: Base, tell: Callable[[str], None] | None) -> dict[str, str]:
-    """The Modelfile of a run, adapter or model."""
-    origin = find_origin(path, base)
+def ollama_files(origin: Origin, tell: Callable[[str], None] | None) -> tuple[dict[str, str], bool]:
+    """The Modelfile of a run, adapter or model, and whether the tokenizer is to add the first token of a prompt."""
     tokenizer = load_tokenizer(origin)
-    for note in notes(tokenizer):
+    report, template = trained_on(origin.path)
+    form = prompt_form(report, template, has_chat_template=tokenizer.has_chat_template)
+    for note in notes(tokenizer) if form == "chat" else ():
         if tell is not None:
             tell(note)
     config = {} if origin.model is None else tt_ckpt.read_config(origin.model)
-    modelfile = ollama_modelfile(tokenizer, config=config, generation=generation_settings(origin.places))
-    return {"Modelfile": modelfile}
+    generation = generation_settings(origin.places)
+    modelfile = ollama_modelfile(tokenizer, form=form, config=config, generation=generation)
+    return {"Modelfile": modelfile}, adds_bos(tokenizer, form)
 
 
-def say_first_token(folder: Path) -> None:
+def say_first_token(folder: Path, added: bool) -> None:
     """Have tokenizer_config.json say whether the tokenizer adds the first token, as the Modelfile beside it reckons.
 
     Ollama's converter reads it there, and takes silence for no (its engine for yes).
     """
     tokenizer, file = tt_data.load_tokenizer(folder), folder / "tokenizer_config.json"
     settings = read_json(file) if file.is_file() else {}
-    wanted = adds_bos(tokenizer)
-    if tokenizer.bos_id is not None and settings.get("add_bos_token") is not wanted:
-        text = json.dumps({**settings, "add_bos_token": wanted}, indent=2, ensure_ascii=False) + "\n"
-        file.unlink(missing_ok=True)  # perhaps a link
+    if tokenizer.bos_id is not None and settings.get("add_bos_token") is not added:
+        text = json.dumps({**settings, "add_bos_token": added}, indent=2, ensure_ascii=False) + "\n"
         file.write_text(text, encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tt_data.instruct_templates import get_instruct_template
 from tt_train.errors import ConfigError
 from tt_train.go_template import ollama_prompt
 
@@ -24,10 +25,15 @@ Render = Callable[[list[str]], str]
 
 
 def ollama_modelfile(
-    tokenizer: Any, *, config: Mapping[str, Any] | None = None, generation: Mapping[str, Any] | None = None
+    tokenizer: Any,
+    *,
+    form: str = "chat",
+    config: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
 ) -> str:
     """A Modelfile for the folder that it is in.
 
+    ``form``: what ``tt_train.asking.prompt_form`` gives: ``chat``, ``text`` or the name of an instruct template.
     ``config`` and ``generation``: what the model's config.json and generation_config.json hold; they give the length
     of the context (at most ``MAX_NUM_CTX``) and the parameters of sampling.
 
@@ -35,7 +41,9 @@ def ollama_modelfile(
         ConfigError: if no Go template renders as the chat template does.
     """
     lines = ["FROM ."]
-    if tokenizer.has_chat_template:
+    if form != "chat":
+        lines.append(f"TEMPLATE {3 * _MARK}{text_template(form)}{3 * _MARK}")
+    elif tokenizer.has_chat_template:
         template = go_template(tokenizer)
         lines += [f"# {note}" for note in notes(tokenizer)]
         # One with .Messages is in the marks in which Ollama itself writes a text that has none of them.
@@ -53,9 +61,9 @@ def notes(tokenizer: Any) -> list[str]:
     return []
 
 
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer, not the template, puts the first token before a conversation."""
-    if not (tokenizer.adds_bos and tokenizer.has_chat_template):
+def adds_bos(tokenizer: Any, form: str = "chat") -> bool:
+    """Whether the tokenizer, not the template, puts the first token before a prompt."""
+    if form != "chat" or not (tokenizer.adds_bos and tokenizer.has_chat_template):
         return bool(tokenizer.adds_bos)
     return bool(_render(tokenizer, [_USER]).startswith(_bos(tokenizer)))
 
@@ -97,6 +105,15 @@ def go_template(tokenizer: Any) -> str:
             "SGLang and llama.cpp (--jinja) read the chat template itself"
         ]
     )
+
+
+def text_template(form: str) -> str:
+    """Ollama's template of a run on rows that are no chats: the words of its prompts around ``.Prompt``."""
+    before = after = ""
+    if form != "text":
+        instruct = get_instruct_template(form)
+        before, _, after = instruct.format({instruct.columns[0]: _USER}).partition(_USER)
+    return f"{_literal(before)}{{{{ .Prompt }}}}{_literal(after.rstrip(' '))}{{{{ .Response }}}}"
 
 
 def _render(tokenizer: Any, words: Sequence[str]) -> str:

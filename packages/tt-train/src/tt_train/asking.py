@@ -1,0 +1,28 @@
+"""In which words a run is asked: as its rows were written. Imports no torch."""
+
+from pathlib import Path
+from typing import Any
+
+from tt_train.run_dir import is_run, read_json
+
+
+def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The report on the rows that a run was trained on, and its ``data.template``; ({}, None) for a model."""
+    if not is_run(path):
+        return {}, None
+    manifest = read_json(path / "manifest.json")
+    return manifest.get("data", {}).get("report", {}), manifest.get("config", {}).get("data", {}).get("template")
+
+
+def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:
+    """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
+    from tt_data.instruct_templates import INSTRUCT_TEMPLATES, our_name
+
+    if template is not None and our_name(template) in INSTRUCT_TEMPLATES:
+        return our_name(template)
+    schemas, forms = str(report.get("schema", "")).split("+"), str(report.get("form", "")).split("+")
+    if "chat" in forms:
+        return "chat"
+    if "text" in forms or not has_chat_template:
+        return "alpaca" if "alpaca" in schemas else "text"
+    return "chat"  # a model, or a stream of which nothing was read
