@@ -355,6 +355,8 @@ def test_date_and_device_are_under_the_title(make_run):
 def test_packed_rows_are_counted_as_rows(make_run):
     manifest = {"data": {"rows": 120, "held_out_rows": 0, "report": {"packs": 14, "dropped": {}}}}
     assert "in 14 packs, 0 dropped" in page_of(make_run(manifest=manifest))
+    stream = {"data": {"rows": None, "report": {"rows": 77, "dropped": {}}}}
+    assert headline(read_run(make_run("stream", manifest=stream), name="stream")).rows == 77
 
 
 def test_the_commands_that_made_the_run_are_shown(make_run, tmp_path, monkeypatch):

@@ -66,7 +66,7 @@ def headline(run: Run) -> Headline:
         epochs=max(run.figures("epoch"), default=None),
         parameters=_number(run.manifest, "parameters"),
         trainable=_number(run.manifest, "trainable"),
-        rows=_number(run.manifest, "data.rows"),
+        rows=_number(run.manifest, "data.rows") or _number(run.manifest, "data.report.rows"),  # of a stream, those read
         eval_rows=_number(run.manifest, "data.held_out_rows"),
         packs=_number(run.manifest, "data.report.packs"),
         truncated=_number(run.manifest, "data.report.truncated"),
