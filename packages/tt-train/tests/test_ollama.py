@@ -157,7 +157,7 @@ def test_an_export_says_whether_the_first_token_is_added(with_bos, model_dir, tm
     [
         ({"prompt": "say alpha", "completion": " beta"}, "{{ .Prompt }}{{ .Response }}"),
         (
-            {"dialogue": "say alpha", "summary": "beta"},
+            {"dialogue": "say alpha", "output": "beta"},
             "Summarize this dialogue:\n{{ .Prompt }}\n---\nSummary:\n{{ .Response }}",
         ),
     ],
