@@ -6,6 +6,7 @@ import torch
 from tt_train import ConfigError, compose
 from tt_train.config import OptimizerSection, ScheduleSection
 from tt_train.optim import (
+    decayed,
     learning_rate,
     load_optimizer_tensors_,
     make_optimizer,
@@ -154,3 +155,32 @@ def test_state_goes_out_and_in_exactly():
     assert torch.equal(whole, resumed)
     with pytest.raises(ValueError, match="'v', which this run does not train"):
         load_optimizer_tensors_(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]), {"v/step": torch.ones(())}, {})
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_matrices_decay_and_vectors_do_not(narrow):
+    matrix, vector = torch.nn.Parameter(torch.ones(3, 2)), torch.nn.Parameter(torch.ones(3))
+    section = OptimizerSection(lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(decayed([vector, matrix]), section, narrow=narrow)
+    matrix.grad, vector.grad = torch.zeros(3, 2), torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(vector, torch.ones_like(vector))
+    torch.testing.assert_close(matrix.float(), torch.full((3, 2), 0.95), rtol=2**-8, atol=0)
+
+
+DORA = ["adapter.rank=2", "adapter.use_dora=true"]
+
+
+@pytest.mark.parametrize("more", [[], DORA, [*DORA, "adapter.lora_plus_ratio=4"]])
+def test_what_a_run_decays(words, more):
+    from tt_train.recipes._assemble import assemble
+    from tt_train.recipes._model import load_model, trainable_groups
+
+    job = assemble(compose("sft", overrides=[*words, *more]))
+    model = load_model(job)
+    groups = trainable_groups(job, model)
+    decay = {id(p): group.get("weight_decay", 0.01) for group in groups for p in group["params"]}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(decay) == len(trained)
+    assert all((decay[id(parameter)] > 0) == (parameter.dim() > 1) for parameter in trained)
+    assert {parameter.dim() for parameter in trained} == {1, 2}
