@@ -95,7 +95,7 @@ def run_steps(job: Job, watch: Watch) -> None:
     )  # fmt: skip
     while not state.complete:
         step, began = state.step + 1, time.perf_counter()
-        torch.manual_seed((config.seed * 1_000_003 + step) % 2**64)  # dropout hangs on seed and step alone
+        torch.manual_seed((config.seed * 1_000_003 + step) % 2**64)  # dropout depends on seed and step alone
         rate = learning_rate(config.schedule, base=config.optimizer.lr, step=step - 1, steps_total=job.steps_total)
         set_learning_rate(optimizer, rate)
         micro_batches = [to_device(batch, job.device) for batch in next(batches)]
