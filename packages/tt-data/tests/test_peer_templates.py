@@ -96,6 +96,10 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
         {"role": "system", "content": "be nice"},
         *[think(turn, f"thought {i}") if turn["role"] == "assistant" else turn for i, turn in enumerate(TOOLS)],
     ],
+    "tools of an agent that thinks": [
+        think(turn, f"thought {i}") if turn["role"] == "assistant" else turn
+        for i, turn in enumerate([*TOOLS[:3], call({"q": "hail"}), *TOOLS[2:6], RESULT, call({"q": "fog"}), *TOOLS[6:]])
+    ],
     "parts": [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in TURNS],
 }
 

@@ -18,7 +18,7 @@ from tt_data.messages import Message
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
-_SECONDS_PER_PAIR = 2e-5
+_SECONDS_PER_PAIR = 6e-5
 _SLACK_SECONDS = 5.0  # and twice the limit: until a process that hangs outside Python is killed
 _PAIRS_PER_REQUEST = 10_000
 _CHARACTERS_PER_REQUEST = 4_000_000

@@ -9,11 +9,11 @@ show where a turn is, the conversation is refused instead of masked wrongly.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
-from tt_data.marks import REASONING, like
+from tt_data.marks import REASONING, like, text_of
 from tt_data.rendered import BLANKS, Span
 from tt_data.template_facts import Facts, Messages, Render, shared_length
 
@@ -58,6 +58,7 @@ class _Finder:
         self.render, self.messages, self.full, self.special, self.facts = render, messages, full, special, facts
         self.body = full.removesuffix(facts.tail)
         self.follows_prompts = True
+        self._rendered = {0: ""}  # the conversation up to a message
 
     def turn(self, i: int) -> Span:
         """Message ``i``: an answer without its header, anything else with it."""
@@ -76,7 +77,9 @@ class _Finder:
         return len(before)
 
     def _upto(self, i: int) -> str:
-        return self.render(self.messages[:i], False).removesuffix(self.facts.tail) if i else ""
+        if i not in self._rendered:
+            self._rendered[i] = self.render(self.messages[:i], False).removesuffix(self.facts.tail)
+        return self._rendered[i]
 
     def start(self, i: int) -> int:
         """Where the model's own text begins in turn ``i``: after the generation prompt, never with a header.
@@ -95,15 +98,36 @@ class _Finder:
     def _where_answers_differ(self, i: int) -> int:
         """The generation prompt is not what training text holds there (DeepSeek-R1 opens a <think> that it later
         deletes): the turn starts where two different answers begin to differ."""
-        others = [self.render(self._with(i, probe), False) for probe in _PROBES]
-        start = shared_length(*others)
-        if others[0] != others[1] and self.full.startswith(others[0][:start]) and start >= self._lowest(i):
-            return start
-        before = self._upto(i)  # a call whose words are not written, or that is written without a header
-        not_written = others[0] == others[1] or len(before) == shared_length(others[0], self.full)
-        if not_written and self.full.startswith(before):
-            return len(before)
+        ways: list[Callable[[int, str], Messages]] = [self._with, self._with_call]
+        if not text_of(self.messages[i].get("content")).strip():
+            ways.reverse()  # a call without words differs in its name: words may be written elsewhere, or not at all
+        for other in ways:
+            one, two = self._others(i, other)
+            place = shared_length(one, two)
+            if one != two and self.full.startswith(one[:place]) and place >= (lowest := self._lowest(i)):
+                found = self.full.rfind(self.facts.header, lowest, place) if self.facts.header else -1
+                if found >= 0:
+                    return found + len(self.facts.header)
+                return place if other == self._with else min(place, self._behind_last(i))
+        before = self._upto(i)
+        if self.full.startswith(before):
+            return len(before)  # a call that is written without a header
         raise self._ambiguous(i)
+
+    def _behind_last(self, i: int) -> int:
+        """Where the message before turn ``i`` ends, its closing marks included, in a text that rewrites what is
+        before it."""
+        other = self._with(i - 1, _PROBES[0])
+        whole = shared_length(self.render(other, False), self.full)
+        short = shared_length(self.render(other[:i], False), self._upto(i))
+        return whole + shared_length(self._upto(i)[short:], self.full[whole:])
+
+    def _others(self, i: int, other: Callable[[int, str], Messages]) -> list[str]:
+        """The conversation with each of two other turns ``i``; twice nothing if the template refuses them."""
+        try:
+            return [self.render(other(i, probe), False) for probe in _PROBES]
+        except Exception:  # some take no words beside a call
+            return ["", ""]
 
     def _lowest(self, i: int) -> int:
         """A place before turn ``i``, not before the words of the turn that it answers."""
@@ -155,6 +179,15 @@ class _Finder:
         """The conversation with other words, and another thought where there is one, in its turn ``i``."""
         message = {key: words if key in REASONING else value for key, value in self.messages[i].items()}
         message["content"] = like(message.get("content"), words)
+        return [*self.messages[:i], message, *self.messages[i + 1 :]]
+
+    def _with_call(self, i: int, name: str) -> Messages:
+        """The conversation with calls of another function in its turn ``i``."""
+        message = dict(self.messages[i])
+        message["tool_calls"] = [
+            {**call, "function": {**call["function"], "name": name}} if "function" in call else {**call, "name": name}
+            for call in message.get("tool_calls") or []
+        ]
         return [*self.messages[:i], message, *self.messages[i + 1 :]]
 
     def _ambiguous(self, i: int) -> AmbiguousTemplateError:
