@@ -104,3 +104,23 @@ def test_a_window_that_is_used_and_not_given_is_that_of_the_reference():
         expected = transformers.AutoConfig.for_model(**config).sliding_window
         assert set(tt_models.config_from_hf(config).layer_windows) == {expected} == {4096}
         assert set(tt_models.config_from_hf(config | {"sliding_window": None}).layer_windows) == {None}
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text"])
+def test_gemma_computes_hidden_activation_whatever_hidden_act_beside_it_says(model_type):
+    config = LLAMA | {"model_type": model_type, "head_dim": 8, "num_key_value_heads": 2}
+    expected = tt_models.config_from_hf(config)
+    for stray in ({"hidden_act": "gelu"}, {"hidden_act": "silu", "hidden_activation": "gelu_pytorch_tanh"}):
+        assert tt_models.config_from_hf(config | stray) == expected
+    assert tt_models.config_from_hf(config | {"hidden_act": "gelu", "hidden_activation": "silu"}).hidden_act == "silu"
+    with pytest.raises(ValueError, match="hidden_act = 'silu'.*set hidden_activation"):
+        tt_models.config_from_hf(config | {"hidden_act": "silu"})
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])
+def test_layers_with_a_window_that_is_switched_off_are_refused(model_type):
+    kinds = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 8}
+    config = LLAMA | {"model_type": model_type, "num_key_value_heads": 2, "pad_token_id": None} | kinds
+    assert tt_models.config_from_hf(config | {"use_sliding_window": True}).layer_windows == (None, 8)
+    with pytest.raises(ValueError, match="use_sliding_window is false"):
+        tt_models.config_from_hf(config)

@@ -185,6 +185,11 @@ class LayeredConfig(ModelConfig):
                 f"layer_types must be {FULL!r} or {SLIDING!r} for each of {self.num_hidden_layers} layers, "
                 f"got {self.layer_types!r}"
             )
+        if SLIDING in self.layer_types and self.window is None and self.sliding_window is not None:
+            raise ValueError(
+                f"layer_types has {SLIDING} layers, but use_sliding_window is false: set it to true, or make every "
+                f"layer {FULL}"
+            )
         if self.layer_types == self.usual_layer_types():
             object.__setattr__(self, "layer_types", None)  # so that replace(config, num_hidden_layers=...) works
 

@@ -74,6 +74,17 @@ class Gemma2Config(LayeredConfig):
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 1
 
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Self:
+        """The reference reads ``hidden_activation`` only: beside it, ``hidden_act`` has no effect."""
+        act, config = config.get("hidden_act"), {key: config[key] for key in config if key != "hidden_act"}
+        if act not in (None, "gelu", TANH_GELU) and config.get("hidden_activation") is None:
+            raise ValueError(
+                f"config.json: hidden_act = {act!r} is not what {cls.model_type} computes, which is hidden_activation "
+                f"({TANH_GELU!r} if it is not given): set hidden_activation, or remove hidden_act"
+            )
+        return super().from_hf(config)
+
     def usual_layer_types(self) -> tuple[str, ...]:
         """Every second layer sees everything."""
         return tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
