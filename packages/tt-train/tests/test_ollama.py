@@ -13,6 +13,7 @@ from tt_train import ConfigError
 from tt_train.composing import compose
 from tt_train.export import export, go_template, ollama_modelfile
 from tt_train.go_template import ollama_prompt
+from tt_train.ollama import notes
 from tt_train.recipes import sft
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -199,6 +200,16 @@ def test_a_template_with_todays_date_is_told(tokenizer):
     assert "# the chat template writes today's date" in ollama_modelfile(
         tokenizer.with_template({"default": dated}, "dated")
     )
+
+
+def test_what_the_chat_template_takes_out_of_a_message_and_ollama_keeps_is_told(tokenizer):
+    strips = TURNS.replace("m.content }}", "m.content | trim }}")
+    forgets = TURNS.replace("m.content }}", "m.content.split('</think>')[-1].lstrip() }}")
+    found = {name: notes(tokenizer.with_template({"default": text + PROMPT}, name)) for name, text in
+             {"plain": TURNS, "strips": strips, "forgets": forgets}.items()}  # fmt: skip
+    assert found["plain"] == []
+    assert found["strips"] == ["the chat template strips white space around a message; Ollama keeps it"]
+    assert "the reasoning of earlier answers" in found["forgets"][-1]
 
 
 @pytest.mark.parametrize("broken", ["{{ if .System }}x", "{{ nope .System }}", "{{ .System", "{{ end }}", "{{ $x }}"])

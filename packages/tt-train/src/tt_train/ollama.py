@@ -56,9 +56,16 @@ def ollama_modelfile(
 
 def notes(tokenizer: Any) -> list[str]:
     """What a Modelfile cannot say of the chat template, one line each."""
-    if tokenizer.has_chat_template and "strftime_now" in str(tokenizer.templates.get("default")):
-        return ["the chat template writes today's date; the Modelfile keeps the date of this export"]
-    return []
+    if not tokenizer.has_chat_template:
+        return []
+    found = []
+    if "strftime_now" in str(tokenizer.templates.get("default")):
+        found.append("the chat template writes today's date; the Modelfile keeps the date of this export")
+    if f" {_USER} " not in _render(tokenizer, [f" {_USER} "]):
+        found.append("the chat template strips white space around a message; Ollama keeps it")
+    if "0THOUGHT0" not in _render(tokenizer, [_USER, f"<think>\n0THOUGHT0\n</think>\n\n{_ANSWER}", "1USER1"]):
+        found.append("the chat template leaves the reasoning of earlier answers out; Ollama keeps it")
+    return found
 
 
 def adds_bos(tokenizer: Any, form: str = "chat") -> bool:
