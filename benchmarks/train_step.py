@@ -1,7 +1,9 @@
 """Tokens per CPU-second of a training step, ours and transformers' (with peft for LoRA), alternated on one thread.
 
 Both contestants run as their own process on the same token batches, with fused AdamW, no clipping, and must train: the
-losses are compared. Usage: python benchmarks/train_step.py [--rounds 3] [--steps 4] [--shape small|base]
+losses are compared. What trains is fp32 in both, as `tt run` and transformers' Trainer with `bf16=True` have it: with
+bf16 a full model here is bf16 with the bits that rounding lost, there fp32 under autocast; adapters are fp32 over bf16.
+Usage: python benchmarks/train_step.py [--rounds 3] [--steps 4] [--shape small|base]
 """
 
 import argparse
@@ -41,13 +43,18 @@ def ours(shape: str, method: str, dtype):
 
     import tt_models
     import tt_peft
+    from tt_train.config import OptimizerSection
     from tt_train.losses import cross_entropy
+    from tt_train.optim import decayed, make_optimizer
     from tt_train.step import train_step
 
-    model = tt_models.build(tt_models.config_from_hf(hf_config(shape)), dtype=dtype).train()
-    if method != "full":
-        tt_peft.apply_lora_(model, tt_peft.LoRAConfig(rank=8, target_modules=tuple(targets(method))))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    full = method == "full"
+    model = tt_models.build(tt_models.config_from_hf(hf_config(shape)), dtype=torch.float32 if full else dtype).train()
+    if not full:
+        chosen = tuple(targets(method))
+        tt_peft.apply_lora_(model, tt_peft.LoRAConfig(rank=8, target_modules=chosen, dtype=torch.float32))
+    groups = decayed(parameter for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = make_optimizer(groups, OptimizerSection(lr=1e-3), narrow=full and dtype == torch.bfloat16)
     return lambda ids: train_step(model, [{"input_ids": ids, "labels": ids}], cross_entropy, optimizer).loss
 
 
@@ -56,17 +63,17 @@ def theirs(shape: str, method: str, dtype):
     import transformers
 
     config = transformers.LlamaConfig(**{k: v for k, v in hf_config(shape).items() if k != "model_type"})
-    model = transformers.LlamaForCausalLM(config).to(dtype).train()
-    if method != "full":
+    full = method == "full"
+    model = transformers.LlamaForCausalLM(config).to(torch.float32 if full else dtype).train()
+    if not full:
         import peft
 
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets(method)), autocast_adapter_dtype=False
-        )
+        model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=targets(method)))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def step(ids):
-        loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
