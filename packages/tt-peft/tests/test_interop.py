@@ -240,6 +240,21 @@ def test_targets_mean_what_they_mean_in_peft(kind, make_llama, ids, tmp_path):
     }
 
 
+def test_a_weight_among_target_parameters_is_the_linear_layer_that_has_it(make_llama, ids, tmp_path):
+    """As peft writes a router that transformers 5 has as a plain parameter."""
+    peft = pytest.importorskip("peft")
+    patterns = {"rank_pattern": {"up_proj.weight": 2}, "alpha_pattern": {"1.mlp.up_proj.weight": 40}}
+    settings = {"target_modules": ["q_proj"], "target_parameters": ["mlp.up_proj.weight"], **patterns}
+    theirs = peft.get_peft_model(make_llama(), peft.LoraConfig(r=4, init_lora_weights=False, **settings))
+    theirs.save_pretrained(str(tmp_path))
+    ours = make_llama()
+    tt_peft.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, theirs.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+    tt_peft.save_adapter(ours, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(make_llama(), str(tmp_path / "again")).eval()
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tie", [False, True])
 def test_the_automatic_class_of_peft_loads_our_folder_of_a_tied_or_untied_model(
     tie, quiet_peft, make_llama, randomise, ids, tmp_path

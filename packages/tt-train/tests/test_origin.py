@@ -342,6 +342,8 @@ def test_4_bits_can_be_asked_for_and_given_with_a_directory(model_dir, tmp_path)
         (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (False, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
         (False, {"trainable_token_indices": [400, 405]}),
+        (True, {"modules_to_save": ["embed_tokens"]}),
+        (True, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     ],
 )
 def test_an_adapter_over_a_resized_base_loads_and_merges_as_in_peft(model_dir, tmp_path, tied, lora):
@@ -369,6 +371,10 @@ def test_an_adapter_over_a_resized_base_loads_and_merges_as_in_peft(model_dir, t
         ours = tt_train.load(tmp_path / "adapter", device="cpu")[0]
         torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=1e-5)
     assert ours.config.vocab_size == 410
+    if tied and lora:
+        with pytest.raises(ValueError, match="embed_tokens shares its weight with the output projection"):
+            tt_train.merge_run(tmp_path / "adapter", tmp_path / "out")
+        return
     tt_train.merge_run(tmp_path / "adapter", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 410
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()

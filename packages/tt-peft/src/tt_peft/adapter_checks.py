@@ -2,6 +2,8 @@
 
 import functools
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from tt_peft.apply import spec_of, stacked_names, target_names
 from tt_peft.config import LoRAConfig
 from tt_peft.fingerprint import difference
 from tt_peft.lowrank import low_ranks
-from tt_peft.patterns import known
+from tt_peft.patterns import known, named
 from tt_peft.switch import modules_of
-from tt_peft.targets import full_matches, own_modules
+from tt_peft.targets import full_matches, is_linear, own_modules
 
 BASE_KEY = "tt_base"
 
@@ -42,7 +44,8 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
 
     PEFT passes over names that match nothing (its classifiers always have "classifier" and "score" to save), so a
     file may hold some; ``check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
-    endings, not as whole parts: "norm" means "input_layernorm" too; targets in a saved module get no adapter.
+    endings, not as whole parts: "norm" means "input_layernorm" too; targets in a saved module get no adapter. The
+    weight of a linear layer among ``target_parameters`` (transformers 5 has routers as plain parameters) is that layer.
     """
     names = list(own_modules(model))
     saved = tuple(name for name in names if name.endswith(config.modules_to_save))
@@ -55,16 +58,30 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
         excluded = () if unknown else excluded if isinstance(excluded, str) else tuple(known(excluded, names))
         config = config.with_(target_modules=targets, exclude_modules=excluded)
         config = config.with_(modules_to_save=saved, rank_pattern={}, alpha_pattern={})
-        chosen = target_names(model, config)
+        layers, parameters = _split_parameters(model, config.target_parameters)
+        config = config.with_(target_parameters=parameters)
+        chosen = list(dict.fromkeys([*target_names(model, config), *layers]))
         outside = tuple(n for n in chosen if not any(n == s or n.startswith(f"{s}.") for s in saved))
-        if len(outside) < len(chosen):
+        if layers or len(outside) < len(chosen):
             config = config.with_(
                 target_modules=outside, exclude_modules=(), layers_to_transform=None, layers_pattern=()
             )
         adapted = [*outside, *stacked_names(model, config)]
-        return config.with_(rank_pattern=ranks.meaning(adapted), alpha_pattern=alphas.meaning(adapted))
+        own_ranks = {re.escape(name): ranks.get(f"{name}.weight", config.rank) for name in layers}
+        own_alphas = {re.escape(name): alphas.get(f"{name}.weight", config.alpha) for name in layers}
+        return config.with_(
+            rank_pattern=own_ranks | ranks.meaning(adapted), alpha_pattern=own_alphas | alphas.meaning(adapted)
+        )
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
+
+
+def _split_parameters(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """The linear layers whose weights are among ``target_parameters``, and the rest of these."""
+    weights = [f"{name}.weight" for name, module in own_modules(model).items() if is_linear(module)]
+    of_layers = known(targets, weights)
+    layers = [name.removesuffix(".weight") for name in named(of_layers, weights)]
+    return layers, tuple(target for target in targets if target not in of_layers)
 
 
 def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> LoRAConfig:

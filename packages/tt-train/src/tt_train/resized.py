@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tt_peft.adapter_files import WEIGHTS_FILE, read_adapter_weights
+from tt_peft.adapter_files import WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 from tt_train.errors import ConfigError
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -39,12 +39,16 @@ def fit_vocabulary_(model: Any, adapter: Path) -> None:
                 ]
             )
     if tied and not torch.equal(whole[_EMBEDDING], whole.get(_HEAD, whole[_EMBEDDING])):
-        raise ConfigError(
-            [
-                f"{file}: {_EMBEDDING} and {_HEAD} differ, but the model ties them (tie_word_embeddings); give a base "
-                "with an output projection of its own: --base DIR"
-            ]
-        )
+        saved = read_adapter_config(adapter).get("modules_to_save") or ()
+        if not _EMBEDDING.endswith(tuple(saved)):
+            raise ConfigError(
+                [
+                    f"{file}: its vocabulary was resized from {here} to {grown} rows; {_EMBEDDING} and {_HEAD} differ, "
+                    "but the model ties them (tie_word_embeddings); give a base with an output projection of its own: "
+                    "--base DIR"
+                ]
+            )
+        whole[_EMBEDDING] = whole[_HEAD]  # the output projection's; what the embedding learned comes with the adapter
     for name in names:
         module = model.get_submodule(name)
         old = module.get_parameter("weight")
