@@ -307,6 +307,31 @@ def test_large_finite_values_are_no_error(tiny, model_dir):
 
 
 @pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"model.layers.0.self_attn.masked_bias": torch.ones(1)},
+            r"1 unexpected \(model.layers.0.self_attn.masked_bias\)$",
+        ),
+        (
+            {f"model.layers.{n}.mlp.up_proj.weight_scale": torch.ones(1) for n in range(3)},
+            r"3 unexpected \(model.layers.\*.mlp.up_proj.weight_scale: 3 tensors\)$",
+        ),
+        (
+            {f"model.layers.{n}.mlp.up_proj.weight": None for n in range(3)},
+            r"3 tensors missing \(model.layers.\*.mlp.up_proj.weight: 3 tensors\)$",
+        ),
+    ],
+)
+def test_single_tensors_of_layers_are_named_and_no_number_of_layers_is_blamed(tiny, model_dir, change, expected):
+    source = model_dir()
+    weights = load_file(source / "model.safetensors") | change
+    save_file({key: value for key, value in weights.items() if value is not None}, source / "model.safetensors")
+    with pytest.raises(ValueError, match=expected):
+        tt_ckpt.load_weights(tiny(), source)
+
+
+@pytest.mark.parametrize(
     ("model_fields", "expected"),
     [
         (

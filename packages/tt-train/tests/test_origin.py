@@ -249,6 +249,15 @@ def test_a_base_that_moved_is_named_with_the_file_that_names_it_and_can_be_given
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_base_that_is_a_directory_of_something_else_is_named_with_the_file_that_names_it(model_dir, tmp_path):
+    adapter, base = write_adapter(model_dir, tmp_path / "adapter"), tmp_path / "old"
+    base.mkdir()
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}))
+    with pytest.raises(ConfigError, match=rf"{file}: names the base model {base}, a directory without.*--base DIR"):
+        tt_train.load(adapter, device="cpu")
+
+
 def test_a_relative_base_may_be_relative_to_its_adapter(model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "base")
     adapter = write_adapter(tmp_path / "base", tmp_path / "adapter")

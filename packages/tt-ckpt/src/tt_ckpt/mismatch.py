@@ -66,12 +66,14 @@ def describe_tie(where: Path, kept: str, other: str, shapes: tuple[tuple[int, ..
 
 
 def _grouped(keys: Iterable[str]) -> str:
-    """``layers.1.*: 9 tensors`` for what belongs to a layer, the bare name for the rest."""
+    """``layers.1.*: 9 tensors`` for what belongs to a layer, ``layers.*.x`` for one of each, else the bare name."""
+    parts = {key: re.fullmatch(r"(.*?\blayers)\.(\d+)\.(.*)", key) for key in keys}
+    few = len({match[3] for match in parts.values() if match}) < _SHOWN
     groups: dict[str, list[str]] = {}
-    for key in keys:
-        match = re.match(r"(.*?\blayers\.\d+)\.", key)
-        groups.setdefault(f"{match[1]}.*" if match else key, []).append(key)
-    words = [f"{name}: {len(held)} tensors" if name.endswith(".*") else name for name, held in groups.items()]
+    for key, match in parts.items():
+        name = key if match is None else f"{match[1]}.*.{match[3]}" if few else f"{match[1]}.{match[2]}.*"
+        groups.setdefault(name, []).append(key)
+    words = [held[0] if len(held) == 1 else f"{name}: {len(held)} tensors" for name, held in groups.items()]
     return ", ".join(words[:_SHOWN]) + (f" and {len(words) - _SHOWN} more groups" if len(words) > _SHOWN else "")
 
 
@@ -96,9 +98,9 @@ def _cause(
         return f"is {close[0]} meant to be {missing[0]}?" if close else ""
     ours, extra = _layers(missing), _layers(unexpected)
     layers = getattr(config, "num_hidden_layers", None)
-    if layers is not None and ours and not extra:
+    if layers is not None and not extra and min(ours, default=0) > 0 and ours == {*range(min(ours), layers)}:
         return f"config.num_hidden_layers={layers}, the files hold {min(ours)} whole layers"
-    if layers is not None and extra and not ours:
+    if layers is not None and extra and min(extra) >= layers and not ours:
         return f"config.num_hidden_layers={layers}, the files hold {max(extra) + 1}"
     if missing == ["lm_head.weight"]:
         return "is tie_word_embeddings meant to be true? If the output is the embedding, set it in config.json"

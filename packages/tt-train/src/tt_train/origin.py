@@ -116,8 +116,9 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     named = named or read_json(file).get(key)
     if not named:
         raise ConfigError([f"{file}: names no base model ({key}); give --base DIR"])
-    if not Path(str(named)).is_dir() and (file.parent / str(named)).is_dir():
-        named = file.parent / str(named)  # relative to the adapter, not to the working directory
+    beside = file.parent / str(named)
+    if not (Path(str(named)) / "config.json").is_file() and (beside / "config.json").is_file():
+        named = beside  # relative to the adapter, not to the working directory
     try:
         found = tt_ckpt.resolve(_own_model(str(named)))
     except (FileNotFoundError, ValueError) as error:
@@ -127,6 +128,12 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
         ) from None
     except ConnectionError as error:
         raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
+    if not (found / "config.json").is_file() and not (found / "adapter_config.json").is_file():
+        raise ConfigError(
+            [
+                f"{file}: names the base model {named}, a directory without config.json; if it is elsewhere give --base DIR"
+            ]
+        )
     if (found / "config.json").is_file() and "quantization_config" in tt_ckpt.read_config(found):
         raise ConfigError(
             [f"{file}: names the base model {named}, whose weights are quantized; give the model it was made from: "
