@@ -129,11 +129,7 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     except ConnectionError as error:
         raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
     if not (found / "config.json").is_file() and not (found / "adapter_config.json").is_file():
-        raise ConfigError(
-            [
-                f"{file}: names the base model {named}, a directory without config.json; if it is elsewhere give --base DIR"
-            ]
-        )
+        raise ConfigError([f"{file}: names the base model {named}, a directory without config.json; give --base DIR"])
     if (found / "config.json").is_file() and "quantization_config" in tt_ckpt.read_config(found):
         raise ConfigError(
             [f"{file}: names the base model {named}, whose weights are quantized; give the model it was made from: "
