@@ -88,7 +88,7 @@ def test_every_command_that_is_shown_for_a_run_names_its_recipe(tt, run):
     assert "tt run own/mine.py --config own/config.yaml</pre>" in page
     for path in ("adapter", "checkpoints"):
         shutil.rmtree(run / path)
-    assert "resume it: tt run own/mine.py --config own/config.yaml -o own --resume auto" in tt("chat", "own").err
+    assert "start it again from step 1: tt run own/mine.py --config own/config.yaml -o NEW" in tt("chat", "own").err
 
 
 def test_another_recipe_or_a_changed_one_does_not_repeat_it_unasked(tt, run, words):
