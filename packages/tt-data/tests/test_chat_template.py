@@ -240,6 +240,26 @@ def test_marked_blocks_help_a_template_that_rewrites(chatml: Any) -> None:
     assert trained_texts(tokenizer, turns, None, "last") == ["a<|im_end|>"]
 
 
+def test_a_marked_block_that_holds_the_header_of_its_turn_is_trained_behind_it(chatml: Any) -> None:
+    for before, inside in (
+        ("", "<|im_start|>assistant\n"),
+        ("<|im_start|>assistant", "\n"),
+        ("<|im_start|>", "assistant\n"),
+    ):
+        source = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}{{ '"
+            + before
+            + "' }}{% generation %}{{ '"
+            + inside
+            + "' + m.content }}<|im_end|>{% endgeneration %}{% else %}"
+            "<|im_start|>{{ m.role + '\n' + m.content }}<|im_end|>"
+            "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        )
+        tokenizer = chatml.with_template({"default": source}, "marked")
+        turns = [turn("user", "a"), turn("assistant", "\nb"), turn("user", "c"), turn("assistant", "assistant d")]
+        assert trained_texts(tokenizer, turns, None) == ["\nb<|im_end|>", "assistant d<|im_end|>"]
+
+
 @pytest.mark.parametrize("layout", ["file", "string", "list", "additional", "chat_template.json"])
 def test_templates_are_found_wherever_models_keep_them(layout: str, tmp_path: Path, make_model: Any) -> None:
     transformers = pytest.importorskip("transformers")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import compressed, load_dataset, summary_lines
+from tt_data import batches, compressed, load_dataset, summary_lines
 from tt_data.sources import read_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(30)]
@@ -185,6 +185,13 @@ def test_nan_is_null_in_files_and_in_memory(chatml: Any, tmp_path: Path) -> None
     report = load_dataset(tmp_path / "rows.parquet", chatml).report
     assert (report["rows"], report["dropped"]) == (2, {})
     assert "'score' (1 row)" in report["notes"][0]
+    (tmp_path / "rows.csv").write_text("instruction,input,output,system\na,NaN,c,nan\nb,,NaN,\n")
+    for streaming in (False, True):
+        dataset = load_dataset(tmp_path / "rows.csv", chatml, streaming=streaming)
+        assert next(batches(dataset, batch_size=1))["input_ids"][0].tolist() == list(
+            load_dataset([{"instruction": "a", "output": "c"}], chatml)[0]["input_ids"]
+        )
+    assert load_dataset(tmp_path / "rows.csv", chatml).report["dropped"] == {"null": 1}
 
 
 def test_a_pattern_is_the_files_that_it_matches(chatml: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -166,3 +167,39 @@ def test_the_cure_is_named_if_a_template_refuses_a_system_message(chatml: Any) -
     with pytest.raises(TemplateError) as refusal:
         chatml.with_template({"default": "{{ raise_exception('never') }}"}, "t").render([SYSTEM, ASK])
     assert "system message" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("source", [
+    "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% for c in m.tool_calls %}"
+    "{{ c.function.arguments | tojson }}"
+    "{% endfor %}<|im_end|>{% endfor %}",
+    "{% for m in messages %}{{ m.role }}{% if m.content.startswith('x') %}x{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}",
+    "{% for m in messages %}{% if m.content is none %}{{ m.tool_calls[0].function.arguments | tojson }}{% else %}"
+    "{{ '' + m.content }}{% endif %}<|im_end|>{% endfor %}",
+])  # fmt: skip
+@pytest.mark.parametrize("null", [{"content": None}, {}])
+def test_calls_without_words_reach_templates_that_want_text_or_null(
+    chatml: Any, source: str, null: dict[str, Any]
+) -> None:
+    turn = {key: value for key, value in call(OBJECT).items() if key != "content"} | null
+    dataset = loaded(chatml, source, [ASK, turn, {"role": "tool", "content": "rain"}, ANSWER])
+    assert "argval" in trained(dataset)
+    assert "None" not in whole(dataset)
+    assert not [note for note in dataset.report["notes"] if "tool_calls" in note]
+
+
+@pytest.mark.parametrize("result", [{"rain": 3, "wind": None}, [{"rain": 3}], 3, True])
+def test_results_that_are_no_text_are_written_as_json(chatml: Any, result: Any) -> None:
+    source = "{% for m in messages %}{{ m.content }}{% if m.tool_calls %}get argval{% endif %}<|im_end|>{% endfor %}"
+    dataset = loaded(chatml, source, [ASK, call(OBJECT), {"role": "tool", "content": result}, ANSWER])
+    assert f"{json.dumps(result)}<|im_end|>" in whole(dataset)
+    assert trained(dataset).endswith("the cat<|im_end|>")
+
+
+def test_a_row_of_which_nothing_can_be_trained_says_why_and_blames_no_length(chatml: Any) -> None:
+    source = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    rows = [{"messages": [ASK, call(OBJECT)]}]
+    with pytest.raises(ValueError, match="leaves nothing of some turns") as error:
+        load_dataset(rows, chatml.with_template({"default": source}, "t"), max_seq_len=64)
+    assert "max_seq_len" not in str(error.value)

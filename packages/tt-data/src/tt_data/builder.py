@@ -127,7 +127,7 @@ class _Builder:
             return
         names = ", ".join(source.name for source in self.sources[:3])
         hidden = tally.dropped["no trainable token"]
-        if hidden and hidden == bad and self.settings.max_seq_len is not None:
+        if hidden and hidden == bad and tally.longest_prompt:
             raise ValueError(
                 f"{names}: {hidden} of {tally.seen} rows have no trainable token at max_seq_len "
                 f"{self.settings.max_seq_len} (longest prompt {tally.longest_prompt}); raise max_seq_len"

@@ -133,6 +133,8 @@ def _message(turn: Any, i: int) -> Message:
         extra["tool_calls"] = [{"type": "function", "function": older}]
     if not extra.get("tool_calls"):
         extra.pop("tool_calls", None)  # an empty list is no call
+    if name == "tool":
+        turn = _with_result_as_text(turn)
     content, parts = _content(turn, i, may_be_null="tool_calls" in extra)
     if content is None:  # a call without words: the template must not find any, not even empty ones
         content, extra["content"] = "", None
@@ -169,6 +171,18 @@ def _joined(words: Message, call: Message, i: int) -> Message:
     if words.content:
         extra.pop("content", None)
     return Message("assistant", words.content, words.masked, extra)
+
+
+def _with_result_as_text(turn: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A tool's result that is an object, or a list of other things than parts, as JSON text."""
+    key = next((key for key in ("content", "value", "text") if key in turn), "content")
+    result = turn.get(key)
+    is_parts = isinstance(result, list) and all(
+        isinstance(part, str) or (isinstance(part, Mapping) and ("type" in part or "text" in part)) for part in result
+    )
+    if isinstance(result, (Mapping, list, int, float)) and (not is_parts or not result):
+        return {**turn, key: json.dumps(result, ensure_ascii=False)}
+    return turn
 
 
 def _content(

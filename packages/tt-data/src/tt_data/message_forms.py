@@ -55,14 +55,22 @@ class MessageForms:
         fitted = [self._fit_content(message) for message in messages]
         if not tools and not any(map(_has_more, fitted)):
             return fitted, None
-        best: tuple[Messages, Losses] | None = None
-        for candidate in _candidates(fitted):
+        best = self._best(_candidates(fitted), tools, extra, None)
+        if best is None or "tool calls" in best[1].kinds:
+            best = self._best(_without_words(fitted, blank=best is None), tools, extra, best)
+        return best or (self._first_written(fitted, tools, extra), Losses())
+
+    def _best(
+        self, candidates: Iterator[Messages], tools: Any, extra: Any, best: tuple[Messages, Losses] | None
+    ) -> tuple[Messages, Losses] | None:
+        """The first of ``best`` and the candidates that loses least, None if the template fails on all."""
+        for candidate in candidates:
             losses = self._losses(candidate, tools, extra)
             if losses is not None and (best is None or len(losses.kinds) < len(best[1].kinds)):
                 best = candidate, losses
             if losses is not None and not losses.kinds:
                 break
-        return best or (self._first_written(fitted, tools, extra), Losses())
+        return best
 
     def losses(self, messages: Messages, extra: Any, text: str) -> Losses:
         """What the template does not write of plain turns, of which it made ``text``."""
@@ -115,7 +123,7 @@ class MessageForms:
 
     def _first_written(self, fitted: Messages, tools: Any, extra: Any) -> Messages:
         """Where marks are in the template's way: the first form that it does not fail on."""
-        for candidate in _candidates(fitted):
+        for candidate in (*_candidates(fitted), *_without_words(fitted, blank=True)):
             with contextlib.suppress(Exception):
                 self._write(candidate, tools, extra)
                 return candidate
@@ -166,6 +174,22 @@ def _candidates(messages: Messages) -> Iterator[Messages]:
         yield called
         if joined != messages:
             yield [_with_other_arguments(message) for message in joined]
+
+
+def _without_words(messages: Messages, *, blank: bool) -> Iterator[Messages]:
+    """Calls without content, given "" or null as such; with ``blank`` those of "", too: templates differ in what they
+    take."""
+    spare = [
+        i for i, message in enumerate(messages)
+        if message.get("tool_calls") and ("content" not in message or (blank and not message["content"]))
+    ]  # fmt: skip
+    forms: tuple[dict[str, Any], ...] = ({"content": ""}, {"content": None}, {})
+    for form in forms if spare else ():
+        changed = [
+            {**{key: value for key, value in message.items() if key != "content"}, **form} if i in spare else message
+            for i, message in enumerate(messages)
+        ]
+        yield from _candidates(changed) if changed != messages else ()
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:

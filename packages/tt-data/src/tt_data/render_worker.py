@@ -146,7 +146,17 @@ class _Template:
                 flags = [True] * len(blocks)
             else:
                 return None
-        return [(a, self._with_end(text, b)) for (a, b), wanted in zip(blocks, flags, strict=True) if wanted]
+        return [
+            (self._behind_header(text, a, b), self._with_end(text, b))
+            for (a, b), wanted in zip(blocks, flags, strict=True)
+            if wanted
+        ]
+
+    def _behind_header(self, full: str, start: int, end: int) -> int:
+        """A block that holds the header of its turn, or the end of it, begins behind it: inference writes it."""
+        header = self.facts.header
+        place = full.find(header, max(0, start - len(header)), end) if header else -1
+        return max(start, place + len(header)) if 0 <= place <= start else start
 
     def _with_end(self, full: str, end: int) -> int:
         """A block that stops just before the end-of-turn token takes it in: it must be trained."""

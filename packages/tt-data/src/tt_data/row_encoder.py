@@ -116,12 +116,16 @@ class RowEncoder:
         if isinstance(example, Pair):
             parts = _as_pair(*parts)
         limit = self.settings.max_seq_len
+        if not all(map(is_trainable, parts)):
+            why = [note for part in parts for note in part.notes] or ["none of its answers is to be trained"]
+            raise BadRowError("no trainable token", f"no trainable token: {'; '.join(dict.fromkeys(why))}")
         kept = [cut(part, limit) for part in parts]
         if not all(map(is_trainable, kept)):
             prompt = max(part.trained[0][0] if part.trained else len(part.ids) for part in parts)
             self.tally.longest_prompt = max(self.tally.longest_prompt, prompt)
-            at = f" at max_seq_len {limit}" if limit is not None else ""
-            raise BadRowError("no trainable token", f"no trainable token{at} (its prompt has {prompt})")
+            raise BadRowError(
+                "no trainable token", f"no trainable token at max_seq_len {limit} (its prompt has {prompt})"
+            )
         truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
         no_end = any(not ends_turn(part.ids[a:b], self.tokenizer) for part in parts for a, b in part.trained)
         kind = kind_of(example)

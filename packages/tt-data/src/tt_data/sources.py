@@ -183,7 +183,7 @@ def _is_complete(line: bytes) -> bool:
 
 
 def read_csv(path: Path) -> Iterator[Placed]:
-    """A header line, then a row per record; every value is text."""
+    """A header line, then a row per record; every value is text, but NaN, as pandas may write it, is null."""
     delimiter = "\t" if file_kind(path) == ".tsv" else ","
     with _open(path) as binary:
         begin(path, binary.read(64))
@@ -201,7 +201,7 @@ def read_csv(path: Path) -> Iterator[Placed]:
                     count = len(row.get(None, ())) + sum(v is not None for k, v in row.items() if k is not None)
                     wanted = len(reader.fieldnames or ())
                     raise data_error(path, start, f"{count} values, but the header has {wanted} columns")
-                yield start, row
+                yield start, {name: None if value in ("NaN", "nan") else value for name, value in row.items()}
                 start = reader.line_num + 1
         except UnicodeDecodeError as error:
             raise data_error(path, start, f"not UTF-8 ({error.reason})") from None
