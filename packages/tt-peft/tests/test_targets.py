@@ -218,6 +218,14 @@ def test_a_layer_whose_weight_is_computed_is_refused_by_name_and_the_model_stays
     assert torch.equal(model(ids), expected)
 
 
+def test_a_layer_whose_bias_is_computed_is_refused_by_name(make_lm):
+    model = make_lm()
+    model.model.layers[1].self_attn.q_proj.bias = nn.Parameter(torch.zeros(32))
+    nn.utils.parametrize.register_parametrization(model.model.layers[1].self_attn.q_proj, "bias", nn.Tanh())
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.bias is computed by Tanh.*a plain bias"):
+        names(model, target_modules="q_proj")
+
+
 def test_a_layer_whose_weight_is_computed_can_be_trained_in_full(make_lm, ids):
     model = make_lm()
     nn.utils.parametrizations.weight_norm(model.lm_head)

@@ -74,15 +74,19 @@ def _is_attention_part(module: nn.Module) -> bool:
 
 
 def check_plain_weight(name: str, module: nn.Module) -> None:
-    """A weight that is computed from others (parametrizations, weight norm, pruning) is no parameter to build on."""
-    if "weight" not in module._parameters:
-        kinds = [type(p).__name__ for p in getattr(getattr(module, "parametrizations", None), "weight", ())]
-        how = ", ".join(kinds) or "a hook"
-        raise ValueError(
-            f"{name}.weight is computed by {how}: an adapter needs a plain weight; use "
-            "torch.nn.utils.parametrize.remove_parametrizations (or what removes the hook) first, or leave it out by "
-            "exclude_modules"
-        )
+    """A weight that is computed from others (parametrizations, weight norm, pruning) is no parameter to build on.
+
+    Nor is a bias: the class of the layer, which computes it, is changed.
+    """
+    for part in ("weight",) if isinstance(module, nn.Embedding) else ("weight", "bias"):
+        if part not in module._parameters:
+            kinds = [type(p).__name__ for p in getattr(getattr(module, "parametrizations", None), part, ())]
+            how = ", ".join(kinds) or "a hook"
+            raise ValueError(
+                f"{name}.{part} is computed by {how}: an adapter needs a plain {part}; use "
+                "torch.nn.utils.parametrize.remove_parametrizations (or what removes the hook) first, or leave it out "
+                "by exclude_modules"
+            )
 
 
 def is_embedding(module: nn.Module) -> bool:
