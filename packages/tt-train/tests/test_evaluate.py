@@ -3,8 +3,9 @@
 import re
 
 import pytest
+import torch
 
-from tt_train.evaluate import prompts, split_turns
+from tt_train.evaluate import answer, prompts, split_turns
 
 
 class Tokenizer:
@@ -75,3 +76,16 @@ def test_a_prompt_has_its_turns_beside_its_text(tokenizer_dir):
     (found,) = prompts([row], tokenizer, num=3, max_prompt=128)
     assert found["turns"] == [{"role": "user", "content": "say alpha"}]
     assert "say alpha" in found["prompt"]
+
+
+def test_an_answer_is_cut_where_the_model_can_read_no_further_and_the_run_goes_on(model_dir, tokenizer_dir):
+    import tt_data
+    import tt_train
+
+    model, _ = tt_train.load(model_dir, device="cpu")
+    longest = model.config.max_position_embeddings
+    asked = [{"ids": [5] * length, "prompt": ""} for length in (longest - 3, longest)]
+    rows = answer(
+        model, tt_data.load_tokenizer(tokenizer_dir), asked, max_new_tokens=longest, device=torch.device("cpu")
+    )
+    assert len(rows) == 2

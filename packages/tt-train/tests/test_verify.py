@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tt_train import ConfigError
 from tt_train.verify import verify
 
 pytest.importorskip("transformers")
@@ -31,3 +32,9 @@ def test_a_planted_bug_is_refused(model_dir, monkeypatch):
     certificate = verify(model_dir)
     assert not certificate["passed"]
     assert certificate["errors"]["logits"] > certificate["limits"]["logits"]
+
+
+def test_an_adapter_is_no_model_to_verify_and_the_cure_is_to_merge_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=rf"verify takes a model: tt merge {tmp_path} -o DIR"):
+        verify(tmp_path)

@@ -123,14 +123,14 @@ def answer(
     max_new_tokens: int,
     device: torch.device,
 ) -> list[dict[str, Any]]:
-    """Greedy answers to ``prompts``: rows of samples.jsonl without their step."""
+    """Greedy answers to ``prompts``: rows of samples.jsonl without their step; as long as the model can read them."""
     rows = []
     with evaluating(model):
         for item in asked:
             ids = torch.tensor([item["ids"]], device=device)
-            output = list(
-                tt_models.stream(model, ids, max_new_tokens=max_new_tokens, temperature=0.0, eos_ids=tokenizer.eos_ids)
-            )
+            room = model.config.max_position_embeddings - ids.shape[1] + 1
+            most = min(max_new_tokens, room) if room > 0 else max_new_tokens  # none: a rope that stretches
+            output = list(tt_models.stream(model, ids, max_new_tokens=most, temperature=0.0, eos_ids=tokenizer.eos_ids))
             kept = {key: item[key] for key in ("prompt", "turns", "expected") if key in item}
             rows.append(kept | {"generation": tokenizer.decode(output)})
     return rows

@@ -8,7 +8,9 @@ import torch
 import tt_ckpt
 import tt_models
 from tt_models import parity
+from tt_train.errors import ConfigError
 from tt_train.loading import load_base
+from tt_train.run_dir import is_run
 
 
 def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
@@ -21,6 +23,11 @@ def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
     Raises:
         ValueError: if transformers is not installed, or the directory cannot be read.
     """
+    own = Path(path) / "model"
+    if is_run(Path(path)) and (own / "config.json").is_file():
+        path = own  # of a run that trained the whole model
+    elif is_run(Path(path)) or (Path(path) / "adapter_config.json").is_file():
+        raise ConfigError([f"{path}: a run or an adapter; verify takes a model: tt merge {path} -o DIR, then DIR"])
     return parity.verify(tt_ckpt.resolve(path), load=_load, save=_save, seed=seed)
 
 
