@@ -375,6 +375,13 @@ def test_a_renamed_tensor_is_suggested(tiny, model_dir):
         tt_ckpt.load_weights(tiny(), source)
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, None, {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}]
+)
+def test_settings_of_bitsandbytes_that_quantize_nothing_are_passed_over(tiny, model_dir, settings):
+    tt_ckpt.load_weights(tiny(), model_dir(quantization_config=settings))
+
+
 def test_quantized_repositories_are_refused(tiny, model_dir):
     source = model_dir(quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ValueError, match=r"config.json: quantization_config: bitsandbytes; only unquantized"):

@@ -270,7 +270,11 @@ def test_a_quantized_base_is_answered_with_the_way_to_give_another(model_dir, tm
     base = tmp_path / "base-bnb-4bit"
     shutil.copytree(model_dir, base)
     adapter = write_adapter(base, tmp_path / "adapter")
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    unused = {"quant_method": "bitsandbytes", "load_in_4bit": False, "load_in_8bit": False}
+    config = json.loads((base / "config.json").read_text()) | {"quantization_config": unused}
+    (base / "config.json").write_text(json.dumps(config))
+    assert logits(adapter).shape[-1] == 400  # left behind by some tools
+    config |= {"quantization_config": {"quant_method": "bitsandbytes"}}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=r"adapter_config.json: names the base model .*quantized.*--base DIR"):
         tt_train.load(adapter)

@@ -23,7 +23,7 @@ _FIELDS = (
 
 def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     settings = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
-    if settings:
+    if settings and not (isinstance(settings, dict) and _is_unused(settings)):
         method = (
             settings.get("quant_method", "MLX" if "quantization" in config else "unknown")
             if isinstance(settings, dict)
@@ -33,6 +33,12 @@ def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
             f"{directory / 'config.json'}: quantization_config: {method}; only unquantized weights can be loaded: "
             "use the original model (and quantize_base for QLoRA)"
         )
+
+
+def _is_unused(settings: Mapping[str, Any]) -> bool:
+    """Whether bitsandbytes was configured and both ways of it are off, as some tools leave it behind."""
+    bits = [settings.get(name) for name in ("load_in_4bit", "load_in_8bit")]
+    return settings.get("quant_method") in (None, "bitsandbytes") and bits == [False, False]
 
 
 def describe_mismatch(

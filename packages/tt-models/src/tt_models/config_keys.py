@@ -46,14 +46,14 @@ WITHOUT_EFFECT_BY_KIND = {
         max_sequence_length max_window_layers model_max_length n_ctx n_positions seq_len seq_length sequence_length
     """,
     "training": """
-        activation_checkpointing aux_loss_alpha batch_size bf16 data_seed debug do_eval do_predict do_train ep_size
-        epochs ffn_dim_multiplier fp16 fp32 full_determinism global_batch_size greater_is_better group_by_length
-        ignore_data_skip init_std initializer_factor initializer_std label_names label_smoothing label_smoothing_factor
-        learning_rate liger_kernel load_best_model_at_end load_in_4bit load_in_8bit local_rank max_grad_norm max_steps
-        metric_for_best_model micro_batch_size mixed_precision momentum multiple_of neftune_noise_alpha output_dir
-        pp_size precision project remove_unused_columns report_to resume_from_checkpoint router_aux_loss_coef run_name
-        sample_packing seed seq_aux sequence_parallel tf32 torch_compile tp_size use_liger_kernel val_set_size
-        weight_decay
+        activation_checkpointing aux_loss_alpha batch_size bf16 data_seed debug do_eval do_predict do_train
+        ep_size epochs ffn_dim_multiplier fp16 fp32 full_determinism global_batch_size greater_is_better
+        group_by_length ignore_data_skip init_std initializer_factor initializer_std label_names label_smoothing
+        label_smoothing_factor learning_rate liger_kernel load_best_model_at_end load_in_4bit load_in_8bit
+        local_rank loss_type max_grad_norm max_steps metric_for_best_model micro_batch_size mixed_precision
+        model_parallel_size momentum multiple_of neftune_noise_alpha output_dir pp_size precision project
+        remove_unused_columns report_to resume_from_checkpoint router_aux_loss_coef run_name sample_packing seed
+        seq_aux sequence_parallel tf32 torch_compile tp_size use_liger_kernel val_set_size weight_decay
     """,
 }
 WITHOUT_EFFECT = frozenset(word for words in WITHOUT_EFFECT_BY_KIND.values() for word in words.split())

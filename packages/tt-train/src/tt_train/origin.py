@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tt_ckpt
+from tt_models.config_keys import pop_quantization
 from tt_train.errors import ConfigError
 from tt_train.run_dir import find_run, is_run, read_json
 
@@ -130,12 +131,20 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
         raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
     if not (found / "config.json").is_file() and not (found / "adapter_config.json").is_file():
         raise ConfigError([f"{file}: names the base model {named}, a directory without config.json; give --base DIR"])
-    if (found / "config.json").is_file() and "quantization_config" in tt_ckpt.read_config(found):
+    if (found / "config.json").is_file() and _is_quantized(tt_ckpt.read_config(found)):
         raise ConfigError(
             [f"{file}: names the base model {named}, whose weights are quantized; give the model it was made from: "
              "--base DIR (with --base nf4 it computes in 4 bits)"]
         )  # fmt: skip
     return found
+
+
+def _is_quantized(config: dict[str, Any]) -> bool:
+    try:
+        pop_quantization(config)
+    except ValueError:
+        return True
+    return False
 
 
 def _own_model(path: str) -> str:
