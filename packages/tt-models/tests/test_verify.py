@@ -21,6 +21,7 @@ from tt_models.parity import (
     in_fp64,
     is_within,
     load_reference,
+    not_reached,
     relative_error,
     state_error,
 )
@@ -314,3 +315,11 @@ def test_other_libraries_are_quiet_meanwhile_and_talk_again_afterwards(directory
     tt_models.verify(path, load=load, save=save)
     assert capfd.readouterr() == ("", "")
     assert (theirs.is_progress_bar_enabled(), logging.root.manager.disable) == (bars, disabled)
+
+
+@pytest.mark.parametrize(("window", "reached"), [(23, True), (24, False), (40, False), (None, True)])
+def test_a_window_that_the_compared_texts_do_not_reach_is_named(window, reached):
+    config = {"model_type": "mistral", "hidden_size": 8, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config |= {"num_hidden_layers": 1, "vocab_size": 9, "sliding_window": window, "max_position_embeddings": 64}
+    found = not_reached(tt_models.build(tt_models.config_from_hf(config), device="meta"))
+    assert found == ([] if reached else [f"the sliding window of {window} tokens: 24 are compared"])

@@ -226,7 +226,8 @@ def verify(
 
     ``load`` reads the directory into a decoder in fp32, ``save`` writes one; what is written back must hold the same
     weights and give the same logits in transformers. ``passed`` is the verdict; ``errors`` are the distances to
-    transformers in fp64, ``reference_errors`` those of transformers in fp32, ``limits`` are ``factor`` times as large.
+    transformers in fp64, ``reference_errors`` those of transformers in fp32, ``limits`` are ``factor`` times as large,
+    ``not_reached`` what the compared texts are too short for.
     """
     try:
         import transformers
@@ -252,7 +253,13 @@ def verify(
         "python": platform.python_version(),
     }
     about = {"model": str(path), "model_type": model.config.model_type, "passed": passed, "factor": factor}
-    return about | certificate | {"versions": versions}
+    return about | certificate | {"not_reached": not_reached(model), "versions": versions}
+
+
+def not_reached(model: Decoder, *, seq_len: int = 24) -> list[str]:
+    """What of a model only shows in longer texts than are compared, in words."""
+    windows = {w for w in model.config.layer_windows if w and seq_len <= w < model.config.max_position_embeddings}
+    return [f"the sliding window of {window} tokens: {seq_len} are compared" for window in sorted(windows)]
 
 
 def installed_version() -> str:
