@@ -68,11 +68,14 @@ def test_no_acknowledged_checkpoint_is_lost_to_sigkill(tmp_path, request):
         read, write = os.pipe()
         child = os.fork()
         if child == 0:
-            save_for_ever(tmp_path, write, step + 1, crash % 3 == 2)
+            try:
+                save_for_ever(tmp_path, write, step + 1, crash % 3 == 2)
+            finally:  # an error must not carry the tests on in this process
+                os._exit(1)
         os.close(write)
         time.sleep(draw.uniform(0.0, 0.12))
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
         acknowledged = b""
         while piece := os.read(read, 4096):
             acknowledged += piece
