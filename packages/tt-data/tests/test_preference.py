@@ -175,3 +175,11 @@ def test_turns_with_a_boolean_label_are_judged(chatml: Any, column: str) -> None
     numbers = load_dataset([{"messages": chat("a", "b"), column: 3}], chatml)
     assert (numbers.schema, numbers.kind) == ("openai", "single")
     assert f"'{column}' (1 row)" in numbers.report["notes"][0]
+
+
+def test_answers_that_differ_only_in_what_the_template_leaves_out_are_no_pair(chatml: Any) -> None:
+    answers = {
+        side: [{"role": "assistant", "content": "cat", "reasoning_content": side}] for side in ("chosen", "rejected")
+    }
+    with pytest.raises(ValueError, match="1 equal answers.*the chat template writes no difference"):
+        load_dataset([{"prompt": [{"role": "user", "content": "hello"}], **answers}], chatml)

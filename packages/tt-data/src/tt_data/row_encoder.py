@@ -146,6 +146,10 @@ def _as_pair(chosen: Encoded, rejected: Encoded) -> Parts:
 
     A token may hold the end of the prompt and the beginning of one answer only: then both answers begin before it.
     """
+    if chosen.ids == rejected.ids:
+        raise BadRowError(
+            "equal answers", "chosen and rejected make the same text: the chat template writes no difference"
+        )
     if len(chosen.trained) == len(rejected.trained) == 1:
         start = min(chosen.trained[0][0], rejected.trained[0][0])
         if chosen.ids[:start] == rejected.ids[:start]:
