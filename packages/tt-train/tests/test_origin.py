@@ -90,6 +90,20 @@ def test_a_run_in_fp32_over_a_bf16_base_merges_to_what_its_base_is_and_says_so(m
     assert set(tt_ckpt.tensor_dtypes(tmp_path / "out").values()) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("more", [["adapter.rank=2"], []])
+def test_a_stopped_run_merges_to_what_its_finished_one_is(model_dir, words, tmp_path, more):
+    """A bf16 forward pass over a base in fp32: neither the base nor the change is rounded to bf16."""
+    steps = ["optimizer.lr=1e-3", "max_steps=2", "model.dtype=bf16", f"output_dir={tmp_path / 'run'}"]
+    folder = sft.main(compose("sft", overrides=[*words, *more, f"model.path={model_dir}", *steps]))
+    tt_train.merge_run(folder, tmp_path / "finished")
+    shutil.rmtree(folder / ("adapter" if more else "model"))
+    tt_train.merge_run(folder, tmp_path / "stopped")
+    finished, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("finished", "stopped"))
+    assert {tensor.dtype for tensor in stopped.values()} == {torch.float32}
+    assert stopped.keys() == finished.keys()
+    assert all(torch.equal(tensor, finished[name]) for name, tensor in stopped.items())
+
+
 def test_a_merge_that_overflows_fp16_is_refused_with_the_dtype_that_holds_it(model_dir, tmp_path):
     adapter = write_adapter(model_dir, tmp_path / "adapter", scale=300.0)
     with pytest.raises(ValueError, match=r"q_proj.*float16.*(bf16|fp32|float32)"):

@@ -11,6 +11,7 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.errors import ConfigError
+from tt_train.master_weights import join
 from tt_train.origin import Base, Origin, find_origin
 from tt_train.recipe_file import repeating
 from tt_train.resized import fit_vocabulary_
@@ -51,7 +52,7 @@ def load(
     if tell is not None and origin.base_words is not None and adapter:
         tell(origin.base_words)
     if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
-        model = _load_stopped(origin, device, adapter)
+        model = load_stopped(origin, device, dtype=dtype, adapter=adapter)
     else:
         assert origin.model is not None  # of what is no stopped run there are weights
         model = load_base(origin.model, device=device, dtype=dtype)
@@ -98,8 +99,15 @@ def check_tokens(model: tt_models.Decoder, tokenizer: Any, origin: Origin) -> No
         )
 
 
-def _load_stopped(origin: Origin, device: torch.device, adapter: bool) -> tt_models.Decoder:
-    """A run without results yet: its newest checkpoint over its base."""
+def load_stopped(
+    origin: Origin,
+    device: torch.device,
+    *,
+    dtype: torch.dtype | None = None,
+    adapter: bool = True,
+    model: tt_models.Decoder | None = None,
+) -> tt_models.Decoder:
+    """A run without results yet: its newest checkpoint over its base, which ``model`` is if given."""
     from tt_train.composing import compose_run
     from tt_train.recipes import _assemble
 
@@ -112,9 +120,11 @@ def _load_stopped(origin: Origin, device: torch.device, adapter: bool) -> tt_mod
         raise ConfigError([f"{run}: neither results nor a checkpoint; start it again from step 1: {again} -o NEW"])
     moved = [] if origin.model is None else [f"model.path={origin.model}"]
     config = compose_run(run, [f"device={device}", *moved])
-    dtype = _assemble.DTYPES[config.model.dtype]
+    dtype = dtype or _assemble.DTYPES[config.model.dtype]
     saved = checkpoints.restore(newest)
-    if origin.model is not None:
+    if model is not None:
+        pass
+    elif origin.model is not None:
         model = load_base(origin.model, device=device, dtype=dtype)
     else:
         torch.manual_seed(config.seed)
@@ -125,7 +135,9 @@ def _load_stopped(origin: Origin, device: torch.device, adapter: bool) -> tt_mod
         tt_peft.apply_lora_(model, lora.with_(quantize_base=origin.nf4))
         tt_peft.load_adapter_state_(model, saved.tensors["adapter"])
     elif adapter:
+        lost = saved.tensors.get("lost_bits", {})
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(saved.tensors["model"][name])
+                weight = saved.tensors["model"][name]
+                parameter.copy_(join(weight, lost[name]) if name in lost else weight)  # rounded once, or not at all
     return model

@@ -10,8 +10,8 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.errors import ConfigError
-from tt_train.loading import add_adapter_, check_tokens, load
-from tt_train.origin import DENSE, NF4, Base, Origin, find_origin
+from tt_train.loading import add_adapter_, check_tokens, load_stopped
+from tt_train.origin import Base, Origin, find_origin
 from tt_train.serving import Files, load_tokenizer, run_template, serving_files
 
 
@@ -57,13 +57,13 @@ def merge_run(
 
 def _as_stored(origin: Origin) -> tt_models.Decoder:
     """The weights without an adapter, each tensor in the dtype that its file has."""
+    model = None
+    if origin.model is not None:
+        model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(origin.model)), device="meta")
+        tt_ckpt.load_weights(model, origin.model, device="cpu")
     if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
-        return load(
-            origin.run, device="cpu", base=[NF4 if origin.nf4 else DENSE, *([origin.model] if origin.model else [])]
-        )[0]
-    assert origin.model is not None
-    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(origin.model)), device="meta")
-    tt_ckpt.load_weights(model, origin.model, device="cpu")
+        model = load_stopped(origin, torch.device("cpu"), model=model)
+    assert model is not None
     return model.eval()
 
 
