@@ -69,7 +69,7 @@ BAD = [
     ("data.columns={instruction: nothing}", "columns maps instruction to 'nothing', but the row has"),
     ("device=cuda:77", "cuda:77"),
     ("data.template=lama2", "did you mean 'llama2'?"),
-    ("batch_size=3", "nearest that do: 2 or 4"),
+    ("batch_size=3", "nearest that are: 2 or 4"),
     ("model.dtype=fp16", "use bf16 or fp32"),
 ]
 

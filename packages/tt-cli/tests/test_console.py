@@ -81,7 +81,8 @@ def test_a_resumed_run_begins_where_it_stopped(terminal):
     console = TerminalConsole(terminal)
     console.start(replace(FACTS, step_first=7))
     console.close()
-    assert "step 7/20" in shown(terminal)
+    assert "step 7/20" in (text := shown(terminal))
+    assert "continued after step 7" in text
 
 
 def test_an_evaluation_stays_on_the_screen(terminal):

@@ -49,7 +49,8 @@ class TerminalConsole(LineConsole):
         for number, line in enumerate(facts.data):
             self.warn(line) if number else self._line("data", line, soft_wrap=False)
         self._show_sample(facts)
-        self._line("run", f"{facts.run_dir}, on {facts.device}, {plain.precision_line(facts)}")
+        place = f"{facts.run_dir}{plain.continued(facts)}, on {facts.device}"
+        self._line("run", f"{place}, {plain.precision_line(facts)}")
         self.progress = Progress(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -103,7 +104,7 @@ class TerminalConsole(LineConsole):
             return
         color = self.terminal.color_system is not None and not self.terminal.no_color
         how = "in green" if color else f"between {' and '.join(plain.MARKS)}"
-        self._line("row", f"the first one; what is trained is {how}")
+        self._line("row", f"the first one; trained tokens are {how}")
         sample = mark(shorten(facts.sample, limit=SAMPLE_LIMIT), color=color)
         self.terminal.print(Text.from_ansi(sample), soft_wrap=True)
 

@@ -284,5 +284,8 @@ def _number_mistakes(config: RunConfig) -> list[str]:
     if batch >= 1 and micro >= 1 and batch % micro:
         lower, upper = batch // micro * micro, (batch // micro + 1) * micro
         near = " or ".join(str(value) for value in (lower, upper) if value)
-        found.append(f"batch_size: {batch} does not divide by micro_batch_size {micro}; nearest that do: {near}")
+        lowered = f"; or set micro_batch_size={batch}" if batch < micro else ""
+        found.append(
+            f"batch_size: {batch} is not a multiple of micro_batch_size {micro}; nearest that are: {near}{lowered}"
+        )
     return found

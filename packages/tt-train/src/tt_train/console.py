@@ -41,6 +41,11 @@ def precision_line(facts: RunFacts) -> str:
     return line
 
 
+def continued(facts: RunFacts) -> str:
+    """Of a resumed run: where it continues."""
+    return f", continued after step {facts.step_first}" if facts.step_first else ""
+
+
 class Console:
     """Plain lines on stderr: for pipes, logs and library use."""
 
@@ -53,7 +58,8 @@ class Console:
         marked = "".join(f"{MARKS[0]}{text}{MARKS[1]}" if trained else text for text, trained in facts.sample)
         if marked:
             self.note(f"first row ({MARKS[0]}trained{MARKS[1]}): {marked!r}")
-        self.note(f"{facts.steps_total - facts.step_first} steps on {facts.device}, to {facts.run_dir}")
+        steps = facts.steps_total - facts.step_first
+        self.note(f"{steps} steps on {facts.device}, to {facts.run_dir}{continued(facts)}")
         self.note(precision_line(facts))
 
     def step(self, row: dict[str, Any]) -> None:
