@@ -70,6 +70,17 @@ def test_a_stream_with_too_many_bad_rows_stops_once_that_is_certain(
     assert len(list(islice(stream, 100))) == 100
 
 
+def test_a_short_stream_is_judged_once_all_of_it_was_read(chatml: Any) -> None:
+    options: dict[str, Any] = {"streaming": True, "max_seq_len": 64}
+    for share, fits in ((0.1, False), (0.2, True)):
+        stream = batches(load_dataset(ROWS + [BAD] * 4, chatml, **options, max_dropped_share=share), batch_size=4)
+        if fits:
+            assert len(list(islice(stream, 12))) == 12
+        else:
+            with pytest.raises(ValueError, match="4 of 24 rows cannot be used"):
+                deque(islice(stream, 12), maxlen=0)
+
+
 def test_a_limit_reads_no_further_and_says_so(chatml: Any, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n{"text": "c"}\n{broken\n')

@@ -220,7 +220,9 @@ class StreamDataset:
         self._refuse_dropped()
 
     def _refuse_dropped(self) -> None:
-        if self.tally.seen >= _ENOUGH:
+        totals = [blocks.total for blocks in self.blocks]
+        whole = sum(total for total in totals if total is not None) if None not in totals else _ENOUGH
+        if self.tally.seen >= min(whole, _ENOUGH):  # a short stream is judged once all of it was read
             refuse_dropped(self.report, self.settings.max_dropped_share, name=", ".join(self.names[:3]))
 
     def blank(self) -> Row:
