@@ -19,6 +19,7 @@ ASSEMBLY = {
     "evaluate": "held-out loss and samples: batches in, generation out",
     "loading": "tt_train.load",
     "merge": "tt_train.merge_run",
+    "origin": "where the base of an adapter is, and whether its files are read as they are",
     "verify": "a certificate: what the weights give here and in transformers",
     "training_state": "training state: optimizer, adapter and data position",
 }
