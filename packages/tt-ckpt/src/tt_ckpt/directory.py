@@ -44,6 +44,7 @@ WEIGHTS = (
     "hf_layout.json",
 )
 COMPANION_FOLDERS = ("additional_chat_templates",)
+_ELSE = "choose another directory, or pass overwrite=True (tt convert --overwrite)"
 
 
 def resolve(path: str | Path) -> Path:
@@ -168,7 +169,7 @@ def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
         )
     found = _weights_in(path)
     if found and not overwrite:
-        raise FileExistsError(f"{path}: holds {found[0].name} already; choose another directory or allow overwriting")
+        raise FileExistsError(f"{path}: holds {found[0].name} already; {_ELSE}")
     return found
 
 
@@ -210,9 +211,7 @@ def _refuse_other_files(tmp: Path, path: Path) -> None:
         there = path / file.relative_to(tmp)
         same = there.is_dir() if file.is_dir() else there.is_file() and filecmp.cmp(file, there, shallow=False)
         if os.path.lexists(there) and not same:
-            raise FileExistsError(
-                f"{there}: another file is there already; choose another directory or allow overwriting"
-            )
+            raise FileExistsError(f"{there}: another file is there already; {_ELSE}")
 
 
 def _replace(tmp: Path, path: Path, old: list[Path]) -> None:
