@@ -180,7 +180,7 @@ def test_every_token_that_ends_a_turn_is_written(tmp_path):
     config = tt_ckpt.read_config(tmp_path / "hf")
     assert (config["eos_token_id"], config["vocab_size"]) == (6, len(tokens))
     ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert len(ours) == len(tokens) - 1  # padding of the embedding is no token
+    assert len(ours) == len(tokens) - 1  # padding of the embedding is not a token
     assert ours("x").input_ids[0] == 5  # Llama 3's tokenizer begins every text
 
 

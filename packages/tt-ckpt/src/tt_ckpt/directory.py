@@ -140,7 +140,7 @@ def copy_companions(source: Path, destination: Path, *, leave: Container[str] = 
 
 
 def put_file(place: Path, content: str | Path | None) -> None:
-    """Write a text, or copy a file or the files of a folder, to a place where nothing is; None: nothing."""
+    """Write a text, or copy a file or the files of a folder, to a path that does not exist yet; None writes nothing."""
     if isinstance(content, str):
         commit.write_bytes(place, content.encode())
     elif content is not None and content.is_dir():

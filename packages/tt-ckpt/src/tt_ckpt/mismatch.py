@@ -118,7 +118,7 @@ def _layers(keys: list[str]) -> set[int]:
 
 
 def _resized(config: Any, name: str, size: int) -> str:
-    """The cure where a vocabulary was resized without a word to the config, or the other way round."""
+    """The cure if only the vocabulary, or only the config, was resized."""
     if name != "vocab_size":
         return ""
     tied = ", which lm_head shares (tie_word_embeddings)" if getattr(config, "tie_word_embeddings", False) else ""

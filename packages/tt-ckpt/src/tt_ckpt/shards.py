@@ -76,7 +76,7 @@ def _where(directory: Path, files: Mapping[str, Header]) -> dict[str, str]:
 
 
 def _check_index(directory: Path, where: Mapping[str, str], files: Mapping[str, Header]) -> None:
-    """Every tensor is where the index says. What it does not say is left out, with a warning."""
+    """Every tensor is in the file that the index names. Tensors that it does not name are left out, with a warning."""
     for key, name in where.items():
         if key not in files[name].tensors:
             raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {key!r}; download again")
