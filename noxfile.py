@@ -18,7 +18,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the one that runs nox is the default
 TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
 # independent references (and what they need for old tokenizer files): tests compare with them, no package needs them
-ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf", "zstandard"]
+ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf", "zstandard", "hypothesis"]
 TOKENIZERS = [
     "qwen2_5",
     "qwen3",
@@ -187,6 +187,13 @@ def tokenizers(session: nox.Session) -> None:
             shutil.rmtree(folder / f".{name}")
     os.environ["TT_TOKENIZERS"] = str(folder)
     in_dev(session, "pytest", "-p", "no:cacheprovider", "tests/tokenizers", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
+def fuzz(session: nox.Session) -> None:
+    """Every parser against mutated input, 5 minutes each (CI: one second each): `nox -s fuzz -- -k tensor_files`."""
+    os.environ.setdefault("TT_FUZZ_SECONDS", "300")
+    in_dev(session, "pytest", "-p", "no:cacheprovider", "tests/fuzz", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
