@@ -45,14 +45,60 @@ def test_validate_show_and_run_say_the_same_about_the_rows(tt, words, model_dir,
     said = ["19 prompt_completion rows; dropped: 1 empty; truncated: 0", f"{file}:2: column 'completion' is empty"]
     for answer in (
         tt("validate", "sft", *words),
-        tt("data", "show", str(file), "--tokenizer", str(model_dir)),
+        tt("data", "show", str(file), "--tokenizer", str(model_dir), "-n", "20"),
         tt("run", "sft", *words, "--dry-run"),
     ):
         assert answer.code == 0
         assert all(line in answer.err for line in said)
     report = tt("validate", "sft", *words, "--json").json["data"]
-    shown = tt("data", "show", str(file), "--tokenizer", str(model_dir), "--json").json
+    shown = tt("data", "show", str(file), "--tokenizer", str(model_dir), "-n", "20", "--json").json
     assert report == {key: shown[key] for key in report}
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        [],
+        ["data.packing=true"],
+        ["data.streaming=true", "max_steps=1"],
+        ["data.streaming=true", "max_steps=1", "data.packing=true"],
+    ],
+)
+@pytest.mark.parametrize(
+    "source", ["data.train={file}", "data.train=[{other},{file}]", "data.train={{{other}: 1, {file}: 1}}"]
+)
+def test_validate_names_the_rows_that_would_be_dropped_in_every_mode(tt, words, source, mode):
+    file, other = Path("some.jsonl"), Path("other.jsonl")
+    file.write_text("".join(json.dumps({"text": f"row {i}" if i else ""}) + "\n" for i in range(30)))
+    other.write_text("".join(json.dumps({"text": f"other {i}"}) + "\n" for i in range(30)))
+    answer = tt("validate", "sft", words[0], source.format(file=file, other=other), *mode)
+    assert (answer.code, answer.out) == (0, "sft: no mistakes found\n")
+    assert "; dropped: 1 empty; " in answer.err
+    assert "some.jsonl:1: column 'text' is empty\n" in answer.err
+    assert tt("validate", "sft", words[0], source.format(file=file, other=other), *mode, "--json").json["data"][
+        "dropped"
+    ] == {"empty": 1}
+
+
+def test_validate_names_dropped_rows_of_the_held_out_set(tt, words):
+    Path("out.jsonl").write_text('{"text": "a row"}\n{"text": ""}\n')
+    for mode in ([], ["data.streaming=true", "max_steps=1"]):
+        answer = tt("validate", "sft", *words, *mode, "data.eval=out.jsonl", "data.max_dropped_share=0.5")
+        assert answer.code == 0
+        assert "held out: 1 text rows; dropped: 1 empty; " in answer.err
+        assert "held out: out.jsonl:2: column 'text' is empty\n" in answer.err
+
+
+def test_validate_reads_the_head_of_a_stream_and_says_so(tt, words):
+    rows = [{"text": f"row {i}" if i != 7 else ""} for i in range(400)] + [{"text": ""}]
+    Path("some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    streamed = ("sft", words[0], "data.train=some.jsonl", "data.streaming=true", "max_steps=1")
+    for words in (("validate", *streamed), ("run", *streamed, "--dry-run")):
+        assert "255 text rows (first 256 rows read); dropped: 1 empty; truncated: 0" in tt(*words).err
+    Path("some.jsonl").write_text("".join(json.dumps({"text": "row" if i % 2 else ""}) + "\n" for i in range(400)))
+    answer = tt("validate", *streamed)
+    assert answer.code == 2
+    assert "some.jsonl (the first 256 rows): 128 of 256 rows cannot be used (128 empty)" in answer.err
 
 
 def test_a_mistake_in_a_file_names_its_line(tt, words):

@@ -14,7 +14,7 @@ def show(tt, data, model, *words):
 def test_trained_text_stands_between_marks_in_a_pipe(tt, rows_file, model_dir):
     answer = show(tt, rows_file, model_dir, "-n", "1")
     assert "Repeat the word red.<|im_end|>\n<|im_start|>assistant\n\u27e6red<|im_end|>\u27e7" in answer.out
-    assert "8 alpaca rows; dropped: none" in answer.err
+    assert "1 alpaca rows (first 1 row read); dropped: none" in answer.err
 
 
 def test_trained_text_is_green_where_there_is_colour(tt, rows_file, model_dir, monkeypatch):
@@ -57,7 +57,8 @@ def test_stats_name_what_was_dropped_and_where(tt, model_dir, tmp_path):
 
 @pytest.mark.parametrize("words", [("--train-on", "all"), ("--max-seq-len", "29"), ("--template", "llama2")])
 def test_settings_of_a_run_change_what_is_shown(tt, rows_file, model_dir, words):
-    assert show(tt, rows_file, model_dir, *words, "--json").json != show(tt, rows_file, model_dir, "--json").json
+    plain = show(tt, rows_file, model_dir, "-n", "8", "--json").json
+    assert show(tt, rows_file, model_dir, *words, "-n", "8", "--json").json != plain
 
 
 def test_packing_puts_rows_together_and_shows_where_each_begins(tt, rows_file, model_dir):
@@ -196,20 +197,22 @@ def test_rows_and_configs_that_are_confused_are_told_apart(
     assert answer.err.count("\n") == 1
 
 
-def test_of_a_large_file_only_the_rows_shown_are_read(tt, model_dir, tmp_path, monkeypatch):
-    from tt_cli.verbs import data_show
-
+def test_only_the_rows_shown_are_read_of_a_file_of_any_size(tt, model_dir, tmp_path):
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)) + "{broken\n")
-    assert "rows.jsonl:41:2: broken JSON" in tt("data", "show", str(file), "--tokenizer", str(model_dir)).err
-    monkeypatch.setattr(data_show, "SMALL", 100)
+    file.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(4)) + "{broken\n")
     answer = show(tt, file, model_dir, "-n", "2", "--start", "1")
-    assert answer.err.startswith("3 text rows read so far; dropped: none; truncated: 0\n")
+    assert answer.err.startswith("3 text rows (first 3 rows read); dropped: none; truncated: 0\n")
     assert "row 2" in answer.out
-    assert show(tt, file, model_dir, "-n", "2", "--json").json["partial"] is True
-    words = ("data", "show", "sft", f"model.path={model_dir}", f"data.train={file}", "-n", "2")
-    assert tt(*words).err.startswith("2 text rows read so far")
-    assert tt(*words, "--stats").code == 2
+    report = show(tt, file, model_dir, "-n", "2", "--json").json
+    assert (report["partial"], report["read"]) == (True, 2)
+    config = ("data", "show", "sft", f"model.path={model_dir}", "-n", "2")
+    assert tt(*config, f"data.train={file}").err.startswith("2 text rows (first 2 rows read); dropped")
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert tt(*config, f"data.train={{{file}: 0.5, {other}: 0.5}}", "--json").json["read"] == 1 + 1
+    for words in ((str(file), "--tokenizer", str(model_dir), "--stats"), (str(file), "--tokenizer", str(model_dir))):
+        answer = tt("data", "show", *words, "-n", "5")
+        assert (answer.code, "rows.jsonl:5:2: broken JSON" in answer.err) == (2, True)
 
 
 def test_the_schema_may_be_named(tt, model_dir, tmp_path):

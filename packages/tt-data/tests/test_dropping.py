@@ -88,7 +88,7 @@ def test_a_limit_reads_no_further_and_says_so(chatml: Any, tmp_path: Path) -> No
         load_dataset(path, chatml)
     dataset = load_dataset(path, chatml, limit=2)
     assert [dataset.where(i) for i in range(len(dataset))] == [f"{path}:1", f"{path}:3"]
-    assert summary_lines(dataset.report)[0] == "2 text rows read so far; dropped: 1 empty; truncated: 0"
+    assert summary_lines(dataset.report)[0] == "2 text rows (first 3 rows read); dropped: 1 empty; truncated: 0"
     (tmp_path / "more.jsonl").write_text('{"text": "d"}\n')
     more = load_dataset([tmp_path / "more.jsonl", path], chatml, limit=1)
     assert (len(more), more.report["partial"]) == (1, True)

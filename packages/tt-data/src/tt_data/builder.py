@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
 from tt_data.dataset import TokenDataset
 from tt_data.encode_processes import encode_here, encode_in_processes
 from tt_data.examples import BadRowError
-from tt_data.locate import Source
+from tt_data.locate import Source, quick_digest
 from tt_data.readers import Read, choose_schema, settings_key
 from tt_data.report import DUPLICATE, Tally
 from tt_data.row_encoder import TokenRow
@@ -22,10 +22,13 @@ from tt_data.tokenizer import Tokenizer
 _BATCH = 512
 
 
-def fingerprint_of(sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings) -> str:
-    """Changes with the rows, with whatever changes ids, and with the settings."""
-    digest = hashlib.sha256()
-    for part in (*(source.digest() for source in sources), tokenizer.fingerprint, settings_key(settings)):
+def fingerprint_of(
+    sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, limit: int | None = None
+) -> str:
+    """Changes with the rows, with whatever changes ids, and with the settings. With a ``limit`` no file is read."""
+    digest = hashlib.sha256(b"" if limit is None else f"{limit}\0".encode())
+    content = (s.digest() if limit is None or s.path is None else quick_digest(s.path) for s in sources)
+    for part in (*content, tokenizer.fingerprint, settings_key(settings)):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
@@ -46,7 +49,7 @@ def build(
             break
         builder.read(number, source, read, schema, num_workers=num_workers, timeout_s=timeout_s)
     builder.refuse_bad()
-    return builder.dataset(fingerprint or fingerprint_of(sources, tokenizer, settings))
+    return builder.dataset(fingerprint or fingerprint_of(sources, tokenizer, settings, limit))
 
 
 class _Builder:
@@ -71,7 +74,7 @@ class _Builder:
             found = choose_schema(first[1], self.tokenizer, self.settings, where=f"{source.name}:{first[0]}")
             read, schema = found.read, found.name
         self.schemas.setdefault(schema, source.name)
-        batches = batched(chain([first], rows), _BATCH if self.limit is None else min(_BATCH, self.limit))
+        batches = batched(chain([first], rows), self._batch_size)
         if num_workers and self.limit is None:
             encoded = encode_in_processes(
                 source.name, batches, read, self.tokenizer, self.settings, num_workers=num_workers, timeout_s=timeout_s
@@ -80,15 +83,15 @@ class _Builder:
             encoded = encode_here(source.name, batches, read, self.tokenizer, self.settings)
         for kept, tally in encoded:
             self.tally.add(tally)
-            left = len(kept)
             for row in kept:
-                if self.is_full():
-                    break
                 self._keep(number, row)
-                left -= 1
             if self.is_full():
-                self.partial = left > 0 or _has_more(rows)
+                self.partial = _has_more(rows)
                 break
+
+    def _batch_size(self) -> int:
+        """No more rows at once than are still wanted."""
+        return _BATCH if self.limit is None else min(_BATCH, self.limit - len(self.stores[0]))
 
     def is_full(self) -> bool:
         """Whether all rows that are wanted are there."""
@@ -142,7 +145,7 @@ class _Builder:
             self.tokenizer, schema="+".join(self.schemas), stores=self.stores,
             names=[source.name for source in self.sources], places=self.places, truncated=self.truncated,
             desirable=self.desirable if self.kind == "judged" else None,
-            report={**self.tally.report(), **({"partial": True} if self.partial else {})},
+            report={**self.tally.report(), **({"partial": True, "read": self.tally.seen} if self.partial else {})},
             fingerprint=fingerprint,
         )  # fmt: skip
 
@@ -154,8 +157,8 @@ def _has_more(rows: Iterator[Any]) -> bool:
         return True
 
 
-def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of ``size`` rows, the last one shorter."""
+def batched(rows: Iterable[Any], size: Callable[[], int]) -> Iterator[list[Any]]:
+    """Lists of ``size()`` rows, the last one shorter."""
     iterator = iter(rows)
-    while batch := list(islice(iterator, size)):
+    while batch := list(islice(iterator, size())):
         yield batch

@@ -13,7 +13,7 @@ from tt_data.dataset import TokenDataset
 from tt_data.encode import TrainOn
 from tt_data.hub import Part
 from tt_data.locate import NO_PART, as_files, files_left_out, is_hub_id, open_sources
-from tt_data.mix import MixedDataset
+from tt_data.mix import MixedDataset, quotas_of
 from tt_data.named import DATASETS
 from tt_data.packed_mix import PackedMix
 from tt_data.packed_stream import PackedStream
@@ -87,23 +87,26 @@ class _Loader:
 
     def load(self, source: Any) -> TokenDataset | PackedDataset | MixedDataset:
         if isinstance(source, Mapping):
-            names = list(_weights_of(source))
-            return MixedDataset(
-                [self._load(name) for name in names], list(source.values()), names=names, seed=self.seed
-            )
-        return self._load(source)
+            names, weights = list(_weights_of(source)), list(source.values())
+            quotas = quotas_of(weights)
+            rounds = None if self.limit is None else -(-self.limit // sum(quotas))
+            limits = [None if rounds is None else rounds * quota for quota in quotas]
+            parts = [self._load(name, limit) for name, limit in zip(names, limits, strict=True)]
+            return MixedDataset(parts, weights, names=names, seed=self.seed)
+        return self._load(source, self.limit)
 
-    def _load(self, source: Any) -> TokenDataset | PackedDataset:
+    def _load(self, source: Any, limit: int | None) -> TokenDataset | PackedDataset:
         source, settings, part = self._resolve(source)
         tokenizer = tokenizer_for(self.tokenizer, settings)
         sources = open_sources(source, part)
-        fingerprint = fingerprint_of(sources, tokenizer, settings) if self.read_row is None else None
-        cache_dir = self.cache_dir if fingerprint is not None and self.limit is None else None
+        known = self.read_row is None and limit is None
+        fingerprint = fingerprint_of(sources, tokenizer, settings) if known else None
+        cache_dir = self.cache_dir if known else None
         rows = cache.load(str(fingerprint), tokenizer, cache_dir) if cache_dir is not None else None
         if rows is None:
             rows = build(
                 sources, tokenizer, settings, read=self.read_row, schema=self.schema, fingerprint=fingerprint,
-                num_workers=self.num_workers, timeout_s=self.timeout_s, limit=self.limit,
+                num_workers=self.num_workers, timeout_s=self.timeout_s, limit=limit,
             )  # fmt: skip
             if cache_dir is not None:
                 cache.save(rows, cache_dir)

@@ -104,6 +104,12 @@ class PackedMix:
         """Document ``i`` of the first stream as text pieces and whether each is trained."""
         return self.parts[0].rendered(i)
 
+    def head_report(self) -> dict[str, Any]:
+        """What becomes of the first rows of every stream."""
+        reports = [part.head_report() for part in self.parts]
+        total = add_reports(reports, self.schema, sum(report["rows"] for report in reports))
+        return {**total, "streaming": True}
+
     @property
     def report(self) -> dict[str, Any]:
         reports = [part.report for part in self.parts]

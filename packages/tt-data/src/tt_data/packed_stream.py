@@ -177,6 +177,10 @@ class PackedStream:
         """Document ``i`` of the stream as text pieces and whether each is trained."""
         return self.rows.rendered(i)
 
+    def head_report(self) -> dict[str, Any]:
+        """What becomes of the first rows, as ``StreamDataset.head_report`` says."""
+        return self.rows.head_report()
+
     @property
     def report(self) -> dict[str, Any]:
         full = self.num_packs * self.max_seq_len

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 
 from tt_data.compressed import compression
 from tt_data.hub import Part, open_hub, rows_from
-from tt_data.locate import Source
+from tt_data.locate import Source, quick_digest
 from tt_data.sources import Row, begin, file_kind, is_one_document, parse_line, read_parquet
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
@@ -38,13 +37,13 @@ def to_stream(source: Source) -> RawStream:
     if path is not None and kind in (".jsonl", ".ndjson") and not compression(path) and not is_one_document(path):
         lines = _Lines(path)
         return RawStream(
-            str(path), lines.open_at, partial(parse_line_or_none, path), lines.count, partial(_quick, path)
+            str(path), lines.open_at, partial(parse_line_or_none, path), lines.count, partial(quick_digest, path)
         )
     if path is not None and kind == ".parquet":
         return RawStream(
-            str(path), partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(_quick, path)
+            str(path), partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(quick_digest, path)
         )
-    digest = source.digest if path is None else partial(_quick, path)
+    digest = source.digest if path is None else partial(quick_digest, path)
     return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), digest)
 
 
@@ -63,17 +62,6 @@ def parse_line_or_none(path: Path, line: int, raw: bytes) -> Row | None:
 
 def _parsed(line: int, raw: Row) -> Row:
     return raw
-
-
-def _quick(path: Path) -> str:
-    """A stand-in for the content of a file too large to read: its size, time, beginning and end."""
-    facts = path.stat()
-    digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
-    with path.open("rb") as stream:
-        digest.update(stream.read(_CHUNK))
-        stream.seek(max(0, facts.st_size - _CHUNK))
-        digest.update(stream.read(_CHUNK))
-    return digest.hexdigest()
 
 
 class _Lines:

@@ -126,8 +126,21 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
         "notes": sorted({note for report in reports for note in report["notes"]}),
         "form": "+".join(sorted({form for report in reports for form in report["form"].split("+") if form})),
         **({"files_left_out": left_out} if left_out else {}),
-        **({"partial": True} if any(report.get("partial") for report in reports) else {}),
+        **_read_in_part(reports),
     }
+
+
+def _read_in_part(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if not any(report.get("partial") for report in reports):
+        return {}
+    read = [report["read"] if report.get("partial") else _seen(report) for report in reports]
+    return {"partial": True, "read": sum(read)}
+
+
+def _seen(report: Mapping[str, Any]) -> int:
+    kept: int = report["rows"]
+    dropped: Mapping[str, int] = report["dropped"]
+    return kept + sum(dropped.values())
 
 
 def with_files(report: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
@@ -145,7 +158,7 @@ def refuse_dropped(report: Mapping[str, Any], share: float | None, *, name: str)
     """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
     dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
     bad = sum(dropped.values())
-    seen = report["rows"] + sum(report["dropped"].values())
+    seen = _seen(report)
     if share is not None and bad > share * seen:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         raise ValueError(
@@ -162,7 +175,8 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
     dropped rows with their places. ``tt data show``, ``tt validate`` and ``tt run`` print the same.
     """
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
-    so_far = " read so far" if report.get("streaming") or report.get("partial") else ""
+    so_far = f" (first {_rows(report['read'])} read)" if report.get("partial") else ""
+    so_far = " read so far" if report.get("streaming") and not so_far else so_far
     lines = [
         f"{report['rows']:,} {report['schema']} rows{so_far}; dropped: {dropped}; truncated: {report['truncated']:,}"
     ]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from tt_data.builder import build
+from tt_data.builder import batched, build
 from tt_data.dataset import Piece, Row, TokenDataset, to_row
 from tt_data.examples import kind_of
 from tt_data.locate import Source
@@ -173,7 +174,11 @@ class StreamDataset:
 
     def encode(self, rows: Sequence[tuple[RawStream, int, Any]], *, count: bool = True) -> list[TokenRow]:
         """Token rows of raw ones; ``count`` them in the report. Raises ValueError where bad rows are refused."""
-        tally = self.tally if count else Tally()
+        encoded = self._encode(rows, self.tally if count else Tally())
+        self._refuse_dropped()
+        return encoded
+
+    def _encode(self, rows: Sequence[tuple[RawStream, int, Any]], tally: Tally) -> list[TokenRow]:
         encoder = RowEncoder(self.tokenizer, self.settings, tally)
         before, encoded = tally.dropped.total(), []
         by_name: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
@@ -193,7 +198,6 @@ class StreamDataset:
             tally.keep(truncated=token_row.truncated, no_end=token_row.no_end)
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
-        self._refuse_dropped()
         return encoded
 
     def rows_of_step(
@@ -239,6 +243,28 @@ class StreamDataset:
         first = build(sources, self.tokenizer, self.settings, read=self._given, schema=self._given_schema, limit=rows)
         first.files_left_out = self.files_left_out
         return first
+
+    def head_report(self, *, rows: int = 256, seconds: float = 3.0) -> dict[str, Any]:
+        """What becomes of the first ``rows`` of each source, or of those that ``seconds`` are enough for.
+
+        Raises ValueError if none of them can be used, or if the settings refuse so many bad ones.
+        """
+        tally, until, whole = Tally(), time.monotonic() + seconds, True
+        for blocks in self.blocks:
+            source = ((stream, line, raw) for stream in blocks.streams for line, raw in stream.open_at(0))
+            for batch in batched(islice(source, rows), lambda: 16):
+                self._encode(batch, tally)
+                if time.monotonic() > until:
+                    break
+            whole = whole and next(source, None) is None
+        name = ", ".join(self.names[:3]) + ("" if whole else f" (the first {tally.seen} rows)")
+        report = {"schema": self.schema, "rows": tally.seen - tally.dropped.total(), **tally.report()}
+        report |= {} if whole else {"partial": True, "read": tally.seen}
+        if not report["rows"]:
+            raise ValueError(f"{name}: none can be used ({tally.summary()}): {'; '.join(tally.problems[:3])}")
+        if whole or tally.seen >= _ENOUGH:
+            refuse_dropped(report, self.settings.max_dropped_share, name=name)
+        return with_files({**report, "streaming": True}, self.files_left_out)
 
     def rendered(self, i: int) -> list[Piece]:
         """Row ``i`` of the stream as text pieces and whether each is trained."""

@@ -10,8 +10,6 @@ import click
 from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
 from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
 
-SMALL = 1 << 20  # bytes of a source that is read to its end, so that its summary is about all rows
-
 
 @click.command("show", cls=ConfigVerb)
 @click.argument("what", metavar="DATA|RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
@@ -46,14 +44,15 @@ def command(
     """Show rows of DATA (a file, folder or hub id) as the model named by --tokenizer sees them.
 
     A recipe, a config or a recipe file shows the rows of its data.train as its run would see them; options count as
-    overrides. What is trained is green, or stands between marks where there is no colour. Of more than a megabyte of
-    rows only those that are shown are read; --stats reads all.
+    overrides. Trained text is green, or between marks if there is no colour. Only the rows that are shown are read, and
+    the summary is about them; --stats reads all rows.
     """
     import tt_data
 
+    limit = None if stats else max(1, start + num)
     if what in runnable_names() or what.endswith((".yaml", ".yml", ".py")):
         dataset, streaming = _rows_of_config(
-            what, config_file, (*overrides, *_as_words(options)), allow_import, limit=None if stats else start + num
+            what, config_file, (*overrides, *_as_words(options)), allow_import, limit=limit
         )
     else:
         if overrides or config_file:
@@ -62,8 +61,8 @@ def command(
                 raise click.UsageError(f"a second source, '{given}'; did you mean --tokenizer {given}?")
             raise click.UsageError(f"{given} belongs to a recipe: tt data show sft data.train={what} KEY=VALUE")
         refuse_run(what)
-        whole = stats or options["packing"] or options["streaming"]
-        dataset = _rows_of_data(what, limit=None if whole else _limit(what, start + num), **options)
+        whole = options["packing"] or options["streaming"]
+        dataset = _rows_of_data(what, limit=None if whole else limit, **options)
         streaming = options["streaming"]
     if streaming:
         if stats or hasattr(dataset, "rows"):
@@ -108,16 +107,7 @@ def _rows_of_config(
     config = composed(what, config_file, words, allow_import, complete=False)
     from tt_train.validate import rows
 
-    sources = config.data.train if isinstance(config.data.train, (list, dict)) else [config.data.train]
-    limits = [_limit(source, limit) for source in sources] if limit is not None else [None]
-    return rows(config, limit=None if None in limits else limits[0]), config.data.streaming
-
-
-def _limit(source: Any, wanted: int) -> int | None:
-    """How many rows to read: all (None) of what is read at once, no more than are shown of anything else."""
-    path = Path(str(source)).expanduser()
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return None if files and sum(file.stat().st_size for file in files) <= SMALL else max(1, wanted)
+    return rows(config, limit=limit), config.data.streaming
 
 
 def _as_words(options: Mapping[str, Any]) -> list[str]:

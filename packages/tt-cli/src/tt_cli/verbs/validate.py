@@ -22,7 +22,7 @@ def command(
     job = check(config)
     if as_json:
         held_out = job.held_out.report if job.held_out else None
-        print_json({"config": what, "data": job.train.report, "held_out": held_out, "notes": job.notes})
+        print_json({"config": what, "data": job.data_report, "held_out": held_out, "notes": job.notes})
         return
     for line in [*job.notes, *job.data_lines]:
         click.echo(line, err=True)

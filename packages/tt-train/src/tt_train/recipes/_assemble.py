@@ -34,6 +34,7 @@ class Job:
     tokenizer: Any
     train: Any
     held_out: Any | None
+    head: dict[str, Any] | None  # the report of a stream's first rows
     device: torch.device
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
@@ -67,13 +68,19 @@ class Job:
     @property
     def data_lines(self) -> list[str]:
         """What became of the rows, as ``tt data show`` says it; the rows held out as well."""
-        first, *rest = tt_data.summary_lines(self.train.report)
+        first, *rest = tt_data.summary_lines(self.data_report)
         if self.held_out is None:
             return [first, *rest]
         first += f"; held out: {count_rows(self.held_out):,}"
         if isinstance(self.held_out, Subset):  # a share of the rows that the first line counts
             return [f"{first} of them", *rest]
         return [first, *rest, *(f"held out: {line}" for line in tt_data.summary_lines(self.held_out.report))]
+
+    @property
+    def data_report(self) -> dict[str, Any]:
+        """What became of the rows; of a stream, what becomes of its first ones."""
+        report: dict[str, Any] = self.train.report if self.head is None else self.head
+        return report
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -132,6 +139,8 @@ def assemble(config: RunConfig) -> Job:
             train, held_out = parts or (train, None)
         for key, found in (("data.train", train), ("data.eval", held_out)):
             problems += kind_mistakes(config, key, found)
+    look = getattr(train, "head_report", None)
+    head = _collect(problems, "data.train", look) if look is not None else None
     if config.early_stop_after and not config.eval_every:
         problems.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
     for key in ("eval_every", "early_stop_after"):
@@ -152,6 +161,7 @@ def assemble(config: RunConfig) -> Job:
         tokenizer=tokenizer,
         train=train,
         held_out=held_out,
+        head=head,
         device=device,
         dtype=DTYPES[config.model.dtype],
         notes=notes,
