@@ -214,7 +214,7 @@ def test_a_directory_without_weights_is_explained(tmp_path, files, message):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ('{"a": 1,\n"b"', r"config.json:2: not valid JSON"),
+    ('{"a": 1,\n"b"', r"config.json:2:4: not valid JSON"),
     ("", "0 bytes"),
     ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     ("[" * 100_000, "not valid JSON"),

@@ -1,16 +1,43 @@
 """Checkpoints of open LLMs: Hugging Face directories, training state that survives crashes, hub transfer."""
 
-from tt_ckpt.convert import Conversion, convert
-from tt_ckpt.directory import read_config, resolve
-from tt_ckpt.hf import save_hf
-from tt_ckpt.hub import Download, download
-from tt_ckpt.load import load_weights, tensor_dtypes
-from tt_ckpt.redact import redact
-from tt_ckpt.train_checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
-from tt_ckpt.upload import Upload, model_card, upload
-from tt_ckpt.verify import Verified, verify_files
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tt_ckpt.convert import Conversion, convert
+    from tt_ckpt.directory import read_config, resolve
+    from tt_ckpt.hf import save_hf
+    from tt_ckpt.hub import Download, download
+    from tt_ckpt.load import load_weights, tensor_dtypes
+    from tt_ckpt.redact import redact
+    from tt_ckpt.train_checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
+    from tt_ckpt.upload import Upload, model_card, upload
+    from tt_ckpt.verify import Verified, verify_files
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Conversion": "convert",
+    "convert": "convert",
+    "read_config": "directory",
+    "resolve": "directory",
+    "save_hf": "hf",
+    "Download": "hub",
+    "download": "hub",
+    "load_weights": "load",
+    "tensor_dtypes": "load",
+    "redact": "redact",
+    "CheckpointNotSaved": "train_checkpoint",
+    "TrainCheckpoint": "train_checkpoint",
+    "TrainState": "train_checkpoint",
+    "Upload": "upload",
+    "model_card": "upload",
+    "upload": "upload",
+    "Verified": "verify",
+    "verify_files": "verify",
+}
 
 __all__ = [
     "read_config",
@@ -32,3 +59,21 @@ __all__ = [
     "TrainState",
     "CheckpointNotSaved",
 ]
+
+
+class _Package(ModuleType):
+    """Imports on first use, so that ``tt_ckpt.files`` comes without torch."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'tt_ckpt' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"tt_ckpt.{_HOMES[name]}"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Of ``convert``, ``redact`` and ``upload``, names of a module and of its function, the function is kept."""
+        if name in _HOMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

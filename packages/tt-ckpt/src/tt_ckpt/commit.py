@@ -14,23 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Self
 
+from tt_ckpt.files import TMP_PREFIX, create, sync
 from tt_ckpt.names import check_basename
 
 MANIFEST_NAME = "MANIFEST.json"
-TMP_PREFIX = ".tmp-"
 _CHUNK = 1 << 22
 _EARLY = 1 << 26  # bytes after which the disk begins
-
-
-def create(path: str | Path) -> IO[bytes]:
-    """A new file for writing, mode 0644 less the umask. Never an existing one: somebody may have it mapped."""
-    return open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o644))
-
-
-def sync(file: IO[bytes]) -> None:
-    """Everything written so far is on the disk when this returns."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 class EarlySync:

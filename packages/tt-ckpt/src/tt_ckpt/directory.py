@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from tt_ckpt import commit
+from tt_ckpt.files import read_json
 from tt_ckpt.names import safe_file
-from tt_ckpt.shards import INDEX_NAME, format_size, read_json
+from tt_ckpt.shards import INDEX_NAME
+from tt_ckpt.shown import format_size
 from tt_ckpt.tensor_file import TensorSpec
 
 COMPANIONS = (

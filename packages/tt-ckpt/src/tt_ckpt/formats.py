@@ -9,11 +9,12 @@ from torch import Tensor
 
 from tt_ckpt.dcp import METADATA_NAME, DistributedFolder
 from tt_ckpt.directory import read_config
+from tt_ckpt.files import read_json
 from tt_ckpt.hf import open_hf
 from tt_ckpt.meta import from_meta
 from tt_ckpt.names import safe_file
 from tt_ckpt.pickles import read_pickled
-from tt_ckpt.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights, read_json
+from tt_ckpt.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights
 from tt_ckpt.tensor_file import MappedFile
 from tt_ckpt.torchtune import from_torchtune
 from tt_ckpt.weights import Weights, specs_of, without_copies

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tt_ckpt.commit import remove_tree
 from tt_ckpt.names import check_basename
 from tt_ckpt.redact import redact
-from tt_ckpt.shards import format_size
+from tt_ckpt.shown import format_size
 from tt_ckpt.verify import content_hash, was_fetched
 
 logger = logging.getLogger(__name__)

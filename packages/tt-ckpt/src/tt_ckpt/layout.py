@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tt_ckpt import commit
+from tt_ckpt.files import read_json
 from tt_ckpt.names import check_basename
-from tt_ckpt.shards import INDEX_NAME, encode_index, find_shards, parse_size, read_json, split
+from tt_ckpt.shards import INDEX_NAME, encode_index, find_shards, parse_size, split
 from tt_ckpt.tensor_file import TensorSpec, canonical_order
 
 LAYOUT_NAME = "hf_layout.json"  # in directories of other formats: how the Hugging Face files lay, to write them again

@@ -1,6 +1,10 @@
 """File names that come out of files: each must name a file of its own folder, and nothing else."""
 
+import os
 from pathlib import Path
+
+from tt_ckpt.files import regular
+from tt_ckpt.shown import plain, quoted
 
 _MAX_NAME = 255
 
@@ -16,20 +20,13 @@ def check_basename(name: object, *, where: object) -> str:
         or len(name.encode("utf-8", "surrogatepass")) > _MAX_NAME
     )
     if bad:
-        raise ValueError(f"{where}: refused the file name {str(name)[:80]!r}: not a plain name in the same folder")
+        shown = f"refused the file name {quoted(name)}"
+        raise ValueError(f"{plain(where)}: {shown}: not a plain name in the same folder; rename the file")
     assert isinstance(name, str)
     return name
 
 
 def safe_file(directory: Path, name: object) -> Path:
-    """The path of ``name`` inside ``directory``; a link that leaves it is refused (the hub cache's own are not)."""
+    """The path of ``name`` inside ``directory``, by the rule of ``regular`` if it is there."""
     path = directory / check_basename(name, where=directory)
-    if path.is_symlink():
-        target, root = path.resolve(), directory.resolve()
-        allowed = {root}
-        if root.parent.name == "snapshots":  # models--org--name/snapshots/<revision>/file -> ../../blobs/<hash>
-            repository = root.parent.parent
-            allowed |= {repository / "blobs", repository.parent / "blobs" / target.parent.name}  # the second: shared
-        if target.parent not in allowed:
-            raise ValueError(f"{path}: refused: a link that leaves its folder, to {target}; copy the file instead")
-    return path
+    return regular(path, directory) if os.path.lexists(path) else path

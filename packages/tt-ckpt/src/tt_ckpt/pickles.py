@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_ckpt.commit import EarlySync, create, sync
+from tt_ckpt.commit import EarlySync
+from tt_ckpt.files import create, sync
 from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_lfs_pointer, spec_of
 
 _MAX_ENTRIES = 200_000

@@ -7,7 +7,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tt_ckpt import commit
-from tt_ckpt.shards import format_size
+from tt_ckpt.files import TMP_PREFIX
+from tt_ckpt.shown import format_size
 
 _ASIDE = ".old-"
 _NAME = re.compile(r"(\.old-)?step-(\d{6,})(-[0-9a-f]{8})?")
@@ -52,7 +53,7 @@ def publish(tmp: Path, destination: Path) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """What saves that were killed have left behind."""
-    for entry in directory.glob(f"{commit.TMP_PREFIX}step-*"):
+    for entry in directory.glob(f"{TMP_PREFIX}step-*"):
         commit.remove_tree(entry)
     for entry in directory.glob(f"{_ASIDE}step-*"):
         if (directory / entry.name.removeprefix(_ASIDE).rpartition("-")[0]).exists():
@@ -79,7 +80,7 @@ def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
 
 def remove(path: Path) -> None:
     """Take its name away first: a removal that is interrupted leaves no half checkpoint."""
-    gone = path.parent / f"{commit.TMP_PREFIX}{path.name}-{secrets.token_hex(4)}"
+    gone = path.parent / f"{TMP_PREFIX}{path.name}-{secrets.token_hex(4)}"
     try:
         path.rename(gone)
     except OSError:

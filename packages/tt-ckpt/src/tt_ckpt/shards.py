@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tt_ckpt.files import read_json
 from tt_ckpt.names import safe_file
 from tt_ckpt.placed_file import PlacedFile
-from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, is_lfs_pointer, read_header
+from tt_ckpt.shown import UNITS, format_size
+from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, read_header
 
 logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,19 +160,6 @@ def describe_no_weights(directory: Path) -> str:
     return f"{directory}: no weights: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}"
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or a ValueError with its path, line and what it may be instead."""
-    try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        if path.stat().st_size == 0:
-            raise ValueError(f"{path}: 0 bytes; download it again") from None
-        if is_lfs_pointer(path):
-            raise ValueError(f"{path}: a git-lfs pointer, not JSON; run: git lfs pull") from None
-        line = getattr(error, "lineno", 1)
-        raise ValueError(f"{path}:{line}: not valid JSON ({error}); download it again") from None
-
-
 class OpenShards:
     """The tensors of a directory by key, each file opened when first needed and let go by ``release``.
 
@@ -235,17 +223,10 @@ def parse_size(size: str | int) -> int:
         match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]B)\s*", size, re.IGNORECASE)
         if match is None or match[1].count(".") > 1:
             raise ValueError(f"max_shard_size: expected a number with KB, MB, GB or TB such as '5GB', got {size!r}")
-        number, unit = float(match[1]), _UNITS[match[2].upper()]
+        number, unit = float(match[1]), UNITS[match[2].upper()]
     if number <= 0 or not math.isfinite(number):
         raise ValueError(f"max_shard_size: expected more than 0, got {size!r}")
     return int(number * unit)
-
-
-def format_size(nbytes: int) -> str:
-    for unit, size in reversed(_UNITS.items()):
-        if nbytes >= size:
-            return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} bytes"
 
 
 def split(specs: Mapping[str, TensorSpec], max_shard_size: str | int) -> dict[str, list[str]]:

@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from tt_ckpt.commit import EarlySync, create, sync
+from tt_ckpt.commit import EarlySync
+from tt_ckpt.files import create, sync
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
 _COPY_BYTES = 1 << 24

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tt_ckpt import commit, ranks, run_folder
 from tt_ckpt.background import Background
+from tt_ckpt.files import read_json
 from tt_ckpt.names import check_basename
 from tt_ckpt.parts import Group, Groups, copies, write_groups
-from tt_ckpt.shards import read_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.commit import sha256_of
+from tt_ckpt.files import read_json
 from tt_ckpt.hub import UNWANTED, WANTED, api, check_endpoint, explained
 from tt_ckpt.names import safe_file
 from tt_ckpt.redact import holds_secret
-from tt_ckpt.shards import format_size, read_json
+from tt_ckpt.shown import format_size
 
 _REPO_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _TEXT = (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".py", ".cfg", ".toml")

@@ -1,0 +1,45 @@
+"""What files say, as a message may repeat it: cut short, on one line, with nothing in it that a terminal obeys."""
+
+import reprlib
+from collections.abc import Iterable
+from pathlib import PurePath
+
+_LONGEST = 200
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel = 2
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = _REPR.maxfrozenset = 4
+_REPR.maxstring = _REPR.maxother = 80
+_REPR.maxlong = 40
+
+
+def quoted(value: object) -> str:
+    """``repr`` of a value from a file, of at most 200 characters, all of them printable."""
+    try:
+        text = _REPR.repr(value)
+    except (ValueError, RecursionError):  # a whole number of more digits than Python prints
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def plain(text: object) -> str:
+    """A name or path without quotes if it is short and printable, else ``quoted``; any other value ``quoted``."""
+    if isinstance(text, PurePath):
+        return str(text) if str(text).isprintable() else ascii(str(text))
+    if isinstance(text, str) and len(text) <= _LONGEST and text.isprintable():
+        return text
+    return quoted(text)
+
+
+def listed(names: Iterable[object], count: int = 3) -> str:
+    """The first few names, and dots if there are more."""
+    held = list(names)
+    return ", ".join(map(plain, held[:count])) + (", ..." if len(held) > count else "")
+
+
+def format_size(nbytes: int) -> str:
+    for unit, size in reversed(UNITS.items()):
+        if nbytes >= size:
+            return f"{nbytes / size:.1f} {unit}"
+    return f"{nbytes} bytes"
