@@ -203,6 +203,9 @@ def test_keys_of_messages_that_no_template_writes_are_named(chatml: Any) -> None
     assert load_dataset([rated], chatml).report["notes"] == [note]
     template = "{% for m in messages %}{{ (m.name or '') + (m.rating or '')|string + m.content }}<|im_end|>{% endfor %}"
     assert load_dataset([rated], chatml.with_template({"default": template}, "t")).report["notes"] == []
+    conditional = template.replace("m.name or ''", "m.name if m.role == 'user' and m.name else ''")
+    report = load_dataset([rated], chatml.with_template({"default": conditional}, "t")).report
+    assert report["notes"] == ["columns that are not read: 'messages.name' (1 row), the first at rows:0"]
     called = {"messages": [U, {**A, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}]}
     formatted = chat_dataset(chatml, source=[called], conversation_style="openai", chat_format="llama2")
     assert "'messages.tool_calls' (1 row)" in formatted.report["notes"][0]

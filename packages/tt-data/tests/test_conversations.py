@@ -34,6 +34,24 @@ def test_one_key_that_masks_is_enough() -> None:
     assert [m.masked for m in read_messages([U, {**A, "weight": 1, "mask": True, "train": None}])] == [False, True]
 
 
+@pytest.mark.parametrize(("key", "on"), [("train", True), ("weight", 1), ("training", True), ("masked", False)])
+def test_a_turn_that_says_it_is_trained_and_is_not_is_reported(chatml: Any, key: str, on: Any) -> None:
+    turns = [{"role": "system", "content": "b"}, {**U, key: on}, A, U, A]
+    note = "some messages with weight: 1, train: true or their like are not trained"
+
+    def notes(*rows: Any, **settings: Any) -> list[str]:
+        return [said for said in load_dataset(list(rows), chatml, **settings).report["notes"] if note in said]
+
+    (said,) = notes({"messages": turns}, {"messages": [U, A]})
+    assert "train_on=assistant trains the assistant's turns; train_on=all trains all turns" in said
+    assert said.endswith("(1 row, the first at rows:0)")
+    assert not notes({"messages": turns}, train_on="all")
+    assert not notes({"messages": [{**turns[0], key: not on}, {**U, key: not on}, {**A, key: on}, U, A]})
+    answers = {"messages": [U, {**A, key: on}, U, A]}
+    assert "train_on=last trains the last answer" in notes(answers, train_on="last")[0]
+    assert not notes(answers)
+
+
 @pytest.mark.parametrize(("key", "value"), [("weight", 0.5), ("loss_weight", 2), ("train", "no"), ("mask", [0, 1])])
 def test_a_weight_that_is_neither_0_nor_1_is_a_bad_row(chatml: Any, key: str, value: Any) -> None:
     rows = [{"messages": [U, A]}, {"messages": [U, {**A, key: value}]}]
@@ -137,9 +155,9 @@ def test_turns_in_columns_are_turns(chatml: Any) -> None:
 
 
 def test_a_wrong_turn_names_its_column(chatml: Any) -> None:
-    rows = [{"prompt": "p ", "chosen": "a", "rejected": text} for text in ("b", ["b", "c"])]
+    rows = [{"prompt": "p ", "chosen": "a", "rejected": text} for text in ("b", [7, "c"])]
     (problem,) = load_dataset(rows, chatml).report["problems"]
-    assert problem == "rows:1: column 'rejected': message 0 is str, expected an object with role and content"
+    assert problem == "rows:1: column 'rejected': message 0 is int, expected an object with role and content"
 
 
 def test_a_system_message_or_a_tools_answer_may_say_nothing(chatml: Any) -> None:

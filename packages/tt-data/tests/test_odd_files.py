@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,26 @@ def test_mixed_data_sets_are_of_one_kind(chatml: Any, write_jsonl: Any) -> None:
             load_dataset(files, chatml, **options)
         with pytest.raises(ValueError, match="cannot be mixed"):
             next(batches(load_dataset(files, chatml, streaming=True, **options), batch_size=8))
+
+
+FOREIGN = [
+    (
+        {"id": 1, "query": "sum 1 and 2", "tools": "[]", "answers": "[]"},
+        "rows of function calls (xLAM's): write each as",
+    ),
+    (
+        {"input": {"messages": [U]}, "preferred_output": [A], "non_preferred_output": [A]},
+        "OpenAI's preference rows: write",
+    ),
+    (
+        {"conversations": ["a question", "an answer"], "source": "x"},
+        "texts without roles (as in LIMA's rows); write each as",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "told"), FOREIGN)
+def test_rows_of_other_projects_are_named_with_what_to_write(chatml: Any, row: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)) as caught:
+        load_dataset([row], chatml)
+    assert "did you mean" not in str(caught.value)

@@ -36,6 +36,12 @@ def read_messages(turns: Any) -> list[Message]:
         raise BadRowError("wrong type", f"expected a list of messages, found {type(turns).__name__}")
     if not turns:
         raise BadRowError("empty", "the list of messages is empty")
+    if all(isinstance(turn, str) for turn in turns):
+        raise BadRowError(
+            "wrong type",
+            "the turns are texts without roles (as in LIMA's rows); write each as an object with role and content, the "
+            "user's and the assistant's in turn",
+        )
     messages: list[Message] = []
     for i, turn in enumerate(turns):
         message = _message(turn, i)
@@ -126,7 +132,7 @@ def _message(turn: Any, i: int) -> Message:
         raise BadRowError("unknown role", f"message {i}: {error}") from None
     if name in ("system", "tool") and all(turn.get(key) is None for key in ("content", "value", "text")):
         turn = {**turn, "content": ""}  # a tool may return nothing
-    masked = _is_masked(turn, i)
+    masked, asked = _said(turn, i)
     extra = {key: value for key, value in turn.items() if key not in _NOT_EXTRA and value is not None}
     older = extra.pop("function_call", None)
     if older is not None and not extra.get("tool_calls"):
@@ -142,7 +148,7 @@ def _message(turn: Any, i: int) -> Message:
         extra["content"] = parts
     if name == "assistant" and not content.strip() and "tool_calls" not in extra:
         raise BadRowError("empty", f"the assistant message {i} is empty")
-    return Message(name, content, masked, _checked_calls(extra, i))
+    return Message(name, content, masked, _checked_calls(extra, i), asked)
 
 
 def _is_call(turn: Any) -> bool:
@@ -170,7 +176,7 @@ def _joined(words: Message, call: Message, i: int) -> Message:
     extra = {**call.extra, **words.extra, "tool_calls": calls}
     if words.content:
         extra.pop("content", None)
-    return Message("assistant", words.content, words.masked, extra)
+    return Message("assistant", words.content, words.masked, extra, words.asked or call.asked)
 
 
 def _with_result_as_text(turn: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -211,22 +217,23 @@ def _part(part: Any, i: int) -> dict[str, Any]:
     raise BadRowError("not text", f"message {i} has a part of type {kind!r}; only text is supported")
 
 
-def _is_masked(turn: Mapping[str, Any], i: int) -> bool:
-    """Whether one of the turn's keys switches its loss off."""
+def _said(turn: Mapping[str, Any], i: int) -> tuple[bool, bool]:
+    """Whether one of the turn's keys switches its loss off, and whether one says that the turn is trained."""
     for key in _PARTS_OF_A_TURN:
         if turn.get(key):
             raise BadRowError(
                 "wrong weight", f"message {i} has {key}: only whole turns can be masked, not parts of them"
             )
-    masked = False
+    masked = asked = False
     for key in (*_TRAINS, *_MASKS):
         value = turn.get(key)
         if value is None:
             continue
         if isinstance(value, str) or value not in (0, 1):
             raise BadRowError("wrong weight", f"message {i} has {key} {value!r}, expected 0 or 1 (true or false)")
-        masked |= bool(value) == (key in _MASKS)
-    return masked
+        is_off = bool(value) == (key in _MASKS)
+        masked, asked = masked or is_off, asked or not is_off
+    return masked, asked and not masked
 
 
 _NOT_EXTRA = frozenset((*_KNOWN, *_TRAINS, *_MASKS, *_PARTS_OF_A_TURN))

@@ -32,12 +32,14 @@ _OPENS_REPLY = ("user", "tool")
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn. ``masked`` turns give no loss; ``extra`` holds what templates also read (``tool_calls``,
-    ``reasoning_content``, ``name``, ...)."""
+    ``reasoning_content``, ``name``, ...). ``asked``: the row says itself that the turn is trained, which is reported if
+    it is not."""
 
     role: str
     content: str
     masked: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    asked: bool = False
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tt_data.cells import TrackedRow, is_empty
-from tt_data.encode import Parts, encode_examples, ends_turn
+from tt_data.encode import Parts, encode_examples, ends_turn, mask_messages
 from tt_data.examples import (
     BadRowError,
     Conversation,
@@ -22,6 +22,7 @@ from tt_data.examples import (
     mistake_in,
     notes_of,
 )
+from tt_data.messages import Message
 from tt_data.readers import Read, tracks
 from tt_data.rendered import Encoded
 from tt_data.report import Tally
@@ -30,6 +31,12 @@ from tt_data.settings import Settings
 from tt_data.store import IGNORE_INDEX, labels_of
 from tt_data.tokenizer import Tokenizer
 
+_ALL = "train_on=all trains all turns but those with weight: 0"
+_TRAINED = {
+    "assistant": f"train_on=assistant trains the assistant's turns; {_ALL}",
+    "last": f"train_on=last trains the last answer; {_ALL}",
+    "all": "the prompts of compared and judged answers are not",
+}
 _SOUGHT = {"content", "tool_calls", "tool_call_id", "reasoning", "reasoning_content", "thinking"}
 
 
@@ -67,6 +74,7 @@ class RowEncoder:
         self.tally.forms |= forms
         for note in self.tokenizer.template_notes if "chat" in forms else ():
             self.tally.note(note)
+        self._leave_unwritten(name, examples)
         encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
         kept: list[TokenRow] = []
         for (line, example), parts in zip(examples, encoded, strict=True):
@@ -76,7 +84,11 @@ class RowEncoder:
             except BadRowError as bad:
                 self.tally.drop(where, bad)
                 continue
-            noted = (*notes_of(example), *(kind for part in kept[-1].parts for kind in part.notes))
+            noted = (
+                *notes_of(example),
+                *self._not_trained(example),
+                *(kind for part in kept[-1].parts for kind in part.notes),
+            )
             for kind in dict.fromkeys(noted):
                 self.tally.note(kind, where)
         return kept
@@ -98,17 +110,40 @@ class RowEncoder:
             if column not in self.tally.unread:
                 self.tally.hints[column] = hint_for_unread(column, row, columns, read)
             self.tally.leave(column, where)
-        for key in dict.fromkeys(key for part in _conversations(example) for key in self._unwritten(part)):
-            self.tally.leave(f"messages.{key}", where)
         return example
 
-    def _unwritten(self, part: Conversation | Turns) -> list[str]:
-        """Keys of messages that no template can write; what the known ones hold is looked for in the text."""
-        keys = {key for message in part.messages for key, value in message.extra.items() if not is_empty(value)}
-        if isinstance(part, Turns):
-            return sorted(keys)
+    def _not_trained(self, example: Example) -> tuple[str, ...]:
+        """A note if a message says itself that it is trained, and ``train_on`` leaves it out."""
+        train_on = self.settings.train_on
+        for part in _conversations(example):
+            if any(
+                old.asked and new.masked
+                for old, new in zip(part.messages, mask_messages(part.messages, train_on), strict=True)
+            ):
+                return (
+                    f"some messages with weight: 1, train: true or their like are not trained: {_TRAINED[train_on]}",
+                )
+        return ()
+
+    def _leave_unwritten(self, name: str, examples: Sequence[tuple[int, Example]]) -> None:
+        """Count the keys of messages without which the same text is made. ``_SOUGHT`` is looked for in it."""
         sources = self.tokenizer.templates.values()
-        return sorted(key for key in keys - _SOUGHT if not any(key in source for source in sources))
+        without: list[tuple[str, str]] = []
+        rows: list[tuple[list[Message], Any, Any]] = []
+        for where, part in ((f"{name}:{line}", part) for line, example in examples for part in _conversations(example)):
+            keys = {key for message in part.messages for key, value in message.extra.items() if not is_empty(value)}
+            for key in sorted(keys if isinstance(part, Turns) else keys - _SOUGHT):
+                if isinstance(part, Turns) or not any(key in source for source in sources):
+                    self.tally.leave(f"messages.{key}", where)
+                    continue
+                without.append((where, key))
+                plain = [replace(message, masked=True) for message in part.messages]
+                rows.append((plain, part.tools, part.variables))
+                rows.append(([_without(message, key) for message in plain], part.tools, part.variables))
+        texts = [getattr(row, "text", None) for row in self.tokenizer.render_rows(rows)] if rows else []
+        for (where, key), one, other in zip(without, texts[::2], texts[1::2], strict=True):
+            if one == other and one is not None:  # None: the template fails, which is said of the row
+                self.tally.leave(f"messages.{key}", where)
 
     def _finish(self, where: str, line: int, example: Example, parts: Parts | BadRowError) -> TokenRow:
         if isinstance(parts, BadRowError):
@@ -132,6 +167,10 @@ class RowEncoder:
         desirable = isinstance(example, Judged) and example.desirable
         digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
         return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
+
+
+def _without(message: Message, key: str) -> Message:
+    return replace(message, extra={name: value for name, value in message.extra.items() if name != key})
 
 
 def _conversations(example: Example) -> list[Conversation | Turns]:

@@ -38,6 +38,21 @@ _ALSO_CALLED: Mapping[str, Sequence[str]] = {
 }
 
 
+# Rows that are not read: the columns that tell them, and what to write instead.
+_FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("query", "tools", "answers"),
+        "these are rows of function calls (xLAM's): write each as messages, a user turn with the query and an "
+        "assistant turn with the answers as tool_calls, and the tools as JSON schemas in a column 'tools'",
+    ),
+    (
+        ("input", "preferred_output", "non_preferred_output"),
+        "these are OpenAI's preference rows: write each with the columns 'prompt' (the messages of input), 'tools' "
+        "(those of input, if there are any), 'chosen' (preferred_output) and 'rejected' (non_preferred_output)",
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Schema:
     """A kind of row: the ``columns`` it needs (in any of their spellings), and ``read``. ``values``: what they hold."""
@@ -133,6 +148,9 @@ def _no_schema(row: Row, columns: Columns) -> str:
             f"a row is one message here (it has {role!r}), expected a conversation; write each conversation as one row "
             "first (of a tree: from its root to each leaf), or read every message as text with schema=text"
         )
+    for names, told in _FOREIGN:
+        if all(name in row for name in names):
+            return f"no known schema has the columns {_names(row)}; {told}"
     wanted = "; ".join(f"{s.name}: {' + '.join('/'.join(names) for names in s.columns)}" for s in SCHEMAS.values())
     return f"no known schema has the columns {_names(row)}, expected one of ({wanted}){_suggestion(row, columns)}"
 
