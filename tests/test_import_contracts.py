@@ -151,6 +151,20 @@ def test_nothing_can_run_code_from_a_file(package):
         assert [ast.unparse(node) for node in made if not _is_safe_yaml(node, tree)] == [], name
 
 
+STARTS_PROGRAMS = {"tt_data.chat_template": "Python itself, with -P, for the process that renders templates"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_program_is_started_but_one(package):
+    """A program of the folder one stands in, or one that a repository's config names, is never run (S12)."""
+    for name, tree in modules(package):
+        calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+        starts = {call for call in calls if re.match(r"os\.(system|popen|exec|spawn|posix_spawn|startfile)", call)}
+        starts |= {call for call in calls if call in ("platform.platform", "platform.processor", "platform.uname")}
+        starts |= imported(tree) & {"subprocess", "pty", "webbrowser", "pdb"}  # platform.platform runs uname
+        assert not starts or name in STARTS_PROGRAMS, f"{name}: {sorted(starts)}"
+
+
 def _is_safe_yaml(call: ast.Call, tree: ast.Module) -> bool:
     """``yaml.load`` with a loader that this module derives from SafeLoader."""
     loaders = {

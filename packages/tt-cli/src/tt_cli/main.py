@@ -1,6 +1,7 @@
 """The ``tt`` command: a table of verbs, of which only the one that is asked for is imported."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -57,6 +58,8 @@ def _print_version(ctx: click.Context) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run ``tt`` with ``args`` (default: the command line's) and return its exit code."""
+    programs = os.environ.get("PATH", "").split(os.pathsep)  # a relative one is in a folder that may be anybody's
+    os.environ["PATH"] = os.pathsep.join(filter(os.path.isabs, programs)) or os.defpath
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its escape instead of failing
             stream.reconfigure(errors="backslashreplace")

@@ -1,9 +1,8 @@
-"""What a run ran on: versions, devices, and the state of the working tree."""
+"""What a run ran on: versions and devices. No program is started to find out."""
 
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def collect() -> dict[str, Any]:
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": " ".join((platform.system(), platform.release(), platform.machine())),
         "packages": versions(),
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
@@ -55,7 +54,7 @@ def cpu_name() -> str:
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    return next(names, "") or platform.machine()
 
 
 def versions() -> dict[str, str]:
@@ -67,21 +66,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def git_state(folder: Path | None = None) -> dict[str, Any] | None:
-    """Commit and cleanliness of the repository that ``folder`` lies in; None where there is none."""
-    where = folder or Path.cwd()
-    try:
-        commit = _git(where, "rev-parse", "HEAD")
-        return {"commit": commit, "dirty": bool(_git(where, "status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *words: str) -> str:
-    command = ["git", "-C", str(folder), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
 
 
 def command_line() -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from tt_train.report_run import Run, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 GENERATOR = "tt report"  # in every page and picture, so that no other file is taken for one
 COLOURS = ("#2f5fd0", "#d9622b", "#16876b", "#a8429b", "#b38600", "#2492b8", "#c2405a", "#6b6f78")
@@ -27,6 +29,15 @@ PANELS = {
 
 def write_png(runs: Sequence[Run], path: Path) -> None:
     """The loss above, learning rate, gradient norm, throughput and memory below."""
+    with chdir(Path(__file__).parent):  # when imported it reads the matplotlibrc of the working folder
+        import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # one of the user's may ask for TeX, which is a program, or for fonts of elsewhere
+        _figure(runs).savefig(path, format="png", metadata={"Software": GENERATOR})
+
+
+def _figure(runs: Sequence[Run]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,7 +55,7 @@ def write_png(runs: Sequence[Run], path: Path) -> None:
             _line(axes, run, run.column(key), color=COLOURS[index % len(COLOURS)], linewidth=1.4)
         _dress(axes, name)
         axes.set_ylim(0, 1.06 * max((value for run in runs for value in run.figures(key)), default=1.0) or 1.0)
-    figure.savefig(path, format="png", metadata={"Software": GENERATOR})
+    return figure
 
 
 def _draw_loss(axes: "Axes", runs: Sequence[Run]) -> None:

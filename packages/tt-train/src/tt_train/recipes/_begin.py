@@ -10,8 +10,9 @@ from torch import nn
 import tt_ckpt
 from tt_train.config import RunConfig, to_dict, to_yaml
 from tt_train.console import Console, RunFacts
-from tt_train.environment import collect, command_line, git_state
+from tt_train.environment import collect, command_line
 from tt_train.errors import ConfigError
+from tt_train.git import git_state
 from tt_train.optim import rate_change
 from tt_train.recipe_file import copy_of
 from tt_train.recipes._assemble import Job
