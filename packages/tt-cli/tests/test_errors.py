@@ -1,6 +1,7 @@
 """Errors as the user meets them: lines, exit codes, JSON, logs, tracebacks."""
 
 import warnings
+from pathlib import Path
 
 import click
 import pytest
@@ -39,8 +40,16 @@ def test_every_problem_of_a_config_error_has_a_line_of_its_own(capsys):
 
 
 def test_a_fault_of_ours_names_its_type_and_exits_1(capsys):
-    assert errors.run(raising(KeyError("loss")), []) == 1
-    assert capsys.readouterr().err == "error: KeyError: 'loss'\n"
+    assert errors.run(raising(KeyError("loss", "hf_" + "a" * 24)), []) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("error: KeyError: ('loss', '")
+    assert second.startswith("this is a fault in tt; please report it with the traceback in ")
+    log = Path(second.rpartition(" ")[2])
+    trace = log.read_text()
+    assert "Traceback (most recent call last)" in trace
+    assert "hf_aaa" not in first + trace
+    assert log.stat().st_mode & 0o077 == 0
+    log.unlink()
 
 
 def test_a_hub_that_does_not_answer_exits_1_in_the_words_of_the_hub(capsys):

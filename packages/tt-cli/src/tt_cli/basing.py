@@ -5,6 +5,8 @@ from typing import Any, TypeVar
 
 import click
 
+from tt_cli.terminal import say
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -21,4 +23,4 @@ def base_option(function: Function) -> Function:
 
 def tell(text: str) -> None:
     """A line on stderr about what was loaded or written."""
-    click.echo(text, err=True)
+    say(text, err=True)

@@ -4,23 +4,25 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from tt_cli.drawing import Bars, Terminal
+from tt_train.visible import visible
 
 
 @contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Gives ``progress(bytes done, bytes in all)`` for what runs inside; None where stderr is no terminal."""
+    """Gives ``progress(bytes done, bytes in all)`` for what runs inside; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=None)
+    with Bars(*columns, terminal=Terminal(sys.stderr), transient=True) as bar:
+        task = bar.add_task(visible(label), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -4,14 +4,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from tt_cli.drawing import Bars, Terminal, literal
 from tt_cli.marking import mark, shorten
 from tt_train import console as plain
 from tt_train.console import RunFacts
+from tt_train.visible import visible
 
 SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample
 
@@ -40,7 +41,7 @@ class TerminalConsole(LineConsole):
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
-        self.progress: Progress | None = None
+        self.progress: Bars | None = None
         self.task = TaskID(0)
 
     def start(self, facts: RunFacts) -> None:
@@ -51,14 +52,12 @@ class TerminalConsole(LineConsole):
         self._show_sample(facts)
         place = f"{facts.run_dir}{plain.continued(facts)}, on {facts.device}"
         self._line("run", f"{place}, {plain.precision_line(facts)}")
-        self.progress = Progress(
+        self.progress = Bars(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[figures]}"),
             RunEta(),
-            console=self.terminal,
-            expand=True,
-            refresh_per_second=4,
+            terminal=self.terminal,
         )
         self.task = self.progress.add_task(
             "", total=facts.steps_total, completed=facts.step_first, figures="", eta=None
@@ -75,21 +74,21 @@ class TerminalConsole(LineConsole):
             self.note(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
 
     def note(self, text: str) -> None:
-        self.terminal.print(Text(text), soft_wrap=True)
+        self.terminal.print(literal(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.terminal.print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
+        self.terminal.print(Text.assemble(("warning: ", "yellow"), visible(text)), soft_wrap=True)
 
     def end(self, summary: dict[str, Any]) -> None:
         self.close()
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in summary_rows(summary):
-            table.add_row(Text(name, style="dim"), Text(value))
+            table.add_row(Text(name, style="dim"), literal(value))
         self.terminal.print()
         self.terminal.print(table)
         self.terminal.print()
         for command in summary.get("next", []):
-            self.terminal.print(Text(f"  {command}", style="cyan"), soft_wrap=True)
+            self.terminal.print(literal(f"  {command}", style="cyan"), soft_wrap=True)
 
     def close(self) -> None:
         if self.progress is not None:
@@ -97,7 +96,7 @@ class TerminalConsole(LineConsole):
             self.progress = None
 
     def _line(self, name: str, text: str, *, soft_wrap: bool = True) -> None:
-        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), text), soft_wrap=soft_wrap)
+        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), visible(text)), soft_wrap=soft_wrap)
 
     def _show_sample(self, facts: RunFacts) -> None:
         if not facts.sample:
@@ -119,7 +118,7 @@ class RunEta(ProgressColumn):
 
 def console_here() -> LineConsole:
     """The rich console when stderr is a terminal, plain lines anywhere else."""
-    terminal = Terminal(stderr=True, highlight=False)
+    terminal = Terminal(sys.stderr)
     return TerminalConsole(terminal) if sys.stderr.isatty() and not terminal.is_dumb_terminal else LineConsole()
 
 

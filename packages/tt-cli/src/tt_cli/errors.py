@@ -1,10 +1,13 @@
 """The one place where an error becomes what the user sees: one line on stderr per mistake, and an exit code.
 
-0 done, 1 failed while running, 2 wrong use or wrong input, 130 and 143 interrupted.
+0 done, 1 failed while running, 2 wrong use or wrong input, 130 and 143 interrupted, 141 nobody reads stdout any more.
 """
 
 import json
+import os
+import re
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -15,30 +18,53 @@ from typing import Any
 import click
 
 from tt_cli.group import Invocation, nearest_option, wants_color
+from tt_cli.terminal import OutputLost, guarded, say
 from tt_train.errors import Interrupted, TrainingError, did_you_mean
 from tt_train.redact import redact
+from tt_train.visible import visible
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> int:
     """Run ``command``, report what goes wrong, and return the exit code."""
+    with guarded():
+        try:
+            code = _reported(command, args)
+            sys.stdout.flush()  # here a full disk is still an error that can be reported
+            return code
+        except OutputLost as lost:
+            if not lost.closed:
+                say(f"error: {lost}", err=True)
+            return UNREAD if lost.closed else FAILED
+
+
+def _reported(command: click.Command, args: Sequence[str] | None) -> int:
     invocation = Invocation()
     warnings.showwarning = _show_warning
     try:
-        result = command.main(
-            args, prog_name="tt", standalone_mode=False, obj=invocation, color=wants_color(sys.stdout)
-        )
+        # color: click takes no control characters out; the door spells them out
+        result = command.main(args, prog_name="tt", standalone_mode=False, obj=invocation, color=True)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
+        say("interrupted", err=True)
         return INTERRUPTED
+    except OutputLost:
+        raise
     except SystemExit as stop:
+        if isinstance(pipe := stop.__context__, BrokenPipeError):  # click exits in silence; it was not stdout's
+            return _failed(pipe, invocation)
+        if isinstance(stop.code, str):
+            say(f"error: {_one_line(stop.code)}", err=True)
         return stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED)
     except Exception as error:
-        report(error, invocation)
-        return exit_code(error, invocation)
+        return _failed(error, invocation)
     return result if isinstance(result, int) else DONE
+
+
+def _failed(error: Exception, invocation: Invocation) -> int:
+    report(error, invocation)
+    return exit_code(error, invocation)
 
 
 def _show_warning(
@@ -46,11 +72,11 @@ def _show_warning(
 ) -> None:
     """A line, as for every other thing that is said; the place in the code helps nobody here."""
     if issubclass(category, UserWarning):
-        click.echo(f"warning: {_one_line(str(message))}", err=True)
+        say(f"warning: {_one_line(str(message))}", err=True)
 
 
 def exit_code(error: Exception, invocation: Invocation) -> int:
-    """2 for what the user can mend in the command or its input, 1 for a run that had begun and for our own faults."""
+    """2 for what the user can fix in the command or its input, 1 for a run that had begun and for our own faults."""
     if isinstance(error, Interrupted):
         return error.exit_code
     if isinstance(error, click.ClickException):
@@ -61,21 +87,64 @@ def exit_code(error: Exception, invocation: Invocation) -> int:
 def report(error: Exception, invocation: Invocation) -> None:
     """Write ``error`` to stderr, to stdout as JSON when the verb answers in JSON, and to the log of its run."""
     lines = lines_of(error)
-    if invocation.json:
-        click.echo(json.dumps({"ok": False, "errors": lines}, indent=2))
-    prefix = "" if isinstance(error, Interrupted) else click.style("error:", fg="red", bold=True) + " "
+    prefix = click.style("error:", fg="red", bold=True) if wants_color(sys.stderr) else "error:"
     for line in lines:
-        click.echo(prefix + line, err=True, color=wants_color(sys.stderr))
-    if isinstance(error, click.ClickException | Interrupted):
-        return
-    trace = redact("".join(traceback.format_exception(error)))
+        if not isinstance(error, Interrupted):
+            say(f"{prefix} ", err=True, nl=False, styled=True)
+        say(line, err=True)
+    if not isinstance(error, click.ClickException | Interrupted):
+        _show_trace(error, invocation)
+    if invocation.json:
+        say(json.dumps({"ok": False, "errors": lines}, indent=2))
+
+
+def _show_trace(error: Exception, invocation: Invocation) -> None:
+    trace = _trace(error)
     if invocation.verbose:
-        click.echo(trace, err=True, nl=False)
-    if invocation.run_dir is not None:
-        log = invocation.run_dir / "train.log"
-        with suppress(OSError):  # a full disk may be what went wrong
-            keep_traceback(log, trace)
-            click.echo(f"the traceback is in {log}", err=True)
+        say(trace, err=True, nl=False)
+    with suppress(OSError):  # a full disk may be what went wrong
+        if invocation.run_dir is not None:
+            keep_traceback(invocation.run_dir / "train.log", trace)
+            say(f"the traceback is in {invocation.run_dir / 'train.log'}", err=True)
+        elif not _is_expected(error):
+            say(f"this is a fault in tt; please report it with the traceback in {_new_log(trace)}", err=True)
+
+
+def _trace(error: Exception) -> str:
+    try:
+        return visible(redact("".join(traceback.format_exception(error))))
+    except Exception as another:  # an error whose text cannot be made
+        return f"{type(error).__name__} (its traceback: {type(another).__name__})\n"
+
+
+def _new_log(trace: str) -> str:
+    """A file for the eyes of this user alone."""
+    number, name = tempfile.mkstemp(prefix="tt-", suffix=".log")
+    with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(trace)
+    return name
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether ``error`` is about the input or the machine, and its line says all."""
+    if isinstance(error, (*WRONG, TrainingError, OSError)) or _is_out_of_memory(error):
+        return True
+    return isinstance(error, ImportError) and error.name is not None and not error.name.startswith("tt_")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = _text(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+    )
+
+
+def _text(error: Exception) -> str:
+    """``str(error)``, also of an error that cannot say it."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def keep_traceback(log: Path, trace: str) -> None:
@@ -97,7 +166,13 @@ def lines_of(error: Exception) -> list[str]:
         return [_one_line(str(problem)) for problem in problems]
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return [_one_line(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")]
-    text = _one_line(str(error))
+    if _is_out_of_memory(error) and not isinstance(error, TrainingError):
+        asked = re.search(r"tried to allocate ([\d.]+ ?\w*)", _text(error))
+        more = f" ({asked[1]} more were asked for)" if asked else ""
+        return [f"out of memory{more}; close other programs, or use a smaller model or fewer tokens"]
+    if isinstance(error, RecursionError):
+        return ["something in the input is nested too deeply to be read (RecursionError)"]
+    text = _one_line(_text(error))
     is_ours = type(error) is ConnectionError  # of the hub, with its host; a subclass comes from somewhere below
     if (isinstance(error, (*WRONG, TrainingError, Interrupted)) or is_ours) and text:
         return [text]

@@ -1,14 +1,15 @@
 """The ``tt`` command: a table of verbs, of which only the one that is asked for is imported."""
 
-import io
 import os
-import sys
+import signal
+import threading
 from collections.abc import Sequence
 
 import click
 
 from tt_cli import __version__, errors
 from tt_cli.group import LazyGroup
+from tt_cli.terminal import open_closed_streams
 
 # verb -> module that holds it as `command`, its line in `tt --help`
 VERBS: dict[str, tuple[str, str]] = {
@@ -60,7 +61,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run ``tt`` with ``args`` (default: the command line's) and return its exit code."""
     programs = os.environ.get("PATH", "").split(os.pathsep)  # a relative one is in a folder that may be anybody's
     os.environ["PATH"] = os.pathsep.join(filter(os.path.isabs, programs)) or os.defpath
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without a character shows its escape instead of failing
-            stream.reconfigure(errors="backslashreplace")
-    return errors.run(cli, args)
+    open_closed_streams()
+    code = errors.run(cli, args)
+    if code == errors.INTERRUPTED and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while Python winds up, is no traceback
+    return code

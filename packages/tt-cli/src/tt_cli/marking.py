@@ -1,11 +1,11 @@
-"""How a row is shown: what is trained in colour, or between marks where there is no colour."""
+"""How a row is shown: trained text in colour, or between marks if there is no colour."""
 
-import unicodedata
 from collections.abc import Sequence
 
 import click
 
 from tt_train.console import MARKS
+from tt_train.visible import visible
 
 Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained
 
@@ -34,15 +34,6 @@ def shorten(pieces: Pieces, *, limit: int) -> list[tuple[str, bool]]:
         return text if len(text) <= limit else text[:half] + left_out + text[-half:]
 
     return [(cut(text), trained) for text, trained in _joined(pieces)]
-
-
-def visible(text: str) -> str:
-    """Control characters spelt out, so that a row cannot steer the terminal. Newlines and tabs stay."""
-    return "".join(c if _is_harmless(c) else repr(c)[1:-1] for c in text)
-
-
-def _is_harmless(character: str) -> bool:
-    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
 
 
 def _joined(pieces: Pieces) -> list[tuple[str, bool]]:

@@ -1,5 +1,6 @@
 """A prompt becomes ids, and ids become text while they are generated: what ``tt chat`` and ``tt generate`` share."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any, TypeVar
 import click
 
 from tt_cli.basing import tell
+from tt_cli.terminal import answer
 from tt_train.asking import prompt_form, trained_on
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Messages = list[dict[str, str]]
+LONGEST = 1 << 20  # bytes of a prompt: a hundred pages, more than most models read
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,61 @@ class Speaker:
             tell(f"(cut after {self.cut} tokens, where the model's context ends)")
         elif self.cut and asked == click.core.ParameterSource.DEFAULT:
             tell(f"(cut after {self.cut} tokens; --max-new-tokens allows more)")
+
+
+def show_answer(parts: Iterator[str]) -> str:
+    """Write the answer to stdout while it grows: in a pipe or file exactly as the model says it."""
+    said = []
+    for part in parts:
+        said.append(part)
+        answer(part, nl=False)
+    answer("")
+    return "".join(said)
+
+
+def read_prompt() -> str:
+    """All of standard input."""
+    return _decoded(_stdin_bytes(-1), "standard input")
+
+
+def read_prompts() -> Iterator[str]:
+    """The lines of standard input that are not blank."""
+    number = 0
+    while line := _stdin_bytes(1):
+        number += 1
+        if line.strip():
+            yield _decoded(line, f"standard input, line {number}").rstrip("\r\n")
+
+
+def _stdin_bytes(lines: int) -> bytes:
+    """What is there, or a line of it, with one byte more than is accepted at the most."""
+    source = getattr(sys.stdin, "buffer", None)
+    if source is None:  # a stand-in without bytes
+        return (sys.stdin.read() if lines < 0 else sys.stdin.readline()).encode("utf-8", "surrogateescape")
+    data: bytes = source.read(LONGEST + 1) if lines < 0 else source.readline(LONGEST + 1)
+    return data
+
+
+def _decoded(data: bytes, where: str) -> str:
+    if len(data) > LONGEST:
+        raise ValueError(f"{where}: a prompt of more than {LONGEST >> 20} MiB; shorten it")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8; convert the text, as with iconv"
+        ) from None
+
+
+def check_text(text: str, where: str) -> str:
+    """``text``; ValueError if it was made of bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start + 1} is not UTF-8; convert the text, as with iconv"
+        ) from None
+    return text
 
 
 def pieces(tokens: Iterator[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

@@ -4,6 +4,9 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from tt_train.redact import redact
+from tt_train.visible import visible
+
 MARKS = ("\u27e6", "\u27e7")  # around trained tokens where there is no colour
 
 
@@ -69,11 +72,11 @@ class Console:
 
     def note(self, text: str) -> None:
         """A fact worth a line."""
-        print(text, file=sys.stderr, flush=True)
+        print(visible(redact(text)), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """Something that may be wrong."""
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self.note(f"warning: {text}")
 
     def end(self, summary: dict[str, Any]) -> None:
         """After the last step: figures, and the commands that come next."""

@@ -17,6 +17,7 @@ from tt_train.errors import ConfigError, Interrupted, did_you_mean
 from tt_train.headline import training_loss
 from tt_train.redact import redact
 from tt_train.run_lock import RunLock, writer_of
+from tt_train.visible import visible
 
 MARKER = "config.yaml"
 
@@ -164,7 +165,7 @@ def naming(path: Path) -> Iterator[None]:
 
 class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return redact(super().format(record))
+        return visible(redact(super().format(record)))
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

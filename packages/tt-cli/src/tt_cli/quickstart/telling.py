@@ -4,11 +4,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console as Terminal
 from rich.table import Table
 from rich.text import Text
 
 from tt_cli.console import LineConsole, TerminalConsole
+from tt_cli.drawing import Terminal, literal
+from tt_cli.terminal import say
 from tt_train.console import RunFacts
 
 PERIOD = 100  # steps between two lines where there is no progress bar
@@ -19,19 +20,19 @@ class Teller:
     """The narrative: parts with a title, commands that one could type, facts."""
 
     def __init__(self) -> None:
-        self.terminal = Terminal(stderr=True, highlight=False)
+        self.terminal = Terminal(sys.stderr)
 
     def part(self, title: str, text: str) -> None:
         """The beginning of a part."""
-        self.terminal.print(Text.assemble((f"{title:<11}", "bold"), text), soft_wrap=True)
+        self.terminal.print(Text.assemble((f"{title:<11}", "bold"), literal(text)), soft_wrap=True)
 
     def command(self, text: str) -> None:
         """What a user types for what comes now."""
-        self.terminal.print(Text(f"{INDENT}$ {text}", style="cyan"), soft_wrap=True)
+        self.terminal.print(literal(f"{INDENT}$ {text}", style="cyan"), soft_wrap=True)
 
     def fact(self, text: str) -> None:
         """What came of it."""
-        self.terminal.print(Text(f"{INDENT}{text}"), soft_wrap=True)
+        self.terminal.print(literal(f"{INDENT}{text}"), soft_wrap=True)
 
     def training_console(self) -> LineConsole:
         """What a training stage tells: a progress bar on a terminal, some lines anywhere else."""
@@ -61,7 +62,7 @@ class StageLines(LineConsole):
             super().step(row)
 
     def note(self, text: str) -> None:
-        print(f"{INDENT}{text}", file=sys.stderr, flush=True)
+        say(f"{INDENT}{text}", err=True)
 
     def end(self, summary: dict[str, Any]) -> None:
         """The story tells what came of it."""
@@ -77,15 +78,15 @@ def show_scores(before: dict[str, float], after: dict[str, float], *, target: st
         note = " (the adapter's task)" if kind == target else ""
         style = "bold" if kind == target else ""
         table.add_row(Text(kind + note), percent(before[kind]), percent(after[kind]), style=style)
-    Terminal(highlight=False).print(table)
+    Terminal(sys.stdout).print(table)
 
 
 def show_commands(title: str, lines: list[str]) -> None:
     """Commands on stdout, one a line."""
-    terminal = Terminal(highlight=False)
+    terminal = Terminal(sys.stdout)
     terminal.print(Text(f"\n{title}", style="bold"))
     for line in lines:
-        terminal.print(Text(f"  {line}", style="cyan"), soft_wrap=True)
+        terminal.print(literal(f"  {line}", style="cyan"), soft_wrap=True)
 
 
 def default_root() -> Path:

@@ -6,6 +6,7 @@ import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json
 from tt_cli.names import complete_keys, complete_runnable, composed
+from tt_cli.terminal import answer
 
 
 @click.command("cat", cls=ConfigVerb)
@@ -25,4 +26,4 @@ def command(
     if as_json:
         print_json({"config": to_dict(config)})
     else:
-        click.echo(to_yaml(config).rstrip("\n"))
+        answer(to_yaml(config).rstrip("\n"))

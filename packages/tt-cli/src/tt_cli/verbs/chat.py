@@ -7,8 +7,8 @@ import click
 
 from tt_cli.basing import base_option
 from tt_cli.group import Verb
-from tt_cli.marking import visible
-from tt_cli.talk import Messages, Sampling, Speaker, sampling_options
+from tt_cli.talk import Messages, Sampling, Speaker, check_text, read_prompts, sampling_options
+from tt_cli.terminal import answer, say
 from tt_train.errors import did_you_mean
 
 COMMANDS = {
@@ -32,7 +32,7 @@ def command(model: str | None, system: str | None, no_adapter: bool, base: tuple
     interactive = sys.stdin.isatty()
     if interactive:
         alone = "" if speaker.form == "chat" else f" (trained on {speaker.form} prompts: each stands alone)"
-        click.echo(f"{speaker.path}{alone}; /help shows commands, /exit leaves", err=True)
+        say(f"{speaker.path}{alone}; /help shows commands, /exit leaves", err=True)
     messages = _opening(system)
     for line in _lines(interactive):
         word, _, rest = line.partition(" ")
@@ -40,34 +40,40 @@ def command(model: str | None, system: str | None, no_adapter: bool, base: tuple
             return
         if word == "/help":
             for name, does in COMMANDS.items():
-                click.echo(f"{name:<8} {does}", err=True)
+                say(f"{name:<8} {does}", err=True)
         elif word == "/reset":
             messages = [message for message in messages if message["role"] == "system"]
         elif word == "/system":
             messages = _opening(rest.strip() or None)
         elif interactive and word.startswith("/"):
-            click.echo(f"no command {word}{did_you_mean(word, COMMANDS)}", err=True)
+            say(f"no command {word}{did_you_mean(word, COMMANDS)}", err=True)
         else:
             _take_turn(speaker, messages, line, settings)
 
 
 def _opening(system: str | None) -> Messages:
-    return [] if system is None else [{"role": "system", "content": system}]
+    return [] if system is None else [{"role": "system", "content": check_text(system, "--system")}]
 
 
 def _lines(interactive: bool) -> Iterator[str]:
     """Prompts that are not blank, from the keyboard or from a pipe."""
     if not interactive:
-        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        yield from read_prompts()
         return
     import readline  # noqa: F401  (input() then has a history and can be edited)
 
     while True:
         try:
-            line = input("> ")
+            line = check_text(input("> "), "the prompt")
         except EOFError:
-            click.echo()
+            say()
             return
+        except UnicodeDecodeError:
+            say("the prompt: not UTF-8", err=True)
+            continue
+        except ValueError as error:
+            say(error, err=True)
+            continue
         if line.strip():
             yield line
 
@@ -75,12 +81,11 @@ def _lines(interactive: bool) -> Iterator[str]:
 def _take_turn(speaker: Speaker, messages: Messages, prompt: str, settings: Sampling) -> None:
     """Print the answer as it grows; both sides join the conversation. Ctrl-C cuts the answer, not the conversation."""
     messages.append({"role": "user", "content": prompt})
-    show = visible if sys.stdout.isatty() else str
-    answer = []
+    said = []
     try:
         for piece in speaker.reply(speaker.prompt_ids(messages), settings):
-            answer.append(piece)
-            click.echo(show(piece), nl=False)
+            said.append(piece)
+            answer(piece, nl=False)
     except KeyboardInterrupt:
         if not sys.stdin.isatty():
             raise
@@ -88,8 +93,8 @@ def _take_turn(speaker: Speaker, messages: Messages, prompt: str, settings: Samp
         messages.pop()
         if not sys.stdin.isatty():
             raise
-        click.echo(f"{error}; /reset forgets the conversation", err=True)
+        say(f"{error}; /reset forgets the conversation", err=True)
         return
-    click.echo()
+    answer("")
     speaker.tell_cut(settings)
-    messages.append({"role": "assistant", "content": "".join(answer)})
+    messages.append({"role": "assistant", "content": "".join(said)})

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb, json_option, print_json
+from tt_cli.terminal import answer
 
 
 @click.command("convert", cls=Verb)
@@ -76,4 +77,4 @@ def command(
     verb = "would write" if dry_run else "wrote and read back"
     size = f"{done.num_bytes / 1e9:.2f} GB, {', '.join(done.dtypes)}"
     click.echo(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}", err=True)
-    click.echo(done.destination)
+    answer(done.destination)

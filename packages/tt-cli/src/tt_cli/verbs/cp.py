@@ -7,6 +7,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runnable, path_of
+from tt_cli.terminal import answer
 
 
 @click.command("cp", cls=Verb)
@@ -38,7 +39,7 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
     if os.path.lexists(target) and not force:
         raise FileExistsError(f"{target} exists; name another file, or replace it: tt cp -f {name} {destination}")
     target.write_bytes(source.read_bytes())
-    click.echo(target)
+    answer(target)
 
 
 def _target(destination: str, source: Path) -> Path:

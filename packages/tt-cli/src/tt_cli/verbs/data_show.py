@@ -9,6 +9,7 @@ import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
 from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
+from tt_cli.terminal import say
 
 
 @click.command("show", cls=ConfigVerb)
@@ -84,7 +85,7 @@ def command(
         return
     click.echo("\n".join(tt_data.summary_lines(dataset.report)), err=True)
     for sample in shown:
-        click.echo(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n")
+        say(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n", styled=True)
 
 
 def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...], **settings: Any) -> Any:

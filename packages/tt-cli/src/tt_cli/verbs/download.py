@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb, json_option, print_json
+from tt_cli.terminal import answer
 
 
 @click.command("download", cls=Verb)
@@ -32,4 +33,4 @@ def command(
         print_json(asdict(done))
         return
     click.echo(f"{len(done.files)} files, {done.num_bytes / 1e9:.2f} GB, {done.num_verified} checked by hash", err=True)
-    click.echo(done.path)
+    answer(done.path)

@@ -7,6 +7,7 @@ import click
 from tt_cli.basing import base_option, tell
 from tt_cli.destination import chosen_output, takes_output
 from tt_cli.group import Verb, json_option, print_json
+from tt_cli.terminal import answer
 
 
 @click.command("export", cls=Verb)
@@ -52,4 +53,4 @@ def command(
         return
     for line in done["commands"]:
         click.echo(f"  {line}", err=True)
-    click.echo(done["path"])
+    answer(done["path"])

@@ -7,7 +7,7 @@ import click
 
 from tt_cli.basing import base_option
 from tt_cli.group import Verb, json_option, print_json
-from tt_cli.talk import Sampling, Speaker, sampling_options
+from tt_cli.talk import Sampling, Speaker, check_text, read_prompt, sampling_options, show_answer
 
 
 @click.command("generate", cls=Verb)
@@ -35,21 +35,20 @@ def command(
     model, text = _asked(model, question, prompt)
     if raw and system is not None:
         raise click.UsageError("--system needs the chat template, which --raw leaves out: give one of the two")
+    messages = _messages(system, text)
     speaker = Speaker(model, adapter=not no_adapter, base=base)
-    ids = speaker.raw_ids(text) if raw else speaker.prompt_ids(_messages(system, text))
+    ids = speaker.raw_ids(text) if raw else speaker.prompt_ids(messages)
     settings = Sampling(**sampling)  # type: ignore[arg-type]
     answer = speaker.reply(ids, settings)
     if as_json:
         print_json({"model": speaker.path, "prompt": text, "text": "".join(answer), "cut": bool(speaker.cut)})
         return
-    for piece in answer:
-        click.echo(piece, nl=False)
-    click.echo()
+    show_answer(answer)
     speaker.tell_cut(settings)
 
 
 def _messages(system: str | None, prompt: str) -> list[dict[str, str]]:
-    opening = [{"role": "system", "content": system}] if system is not None else []
+    opening = [] if system is None else [{"role": "system", "content": check_text(system, "--system")}]
     return [*opening, {"role": "user", "content": prompt}]
 
 
@@ -61,8 +60,8 @@ def _asked(model: str | None, question: str | None, prompt: str | None) -> tuple
         raise click.UsageError(f"two prompts, '{question}' and -p '{prompt}': give one of the two")
     text = question if question is not None else prompt
     if text is None:
-        text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
+        text = "" if sys.stdin.isatty() else read_prompt().rstrip("\n")
         if not text:
             asked = f"tt generate {model or 'RUN'}"
             raise click.UsageError(f'no prompt: {asked} "TEXT", or -p TEXT, or pipe it in')
-    return model, text
+    return model, check_text(text, "the prompt")

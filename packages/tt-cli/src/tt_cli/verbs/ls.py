@@ -1,11 +1,13 @@
 """``tt ls``: what there is to run, to copy, to build and to talk to."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json
+from tt_cli.group import Verb, json_option, print_json, wants_color
+from tt_cli.terminal import say
 from tt_train import registry
 
 KINDS = ("recipes", "configs", "models", "runs")
@@ -22,7 +24,7 @@ def command(kind: str | None, as_json: bool) -> None:
         return
     for name, rows in found.items():
         if kind is None:
-            click.secho(name, bold=True)
+            say(click.style(name, bold=True) if wants_color(sys.stdout) else name, styled=True)
         for line in _table(rows, headed=name == "runs") or [f"no {name} here"]:
             click.echo(("" if kind else "  ") + line)
 

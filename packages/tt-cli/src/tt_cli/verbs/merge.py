@@ -7,6 +7,7 @@ import click
 from tt_cli.basing import base_option, tell
 from tt_cli.destination import chosen_output, takes_output
 from tt_cli.group import Verb, json_option, print_json
+from tt_cli.terminal import answer
 
 
 @click.command("merge", cls=Verb)
@@ -42,4 +43,4 @@ def command(
     if as_json:
         print_json({"model": str(written)})
     else:
-        click.echo(written)
+        answer(written)

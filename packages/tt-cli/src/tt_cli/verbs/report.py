@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb, json_option, print_json
+from tt_cli.terminal import answer
 
 
 @click.command("report", cls=Verb)
@@ -20,4 +21,4 @@ def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"html": str(html), "png": str(png)})
     else:
-        click.echo(f"{html}\n{png}")
+        answer(f"{html}\n{png}")

@@ -7,6 +7,7 @@ import click
 
 from tt_cli.group import ConfigVerb, Invocation, pass_invocation
 from tt_cli.names import complete_keys, complete_runnable, composed
+from tt_cli.terminal import answer
 from tt_train.errors import Interrupted
 
 
@@ -51,9 +52,9 @@ def command(
             run_dir = recipe.main(config, console=console, resume=resume, dry_run=dry_run)
         except Interrupted:
             if console.run_dir is not None:  # else it was stopped before there was anything to say
-                click.echo(console.run_dir)
+                answer(console.run_dir)
             raise
         finally:
             invocation.run_dir = console.run_dir
     if not dry_run:
-        click.echo(run_dir)
+        answer(run_dir)

@@ -1,0 +1,159 @@
+"""The one door to the terminal: what is written to stdout or stderr passes here, and control characters are spelt out.
+
+They come from file names, keys, rows, templates, models, libraries and the hub. Colours and cursor moves of our own
+pass: those of rich, whose text is spelt out before it is drawn, and those given to ``say`` as styled.
+"""
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+from tt_train.redact import redact
+from tt_train.visible import visible
+
+_COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text
+_BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")  # tqdm redraws a bar, or moves to another
+
+
+class OutputLost(Exception):  # noqa: N818  (what a closed pipe means is for the reader of the exit code)
+    """The answer cannot be delivered: stdout is a closed pipe or a full disk."""
+
+    def __init__(self, error: OSError) -> None:
+        self.closed = error.errno == errno.EPIPE
+        super().__init__(f"standard output: {str(error.strerror or error).lower()}; what it got is not complete")
+
+
+class Door:
+    """A text stream in which control characters are spelt out and secrets are blanked.
+
+    stderr that cannot be written is given up: work does not end because nobody reads about it. stdout carries the
+    answer, so there it is an error, ``OutputLost``.
+    """
+
+    def __init__(self, stream: TextIO, *, answers: bool) -> None:
+        self.raw = stream
+        self.answers = answers
+        self.lost: OutputLost | None = None
+
+    @property
+    def encoding(self) -> str:
+        """Not ASCII, even if it is: click would write past this door to a stream that is. Escapes need no more."""
+        known = str(self.raw.encoding or "utf-8")
+        return "utf-8" if known.lower() in ("ascii", "us-ascii", "ansi_x3.4-1968", "646") else known
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def write(self, text: str) -> int:
+        """Spelt out and without secrets; what draws the bars of libraries passes."""
+        bar = _BAR.match(text)
+        own = bar[0] if bar is not None and _from_tqdm() else ""
+        return self.write_raw(own + visible(redact(text[len(own) :])))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def write_styled(self, text: str) -> None:
+        """As ``write``, but the colours in it stay."""
+        self.write_raw("".join(p if _COLOR.fullmatch(p) else visible(p) for p in _COLOR.split(text)))
+
+    def write_exact(self, text: str) -> None:
+        """As it is, down to the bytes of file names that are not text; on a terminal as ``write``."""
+        if self.raw.isatty():
+            self.write(text)
+            return
+        try:
+            text.encode(self.raw.encoding or "utf-8")
+        except UnicodeEncodeError:
+            self._write_bytes(text)
+        else:
+            self.write_raw(text)
+
+    def _write_bytes(self, text: str) -> None:
+        encoding = self.raw.encoding or "utf-8"
+        try:
+            data = text.encode(encoding, "surrogateescape")
+        except UnicodeEncodeError:
+            data = text.encode(encoding, "backslashreplace")
+        self.flush()
+        self._deliver(lambda: self.raw.buffer.write(data))
+
+    def write_raw(self, text: str) -> int:
+        if text:
+            self._deliver(lambda: self.raw.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._deliver(self.raw.flush)
+
+    def _deliver(self, write: Callable[[], object]) -> None:
+        try:
+            if self.lost is None:
+                write()
+        except OSError as error:
+            self.lost = OutputLost(error)
+            with suppress(OSError, ValueError):  # so that what is still held back fails no second time, at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.raw.fileno())
+        if self.lost is not None and self.answers:
+            raise self.lost
+
+
+def _from_tqdm() -> bool:
+    """Whether the bars of a library write this: the only ones who may return to the beginning of their line."""
+    module: str = sys._getframe(2).f_globals.get("__name__", "")
+    return module.startswith("tqdm.")
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """stdout and stderr lead through the door; libraries, prints, warnings and loggers write to these."""
+    before = sys.stdout, sys.stderr
+    try:
+        sys.stdout = cast(TextIO, _door(sys.stdout, answers=True))
+        sys.stderr = cast(TextIO, _door(sys.stderr, answers=False))
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def _door(stream: TextIO, *, answers: bool) -> Door:
+    if isinstance(stream, Door):
+        return stream
+    if callable(reconfigure := getattr(stream, "reconfigure", None)):
+        reconfigure(errors="backslashreplace")  # a terminal without a character shows its escape instead of failing
+    return Door(stream, answers=answers)
+
+
+def say(text: object = "", *, err: bool = False, nl: bool = True, styled: bool = False) -> None:
+    """A message: on stdout, or on stderr. ``styled``: it has colours of ours."""
+    door = _door(sys.stderr if err else sys.stdout, answers=not err)
+    line = f"{text}\n" if nl else str(text)
+    if styled:
+        door.write_styled(line)
+    else:
+        door.write(line)
+    door.flush()
+
+
+def answer(text: object, *, nl: bool = True) -> None:
+    """What a script reads of stdout, such as a path or generated text: in a pipe or a file exactly this."""
+    door = _door(sys.stdout, answers=True)
+    door.write_exact(f"{text}\n" if nl else str(text))
+    door.flush()
+
+
+def open_closed_streams() -> None:
+    """A standard stream that the caller has closed is the null device, and not the next file that is opened."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+            assert opened == number, "the lowest number that is free"
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
