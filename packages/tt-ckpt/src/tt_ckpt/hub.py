@@ -3,21 +3,21 @@
 There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, and appears in no message.
 """
 
-import difflib
 import fnmatch
 import logging
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from tt_ckpt.commit import remove_tree
-from tt_ckpt.names import check_basename
-from tt_ckpt.redact import redact
-from tt_ckpt.shown import format_size
+from tt_ckpt.endpoint import check_endpoint, limit_bodies
+from tt_ckpt.files import refuse_placeholder
+from tt_ckpt.hub_failures import explained, retrying
+from tt_ckpt.hub_names import check_listing, check_repo_id, check_revision
+from tt_ckpt.shown import format_size, plain
 from tt_ckpt.verify import content_hash, was_fetched
 
 logger = logging.getLogger(__name__)
@@ -25,9 +25,8 @@ logger = logging.getLogger(__name__)
 WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*merges.txt", "*vocab.txt", "LICENSE*",
           "NOTICE*", "USE_POLICY*", "README.md")  # fmt: skip
 UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf", "training_args*", "runs/*")
-PUBLIC_HUB = "https://huggingface.co"
 FIRST_CONTACT_S = 1.0  # for a hub that has not answered at all: perhaps the name is a typo, perhaps there is no network
-_LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +69,10 @@ def download(
     """
     started = time.monotonic()
     check_endpoint()
+    check_repo_id(repo_id)
+    check_revision(revision)
+    if output_dir is not None:
+        _check_target(Path(output_dir))
     if _is_offline():
         path = snapshot(repo_id, revision=revision)
         if output_dir is not None:
@@ -81,7 +84,7 @@ def download(
                         num_verified=0, seconds=seconds)  # fmt: skip
     until = started + retry_s
     first = started + min(retry_s, FIRST_CONTACT_S)
-    commit, remote = _retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
+    commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
     wanted = [file for file in remote if _matches(file.name, allow, ignore)]
     if not any(file.name.endswith(".safetensors") for file in wanted) and any(
         file.name.endswith((".bin", ".pth", ".pt", ".gguf")) for file in remote
@@ -91,21 +94,23 @@ def download(
         _refuse_own_files(repo_id, wanted, Path(output_dir))
     _check_space(repo_id, wanted, output_dir)
     options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
-    path = Path(_retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
+    limit_bodies(max((file.size for file in wanted), default=0) + 1)
+    path = Path(retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
     if output_dir is None and path.name != commit:  # the branch has moved meanwhile: compare with what came
-        commit, remote = _retrying(repo_id, until, lambda: _list_files(repo_id, path.name))
+        commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, path.name))
         wanted = [file for file in remote if _matches(file.name, allow, ignore)]
     damaged = [file for file in wanted if not _is_whole(path / file.name, file)]
     for file in damaged:
         logger.warning("%s: %s is damaged (its hash differs from the hub's); fetching it again", repo_id, file.name)
-        _forget(path / file.name)
+        _forget(path, file.name)
     if damaged:
-        _retrying(repo_id, until, lambda: _fetch(repo_id, revision, options))
+        retrying(repo_id, until, lambda: _fetch(repo_id, revision, options))
         still = [file.name for file in damaged if not _is_whole(path / file.name, file)]
         for name in still:
-            _forget(path / name)
+            _forget(path, name)
         if still:
             raise OSError(f"{repo_id}: {', '.join(still)} arrived damaged twice (hash differs); try later")
+    _refuse_placeholders(path, wanted)
     return Download(
         repo_id=repo_id,
         revision=commit,
@@ -119,26 +124,17 @@ def download(
 
 def snapshot(repo_id: str, *, revision: str | None = None) -> Path:
     """The local snapshot of a repository: the cache's where it is whole, else downloaded and verified."""
+    check_repo_id(repo_id)
+    check_revision(revision)
     try:
         patterns: dict[str, Any] = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
         cached = Path(api().snapshot_download(repo_id, revision=revision, local_files_only=True, **patterns))
-        if any(cached.glob("*.json")):
+        if _COMMIT.fullmatch(cached.name) and any(cached.glob("*.json")):
             return cached
     except Exception as error:
         if _is_offline():
             raise explained(error, repo_id, revision) from None
     return Path(download(repo_id, revision=revision).path)
-
-
-def check_endpoint() -> None:
-    """A token goes to the configured host: refuse plain http to others, warn when it is not the public hub."""
-    from huggingface_hub import constants, get_token
-
-    parts = urlsplit(constants.ENDPOINT)
-    if parts.scheme != "https" and parts.hostname not in _LOCAL_HOSTS:
-        raise ValueError(f"HF_ENDPOINT: refused {redact(constants.ENDPOINT)}: expected https (http only for localhost)")
-    if constants.ENDPOINT.rstrip("/") != PUBLIC_HUB and get_token():
-        logger.warning("your Hugging Face token is sent to %s (HF_ENDPOINT), not to %s", parts.hostname, PUBLIC_HUB)
 
 
 def api() -> Any:
@@ -156,17 +152,24 @@ def _is_offline() -> bool:
 
 def _list_files(repo_id: str, revision: str | None) -> tuple[str, list[_Remote]]:
     info = api().model_info(repo_id, revision=revision, files_metadata=True)
+    siblings = info.siblings or []
+    check_listing(repo_id, [sibling.rfilename for sibling in siblings])
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise OSError(f"{repo_id}: the hub names no commit; is HF_ENDPOINT a hub?")
     found = []
-    for sibling in info.siblings or []:
-        for part in sibling.rfilename.split("/"):
-            check_basename(part, where=repo_id)
+    for sibling in siblings:
+        if sibling.size is not None and not 0 <= sibling.size < 1 << 50:
+            raise OSError(f"{repo_id}: {sibling.rfilename}: {sibling.size} bytes, says the hub; report it there")
         sha256 = sibling.lfs.sha256 if sibling.lfs else None
         found.append(_Remote(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else sibling.blob_id))
     return str(info.sha), found
 
 
 def _fetch(repo_id: str, revision: str | None, options: dict[str, Any]) -> str:
-    return str(api().snapshot_download(repo_id, revision=revision, **options))
+    path = str(api().snapshot_download(repo_id, revision=revision, **options))
+    if options["local_dir"] is None and not _COMMIT.fullmatch(Path(path).name):
+        raise OSError(f"{repo_id}: the hub names no commit; is HF_ENDPOINT a hub?")
+    return path
 
 
 def _matches(name: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
@@ -193,8 +196,34 @@ def _check_space(repo_id: str, wanted: list[_Remote], output_dir: str | Path | N
         raise OSError(f"{repo_id}: needs {format_size(needed)}, {root} has {format_size(free)} free")
 
 
+def _check_target(folder: Path) -> None:
+    """ValueError or FileExistsError if files cannot be put into this folder."""
+    from huggingface_hub import constants
+
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{plain(folder)}: a file; choose another directory")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{plain(folder)}: a link to nothing; remove it, or choose another directory")
+    if folder.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        raise ValueError(f"{plain(folder)}: in the hub's cache; leave -o out, or choose another directory")
+    for record in (".cache", ".cache/huggingface", ".cache/huggingface/download"):  # huggingface_hub writes there
+        _refuse_link(folder, folder / record)
+
+
+def _refuse_link(folder: Path, path: Path) -> None:
+    if path.is_symlink():
+        raise ValueError(f"{plain(path)}: a link; what is fetched stays in {plain(folder)}: remove the link")
+
+
 def _refuse_own_files(repo_id: str, wanted: list[_Remote], folder: Path) -> None:
-    """A file of the user's own, or one changed since it was fetched, is not replaced."""
+    """A file of the user's own, or one changed since it was fetched, is not replaced; no link is followed."""
+    for file in wanted:
+        record = f".cache/huggingface/download/{file.name}"
+        for name in (file.name, f"{record}.metadata", f"{record}.lock"):
+            for place in (folder / name, *(folder / name).parents):
+                if place == folder:
+                    break
+                _refuse_link(folder, place)
     there = [file for file in wanted if os.path.lexists(folder / file.name) and not was_fetched(folder, file.name)]
     if own := ", ".join(file.name for file in there if not _is_whole(folder / file.name, file)):
         cure = f"other than {repo_id}'s; choose another directory, or remove what is to be fetched again"
@@ -209,89 +238,19 @@ def _is_whole(path: Path, file: _Remote) -> bool:
     return expected is None or content_hash(path, expected) == expected
 
 
-def _forget(path: Path) -> None:
-    """Remove a file of a snapshot and what its link points to, so that it is fetched again."""
+def _forget(folder: Path, name: str) -> None:
+    """Remove a file of a snapshot, and the blob of the cache that its link points to: nothing outside the cache."""
+    path = folder / name
     if path.is_symlink():
-        remove_tree(path.resolve())
+        blob = path.resolve()
+        if folder.parent.name == "snapshots" and blob.parent == folder.parents[1].resolve() / "blobs":
+            blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
-# ---- failures --------------------------------------------------------------------------------------------------------
-
-
-def _retrying(
-    repo_id: str, until: float, action: Callable[[], Any], revision: str | None = None, *, contact: float | None = None
-) -> Any:
-    """``action()``, again after passing failures with growing pauses while there is time; others are explained.
-
-    ``contact``: when to give up on a hub that gives no answer at all.
-    """
-    pause = 0.5
-    while True:
-        try:
-            return action()
-        except Exception as error:
-            answered = getattr(error, "response", None) is not None
-            limit = until if answered or contact is None else min(until, contact)
-            if not _is_passing(error) or time.monotonic() + pause > limit:
-                if contact is not None and not answered and _is_passing(error):
-                    raise _unreachable(error, repo_id) from None
-                raise explained(error, repo_id, revision) from None
-            logger.warning("%s: %s; trying again in %.1f s", repo_id, _first_line(error), pause)
-            time.sleep(pause)
-            pause = min(2 * pause, 30.0)
-
-
-def _unreachable(error: Exception, repo_id: str) -> ConnectionError:
-    from huggingface_hub import constants
-
-    host = urlsplit(constants.ENDPOINT).hostname
-    return ConnectionError(
-        f"{repo_id}: no directory of that name here, and {host} gives no answer ({_first_line(error)})"
-    )
-
-
-def _is_passing(error: Exception) -> bool:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in (408, 429)
-    transport = type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
-    return transport or isinstance(error, ConnectionError | TimeoutError) or "Consistency check failed" in str(error)
-
-
-def explained(error: Exception, repo_id: str, revision: str | None) -> Exception:
-    """The same failure in one line that says what to do."""
-    from huggingface_hub import constants, errors, get_token
-
-    if isinstance(error, errors.GatedRepoError):
-        token = "the account of your token" if get_token() else "an account, then `hf auth login` or HF_TOKEN"
-        return PermissionError(f"{repo_id}: gated: accept its terms at {PUBLIC_HUB}/{repo_id} with {token}")
-    if isinstance(error, errors.RevisionNotFoundError):
-        return FileNotFoundError(f"{repo_id}: no revision {revision or 'of that name'}; see {PUBLIC_HUB}/{repo_id}")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "" if get_token() else "; if it is private, set HF_TOKEN"
-        return FileNotFoundError(f"{repo_id}: no such repository, or private{hint}{_similar(repo_id)}")
-    if isinstance(error, errors.HFValidationError):
-        return ValueError(f"{repo_id}: neither a directory here nor a repository id such as Qwen/Qwen3-0.6B")
-    if constants.HF_HUB_OFFLINE:
-        return FileNotFoundError(f"{repo_id}: not (wholly) in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}")
-    if _is_passing(error) or isinstance(error, errors.LocalEntryNotFoundError):
-        host = urlsplit(constants.ENDPOINT).hostname
-        return ConnectionError(f"{repo_id}: {host}: {_first_line(error)}; run it again, it goes on from there")
-    if isinstance(error, OSError | ValueError) and not isinstance(error, errors.HfHubHTTPError):
-        return type(error)(redact(str(error))) if type(error) in (OSError, ValueError) else error
-    return OSError(f"{repo_id}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    lines = redact(str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def _similar(repo_id: str) -> str:
-    from huggingface_hub import constants
-
-    cache = Path(constants.HF_HUB_CACHE)
-    cached = [entry.name.removeprefix("models--").replace("--", "/") for entry in cache.glob("models--*")]
-    close = difflib.get_close_matches(repo_id, cached, 1, 0.6)
-    return f"; did you mean {close[0]}, which is in the cache?" if close and close[0] != repo_id else ""
+def _refuse_placeholders(folder: Path, files: list[_Remote]) -> None:
+    """ValueError if the repository itself has a git-lfs pointer or a web page in the place of a file."""
+    for file in files:
+        if not file.name.startswith(("README", "LICENSE", "NOTICE", "USE_POLICY")):
+            with (folder / file.name).open("rb") as opened:
+                refuse_placeholder(folder / file.name, opened.read(1024))

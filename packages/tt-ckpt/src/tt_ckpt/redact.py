@@ -1,37 +1,256 @@
-"""Secrets that must not stand in any output: tokens by their value, and by their look."""
+"""Secrets that must not be in any output: by value, in every spelling, and by form. One rule for all output."""
 
+import base64
+import html
+import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, quote_plus, unquote
 
-_LOOKS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|api_org_[A-Za-z0-9]{20,})")
-_IN_URL = re.compile(r"(?<=://)[\w.~%+-]+:[\w.~%!$&'()*+,;=-]+(?=@)")  # https://user:password@host
-_NAMES = re.compile(r".*(_TOKEN|_KEY|_SECRET|_PASSWORD)$|^(HF_TOKEN|HUGGING_FACE_HUB_TOKEN|WANDB_API_KEY)$")
-_SHORTEST = 8  # shorter values are words, not secrets
+MARK = "[redacted]"
+_SHORTEST = 8  # shorter values of variables are words, not secrets
+_SHORTEST_IN_URL = 6
+_FILE_LIMIT = 1 << 16  # bytes; files of tokens are smaller
 
+_NAMES = re.compile(
+    r"(.*[_-])?(TOKEN|KEY|SECRET|PASS|PASSPHRASE|PAT|CREDENTIALS?|AUTH)|.*(PASSWORD|PASSWD|SECRET|TOKEN|APIKEY)|.+_PWD",
+    re.IGNORECASE,
+)
+_LOGIN = re.compile(r"\b(?:hf_token\s*=|password)\s*(\S+)")  # in stored_tokens and in netrc
 
-def secrets() -> Iterator[str]:
-    """The secrets of this environment: variables that are named so, and the token that huggingface_hub would send."""
-    for name, value in os.environ.items():
-        if _NAMES.fullmatch(name) and len(value) >= _SHORTEST:
-            yield value
-    from huggingface_hub import get_token
+# ---- what secrets look like ------------------------------------------------------------------------------------------
 
-    token = get_token()
-    if token:
-        yield token
+_FORMS = re.compile(
+    r"(?<![A-Za-z0-9]_)(?:hf_|api_org_)[A-Za-z0-9]{20,}"
+    r"|(?<![A-Za-z0-9])sk-(?:(?:proj|ant|svcacct|admin|or)-[\w-]{20,}|[A-Za-z0-9]{20,})"
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{20,}|dckr_pat_[\w-]{20,}"
+    r"|xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}|npm_[A-Za-z0-9]{36}|pypi-AgE[\w-]{40,}"
+    r"|(?<![A-Za-z0-9+/])A[KS]IA[A-Z0-9]{16}(?![A-Za-z0-9+/])|(?<![A-Za-z0-9+/_-])AIza[\w-]{35}(?![\w-])"
+    r"|nvapi-[\w-]{40,}|AGE-SECRET-KEY-1[A-Z0-9]{40,}"
+    r"|-----BEGIN (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----)[\s\S])*(?:-----END [A-Z0-9 ]{1,40}-----)?"
+    r"|(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"
+)
+_IN_URL = re.compile(  # what stands before the @ of scheme://user:password@host
+    r"(?<=:)(?P<slashes>(?:/|\\/){2})(?:[^\s/?#\"'<>@:\\]*:[^\s/?#\"'<>]*|[\w-]{20,})(?=@)"
+)
+_HEADER = re.compile(
+    r"""(?P<before>authorization\\*["']?\s*[:=]\s*(?:b?\\*["'])?(?:(?:basic|bearer|token)\s+)?|\b(?:bearer|basic)\s+)"""
+    r"""(?P<value>[\w.~+/=-]{8,})""",
+    re.IGNORECASE,
+)
+_SETTING = re.compile(
+    r"""(?P<before>(?P<name>pass(?:word|wd|phrase)"""
+    r"""|(?:api|access|secret|private|signing|encryption|master|account)[_-]?key|secret"""
+    r"""|(?:access|auth|refresh|bearer|hub|hf|api|bot|secret|github|gitlab|wandb)[_-]?token|(?<![\w-])token)"""
+    r"""(?:\\*["'])?[ \t]{0,9}(?::=|=>|[:=])[ \t]{0,9})"""
+    r"""(?:(?P<quote>["'])(?P<quoted>(?:\\.|(?!(?P=quote))[^\\\n]){1,4000})(?=(?P=quote))"""
+    r"""|(?P<escaped>\\{1,9}["'])(?P<inner>(?:(?!(?P=escaped))[^\n]){1,4000})(?=(?P=escaped))"""
+    r"""|(?P<bare>[^\s"'`,;<>\\&]{8,4000}))""",
+    re.IGNORECASE,
+)
+_FLAG = re.compile(
+    r"(?P<before>--(?:[\w-]*-)?(?:password|passwd|token|api-key|secret) +)(?P<bare>[^\s\"'-][^\s\"']{7,})"
+)
+_NO_SECRET = re.compile(  # a place for one, a name of one, or the expression that reads it
+    r"[\[${(<*%|]|.*(?:\.\.\.|\byour|xxx)|(?:none|null|empty|true|false)$|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*[\[(]"
+    r"|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+$|[a-z]+(?:_[a-z]+)+$",
+    re.IGNORECASE,
+)
+_DENSE = re.compile(r"\d|[a-z][A-Z]|[^\w.\-/]")
+_HINT = re.compile(
+    r"hf_|api_org|sk-|gh[pousr]_|_pat_|glpat|xox|xapp|npm_|pypi-|A[KS]IA|AIza|nvapi|AGE-|-----BEGIN|eyJ|:\\?/"
+    r"|(?i:authorization|bearer|basic|passw|passp|key|secret|token)"
+)
 
 
 def redact(text: str) -> str:
-    """``text`` with every secret, and what stands before the @ of a URL, replaced by ``[redacted]``."""
-    return _IN_URL.sub("[redacted]", _without_tokens(text))
+    """``text`` with every secret replaced by ``[redacted]``: what this machine knows, and what looks like one."""
+    return _redact(text, _known_secrets())
 
 
-def _without_tokens(text: str) -> str:
-    for secret in sorted(set(secrets()), key=len, reverse=True):
-        text = text.replace(secret, "[redacted]")
-    return _LOOKS.sub("[redacted]", text)
+def redact_data(value: Any) -> Any:
+    """The same for what becomes JSON or YAML: its texts, and whole values of keys such as ``password``."""
+    return _redact_data(value, _known_secrets())
 
 
-def holds_secret(text: str) -> bool:
-    return _without_tokens(text) != text
+def secret_line(text: str) -> int | None:
+    """The number of the first line that has a secret in it, from 1; None if there is none."""
+    changed = redact(text)
+    if changed == text:
+        return None
+    same = next((i for i, (a, b) in enumerate(zip(text, changed, strict=False)) if a != b), len(changed))
+    return text.count("\n", 0, same) + 1
+
+
+def _redact(text: str, known: tuple[str, ...]) -> str:
+    for _ in range(3):  # what is left may look like a secret in its turn
+        changed = _once(text, known)
+        if changed == text:
+            break
+        text = changed
+    return text
+
+
+def _once(text: str, known: tuple[str, ...]) -> str:
+    if any(secret in text for secret in known):
+        text = _pattern(known).sub(MARK, text)
+    if _HINT.search(text) is None:
+        return text
+    text = _FORMS.sub(MARK, text)
+    text = _IN_URL.sub(rf"\g<slashes>{MARK}", text)
+    text = _HEADER.sub(_without_header, text)
+    return _FLAG.sub(_without_value, _SETTING.sub(_without_value, text))
+
+
+def _redact_data(value: Any, known: tuple[str, ...]) -> Any:
+    if isinstance(value, str):
+        return _redact(value, known)
+    if isinstance(value, dict):
+        return {_redact_data(key, known): _redact_entry(key, item, known) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact_data(item, known) for item in value]
+    return value
+
+
+def _redact_entry(key: Any, item: Any, known: tuple[str, ...]) -> Any:
+    if isinstance(key, str) and isinstance(item, str) and _HINT.search(key):
+        text = f"{key}: {json.dumps(item, ensure_ascii=False)}"
+        if _SETTING.sub(_without_value, text) != text:
+            return MARK
+    return _redact_data(item, known)
+
+
+def _without_header(found: re.Match[str]) -> str:
+    plain = found["before"][:1] in "bB" and not (len(found["value"]) >= 16 and re.search(r"\d|[=+]", found["value"]))
+    return found[0] if plain else found["before"] + MARK
+
+
+def _without_value(found: re.Match[str]) -> str:
+    parts = found.groupdict()
+    inside = parts.get("quoted") or parts.get("inner")
+    value = inside or found["bare"]
+    name = (parts.get("name") or "").lower()
+    end = "" if inside is not None else value[len(value.rstrip(".:)]}!?")) :]
+    bare = value.removesuffix(end) if end else value
+    if _NO_SECRET.match(bare) or not _looks_secret(name, bare, inside is not None):
+        return found[0]
+    return f"{found['before']}{parts.get('quote') or parts.get('escaped') or ''}{MARK}{end}"
+
+
+def _looks_secret(name: str, value: str, quoted: bool) -> bool:
+    if name == "token":  # of a text, more often than of a service
+        return len(value) >= 20 and re.fullmatch(r"(?=.*\d)[\w.~+/=-]+", value) is not None
+    if name.startswith("pass"):
+        return (
+            len(value) >= 4 if quoted else len(value) >= _SHORTEST and (len(value) >= 12 or bool(_DENSE.search(value)))
+        )
+    return len(value) >= _SHORTEST and _DENSE.search(value) is not None and " " not in value
+
+
+# ---- what secrets there are ------------------------------------------------------------------------------------------
+
+
+_cache: tuple[Any, tuple[str, ...]] = ((), ())
+
+
+def _known_secrets() -> tuple[str, ...]:
+    """The secrets of this environment, in each spelling, longest first: variables, and the files of logins."""
+    global _cache
+    values = tuple([value for name, value in os.environ.items() if "://" in value or _names_secret(name)])
+    key = (values, tuple([(path, _state(path)) for path in _login_files()]))
+    if key != _cache[0]:
+        found = {spelling for secret in _secrets(key) for spelling in _spellings(secret)}
+        _cache = (key, tuple(sorted(found, key=lambda text: (-len(text), text))))
+    return _cache[1]
+
+
+@lru_cache(4096)
+def _names_secret(name: str) -> bool:
+    return _NAMES.fullmatch(name) is not None
+
+
+def _secrets(key: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]) -> set[str]:
+    values, files = key
+    found = set()
+    for value in values:
+        if "://" in value:
+            found |= _of_url(value)
+        elif len(value.strip()) >= _SHORTEST and not (value.startswith("/") and Path(value).exists()):
+            found |= {value, value.strip(), *(line.strip() for line in value.splitlines() if len(line.strip()) >= 16)}
+    for path, state in files:
+        if state is not None:
+            found |= _of_file(Path(path))
+    return {value for value in found if value not in MARK}
+
+
+def _of_url(url: str) -> set[str]:
+    """User and password of a URL; the password may have any character in it, percent-encoded or not."""
+    rest = url.partition("://")[2]
+    user, colon, _ = rest.partition(":")
+    ends = [found.start() for found in re.finditer("@", rest)]
+    if not ends or re.search(r"[/?#]", user) or re.match(r"\d{1,5}[/?#]", rest[len(user) + 1 :]):  # host:port/path@x
+        return set()
+    if not colon or len(user) > ends[0]:
+        return {rest[: ends[0]]} if ends[0] >= 20 and not re.search(r"[/?#]", rest[: ends[0]]) else set()
+    passwords = {rest[len(user) + 1 : end] for end in ends}
+    return {text for word in passwords for text in (word, unquote(word)) if len(text) >= _SHORTEST_IN_URL} | {
+        f"{user}:{word}" for word in passwords if word
+    }
+
+
+def _login_files() -> tuple[str, ...]:
+    """Where huggingface_hub keeps what `hf auth login` was given, and netrc."""
+    constants = sys.modules.get("huggingface_hub.constants")
+    home = os.environ.get("HF_HOME") or os.path.join(  # noqa: PTH118  (called for every line: no Path)
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111
+        "huggingface",
+    )
+    token = getattr(constants, "HF_TOKEN_PATH", None) or os.environ.get("HF_TOKEN_PATH") or f"{home}/token"
+    stored = getattr(constants, "HF_STORED_TOKENS_PATH", None) or f"{home}/stored_tokens"
+    netrc = os.environ.get("NETRC") or os.path.expanduser("~/.netrc")  # noqa: PTH111
+    return tuple(dict.fromkeys((str(token), f"{home}/token", str(stored), f"{home}/stored_tokens", netrc)))
+
+
+def _state(path: str) -> tuple[int, int] | None:
+    try:
+        facts = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    return (facts.st_mtime_ns, facts.st_size) if stat.S_ISREG(facts.st_mode) else None
+
+
+def _of_file(path: Path) -> set[str]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_FILE_LIMIT).decode("utf-8", "replace")
+    except OSError:
+        return set()
+    words = {text.strip()} if path.name.startswith("token") or "\n" not in text.strip() else set()
+    words |= set(_LOGIN.findall(text))
+    return {word for word in words if len(word) >= _SHORTEST}
+
+
+def _spellings(secret: str) -> set[str]:
+    """The secret as it is, and as JSON, Python, YAML, HTML, URLs and base64 write it."""
+    data = secret.encode("utf-8", "surrogateescape")
+    quoted = {quote(data, safe=""), quote(data), quote_plus(data)}
+    quoted |= {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}
+    found = {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1],
+             secret.replace("'", "''"), html.escape(secret), html.escape(secret, quote=False), unquote(secret),
+             secret.encode("utf-8", "backslashreplace").decode("ascii", "backslashreplace"), data.hex()}  # fmt: skip
+    for shift in range(3):  # within the base64 of a longer text, as of "user:password"
+        text = base64.b64encode(bytes(shift) + data).decode()
+        core = text[(0, 2, 3)[shift] : len(text.rstrip("=")) - bool(text.endswith("="))]
+        if len(core) >= _SHORTEST + 2:
+            found |= {core, core.translate(str.maketrans("+/", "-_"))}
+    return {text for text in found | quoted if text and text not in MARK}
+
+
+@lru_cache(4)
+def _pattern(known: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join([re.escape(MARK), *map(re.escape, known)]))

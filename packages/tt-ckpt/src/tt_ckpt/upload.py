@@ -1,22 +1,56 @@
-"""Models to the hub: weights as safetensors, a model card, nothing that looks like a secret; checked by hash."""
+"""Models to the hub: the files that a model has and no others, a model card, no secret; checked by hash."""
 
 import fnmatch
+import json
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tt_ckpt.commit import sha256_of
-from tt_ckpt.files import read_json
-from tt_ckpt.hub import UNWANTED, WANTED, api, check_endpoint, explained
-from tt_ckpt.names import safe_file
-from tt_ckpt.redact import holds_secret
-from tt_ckpt.shown import format_size
+from tt_ckpt.endpoint import check_endpoint
+from tt_ckpt.files import COPY_BYTES, inside, read_bytes, read_json, regular
+from tt_ckpt.hub import api
+from tt_ckpt.hub_failures import explained
+from tt_ckpt.hub_names import check_repo_id, check_revision
+from tt_ckpt.redact import secret_line
+from tt_ckpt.shown import format_size, listed, plain
 
+WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safetensors",
+           "adapter_model-*-of-*.safetensors")  # fmt: skip
+INDEXES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
+SENT = (
+    *WEIGHTS,
+    *INDEXES,
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model*",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_FOLDERS = ("additional_chat_templates",)
 _REPO_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
-_TEXT = (".json", ".md", ".txt", ".jinja", ".yaml", ".yml", ".py", ".cfg", ".toml")
 _CARD = """---
 library_name: {library}
 {tags}---
@@ -50,6 +84,7 @@ class Upload:
     num_verified: int
     private: bool
     seconds: float
+    left_out: list[str] = field(default_factory=list)
 
 
 def upload(
@@ -59,26 +94,31 @@ def upload(
     private: bool = True,
     revision: str | None = None,
     message: str = "Upload with tt",
-    allow: Sequence[str] = WANTED,
-    ignore: Sequence[str] = UNWANTED,
+    allow: Sequence[str] = SENT,
+    ignore: Sequence[str] = (),
     base_model: str | None = None,
     dry_run: bool = False,
 ) -> Upload:
-    """Commit a model or adapter directory to a repository, which is made (private by default) where it does not exist.
+    """Commit a model or adapter directory to a repository, which is made (private by default) if it does not exist.
 
-    A README.md is written for it if neither the directory nor the repository has one; ``base_model`` is named in it.
-    Text files that hold a token are a ValueError. What has arrived is compared by hash.
+    Only the files of a model are sent; ``left_out`` names the others. ``allow``, ``ignore``: patterns of names, each
+    for one folder (``*`` does not match ``/``). A README.md is written if neither the directory nor the repository
+    has one; ``base_model`` is named in it. A secret in any of the files, a link or a special file is a ValueError. What
+    has arrived is compared by hash.
     """
     from huggingface_hub import CommitOperationAdd
 
     started = time.monotonic()
     check_endpoint()
+    check_repo_id(repo_id)
+    check_revision(revision)
     folder = Path(path)
-    names = _select(folder, allow, ignore)
-    card = None if "README.md" in names else model_card(folder, repo_id, base_model=base_model).encode()
+    names, left_out = _select(folder, allow, ignore)
     for name in names:
-        if name.endswith(_TEXT) and holds_secret((folder / name).read_text("utf-8", "replace")):
-            raise ValueError(f"{folder / name}: holds a token; remove it before uploading")
+        _refuse_secrets(folder, name)
+    card = None if "README.md" in names else model_card(folder, repo_id, base_model=base_model).encode()
+    if card and secret_line(card.decode()) is not None:
+        raise ValueError(f"{plain(folder)}: its config has a secret in it; remove it before uploading")
     size = sum((folder / name).stat().st_size for name in names) + len(card or b"")
     files = sorted([*names, *(["README.md"] if card else [])])
     url, commit, verified = "", None, 0
@@ -97,24 +137,81 @@ def upload(
         except Exception as error:
             raise explained(error, repo_id, revision) from None
     return Upload(repo_id=repo_id, url=url, commit=commit, files=files, num_bytes=size, num_verified=verified,
-                  private=private, seconds=round(time.monotonic() - started, 3))  # fmt: skip
+                  private=private, seconds=round(time.monotonic() - started, 3), left_out=left_out)  # fmt: skip
 
 
-def _select(folder: Path, allow: Sequence[str], ignore: Sequence[str]) -> list[str]:
-    """The files to send: matching ones of the folder itself and of its visible sub-folders, links staying inside."""
+def _select(folder: Path, allow: Sequence[str], ignore: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of the files to send, and of what stays here: files of the folder, and folders as ``name/``."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such directory")
-    names = []
-    for file in sorted(folder.rglob("*")):
-        name = file.relative_to(folder).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        wanted = any(fnmatch.fnmatch(name, pattern) for pattern in allow)
-        if file.is_file() and wanted and not hidden and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore):
-            safe_file(file.parent, file.name)
+        raise FileNotFoundError(f"{plain(folder)}: no such directory; give a model or adapter directory")
+    places = [folder, *(folder / name for name in _FOLDERS if (folder / name).is_dir())]
+    names, left_out = [], []
+    weights = _indexed(folder)
+    for place in places:
+        inside(place, folder)
+        for file in sorted(place.iterdir()):
+            name = file.relative_to(folder).as_posix()
+            if name in _FOLDERS and file.is_dir():
+                continue
+            wanted = any(_matches(name, pattern) for pattern in allow) and not any(_matches(name, p) for p in ignore)
+            if name.endswith(".safetensors") and weights is not None and name not in weights:
+                wanted = False  # the index does not name it
+            if not wanted:
+                left_out.append(f"{name}/" if file.is_dir() and not file.is_symlink() else name)
+                continue
+            if file.is_symlink() and not _is_cached(file, folder):
+                raise ValueError(f"{plain(file)}: refused: a link; copy the file there, or remove the link")
+            regular(file, folder)
             names.append(name)
     if not any(name.endswith(".safetensors") for name in names):
-        raise ValueError(f"{folder}: no safetensors files to upload; give a model or adapter directory")
-    return names
+        raise ValueError(
+            f"{plain(folder)}: no safetensors files to upload (expected model.safetensors, or those that"
+            f" model.safetensors.index.json names, or adapter_model.safetensors); give a model or adapter directory"
+        )
+    if weights is not None and (missing := sorted(weights - set(names))):
+        raise ValueError(f"{plain(folder)}: the index names files that are not there: {listed(missing)}; fetch them")
+    return names, left_out
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatch.fnmatchcase(name, pattern)
+
+
+def _is_cached(file: Path, folder: Path) -> bool:
+    """Whether the file is a link of the hub's cache, which consists of them."""
+    snapshot = folder.resolve()
+    return snapshot.parent.name == "snapshots" and file.resolve().parent == snapshot.parents[1] / "blobs"
+
+
+def _indexed(folder: Path) -> set[str] | None:
+    """The weight files that the index names; None without an index."""
+    for name in INDEXES:
+        if (folder / name).exists():
+            index = read_json(folder / name, folder)
+            where = index.get("weight_map") if isinstance(index, dict) else None
+            if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
+                raise ValueError(f"{plain(folder / name)}: no weight_map of file names; write it again with tt convert")
+            return set(where.values())
+    return None
+
+
+def _refuse_secrets(folder: Path, name: str) -> None:
+    """ValueError with the line of a secret; of weights, the header is read, and must be one."""
+    from tt_ckpt.tensor_file import read_header
+
+    file = folder / name
+    if name.endswith(".safetensors"):
+        metadata = read_header(file).metadata
+        if secret_line(json.dumps(metadata, ensure_ascii=False)) is not None:
+            raise ValueError(f"{plain(file)}: a secret in its __metadata__; write it without before uploading")
+        return
+    text = read_bytes(file, folder, limit=COPY_BYTES).decode("utf-8", "replace")
+    line = secret_line(text)
+    if line is None and name.endswith(".json"):
+        value = read_json(file, folder, limit=COPY_BYTES)
+        line = 1 if secret_line(json.dumps(value, ensure_ascii=False)) is not None else None  # in escapes
+    if line is not None:
+        raise ValueError(f"{plain(file)}:{line}: a secret (a token, key or password); remove it before uploading")
 
 
 def _names_there(hub: Any, repo_id: str, revision: str | None) -> set[str]:

@@ -10,9 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tt_data.endpoint import PUBLIC_HUB, check_endpoint, without_password
 from tt_data.nulls import without_nulls
 from tt_data.sources import Placed, file_kind, read_rows
 
+_REVISION = re.compile(r"[\w][\w./+=#@-]{0,249}", re.ASCII)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
 
@@ -43,6 +45,9 @@ def open_hub(name: str, part: Part, *, streaming: bool = False) -> Any:
     """The split of the data set ``org/name`` or ``org/name:config``. Raises ValueError or FileNotFoundError."""
     import datasets
 
+    check_endpoint()
+    if part.revision is not None and (".." in part.revision or not _REVISION.fullmatch(part.revision)):
+        raise ValueError(f"revision: {part.revision[:80]!r} is not a branch, tag or commit; give one such as main")
     repository, _, config = name.partition(":")
     words = [config] if config else []
     try:
@@ -75,7 +80,7 @@ def _explain(name: str, repository: str, error: BaseException) -> Exception:
         chain.append(chain[-1].__cause__)
     kinds = {type(e).__name__ for e in chain}
     text = " ".join(_one_line(e) for e in chain)
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/datasets/{repository}"
+    page = f"{without_password(os.environ.get('HF_ENDPOINT', PUBLIC_HUB))}/datasets/{repository}"
     if "GatedRepoError" in kinds or "is a gated dataset" in text:
         return ValueError(
             f"{name}: a gated data set; ask for access at {page}, then log in (hf auth login, or HF_TOKEN)"
@@ -113,4 +118,5 @@ def _broken_file(repository: str) -> str | None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    text = without_password(" ".join(str(error).split()))[:300]
+    return text if text.isprintable() else ascii(text)[1:-1]
