@@ -68,7 +68,7 @@ def test_defaults_of_the_named_data_sets() -> None:
         alpaca_dataset: {"source": "tatsu-lab/alpaca", "train_on_input": True, "max_seq_len": 512},
         alpaca_cleaned_dataset: {"source": "yahma/alpaca-cleaned", "train_on_input": True, "max_seq_len": 512},
         grammar_dataset: {"source": "liweili/c4_200m", "train_on_input": False, "max_seq_len": None},
-        samsum_dataset: {"source": "samsum", "train_on_input": False, "max_seq_len": None},
+        samsum_dataset: {"source": "Samsung/samsum", "train_on_input": False, "max_seq_len": None},
         slimorca_dataset: {"source": "Open-Orca/SlimOrca-Dedup", "train_on_input": False, "max_seq_len": 1024},
         stack_exchange_paired_dataset: {"source": "lvwerra/stack-exchange-paired", "max_seq_len": 1024},
     }

@@ -39,6 +39,11 @@ REPOSITORIES: dict[str, dict[str, bytes]] = {
     "org/configs": {"README.md": CARD, "m.jsonl": LINES, "o.jsonl": LINES[:38]},
     "org/broken": {"train.jsonl": b'{"text": "a"}\n{"text": \n'},
     "org/script": {"script.py": b"raise SystemExit", "README.md": b""},
+    "evil/here": {"README.md": CARD.replace(b"m.jsonl", b"SECRET"), "o.jsonl": LINES},
+    "evil/above": {"README.md": CARD.replace(b"m.jsonl", b"../../../../../../../..SECRET"), "o.jsonl": LINES},
+    "evil/address": {"README.md": CARD.replace(b"m.jsonl", b"HUB/datasets/org/lines/resolve/main/train.jsonl")},
+    "evil/other": {"README.md": CARD.replace(b"m.jsonl", b"hf://datasets/org/lines/train.jsonl"), "o.jsonl": LINES},
+    "evil/tar": {"rows.tar": b"x"},
     "yahma/alpaca-cleaned": {"rows.json": b'[{"instruction": "Say hi", "input": "", "output": "hi"}]'},
 }
 
@@ -143,6 +148,29 @@ def ask(endpoint: str, model: Path, home: Path, questions: list[Question], **env
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     return [json.loads(line) for line in out.stdout.splitlines()]
+
+
+def test_the_page_of_a_data_set_does_not_lead_out_of_it(
+    hub: str, chatml_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    home, secret = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("other") / "secret.jsonl"
+    secret.write_text('{"text": "a secret"}\n')
+    evil = [name for name in REPOSITORIES if name.startswith("evil/")]
+    for name in evil:
+        card = REPOSITORIES[name].get("README.md", b"")
+        REPOSITORIES[name]["README.md"] = card.replace(b"SECRET", str(secret).encode()).replace(b"HUB", hub.encode())
+    questions: list[Question] = [
+        (f"{name}{'' if name == 'evil/tar' else ':main'}", None, streaming)
+        for name in evil for streaming in (False, True)
+    ]  # fmt: skip
+    for (name, _, _), (kind, text) in zip(questions, ask(hub, chatml_dir, home, questions), strict=True):
+        assert kind in ("ValueError", "FileNotFoundError"), (name, kind)
+        assert "a secret" not in text
+        assert text.startswith(f"{name}: ")
+    texts = [text for _, text in ask(hub, chatml_dir, home, questions)]
+    own = "names a file that is not its own, .*; it is not read|Data files don't belong to"  # datasets 5 says so itself
+    assert all(re.search(own, text) for text in texts[:2])
+    assert "its files are read as 'webdataset', expected one of json, csv" in texts[-1]
 
 
 def test_data_sets_of_the_hub_are_read_and_their_absence_explained(

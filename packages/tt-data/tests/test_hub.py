@@ -17,15 +17,19 @@ datasets = pytest.importorskip("datasets")
 ROWS = [{"text": f"row {i}"} for i in range(23)]
 
 
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Answers ``datasets.load_dataset``; the list holds how it was asked."""
-    asked: list[dict[str, Any]] = []
+class Builder:
+    """What ``datasets.load_dataset_builder`` returns, of the files of ``name``."""
 
-    def load(name: str, *, split: str | None = None, streaming: bool = False, **part: Any) -> Any:
-        asked.append({"name": name, "split": split, "streaming": streaming, **part})
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self.asked, self.config = asked, None
+
+    def download_and_prepare(self) -> None:
+        self.asked["prepared"] = True
+
+    def as_dataset(self, split: str | None, streaming: bool = False) -> Any:
+        self.asked.update(split=split, streaming=streaming)
         splits = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:2])}
-        if name == "someone/parts":
+        if self.asked["name"] == "someone/parts":
             splits = {"first": splits["train"], "second": splits["test"]}
         found = {key: part.to_iterable_dataset() if streaming else part for key, part in splits.items()}
         if split is not None and split not in found:
@@ -34,13 +38,27 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             return found[split]
         return (datasets.IterableDatasetDict if streaming else datasets.DatasetDict)(found)
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
+    def as_streaming_dataset(self, split: str | None) -> Any:
+        assert "prepared" not in self.asked
+        return self.as_dataset(split, streaming=True)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Answers ``datasets.load_dataset_builder``; the list holds how it was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def load(name: str, **part: Any) -> Builder:
+        asked.append({"name": name, **part})
+        return Builder(asked[-1])
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
     return asked
 
 
 def test_an_id_is_asked_of_the_hub(chatml: Any, hub: list[dict[str, Any]]) -> None:
     dataset = load_dataset("someone/rows", chatml)
-    assert hub == [{"name": "someone/rows", "split": None, "streaming": False}]
+    assert hub == [{"name": "someone/rows", "prepared": True, "split": None, "streaming": False}]
     assert len(dataset) == 23
     assert dataset.where(3) == "someone/rows:3"
     assert len(load_dataset("someone/rows", chatml, split="test")) == 2
@@ -56,7 +74,7 @@ def test_splits_are_named_in_errors(chatml: Any, hub: list[dict[str, Any]]) -> N
 
 def test_registered_names_lead_to_the_hub(chatml: Any, hub: list[dict[str, Any]]) -> None:
     load_dataset("alpaca_cleaned", chatml, schema="text")
-    assert hub == [{"name": "yahma/alpaca-cleaned", "split": "train", "streaming": False}]
+    assert hub == [{"name": "yahma/alpaca-cleaned", "prepared": True, "split": "train", "streaming": False}]
 
 
 def test_a_hub_stream_is_resumed_in_the_middle(chatml: Any, hub: list[dict[str, Any]]) -> None:
@@ -97,7 +115,7 @@ def test_every_builder_hands_the_part_on_to_the_hub(
     tt_data.stack_exchange_paired_dataset, partial(load_dataset, "stack_exchange_paired"),
 ])  # fmt: skip
 def test_stack_exchange_is_the_folder_with_preferences(spm: Any, hub: list[dict[str, Any]], load: Any) -> None:
-    name = {"name": "lvwerra/stack-exchange-paired", "split": "train", "streaming": False}
+    name = {"name": "lvwerra/stack-exchange-paired", "prepared": True, "split": "train", "streaming": False}
     for options, data_dir in (({}, "data/rl"), ({"data_dir": "data/reward"}, "data/reward")):
         hub.clear()
         with contextlib.suppress(ValueError):

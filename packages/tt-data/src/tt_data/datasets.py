@@ -5,11 +5,11 @@ Each takes the tokenizer and a ``source`` (hub id, local files, rows) and return
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import partial, wraps
 from inspect import signature
-from pathlib import Path
 from typing import Any, ParamSpec
 
 from tt_data.cells import Columns
@@ -126,8 +126,8 @@ def grammar_dataset(
 
 @refuses_unknown
 def samsum_dataset(
-    tokenizer: Tokenizer, *, source: Any = "samsum", train_on_input: bool = False, max_seq_len: int | None = None,
-    column_map: Columns | None = None, **options: Any,
+    tokenizer: Tokenizer, *, source: Any = "Samsung/samsum", train_on_input: bool = False,
+    max_seq_len: int | None = None, column_map: Columns | None = None, **options: Any,
 ) -> AnyDataset:  # fmt: skip
     """SAMSum: ``dialogue`` and ``summary``."""
     columns = {**DATASETS["samsum"].columns, **(column_map or {})}
@@ -181,7 +181,7 @@ def _load(
     kept["drop_duplicates"] = kept.get("drop_duplicates", True) and not streaming
     settings = Settings(columns=dict(column_map or {}), train_on=train_on, max_seq_len=max_seq_len, **kept)
     part = Part(**{key: options.pop(key) for key in _PART if key in options})
-    if isinstance(source, str) and not Path(source).exists():
+    if isinstance(source, str) and not os.path.lexists(source):
         for name, known in DATASETS.items():
             if source in (name, known.source):
                 source, part = known.source, part.over(known.part)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from tt_data.compressed import compression, is_unread
+from tt_data.files import regular
 from tt_data.sources import READERS, file_kind
 
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+
+_MOST, _MANY = 100_000, 2000  # files in a directory; those of it that are compared with a name
 
 
 def local_files(path: Path, split: str | None = None, data_files: Sequence[str] = ()) -> list[Path]:
     """The data files that ``path`` (a file or a directory) means, of its ``split``, or only ``data_files`` (names or
     patterns) in it. Raises FileNotFoundError or ValueError."""
-    if path.is_file():
+    if not path.is_dir():
+        _refuse_no_file(path)
         if split not in (None, "train"):  # as the datasets library calls a file that is alone
             raise ValueError(f"{path}: split {split!r} asked for, but it is one file and has no splits")
         return [path]
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){_near_file(path)}")
     files = _matching(path, data_files) if data_files else [file for file in _inside(path) if file_kind(file)]
     files = [file for file in files if data_files or not _is_hidden(file.relative_to(path))]
     for file in files:
-        _refuse_escape(path, file)
+        regular(file, path)
     if not data_files:
         _refuse_compressed(path)
     if not files:
@@ -34,6 +37,19 @@ def local_files(path: Path, split: str | None = None, data_files: Sequence[str] 
     if split is None and not data_files:
         split = _main_split(path, files)
     return files if split is None or data_files else _of_split(path, files, split)
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise ValueError or FileNotFoundError for a path, named by the user, that is no regular file."""
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
+    if not path.exists():
+        windows = "; a path is written with / here" if "\\" in str(path) else ""
+        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){windows or _near_file(path)}")
+    if path.is_fifo():
+        cure = f"write it into a file first: cat {path} > rows.jsonl"
+        raise ValueError(f"{path}: a pipe, which can be read only once; {cure}")
+    regular(Path(os.path.realpath(path)))
 
 
 def left_out(path: Path, files: Sequence[Path]) -> list[str]:
@@ -48,16 +64,43 @@ def left_out(path: Path, files: Sequence[Path]) -> list[str]:
 
 
 def _inside(path: Path) -> list[Path]:
-    """All files of a directory but those of hidden folders and those that describe the data set."""
-    files = (file for file in path.rglob("*") if file.is_file() and file.name not in _NO_ROWS)
-    return sorted(file for file in files if not any(p.startswith(".") for p in file.relative_to(path).parts[:-1]))
+    """All that is in a directory but hidden folders and what describes the data set. Links to folders are entries, and
+    not entered."""
+    found: list[Path] = []
+    for folder, folders, names in os.walk(path):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(folder) / name for name in (*names, *links) if name not in _NO_ROWS]
+        if len(found) > _MOST:
+            raise ValueError(f"{path}: more than {_MOST:,} files in this directory; name the folder with the rows")
+    return sorted(found)
+
+
+def matching(path: Path, pattern: str) -> list[Path]:
+    """The files and folders that a pattern means in a folder. Raises ValueError for one that is none."""
+    try:
+        return sorted(path.glob(pattern))
+    except (ValueError, NotImplementedError, IndexError, re.error) as error:
+        raise ValueError(f"{path}: not a pattern of files: {pattern!r} ({error}); such as data/*.jsonl") from None
+
+
+def refuse_outside(key: str, name: str) -> None:
+    """Raise ValueError for a name or pattern that may lead out of the folder that it is in."""
+    if (
+        not isinstance(name, str)
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or "://" in name
+        or "\0" in name
+    ):
+        raise ValueError(f"{key}: {name!r} is not inside of the data set's folder; give its own path as data.train")
 
 
 def _matching(path: Path, patterns: Sequence[str]) -> list[Path]:
     """The files that each of ``patterns`` means."""
     found: list[Path] = []
     for pattern in patterns:
-        matches = sorted(file for file in path.glob(pattern) if file.is_file()) if pattern else []
+        matches = [file for file in matching(path, pattern) if not file.is_dir()] if pattern else []
         if not matches:
             raise FileNotFoundError(f"{path}: no file {pattern!r} in it{_near_file(path / pattern)}")
         found += matches
@@ -81,14 +124,6 @@ def _is_hidden(file: Path) -> bool:
     return file.name.startswith("_") or any(part.startswith(".") for part in file.parts)
 
 
-def _refuse_escape(directory: Path, file: Path) -> None:
-    """A folder from somewhere else must not make us read what lies beside it. The hub's cache links to its blobs."""
-    target, root = file.resolve(), directory.resolve()
-    blobs = next((parent.parent / "blobs" for parent in (root, *root.parents) if parent.name == "snapshots"), root)
-    if file.is_symlink() and not target.is_relative_to(root) and not target.is_relative_to(blobs):
-        raise ValueError(f"{file}: a link out of this directory, to {target}; name that file itself to read it")
-
-
 def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
     names = {file: _split_of(file.relative_to(path)) for file in files}
     chosen = [file for file, name in names.items() if name == split]
@@ -109,5 +144,6 @@ def _split_of(file: Path) -> str:
 def _near_file(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
+    here = [file.name for file in islice(path.parent.iterdir(), _MANY)]
+    near = get_close_matches(path.name[:200], here, 1)
     return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -15,7 +15,8 @@ from tt_data.nulls import without_nulls
 from tt_data.sources import Placed, file_kind, read_rows
 
 _REVISION = re.compile(r"[\w][\w./+=#@-]{0,249}", re.ASCII)
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of the datasets library: rows in files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,31 @@ def open_hub(name: str, part: Part, *, streaming: bool = False) -> Any:
     repository, _, config = name.partition(":")
     words = [config] if config else []
     try:
-        found = datasets.load_dataset(repository, *words, split=part.split, streaming=streaming, **part.options())
+        builder = datasets.load_dataset_builder(repository, *words, **part.options())
+        _refuse_foreign(repository, builder)
+        if not streaming:
+            builder.download_and_prepare()
+        found = (builder.as_streaming_dataset if streaming else builder.as_dataset)(split=part.split)
     except Exception as error:
         raise _explain(name, repository, error) from None
     return found[name_of_split(name, list(found))] if isinstance(found, Mapping) else found
+
+
+def _refuse_foreign(repository: str, builder: Any) -> None:
+    """Raise ValueError unless the files that are to be read are rows, and of this repository.
+
+    The page of a data set (README.md) may name any file of this machine, and any address.
+    """
+    kind = builder.__module__.rpartition(".")[2]
+    if "packaged_modules" in builder.__module__ and kind not in (*_BUILDERS, "cache"):  # cache: read before
+        raise ValueError(
+            f"its files are read as {kind!r}, expected one of {', '.join(_BUILDERS)}; give it as such files"
+        )
+    own = f"hf://datasets/{repository}@".lower()
+    for files in (getattr(builder.config, "data_files", None) or {}).values():
+        for file in files:
+            if not str(file).lower().startswith(own) or "::" in str(file) or ".." in str(file).split("/"):
+                raise ValueError(f"it names a file that is not its own, {str(file)!r}; it is not read")
 
 
 def name_of_split(name: str, splits: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -148,7 +149,7 @@ class _Loader:
 
     def _resolve(self, source: Any) -> tuple[Any, Settings, Part]:
         """A registered name's source, columns, template and part, if the arguments do not name others."""
-        named = DATASETS.get(source) if isinstance(source, str) and not Path(source).exists() else None
+        named = DATASETS.get(source) if isinstance(source, str) and not os.path.lexists(source) else None
         if named is None:
             source, part = as_files(source, self.part)
             return source, self.settings, part

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tt_data.compressed import compression, is_unread
-from tt_data.folders import left_out, local_files
+from tt_data.files import open_regular, stand_in
+from tt_data.folders import left_out, local_files, matching, refuse_outside
 from tt_data.hub import HUB_ID, Part, open_hub, rows_from
+from tt_data.named import DATASETS
 from tt_data.nulls import null_for_nan, without_nulls
 from tt_data.sources import READERS, Placed, file_kind, read_rows
 
 NO_PART = Part()
-_CHUNK = 1 << 20
+_CHUNK, _HEAD = 1 << 20, 1024
+_WORD = re.compile(r"[^/\\*?\[]+")  # no path and no pattern
 _BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets library that mean: the files that are named
 
 
@@ -33,10 +40,9 @@ class Source:
 
 def is_hub_id(source: object) -> bool:
     """Whether ``source`` is meant as a data set of the hub: no file here, and no name that a file would have."""
-    if not isinstance(source, str) or Path(source).expanduser().exists():
+    if not isinstance(source, str) or HUB_ID.fullmatch(source) is None:
         return False
-    looks_local = file_kind(Path(source)) is not None or source.startswith((".", "/", "~"))
-    return not looks_local and HUB_ID.fullmatch(source) is not None
+    return not os.path.lexists(source) and file_kind(Path(source)) is None
 
 
 def open_sources(source: Any, part: Part = NO_PART) -> list[Source]:
@@ -54,15 +60,11 @@ def open_sources(source: Any, part: Part = NO_PART) -> list[Source]:
 
 def as_files(source: Any, part: Part) -> tuple[Any, Part]:
     """``json`` with ``data_files`` (as ``datasets.load_dataset`` takes local files) as these files."""
-    files = part.data_files
-    if isinstance(files, Mapping):
-        files = files.get(part.split or "train")
-    files = [files] if isinstance(files, (str, Path)) else list(files or ())
-    if not isinstance(source, str) or source not in _BUILDERS or not files or Path(source).exists():
+    if not isinstance(source, str) or source not in _BUILDERS or os.path.lexists(source):
         return source, part
-    if any("://" in str(file) for file in files):
-        return source, part
-    return [Path(part.data_dir or "") / file for file in files], Part()
+    files = _data_files(part)
+    found = files if part.data_dir is None else [str(Path(part.data_dir) / file) for file in files]
+    return (found, Part()) if files else (source, part)
 
 
 def files_left_out(source: Any, part: Part) -> list[str]:
@@ -83,37 +85,100 @@ def _from_name(name: str | Path, part: Part) -> list[Source]:
     return [_from_file(file) for file in _files(name, part)]
 
 
-def _folder(name: str | Path, part: Part) -> Path:
-    return Path(name).expanduser() / (part.data_dir or "")
+def _path(name: str | Path) -> Path:
+    """The path that ``name`` means. Raises ValueError or FileNotFoundError for a name that is none."""
+    text = str(name)
+    if not text.strip() or not text.isprintable():
+        raise ValueError(f"data source: {text!r} is not a name of a file, a folder or a data set of the hub")
+    if "://" in text and not os.path.lexists(text):
+        raise ValueError(
+            f"{text}: an address, expected a file, a folder or a data set of the hub; {_from_address(text)}"
+        )
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # of no user here
+        raise FileNotFoundError(f"{text}: there is no such home folder; write the path without ~") from None
+    is_word = isinstance(name, str) and _WORD.fullmatch(name) and file_kind(path) is None
+    if is_word and not os.path.lexists(path):
+        raise FileNotFoundError(f"{name}: no such file or folder (looked from {Path.cwd()}), {_not_a_word(text)}")
+    return path
 
 
-def _files(name: str | Path, part: Part) -> list[Path]:
-    """The local files of ``name``, of which ``part`` may choose some."""
-    path = Path(name).expanduser()
-    if part.revision is not None:
-        raise ValueError(f"revision: {name} is on this machine, where it has one state; revisions are of hub data sets")
-    if not path.exists() and any(mark in str(path) for mark in "*?["):
-        matches = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
-        if not matches:
-            raise FileNotFoundError(f"{name}: no file of such a name (looked from {Path.cwd()})")
-        return [file for match in matches for file in local_files(match, part.split)]
-    if path.is_file() and part.options():
-        raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
+def _from_address(text: str) -> str:
+    scheme, _, rest = text.partition("://")
+    if scheme == "file":
+        return f"give the path: {rest}"
+    if scheme == "hf":
+        return f"give its id: {'/'.join(rest.removeprefix('datasets/').partition('@')[0].split('/')[:2])}"
+    return "download it, and give the file"
+
+
+def _not_a_word(name: str) -> str:
+    """What a bare word is not, and what it may have meant."""
+    here = sorted(file.name for file in islice(Path.cwd().iterdir(), 10_000) if file.is_dir() or file_kind(file))
+    near = [found for found in here if found.lower().startswith(f"{name.lower()}.")]
+    near = near[:1] or get_close_matches(name.lower(), [*DATASETS, *here], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"and not a registered data set ({', '.join(DATASETS)}); data sets of the hub are called org/name{hint}"
+
+
+def _data_files(part: Part) -> list[str]:
+    """The files or patterns that ``part`` names of its split."""
     files = part.data_files
     if isinstance(files, Mapping):
         files = files.get(part.split or "train")
         if files is None:
             raise ValueError(f"data_files: no split {part.split or 'train'!r}, expected one of {list(part.data_files)}")
-    return local_files(_folder(name, part), part.split, [files] if isinstance(files, str) else list(files or ()))
+    files = list(files) if isinstance(files, (list, tuple)) else [] if files is None else [files]
+    wrong = next((file for file in files if not isinstance(file, (str, Path)) or not str(file).isprintable()), None)
+    if wrong is not None:
+        raise ValueError(f"data_files: {wrong!r} is not a name or pattern of files")
+    return [str(file) for file in files]
+
+
+def _folder(name: str | Path, part: Part) -> Path:
+    folder = _path(name)
+    if part.data_dir is not None:
+        refuse_outside("data_dir", part.data_dir)
+        folder = folder / part.data_dir
+    return folder
+
+
+def _files(name: str | Path, part: Part) -> list[Path]:
+    """The local files of ``name``, of which ``part`` may choose some."""
+    path = _path(name)
+    if part.revision is not None:
+        raise ValueError(f"revision: {name} is on this machine, where it has one state; revisions are of hub data sets")
+    if not os.path.lexists(path) and any(mark in str(path) for mark in "*?["):
+        matches = matching(Path(path.anchor), str(path.relative_to(path.anchor)))
+        if not matches:
+            raise FileNotFoundError(f"{name}: no file of such a name (looked from {Path.cwd()})")
+        return [file for match in matches for file in local_files(match, part.split)]
+    if part.options() and not path.is_dir():
+        local_files(path)  # what it is, if it is not a file
+        raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
+    files = _data_files(part)
+    for file in files:
+        refuse_outside("data_files", file)
+    return local_files(_folder(name, part), part.split, files)
 
 
 def _from_file(path: Path) -> Source:
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} has 0 rows (0 bytes)")
+    refuse_stand_in(path)
     if file_kind(path) is None:
         unpack = "; unpack it first" if is_unread(path) or compression(path) else ""
         raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}{unpack}")
     return Source(str(path), partial(read_rows, path), partial(_file_digest, path), path)
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raise ValueError for an empty file, and for a git-lfs pointer or a web page in the place of data."""
+    with open_regular(Path(os.path.realpath(path))) as stream:
+        head = stream.read(_HEAD)
+    if not head:
+        raise ValueError(f"{path} has 0 rows (0 bytes)")
+    if found := stand_in(head):
+        raise ValueError(f"{path}: {found}")
 
 
 def _file_digest(path: Path) -> str:

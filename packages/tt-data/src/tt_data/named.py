@@ -31,7 +31,7 @@ DATASETS: dict[str, NamedDataset] = {
     "alpaca": NamedDataset("tatsu-lab/alpaca"),
     "alpaca_cleaned": NamedDataset("yahma/alpaca-cleaned"),
     "grammar": NamedDataset("liweili/c4_200m", {"sentence": "input"}, "grammar"),
-    "samsum": NamedDataset("samsum", {"output": "summary"}, "summarize"),
+    "samsum": NamedDataset("Samsung/samsum", {"output": "summary"}, "summarize"),
     "slimorca": NamedDataset("Open-Orca/SlimOrca-Dedup"),
     "stack_exchange_paired": NamedDataset(
         "lvwerra/stack-exchange-paired",
