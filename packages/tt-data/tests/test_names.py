@@ -60,7 +60,7 @@ NAMES = [
     ("file:///etc/passwd", "an address, expected a file, a folder or a data set of the hub; give the path: /etc"),
     ("hf://datasets/org/name@main/a.jsonl", "give its id: org/name"), ("s3://b/a.jsonl", "download it"),
     ("a/b/c", "no such file (looked from"), ("../x/y", "no such file (looked from"), ("/nowhere", "no such file"),
-    ("C:\\data\\rows.jsonl", "a path is written with / here"), ("~nobody/rows.jsonl", "there is no such home folder"),
+    ("C:\\data\\rows.jsonl", "a path is written with / here"), ("~not-a-user/r", "there is no such home folder"),
     ("*.parquet", "no file of such a name"), ("**x/rows", "not a pattern of files|no file of such a name"),
     ("x" * 5000, "no such file"), ("org/name/extra", "no such file"), ("./text", "no such file"), ("-", "no such file"),
 ]  # fmt: skip
