@@ -148,7 +148,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ([], "no JSON object"),
+        ([], "not a JSON object"),
         (b"{", "damaged safetensors header"),
         (b"\xff\xfe{}", "damaged safetensors header"),
         (b"[" * 100_000, "damaged safetensors header"),
@@ -160,12 +160,12 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**GOOD, "shape": [-2]}}, "has shape"),
         ({"a": {**GOOD, "shape": [2.0]}}, "has shape"),
         ({"a": {**GOOD, "shape": [True, 2]}}, "has shape"),
-        ({"a": {**GOOD, "shape": [2**40, 2**40]}}, "expected 0 to"),
+        ({"a": {**GOOD, "shape": [2**40, 2**40]}}, "has shape"),
         ({"a": {**GOOD, "data_offsets": [8, 0]}}, "expected 0 to 8"),
         ({"a": {**GOOD, "data_offsets": [4, 12]}}, "expected 0 to 8"),
         ({"a": {**GOOD, "data_offsets": [0, 8, 16]}}, "data_offsets"),
         ({"a": GOOD, "b": GOOD}, "expected 8 to 16"),
-        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "shape": [2]}}', "'shape' stands twice"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "shape": [2]}}', "'shape' is there twice"),
         (b'{"__metadata__": {"x": 1}}', "must map text to text"),
         (b'{"__metadata__": ["x"]}', "must map text to text"),
     ],
@@ -186,7 +186,7 @@ def test_sizes_present_and_expected_are_told(tmp_path):
         (len(whole) - 3, f"cut short: {len(whole) - 3} bytes, its header says {len(whole)}"),
         (20, "cut short: 20 bytes of at least"),
         (3, "3 bytes, too short"),
-        (0, "0 bytes, too short"),
+        (0, "0 bytes; download it again"),
     ):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=message):
@@ -199,14 +199,14 @@ def test_sizes_present_and_expected_are_told(tmp_path):
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         read_header(path)
 
 
 def test_a_git_lfs_pointer_is_recognised(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 4976698672\n")
-    with pytest.raises(ValueError, match=r"git-lfs pointer \(oid sha256:abab.*4976698672 bytes.*git lfs pull"):
+    with pytest.raises(ValueError, match=r"git-lfs pointer \(oid sha256:abab.*5.0 GB.*git lfs pull"):
         read_header(path)
 
 
@@ -270,7 +270,7 @@ def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
     header = ("{" + ",".join(f'"{i}":0' for i in range(200_000)) + ',"199999":0}').encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ValueError, match="'199999' stands twice"):  # a search for each key would take hours
+    with pytest.raises(ValueError, match="'199999' is there twice"):  # a search for each key would take hours
         read_header(path)
 
 

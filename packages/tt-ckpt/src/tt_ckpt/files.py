@@ -33,7 +33,8 @@ _KINDS = {
 }
 _CHUNK = 1 << 22
 _DEPTH = 8  # of folders that are copied
-_HALF_FETCHED = (".incomplete", ".part", ".crdownload", ".aria2")
+_NESTED = 100
+HALF_FETCHED = (".incomplete", ".part", ".crdownload", ".aria2")
 _POINTER = re.compile(rb"version https?://[\w./-]*git-(?:lfs|media)|version https://hawser")
 _SENTENCES = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model ")
 
@@ -52,7 +53,7 @@ def inside(path: str | Path, root: str | Path | None = None) -> Path:
     except FileNotFoundError:
         if path.is_symlink():
             raise ValueError(f"{plain(path)}: refused: a link to nothing; remove it, or copy the file there") from None
-        raise FileNotFoundError(f"{plain(path)}: no such file{_half_fetched(path)}") from None
+        raise FileNotFoundError(f"{plain(path)}: no such file{half_fetched(path)}") from None
     except OSError as error:
         what = "a link to itself" if error.errno == errno.ELOOP else str(error.strerror)
         raise ValueError(f"{plain(path)}: refused: {what}; copy the file there") from None
@@ -83,9 +84,9 @@ def regular(path: str | Path, root: str | Path | None = None) -> Path:
     return path
 
 
-def _half_fetched(path: Path) -> str:
+def half_fetched(path: Path) -> str:
     """The cure if a part of the file is there, as a download that was interrupted leaves it."""
-    for ending in _HALF_FETCHED:
+    for ending in HALF_FETCHED:
         if (part := path.with_name(path.name + ending)).is_file():
             return f", only {plain(part.name)} of an interrupted download; run it again, it resumes"
     return ""
@@ -99,7 +100,7 @@ def refuse_placeholder(path: Path, start: bytes) -> None:
     if _POINTER.match(start):
         oid, size = re.search(rb"\noid sha256:([0-9a-f]{12})", start), re.search(rb"\nsize (\d{1,15})\b", start)
         sized = format_size(int(size[1])) if size else "of unknown size"
-        what = f"oid {oid[1].decode() if oid else 'unknown'}..., {sized}"
+        what = f"oid {f'sha256:{oid[1].decode()}...' if oid else 'unknown'}, {sized}"
         raise ValueError(f"{plain(path)}: a git-lfs pointer ({what}), not the file itself; run: git lfs pull")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
     page = text[:15].lower().startswith((b"<!doctype html", b"<html"))
@@ -161,6 +162,8 @@ def read_json(
         value = json.loads(text, object_pairs_hook=_unambiguous)
         if "\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
+        if text.count("[") + text.count("{") > _NESTED and _is_deep(value):
+            raise RecursionError
     except json.JSONDecodeError as error:
         raise ValueError(f"{shown}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}); {cure}") from None
     except RecursionError:
@@ -171,6 +174,17 @@ def read_json(
         reason = error if isinstance(error, Ambiguous) else "a whole number of thousands of digits"
         raise ValueError(f"{shown}: not valid JSON: {reason}; {cure}") from None
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether more lists and objects are in each other than any writer of JSON can follow."""
+    level: list[Any] = [[value]]
+    for _ in range(_NESTED):
+        held = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [inner for one in held for inner in one if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 class Ambiguous(ValueError):  # noqa: N818

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tt_ckpt.files import read_start
 from tt_ckpt.gguf_blocks import PLAIN, can_decode, decode, nearest_kind, quant_sizes, update_hint
 from tt_ckpt.names import safe_file
-from tt_ckpt.tensor_file import is_lfs_pointer
 
 MAGIC = b"GGUF"
 _SCALARS = {
@@ -218,8 +218,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
 
 def _check_start(reader: _Reader) -> None:
     path = reader.path
-    if is_lfs_pointer(path):
-        raise ValueError(f"{path}: a git-lfs pointer, not the model; run: git lfs pull")
+    read_start(path, path.resolve().parent)
     if reader.size < 24 or reader.take(4) != MAGIC:
         raise ValueError(f"{path}: {reader.size} bytes, not a GGUF file; download it again")
     version = reader.number("<I")

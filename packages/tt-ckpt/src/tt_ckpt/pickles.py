@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import create, sync
-from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_lfs_pointer, spec_of
+from tt_ckpt.files import create, read_start, sync
+from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, spec_of
 
 _MAX_ENTRIES = 200_000
 
@@ -67,10 +67,7 @@ def _first_line(error: Exception) -> str:
 
 def _check_archive(path: Path) -> None:
     """An archive as torch writes it: stored, not compressed, and no larger inside than outside."""
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path}: 0 bytes; download it again")
-    if is_lfs_pointer(path):
-        raise ValueError(f"{path}: a git-lfs pointer, not the weights; run: git lfs pull")
+    read_start(path)
     try:
         with zipfile.ZipFile(path) as archive:
             _check_entries(archive, path, path.stat().st_size)

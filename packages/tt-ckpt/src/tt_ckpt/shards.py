@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_ckpt.files import read_json
-from tt_ckpt.names import safe_file
+from tt_ckpt.files import DOWNLOAD, HALF_FETCHED, half_fetched, read_json
+from tt_ckpt.names import check_basename, safe_file
 from tt_ckpt.placed_file import PlacedFile
-from tt_ckpt.shown import UNITS, format_size
+from tt_ckpt.shown import UNITS, format_size, listed, quoted
 from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, read_header
 
 logger = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ class Shards:
 
 def find_shards(directory: Path) -> Shards:
     """Read the index and every header of a Hugging Face directory; what is missing or odd is named."""
-    if (directory / INDEX_NAME).exists():
+    if os.path.lexists(directory / INDEX_NAME):
         index = read_json(directory / INDEX_NAME)
         names = _index_files(directory, index)
-    elif (directory / SINGLE_NAME).exists():
+    elif os.path.lexists(directory / SINGLE_NAME):
         index, names = None, [SINGLE_NAME]
     elif whole := _whole_set(directory):  # without its index
         index, names = None, whole
@@ -71,7 +72,9 @@ def _where(directory: Path, files: Mapping[str, Header]) -> dict[str, str]:
     for name, header in files.items():
         for key in header.tensors:
             if key in where:
-                raise ValueError(f"{directory}: {key!r} is in {where[key]} and in {name}; download {INDEX_NAME} too")
+                raise ValueError(
+                    f"{directory}: tensor {quoted(key)} is in {where[key]} and in {name}; download {INDEX_NAME} too"
+                )
             where[key] = name
     return where
 
@@ -80,12 +83,14 @@ def _check_index(directory: Path, where: Mapping[str, str], files: Mapping[str, 
     """Every tensor is in the file that the index names. Tensors that it does not name are left out, with a warning."""
     for key, name in where.items():
         if key not in files[name].tensors:
-            raise ValueError(f"{directory / INDEX_NAME}: disagrees with the shards about {key!r}; download again")
+            other = next((file for file, header in files.items() if key in header.tensors), None)
+            found = f"which is in {other}" if other else "which is in no shard"
+            raise ValueError(f"{directory / INDEX_NAME}: names {name} for {quoted(key)}, {found}; download both again")
     left = sorted({key for header in files.values() for key in header.tensors} - where.keys())
     if left:
         logger.warning(
             "%s does not name %d tensors of its shards (%s), which are left out",
-            directory / INDEX_NAME, len(left), ", ".join(left[:3]),
+            directory / INDEX_NAME, len(left), listed(left),
         )  # fmt: skip
 
 
@@ -100,21 +105,36 @@ def _whole_set(directory: Path) -> list[str]:
 
 
 def _index_files(directory: Path, index: Any) -> list[str]:
-    path = directory / INDEX_NAME
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise ValueError(f"{path}: expected an object with a weight_map from tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    if not names:
-        raise ValueError(f"{path}: its weight_map is empty; download again")
+    names = shard_names(directory / INDEX_NAME, index, ".safetensors")
     missing = [name for name in names if not safe_file(directory, name).exists()]
     if missing:
+        begun = [name for name in missing if half_fetched(directory / name)]
+        partly = f" ({begun[0]} is half downloaded)" if begun else ""
         raise FileNotFoundError(
-            f"{directory}: {len(missing)} of {len(names)} shards missing: {', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}{_missing_size(directory, index, names)}; "
-            f"run tt download again, it resumes{_or_without(directory)}"
+            f"{directory}: {len(missing)} of {len(names)} shards missing: {listed(missing)}{partly}"
+            f"{_missing_size(directory, index, names)}; run tt download again, it resumes{_or_without(directory)}"
         )
     return names
+
+
+def shard_names(path: Path, index: Any, ending: str) -> list[str]:
+    """The files that an index names, each a plain name with ``ending``; what is odd is named with its tensor."""
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path}: expected an object with a weight_map from tensor names to file names; {DOWNLOAD}")
+    names: dict[str, str] = {}
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"{path}: weight_map: {quoted(key)}: expected a file name, found {quoted(name)}")
+            continue
+        check_basename(name, where=f"{path}: weight_map: {quoted(key)}")
+        if not name.endswith(ending):
+            raise ValueError(f"{path}: weight_map: {quoted(key)}: {quoted(name)} is not a *{ending} file; {DOWNLOAD}")
+        names[name] = key
+    if not names:
+        raise ValueError(f"{path}: its weight_map is empty; {DOWNLOAD}")
+    return sorted(names)
 
 
 def _or_without(directory: Path) -> str:
@@ -126,7 +146,7 @@ def _or_without(directory: Path) -> str:
 def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> str:
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if not isinstance(total, int):
+    if not isinstance(total, int) or not 0 <= total < 1 << 60:
         return ""
     present = sum((directory / name).stat().st_size for name in names if (directory / name).exists())
     return f" (about {format_size(max(total - present, 0))})"
@@ -134,11 +154,12 @@ def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> s
 
 def describe_no_weights(directory: Path) -> str:
     names = sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
+    names = [name for name in names if name.isprintable()]
     convert = f"tt convert {directory} DEST --to hf --allow-pickle"
     if "adapter_model.safetensors" in names:
-        return f"{directory}: an adapter, no model; give the directory of its base model"
+        return f"{directory}: an adapter, not a model; give the directory of its base model"
     if "params.json" in names and any(re.fullmatch(r"consolidated.*\.(pth|safetensors)", name) for name in names):
-        return f"{directory}: a Meta checkpoint, no Hugging Face one; run: {convert}"
+        return f"{directory}: a Meta checkpoint, not a Hugging Face one; run: {convert}"
     pickles = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
     if pickles:
         return (
@@ -152,12 +173,19 @@ def describe_no_weights(directory: Path) -> str:
         return (
             f"{directory}: a training state in {parts[0]}; run: tt convert {directory / parts[0]} DEST --allow-pickle"
         )
+    if begun := [name for name in names if name.endswith(HALF_FETCHED)] or _fetched_in_part(directory):
+        return f"{directory}: only {listed(begun)} of an interrupted download; run it again, it resumes"
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         close = difflib.get_close_matches(SINGLE_NAME, shards, 1, 0.0)[0]
         return f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}, only {close}; rename it or download the index too"
-    found = ", ".join(names[:8]) or "nothing"
-    return f"{directory}: no weights: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}"
+    found = listed(names, 8) or "nothing"
+    return f"{directory}: no weights: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}; download it"
+
+
+def _fetched_in_part(directory: Path) -> list[str]:
+    """What an interrupted ``tt download -o`` has of the weights."""
+    return sorted(path.name for path in (directory / ".cache/huggingface/download").glob("*.incomplete"))
 
 
 class OpenShards:

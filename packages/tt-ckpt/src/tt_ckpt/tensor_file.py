@@ -7,6 +7,8 @@ wants every tensor at once, does not fsync, and leaves the file with mode 0600.
 
 import hashlib
 import json
+import math
+import os
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -17,14 +19,17 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import create, sync
+from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
+from tt_ckpt.shown import plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
 _COPY_BYTES = 1 << 24
+_LONGEST_NAME = 1000
+_MAX_DIMS = 32
 
 # In the order in which the safetensors library lays tensors out (widest first), so that our files equal its files.
 DTYPES: dict[str, torch.dtype] = {
@@ -94,33 +99,46 @@ def canonical_order(specs: Mapping[str, TensorSpec]) -> list[str]:
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_header(path: str | Path) -> Header:
+def read_header(path: str | Path, root: str | Path | None = None) -> Header:
     """Read and check a safetensors header; a damaged file is a ValueError that names the file and what is wrong."""
-    path = Path(path)
-    size = path.stat().st_size
+    path = regular(path, root)
+    shown = plain(path)
     with path.open("rb") as file:
-        first = file.read(8)
-        if first.startswith(b"version "):
-            raise ValueError(_describe_lfs_pointer(path))
+        size = os.fstat(file.fileno()).st_size
+        first = file.read(1024)
+        if not first:
+            raise ValueError(f"{shown}: 0 bytes; {DOWNLOAD}")
+        refuse_placeholder(path, first)
         if len(first) < 8:
-            raise ValueError(f"{path}: {size} bytes, too short for a safetensors file; download it again")
-        (length,) = struct.unpack("<Q", first)
+            raise ValueError(f"{shown}: {size} bytes, too short for a safetensors file; {DOWNLOAD}")
+        (length,) = struct.unpack("<Q", first[:8])
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: no safetensors file (its header would be {length} bytes); download it again")
+            raise ValueError(f"{shown}: not a safetensors file (its header would be {length} bytes); {DOWNLOAD}")
         if 8 + length > size:
-            raise ValueError(f"{path}: cut short: {size} bytes of at least {8 + length}; download it again")
+            raise ValueError(f"{shown}: cut short: {size} bytes of at least {8 + length}; {DOWNLOAD}")
+        file.seek(8)
         raw = file.read(length)
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-        return _parse_header(path, entries, size - 8 - length)
-    except (ValueError, RecursionError) as error:
-        reason = str(error) if str(error).startswith(str(path)) else f"{path}: damaged safetensors header: {error}"
-        raise ValueError(reason) from None
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates) if raw[:1] == b"{" else None
+        return _parse_header(path, entries, 8 + length, size)
+    except WrongSize as error:
+        raise ValueError(f"{shown}: {error}; {DOWNLOAD}") from None
+    except RecursionError:
+        reason = "nested too deeply"
+    except UnicodeDecodeError:
+        reason = "not UTF-8"
+    except ValueError as error:  # our own, or the parser's
+        reason = str(error)
+    raise ValueError(f"{shown}: damaged safetensors header: {reason}; {DOWNLOAD}")
 
 
-def _parse_header(path: Path, entries: Any, data_bytes: int) -> Header:
+class WrongSize(ValueError):  # noqa: N818
+    """A file with more or fewer bytes than its header says."""
+
+
+def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
     if not isinstance(entries, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -128,37 +146,44 @@ def _parse_header(path: Path, entries: Any, data_bytes: int) -> Header:
         raise ValueError("__metadata__ must map text to text")
     spans = sorted((_parse_entry(name, entry) for name, entry in entries.items()), key=lambda span: span[1:3])
     position = 0
-    for name, start, end, spec in spans:
-        if start != position or end - start != spec.nbytes:
+    for name, begin, end, spec in spans:
+        if begin != position or end - begin != spec.nbytes:
             span = f"{position} to {position + spec.nbytes}"
-            raise ValueError(f"tensor {name!r} has bytes {start} to {end}, expected {span}")
+            raise ValueError(f"tensor {quoted(name)} has bytes {begin} to {end}, expected {span}")
         position = end
-    if position != data_bytes:
-        have, want = path.stat().st_size, path.stat().st_size - data_bytes + position
-        what = "cut short" if have < want else "too long"
-        raise ValueError(f"{path}: {what}: {have} bytes, its header says {want}; download it again")
+    if start + position != size:
+        what = "cut short" if size < start + position else "too long"
+        raise WrongSize(f"{what}: {size} bytes, its header says {start + position}")
     return Header(
         path=path,
-        start=path.stat().st_size - data_bytes,
+        start=start,
         tensors={name: spec for name, _, _, spec in spans},
-        offsets={name: start for name, start, _, _ in spans},
+        offsets={name: begin for name, begin, _, _ in spans},
         metadata=metadata,
     )
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[str, int, int, TensorSpec]:
+    shown = quoted(name)
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"tensor {shown} has a name that is not 1 to {_LONGEST_NAME} printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {name!r} needs exactly dtype, shape and data_offsets")
+        raise ValueError(f"tensor {shown} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {name!r} has unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {name!r} has shape {shape!r} and data_offsets {offsets!r}")
+        raise ValueError(f"tensor {shown} has the unknown dtype {quoted(dtype)}; known: {', '.join(DTYPES)}")
+    if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {shown} has shape {quoted(shape)} and data_offsets {quoted(offsets)}")
     return name, offsets[0], offsets[1], TensorSpec(dtype=DTYPES[dtype], shape=tuple(shape))
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+def is_shape(value: Any) -> bool:
+    """Whole numbers whose product torch can count, those of an empty tensor too."""
+    if not isinstance(value, list | tuple) or len(value) > _MAX_DIMS:
+        return False
+    if not all(type(size) is int and 0 <= size < 1 << 60 for size in value):
+        return False
+    return bool(math.prod(size for size in value if size) < 1 << 60)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -166,19 +191,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key in counts if counts[key] > 1)
-        raise ValueError(f"{twice!r} stands twice")
+        raise ValueError(f"{quoted(twice)} is there twice")
     return found
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(23) == b"version https://git-lfs"
-
-
-def _describe_lfs_pointer(path: Path) -> str:
-    fields = dict(line.split(" ", 1) for line in path.read_text("utf-8", "replace")[:1024].splitlines() if " " in line)
-    oid, size = fields.get("oid", "?")[:19], fields.get("size", "?")
-    return f"{path}: a git-lfs pointer (oid {oid}..., {size} bytes), not the weights; run: git lfs pull"
 
 
 class MappedFile:
@@ -186,10 +200,17 @@ class MappedFile:
 
     def __init__(self, path: str | Path, header: Header | None = None) -> None:
         self.header = header or read_header(path)
-        self._file: Any = safe_open(path, framework="pt", device="cpu")
+        try:
+            self._file: Any = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise ValueError(f"{plain(self.header.path)}: not read ({quoted(str(error))}); {DOWNLOAD}") from None
 
     def tensor(self, name: str) -> Tensor:
-        result: Tensor = self._file.get_tensor(name)
+        try:
+            result: Tensor = self._file.get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            reason = f"tensor {quoted(name)} is not read ({quoted(str(error))})"
+            raise ValueError(f"{plain(self.header.path)}: {reason}; {DOWNLOAD}") from None
         return result
 
     def close(self) -> None:
