@@ -44,22 +44,32 @@ def _reported(command: click.Command, args: Sequence[str] | None) -> int:
     invocation = Invocation()
     warnings.showwarning = _show_warning
     try:
-        # color: click takes no control characters out; the door spells them out
-        result = command.main(args, prog_name="tt", standalone_mode=False, obj=invocation, color=True)
+        result = _invoke(command, args, invocation)
     except (click.Abort, KeyboardInterrupt):
         say("interrupted", err=True)
         return INTERRUPTED
     except OutputLost:
         raise
     except SystemExit as stop:
-        if isinstance(pipe := stop.__context__, BrokenPipeError):  # click exits in silence; it was not stdout's
-            return _failed(pipe, invocation)
         if isinstance(stop.code, str):
             say(f"error: {_one_line(stop.code)}", err=True)
         return stop.code if isinstance(stop.code, int) else (DONE if stop.code is None else FAILED)
     except Exception as error:
         return _failed(error, invocation)
     return result if isinstance(result, int) else DONE
+
+
+def _invoke(command: click.Command, args: Sequence[str] | None, invocation: Invocation) -> Any:
+    """As click's ``main``, which would take a helper's broken pipe for stdout's, and an EOFError for Ctrl-D."""
+    if "_TT_COMPLETE" in os.environ:
+        return command.main(args, prog_name="tt", standalone_mode=False)
+    words = sys.argv[1:] if args is None else list(args)
+    try:
+        # color: click takes no control characters out; the door spells them out
+        with command.make_context("tt", words, obj=invocation, color=True) as ctx:
+            return command.invoke(ctx)
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
 
 
 def _failed(error: Exception, invocation: Invocation) -> int:
