@@ -12,6 +12,7 @@ from tt_cli.drawing import Bars, Terminal, literal
 from tt_cli.marking import mark, shorten
 from tt_train import console as plain
 from tt_train.console import RunFacts
+from tt_train.redact import redact
 from tt_train.visible import visible
 
 SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample
@@ -77,7 +78,7 @@ class TerminalConsole(LineConsole):
         self.terminal.print(literal(text), soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.terminal.print(Text.assemble(("warning: ", "yellow"), visible(text)), soft_wrap=True)
+        self.terminal.print(Text.assemble(("warning: ", "yellow"), visible(redact(text))), soft_wrap=True)
 
     def end(self, summary: dict[str, Any]) -> None:
         self.close()
@@ -96,7 +97,7 @@ class TerminalConsole(LineConsole):
             self.progress = None
 
     def _line(self, name: str, text: str, *, soft_wrap: bool = True) -> None:
-        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), visible(text)), soft_wrap=soft_wrap)
+        self.terminal.print(Text.assemble((f"{name:<6}", "bold"), visible(redact(text))), soft_wrap=soft_wrap)
 
     def _show_sample(self, facts: RunFacts) -> None:
         if not facts.sample:

@@ -11,6 +11,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from tt_cli.terminal import Door
+from tt_train.redact import redact
 from tt_train.visible import visible
 
 
@@ -29,8 +30,8 @@ class Terminal(Console):
 
 
 def literal(text: str, style: str = "") -> Text:
-    """Text as it is; rich would leave out its control characters without a word."""
-    return Text(visible(text), style=style)
+    """Text as it is, without secrets; rich would leave out its control characters without a word."""
+    return Text(visible(redact(text)), style=style)
 
 
 class Bars(Progress):

@@ -15,6 +15,7 @@ from click.shell_completion import CompletionItem
 from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean
 from tt_train.foreign import FOREIGN
+from tt_train.redact import redact_data
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -122,7 +123,7 @@ def json_option(function: Function) -> Function:
 
 def print_json(answer: Mapping[str, Any]) -> None:
     """Print ``answer`` as the verb's one JSON object; ``ok`` says that there were no mistakes."""
-    click.echo(json.dumps({"ok": True, **answer}, indent=2, default=str))
+    click.echo(json.dumps({"ok": True, **redact_data(dict(answer))}, indent=2, default=str))
 
 
 def wants_color(stream: TextIO) -> bool:

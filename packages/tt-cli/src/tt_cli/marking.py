@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import click
 
 from tt_train.console import MARKS
+from tt_train.redact import redact
 from tt_train.visible import visible
 
 Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained
@@ -14,7 +15,8 @@ def mark(pieces: Pieces, *, color: bool) -> str:
     """The row as text. Adjacent pieces of one kind share their marks."""
     open_mark, close_mark = MARKS
     shown = []
-    for text, trained in _joined(pieces):
+    for piece, trained in _joined(pieces):
+        text = redact(piece)
         if not trained:
             shown.append(visible(text))
         elif color:

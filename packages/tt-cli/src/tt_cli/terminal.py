@@ -60,7 +60,7 @@ class Door:
 
     def write_styled(self, text: str) -> None:
         """As ``write``, but the colours in it stay."""
-        self.write_raw("".join(p if _COLOR.fullmatch(p) else visible(p) for p in _COLOR.split(text)))
+        self.write_raw("".join(p if _COLOR.fullmatch(p) else visible(redact(p)) for p in _COLOR.split(text)))
 
     def write_exact(self, text: str) -> None:
         """As it is, down to the bytes of file names that are not text; on a terminal as ``write``."""

@@ -9,6 +9,7 @@ import yaml
 
 from tt_train.composing import compose
 from tt_train.errors import did_you_mean
+from tt_train.redact import redact_data
 from tt_train.values import TEXT, TEXT_OR_NUMBER
 
 __all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "RunConfig", "SFTConfig",
@@ -162,8 +163,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The config as YAML that ``compose`` reads back to an equal one."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """The config as YAML that ``compose`` reads back to an equal one; a secret in it is blanked."""
+    return yaml.safe_dump(redact_data(to_dict(config)), sort_keys=False, allow_unicode=True)
 
 
 _CHOICES = {

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tt_train.redact import redact
+
 PACKAGES = (
     "tt-models",
     "tt-peft",
@@ -42,7 +44,9 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": devices,
         "variables": {
-            name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE") if name in os.environ
+            name: redact(os.environ[name])
+            for name in ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE")
+            if name in os.environ
         },
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tt_train.config import RunConfig, to_dict
+from tt_train.redact import redact, redact_data
 from tt_train.registry import LOGGERS, resolve
 from tt_train.run_dir import RunDir, read_json
 
@@ -27,11 +28,16 @@ def open_loggers(config: RunConfig, run: RunDir, step: int) -> Iterator[list[Log
     with ExitStack() as stack:
         loggers: list[Logger] = []
         for name in config.loggers:
-            logger = resolve(name, LOGGERS)(run, to_dict(config), step)
+            logger = resolve(name, LOGGERS)(run, redact_data(to_dict(config)), step)
             if callable(close := getattr(logger, "close", None)):
                 stack.callback(close)
-            loggers.append(logger)
+            loggers.append(_blanking(logger))
         yield loggers
+
+
+def _blanking(logger: Logger) -> Logger:
+    """The same logger, to which no secret comes."""
+    return lambda row: logger(redact_data(row))
 
 
 class TensorBoard:
@@ -60,7 +66,7 @@ class WandB:
         import wandb
 
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tt"), name=run.path.resolve().name, dir=str(run.path),
+            project=os.environ.get("WANDB_PROJECT", "tt"), name=redact(run.path.resolve().name), dir=str(run.path),
             config=config, id=_wandb_id(run), resume="allow",
         )  # fmt: skip
 

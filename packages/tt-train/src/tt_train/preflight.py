@@ -2,12 +2,14 @@
 
 import importlib.util
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tt_ckpt.endpoint import check_url
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.optim import make_optimizer
@@ -86,6 +88,11 @@ def logger_mistakes(config: RunConfig) -> list[str]:
         package = LOGGER_PACKAGES.get(name)
         if package is not None and not is_installed(package):
             found.append(f"loggers: {name} is not installed; pip install {package}, or leave it out")
+    if "wandb" in config.loggers and (url := os.environ.get("WANDB_BASE_URL")):  # the client sends its key there
+        try:
+            check_url("WANDB_BASE_URL", url)
+        except ValueError as error:
+            found.append(str(error))
     return found
 
 

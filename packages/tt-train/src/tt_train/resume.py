@@ -9,6 +9,7 @@ import tt_ckpt
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.recipes._assemble import Job
+from tt_train.redact import redact_data
 from tt_train.registry import imports_of
 from tt_train.run_dir import is_run, list_runs, new_path, read_json
 
@@ -89,7 +90,7 @@ def saved_config(run: Path) -> dict[str, Any]:
 def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
     """``key: old -> new`` for each key that would make other steps than the saved run's."""
     defaults = _flat(to_dict(type(config)()))  # a key that did not exist yet had its default's effect
-    old, new = defaults | _flat(before), _flat(to_dict(config))
+    old, new = defaults | _flat(before), _flat(redact_data(to_dict(config)))  # before was blanked when it was saved
     return [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
