@@ -24,7 +24,9 @@ def test_a_link_out_of_the_folder_is_refused_and_named(tmp_path: Path) -> None:
     (model / "b.json").symlink_to("a.json")  # a link to a link
     (model / "sub").symlink_to("../home")
     for path, root in [(model / "a.json", None), (model / "b.json", None), (model / "sub" / "secret", model)]:
-        with pytest.raises(ValueError, match="a link out of its folder, to .*secret; copy the file into the folder"):
+        with pytest.raises(
+            ValueError, match="a link out of its folder, to .*secret; copy what it leads to into the folder"
+        ):
             read_text(path, root, limit=100)
 
 

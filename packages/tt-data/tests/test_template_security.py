@@ -104,11 +104,11 @@ def test_a_large_template_is_refused_before_it_is_read(chatml: Any) -> None:
 
 
 def test_the_rendering_process_sees_no_token_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_data.chat_template import _environment
+    from tt_data.trial import bare_environment
 
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
-    assert "canary" not in json.dumps(_environment())
+    assert "canary" not in json.dumps(bare_environment())
 
 
 def test_code_of_a_model_directory_never_runs(

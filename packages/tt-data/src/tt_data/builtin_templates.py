@@ -74,9 +74,10 @@ def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
         return tokenizer.with_template({"default": source}, f"built-in template {name}")
     path = Path(name)
     if path.suffix in (".jinja", ".jinja2", ".j2"):
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such template file (looked from {Path.cwd()})")
-        return tokenizer.with_template({"default": read_template(path)}, str(path))
+        source = read_template(path.resolve())  # named by the user: wherever it leads
+        return tokenizer.with_template({"default": source}, str(path))
     near = get_close_matches(name, CHAT_TEMPLATES, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown template {name!r}, expected one of {', '.join(CHAT_TEMPLATES)} or a .jinja file{hint}")

@@ -13,9 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tt_data.files import inside, read_object, read_text
 from tt_data.messages import Message
+from tt_data.trial import bare_environment
 
 MAX_TEMPLATE_BYTES = 64 * 1024
+_MAX_FILE_BYTES = 1 << 20  # a template that is too large is refused when it is used
 MAX_OUTPUT_CHARACTERS = 8_000_000
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
 _SECONDS_PER_PAIR = 6e-5
@@ -154,7 +157,7 @@ class ChatTemplate:
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "tt_data.render_worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, encoding="utf-8", errors="surrogatepass", env=_environment(),
+            text=True, encoding="utf-8", errors="surrogatepass", env=bare_environment(),
         )  # fmt: skip
         self._owner = os.getpid()
         weakref.finalize(self, _stop, self._process, self._owner)
@@ -211,12 +214,6 @@ def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield request
 
 
-def _environment() -> dict[str, str]:
-    """What the rendering process may see of ours: no tokens, no keys."""
-    kept = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "TZ", "LD_LIBRARY_PATH") if key in os.environ}
-    return {**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"}
-
-
 def _stop(process: subprocess.Popen[str], owner: int) -> None:
     if owner != os.getpid():  # a forked child holds a copy of the pipes, but the process is not its own
         return
@@ -233,41 +230,45 @@ def find_chat_template(directory: Path, config: Mapping[str, Any]) -> tuple[dict
 
     ``chat_template.jinja`` and ``additional_chat_templates/`` go before ``tokenizer_config.json``, as in transformers.
     """
-    file = directory / "chat_template.jinja"
+    file, folder = directory / "chat_template.jinja", directory / "additional_chat_templates"
     templates: dict[str, str] = {}
-    if file.is_file():
-        templates["default"] = read_template(file)
-    for extra in sorted((directory / "additional_chat_templates").glob("*.jinja")):
-        templates[extra.stem] = read_template(extra)
+    if os.path.lexists(file):
+        templates["default"] = read_template(file, directory)
+    if os.path.lexists(folder) and not inside(folder, directory).is_dir():
+        raise ValueError(f"{folder}: expected a folder of .jinja files")
+    for extra in sorted(folder.glob("*.jinja")):
+        templates[extra.stem] = read_template(extra, directory)
     if templates:
         return templates, str(file)
     source, origin = config.get("chat_template"), directory / "tokenizer_config.json"
     legacy = directory / "chat_template.json"
-    if source is None and legacy.is_file():
-        source, origin = _read_legacy(legacy), legacy
-    if isinstance(source, str):
-        return {"default": source}, str(origin)
+    if source is None and os.path.lexists(legacy):
+        source, origin = read_object(legacy).get("chat_template"), legacy
+        if source is None:
+            raise ValueError(f"{legacy}: expected the key chat_template; add it, or remove the file")
+    return _of_config(source, origin), str(origin)
+
+
+def _of_config(source: Any, origin: Path) -> dict[str, str]:
     if source is None:
-        return {}, str(origin)
+        return {}
+    if isinstance(source, str):
+        return {"default": source}
     try:
-        return {entry["name"]: entry["template"] for entry in source if entry["template"].strip()}, str(origin)
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"{origin}: chat_template must be text, or a list of objects with name and template") from None
+        found = {entry["name"]: entry["template"] for entry in source if entry["template"].strip()}
+    except (TypeError, LookupError, AttributeError):
+        found = {None: None}
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ValueError(
+            f"{origin}: chat_template must be text, or a list of objects with name and template; correct it, or name a "
+            "template (data.template=chatml, llama3, ...)"
+        )
+    return found
 
 
-def read_template(path: Path) -> str:
-    """The text of a .jinja file. Raises ValueError for one that is no text."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def _read_legacy(path: Path) -> Any:
-    try:
-        return json.loads(read_template(path))["chat_template"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path}: expected a JSON object with chat_template ({error})") from None
+def read_template(path: Path, root: Path | None = None) -> str:
+    """The text of a .jinja file of the folder ``root``. Raises ValueError for one that is no text, or too large."""
+    return read_text(path, root, limit=_MAX_FILE_BYTES)
 
 
 def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:

@@ -32,6 +32,16 @@ _WEB_PAGE = re.compile(rb"(?i)<(!doctype\s+html|html|head|body)[\s>]")
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 
+def inside(path: Path, root: Path | None = None) -> Path:
+    """Where ``path`` leads, links and all, if that is inside of ``root`` (its folder, unless given) or among the blobs
+    of a Hugging Face cache that ``root`` is a snapshot of. Raises ValueError that says where else it leads."""
+    target = Path(os.path.realpath(path))
+    folder = Path(os.path.realpath(path.parent if root is None else root))
+    if not target.is_relative_to(folder) and target.parent not in _blobs(folder, target):
+        raise ValueError(f"{path}: a link out of its folder, to {target}; copy what it leads to into the folder")
+    return target
+
+
 def regular(path: Path, root: Path | None = None) -> Path:
     """``path``, if it is a regular file that is inside of ``root`` (its folder, unless given), links and all.
 
@@ -39,10 +49,7 @@ def regular(path: Path, root: Path | None = None) -> Path:
     user named may lead anywhere: pass ``path.resolve()``. Raises ValueError that says what it is and where it leads, or
     FileNotFoundError.
     """
-    target = Path(os.path.realpath(path))
-    inside = Path(os.path.realpath(path.parent if root is None else root))
-    if not target.is_relative_to(inside) and target.parent not in _blobs(inside, target):
-        raise ValueError(f"{path}: a link out of its folder, to {target}; copy the file into the folder")
+    target = inside(path, root)
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
@@ -105,7 +112,11 @@ def stand_in(data: bytes) -> str | None:
 
 def read_text(path: Path, root: Path | None = None, *, limit: int) -> str:
     """The UTF-8 text of a regular file, without a byte order mark. ValueError says which byte is wrong."""
-    data = read_bytes(path, root, limit=limit)
+    return decode_text(read_bytes(path, root, limit=limit), path)
+
+
+def decode_text(data: bytes, path: Path) -> str:
+    """The text of ``data``, which came from ``path``: UTF-8, without a byte order mark. Raises ValueError."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,11 +12,15 @@ from typing import Any
 from tt_data.backend import Backend
 from tt_data.builtin_templates import with_named_template
 from tt_data.chat_template import find_chat_template
-from tt_data.sentencepiece_model import read_sentencepiece
+from tt_data.files import decode_text, json_kind, read_bytes, read_object
+from tt_data.sentencepiece_model import SentencePieceTokenizer
 from tt_data.tokenizer import Tokenizer
-from tt_data.tokenizer_json import JsonTokenizer, read_tokenizer_json
+from tt_data.tokenizer_checks import MAX_ID
+from tt_data.tokenizer_json import MAX_BYTES, JsonTokenizer
 
 _log = logging.getLogger(__name__)
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+_MOST_EOS = 1000
 _FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
@@ -32,13 +36,16 @@ def load_tokenizer(
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(place) for place in path]
     directory, file = find_tokenizer(paths)
-    config = _read_json(directory / "tokenizer_config.json")
+    config = read_object(directory / "tokenizer_config.json")
     if "auto_map" in config:
         _log.warning(
             "%s: auto_map is ignored, code of a model directory never runs", directory / "tokenizer_config.json"
         )
     folders = [place if place.is_dir() else place.parent for place in paths]
-    tokenizer = _build(file, directory, config, folders, text_specials)
+    data = (
+        read_bytes(file.resolve(), limit=MAX_BYTES) if file in paths else read_bytes(file, directory, limit=MAX_BYTES)
+    )
+    tokenizer = _build(file, data, directory, config, folders, text_specials)
     if template is not None:
         return with_named_template(tokenizer, template)
     return tokenizer
@@ -48,7 +55,7 @@ def find_tokenizer(paths: Sequence[Path]) -> tuple[Path, Path]:
     """Folder and tokenizer file of the first path that has one. FileNotFoundError for the last if none does."""
     for place in paths:
         files = [place / name for name in _FILES] if place.is_dir() else [place]
-        found = next((file for file in files if file.is_file()), None)
+        found = next((file for file in files if os.path.lexists(file)), None)
         if found is not None:
             return (place if place.is_dir() else place.parent), found
     last = paths[-1]
@@ -68,25 +75,32 @@ def _missing(path: Path) -> str:
 
 
 def _build(
-    file: Path, directory: Path, config: Mapping[str, Any], folders: Sequence[Path], text_specials: Sequence[str]
+    file: Path,
+    data: bytes,
+    directory: Path,
+    config: Mapping[str, Any],
+    folders: Sequence[Path],
+    text_specials: Sequence[str],
 ) -> Tokenizer:
     names = _token_names(directory, config)
+    name = str(file)
     backend: Backend
-    if _is_json(file):
-        backend = read_tokenizer_json(file)
-        adds_bos = _adds_bos_json(backend, names, config)
-    elif _is_tiktoken(file):
+    if file.suffix == ".json" or data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+        backend = JsonTokenizer(decode_text(data, file), name=name)
+        adds_bos = backend.first is not None and backend.first == _bos_id(backend, names)
+    elif _is_tiktoken(data):
         from tt_data.tiktoken_file import read_tiktoken
 
-        backend = read_tiktoken(file)
+        backend = read_tiktoken(data, name)
         names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", **names}
         adds_bos = True
     else:
-        backend = read_sentencepiece(
-            file, added=_added_tokens(directory, config), prefix_once=bool(config) and not config.get("legacy")
-        )
+        backend = SentencePieceTokenizer(
+            data, added=_added_tokens(directory, config), name=name,
+            prefix_once=bool(config) and not _flag(directory, config, "legacy"),
+        )  # fmt: skip
         names = {**_sentencepiece_names(backend), **names}
-        adds_bos = bool(config.get("add_bos_token", True))
+        adds_bos = _flag(directory, config, "add_bos_token", default=True)
     templates, origin = find_templates(folders)
     return Tokenizer(
         backend, names=names, adds_bos=adds_bos, templates=templates, template_name=origin,
@@ -95,44 +109,63 @@ def _build(
     )  # fmt: skip
 
 
-def _is_json(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(64).lstrip()[:1] == b"{"
-
-
-def _is_tiktoken(file: Path) -> bool:
+def _is_tiktoken(data: bytes) -> bool:
     """A line of base64, a space, a number: Llama 3's own tokenizer.model."""
-    with file.open("rb") as stream:
-        first = stream.readline(1024).split()
+    first = data[:1024].partition(b"\n")[0].split()
     return len(first) == 2 and first[1].isdigit()
 
 
-def _adds_bos_json(backend: JsonTokenizer, names: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+def _bos_id(backend: Backend, names: Mapping[str, Any]) -> int | None:
     bos = names.get("bos_token")
-    index = backend.token_id(bos) if isinstance(bos, str) else None
-    return bool(backend.by_default) and backend.by_default[0] == index
+    return backend.token_id(bos) if isinstance(bos, str) else None
+
+
+def _wrong(file: Path, key: str, expected: str, found: object) -> ValueError:
+    what = json_kind(found) if isinstance(found, (dict, list)) else ascii(found)[:60]
+    return ValueError(f"{file}: {key}: expected {expected}, found {what}; correct the file, or download it again")
+
+
+def _flag(directory: Path, config: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(directory / "tokenizer_config.json", key, "true or false", value)
+    return default if value is None else value
 
 
 def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     """bos_token, eos_token, ... as strings; what tokenizer_config.json says goes before special_tokens_map.json."""
     names: dict[str, Any] = {}
-    for source in (_read_json(directory / "special_tokens_map.json"), config):
+    for file, source in _special_sources(directory, config):
         extra = source.get("extra_special_tokens")
         for key, value in {**(extra if isinstance(extra, Mapping) else {}), **source}.items():
             content = _content_of(value)
             if key.endswith("_token") and content is not None:
                 names[key] = content
+            elif key in _NAMED and value is not None:
+                raise _wrong(file, key, "a text, an object with content, or null", value)
     return names
+
+
+def _special_sources(directory: Path, config: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
+    """Where special tokens are named, the file that counts most last."""
+    older = directory / "special_tokens_map.json"
+    return [(older, read_object(older)), (directory / "tokenizer_config.json", config)]
 
 
 def _more_specials(directory: Path, config: Mapping[str, Any]) -> list[str]:
     """The tokens without a name of their own that the files call special, a user's own among them."""
     found: list[str] = []
-    for source in (_read_json(directory / "special_tokens_map.json"), config):
+    for file, source in _special_sources(directory, config):
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            values = source.get(key)
-            if isinstance(values, list):
-                found += [text for text in map(_content_of, values) if text is not None]
+            values = source.get(key) or []
+            if not isinstance(values, list):
+                if key == "additional_special_tokens" or not isinstance(values, Mapping):
+                    raise _wrong(file, key, "a list of tokens", values)
+                continue
+            for place, value in enumerate(values):
+                if (text := _content_of(value)) is None:
+                    raise _wrong(file, f"{key}[{place}]", "a text, or an object with content", value)
+                found.append(text)
     return found
 
 
@@ -149,37 +182,40 @@ def _sentencepiece_names(backend: Any) -> dict[str, str]:
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
     """Tokens that the sentencepiece model does not hold, with their ids."""
-    try:
-        added = {token: int(index) for token, index in _read_json(directory / "added_tokens.json").items()}
-        decoder = config.get("added_tokens_decoder", {})
-        return added | {str(token["content"]): int(index) for index, token in decoder.items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        where = f"{directory}: added_tokens.json or added_tokens_decoder in tokenizer_config.json"
-        raise ValueError(f"{where}: expected tokens and whole numbers") from None
+    file = directory / "added_tokens.json"
+    added: dict[str, int] = {}
+    for token, index in read_object(file).items():
+        if type(index) is not int or not 0 <= index <= MAX_ID:
+            raise _wrong(file, ascii(token)[:60], f"a whole number from 0 to {MAX_ID:,}", index)
+        added[token] = index
+    file, key = directory / "tokenizer_config.json", "added_tokens_decoder"
+    decoder = config.get(key) or {}
+    if not isinstance(decoder, dict):
+        raise _wrong(file, key, "an object of ids and tokens", decoder)
+    for digits, token in decoder.items():
+        content = _content_of(token)
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 12 and int(digits) <= MAX_ID):
+            raise _wrong(file, key, f"ids from 0 to {MAX_ID:,}", digits)
+        if content is None:
+            raise _wrong(file, f"{key}.{digits}", "a text, or an object with content", token)
+        added[content] = int(digits)
+    return added
 
 
 def find_templates(folders: Sequence[Path]) -> tuple[dict[str, str], str]:
     """The chat templates of the first folder that has any, and the file they came from."""
-    found = (find_chat_template(folder, _read_json(folder / "tokenizer_config.json")) for folder in folders)
+    found = (find_chat_template(folder, read_object(folder / "tokenizer_config.json")) for folder in folders)
     return next((pair for pair in found if pair[0]), ({}, str(folders[-1] / "tokenizer_config.json")))
 
 
 def _generation_eos(folders: Sequence[Path]) -> tuple[int, ...]:
-    files = [folder / name for folder in folders for name in ("generation_config.json", "config.json")]
-    stated = (_read_json(file).get("eos_token_id") for file in files)
-    found = next((value for value in stated if value is not None), None)
-    values = found if isinstance(found, list) else [found]
-    return tuple(value for value in values if isinstance(value, int))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is none. Raises ValueError with the place of a mistake."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); is it a git-lfs pointer or cut off?") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
+    """The ids that end a text, as the nearest file states them."""
+    for file in (folder / name for folder in folders for name in ("generation_config.json", "config.json")):
+        stated = read_object(file).get("eos_token_id")
+        if stated is not None:
+            values = stated if isinstance(stated, list) else [stated]
+            wrong = next((value for value in values if type(value) is not int), None)
+            if wrong is not None or len(values) > _MOST_EOS:
+                raise _wrong(file, "eos_token_id", "a whole number, or a short list of them", wrong or values)
+            return tuple(values)
+    return ()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from tt_data.rendered import Encoded, Rendered, Span, alternatives, join_spans
+from tt_data.trial import try_out
 
 
 class SentencePieceTokenizer:
@@ -22,10 +22,12 @@ class SentencePieceTokenizer:
     ) -> None:  # fmt: skip
         import sentencepiece
 
+        try_out("sentencepiece", model, name)
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:
-            raise ValueError(f"{name}: not a sentencepiece model ({error})") from None
+            said = " ".join(str(error).split())[:200]
+            raise ValueError(f"{name}: not a sentencepiece model ({said}); download the file again") from None
         size = self._model.get_piece_size()
         self.added: dict[str, int] = {
             self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)
@@ -132,8 +134,3 @@ def _token_spans(places: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
     """The tokens that hold a character of each span."""
     starts, ends = [a for a, _ in places], [b for _, b in places]  # both ascend
     return join_spans([(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
-
-
-def read_sentencepiece(path: Path, *, added: Mapping[str, int], prefix_once: bool) -> SentencePieceTokenizer:
-    """The tokenizer of a ``tokenizer.model`` file."""
-    return SentencePieceTokenizer(path.read_bytes(), added=added, prefix_once=prefix_once, name=str(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 from itertools import pairwise
-from pathlib import Path
 
 from tt_data.tokenizer_json import JsonTokenizer
 from tt_data.word_cache import byte_letters
@@ -14,6 +13,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_MOST_LINES, _LONGEST = 1_000_000, 1024  # tokens; bytes of one
 _NUM_SPECIAL = 256
 _SPECIAL = {
     0: "<|begin_of_text|>",
@@ -28,22 +28,42 @@ _SPECIAL = {
 }
 
 
-def read_tiktoken(path: Path) -> JsonTokenizer:
-    """The tokenizer of a tiktoken file, with Llama 3's 256 special tokens behind its ranks."""
-    ranks = _read_ranks(path)
-    return JsonTokenizer(json.dumps(_as_tokenizer_json(ranks)), name=str(path))
+def read_tiktoken(data: bytes, name: str) -> JsonTokenizer:
+    """The tokenizer of a tiktoken file, with Llama 3's 256 special tokens behind its ranks. Raises ValueError."""
+    ranks = _read_ranks(data, name)
+    try:
+        tokenizer = _as_tokenizer_json(ranks)
+    except _UnmadeError as error:
+        raise ValueError(f"{name}: {error}; download the file again") from None
+    return JsonTokenizer(json.dumps(tokenizer), name=name)
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+class _UnmadeError(Exception):
+    """A token that no merges give."""
+
+
+def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    lines = data.splitlines()
+    if len(lines) > _MOST_LINES:
+        raise ValueError(f"{name}: {len(lines):,} lines, expected at most {_MOST_LINES:,}; download the file again")
+    for number, line in enumerate(lines, 1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            spelt, digits = line.split()
+            token, rank = base64.b64decode(spelt, validate=True), int(digits) if digits.isdigit() else -1
         except ValueError:
-            raise ValueError(f"{path}:{number}: expected base64 bytes and a rank, found {line[:40]!r}") from None
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError(f"{path}: the ranks are not 0 to {len(ranks) - 1}, each once")
+            token, rank = b"", -1
+        if not 0 <= rank < len(lines) or not 0 < len(token) <= _LONGEST:
+            expected = f"base64 bytes (1 to {_LONGEST}) and a rank from 0 to {len(lines) - 1}"
+            raise ValueError(f"{name}:{number}: expected {expected}, found {line[:40]!r}; download the file again")
+        if token in ranks:
+            raise ValueError(f"{name}:{number}: {token!r} a second time; download the file again")
+        ranks[token] = rank
+    if len(set(ranks.values())) != len(ranks):
+        raise ValueError(f"{name}: the ranks are not 0 to {len(ranks) - 1}, each once; download the file again")
+    lacking = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
+    if lacking is not None:
+        raise ValueError(f"{name}: no rank for the byte 0x{lacking:02x}, expected all 256; download the file again")
     return ranks
 
 
@@ -82,5 +102,5 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     if len(parts) != 2:
-        raise ValueError(f"token {token!r} cannot be made by merging two lower ones")
+        raise _UnmadeError(f"the token {token!r} cannot be made by merging two lower ones")
     return parts[0], parts[1]

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from tt_data.rendered import Encoded, Rendered, Span, alternatives, join_spans, substitute
+from tt_data.files import json_kind, parse_json
+from tt_data.rendered import Encoded, Rendered, Span, alternatives, check_unicode, join_spans, substitute
+from tt_data.tokenizer_checks import check_tokenizer, first_token, regex_letters
+from tt_data.trial import try_out
 from tt_data.word_cache import make_word_cache
+
+MAX_BYTES = 64 << 20  # the largest known, Gemma 3's, has 34 MB
+_log = logging.getLogger(__name__)
+_MAX_CONTAINERS = 4_000_000  # lists and objects in it: each takes 30 times its text in memory
 
 
 class JsonTokenizer:
@@ -22,22 +29,29 @@ class JsonTokenizer:
     def __init__(self, source: str, *, name: str = "tokenizer.json") -> None:
         from tokenizers import Tokenizer, processors
 
+        data = _parse(source, name)
+        if not check_tokenizer(data, name):
+            try_out("json", source.encode("utf-8", "surrogatepass"), name, regex_letters(data))
         try:
             self._tokenizer = Tokenizer.from_str(source)
-        except Exception as error:
-            raise ValueError(f"{name}: not a tokenizer.json that this version of tokenizers reads ({error})") from None
+        except BaseException as error:
+            raise library_error(error, f"{name}: not a tokenizer.json that this version of tokenizers reads") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.by_default: list[int] = self._tokenizer.encode("a", add_special_tokens=True).ids
+        self.first = first_token(data.get("post_processor"))
         self._tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         added = self._tokenizer.get_added_tokens_decoder()
+        _warn_of_other_ids(data.get("added_tokens", []), added, name)
         self.added: dict[str, int] = {token.content: index for index, token in added.items()}
         self.control: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
         self._typed = alternatives(self.control)
-        self.vocab_size = max(self._tokenizer.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        vocab = data["model"].get("vocab")
+        last = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab or ()) - 1
+        self.vocab_size = max(last, max(added, default=-1)) + 1  # ids may have holes
+        self._name = name
         self._marked: Any = None
         self._markers: dict[str, str] = {}
-        self._words = make_word_cache(self._tokenizer, json.loads(source))
+        self._words = make_word_cache(self._tokenizer, data)
 
     def with_control(self, control: dict[str, int]) -> JsonTokenizer:
         """One on the same vocabulary whose control tokens, never made from text that someone typed, are these."""
@@ -58,7 +72,10 @@ class JsonTokenizer:
         return text
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        try:
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise library_error(error, f"{self._name}: ids from {list(ids[:8])} cannot be decoded") from None
         return text
 
     def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]:
@@ -66,7 +83,10 @@ class JsonTokenizer:
         typed = [row.controls is not None and self._typed.search(row.text) is not None for row in rows]
         if self._words:
             for i, row in enumerate(rows):
-                encoded[i] = None if typed[i] else self._words.encode(row.text, row.trained)
+                try:
+                    encoded[i] = None if typed[i] else self._words.encode(row.text, row.trained)
+                except Exception as error:
+                    raise self._failure(error, [row.text]) from None
         left = [i for i, found in enumerate(encoded) if found is None]
         plain, marked = [i for i in left if not typed[i]], [i for i in left if typed[i]]
         self._encode_into(encoded, plain, [rows[i] for i in plain], self._tokenizer)
@@ -75,13 +95,24 @@ class JsonTokenizer:
             self._encode_into(encoded, marked, [self._mark(rows[i]) for i in marked], tokenizer)
         return [row for row in encoded if row is not None]
 
-    @staticmethod
-    def _encode_into(encoded: list[Encoded | None], places: list[int], rows: list[Rendered], tokenizer: Any) -> None:
+    def _encode_into(
+        self, encoded: list[Encoded | None], places: list[int], rows: list[Rendered], tokenizer: Any
+    ) -> None:
         """Put what the library makes of ``rows`` at ``places``."""
         texts = [row.text for row in rows]
-        for i, row, encoding in zip(places, rows, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True):
+        try:
+            found = tokenizer.encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:
+            raise self._failure(error, texts) from None
+        for i, row, encoding in zip(places, rows, found, strict=True):
             ids = encoding.ids
             encoded[i] = Encoded(ids, _token_spans(encoding, row.trained, len(ids)))
+
+    def _failure(self, error: BaseException, texts: Sequence[str]) -> BaseException:
+        for text in texts:
+            check_unicode(text)
+        about = f"{texts[0][:40]!a}" if len(texts) == 1 else f"one of {len(texts)} texts, the first {texts[0][:40]!a}"
+        return library_error(error, f"{self._name}: the tokenizers library cannot encode {about}")
 
     def _mark(self, row: Rendered) -> Rendered:
         edits = [(a, b, self._markers[row.text[a:b]]) for a, b in row.controls or ()]
@@ -103,6 +134,35 @@ class JsonTokenizer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._words = make_word_cache(self._tokenizer, json.loads(self.to_str()))
+
+
+def _parse(source: str, name: str) -> dict[str, Any]:
+    if (count := source.count("[") + source.count("{")) > _MAX_CONTAINERS:
+        raise ValueError(f"{name}: {count:,} lists and objects, expected at most {_MAX_CONTAINERS:,}; not a tokenizer")
+    data = parse_json(source, name)
+    if not isinstance(data, dict):
+        raise ValueError(f"{name}: expected a JSON object with model and added_tokens, found {json_kind(data)}")
+    return data
+
+
+def library_error(error: BaseException, about: str) -> BaseException:
+    """What to raise for an error of the tokenizers library: a panic of Rust is neither an Exception nor one line."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        return error  # an interrupt
+    said = " ".join(str(error).split())[:300].encode("ascii", "backslashreplace").decode()
+    return ValueError(f"{about} ({said}); download the file again, or do not trust it")
+
+
+def _warn_of_other_ids(tokens: Sequence[dict[str, Any]], added: dict[int, Any], name: str) -> None:
+    """The library gives a token that the model's vocabulary lacks the next free id, whatever the file says."""
+    found = {token.content: index for index, token in added.items()}
+    for token in tokens:
+        if found.get(token["content"], token["id"]) != token["id"]:
+            _log.warning(
+                "%s: the added token %a has id %d in the file, but the library gives it %d, which is used here",
+                name, token["content"], token["id"], found[token["content"]],
+            )  # fmt: skip
+            return
 
 
 def _rename_tokens(source: str, names: dict[str, str]) -> str:
@@ -133,8 +193,3 @@ def _token_spans(encoding: Any, spans: Sequence[Span], count: int) -> list[Span]
             last += 1
         found.append((first, last + 1))
     return join_spans(found)
-
-
-def read_tokenizer_json(path: Path) -> JsonTokenizer:
-    """The tokenizer of a ``tokenizer.json`` file."""
-    return JsonTokenizer(path.read_text(encoding="utf-8"), name=str(path))

@@ -16,6 +16,31 @@ from tt_data.rendered import Encoded, Span, join_spans
 _MAX_WORDS = 200_000
 _MAX_LETTERS = 100  # of a word that is kept: what is longer hardly comes twice
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_NUMBERS = (r"\p{N}{1,3}", r"\p{N}")
+_LINES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SHORT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD, _OTHER = r"[^\r\n\p{L}\p{N}]?\p{L}+", r"[^\s\p{L}\p{N}]+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+)
+_DEEPSEEK = (
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+    r"| ?[\p{P}\p{S}]+[\r\n]*" + _LINES
+)
+# The splitting expressions of public models. They take a time that grows with the text, whatever the text is; another
+# one may backtrack, and Python's engine has no limit to that.
+KNOWN_PATTERNS = frozenset(
+    (
+        _GPT2,
+        *(f"{_SHORT}|{_WORD}|{n}| ?{_OTHER}[\\r\\n]*{_LINES}" for n in _NUMBERS),
+        *(f"{_CASED % (s, s)}|{n}| ?{_OTHER}[\\r\\n/]*{_LINES}" for n in _NUMBERS for s in ("", f"{_SHORT}?")),
+        _DEEPSEEK,
+        _DEEPSEEK.replace(r"\r\n", "\r\n"),  # as its file has it
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        *(r"\p{N}", r"\p{N}{1,3}", r"\d", r"\d{1,3}", "[0-9]", "[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+"),
+    )
+)
 _CLASSES = {
     r"\p{L}": "a-zA-Z", r"\p{Lu}": "A-Z", r"\p{Ll}": "a-z", r"\p{Lt}": "", r"\p{Lm}": "", r"\p{Lo}": "",
     r"\p{N}": "0-9", r"\p{Nd}": "0-9", r"\p{M}": "",
@@ -120,9 +145,9 @@ def make_word_cache(tokenizer: Any, data: dict[str, Any]) -> WordCache | None:
         return None
     pattern = _splitting_pattern(data.get("pre_tokenizer"))
     flags = ("single_word", "lstrip", "rstrip")
-    if pattern is None or any(token.get(flag) for token in data["added_tokens"] for flag in flags):
+    if pattern is None or any(token.get(flag) for token in data.get("added_tokens", ()) for flag in flags):
         return None
-    added = {token["content"]: token["id"] for token in data["added_tokens"]}
+    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
     return WordCache(tokenizer, pattern, added)
 
 
@@ -136,7 +161,7 @@ def _splitting_pattern(pre_tokenizer: Any) -> re.Pattern[str] | None:
     if not isinstance(pre_tokenizer, dict):
         return None
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+    if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
     if len(steps) == 1:
         return to_ascii_pattern(_GPT2) if steps[0].get("use_regex", True) else None
@@ -144,7 +169,8 @@ def _splitting_pattern(pre_tokenizer: Any) -> re.Pattern[str] | None:
     is_plain = split.get("type") == "Split" and split.get("behavior") == "Isolated" and not split.get("invert")
     if len(steps) != 2 or not is_plain or steps[1].get("use_regex", True) or "Regex" not in split["pattern"]:
         return None
-    return to_ascii_pattern(split["pattern"]["Regex"])
+    known = split["pattern"]["Regex"]
+    return to_ascii_pattern(known) if known in KNOWN_PATTERNS else None
 
 
 def to_ascii_pattern(pattern: str) -> re.Pattern[str] | None:

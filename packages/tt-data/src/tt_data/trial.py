@@ -1,0 +1,149 @@
+"""A tokenizer file tried out in a process of its own: ``python trial.py json`` reads the file from stdin.
+
+The libraries that read tokenizer files are Rust and C++: on a hostile file they abort, take all memory, or never come
+back, and Python cannot stop them. Whatever is not of a shape known to be harmless loads and encodes here first, under
+limits. The program imports nothing of ours, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_LOAD_SECONDS, _ENCODE_SECONDS = 3, 3  # of CPU time; and a second for each 10 MB of the file
+_WALL_SECONDS = 30  # if the system knows no limit on CPU time, or is very busy
+_MEMORY = 1 << 30  # and ten times the size of the file
+_LONG, _SHORT = 50_000, 3_000
+_RUNS = "a \n0!_.A\t\u00e9\u65e5"
+_MOST_IDS = 20  # for a byte of text
+
+
+def try_out(kind: str, data: bytes, name: str, letters: str = "") -> None:
+    """Raise ValueError if the library cannot load ``data`` (``kind``: json or sentencepiece) and encode and decode with
+    it in little time and memory. ``letters``: characters of which it may treat long runs in a way of its own."""
+    command = [sys.executable, "-P", __file__, kind, letters]
+    try:
+        done = subprocess.run(
+            command, input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=bare_environment(),
+            timeout=_WALL_SECONDS, check=False,
+        )  # fmt: skip
+        said, status = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as late:
+        said, status = late.stdout or b"", -9
+    lines = said.decode("utf-8", "replace").splitlines() or ['{"stage": "it starts"}']
+    last = json.loads(lines[-1])
+    if "done" in last:
+        return
+    why = last.get("error") or (
+        "it takes too much time" if status in (-24, -9) else "it needs too much memory, or dies"
+    )
+    stage = last.get("stage") or json.loads(lines[-2])["stage"] if len(lines) > 1 else last.get("stage", "it starts")
+    raise ValueError(
+        f"{name}: the library that reads it fails when {stage}: {why}; download the file again, or do not trust it"
+    )
+
+
+def bare_environment() -> dict[str, str]:
+    """What a process that works on untrusted files may see of ours: no tokens, no keys."""
+    kept = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "TZ", "LD_LIBRARY_PATH") if key in os.environ}
+    return {**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"}
+
+
+# ---- in the process ----------------------------------------------------------------------------------------------
+
+Codec = tuple[Callable[[str], Any], Callable[[Any], Any]]
+
+
+def main(kind: str, letters: str) -> None:
+    """Try out the file on stdin; a line of JSON for each stage."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    data = sys.stdin.buffer.read()
+    _limit_memory(_MEMORY + 10 * len(data))
+    _say(stage="it is loaded")
+    _limit_time(_LOAD_SECONDS + len(data) // 10_000_000)
+    try:
+        encode, decode = _read_json(data) if kind == "json" else _read_sentencepiece(data)
+        _limit_time(_ENCODE_SECONDS)
+        for text in probes(letters):
+            _say(stage=f"it encodes {text[:12]!a}... ({len(text)} characters)")
+            ids = encode(text)
+            if len(ids) > 1000 + _MOST_IDS * len(text.encode()):
+                raise ValueError(f"it makes {len(ids)} ids of it")
+            _say(stage=f"it decodes {len(ids)} ids")
+            decode(ids[:1000])
+    except BaseException as error:  # a panic of Rust is no Exception
+        _say(error=" ".join(f"{error}".split())[:200].encode("ascii", "backslashreplace").decode() or "it fails")
+        return
+    _say(done=True)
+
+
+def probes(letters: str) -> Iterator[str]:
+    """Texts that a tokenizer must stand: all characters, and long runs, at whose end a match may fail."""
+    yield "Hello world, 123!\n\tna\u00efve \u65e5\u672c\u8a9e \U0001f986\u200d"
+    yield from ("", "\0", " ", "\u0301")
+    yield "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x1FC00)]))
+    for letter in _RUNS:
+        yield letter * _LONG + ("!" if letter != "!" else "a")
+        yield letter * _LONG
+    for letter in letters:
+        yield letter * _SHORT + "\u2581x\n"
+    yield ("aA0 .\n" + letters) * (_LONG // 10)
+
+
+def _read_json(data: bytes) -> Codec:
+    from tokenizers import Tokenizer
+
+    found = Tokenizer.from_str(data.decode())
+    found.no_truncation()
+    found.no_padding()
+
+    def decode(ids: Any) -> None:
+        for skip in (False, True):
+            found.decode(ids, skip_special_tokens=skip)
+
+    return lambda text: found.encode(text, add_special_tokens=False).ids, decode
+
+
+def _read_sentencepiece(data: bytes) -> Codec:
+    import sentencepiece
+
+    found = sentencepiece.SentencePieceProcessor(model_proto=data)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = found.encode(text, out_type="offset_mapping")["ids"]
+        return ids
+
+    return encode, found.decode
+
+
+def _say(**facts: object) -> None:
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
+
+
+def _limit_memory(limit: int) -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _limit_time(seconds: int) -> None:
+    try:
+        import resource
+    except ImportError:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds, hard))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])
