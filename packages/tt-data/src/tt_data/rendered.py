@@ -50,8 +50,30 @@ def substitute(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence
 
 def alternatives(strings: Iterable[str]) -> re.Pattern[str]:
     """A pattern that finds any of ``strings``, the longest first; nothing where there are none."""
-    ordered = sorted(filter(None, strings), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+    ordered = sorted(set(filter(None, strings)))
+    try:
+        return re.compile(_branches(ordered, 0, len(ordered), 0) or r"(?!)")
+    except RecursionError:  # each the beginning of the next one, hundreds of times
+        return re.compile("|".join(map(re.escape, sorted(ordered, key=len, reverse=True))))
+
+
+def _branches(ordered: Sequence[str], low: int, high: int, depth: int) -> str:
+    """The pattern of what follows the first ``depth`` characters, which ``ordered[low:high]`` share: a tree, which
+    takes a time that does not grow with the number of strings."""
+    ends_here = len(ordered[low]) == depth if low < high else False
+    low += ends_here
+    parts: list[str] = []
+    while low < high:
+        first = ordered[low]
+        stop = next((i for i in range(low + 1, high) if ordered[i][depth] != first[depth]), high)
+        last, shared = ordered[stop - 1], depth + 1
+        while shared < min(len(first), len(last)) and first[shared] == last[shared]:
+            shared += 1
+        parts.append(re.escape(first[depth:shared]) + _branches(ordered, low, stop, shared))
+        low = stop
+    if len(parts) == 1 and not ends_here:
+        return parts[0]
+    return f"(?:{'|'.join(parts)}){'?' if ends_here else ''}" if parts else ""
 
 
 def join_spans(spans: Sequence[Span]) -> list[Span]:

@@ -27,11 +27,11 @@ class SpecialTokens:
 
     def __init__(self, strings: Iterable[str]) -> None:
         known = self.strings = [text for text in strings if text]
-        beginnings = {token[:n] for token in known for n in range(1, len(token))}
+        self._beginnings = {token[:n] for token in known for n in range(1, len(token))}
+        self._longest = max(map(len, self._beginnings), default=0)
         self._whole = alternatives(known)
-        self._breakable = re.compile(f"{self._whole.pattern}|(?:{alternatives(beginnings).pattern})\\Z")
-        spelt = [json.dumps(token)[1:-1] for token in known] + [json.dumps(token)[1:] for token in beginnings]
-        self._suspect = alternatives(spelt)  # in a conversation's JSON: one that may need breaking
+        firsts = {json.dumps(token[0])[1:-1] for token in known}
+        self._suspect = alternatives(firsts)  # in a conversation's JSON: one that may need breaking
 
     def notes(self, text: str) -> tuple[str, ...]:
         """What a report says of the special tokens that ``text`` spells."""
@@ -48,10 +48,7 @@ class SpecialTokens:
     def _broken(self, value: Any, nonce: str, found: set[str]) -> Any:
         """A string that ends like the beginning of a special token is broken too: the template may write the rest."""
         if isinstance(value, str):
-            for match in self._whole.finditer(value):
-                found.add(match.group())
-            text = self._breakable.sub(lambda m: m.group()[0] + nonce + m.group()[1:], value)
-            return text if text != value else value
+            return self._broken_text(value, nonce, found)
         if isinstance(value, Mapping):
             items = {self._broken(k, nonce, found): self._broken(v, nonce, found) for k, v in value.items()}
             same = all(a is b and items[a] is value[b] for a, b in zip(items, value, strict=True))
@@ -60,6 +57,21 @@ class SpecialTokens:
             values = [self._broken(item, nonce, found) for item in value]
             return values if any(a is not b for a, b in zip(values, value, strict=True)) else value
         return value
+
+    def _broken_text(self, text: str, nonce: str, found: set[str]) -> str:
+        places: list[int] = []
+        end = 0
+        for match in self._whole.finditer(text):
+            found.add(match.group())
+            places.append(match.start() + 1)
+            end = match.end()
+        for start in range(max(end, len(text) - self._longest), len(text)):
+            if text[start:] in self._beginnings:
+                places.append(start + 1)
+                break
+        if not places:
+            return text
+        return nonce.join(text[a:b] for a, b in pairwise([0, *places, len(text)]))
 
     def mended(self, text: str, trained: list[Span], nonce: str) -> Rendered:
         """A rendering of broken content without the nonces, and with the places of the tokens that were whole in it."""

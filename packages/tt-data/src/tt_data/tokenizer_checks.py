@@ -11,7 +11,7 @@ from tt_data.word_cache import KNOWN_PATTERNS
 
 MAX_ID = (1 << 24) - 1  # of a token: the largest vocabularies have a quarter of a million
 _MAX_TOKEN = 4096  # characters
-_MAX_ADDED = 1 << 16
+_MAX_ADDED, _MAX_ADDED_TOKEN, _MAX_ADDED_CHARACTERS = 1 << 16, 256, 1_000_000
 _MAX_WORD = 1000  # characters of a word that WordPiece takes apart, in time that grows with their square
 _HARMLESS = frozenset(
     (
@@ -64,10 +64,13 @@ def _check_added(tokens: Any) -> None:
         _expect(isinstance(token, dict), key, "an object with id and content", token)
         index, content = token.get("id"), token.get("content")
         _expect(_is_id(index), f"{key}.id", f"a whole number from 0 to {MAX_ID:,}", index)
-        _expect(isinstance(content, str) and len(content) <= _MAX_TOKEN, f"{key}.content", "a short text", content)
+        short = isinstance(content, str) and len(content) <= _MAX_ADDED_TOKEN
+        _expect(short, f"{key}.content", f"a text of at most {_MAX_ADDED_TOKEN} characters", content)
         _expect(
             ids.setdefault(content, index) == index, f"{key}.id", f"{ids[content]} as before for {content!a}", index
         )
+    total = sum(map(len, ids))
+    _expect(total <= _MAX_ADDED_CHARACTERS, "added_tokens", f"{_MAX_ADDED_CHARACTERS:,} characters in all", total)
 
 
 def _is_id(value: object) -> bool:
@@ -76,10 +79,13 @@ def _is_id(value: object) -> bool:
 
 def _check_model(model: Any) -> bool:
     _expect(isinstance(model, dict), "model", "an object with type and vocab", model)
-    kind, vocab = model.get("type"), model.get("vocab")
+    kind, vocab, unknown = model.get("type"), model.get("vocab"), model.get("unk_token")
+    for key, value in model.items():
+        short = not isinstance(value, str) or len(value) <= _MAX_TOKEN
+        _expect(short, f"model.{key[:40]}", "a short text", value)
     if kind == "Unigram":
         _check_pieces(vocab)
-        return True
+        return model.get("unk_id") is not None  # else it must know all characters
     if kind not in ("BPE", "WordPiece", "WordLevel"):
         return False  # an old file without a type, or one that the library will refuse
     _expect(isinstance(vocab, dict), "model.vocab", "an object of tokens and ids", vocab)
@@ -87,6 +93,8 @@ def _check_model(model: Any) -> bool:
     if wrong is not None:
         _expect(False, f"model.vocab[{wrong[:40]!a}]", f"a whole number from 0 to {MAX_ID:,}", vocab[wrong])
     _check_lengths(vocab)
+    if kind != "BPE":
+        _expect(unknown in vocab, "model.unk_token", "a token of the vocabulary", unknown)
     dropout = model.get("dropout")
     _expect(not dropout, "model.dropout", "null (the same text must give the same ids)", dropout)
     longest = model.get("max_input_chars_per_word", 0)

@@ -19,6 +19,8 @@ _LOAD_SECONDS, _ENCODE_SECONDS = 3, 3  # of CPU time; and a second for each 10 M
 _WALL_SECONDS = 30  # if the system knows no limit on CPU time, or is very busy
 _MEMORY = 1 << 30  # and ten times the size of the file
 _LONG, _SHORT = 50_000, 3_000
+_LOADED = "is loaded"
+_FILES = {"json": "tokenizer.json", "sentencepiece": "sentencepiece model"}
 _RUNS = "a \n0!_.A\t\u00e9\u65e5"
 _MOST_IDS = 20  # for a byte of text
 
@@ -35,16 +37,17 @@ def try_out(kind: str, data: bytes, name: str, letters: str = "") -> None:
         said, status = done.stdout, done.returncode
     except subprocess.TimeoutExpired as late:
         said, status = late.stdout or b"", -9
-    lines = said.decode("utf-8", "replace").splitlines() or ['{"stage": "it starts"}']
-    last = json.loads(lines[-1])
-    if "done" in last:
+    lines = [json.loads(line) for line in said.decode("utf-8", "replace").splitlines() if line.endswith("}")]
+    facts: dict[str, str] = {"stage": "is started"}
+    for line in lines:
+        facts |= line
+    if "done" in facts:
         return
-    why = last.get("error") or (
-        "it takes too much time" if status in (-24, -9) else "it needs too much memory, or dies"
-    )
-    stage = last.get("stage") or json.loads(lines[-2])["stage"] if len(lines) > 1 else last.get("stage", "it starts")
+    why = facts.get("error") or ("too much time" if status in (-24, -9) else "too much memory, or a crash")
+    if facts["stage"] == _LOADED and "error" in facts:
+        raise ValueError(f"{name}: not a {_FILES[kind]} ({why}); download the file again")
     raise ValueError(
-        f"{name}: the library that reads it fails when {stage}: {why}; download the file again, or do not trust it"
+        f"{name}: this {_FILES[kind]} fails when it {facts['stage']} ({why}); download it again, or do not trust it"
     )
 
 
@@ -64,17 +67,17 @@ def main(kind: str, letters: str) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     data = sys.stdin.buffer.read()
     _limit_memory(_MEMORY + 10 * len(data))
-    _say(stage="it is loaded")
+    _say(stage=_LOADED)
     _limit_time(_LOAD_SECONDS + len(data) // 10_000_000)
     try:
         encode, decode = _read_json(data) if kind == "json" else _read_sentencepiece(data)
         _limit_time(_ENCODE_SECONDS)
         for text in probes(letters):
-            _say(stage=f"it encodes {text[:12]!a}... ({len(text)} characters)")
+            _say(stage=f"encodes {text[:12]!a}... ({len(text)} characters)")
             ids = encode(text)
             if len(ids) > 1000 + _MOST_IDS * len(text.encode()):
                 raise ValueError(f"it makes {len(ids)} ids of it")
-            _say(stage=f"it decodes {len(ids)} ids")
+            _say(stage=f"decodes {len(ids)} ids")
             decode(ids[:1000])
     except BaseException as error:  # a panic of Rust is no Exception
         _say(error=" ".join(f"{error}".split())[:200].encode("ascii", "backslashreplace").decode() or "it fails")
