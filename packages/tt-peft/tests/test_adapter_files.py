@@ -241,7 +241,7 @@ def test_a_mangled_folder_is_an_error_of_ours_or_loads(folder, make_lm):
                 warnings.simplefilter("ignore")
                 tt_peft.load_adapter(make_lm(), folder)
     (folder / "adapter_config.json").write_text("[" * 100_000)
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="not valid JSON: nested too deeply"):
         tt_peft.load_adapter(make_lm(), folder)
 
 
@@ -262,7 +262,7 @@ def test_damaged_and_missing_files_are_named(folder, make_lm, tmp_path):
     weights = folder / "adapter_model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is damaged or not a safetensors file"):
         tt_peft.load_adapter(make_lm(), folder)
     weights.unlink()
     (folder / "adapter_model.bin").write_bytes(b"")
@@ -275,10 +275,10 @@ def test_damaged_and_missing_files_are_named(folder, make_lm, tmp_path):
     ):
         tt_peft.load_adapter(make_lm(), folder)
     (folder / "adapter_config.json").write_text('{"r": 4')
-    with pytest.raises(ValueError, match=r"adapter_config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config.json:1:8: not valid JSON"):
         tt_peft.load_adapter(make_lm(), folder)
     (folder / "adapter_config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"must hold a JSON object, found a list"):
+    with pytest.raises(ValueError, match=r"expected a JSON object, found \[\]"):
         tt_peft.load_adapter(make_lm(), folder)
 
 

@@ -14,7 +14,8 @@ from tt_peft.apply import spec_of, stacked_names, target_names
 from tt_peft.config import LoRAConfig
 from tt_peft.fingerprint import difference
 from tt_peft.lowrank import low_ranks
-from tt_peft.patterns import known, named
+from tt_peft.patterns import known, named, owner_of
+from tt_peft.shown import listed, plain
 from tt_peft.switch import modules_of
 from tt_peft.targets import full_matches, is_linear, own_modules
 
@@ -26,17 +27,23 @@ def check_base_of(
 ) -> None:
     """``file`` holds the adapter's weights. Whether they were trained on a base such as this model."""
     trained_on = settings.get("base_model_name_or_path")
+    trained_on = trained_on if isinstance(trained_on, str) else None  # config_from_peft refuses anything else
     here = base_model or getattr(getattr(model, "config", None), "_name_or_path", None)
-    title = f"{file.parent}: this adapter was trained on {trained_on or 'another base'}"
+    title = f"{plain(file.parent)}: this adapter was trained on {plain(trained_on) if trained_on else 'another base'}"
     if BASE_KEY in metadata:
         try:
             different = difference(json.loads(metadata[BASE_KEY]), model)
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{file}: the metadata {BASE_KEY!r} is damaged") from None
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+            raise ValueError(f"{plain(file)}: the metadata {BASE_KEY!r} is damaged; save the adapter again") from None
         if different:
-            raise ValueError(f"{title}, but the model here{f' ({here})' if here else ''} is another: {different}")
-    elif base_model and trained_on and Path(base_model).name != Path(str(trained_on)).name:
-        raise ValueError(f"{title}, but the model here is {base_model}; pass check_base=False if they are the same")
+            raise ValueError(
+                f"{title}, but the model here{f' ({plain(here)})' if here else ''} is another: {different}; load it "
+                "over the base that it was trained on"
+            )
+    elif base_model and trained_on and Path(base_model).name != Path(trained_on).name:
+        raise ValueError(
+            f"{title}, but the model here is {plain(base_model)}; pass check_base=False if they are the same"
+        )
 
 
 def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
@@ -47,8 +54,8 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
     endings, not as whole parts: "norm" means "input_layernorm" too; targets in a saved module get no adapter. The
     weight of a linear layer among ``target_parameters`` (transformers 5 has routers as plain parameters) is that layer.
     """
-    names = list(own_modules(model))
-    saved = tuple(name for name in names if name.endswith(config.modules_to_save))
+    names, ends = list(own_modules(model)), frozenset(config.modules_to_save)
+    saved = tuple(name for name in names if any(name[start:] in ends for start in range(len(name))))
     targets, excluded = config.target_modules, config.exclude_modules
     try:
         ranks, alphas = config.ranks, config.alphas
@@ -61,7 +68,8 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
         layers, parameters = _split_parameters(model, config.target_parameters)
         config = config.with_(target_parameters=parameters)
         chosen = list(dict.fromkeys([*target_names(model, config), *layers]))
-        outside = tuple(n for n in chosen if not any(n == s or n.startswith(f"{s}.") for s in saved))
+        owners = frozenset(saved)
+        outside = tuple(name for name in chosen if owner_of(name, owners) is None)
         if layers or len(outside) < len(chosen):
             config = config.with_(
                 target_modules=outside, exclude_modules=(), layers_to_transform=None, layers_pattern=()
@@ -73,15 +81,15 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
             rank_pattern=own_ranks | ranks.meaning(adapted), alpha_pattern=own_alphas | alphas.meaning(adapted)
         )
     except ValueError as error:
-        raise ValueError(f"{folder}: the adapter does not fit this model: {error}") from None
+        raise ValueError(f"{plain(folder)}: the adapter does not fit this model: {error}") from None
 
 
 def _split_parameters(model: nn.Module, targets: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """The linear layers whose weights are among ``target_parameters``, and the rest of these."""
     weights = [f"{name}.weight" for name, module in own_modules(model).items() if is_linear(module)]
     of_layers = known(targets, weights)
-    layers = [name.removesuffix(".weight") for name in named(of_layers, weights)]
-    return layers, tuple(target for target in targets if target not in of_layers)
+    layers, kept = [name.removesuffix(".weight") for name in named(of_layers, weights)], frozenset(of_layers)
+    return layers, tuple(target for target in targets if target not in kept)
 
 
 def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> LoRAConfig:
@@ -93,33 +101,65 @@ def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> L
     return config if own == {widest} else config.with_(dtype=widest)
 
 
+def check_amount(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
+    """A file may claim any size; no adapter has many times the values of its base."""
+    held, base = sum(tensor.numel() for tensor in state.values()), sum(p.numel() for p in model.parameters())
+    if held > 8 * base + (1 << 20):
+        key = max(state, key=lambda key: state[key].numel())
+        raise ValueError(
+            f"{plain(file)}: {held:,} values, the model has {base:,}: not an adapter of it; the largest tensor is "
+            f"{key} {list(state[key].shape)}; take the adapter of this base"
+        )
+
+
 def check_finite(state: dict[str, Tensor], file: Path) -> None:
     for key, tensor in state.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{file}: {key} is {tensor.dtype}, expected floating point numbers")
+            raise ValueError(
+                f"{plain(file)}: {key} is {tensor.dtype}, expected floating point numbers; save the adapter again"
+            )
         if tensor.numel() == 0:
             raise ValueError(
-                f"{file}: {key} is empty: the shards of DeepSpeed ZeRO-3 or FSDP were not gathered when it was saved; "
-                "save the adapter again from the gathered model"
+                f"{plain(file)}: {key} is empty: the shards of DeepSpeed ZeRO-3 or FSDP were not gathered when it was "
+                "saved; save the adapter again from the gathered model"
             )
-        if not torch.isfinite(tensor.float()).all():
-            raise ValueError(f"{file}: {key} has NaN or infinite values: its training went wrong")
+        if not (finite := torch.isfinite(tensor.float())).all():
+            wrong = finite.numel() - int(finite.sum())
+            raise ValueError(
+                f"{plain(file)}: {key} has NaN or infinite values ({wrong:,} of {finite.numel():,}): its training went "
+                "wrong; take an earlier checkpoint of it"
+            )
+
+
+def check_ranks(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """Before memory is reserved: the ranks of the config must be those of the tensors."""
+    largest = max((max(tensor.shape, default=0) for tensor in state.values()), default=0)
+    for name in target_names(model, config) + stacked_names(model, config):
+        rank = spec_of(name, config).rank
+        found = state.get(f"{name}.lora_A.weight", state.get(f"{name}.lora_embedding_A"))
+        if rank > (largest if found is None or not found.dim() else len(found)):
+            shape = f"has shape {list(found.shape)}" if found is not None else "is smaller"
+            raise ValueError(
+                f"{plain(folder)}: adapter_config.json gives {name} rank {rank:,} (r, rank_pattern), but its lora_A "
+                f"{shape} in the weights; take both files of one adapter"
+            )
 
 
 def check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
     """An adapter file for more or fewer layers than the model has is of another base."""
     stacked = {name.rpartition(".")[0] for name in stacked_names(model, config)}
-    wanted, saved = {*target_names(model, config), *stacked}, config.modules_to_save
+    wanted, saved = {*target_names(model, config), *stacked}, frozenset(config.modules_to_save)
     found = {key.split(".lora_", 1)[0].replace(".base_layer", "") for key in state if ".lora_" in key}
-    strangers = {key for key in state if ".lora_" not in key and not any(key.startswith(f"{name}.") for name in saved)}
+    strangers = {key for key in state if ".lora_" not in key and owner_of(key, saved) is None}
     for title, names in (
         ("has no weights for", wanted - found),
         ("has weights for unknown", found - wanted | strangers),
     ):
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            listed = ", ".join(sorted(names)[:3])
-            raise ValueError(f"{folder}: the adapter is of another base or kind: it {title} {listed}{more}")
+            raise ValueError(
+                f"{plain(folder)}: the adapter is of another base or kind: it {title} {listed(names)}; load it over "
+                "the base that it was trained on"
+            )
 
 
 def check_same(model: nn.Module, config: LoRAConfig, adapter: str, folder: Path) -> None:
@@ -133,4 +173,7 @@ def check_same(model: nn.Module, config: LoRAConfig, adapter: str, folder: Path)
                 ("use_dora", own.config.use_dora, given.config.use_dora),
             ):
                 if here != there:
-                    raise ValueError(f"{folder}: {what} is {there} for {name}, but the model's {adapter!r} has {here}")
+                    raise ValueError(
+                        f"{plain(folder)}: {what} is {there} for {name}, but the model's {adapter!r} has {here}; load "
+                        "it under another adapter name"
+                    )

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,27 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tt_peft.adapter_checks import BASE_KEY, as_here, check_base_of, check_finite, check_same, check_targets, precise
+from tt_peft.adapter_checks import (
+    BASE_KEY,
+    as_here,
+    check_amount,
+    check_base_of,
+    check_finite,
+    check_ranks,
+    check_same,
+    check_targets,
+    precise,
+)
 from tt_peft.apply import apply_lora_
 from tt_peft.config import LoRAConfig
 from tt_peft.embeddings import take_embeddings
+from tt_peft.files import HEADER_BYTES, read_json, read_start, write
 from tt_peft.fingerprint import encode, fingerprint
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import low_ranks, whole
 from tt_peft.peft_config import Members, config_from_peft, config_to_peft
 from tt_peft.saved import SavedModule
+from tt_peft.shown import listed, plain, shown
 from tt_peft.stacked import StackedLoRA
 from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
 from tt_peft.switch import (
@@ -38,6 +51,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAMED = re.compile(r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.default(\.weight)?$")
+LONGEST_NAME = 500  # characters of a tensor's name
 _START = (".start_A.weight", ".start_B.weight")
 
 
@@ -59,9 +73,9 @@ def save_adapter(
         return folder
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     metadata = {"format": "pt", BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
-    _write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
+    write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
     settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)
-    _write(folder / CONFIG_FILE, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
+    write(folder / CONFIG_FILE, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
     return folder
 
 
@@ -115,6 +129,7 @@ def load_adapter(
     folder, file = Path(path), Path(path) / WEIGHTS_FILE
     settings = read_adapter_config(folder)
     state, metadata = read_adapter_weights(folder)
+    check_amount(model, state, file)
     if check_base:
         check_base_of(model, file, settings, metadata, base_model)
     check_finite(state, file)
@@ -123,6 +138,7 @@ def load_adapter(
     config = as_here(model, config, folder)
     config = config.with_(modules_to_save=tuple(dict.fromkeys((*config.modules_to_save, *brought))))
     check_targets(model, config, state, folder)
+    check_ranks(model, config, state, folder)
     fresh = adapter not in adapter_names(model)
     active, trained = active_adapters(model), [p for p in model.parameters() if p.requires_grad]
     if fresh:
@@ -142,7 +158,7 @@ def load_adapter(
             set_adapter_(model, active)
             for parameter in trained:
                 parameter.requires_grad_(True)
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{plain(file)}: {error}") from None
     return config
 
 
@@ -157,16 +173,13 @@ def _widen_(model: nn.Module, state: dict[str, Tensor], adapter: str) -> None:
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """``adapter_config.json`` of an adapter folder."""
     folder, file = Path(folder), Path(folder) / CONFIG_FILE
-    if not file.is_file():
-        present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"{file} not found: not an adapter folder (there is: {present or 'nothing'})")
-    try:
-        settings = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"{file} must hold a JSON object, found a {type(settings).__name__}")
-    return settings
+    if not os.path.lexists(file):
+        present = listed([p.name for p in folder.iterdir()], 8) if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(
+            f"{plain(file)} not found: not an adapter folder (there is: {present or 'nothing'}); give the folder that "
+            "save_adapter or PEFT wrote"
+        )
+    return read_json(file)
 
 
 def _plain_key(key: str) -> str:
@@ -178,18 +191,52 @@ def _plain_key(key: str) -> str:
 def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of an adapter folder without the ``base_model.model.`` prefix, and the file's metadata."""
     file = Path(folder) / WEIGHTS_FILE
-    if not file.is_file():
-        pickled = (Path(folder) / "adapter_model.bin").is_file()
+    if not os.path.lexists(file):
+        pickled = os.path.lexists(Path(folder) / "adapter_model.bin")
         why = ": adapter_model.bin is a pickle, which can run code; save it again with safe_serialization=True"
-        raise FileNotFoundError(f"{file} not found{why if pickled else ''}")
+        raise FileNotFoundError(f"{plain(file)} not found{why if pickled else '; save the adapter again'}")
+    check_header(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {_plain_key(key): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            keys = list(opened.keys())
+            check_names(keys, file)
+            tensors = {_plain_key(key): opened.get_tensor(key) for key in keys}
             # no arithmetic with 8 bits of float; bf16 holds all of their values
             tensors = {k: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
             return _saved_once(tensors), opened.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file ({file.stat().st_size} bytes): {error}") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
+        size = file.stat().st_size
+        raise ValueError(
+            f"{plain(file)} is damaged or not a safetensors file ({size:,} bytes): {plain(error)}; download it again, "
+            "or save the adapter again"
+        ) from None
+
+
+def check_header(file: Path) -> None:
+    """ValueError for what is not a regular file with the beginning of safetensors."""
+    start, size = read_start(file), file.stat().st_size
+    length = int.from_bytes(start[:8], "little")
+    if len(start) > 8 and start[8:9] == b"{" and HEADER_BYTES < length < size:
+        raise ValueError(
+            f"{plain(file)}: its header has {length:,} bytes, expected at most {HEADER_BYTES:,}; save the adapter again"
+        )
+
+
+def check_names(keys: Sequence[str], file: Path) -> None:
+    """Names of tensors are repeated in messages and looked up in the model: short, printable, each once."""
+    odd = next((key for key in keys if not key.isprintable() or not 0 < len(key) <= LONGEST_NAME), None)
+    if odd is not None:
+        raise ValueError(
+            f"{plain(file)}: tensor {shown(odd)}: expected a name of 1 to {LONGEST_NAME} printable characters; save "
+            "the adapter again"
+        )
+    first: dict[str, str] = {}
+    for key in keys:
+        if first.setdefault(_plain_key(key), key) != key:
+            raise ValueError(
+                f"{plain(file)}: tensors {first[_plain_key(key)]} and {key} are the same one, {_plain_key(key)}; save "
+                "the adapter again"
+            )
 
 
 def _saved_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,16 +257,3 @@ def _sorted_header(content: bytes) -> bytes:
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Replace the file in one step: a reader or a crash sees the old one or the new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, 0o644)) as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -13,11 +13,12 @@ from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import AdapterModule, LowRankSpec
 from tt_peft.merge import keep_merged_
 from tt_peft.nf4 import NF4Base
-from tt_peft.patterns import check_expression
+from tt_peft.patterns import layers_of, owner_of
 from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.saved import SavedModule, save_module_
+from tt_peft.shown import shown
 from tt_peft.stacked import stack_lora_
-from tt_peft.switch import adapted_modules, adapter_names, set_adapter_
+from tt_peft.switch import adapter_names, set_adapter_
 from tt_peft.targets import (
     all_modules,
     check_plain_weight,
@@ -44,7 +45,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
     ``load_adapter``.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", adapter):
-        raise ValueError(f"adapter name {adapter!r} is not valid: use letters, digits, - and _")
+        raise ValueError(f"adapter name {shown(adapter)} is not valid: use letters, digits, - and _")
     if adapter in adapter_names(model):
         raise ValueError(f"the model already has an adapter {adapter!r}: give the new one another name")
     names, saved, stacked = target_names(model, config), saved_names(model, config), stacked_names(model, config)
@@ -75,8 +76,9 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
         excluded = set(select_modules(model, config.exclude_modules, what="exclude_modules"))
         chosen = [n for n in chosen if n not in excluded]
     if config.layers_to_transform:
-        by_name = () if isinstance(config.target_modules, str) else config.target_modules
-        chosen = [n for n in chosen if n in by_name or layer_of(n, config.layers_pattern) in config.layers_to_transform]
+        by_name = frozenset(() if isinstance(config.target_modules, str) else config.target_modules)
+        wanted, layers = set(config.layers_to_transform), layers_of(chosen, config.layers_pattern)
+        chosen = [n for n, layer in zip(chosen, layers, strict=True) if n in by_name or layer in wanted]
     if config.target_modules and not chosen:
         raise ValueError("target_modules: nothing is left after exclude_modules and layers_to_transform")
     adapted = chosen + stacked_names(model, config)
@@ -84,7 +86,7 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
         meaning = patterns.meaning(adapted)
         unknown = next((pattern for pattern in getattr(config, what) if pattern not in meaning), None)
         if unknown is not None:
-            raise ValueError(f"{what}: {unknown!r} matches no adapted module{nearest(unknown, adapted)}")
+            raise ValueError(f"{what}: {shown(unknown)} matches no adapted module{nearest(unknown, adapted)}")
     return chosen
 
 
@@ -107,23 +109,12 @@ def _by_owner(parameters: Sequence[str]) -> dict[str, list[str]]:
     return owners
 
 
-def layer_of(name: str, patterns: Sequence[str] = ()) -> int | None:
-    """The first number among the parts of a name, as PEFT counts layers; only behind one of ``patterns``, if any."""
-    for pattern in patterns or (r"[^.]*",):
-        check_expression(pattern)
-        match = re.match(rf"(?:.*?\.)?(?:{pattern})\.(\d+)\.", name)
-        if match is not None:
-            return int(match.group(1))
-    return None
-
-
 def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Sequence[str]) -> None:
-    modules = own_modules(model)
+    modules, owners = own_modules(model), frozenset(saved)
     _warn_of_tie(model, [*names, *saved])
     for name in names:
         module = modules[name]
-        inside = next((s for s in saved if name == s or name.startswith(s + ".")), None)
-        if inside or isinstance(module, SavedModule):
+        if owner_of(name, owners) or isinstance(module, SavedModule):
             raise ValueError(f"{name} is in target_modules and trained in full by modules_to_save: choose one")
         if not is_linear(module) and not is_embedding(module):
             raise ValueError(f"{name} is a {type(module).__name__}: LoRA goes on nn.Linear and nn.Embedding")
@@ -134,21 +125,22 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
         if rank > limit:
             text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can do all that it can"
             warnings.warn(text, stacklevel=3)
-    for name in saved:
-        frozen = next(
-            (n for n, m in modules.items() if isinstance(m, NF4Base) and f"{n}.".startswith(f"{name}.")), None
-        )
-        if frozen is not None:
-            raise ValueError(f"modules_to_save: {frozen} is NF4, which cannot be trained: put {name} in quantize_skip")
-        for part, other in adapted_modules(model).items():
-            if (part == name and not isinstance(other, SavedModule)) or part.startswith(f"{name}."):
-                raise ValueError(f"modules_to_save: {part} has an adapter already: {name} cannot be trained in full")
+    for part, module in modules.items() if saved else ():
+        owner = owner_of(part, owners)
+        if owner is not None and isinstance(module, NF4Base):
+            raise ValueError(f"modules_to_save: {part} is NF4, which cannot be trained: put {owner} in quantize_skip")
+        if (
+            owner is not None
+            and isinstance(module, AdapterModule)
+            and not (part == owner and isinstance(module, SavedModule))
+        ):
+            raise ValueError(f"modules_to_save: {part} has an adapter already: {owner} cannot be trained in full")
 
 
 def _warn_of_tie(model: nn.Module, names: Sequence[str]) -> None:
     """An embedding and an output projection that share a weight are adapted one by one."""
-    tied = tied_embedding(model)
-    changed = [name for name in names if name == tied or name in output_projection_names(model)]
+    tied, heads = tied_embedding(model), output_projection_names(model)
+    changed = [name for name in names if name == tied or name in heads]
     if tied is not None and changed:
         other = "the output projection" if changed[0] == tied else tied
         warnings.warn(

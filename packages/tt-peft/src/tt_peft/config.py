@@ -2,14 +2,17 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 
 import torch
 
 from tt_peft.patterns import Patterns
+from tt_peft.shown import shown
 
+MOST_RANK = 1 << 17  # no layer of a published model is so narrow in both directions
+MOST_ALPHA = 10**9  # published ones have a few thousand
 Init = Literal["kaiming", "gaussian", "pissa", "loftq"]
 
 
@@ -52,22 +55,24 @@ class LoRAConfig:
         self._make_tuples()
         _check_rank("rank", self.rank)
         _check_alpha("alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {shown(self.dropout)}")
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must map names to numbers, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must map names to numbers, got {shown(getattr(self, name))}")
+            if not all(isinstance(key, str) and key for key in getattr(self, name)):
+                raise ValueError(f"{name} must have names or expressions as keys, got {shown(getattr(self, name))}")
         for name in ("use_rslora", "use_dora", "quantize_base"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+                raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
+            _check_rank(f"rank_pattern[{shown(pattern)}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+            _check_alpha(f"alpha_pattern[{shown(pattern)}]", alpha)
         if not (self.target_modules or self.target_parameters):
             raise ValueError("target_modules is empty: name at least one module, such as 'q_proj', or use 'all-linear'")
         if self.init not in get_args(Init):
-            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+            raise ValueError(f"init must be one of {', '.join(get_args(Init))}, got {shown(self.init)}")
         if self.init == "loftq" and not self.quantize_base:
             raise ValueError("init='loftq' needs quantize_base=True: it starts from what quantization loses")
         if self.init == "pissa" and self.use_dora and self.dropout:
@@ -76,14 +81,17 @@ class LoRAConfig:
             raise ValueError("target_parameters works with dropout=0, use_dora=False and init='kaiming' only")
         if self.layers_pattern and not self.layers_to_transform:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform: which of these layers?"
+                f"layers_pattern={shown(self.layers_pattern)} needs layers_to_transform: which of these layers?"
             )
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating point type, got {self.dtype}")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating point type such as torch.float32, got {shown(self.dtype)}")
 
     def _make_tuples(self) -> None:
         """Lists (from YAML or JSON) become tuples; a single name too, unless it may be an expression."""
-        if list(self.target_modules or ()) == ["all-linear"] or str(self.target_modules).lower() == "all-linear":
+        targets = self.target_modules
+        if (isinstance(targets, str) and targets.lower() == "all-linear") or (
+            isinstance(targets, list | tuple) and [*targets] == ["all-linear"]
+        ):
             object.__setattr__(self, "target_modules", "all-linear")
         for name in ("target_modules", "exclude_modules"):
             if not getattr(self, name):
@@ -93,17 +101,18 @@ class LoRAConfig:
         for name in ("target_parameters", "modules_to_save", "quantize_skip", "layers_pattern"):
             self._make_tuple(name)
         if self.layers_to_transform is not None:
-            given: Sequence[int] | int = self.layers_to_transform
-            layers = (given,) if isinstance(given, int) else tuple(given)
-            if not all(isinstance(layer, int) for layer in layers):
-                raise ValueError(f"layers_to_transform must hold whole numbers, got {given!r}")
+            given: object = self.layers_to_transform
+            layers = tuple(given) if isinstance(given, Sequence) else (given,)
+            if not all(type(layer) is int for layer in layers):
+                raise ValueError(f"layers_to_transform must hold whole numbers, got {shown(given)}")
             object.__setattr__(self, "layers_to_transform", layers)
 
     def _make_tuple(self, name: str) -> None:
         value = getattr(self, name)
-        names = (value,) if isinstance(value, str) else tuple(value or ())
+        several = isinstance(value, Collection) and not isinstance(value, str | Mapping)
+        names = (value,) if isinstance(value, str) else tuple(value or ()) if several or not value else (None,)
         if not all(isinstance(n, str) and n for n in names):
-            raise ValueError(f"{name} must hold names, got {value!r}")
+            raise ValueError(f"{name} must hold names, got {shown(value)}")
         object.__setattr__(self, name, names)
 
     @functools.cached_property
@@ -129,14 +138,15 @@ class LoRAConfig:
 
 
 def _check_rank(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_RANK:
+        raise ValueError(f"{name} must be a positive whole number, got {shown(value)}: expected 1 to {MOST_RANK}")
 
 
 def _check_alpha(name: str, value: object) -> None:
-    if not _is_number(value) or value <= 0:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    if not is_alpha(value):
+        raise ValueError(f"{name} must be a positive number, got {shown(value)}: expected at most {MOST_ALPHA}")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_alpha(value: object) -> bool:
+    """Whether it may be an alpha."""
+    return type(value) in (int, float) and 0 < value <= MOST_ALPHA  # type: ignore[operator]

@@ -62,11 +62,13 @@ def _sample(tensor: Tensor) -> list[float]:
 
 def difference(saved: dict[str, Any], model: nn.Module) -> str | None:
     """What tells this model from the base that an adapter was trained on, in words; None when nothing does."""
-    own = fingerprint(model)
+    own, counts = fingerprint(model), [saved.get(key, 0) for key in ("parameters", "tensors")]
+    if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
+        raise ValueError("counts must be whole numbers")
     if saved.get("shapes") != own["shapes"]:
         return (
             f"names or shapes differ (here: {own['parameters']:,} parameters in {own['tensors']} tensors; "
-            f"the adapter's base: {saved.get('parameters', 0):,} in {saved.get('tensors', 0)})"
+            f"the adapter's base: {counts[0]:,} in {counts[1]})"
         )
     base = base_parameters(model)
     outside = total = 0

@@ -1,8 +1,10 @@
 """Names and expressions for dotted module names, in time that grows with their number and not with its square."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
+
+from tt_peft.expressions import matches
 
 V = TypeVar("V")
 
@@ -27,11 +29,18 @@ def known(targets: Iterable[str], names: Iterable[str]) -> list[str]:
     return [target for target in targets if target in meaning]
 
 
-def check_expression(target: str) -> None:
-    try:
-        re.compile(target)
-    except re.error as error:
-        raise ValueError(f"{target!r} is not a valid regular expression: {error}") from None
+def owner_of(name: str, owners: Collection[str]) -> str | None:
+    """The first of ``owners`` (a set, if there are many) that the module ``name`` is or is inside of."""
+    parts = name.split(".")
+    outer = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next((each for each in outer if each in owners), None)
+
+
+def layers_of(names: Sequence[str], patterns: Sequence[str] = ()) -> list[int | None]:
+    """The first number among the parts of each name, as PEFT counts layers; only behind one of ``patterns``, if any."""
+    found = matches(patterns or ("[^.]*",), names, within=r"(?s:(?:.*?\.)?(?:{})\.(?P<layer>\d+)\..*)")
+    first = [next((one[place] for one in found if place in one), None) for place in range(len(names))]
+    return [None if layer is None else int(layer) for layer in first]
 
 
 class Patterns(Generic[V]):
@@ -42,24 +51,30 @@ class Patterns(Generic[V]):
 
     def __init__(self, patterns: Mapping[str, V]) -> None:
         self._plain: dict[str, tuple[int, str]] = {}
-        self._expressions: list[tuple[int, str, re.Pattern[str]]] = []
+        self._expressions: list[tuple[int, str]] = []
         self._values = patterns
+        self._known: dict[str, list[tuple[int, str]]] = {}  # name -> all patterns that mean it
         for place, pattern in enumerate(patterns):
             if _PLAIN.fullmatch(pattern):
                 self._plain.setdefault(pattern.replace("\\.", "."), (place, pattern))
             else:
-                check_expression(pattern)
-                self._expressions.append((place, pattern, re.compile(rf"(?:.*\.)?(?:{pattern})$")))
+                self._expressions.append((place, pattern))
+
+    def _learn(self, names: Iterable[str]) -> None:
+        """All that is not known yet, at once."""
+        new = [name for name in dict.fromkeys(names) if name not in self._known]
+        expressions = [pattern for _, pattern in self._expressions]
+        found = matches(expressions, new, within=r"(?:.*\.)?(?:{})$") if new and expressions else []
+        for name in new:
+            self._known[name] = [self._plain[ending] for ending in endings(name) if ending in self._plain]
+        for each, places in zip(self._expressions, found, strict=False):
+            for place in places:
+                self._known[new[place]].append(each)
 
     def match(self, name: str) -> str | None:
         """The first pattern that means ``name``."""
-        found = [self._plain[ending] for ending in endings(name) if ending in self._plain]
-        first = min(found, default=None)
-        for place, pattern, expression in self._expressions:
-            if first is not None and first[0] < place:
-                break
-            if expression.match(name):
-                return pattern
+        self._learn([name])
+        first = min(self._known[name], default=None)
         return None if first is None else first[1]
 
     def get(self, name: str, default: V) -> V:
@@ -70,7 +85,6 @@ class Patterns(Generic[V]):
     def meaning(self, names: Iterable[str]) -> dict[str, V]:
         """The patterns that mean any of ``names``, with their values."""
         names = list(names)
-        plain = {ending for name in names for ending in endings(name) if ending in self._plain}
-        wanted = {self._plain[ending][1] for ending in plain}
-        wanted |= {pattern for _, pattern, expression in self._expressions if any(map(expression.match, names))}
+        self._learn(names)
+        wanted = {pattern for name in names for _, pattern in self._known[name]}
         return {pattern: value for pattern, value in self._values.items() if pattern in wanted}

@@ -1,13 +1,17 @@
 """``adapter_config.json`` of PEFT, from and to :class:`LoRAConfig`."""
 
+import difflib
+import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tt_peft.apply import spec_of
-from tt_peft.config import LoRAConfig
+from tt_peft.config import MOST_ALPHA, MOST_RANK, LoRAConfig, is_alpha
+from tt_peft.shown import listed, plain, shown
 
 # Keys that need no support while they hold one of these values; with any other value they change what is computed.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -29,7 +33,6 @@ _IGNORED = frozenset(
     {
         "alora_invocation_tokens",
         "auto_mapping",
-        "base_model_name_or_path",
         "corda_config",
         "ensure_weight_tying",
         "eva_config",
@@ -47,25 +50,63 @@ _IGNORED = frozenset(
 )
 # Starting points after which the base is what it was, and PiSSA, whose change of the base we can repeat.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
-_READ = frozenset(
+_MERGE = "merge the adapter in PEFT (merge_and_unload) and use the result"
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+# What is read: key -> what its value must be, unless it is null or absent. Ranges are those of LoRAConfig.
+_READ: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "base_model_name_or_path": ("a name or a path", lambda value: isinstance(value, str)),
+    "r": (f"a whole number from 1 to {MOST_RANK}", lambda value: _is_whole(value) and 0 < value <= MOST_RANK),
+    "lora_alpha": (f"a positive number up to {MOST_ALPHA}", is_alpha),
+    "lora_dropout": ("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "init_lora_weights": ("true, false or a name", lambda value: isinstance(value, bool | str)),
+    "target_modules": ("a list of names, or an expression", lambda value: isinstance(value, str) or _is_names(value)),
+    "exclude_modules": ("a list of names, or an expression", lambda value: isinstance(value, str) or _is_names(value)),
+    "modules_to_save": ("a list of names", _is_names),
+    "target_parameters": ("a list of names", _is_names),
+    "layers_to_transform": (
+        "a whole number or a list of them",
+        lambda value: _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value))),
+    ),
+    "layers_pattern": ("a name or a list of names", lambda value: isinstance(value, str) or _is_names(value)),
+    "rank_pattern": (
+        f"names with whole numbers from 1 to {MOST_RANK}",
+        lambda value: isinstance(value, dict) and all(_is_whole(n) and 0 < n <= MOST_RANK for n in value.values()),
+    ),
+    "alpha_pattern": (
+        f"names with positive numbers up to {MOST_ALPHA}",
+        lambda value: isinstance(value, dict) and all(map(is_alpha, value.values())),
+    ),
+    "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
+    "use_dora": ("true or false", lambda value: isinstance(value, bool)),
+    # tt_peft.embeddings: they are whole layers here
+    "trainable_token_indices": ("a list of token ids, or one by layer", lambda value: isinstance(value, list | dict)),
+}
+_SAME = frozenset(
     {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "init_lora_weights",
-        "target_modules",
         "exclude_modules",
         "modules_to_save",
+        "target_parameters",
         "layers_to_transform",
         "layers_pattern",
         "rank_pattern",
         "alpha_pattern",
         "use_rslora",
         "use_dora",
-        "target_parameters",
-        "trainable_token_indices",  # tt_peft.embeddings: they are whole layers here
     }
-)
+)  # fields of LoRAConfig under the same name
 
 
 @dataclass(frozen=True)
@@ -148,42 +189,59 @@ def _endings(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 
 def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
     """Read PEFT's JSON object; whatever we do not compute is a ValueError that names it."""
-    kind = settings.get("peft_type")
-    if kind is None:
-        held = ", ".join(sorted(settings)[:6]) or "nothing"
-        raise ValueError(
-            f"{file} has no peft_type: not an adapter that PEFT wrote (it holds: {held}); convert it to PEFT's"
-        )
-    if kind != "LORA":
-        raise ValueError(f"{file}: peft_type is {kind!r}; only 'LORA' is supported")
+    place = plain(file)
+    _check_kind(settings, place)
     for key, accepted in _NEUTRAL.items():
         if key in settings and settings[key] not in accepted:
-            raise ValueError(f"{file}: {key}={settings[key]!r} is not supported (only {accepted[0]!r})")
-    for key in settings.keys() - _NEUTRAL.keys() - _IGNORED - _READ:
+            raise ValueError(
+                f"{place}: {key}={shown(settings[key])} is not supported (only {json.dumps(accepted[0])}); {_MERGE}"
+            )
+    for key in sorted(settings.keys() - _NEUTRAL.keys() - _IGNORED - _READ.keys()):
         if settings[key]:
-            raise ValueError(f"{file}: {key}={settings[key]!r} is not known to tt_peft and may change the result")
+            near = difflib.get_close_matches(key[:80], [*_READ, *_NEUTRAL, *_IGNORED], 1, 0.8)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"{place}: {plain(key)}={shown(settings[key])} is not known to tt_peft{hint} and may change the "
+                f"result; remove the key if it does not, else {_MERGE}"
+            )
+    for key, (expected, is_right) in _READ.items():
+        if settings.get(key) is not None and not is_right(settings[key]):
+            raise ValueError(
+                f"{place}: {key}: expected {expected}, found {shown(settings[key])}{_instead(settings[key])}"
+            )
     start = settings.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ValueError(
-            f"{file}: init_lora_weights={start!r} is not supported: the adapter counts from a base that this start "
-            "changed; save it in PEFT with path_initial_model_for_weight_conversion"
+            f"{place}: init_lora_weights={shown(start)} is not supported: the adapter counts from a base that this "
+            "start changed; save it in PEFT with path_initial_model_for_weight_conversion"
         )
+    given = {key: value for key, value in settings.items() if value is not None}
     try:
         return LoRAConfig(
-            rank=settings.get("r", 8),
-            alpha=settings.get("lora_alpha", 8),
-            dropout=settings.get("lora_dropout", 0.0),
-            target_modules=settings.get("target_modules") or (),
-            exclude_modules=settings.get("exclude_modules") or (),
-            target_parameters=tuple(settings.get("target_parameters") or ()),
-            modules_to_save=tuple(settings.get("modules_to_save") or ()),
-            layers_to_transform=settings.get("layers_to_transform"),
-            layers_pattern=settings.get("layers_pattern") or (),
-            rank_pattern=settings.get("rank_pattern") or {},
-            alpha_pattern=settings.get("alpha_pattern") or {},
-            use_rslora=settings.get("use_rslora", False),
-            use_dora=settings.get("use_dora", False),
+            rank=given.get("r", 8),
+            alpha=given.get("lora_alpha", 8),
+            dropout=given.get("lora_dropout", 0.0),
             init="pissa" if start == "pissa" else "kaiming",
+            target_modules=given.get("target_modules", ()),
+            **{key: given[key] for key in _SAME & given.keys()},
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _check_kind(settings: dict[str, Any], place: str) -> None:
+    kind = settings.get("peft_type")
+    if kind is None:
+        raise ValueError(
+            f"{place} has no peft_type: not an adapter that PEFT wrote (it holds: {listed(settings, 6) or 'nothing'}); "
+            "convert it to PEFT's"
+        )
+    if kind != "LORA":
+        raise ValueError(f"{place}: peft_type is {shown(kind)}; only 'LORA' is supported; {_MERGE}")
+
+
+def _instead(value: Any) -> str:
+    """The closest value, where the mistake is one of type."""
+    text = value.strip() if isinstance(value, str) else repr(value) if isinstance(value, float) else ""
+    whole = re.fullmatch(r"(\d{1,9})(\.0)?", text)
+    return f"; write {int(whole[1])}" if whole else "; correct it, or save the adapter again"

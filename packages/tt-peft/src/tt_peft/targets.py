@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from tt_peft.expressions import matches
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule
 from tt_peft.nf4 import NF4Linear
-from tt_peft.patterns import check_expression, known, named
+from tt_peft.patterns import known, named
+from tt_peft.shown import shown
 from tt_peft.switch import clean_name, unwrapped
 
 _EXPRESSION = re.compile(r"[*+?\[\](){}|^$\\]")
+_LONGEST_NAME = 200  # characters that are compared to find what may have been meant
 
 
 def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> list[str]:
@@ -27,15 +30,17 @@ def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> 
         if chosen:
             return chosen
     given = (targets,) if isinstance(targets, str) else targets
-    if unknown := sorted(set(given) - set(known(given, names)), key=list(given).index):
-        raise ValueError(f"{what}: {unknown[0]!r} matches no module{_hint(targets, unknown[0], names)}")
+    meant = set(known(given, names))
+    unknown = next((target for target in given if target not in meant), None)
+    if unknown is not None:
+        raise ValueError(f"{what}: {shown(unknown)} matches no module{_hint(targets, unknown, names)}")
     return named(given, names)
 
 
 def full_matches(expression: str, names: Iterable[str]) -> list[str]:
     """The names that ``expression`` matches as a whole."""
-    check_expression(expression)
-    return [name for name in names if re.fullmatch(expression, name)]
+    names = list(names)
+    return [names[place] for place in matches([expression], names)[0]]
 
 
 def _hint(targets: Sequence[str] | str, target: str, names: Sequence[str]) -> str:
@@ -45,12 +50,14 @@ def _hint(targets: Sequence[str] | str, target: str, names: Sequence[str]) -> st
     if not isinstance(targets, str):
         return f": a list holds names; write an expression as one text that matches whole names{nearest(target, names)}"
     ending = rf".*\.({target})"
-    return f"; write {ending!r}: it must match a whole name" if full_matches(ending, names) else nearest(target, names)
+    if full_matches(ending, names):
+        return f"; write {shown(ending)}: it must match a whole name"
+    return nearest(target, names)
 
 
 def nearest(target: str, names: Iterable[str], *, limit: int = 12) -> str:
     """The tail of an error message: the closest of the names, or of their last parts, and what there is."""
-    names = list(names)
+    names, target = list(names), target[:_LONGEST_NAME]
     leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     close = difflib.get_close_matches(target, leaves, n=1, cutoff=0.5) or difflib.get_close_matches(
         target, names, n=1, cutoff=0.5
