@@ -131,7 +131,6 @@ def test_nothing_heavy_is_loaded_with_the_command_line():
 
 READERS_OF_PICKLES = {
     "tt_ckpt.pickles": "the one door for .bin and .pth files, behind --allow-pickle",
-    "tt_ckpt.dcp": "DCP's .metadata, through an unpickler that knows an allowlist and calls nothing",
 }
 
 

@@ -70,7 +70,7 @@ def test_a_canary_does_not_sing(tmp_path, place):
     with pytest.raises(ValueError, match="refused: not a plain file of tensors .*system"):
         read_pickled(path, allow_pickle=True)
     path.write_bytes(pickle.dumps(canary))  # a bare pickle, as .bin files can be
-    with pytest.raises(ValueError, match="no torch archive"):
+    with pytest.raises(ValueError, match="not a torch archive"):
         read_pickled(path, allow_pickle=True)
     assert not sung.exists()
     pickle.loads(pickle.dumps(canary))
@@ -94,11 +94,11 @@ def test_a_model_directory_with_a_canary_is_safe_with_and_without_the_option(tmp
     ({"a": {"b": torch.ones(1)}}, "a is a dict, not a tensor"),
     ({"a": 3}, "a is a int, not a tensor"),
     ({3: torch.ones(1)}, "expected names of tensors, found the key 3"),
-    ({"a": torch.ones(2, 2).to_sparse()}, "refused|no plain dense tensor"),
-    ({"a": torch.empty(3, device="meta")}, "refused|no plain dense tensor"),
-    ({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, "refused|no plain dense tensor"),
+    ({"a": torch.ones(2, 2).to_sparse()}, "refused|not a plain dense tensor"),
+    ({"a": torch.empty(3, device="meta")}, "refused|not a plain dense tensor"),
+    ({"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}, "refused|not a plain dense tensor"),
     ({"a": torch.ones(1).expand(10**9)}, "a is larger than its data"),
-    ({"a": torch.ones(3, dtype=torch.complex128)}, "no plain dense tensor"),
+    ({"a": torch.ones(3, dtype=torch.complex128)}, "not a plain dense tensor"),
 ])  # fmt: skip
 def test_only_flat_dense_tensors_pass(tmp_path, content, message):
     path = save(tmp_path / "f.pth", content)
@@ -128,8 +128,8 @@ def test_zip_bombs_are_refused(tmp_path):
 @pytest.mark.parametrize(("data", "message"), [
     (b"", "0 bytes"),
     (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    (b"PK\x03\x04 cut", "no torch archive"),
-    (b"\x80\x02}q\x00.", "no torch archive"),
+    (b"PK\x03\x04 cut", "not a torch archive"),
+    (b"\x80\x02}q\x00.", "not a torch archive"),
 ])  # fmt: skip
 def test_files_that_are_no_archive_are_explained(tmp_path, data, message):
     (tmp_path / "f.pth").write_bytes(data)
@@ -160,7 +160,7 @@ def calls(tree):
                 yield f"import {getattr(node, 'module', None) or ''}.{alias.name}", {}
 
 
-AUDITED = {"pickles.py", "dcp.py"}
+AUDITED = {"pickles.py"}
 
 
 def test_pickles_are_read_in_the_audited_modules_only():

@@ -91,7 +91,7 @@ def test_missing_shards_are_listed_with_their_size(sharded):
 
 def test_an_index_that_disagrees_with_the_shards_is_refused(sharded):
     edit_index(sharded, lambda index: index["weight_map"].update(x="model-00002-of-00002.safetensors"))
-    with pytest.raises(ValueError, match="names model-.* for 'x', which is in no shard; download both again"):
+    with pytest.raises(ValueError, match="names model-.* for 'x', which is in model-00001.*; download both again"):
         find_shards(sharded)
 
 

@@ -3,20 +3,25 @@
 A group ``g`` is either one plain ``g.safetensors``, or ``g.layout.json`` and a file per rank that saved it.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tt_ckpt.names import safe_file
+from tt_ckpt.files import read_json
+from tt_ckpt.names import check_basename, safe_file
 from tt_ckpt.ranks import Ranks
-from tt_ckpt.tensor_file import DTYPES, Header, MappedFile, read_header, write_tensor_dict
+from tt_ckpt.shown import quoted
+from tt_ckpt.tensor_file import DTYPES, Header, MappedFile, is_shape, read_header, write_tensor_dict
 
 Groups = Mapping[str, Mapping[str, Tensor]]
+_CURE = "use an older checkpoint"
+_MAX_PARTS = 4096  # of one tensor, which no number of ranks needs
 
 
 def part_key(name: str, offsets: tuple[int, ...]) -> str:
@@ -75,7 +80,10 @@ class Group(Mapping[str, Tensor]):
         file = self._files[part.file]
         spec = file.header.tensors.get(part.key)
         if spec is None or spec.dtype != whole.dtype or spec.shape != part.sizes:
-            raise ValueError(f"{self.folder / part.file}: {part.key} is {spec}, which its layout does not expect")
+            found = "is not there" if spec is None else f"is {spec}"
+            raise ValueError(
+                f"{self.folder / part.file}: {quoted(part.key)} {found}, its layout says otherwise; {_CURE}"
+            )
         return file.tensor(part.key)
 
 
@@ -93,45 +101,47 @@ def _plain_layout(file: str, header: Header) -> dict[str, Whole]:
 
 
 def _read_layout(path: Path) -> dict[str, Whole]:
+    value = read_json(path, cure=_CURE)
+    entries = value.get("tensors") if isinstance(value, dict) else None
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: damaged: expected an object with tensors; {_CURE}")
+    return {name: _read_whole(path, name, entry) for name, entry in entries.items()}
+
+
+def _read_whole(path: Path, name: str, entry: Any) -> Whole:
     try:
-        entries = json.loads(path.read_bytes())["tensors"]
-        found = {
-            name: Whole(
-                DTYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                tuple(
-                    Part(
-                        chunk["file"],
-                        part_key(name, tuple(chunk["offsets"])),
-                        tuple(chunk["offsets"]),
-                        tuple(chunk["sizes"]),
-                    )
-                    for chunk in entry["chunks"]
-                ),
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: damaged") from None
-    for name, whole in found.items():
-        if not _is_sound(whole):
-            raise ValueError(f"{path}: damaged: {name} has parts that do not make it up")
-    return found
-
-
-def _is_sound(whole: Whole) -> bool:
-    """Sizes are sizes, each part lies inside, and together they are as large as the whole."""
-    numbers = [*whole.shape, *(n for part in whole.parts for n in (*part.offsets, *part.sizes))]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        return False
-    if any(len(part.offsets) != len(whole.shape) or len(part.sizes) != len(whole.shape) for part in whole.parts):
-        return False
-    inside = all(
-        offset + size <= limit
-        for part in whole.parts
-        for offset, size, limit in zip(part.offsets, part.sizes, whole.shape, strict=True)
+        boxes = [(tuple(chunk["offsets"]), tuple(chunk["sizes"])) for chunk in entry["chunks"]]
+        files = [check_basename(chunk["file"], where=path) for chunk in entry["chunks"]]
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged: {quoted(name)} lacks dtype, shape or chunks; {_CURE}") from None
+    if not boxes or not is_cover(shape, boxes):
+        raise ValueError(f"{path}: damaged: {quoted(name)} has parts that do not make it up; {_CURE}")
+    parts = (
+        Part(file, part_key(name, offsets), offsets, sizes) for file, (offsets, sizes) in zip(files, boxes, strict=True)
     )
-    return inside and bool(whole.parts) and sum(prod(part.sizes) for part in whole.parts) == prod(whole.shape)
+    return Whole(dtype, shape, tuple(parts))
+
+
+def is_cover(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+    """Whether boxes (offsets and sizes) lie inside ``shape``, none over another, and make it up."""
+    for offsets, sizes in boxes:
+        if not is_shape(offsets) or not is_shape(sizes) or not len(offsets) == len(sizes) == len(shape):
+            return False
+        if any(offset + size > limit for offset, size, limit in zip(offsets, sizes, shape, strict=True)):
+            return False
+    if not is_shape(shape) or sum(prod(sizes) for _, sizes in boxes) != prod(shape):
+        return False
+    full = [box for box in boxes if prod(box[1])]
+    if len(full) < 2 or not shape:
+        return len(full) < 2
+    if len(full) > _MAX_PARTS:
+        return False
+    begin = np.array([offsets for offsets, _ in full], dtype=np.int64)
+    end = begin + np.array([sizes for _, sizes in full], dtype=np.int64)
+    return not any(
+        bool(((begin[i + 1 :] < end[i]) & (begin[i] < end[i + 1 :])).all(axis=1).any()) for i in range(len(full) - 1)
+    )
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -10,20 +10,33 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import create, read_start, sync
-from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, spec_of
+from tt_ckpt.files import DOWNLOAD, create, read_start, sync
+from tt_ckpt.inert import MAX_BYTES, read_inert
+from tt_ckpt.shown import plain, quoted
+from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_shape, spec_of
 
 _MAX_ENTRIES = 200_000
+_CURE = "save the model anew as safetensors or as a plain state dict"
+# all that a file of dense tensors calls; torch would make more: tensors of any size, arrays of bytes, sets
+_CALLED = {
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch.serialization._get_layout",
+    *(f"torch._utils._rebuild_{name}" for name in ("tensor", "tensor_v2", "tensor_v3", "parameter")),
+    "torch._utils._rebuild_parameter_with_state",
+}
+_STORAGE = re.compile(r"torch\.(?:storage\.)?[A-Z][A-Za-z0-9]*Storage")
 
 
-class RefusedArchive(ValueError):  # noqa: N818
-    """An archive of a form that torch does not write."""
+class _NotArchive(ValueError):  # noqa: N818
+    """A file of another kind, or a part of one."""
 
 
 def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
@@ -33,15 +46,19 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     """
     if not allow_pickle:
         raise ValueError(f"{path}: a pickle, which can run code when read; if you trust it: --allow-pickle")
-    _check_archive(path)
+    read_start(path)
     try:
+        with path.open("rb") as file:
+            _check_archive(file)
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except _NotArchive as error:
+        raise ValueError(
+            f"{path}: not a torch archive ({error}): cut short, or saved before torch 1.6; {DOWNLOAD}, or save it anew"
+        ) from None
     except Exception as error:  # torch raises many kinds; none may pass for a model, and no other loader is tried
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {wanted[1]}" if wanted else _first_line(error)
-        raise ValueError(f"{path}: refused: not a plain file of tensors ({reason})") from None
+        raise ValueError(f"{path}: refused: not a plain file of tensors ({_reason(error)}); {_CURE}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}")
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}; {_CURE}")
     for name, tensor in content.items():
         _check_dense(path, name, tensor)
     return content
@@ -50,53 +67,60 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
 def tensor_from_bytes(data: bytes, *, where: str) -> Tensor:
     """One tensor that ``torch.save`` put into these bytes."""
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            _check_entries(archive, where, len(data))
+        _check_archive(io.BytesIO(data))
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{where}: refused: not a tensor ({_first_line(error)})") from None
+        raise ValueError(f"{where}: refused: not a tensor ({_reason(error)}); {DOWNLOAD}") from None
     _check_dense(where, "it", tensor)
     assert isinstance(tensor, Tensor)
     return tensor
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    return plain(lines[0][:160] if lines else type(error).__name__)
 
 
-def _check_archive(path: Path) -> None:
-    """An archive as torch writes it: stored, not compressed, and no larger inside than outside."""
-    read_start(path)
+def _is_named(name: str) -> bool:
+    return name in _CALLED or name in map(str, DTYPES.values()) or _STORAGE.fullmatch(name) is not None
+
+
+def _check_archive(file: IO[bytes]) -> None:
+    """An archive as torch writes it: stored, not compressed, no larger inside than outside, of dense tensors only."""
+    if file.read(4) != b"PK\x03\x04":  # torch takes anything else for what it wrote before 1.6
+        raise _NotArchive("it does not begin as one")
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check_entries(archive, path, path.stat().st_size)
-    except RefusedArchive:
-        raise
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(
-            f"{path}: no torch archive ({_first_line(error)}): cut short, or saved before torch 1.6; download it again"
-        ) from None
-
-
-def _check_entries(archive: zipfile.ZipFile, where: object, nbytes: int) -> None:
-    entries = archive.infolist()
-    if len(entries) > _MAX_ENTRIES or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise RefusedArchive(f"{where}: refused: {len(entries)} entries or compressed ones, which torch does not write")
-    if sum(entry.file_size for entry in entries) > nbytes:
-        raise RefusedArchive(f"{where}: refused: its entries overlap")
+        with zipfile.ZipFile(file) as archive:
+            size = file.seek(0, io.SEEK_END)
+            entries = archive.infolist()
+            if len(entries) > _MAX_ENTRIES or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(f"{len(entries)} entries or compressed ones, which torch does not write")
+            if len({entry.filename for entry in entries}) != len(entries):
+                raise ValueError("two of its entries have one name")
+            if sum(entry.file_size for entry in entries) > size:
+                raise ValueError("its entries overlap")
+            for entry in entries:
+                if entry.filename.endswith("data.pkl"):
+                    if entry.file_size > MAX_BYTES:
+                        raise ValueError(f"a pickle of {entry.file_size} bytes")
+                    read_inert(archive.read(entry), _is_named, _CALLED.__contains__)
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
+        raise _NotArchive(_reason(error)) from None
 
 
 def _check_dense(path: object, name: Any, tensor: Any) -> None:
-    if not isinstance(name, str):
-        raise ValueError(f"{path}: expected names of tensors, found the key {name!r:.80}")
+    if not isinstance(name, str) or not name.isprintable():
+        raise ValueError(f"{path}: expected names of tensors, found the key {quoted(name)}; {_CURE}")
+    shown = plain(name)
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, not a tensor: a training state, not a model?")
-    plain = type(tensor.data) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not plain or tensor.dtype not in DTYPES.values():
-        raise ValueError(f"{path}: {name} is no plain dense tensor ({tensor.layout}, {tensor.dtype}, {tensor.device})")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{path}: {name} is larger than its data")
+        what = f"{shown} is a {type(tensor).__name__}, not a tensor: a training state, not a model?"
+        raise ValueError(f"{path}: {what}; {_CURE}")
+    dense = type(tensor.data) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.dtype not in DTYPES.values():
+        what = f"{shown} is not a plain dense tensor ({tensor.layout}, {tensor.dtype}, {tensor.device})"
+        raise ValueError(f"{path}: {what}; {_CURE}")
+    if not is_shape(list(tensor.shape)) or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{path}: {shown} is larger than its data; {DOWNLOAD}")
 
 
 def write_pickled(
