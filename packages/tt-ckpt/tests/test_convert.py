@@ -177,7 +177,7 @@ def test_every_layout_of_torchtune_is_read_newest_epoch_first(model_dir, equal_d
 def test_a_config_is_asked_for_where_heads_cannot_be_told(model_dir, tmp_path):
     tt_ckpt.convert(model_dir(), tmp_path / "tune", "torchtune")
     (tmp_path / "tune" / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json, which tells the heads; give config=DIR"):
+    with pytest.raises(ValueError, match="no config.json, which says how many heads there are; give config=DIR"):
         tt_ckpt.convert(tmp_path / "tune", tmp_path / "back", "hf", allow_pickle=True)
 
 

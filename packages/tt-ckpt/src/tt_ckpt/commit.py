@@ -14,11 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, Self
 
-from tt_ckpt.files import TMP_PREFIX, create, sync
+from tt_ckpt.files import TMP_PREFIX, create, read_bytes, regular, sync
 from tt_ckpt.names import check_basename
+from tt_ckpt.shown import plain, quoted
 
 MANIFEST_NAME = "MANIFEST.json"
-_CHUNK = 1 << 22
+_CURE = "use an older checkpoint"
 _EARLY = 1 << 26  # bytes after which the disk begins
 
 
@@ -70,12 +71,6 @@ def encode_json(value: Any) -> bytes:
 
 def write_json(path: Path, value: Any) -> None:
     write_bytes(path, encode_json(value))
-
-
-def copy_file(source: Path, destination: Path) -> None:
-    with source.open("rb") as reader, create(destination) as writer:
-        shutil.copyfileobj(reader, writer, _CHUNK)
-        sync(writer)
 
 
 def fsync_dir(path: Path) -> None:
@@ -130,11 +125,11 @@ def write_manifest(directory: Path, info: Mapping[str, Any], known: Mapping[str,
     known = known or {}
     files = {}
     if "sha256" in info:
-        raise ValueError("the manifest has a sha256 of its own: call yours otherwise")
+        raise ValueError("the manifest has a sha256 of its own: give yours another name")
     for name in list_files(directory):
         path = directory / name
         if path.is_symlink():  # verify would refuse what was saved
-            raise ValueError(f"{path}: a link, which is no part of a checkpoint; copy the file")
+            raise ValueError(f"{path}: a link, which cannot be part of a checkpoint; copy the file")
         files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     body = json.loads(json.dumps({**info, "files": files}, allow_nan=False))
     write_json(directory / MANIFEST_NAME, {**body, "sha256": _digest(body)})
@@ -148,7 +143,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest when it is whole; otherwise a ValueError or OSError that names it."""
     path = directory / MANIFEST_NAME
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, directory, cure=_CURE)
         body = json.loads(raw)
         as_written = encode_json(body) == raw
         claimed = body.pop("sha256")
@@ -159,11 +154,15 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             and all(isinstance(entry["size"], int) and isinstance(entry["sha256"], str) for entry in entries.values())
         )
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: missing: the save did not finish") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise FileNotFoundError(f"{path}: missing: the save did not finish; {_CURE}") from None
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeError):
+        sound = False
+    except ValueError as error:
+        if str(error).startswith(str(path)):
+            raise
         sound = False
     if not sound:
-        raise ValueError(f"{path}: damaged")
+        raise ValueError(f"{path}: damaged; {_CURE}")
     for name in entries:
         for part in name.split("/"):
             check_basename(part, where=path)
@@ -180,17 +179,22 @@ def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
     entries = manifest["files"]
     for name in list_files(directory):
         if name not in entries:
-            raise ValueError(f"{directory / name}: not in the manifest")
+            raise ValueError(f"{plain(directory / name)}: not in the manifest; remove it, or {_CURE}")
     for name, entry in entries.items():
         path = directory / name
-        if path.is_symlink() or not path.is_file():
-            raise ValueError(f"{path}: missing")
-        if path.stat().st_size != entry["size"]:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['size']}")
+        try:
+            size = regular(path, directory).stat().st_size
+        except FileNotFoundError:
+            raise ValueError(f"{path}: missing; {_CURE}") from None
+        if path.is_symlink():
+            raise ValueError(f"{path}: a link, which cannot be part of a checkpoint; copy the file, or {_CURE}")
+        if size != entry["size"]:
+            raise ValueError(f"{path}: {size} bytes, the manifest says {quoted(entry['size'])}; {_CURE}")
     if hashes:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as readers:
             sums = readers.map(sha256_of, [directory / name for name in entries])
             for (name, entry), found in zip(entries.items(), sums, strict=True):
                 if found != entry["sha256"]:
-                    raise ValueError(f"{directory / name}: contents changed since it was written (sha256 differs)")
+                    what = "contents changed since it was written (sha256 differs)"
+                    raise ValueError(f"{directory / name}: {what}; {_CURE}")
     return manifest

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from tt_ckpt import commit
-from tt_ckpt.files import read_json
-from tt_ckpt.names import safe_file
+from tt_ckpt.files import copy, read_json
+from tt_ckpt.names import check_basename, safe_file
+from tt_ckpt.placeholder import half_fetched
 from tt_ckpt.shards import INDEX_NAME
-from tt_ckpt.shown import format_size
+from tt_ckpt.shown import format_size, listed, plain
 from tt_ckpt.tensor_file import TensorSpec
 
 COMPANIONS = (
@@ -45,6 +46,8 @@ WEIGHTS = (
     "params.json",
     "hf_layout.json",
 )
+CONFIG_BYTES = 4_000_000
+_NO_CONFIG = "; download it, or give the directory of the model itself"
 COMPANION_FOLDERS = ("additional_chat_templates",)
 _ELSE = "choose another directory, or pass overwrite=True (tt convert --overwrite)"
 
@@ -90,7 +93,7 @@ def _similar(path: Path) -> str:
     wanted = Path.is_file if path.suffix == ".gguf" else Path.is_dir
     beside = [entry.name for entry in path.parent.iterdir() if wanted(entry)]
     close = difflib.get_close_matches(path.name, beside, 1, 0.5)
-    return f"; did you mean {path.parent / close[0]}?" if close else f" (the working directory is {Path.cwd()})"
+    return f"; did you mean {plain(path.parent / close[0])}?" if close else f" (the working directory is {Path.cwd()})"
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -98,14 +101,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     directory = resolve(path)
     file = safe_file(directory, "config.json")
     if not file.exists():
-        present = ", ".join(sorted(entry.name for entry in directory.iterdir())[:8]) or "nothing"
+        present = listed(sorted(entry.name for entry in directory.iterdir()), 8) or "nothing"
         hint = "; a Meta checkpoint: run tt convert" if (directory / "params.json").exists() else ""
         if (gguf := next(directory.glob("*.gguf"), None)) is not None:
-            hint = f"; a GGUF file: run tt convert {gguf} DEST"
-        raise FileNotFoundError(f"{file}: missing; the directory holds {present}{hint}")
-    config = read_json(file)
+            hint = f"; a GGUF file: run tt convert {plain(gguf)} DEST"
+        begun = half_fetched(file)
+        raise FileNotFoundError(f"{file}: missing{begun}; the directory holds {present}{hint or _NO_CONFIG}")
+    config = read_json(file, directory, limit=CONFIG_BYTES)
     if not isinstance(config, dict):
-        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}")
+        raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}; download it again")
     return config
 
 
@@ -123,8 +127,8 @@ def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, Tens
         if key in config and counts:
             config[key] = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     original = source / "config.json" if source is not None else None
-    if original is not None and original.exists() and read_json(original) == config:
-        commit.copy_file(original, path)
+    if original is not None and original.exists() and read_json(original, limit=CONFIG_BYTES) == config:
+        copy(original, path)
     else:
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"  # with Infinity, if the source has it
         commit.write_bytes(path, text.encode())
@@ -135,23 +139,17 @@ def copy_companions(source: Path, destination: Path, *, leave: Container[str] = 
     for entry in sorted(source.iterdir()):
         if entry.name in leave or (destination / entry.name).exists():
             continue
-        if entry.is_file() and any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS):
-            commit.copy_file(safe_file(source, entry.name), destination / entry.name)
-        elif entry.is_dir() and entry.name in COMPANION_FOLDERS:
-            put_file(destination / entry.name, entry)
+        travels = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in COMPANIONS) and not entry.is_dir()
+        if travels or entry.name in COMPANION_FOLDERS:
+            copy(entry, destination / check_basename(entry.name, where=source), source)
 
 
 def put_file(place: Path, content: str | Path | None) -> None:
     """Write a text, or copy a file or the files of a folder, to a path that does not exist yet; None writes nothing."""
     if isinstance(content, str):
         commit.write_bytes(place, content.encode())
-    elif content is not None and content.is_dir():
-        place.mkdir(mode=0o755)
-        for file in sorted(content.iterdir()):
-            if file.is_file():
-                commit.copy_file(safe_file(content, file.name), place / file.name)
     elif content is not None:
-        commit.copy_file(content, place)
+        copy(content, place)
 
 
 def has_tokenizer(directory: Path) -> bool:

@@ -18,11 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO
 
+from tt_ckpt.placeholder import DOWNLOAD, half_fetched, refuse_placeholder
 from tt_ckpt.shown import format_size, plain, quoted
 
 JSON_BYTES = 32_000_000
 COPY_BYTES = 256_000_000  # the largest file that travels with weights is a tokenizer of some 40 MB
-DOWNLOAD = "download it again"
 TMP_PREFIX = ".tmp-"
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -32,11 +32,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _CHUNK = 1 << 22
-_DEPTH = 8  # of folders that are copied
 _NESTED = 100
-HALF_FETCHED = (".incomplete", ".part", ".crdownload", ".aria2")
-_POINTER = re.compile(rb"version https?://[\w./-]*git-(?:lfs|media)|version https://hawser")
-_SENTENCES = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model ")
 
 
 # ---- where a file is, and what ---------------------------------------------------------------------------------------
@@ -84,33 +80,7 @@ def regular(path: str | Path, root: str | Path | None = None) -> Path:
     return path
 
 
-def half_fetched(path: Path) -> str:
-    """The cure if a part of the file is there, as a download that was interrupted leaves it."""
-    for ending in HALF_FETCHED:
-        if (part := path.with_name(path.name + ending)).is_file():
-            return f", only {plain(part.name)} of an interrupted download; run it again, it resumes"
-    return ""
-
-
 # ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-def refuse_placeholder(path: Path, start: bytes) -> None:
-    """ValueError, with the cure, if the first bytes of a file are a git-lfs pointer or a page of a web server."""
-    if _POINTER.match(start):
-        oid, size = re.search(rb"\noid sha256:([0-9a-f]{12})", start), re.search(rb"\nsize (\d{1,15})\b", start)
-        sized = format_size(int(size[1])) if size else "of unknown size"
-        what = f"oid {f'sha256:{oid[1].decode()}...' if oid else 'unknown'}, {sized}"
-        raise ValueError(f"{plain(path)}: a git-lfs pointer ({what}), not the file itself; run: git lfs pull")
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    page = text[:15].lower().startswith((b"<!doctype html", b"<html"))
-    if page or (text.startswith(b"<?xml") and b"<Error>" in text):
-        raise ValueError(
-            f"{plain(path)}: a web page, not the file itself; log in if the repository asks for it, and {DOWNLOAD}"
-        )
-    if len(start) < 500 and text.startswith(_SENTENCES):
-        said = quoted(text.decode("utf-8", "replace").strip())
-        raise ValueError(f"{plain(path)}: the answer of a web server ({said}), not the file itself; {DOWNLOAD}")
 
 
 def read_start(path: str | Path, root: str | Path | None = None, *, cure: str = DOWNLOAD) -> bytes:
@@ -177,7 +147,6 @@ def read_json(
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether more lists and objects are in each other than any writer of JSON can follow."""
     level: list[Any] = [[value]]
     for _ in range(_NESTED):
         held = [one.values() if isinstance(one, dict) else one for one in level]
@@ -268,24 +237,26 @@ def append_text(path: str | Path, text: str, root: str | Path | None = None) -> 
 
 
 def copy(
-    source: str | Path, destination: str | Path, root: str | Path | None = None, *, limit: int = COPY_BYTES
+    source: str | Path,
+    destination: str | Path,
+    root: str | Path | None = None,
+    *,
+    limit: int = COPY_BYTES,
+    depth: int = 8,
 ) -> None:
     """A file, or a folder of files, to a place where nothing is yet; every file by the rule of ``regular``."""
-    _copy(Path(source), Path(destination), Path(source).parent if root is None else Path(root), limit, _DEPTH)
-
-
-def _copy(source: Path, destination: Path, root: Path, limit: int, depth: int) -> None:
-    real = inside(source, root)
-    if not real.is_dir():
+    source, destination = Path(source), Path(destination)
+    root = source.parent if root is None else Path(root)
+    if not inside(source, root).is_dir():
         _copy_file(source, destination, root, limit)
         return
     if not depth:
-        raise ValueError(f"{plain(source)}: more than {_DEPTH} folders deep; copy what is needed of it")
+        raise ValueError(f"{plain(source)}: too many folders in each other; copy what is needed of it")
     destination.mkdir(mode=0o755)
     for entry in sorted(source.iterdir()):
         if entry.is_symlink() and entry.is_dir():
             raise ValueError(f"{plain(entry)}: refused: a link to a folder; copy the folder")
-        _copy(entry, destination / entry.name, root, limit, depth - 1)
+        copy(entry, destination / entry.name, root, limit=limit, depth=depth - 1)
 
 
 def _copy_file(source: Path, destination: Path, root: Path, limit: int) -> None:

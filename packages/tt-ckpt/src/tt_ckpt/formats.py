@@ -1,6 +1,8 @@
 """What a model directory holds, and its tensors under Hugging Face names, whatever the format."""
 
+import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from tt_ckpt.dcp import METADATA_NAME, DistributedFolder
-from tt_ckpt.directory import read_config
-from tt_ckpt.files import read_json
+from tt_ckpt.directory import CONFIG_BYTES, read_config
+from tt_ckpt.files import inside, read_json
 from tt_ckpt.hf import open_hf
 from tt_ckpt.meta import from_meta
 from tt_ckpt.names import safe_file
 from tt_ckpt.pickles import read_pickled
-from tt_ckpt.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights
+from tt_ckpt.placeholder import DOWNLOAD
+from tt_ckpt.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights, shard_names
+from tt_ckpt.shown import listed, plain, quoted
 from tt_ckpt.tensor_file import MappedFile
 from tt_ckpt.torchtune import from_torchtune
 from tt_ckpt.weights import Weights, specs_of, without_copies
@@ -46,15 +50,16 @@ def open_model(directory: Path, *, allow_pickle: bool = False, config: Path | No
 
 
 def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool) -> Weights:
-    if (folder / INDEX_NAME).exists() or (folder / SINGLE_NAME).exists():
+    if os.path.lexists(folder / INDEX_NAME) or os.path.lexists(folder / SINGLE_NAME):
         return open_hf(folder, known.get("config.json", {}))
     if names := _mistral_files(folder):
         opened = [MappedFile(safe_file(folder, name)) for name in names]
         together: dict[str, Tensor] = {}
         for file in opened:
             together |= {name: file.tensor(name) for name in file.header.tensors}
-        if len(together) != sum(len(file.header.tensors) for file in opened):
-            raise ValueError(f"{folder}: a tensor is in two of {', '.join(names)}; download again")
+        counts = Counter(name for file in opened for name in file.header.tensors)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"{folder}: tensor {quoted(twice[0])} is in two of {listed(names)}; download them again")
         return _by_names([together], known, [opened[0].header.path])
     if (folder / METADATA_NAME).exists():
         if not allow_pickle:
@@ -69,13 +74,13 @@ def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool)
 
 def _mistral_files(folder: Path) -> list[str]:
     """Mistral's own release: one file, or numbered ones of which none is missing."""
-    if (folder / MISTRAL_NAME).exists():
+    if os.path.lexists(folder / MISTRAL_NAME):
         return [MISTRAL_NAME]
-    names = [path.name for path in folder.iterdir()]
+    names = {path.name for path in folder.iterdir()}
     count = max((int(match[1]) for name in names if (match := _MISTRAL_SHARD.fullmatch(name))), default=0)
     expected = [f"consolidated-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     if missing := [name for name in expected if name not in names]:
-        raise FileNotFoundError(f"{folder}: {len(missing)} of {count} files missing: {', '.join(missing[:3])}")
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {count} files missing: {listed(missing)}; download them")
     return expected
 
 
@@ -85,33 +90,35 @@ def _newest_epoch(directory: Path) -> Path:
         (int(match[1]), entry) for entry in directory.iterdir() if (match := re.fullmatch(r"epoch_(\d+)", entry.name))
     ]
     has_weights = any(entry.suffix in (".safetensors", ".bin", ".pt", ".pth") for entry in directory.iterdir())
-    return max(epochs)[1] if epochs and not has_weights else directory
+    if not epochs or has_weights:
+        return directory
+    newest = max(epochs)[1]
+    inside(newest, directory)
+    return newest
 
 
 def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        if (folder / "config.json").is_file():
+        if os.path.lexists(folder / "config.json"):
             found.setdefault("config.json", read_config(folder))
-        if (folder / "params.json").is_file():
-            params = read_json(safe_file(folder, "params.json"))
+        if os.path.lexists(folder / "params.json"):
+            params = read_json(safe_file(folder, "params.json"), limit=CONFIG_BYTES)
             if not isinstance(params, dict):
-                raise ValueError(f"{folder / 'params.json'}: expected a JSON object, found {type(params).__name__}")
+                found_type = type(params).__name__
+                raise ValueError(f"{folder / 'params.json'}: expected a JSON object, found {found_type}; {DOWNLOAD}")
             found.setdefault("params.json", params)
     return found
 
 
 def _pickle_files(folder: Path) -> list[str]:
     """The files that together hold one model."""
-    if (folder / PICKLE_INDEX).exists():
-        index = read_json(folder / PICKLE_INDEX)
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{folder / PICKLE_INDEX}: expected an object with a weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
+    if os.path.lexists(folder / PICKLE_INDEX):
+        names = shard_names(folder / PICKLE_INDEX, read_json(folder / PICKLE_INDEX), ".bin")
         missing = [name for name in names if not safe_file(folder, name).exists()]
         if missing:
-            raise FileNotFoundError(f"{folder}: {len(missing)} of {len(names)} files missing: {', '.join(missing[:3])}")
+            what = f"{len(missing)} of {len(names)} files missing: {listed(missing)}"
+            raise FileNotFoundError(f"{folder}: {what}; download them")
         return names
     present = sorted(entry.name for entry in folder.iterdir() if not _NOT_MODELS.fullmatch(entry.name))
     for pattern in _PICKLE_SETS:
@@ -142,7 +149,7 @@ def _by_names(parts: list[Mapping[str, Tensor]], known: Mapping[str, dict[str, A
     for file, part in zip(files, parts, strict=True):
         twice = sorted(together.keys() & part.keys())
         if twice:
-            raise ValueError(f"{file}: {twice[0]} stands in another file too; keep one model in {file.parent}")
+            raise ValueError(f"{file}: {plain(twice[0])} is in another file too; keep one model in {file.parent}")
         together |= part
     return _by_keys(together, config, files)
 
@@ -151,10 +158,11 @@ def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files
     keys = tensors.keys()
     if any(".attn.q_proj." in key or ".sa_norm." in key for key in keys):
         if config is None:
-            raise ValueError(f"{files[0].parent}: no config.json, which tells the heads; give config=DIR")
+            raise ValueError(f"{files[0].parent}: no config.json, which says how many heads there are; give config=DIR")
         return from_torchtune(tensors, config=config, files=files)
     if any("embed_tokens" in key or ".self_attn." in key for key in keys):
         specs = specs_of(tensors)
         return Weights(specs=specs, get=tensors.__getitem__, config=dict(config or {}), format="hf", files=tuple(files))
-    shown = ", ".join(sorted(keys)[:3]) or "none"
-    raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); known: Hugging Face, Meta, torchtune")
+    shown = listed(sorted(keys)) or "none"
+    known = "known: Hugging Face, Meta, torchtune"
+    raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); {known}; give the files of one model")

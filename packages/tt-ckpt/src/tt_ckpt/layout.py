@@ -1,12 +1,13 @@
 """How the tensors of a Hugging Face directory lie in its files: kept where it fits, remembered, or made anew."""
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tt_ckpt import commit
-from tt_ckpt.files import read_json
+from tt_ckpt.files import read_json, read_text
 from tt_ckpt.names import check_basename
 from tt_ckpt.shards import INDEX_NAME, encode_index, find_shards, parse_size, split
 from tt_ckpt.tensor_file import TensorSpec, canonical_order
@@ -34,7 +35,7 @@ class Layout:
 def read_layout(directory: Path) -> Layout | None:
     """The layout of a Hugging Face directory, or the one remembered in a converted one; None where neither is sound."""
     try:
-        if (directory / LAYOUT_NAME).exists():
+        if os.path.lexists(directory / LAYOUT_NAME):
             return _parse_layout(directory / LAYOUT_NAME)
         shards = find_shards(directory)
     except (FileNotFoundError, ValueError):
@@ -44,7 +45,7 @@ def read_layout(directory: Path) -> Layout | None:
     return Layout(
         files={name: list(header.tensors) for name, header in shards.files.items()},
         metadata={name: header.metadata for name, header in shards.files.items()},
-        index=(directory / INDEX_NAME).read_text("utf-8") if shards.index is not None else None,
+        index=read_text(directory / INDEX_NAME) if shards.index is not None else None,
     )
 
 
@@ -54,12 +55,16 @@ def _parse_layout(path: Path) -> Layout:
         files = {check_basename(name, where=path): [str(key) for key in keys] for name, keys in value["files"].items()}
         metadata = {name: value["metadata"][name] for name in files}
         sound = all(name.endswith(".safetensors") for name in files) and isinstance(value["index"], str | None)
-        sound = sound and all(entry is None or isinstance(entry, dict) for entry in metadata.values())
+        sound = sound and all(entry is None or _is_text(entry) for entry in metadata.values())
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise ValueError(f"{path}: damaged; remove it")
     return Layout(files=files, metadata=metadata, index=value["index"])
+
+
+def _is_text(entry: object) -> bool:
+    return isinstance(entry, dict) and all(isinstance(value, str) for value in entry.values())
 
 
 def write_layout(layout: Layout, folder: Path) -> None:

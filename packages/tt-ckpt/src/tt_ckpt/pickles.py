@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import DOWNLOAD, create, read_start, sync
+from tt_ckpt.files import create, read_start, sync
 from tt_ckpt.inert import MAX_BYTES, read_inert
+from tt_ckpt.placeholder import DOWNLOAD
 from tt_ckpt.shown import plain, quoted
 from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_shape, spec_of
 

@@ -1,16 +1,20 @@
 """The folder that holds a run's checkpoints: which there are, how one appears, which ones go."""
 
+import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from tt_ckpt import commit
 from tt_ckpt.files import TMP_PREFIX
-from tt_ckpt.shown import format_size
+from tt_ckpt.shown import format_size, plain, quoted
 
+FORMAT_VERSION = 1
 _ASIDE = ".old-"
+_CURE = "use an older checkpoint"
 _NAME = re.compile(r"(\.old-)?step-(\d{6,})(-[0-9a-f]{8})?")
 
 
@@ -25,11 +29,11 @@ def step_of(path: Path) -> int:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Oldest first. A folder set aside by a replacement that did not finish counts as a checkpoint."""
+    """Oldest first. A folder set aside by a replacement that did not finish counts as a checkpoint; a link does not."""
     found = []
     for entry in directory.iterdir() if directory.is_dir() else ():
         match = _NAME.fullmatch(entry.name)
-        if match and entry.is_dir() and bool(match[1]) == bool(match[3]):
+        if match and entry.is_dir() and not entry.is_symlink() and bool(match[1]) == bool(match[3]):
             found.append((int(match[2]), match[1] is None, entry))
     return [entry for _, _, entry in sorted(found)]
 
@@ -39,10 +43,32 @@ def describe(directory: Path) -> str:
     return f"{directory} holds {', '.join(names) or 'none'}"
 
 
+def links(directory: Path) -> list[Path]:
+    """What has the name of a checkpoint and is a link, so that it is neither read nor removed."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(entry for entry in found if entry.is_symlink() and _NAME.fullmatch(entry.name))
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """ValueError unless the manifest is of a format that is read here, and says groups and the step of its folder."""
+    if manifest.get("version") != FORMAT_VERSION:
+        versions = manifest.get("versions")
+        wrote = versions.get("tt_ckpt") if isinstance(versions, dict) else None
+        found = f"format version {quoted(manifest.get('version'))}, this tt_ckpt reads {FORMAT_VERSION}"
+        raise ValueError(f"{path}: {found}; use tt-ckpt {plain(wrote) if wrote else 'of the time'}")
+    groups, step, where = manifest.get("groups"), manifest.get("step"), path / commit.MANIFEST_NAME
+    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
+        raise ValueError(f"{where}: damaged: groups: expected a list of names, found {quoted(groups)}; {_CURE}")
+    if type(step) is not int or not 0 <= step < 1 << 60:
+        raise ValueError(f"{where}: damaged: step: expected a whole number, found {quoted(step)}; {_CURE}")
+    if _NAME.fullmatch(path.name) and step_of(path) != step:
+        raise ValueError(f"{where}: of step {step}, not of {path.name}; give the folder its own name, or {_CURE}")
+
+
 def publish(tmp: Path, destination: Path) -> None:
     """Give a finished folder its name. One of the same step is set aside first, never written over."""
     aside = None
-    if destination.exists():
+    if os.path.lexists(destination):
         aside = destination.parent / f"{_ASIDE}{destination.name}-{secrets.token_hex(4)}"
         destination.rename(aside)
     tmp.rename(destination)

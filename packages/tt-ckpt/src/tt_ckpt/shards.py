@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tt_ckpt.files import DOWNLOAD, HALF_FETCHED, half_fetched, read_json
+from tt_ckpt.files import read_json
 from tt_ckpt.names import check_basename, safe_file
 from tt_ckpt.placed_file import PlacedFile
+from tt_ckpt.placeholder import DOWNLOAD, HALF_FETCHED, half_fetched
 from tt_ckpt.shown import UNITS, format_size, listed, quoted
 from tt_ckpt.tensor_file import Header, MappedFile, TensorSpec, read_header
 

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
+from tt_ckpt.files import create, regular, sync
+from tt_ckpt.placeholder import DOWNLOAD, refuse_placeholder
 from tt_ckpt.shown import plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
@@ -121,8 +122,6 @@ def read_header(path: str | Path, root: str | Path | None = None) -> Header:
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates) if raw[:1] == b"{" else None
         return _parse_header(path, entries, 8 + length, size)
-    except WrongSize as error:
-        raise ValueError(f"{shown}: {error}; {DOWNLOAD}") from None
     except RecursionError:
         reason = "nested too deeply"
     except UnicodeDecodeError:
@@ -130,10 +129,6 @@ def read_header(path: str | Path, root: str | Path | None = None) -> Header:
     except ValueError as error:  # our own, or the parser's
         reason = str(error)
     raise ValueError(f"{shown}: damaged safetensors header: {reason}; {DOWNLOAD}")
-
-
-class WrongSize(ValueError):  # noqa: N818
-    """A file with more or fewer bytes than its header says."""
 
 
 def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
@@ -153,7 +148,7 @@ def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
         position = end
     if start + position != size:
         what = "cut short" if size < start + position else "too long"
-        raise WrongSize(f"{what}: {size} bytes, its header says {start + position}")
+        raise ValueError(f"{what}: {size} bytes, its header says {start + position}")
     return Header(
         path=path,
         start=start,

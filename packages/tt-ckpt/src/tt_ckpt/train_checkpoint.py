@@ -23,11 +23,12 @@ from tt_ckpt.background import Background
 from tt_ckpt.files import read_json
 from tt_ckpt.names import check_basename
 from tt_ckpt.parts import Group, Groups, copies, write_groups
+from tt_ckpt.shown import listed, plain
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
 STATE_NAME = "state.json"
+_CURE = "use an older checkpoint"
 Files = Mapping[str, Callable[[Path], None]]
 
 
@@ -210,6 +211,8 @@ class TrainCheckpoint:
         return [path.name for path in later]
 
     def _newest(self, hashes: bool) -> Path | None:
+        for path in run_folder.links(self.directory):
+            logger.warning("checkpoint %s is a link and is not used; copy the folder instead", plain(path))
         for path in reversed(run_folder.candidates(self.directory)):
             try:
                 commit.verify(path, hashes=hashes)
@@ -231,7 +234,7 @@ class TrainCheckpoint:
         manifest = self._verified(found, hashes=hashes and path is not None)
         for group in into or {}:
             if group not in manifest["groups"]:
-                raise ValueError(f"{found}: no group {group!r}; it holds {', '.join(manifest['groups'])}")
+                raise ValueError(f"{found}: no group {group!r}, only {listed(manifest['groups'], 8)}; {_CURE}")
         if into:
             self._fill(found, into)
         groups: dict[str, Mapping[str, Tensor]] = {
@@ -239,7 +242,7 @@ class TrainCheckpoint:
             for name in manifest["groups"]
             if name not in (into or {})
         }
-        state = read_json(found / STATE_NAME)
+        state = read_json(found / STATE_NAME, found, cure=_CURE)
         return TrainState(step=manifest["step"], tensors=groups, state=state, path=found, manifest=manifest)
 
     def _verified(self, path: Path, *, hashes: bool) -> dict[str, Any]:
@@ -250,7 +253,7 @@ class TrainCheckpoint:
                 if not path.is_dir():
                     raise FileNotFoundError(f"{path}: no such checkpoint; {run_folder.describe(self.directory)}")
                 manifest = commit.verify(path, hashes=hashes)
-                _check_manifest(path, manifest)
+                run_folder.check_manifest(path, manifest)
             except (OSError, ValueError) as error:
                 manifest = error
         manifest = self._ranks.from_first(manifest)
@@ -271,21 +274,10 @@ class TrainCheckpoint:
             raise ValueError(reasons[0]) from failure
 
 
-def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    if manifest.get("version") != FORMAT_VERSION:
-        versions = manifest.get("versions")
-        wrote = versions.get("tt_ckpt") if isinstance(versions, dict) else None
-        found = f"format version {manifest.get('version')!r}, this tt_ckpt reads {FORMAT_VERSION}"
-        raise ValueError(f"{path}: {found}; use tt-ckpt {wrote or 'of the time'}")
-    groups, step = manifest.get("groups"), manifest.get("step")
-    if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups) or type(step) is not int:
-        raise ValueError(f"{path / commit.MANIFEST_NAME}: damaged: groups or step")
-
-
 def _facts(step: int, world_size: int) -> dict[str, Any]:
     return {
         "format": "tt-ckpt training checkpoint",
-        "version": FORMAT_VERSION,
+        "version": run_folder.FORMAT_VERSION,
         "step": step,
         "world_size": world_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "tt_ckpt": version("tt-ckpt")},
