@@ -390,7 +390,7 @@ def test_a_split_model_is_read_from_all_of_its_parts(tmp_path):
     tt_ckpt.convert(whole, tmp_path / "one")
     tt_ckpt.convert(tmp_path / "parts", tmp_path / "two")  # a directory with one model in it
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"give the first part, NAME-00001-of-00002\.gguf"):
+    with pytest.raises(ValueError, match=r"give the first part, NAME-00001-of-N\.gguf"):
         tt_ckpt.convert(tmp_path / "parts/m-00002-of-00002.gguf", tmp_path / "three")
     (tmp_path / "parts/m-00002-of-00002.gguf").unlink()
     with pytest.raises(FileNotFoundError, match="is the first of 2 parts"):
@@ -468,7 +468,7 @@ def test_a_pipe_a_link_to_nothing_and_a_wrong_name_are_refused_at_once(tmp_path)
     for name in ("link.gguf", "modle.gguf"):
         with pytest.raises(FileNotFoundError, match=r"no such file; did you mean .*model\.gguf"):
             tt_ckpt.convert(tmp_path / name, tmp_path / "hf")
-    with pytest.raises(ValueError, match=r"0 bytes, not a GGUF file"):
+    with pytest.raises(ValueError, match=r"0 bytes; download it again"):
         tt_ckpt.convert(tmp_path / "model.gguf", tmp_path / "hf")
     with pytest.raises(ValueError, match=r"run: tt convert .*model\.gguf DIR"):
         tt_ckpt.load_weights(torch.nn.Linear(1, 1), tmp_path / "model.gguf")

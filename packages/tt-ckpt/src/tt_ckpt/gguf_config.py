@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tt_ckpt.gguf_file import GGUF, read_rows
+from tt_ckpt.shown import plain, quoted
 
 _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen2": "Qwen2", "qwen3": "Qwen3",
@@ -58,7 +59,7 @@ class Keys:
                 raise ValueError(f"{self.path}: lacks {self.prefix}{key}, without which there is no config.json")
             return default
         if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 < value < 2**40:
-            what = f"expected one {'whole ' if whole else ''}number above 0, found {str(value)[:60]}"
+            what = f"expected one {'whole ' if whole else ''}number above 0, found {quoted(value)}; download it again"
             raise ValueError(f"{self.path}: {self.prefix}{key}: {what}")
         return value if whole else float(value)
 
@@ -71,7 +72,8 @@ class Keys:
             close = difflib.get_close_matches(left[0], sorted(self.read), 1, 0.6)
             hint = f"; the nearest known is {self.prefix}{close[0]}" if close else ""
             raise ValueError(
-                f"{self.path}: {self.prefix}{left[0]} may change what the model computes and is not known here{hint}"
+                f"{self.path}: {self.prefix}{plain(left[0])} may change what the model computes and is not known here"
+                f"{hint}; take another file of the model"
             )
 
 
@@ -116,7 +118,9 @@ def config_of(gguf: GGUF, model_type: str) -> dict[str, Any]:
         keys.get(key)
     for key, neutral in _NEUTRAL.items():
         if (value := keys.get(key)) not in (None, *neutral):
-            raise ValueError(f"{gguf.path}: {keys.prefix}{key} {str(value)[:40]} is not converted")
+            raise ValueError(
+                f"{gguf.path}: {keys.prefix}{key} {quoted(value)} is not converted; take another file of the model"
+            )
     keys.refuse_the_rest()
     return config
 
@@ -133,7 +137,7 @@ def token_id(gguf: GGUF, key: str) -> int | None:
     rows = gguf.tensors["token_embd.weight"].shape[0]
     if type(value) is not int or not 0 <= value < rows:
         raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.{key}_token_id: expected a whole number below {rows}, found {str(value)[:40]}"
+            f"{gguf.path}: tokenizer.ggml.{key}_token_id: expected a whole number below {rows}, found {quoted(value)}"
         )
     return value
 
@@ -214,6 +218,9 @@ def _gemma(keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
 def _rope_scaling(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any] | None:
     kind = keys.get("rope.scaling.type") or "none"
     factors = {name: gguf.tensors.get(f"rope_{name}.weight") for name in ("freqs", "factors_long", "factors_short")}
+    for name, tensor in factors.items():
+        if tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] > config["head_dim"]):
+            raise ValueError(f"{gguf.path}: rope_{name}.weight has the shape {list(tensor.shape)}; download it again")
     if any(name.startswith("blk.") and "rope_f" in name for name in gguf.tensors):
         raise ValueError(f"{gguf.path}: rope factors in every block are not converted; take a newer file of the model")
     numbers = {
@@ -231,7 +238,7 @@ def _rope_scaling(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise ValueError(
-            f"{gguf.path}: {keys.prefix}rope.scaling.type {kind!r} is not known; known: none, linear, yarn"
+            f"{gguf.path}: {keys.prefix}rope.scaling.type {quoted(kind)} is not known; known: none, linear, yarn"
         )
     scaling = {
         "rope_type": "yarn",
@@ -269,9 +276,9 @@ def _llama3_scaling(
     """
     dim = config["head_dim"]
     frequencies = config["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    largest, low, high = float(factors.max()), 1.0, 4.0
     if len(factors) != dim // 2:
         raise ValueError(f"{path}: rope_freqs.weight has {len(factors)} factors, {dim // 2} are needed")
-    largest, low, high = float(factors.max()), 1.0, 4.0
     contexts = [old_context] if type(old_context) is int else [8192, *(2**n for n in range(24))]
     for context in contexts:
         share = ((context * frequencies / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)

@@ -19,6 +19,8 @@ from torch import Tensor
 from tt_ckpt.files import read_start
 from tt_ckpt.gguf_blocks import PLAIN, can_decode, decode, nearest_kind, quant_sizes, update_hint
 from tt_ckpt.names import safe_file
+from tt_ckpt.placeholder import DOWNLOAD
+from tt_ckpt.shown import listed, quoted
 
 MAGIC = b"GGUF"
 _SCALARS = {
@@ -26,7 +28,9 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _PIECE = 1 << 22  # values that are dequantized at once
-_MAX_ENTRIES = 1 << 22  # of a list: more tokens than any vocabulary has
+_MAX_ENTRIES = 1 << 22  # of all lists: tokens, their types and scores, and merges
+_MAX_HEADER_BYTES = 1 << 26
+_MAX_TENSORS = 1 << 17
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -84,7 +88,7 @@ def find_gguf(directory: Path) -> Path | None:
     names = [entry.name for entry in entries if entry.suffix == ".gguf"]
     first = [name for name in names if (part := _PART.fullmatch(name)) is None or int(part[2]) == 1]
     if len(first) > 1:
-        raise ValueError(f"{directory}: several GGUF models ({', '.join(first[:5])}); give one of these files")
+        raise ValueError(f"{directory}: several GGUF models ({listed(first, 5)}); give one of these files")
     return safe_file(directory, first[0]) if first else None
 
 
@@ -97,16 +101,14 @@ def read_gguf(path: Path) -> GGUF:
         return GGUF(path=path, values=values, tensors=tensors)
     part = _PART.fullmatch(path.name)
     if type(count) is not int or part is None or int(part[3]) != count or int(part[2]) != 1:
-        raise ValueError(
-            f"{path}: part of a model split in {count}; give the first part, NAME-00001-of-{count:05d}.gguf"
-        )
+        raise ValueError(f"{path}: part of a model split in {quoted(count)}; give the first part, NAME-00001-of-N.gguf")
     for i in range(2, count + 1):
         other = safe_file(path.parent, f"{part[1]}-{i:05d}-of-{part[3]}.gguf")
         if not other.is_file():
             raise FileNotFoundError(f"{other}: missing: {path.name} is the first of {count} parts; download the others")
         more = _read_one(other)[1]
         if twice := sorted(more.keys() & tensors.keys()):
-            raise ValueError(f"{other}: tensor {twice[0]!r} is in another part too; download it again")
+            raise ValueError(f"{other}: tensor {twice[0]!r} is in another part too; {DOWNLOAD}")
         tensors |= more
     return GGUF(path=path, values=values, tensors=tensors)
 
@@ -130,7 +132,7 @@ def _read_into(file: IO[bytes], view: memoryview, path: Path) -> None:
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:
-            raise ValueError(f"{path}: cut short while it was read; download it again")
+            raise ValueError(f"{path}: cut short while it was read; {DOWNLOAD}")
         view = view[count:]
 
 
@@ -142,16 +144,19 @@ class _Reader:
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path, self.file, self.size, self.at = path, file, path.stat().st_size, 0
+        self.entries = 0  # of all lists
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
             raise ValueError(
                 f"{self.path}: cut short or damaged: {count} bytes are announced at {self.at}, "
-                f"the file has {self.size}; download it again"
+                f"the file has {self.size}; {DOWNLOAD}"
             )
+        if self.at + count > _MAX_HEADER_BYTES:
+            raise ValueError(f"{self.path}: damaged: a header of more than {_MAX_HEADER_BYTES} bytes; {DOWNLOAD}")
         data = self.file.read(count)
         if len(data) != count:
-            raise ValueError(f"{self.path}: cut short while it was read; download it again")
+            raise ValueError(f"{self.path}: cut short while it was read; {DOWNLOAD}")
         self.at += count
         return data
 
@@ -164,13 +169,16 @@ class _Reader:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(f"{self.path}: damaged: text at byte {self.at - len(raw)} is not UTF-8") from None
+            raise ValueError(
+                f"{self.path}: damaged: text at byte {self.at - len(raw)} is not UTF-8; {DOWNLOAD}"
+            ) from None
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.text()
         if kind == _ARRAY:
             of, count = self.number("<I"), self.number("<Q")
+            kind = of if of != _STRING and of != _ARRAY and of not in _SCALARS else kind
             if of == _STRING:
                 self.announced(count, 8)
                 return [self.text() for _ in range(count)]
@@ -181,13 +189,15 @@ class _Reader:
         if kind in _SCALARS:
             found = np.frombuffer(self.take(np.dtype(_SCALARS[kind]).itemsize), dtype=_SCALARS[kind])[0]
             return _shortest(found) if isinstance(found, np.float32) else found.item()
-        raise ValueError(f"{self.path}: damaged: unknown type {kind} of a value at byte {self.at}")
+        what = "a list of lists" if kind == _ARRAY else f"unknown type {kind} of a value"
+        raise ValueError(f"{self.path}: damaged: {what} at byte {self.at}; {DOWNLOAD}")
 
     def announced(self, count: int, width: int) -> None:
         """Refuse a count that the rest of the file cannot hold, before anything is made for it."""
-        if count > min((self.size - self.at) // width, _MAX_ENTRIES):
+        self.entries += count
+        if count > (self.size - self.at) // width or self.entries > _MAX_ENTRIES:
             where = f"{count} entries are announced at byte {self.at} of {self.size}"
-            raise ValueError(f"{self.path}: damaged: {where}; download it again")
+            raise ValueError(f"{self.path}: damaged: {where}; {DOWNLOAD}")
 
 
 def _shortest(value: "np.float32") -> float:
@@ -205,13 +215,19 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         for _ in range(num_values):
             key = reader.text()
             if key in values:
-                raise ValueError(f"{path}: damaged: key {key[:80]!r} is there twice")
+                raise ValueError(f"{path}: damaged: key {quoted(key)} is there twice; {DOWNLOAD}")
+            if not key.isprintable():
+                raise ValueError(f"{path}: damaged: it has the key {quoted(key)}; {DOWNLOAD}")
             values[key] = reader.value(reader.number("<I"))
+        if num_tensors > _MAX_TENSORS:
+            raise ValueError(f"{path}: damaged: {num_tensors} tensors are announced; {DOWNLOAD}")
         reader.announced(num_tensors, 24)
         infos = [_read_info(reader) for _ in range(num_tensors)]
         alignment = values.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise ValueError(f"{path}: general.alignment: expected a power of two, found {alignment!r}")
+            raise ValueError(
+                f"{path}: general.alignment: expected a power of two, found {quoted(alignment)}; {DOWNLOAD}"
+            )
         start = -(-reader.at // alignment) * alignment
     return values, _place(path, infos, start, alignment)
 
@@ -220,19 +236,21 @@ def _check_start(reader: _Reader) -> None:
     path = reader.path
     read_start(path, path.resolve().parent)
     if reader.size < 24 or reader.take(4) != MAGIC:
-        raise ValueError(f"{path}: {reader.size} bytes, not a GGUF file; download it again")
+        raise ValueError(f"{path}: {reader.size} bytes, not a GGUF file; {DOWNLOAD}")
     version = reader.number("<I")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         what = "big-endian" if swapped in (2, 3) else f"version {version}"
-        raise ValueError(f"{path}: a GGUF file of {what}; versions 2 and 3, little-endian, can be read")
+        raise ValueError(
+            f"{path}: a GGUF file of {what}; versions 2 and 3, little-endian, can be read; take such a file"
+        )
 
 
 def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
     name = reader.text()
     num_dims = reader.number("<I")
     if not 1 <= num_dims <= 4 or len(name) > 256 or not name.isprintable():
-        raise ValueError(f"{reader.path}: damaged: tensor {name[:80]!r} with {num_dims} dimensions")
+        raise ValueError(f"{reader.path}: damaged: tensor {quoted(name)} with {num_dims} dimensions; {DOWNLOAD}")
     dims = tuple(reader.number("<Q") for _ in range(num_dims))
     return name, dims, reader.number("<I"), reader.number("<Q")
 
@@ -253,16 +271,14 @@ def _place(
         if kind not in PLAIN and not can_decode(kind):
             raise ValueError(f"{path}: tensor {name!r} is {kind}, which is not decoded; nearest: {nearest_kind(kind)}")
         if dims[0] % block or not all(dims):
-            raise ValueError(f"{path}: tensor {name!r} with {list(dims)} values does not divide into blocks of {block}")
+            raise ValueError(f"{path}: tensor {name!r} with {list(dims)} values: not in blocks of {block}; {DOWNLOAD}")
         row_bytes = dims[0] // block * block_bytes
         nbytes = row_bytes * math.prod(dims[1:])
         if name in found or offset % alignment or offset < end:
-            raise ValueError(
-                f"{path}: damaged: tensor {name!r} at {offset} is misplaced or there twice; download it again"
-            )
+            raise ValueError(f"{path}: damaged: tensor {name!r} at {offset} is misplaced or there twice; {DOWNLOAD}")
         end = offset + nbytes
         if start + end > size:
-            raise ValueError(f"{path}: cut short: {size} bytes of at least {start + end}; download it again")
+            raise ValueError(f"{path}: cut short: {size} bytes of at least {start + end}; {DOWNLOAD}")
         found[name] = GGUFTensor(
             file=path, start=start + offset, kind=kind, shape=tuple(reversed(dims)), row_bytes=row_bytes
         )

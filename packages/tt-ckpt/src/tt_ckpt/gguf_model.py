@@ -11,10 +11,13 @@ from tt_ckpt.gguf_config import config_of
 from tt_ckpt.gguf_file import GGUF, GGUFTensor, read_gguf, read_rows
 from tt_ckpt.gguf_names import IGNORED, Architecture, architecture_of, check_blocks, rename
 from tt_ckpt.gguf_tokenizer import tokenizer_files
+from tt_ckpt.placeholder import DOWNLOAD
 from tt_ckpt.rotary import to_half_split
+from tt_ckpt.shown import quoted
 from tt_ckpt.tensor_file import TensorSpec
 from tt_ckpt.weights import Weights, rotated_heads
 
+_MAX_TENSORS = 1 << 20
 _ROTATED = re.compile(r"(q_proj|k_proj)\.(weight|bias)$")
 
 
@@ -27,8 +30,9 @@ def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
     gguf = read_gguf(path)
     kind = gguf.values.get("general.type", "model")
     if kind != "model":
-        raise ValueError(f"{path}: a GGUF file of type {kind!r}, not a model; give the file of the model itself")
+        raise ValueError(f"{path}: a GGUF file of type {quoted(kind)}, not a model; give the file of the model itself")
     name = gguf.values.get("general.architecture")
+    architecture_of(name, 0, path)
     experts, layers = (_count(gguf, f"{name}.{key}") for key in ("expert_count", "block_count"))
     arch = architecture_of(name, experts, path)
     tensors = {name: tensor for name, tensor in gguf.tensors.items() if not IGNORED.fullmatch(name)}
@@ -56,7 +60,7 @@ def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
 def _count(gguf: GGUF, key: str) -> int:
     value = gguf.values.get(key, 0)
     if type(value) is not int or not 0 <= value < 1 << 16:
-        raise ValueError(f"{gguf.path}: {key}: expected a whole number below 65536, found {str(value)[:40]}")
+        raise ValueError(f"{gguf.path}: {key}: expected a whole number below 65536, found {quoted(value)}; {DOWNLOAD}")
     return value
 
 
@@ -76,8 +80,8 @@ def _sources(
             found[key] = (name, 0, 0)
             continue
         shape = tensors[name].shape
-        if len(shape) != 3 or shape[0] != experts:
-            raise ValueError(f"{path}: {name} has the shape {list(shape)}, expected {experts} matrices")
+        if len(shape) != 3 or shape[0] != experts or len(found) > _MAX_TENSORS:
+            raise ValueError(f"{path}: {name} has the shape {list(shape)}, expected {experts} matrices; {DOWNLOAD}")
         found |= {key.format(expert): (name, expert * shape[1], 1) for expert in range(experts)}
     return found
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tt_ckpt.shown import quoted
 from tt_ckpt.weights import EMBEDDING, OUTPUT
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
@@ -89,9 +90,11 @@ def architecture_of(name: object, num_experts: int, path: Path) -> Architecture:
     if name == "llama" and num_experts:
         return MIXTRAL
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        close = difflib.get_close_matches(str(name), ARCHITECTURES, 1, 0.5)
+        close = difflib.get_close_matches(str(name)[:80], ARCHITECTURES, 1, 0.5)
         hint = f"; the nearest is {close[0]}" if close else ""
-        raise ValueError(f"{path}: architecture {name!r} is not converted{hint}; known: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"{path}: architecture {quoted(name)} is not converted{hint}; known: {', '.join(ARCHITECTURES)}"
+        )
     return ARCHITECTURES[name]
 
 
@@ -107,7 +110,7 @@ def rename(arch: Architecture, name: str, path: Path) -> str:
     known_names = [*_TOP, *(f"blk.N.{local}.weight" for local in [*arch.layer, *arch.experts])]
     close = difflib.get_close_matches(re.sub(r"blk\.\d+", "blk.N", name), known_names, 1, 0.5)
     hint = f"; the nearest is {close[0]}" if close else ""
-    raise ValueError(f"{path}: tensor {name!r} has no place in a {arch.model_type} model{hint}")
+    raise ValueError(f"{path}: tensor {quoted(name)} has no place in a {arch.model_type} model{hint}")
 
 
 def check_blocks(names: Mapping[str, str], num_layers: int, arch: Architecture, path: Path) -> None:
@@ -123,7 +126,9 @@ def check_blocks(names: Mapping[str, str], num_layers: int, arch: Architecture, 
                 f"{path}: lacks blk.{i}.{absent[0]} ({num_layers} blocks are announced); download it again"
             )
     if odd := sorted(i for i in blocks if i >= num_layers or blocks[i] != needed):
-        raise ValueError(f"{path}: block {odd[0]} is not like the others ({num_layers} blocks are announced)")
+        raise ValueError(
+            f"{path}: block {odd[0]} is not like the others ({num_layers} blocks are announced); download it again"
+        )
     for name in ("token_embd.weight", "output_norm.weight"):
         if name not in names:
             raise ValueError(f"{path}: lacks {name}; a vocabulary or part of a model cannot be converted")

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from tt_ckpt.gguf_file import GGUF
+from tt_ckpt.shown import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,11 @@ def split_name(gguf: GGUF, count: int) -> str:
         pre = "qwen2" if architecture == "qwen2" else "llama-bpe" if count >= 128_000 else "default"
     known = [*SPLITS, *GPT2, *DIGITS]
     if pre not in known:
-        close = difflib.get_close_matches(str(pre), known, 1, 0.5)
+        close = difflib.get_close_matches(str(pre)[:80], known, 1, 0.5)
         hint = f", nearest {close[0]}" if close else ""
         raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.pre {pre!r} is not known here{hint}; give config=DIR of the original model "
-            "to take its tokenizer"
+            f"{gguf.path}: tokenizer.ggml.pre {quoted(pre)} is not known here{hint}; give config=DIR of the original "
+            "model to take its tokenizer"
         )
     if pre == "default":
         logger.warning(

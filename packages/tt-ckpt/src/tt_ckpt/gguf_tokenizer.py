@@ -14,9 +14,11 @@ from typing import Any
 from tt_ckpt.gguf_config import token_id
 from tt_ckpt.gguf_file import GGUF
 from tt_ckpt.gguf_splits import BOS_FIRST, COMPOSED, DIGITS, SPLITS, WHOLE_WORDS, split_name
+from tt_ckpt.shown import quoted
 
 _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _SPACE = "\u2581"
+_LONGEST_TOKEN, _MAX_CHARACTERS = 1024, 1 << 24  # far beyond any vocabulary: merges are looked for at each
 _ENDS = ("eos", "eot", "eom")
 
 
@@ -33,7 +35,7 @@ def tokenizer_files(gguf: GGUF, config: dict[str, Any]) -> dict[str, str]:
         body, bos_first = _sentencepiece(gguf, tokens, types, scores), True
     else:
         raise ValueError(
-            f"{gguf.path}: a tokenizer of kind {kind!r} is not converted (known: gpt2, llama); "
+            f"{gguf.path}: a tokenizer of kind {quoted(kind)} is not converted (known: gpt2, llama); "
             "give config=DIR of the original model to take its tokenizer"
         )
     ends = [_token_text(gguf, tokens, key) for key in ("bos", "eos")]
@@ -100,6 +102,9 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
     tokens = values.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
         raise ValueError(f"{path}: tokenizer.ggml.tokens: expected a list of texts; download it again")
+    longest = max(map(len, tokens))
+    if longest > _LONGEST_TOKEN or sum(map(len, tokens)) > _MAX_CHARACTERS:
+        raise ValueError(f"{path}: tokenizer.ggml.tokens: texts of up to {longest} characters; download it again")
     rows = gguf.tensors["token_embd.weight"].shape[0]
     if len(tokens) > rows:
         raise ValueError(f"{path}: {len(tokens)} tokens, but token_embd.weight has {rows} rows; download it again")
@@ -116,7 +121,7 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens: {twice[:80]!r} is there twice, which tokenizer.json cannot say"
+            f"{path}: tokenizer.ggml.tokens: {quoted(twice)} is there twice, which tokenizer.json cannot say"
         )
     return tokens, types[:count], scores[:count]
 
@@ -202,7 +207,7 @@ def _two(merge: object, vocab: Collection[str], path: Path) -> list[str]:
     left, _, right = str(merge).partition(" ")
     if left not in vocab or right not in vocab or left + right not in vocab:
         raise ValueError(
-            f"{path}: tokenizer.ggml.merges: {str(merge)[:80]!r} does not make a token of two; download it again"
+            f"{path}: tokenizer.ggml.merges: {quoted(merge)} does not make a token of two; download it again"
         )
     return [left, right]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.endpoint import check_endpoint, limit_bodies
-from tt_ckpt.files import refuse_placeholder
 from tt_ckpt.hub_failures import explained, retrying
 from tt_ckpt.hub_names import check_listing, check_repo_id, check_revision
+from tt_ckpt.placeholder import refuse_placeholder
 from tt_ckpt.shown import format_size, plain
 from tt_ckpt.verify import content_hash, was_fetched
 
