@@ -338,7 +338,7 @@ def test_a_window_is_compiled_once_and_not_for_each_of_its_columns(model_type, s
         ({"input_ids": torch.tensor([1, 2])}, "prompts must be"),
         ({"input_ids": []}, "prompts must be"),
         ({"input_ids": [[1, 1000]]}, "token ids must lie in"),
-        ({"input_ids": [[1.5, 2.0]]}, "prompts must be integers, the ids of tokens, got torch.float32"),
+        ({"input_ids": [[1.5, 2.0]]}, "a token id must be a whole number, got 1.5"),
         ({"input_ids": torch.ones(1, 2, dtype=torch.bool)}, "prompts must be integers"),
         ({"input_ids": [1, 2]}, "prompt 0 must be a list with at least one token id, got 1"),
         ({"input_ids": [[1], []]}, "prompt 1 must be a list with at least one token id"),

@@ -1,6 +1,7 @@
 """``model_type`` to family: the one table, and the functions that go through it."""
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,12 @@ from tt_models import gemma, gpt_oss, llama, mistral, mixtral, olmo2, phi, qwen,
 from tt_models.config import ModelConfig
 from tt_models.config_keys import nearest
 from tt_models.decoder import Decoder, init_weights_
+from tt_models.limits import LONGEST_KEY, MOST_KEYS
+from tt_models.memory import refuse_too_large, weight_bytes
 from tt_models.rows import keep_freed_memory
+from tt_models.shown import shown
+
+CURE = re.compile(r"\b(take|set|remove|choose|write|did you mean)\b")  # a message that says what to do
 
 
 class Family(NamedTuple):
@@ -46,11 +52,11 @@ def list_models() -> list[str]:
 def get_config(name: str) -> ModelConfig:
     """The published configuration of a named size, such as ``llama3_2_1b``."""
     for family in FAMILIES.values():
-        if name in family.sizes:
+        if isinstance(name, str) and name in family.sizes:
             return family.sizes[name]
-    close = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.4)
+    close = difflib.get_close_matches(str(name)[:LONGEST_KEY], list_models(), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]!r}?" if close else "see tt_models.list_models()"
-    raise ValueError(f"no model is named {name!r}: {hint}")
+    raise ValueError(f"no model is named {shown(name)}: {hint}")
 
 
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
@@ -61,21 +67,34 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"config.json must be a mapping, got {type(config).__name__}")
+    odd = next((key for key in config if not isinstance(key, str) or len(key) > LONGEST_KEY), None)
+    if odd is not None or len(config) > MOST_KEYS:
+        what = f"{len(config):,} keys" if odd is None else f"the key {shown(odd)}"
+        raise ValueError(
+            f"config.json has {what}, expected at most {MOST_KEYS:,} keys of up to {LONGEST_KEY} characters; take the "
+            "model's own"
+        )
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise ValueError(f"config.json has no model_type but {model_type!r}; supported are {', '.join(FAMILIES)}")
+        raise ValueError(f"config.json has no model_type but {shown(model_type)}; supported are {', '.join(FAMILIES)}")
     text = config.get("text_config")
-    if model_type not in FAMILIES and isinstance(text, Mapping) and text.get("model_type") in FAMILIES:
+    inner = text.get("model_type") if isinstance(text, Mapping) else None
+    if model_type not in FAMILIES and isinstance(inner, str) and inner in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {model_type!r} reads more than text; only its text_config "
-            f"({text['model_type']!r}) can be read, take a text-only model"
+            f"config.json: model_type {shown(model_type)} reads more than text; only its text_config "
+            f"({inner!r}) can be read, take a text-only model"
         )
     if model_type not in FAMILIES:
-        architectures = f"architectures {config['architectures']}; " if config.get("architectures") else ""
+        architectures = f"architectures {shown(config['architectures'])}; " if config.get("architectures") else ""
         raise ValueError(
             f"config.json: model_type {nearest(model_type, FAMILIES)} {architectures}supported: {', '.join(FAMILIES)}"
         )
-    return FAMILIES[model_type].config.from_hf(config)
+    try:
+        return FAMILIES[model_type].config.from_hf(config)
+    except ValueError as error:
+        text = str(error).removeprefix("config.json: ")
+        cure = "" if CURE.search(text) else "; correct it, or take the model's own config.json"
+        raise ValueError(f"config.json: {text}{cure}") from None
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -100,6 +119,10 @@ def build(
     with torch.device("meta"):
         model = FAMILIES[config.model_type].decoder(config).to(dtype or torch.get_default_dtype())
     if device.type != "meta":
+        count, kind = sum(p.numel() for p in model.parameters()), str(next(model.parameters()).dtype)
+        what = f"a {config.model_type} of {count:,} parameters as {kind.removeprefix('torch.')}"
+        cure = "take a smaller model, dtype=torch.bfloat16, or device='meta'"
+        refuse_too_large(what, weight_bytes(model), device, cure)
         model.to_empty(device=device)
         init_weights_(model, config.initializer_range)
     return model

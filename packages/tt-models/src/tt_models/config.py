@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
 from tt_models.config_keys import fits, has_no_effect, nearest, pop_quantization, refuse_unlike, refuse_wrong_types
+from tt_models.limits import LIMITS, LONGEST_LIST, MOST_EXPERTS, out_of_range
 from tt_models.mlp import ACTIVATIONS
-from tt_models.rope import check_rope_scaling
+from tt_models.rope import Rope, check_rope_scaling
+from tt_models.shown import shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 QK_NORM = dict.fromkeys(("use_qk_norm", "qk_norm", "use_qk_layernorm", "qk_layernorm"), (True,))  # see computed
@@ -23,7 +25,6 @@ class ModelConfig:
     model_type: ClassVar[str] = ""
     architecture: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings in config.json -> field
-    positive: ClassVar[tuple[str, ...]] = ()  # fields of the family that must be positive where they are given
     written: ClassVar[Mapping[str, Any]] = {}  # keys that the reference reads and that have one value here
     computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys that are no fields -> the values that are computed
 
@@ -47,19 +48,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_hidden_layers",
-            "intermediate_size",
-            "num_attention_heads",
-            "max_position_embeddings",
-            "rope_theta",
-            *self.positive,
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+        self._check_values()
         self._fill("num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -69,24 +58,43 @@ class ModelConfig:
         self._fill("head_dim", self.hidden_size // self.num_attention_heads)
         self._fill("rope_scaling", check_rope_scaling(self.rope_scaling))
         self._check()
+        Rope(  # what its formulas cannot take is said now, before weights are loaded
+            self.rotated_dim,
+            theta=self.rope_theta,
+            scaling=self.rope_scaling,
+            max_position_embeddings=self.max_position_embeddings,
+        )
 
     def _fill(self, name: str, value: Any) -> None:
         """Set a field of this frozen object where it is None, or where ``value`` is its normal form."""
         if getattr(self, name) is None or name == "rope_scaling":
             object.__setattr__(self, name, value)
 
+    def _check_values(self) -> None:
+        """Every field has its type, and every number is one that a model may have."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in values.items():
+            if isinstance(value, list | tuple) and len(value) > LONGEST_LIST:
+                raise ValueError(f"{name} has {len(value):,} elements, expected at most {LONGEST_LIST:,}")
+        refuse_wrong_types(values, typing.get_type_hints(type(self)))
+        for name, limits in LIMITS.items():
+            found = values.get(name)
+            for value in found if isinstance(found, tuple | list) else () if found is None else (found,):
+                wrong = out_of_range(name, value, limits)
+                if wrong:
+                    raise ValueError(wrong)
+
     def _check(self) -> None:
-        if self.head_size <= 0:
-            raise ValueError(f"head_dim must be positive, got {self.head_dim}")
-        if self.kv_heads <= 0 or self.num_attention_heads % self.kv_heads:
+        if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        if self.rms_norm_eps < 0:
-            raise ValueError(f"rms_norm_eps must not be negative, got {self.rms_norm_eps}")
-        if not 0.0 <= self.attention_dropout <= 1.0:
-            raise ValueError(f"attention_dropout must lie in [0, 1], got {self.attention_dropout}")
+        if self.rotated_dim % 2 or self.rotated_dim <= 0:
+            raise ValueError(
+                f"head_dim {self.head_size}: rope rotates pairs, so {self.rotated_dim} of a head cannot be rotated; "
+                "expected an even number"
+            )
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {nearest(self.hidden_act, ACTIVATIONS)}")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
@@ -103,6 +111,11 @@ class ModelConfig:
         """``head_dim`` as the int that it is once the config is made."""
         assert self.head_dim is not None
         return self.head_dim
+
+    @property
+    def rotated_dim(self) -> int:
+        """How many elements of a head the rotary positions turn."""
+        return self.head_size
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -129,13 +142,12 @@ class ModelConfig:
             if value is not None and keys.get(name) is None:
                 keys[name] = value
             elif value is not None and keys[name] != value:
-                raise ValueError(f"config.json: {alias} = {value!r} contradicts {name} = {keys[name]!r}")
+                raise ValueError(f"config.json: {alias} = {shown(value)} contradicts {name} = {shown(keys[name])}")
         known: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in keys.items()
             if key in names and (value is not None or fits(None, hints[key]))  # null: not set, so the default
         }
-        refuse_wrong_types(known, hints)
         made = cls(**known)
         refuse_unlike(made, {key: keys[key] for key in keys if key not in names}, names | {*ROPE_KEYS, *cls.aliases})
         return made
@@ -171,8 +183,6 @@ class ModelConfig:
 class LayeredConfig(ModelConfig):
     """A config whose layers are of two kinds, ``full_attention`` and ``sliding_attention``."""
 
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window",)
-
     sliding_window: int | None = None  # tokens that a sliding layer sees back, itself included
     layer_types: tuple[str, ...] | None = None  # None: the family's own pattern
 
@@ -183,7 +193,7 @@ class LayeredConfig(ModelConfig):
         if len(self.layer_types) != self.num_hidden_layers or {*self.layer_types} - {FULL, SLIDING}:
             raise ValueError(
                 f"layer_types must be {FULL!r} or {SLIDING!r} for each of {self.num_hidden_layers} layers, "
-                f"got {self.layer_types!r}"
+                f"got {shown(self.layer_types)}"
             )
         if SLIDING in self.layer_types and self.window is None and self.sliding_window is not None:
             raise ValueError(
@@ -217,10 +227,17 @@ class LayeredConfig(ModelConfig):
         return super().to_hf() | {"layer_types": list(self.layer_kinds)}
 
 
-def check_top_k(top_k: int, num_experts: int) -> None:
-    """ValueError where a token cannot have so many experts."""
-    if not 0 < top_k <= num_experts:
-        raise ValueError(f"num_experts_per_tok must lie between 1 and the {num_experts} experts, got {top_k}")
+def check_experts(config: Any, num_experts: int) -> None:
+    """ValueError if a token cannot have so many experts, or a model."""
+    if config.num_experts_per_tok > num_experts:
+        raise ValueError(
+            f"num_experts_per_tok must lie between 1 and the {num_experts} experts, got {config.num_experts_per_tok}"
+        )
+    if num_experts * config.num_hidden_layers > MOST_EXPERTS:
+        raise ValueError(
+            f"{num_experts} experts in each of num_hidden_layers {config.num_hidden_layers} are more than "
+            f"{MOST_EXPERTS}, ten times what any published model has"
+        )
 
 
 C = TypeVar("C", bound=ModelConfig)
@@ -239,15 +256,17 @@ def sized(config: C, hidden: int, layers: int, heads: int, kv_heads: int, interm
     return dataclasses.replace(config, **numbers | other)
 
 
-def with_original_length(rope: Mapping[str, Any], beside: Any, longest: Any) -> dict[str, Any]:
+def with_original_length(rope: Mapping[str, Any], beside: Any, longest: Any, *, inner: bool = False) -> dict[str, Any]:
     """``rope``, or each of its parts by kind of layer, with ``original_max_position_embeddings`` if it needs one."""
     key = "original_max_position_embeddings"
     if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope"):
         if None not in (beside, rope.get(key)) and beside != rope[key]:
-            raise ValueError(f"config.json: {key} is given twice and differently: {beside!r} and {rope[key]!r}")
+            raise ValueError(
+                f"config.json: {key} is given twice and differently: {shown(beside)} and {shown(rope[key])}"
+            )
         return {**rope, key: rope.get(key) or beside or longest}
-    parts = {name: part for name, part in rope.items() if isinstance(part, Mapping)}
-    return {**rope} | {name: with_original_length(part, beside, longest) for name, part in parts.items()}
+    parts = {name: part for name, part in rope.items() if isinstance(part, Mapping) and not inner}
+    return {**rope} | {name: with_original_length(part, beside, longest, inner=True) for name, part in parts.items()}
 
 
 def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,13 +278,15 @@ def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
         if rope is None or rope == {}:
             continue
         if not isinstance(rope, Mapping):
-            raise ValueError(f"config.json: {name} must be a mapping, got {rope!r}")
+            raise ValueError(f"config.json: {name} must be a mapping, got {shown(rope)}")
         if rope.get("rope_theta") is not None:
             thetas.append(rope["rope_theta"])
         whole_head = rope.get("partial_rotary_factor") == 1
         without = {"rope_theta", "partial_rotary_factor"} if whole_head else {"rope_theta"}
         scalings.append(check_rope_scaling({key: value for key, value in rope.items() if key not in without}))
     for name, found in (("rope_theta", thetas), ("rope_scaling", scalings)):
-        if any(value != found[0] for value in found):
-            raise ValueError(f"config.json: {name} is given twice and differently: {found[0]!r} and {found[-1]!r}")
+        if any(value != found[0] for value in found[1:]):
+            raise ValueError(
+                f"config.json: {name} is given twice and differently: {shown(found[0])} and {shown(found[-1])}"
+            )
     return ({"rope_theta": thetas[0]} if thetas else {}) | ({"rope_scaling": scalings[0]} if scalings else {})

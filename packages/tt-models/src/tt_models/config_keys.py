@@ -12,6 +12,9 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tt_models.limits import LONGEST_KEY
+from tt_models.shown import shown
+
 if TYPE_CHECKING:
     from tt_models.config import ModelConfig
 
@@ -162,14 +165,14 @@ def refuse_unlike(config: "ModelConfig", keys: Mapping[str, Any], names: Collect
             continue
         close = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
         if values is not None:
-            how = "without it" if is_off(values[0]) else f"with {values[0]!r}"
-            wrong.append(f"{key} = {value!r} is not supported, {config.model_type} is computed {how}")
+            how = "without it" if is_off(values[0]) else f"with {shown(values[0])}"
+            wrong.append(f"{key} = {shown(value)} is not supported, {config.model_type} is computed {how}")
         elif not is_off(value) or difflib.get_close_matches(str(key), names, n=1, cutoff=0.85):
             hint = f", nearest known key {close[0]!r}" if close else ""
-            wrong.append(f"unknown key {key!r} with value {value!r}{hint}")
+            wrong.append(f"unknown key {shown(key)} with value {shown(value)}{hint}")
     if wrong:
         raise ValueError(
-            f"config.json: {'; '.join(wrong)}; remove a key that has no effect on the logits of this model, else take "
+            f"config.json: {several(wrong)}; remove a key that has no effect on the logits of this model, else take "
             "a model without it"
         )
 
@@ -198,8 +201,9 @@ def pop_quantization(keys: dict[str, Any]) -> None:
         if not settings or (isinstance(settings, Mapping) and is_unquantized(settings)):
             continue
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
+        named = method if isinstance(method, str) and method.isidentifier() and len(method) < 40 else shown(method)
         raise ValueError(
-            f"config.json: {key}: {method}; only unquantized weights are read: take the original model, or dequantize "
+            f"config.json: {key}: {named}; only unquantized weights are read: take the original model, or dequantize "
             "this one and remove the key"
         )
 
@@ -218,9 +222,26 @@ def refuse_wrong_types(keys: Mapping[str, Any], hints: Mapping[str, Any]) -> Non
         if not fits(value, hints[key]):
             accepted = typing.get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
             names = " or ".join(getattr(kind, "__name__", str(kind)).replace("NoneType", "null") for kind in accepted)
-            wrong.append(f"{key} must be {names}, got {value!r}")
+            wrong.append(f"{key} must be {names}, got {shown(value)}{instead(value, accepted)}")
     if wrong:
-        raise ValueError(f"config.json: {'; '.join(wrong)}")
+        raise ValueError(several(wrong))
+
+
+def instead(value: Any, accepted: Collection[Any]) -> str:
+    """The closest value that is right, if the type alone is wrong: 12 instead of "12" or 12.0."""
+    text = value.strip() if isinstance(value, str) else repr(value) if isinstance(value, float) else ""
+    if int in accepted and (whole := re.fullmatch(r"(-?\d{1,12})(\.0+)?", text)):
+        return f" (write {int(whole[1])})"
+    if float in accepted and re.fullmatch(r"-?\d{1,12}(\.\d{1,12})?(e[+-]?\d{1,2})?", text):
+        return f" (write {float(text):g})"
+    if bool in accepted and (text.lower() in ("true", "false") or value in (0, 1)):
+        return f" (write {str(text.lower() == 'true' or value == 1).lower()})"
+    return ""
+
+
+def several(wrong: Collection[str], count: int = 5) -> str:
+    """The first of many mistakes, and how many there are more."""
+    return "; ".join([*wrong][:count]) + (f"; and {len(wrong) - count:,} more" if len(wrong) > count else "")
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -237,5 +258,5 @@ def fits(value: Any, kind: Any) -> bool:
 
 def nearest(word: str, names: Collection[str]) -> str:
     """``word`` quoted, with the closest of ``names`` or all of them."""
-    close = difflib.get_close_matches(str(word), sorted(names), n=1, cutoff=0.6)
-    return f"{word!r}: " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}")
+    close = difflib.get_close_matches(word[:LONGEST_KEY], sorted(names), n=1, cutoff=0.6)
+    return f"{shown(word)}: " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}")

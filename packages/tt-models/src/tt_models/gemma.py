@@ -12,6 +12,7 @@ from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, ModelConfig,
 from tt_models.decoder import Block, Decoder
 from tt_models.norm import OffsetRMSNorm
 from tt_models.parts import attention_of, mlp_of, norm_of, rope_of, scaled_rope
+from tt_models.shown import shown
 
 TANH_GELU = "gelu_pytorch_tanh"
 
@@ -51,7 +52,6 @@ class Gemma2Config(LayeredConfig):
 
     model_type: ClassVar[str] = "gemma2"
     architecture: ClassVar[str] = "Gemma2ForCausalLM"
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "query_pre_attn_scalar")
     written: ClassVar[Mapping[str, Any]] = {"use_bidirectional_attention": False}
     aliases: ClassVar[Mapping[str, str]] = {"hidden_activation": "hidden_act"}
 
@@ -80,8 +80,8 @@ class Gemma2Config(LayeredConfig):
         act, config = config.get("hidden_act"), {key: config[key] for key in config if key != "hidden_act"}
         if act not in (None, "gelu", TANH_GELU) and config.get("hidden_activation") is None:
             raise ValueError(
-                f"config.json: hidden_act = {act!r} is not what {cls.model_type} computes, which is hidden_activation "
-                f"({TANH_GELU!r} if it is not given): set hidden_activation, or remove hidden_act"
+                f"config.json: hidden_act = {shown(act)} is not what {cls.model_type} computes, which is "
+                f"hidden_activation ({TANH_GELU!r} if it is not given): set hidden_activation, or remove hidden_act"
             )
         return super().from_hf(config)
 
@@ -97,7 +97,6 @@ class Gemma3Config(Gemma2Config):
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"
     computed: ClassVar[Mapping[str, tuple[Any, ...]]] = QK_NORM
-    positive: ClassVar[tuple[str, ...]] = (*Gemma2Config.positive, "rope_local_base_freq", "sliding_window_pattern")
 
     vocab_size: int = 262208
     max_position_embeddings: int = 131072
@@ -128,11 +127,13 @@ class Gemma3Config(Gemma2Config):
         """Both ropes from either generation of config.json."""
         nested = keys.get("rope_parameters") or {}
         if not isinstance(nested, Mapping) or nested.keys() - {FULL, SLIDING}:
-            raise ValueError(f"config.json: rope_parameters must be given for {FULL} and {SLIDING}, got {nested!r}")
+            raise ValueError(
+                f"config.json: rope_parameters must be given for {FULL} and {SLIDING}, got {shown(nested)}"
+            )
         found = split_rope_parameters({**keys, "rope_parameters": nested.get(FULL)})
         local = split_rope_parameters({"rope_parameters": nested.get(SLIDING)})
         if local.get("rope_scaling"):
-            raise ValueError(f"config.json: rope_parameters of {SLIDING} must be of type 'default', got {local!r}")
+            raise ValueError(f"config.json: rope_parameters of {SLIDING} must be of type 'default', got {shown(local)}")
         return found | ({"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {})
 
 

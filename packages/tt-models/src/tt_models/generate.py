@@ -11,8 +11,18 @@ from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
-from tt_models.prompts import EndIds, Prompts, check_room, left_padded, left_padded_positions, numbers_of
+from tt_models.prompts import (
+    EndIds,
+    Prompts,
+    check_room,
+    check_seed,
+    is_token_id,
+    left_padded,
+    left_padded_positions,
+    numbers_of,
+)
 from tt_models.sampling import Sampling, sample
+from tt_models.shown import shown
 
 
 def prefill(model: Decoder, input_ids_BS: Tensor, cache: KVCache, position_ids_BS: Tensor | None = None) -> Tensor:
@@ -175,7 +185,10 @@ def generate(
     id, else 0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step
     of one token. ``return_logits`` gives the logits [B, n, V] of each step too.
     """
-    end_ids = numbers_of(eos_ids)
+    check_seed(seed)
+    end_ids = numbers_of(eos_ids, model.model.embed_tokens.num_embeddings)
+    if pad_id is not None and not is_token_id(pad_id):
+        raise ValueError(f"pad_id must be a token id, or None, got {shown(pad_id)}")
     fill = pad_id if pad_id is not None else next(iter(end_ids), 0)
     ids, lengths = left_padded(input_ids, prompt_lengths, fill, model)
     check_room(model, ids.shape[1], max_new_tokens)
@@ -214,6 +227,8 @@ def stream(
     compile: bool = False,
 ) -> Iterator[int]:
     """Continue one prompt [1, S] token by token, up to an end id, which is not yielded; see ``generate``."""
+    check_seed(seed)
+    end_ids = frozenset(numbers_of(eos_ids, model.model.embed_tokens.num_embeddings))
     ids, lengths = left_padded(input_ids, None, 0, model)
     if ids.shape[0] != 1:
         raise ValueError(f"stream continues one prompt, got {ids.shape[0]}")
@@ -222,7 +237,7 @@ def stream(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
-    return until_end(found, frozenset(numbers_of(eos_ids)))
+    return until_end(found, end_ids)
 
 
 def until_end(found: Iterator[tuple[Tensor, Tensor]], ends: Collection[int]) -> Iterator[int]:

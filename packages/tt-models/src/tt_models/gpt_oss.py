@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tt_models.config import FULL, SLIDING, LayeredConfig, check_top_k, sized
+from tt_models.config import FULL, SLIDING, LayeredConfig, check_experts, sized
 from tt_models.decoder import Block, Decoder
 from tt_models.moe import grouped_linear, mix
 from tt_models.norm import LateRoundingRMSNorm
@@ -59,7 +59,7 @@ class GptOssConfig(LayeredConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_top_k(self.num_experts_per_tok, self.num_local_experts)
+        check_experts(self, self.num_local_experts)
 
     def usual_layer_types(self) -> tuple[str, ...]:
         """Every second layer sees everything."""

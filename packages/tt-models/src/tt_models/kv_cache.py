@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tt_models.config import ModelConfig
+from tt_models.memory import refuse_too_large
 
 
 class LayerCache:
@@ -75,8 +76,13 @@ class KVCache:
             )
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.layers = []
-        for window in config.layer_windows:
-            columns = max_seq_len if window is None else min(window, max_seq_len)
+        held = [max_seq_len if window is None else min(window, max_seq_len) for window in config.layer_windows]
+        place = torch.get_default_device() if device is None else torch.device(device)
+        width = (dtype or torch.get_default_dtype()).itemsize
+        nbytes = 2 * batch_size * sum(held) * config.kv_heads * config.head_size * width
+        what = f"KVCache of {max_seq_len:,} tokens for {batch_size:,} rows"
+        refuse_too_large(what, nbytes, place, "lower max_seq_len (max_new_tokens) or batch_size")
+        for columns in held:
             shape = (batch_size, config.kv_heads, columns, config.head_size)
             keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             self.layers.append(LayerCache(keys, values, ring=columns < max_seq_len))

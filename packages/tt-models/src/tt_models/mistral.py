@@ -14,7 +14,6 @@ class MistralConfig(ModelConfig):
 
     model_type: ClassVar[str] = "mistral"
     architecture: ClassVar[str] = "MistralForCausalLM"
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window",)
 
     intermediate_size: int = 14336
     num_key_value_heads: int | None = 8

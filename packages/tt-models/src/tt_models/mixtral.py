@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from tt_models.config import ModelConfig, check_top_k
+from tt_models.config import ModelConfig, check_experts
 from tt_models.decoder import Block
 from tt_models.moe import ExpertNames, Experts, MixtureDecoder, MoE, softmax_then_top_k
 from tt_models.parts import attention_of, norm_of, rope_of
@@ -17,7 +17,6 @@ class MixtralConfig(ModelConfig):
 
     model_type: ClassVar[str] = "mixtral"
     architecture: ClassVar[str] = "MixtralForCausalLM"
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window",)
     written: ClassVar[Mapping[str, Any]] = {"router_jitter_noise": 0.0}
     aliases: ClassVar[Mapping[str, str]] = {"num_experts": "num_local_experts"}
 
@@ -35,7 +34,7 @@ class MixtralConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_top_k(self.num_experts_per_tok, self.num_local_experts)
+        check_experts(self, self.num_local_experts)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:

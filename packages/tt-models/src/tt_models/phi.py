@@ -16,6 +16,7 @@ from tt_models.decoder import Block, Decoder
 from tt_models.linear import linear
 from tt_models.mlp import ACTIVATIONS, gated
 from tt_models.parts import attention_of, norm_of, rope_of
+from tt_models.shown import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,6 @@ class Phi3Config(ModelConfig):
     model_type: ClassVar[str] = "phi3"
     architecture: ClassVar[str] = "Phi3ForCausalLM"
     written: ClassVar[Mapping[str, Any]] = {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "original_max_position_embeddings")
 
     vocab_size: int = 32064
     hidden_size: int = 3072
@@ -38,6 +38,11 @@ class Phi3Config(ModelConfig):
     pad_token_id: int | None = 32000
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 32000
+
+    @property
+    def rotated_dim(self) -> int:
+        """A share of a head."""
+        return int(self.head_size * self.partial_rotary_factor)
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -62,7 +67,7 @@ class Phi3Config(ModelConfig):
                 if config.get("partial_rotary_factor", share) != share:
                     raise ValueError(
                         "config.json: partial_rotary_factor is given twice and differently: "
-                        f"{config['partial_rotary_factor']!r} and {share!r}"
+                        f"{shown(config['partial_rotary_factor'])} and {shown(share)}"
                     )
                 shares["partial_rotary_factor"] = share
             kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -105,7 +110,7 @@ class FusedMLP(nn.Module):
 
 def phi3(config: Phi3Config) -> Decoder:
     """Llama's blocks with fused projections, rotating a part of each head."""
-    rope = rope_of(config, dim=int(config.head_size * config.partial_rotary_factor))
+    rope = rope_of(config, dim=config.rotated_dim)
     layers = [
         Block(
             attention_of(config, layer, kind=FusedAttention, rope=rope),
@@ -182,6 +187,8 @@ PHI4_MINI = Phi3Config(
     },
     sliding_window=262144,
     tie_word_embeddings=True,
+    num_attention_heads=24,
+    num_key_value_heads=8,
     pad_token_id=199999,
     bos_token_id=199999,
     eos_token_id=199999,

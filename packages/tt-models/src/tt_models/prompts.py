@@ -2,11 +2,14 @@
 
 import operator
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tt_models.decoder import Decoder
+from tt_models.sampling import is_whole_number
+from tt_models.shown import shown
 
 Prompts = Tensor | Sequence[Sequence[int]]
 EndIds = int | Collection[int] | Tensor | None
@@ -19,13 +22,20 @@ def left_padded(
     weight = model.model.embed_tokens.weight
     device, vocab_size = weight.device, weight.shape[0]
     if not isinstance(prompts, Tensor):
-        lengths = [len(prompt) if hasattr(prompt, "__len__") else 0 for prompt in prompts]
+        given: Any = prompts
+        if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):
+            raise ValueError(f"prompts must be lists of token ids, at least one, got {shown(prompts)}")
+        lengths = [len(prompt) if isinstance(prompt, Sequence | Tensor) else 0 for prompt in prompts]
         if 0 in lengths:
             wrong = prompts[lengths.index(0)]
-            raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {wrong!r}")
+            raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {shown(wrong)}")
         if len({*lengths}) > 1 and not 0 <= pad_id < vocab_size:
             raise ValueError(f"pad_id must lie in [0, {vocab_size}) where prompts are padded, got {pad_id}")
         prompt_lengths = torch.tensor(lengths)
+        for number, prompt in enumerate(prompts):
+            odd: Any = next((one for one in prompt if not is_token_id(one)), None)
+            if odd is not None:
+                raise ValueError(f"prompt {number}: a token id must be a whole number, got {shown(odd)}")
         prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
@@ -53,10 +63,24 @@ def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Ten
     return (columns - (seq_len - lengths_B[:, None])).clamp(min=0)
 
 
+def is_token_id(value: Any) -> bool:
+    """A whole number, of numpy or torch too, that a tensor holds."""
+    try:
+        return not isinstance(value, bool) and -(2**63) <= operator.index(value) < 2**63
+    except TypeError:
+        return False
+
+
+def check_seed(seed: Any) -> None:
+    """ValueError for what torch takes for no seed."""
+    if seed is not None and (not is_whole_number(seed) or not 0 <= seed < 2**64):
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, or None, got {shown(seed)}")
+
+
 def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
-    """ValueError where the text would become longer than the model can read."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    """ValueError if the text would become longer than the model can read."""
+    if not is_whole_number(max_new_tokens) or not 1 <= max_new_tokens <= 2**31:
+        raise ValueError(f"max_new_tokens must be at least 1 and at most 2**31, got {shown(max_new_tokens)}")
     longest = model.config.max_position_embeddings
     scaling = model.config.rope_scaling or {}
     if seq_len + max_new_tokens - 1 > longest and scaling.get("rope_type") != "dynamic":
@@ -66,11 +90,16 @@ def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
         )
 
 
-def numbers_of(eos_ids: EndIds) -> list[int]:
-    """One id or several, None for none, as plain numbers."""
+def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
+    """One id or several, None for none, as plain numbers; ValueError for what no token of the model is."""
     if eos_ids is None:
         return []
-    try:
-        return [operator.index(eos_ids)]  # type: ignore[arg-type]
-    except TypeError:  # several
-        return [operator.index(one) for one in eos_ids]  # type: ignore[union-attr]
+    ids: Any = eos_ids
+    several = ids.dim() > 0 if isinstance(ids, Tensor) else isinstance(ids, Collection) and not isinstance(ids, str)
+    given: list[Any] = [*ids] if several else [ids]
+    wrong = next((one for one in given if not is_token_id(one) or not 0 <= operator.index(one) < vocab_size), None)
+    if wrong is not None or None in given:
+        raise ValueError(
+            f"eos_ids: {shown(wrong)} is not a token of the model, whose ids are 0 to {vocab_size - 1}; leave it out"
+        )
+    return [operator.index(one) for one in given]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, check_top_k, sized
+from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, check_experts, sized
 from tt_models.decoder import Block, Decoder
 from tt_models.moe import Experts, MixtureDecoder, MoE, softmax_then_top_k
 from tt_models.norm import RMSNorm
@@ -63,7 +63,6 @@ class Qwen3MoeConfig(Qwen3Config):
     model_type: ClassVar[str] = "qwen3_moe"
     architecture: ClassVar[str] = "Qwen3MoeForCausalLM"
     aliases: ClassVar[Mapping[str, str]] = {"num_local_experts": "num_experts"}
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "moe_intermediate_size", "decoder_sparse_step")
 
     hidden_size: int = 2048
     intermediate_size: int = 6144
@@ -80,7 +79,7 @@ class Qwen3MoeConfig(Qwen3Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_top_k(self.num_experts_per_tok, self.num_experts)
+        check_experts(self, self.num_experts)
 
     def usual_layer_types(self) -> tuple[str, ...]:
         """The window, where it is used, holds in every layer."""

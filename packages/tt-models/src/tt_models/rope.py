@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tt_models.limits import LONGEST_KEY, LONGEST_LIST, ROPE_LIMIT, ROPE_LIMITS, out_of_range
 from tt_models.rows import BLOCK, is_eager
+from tt_models.shown import listed, shown
 
 # rope_type -> (keys that must be there, keys that may be there)
 ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -46,25 +48,30 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
     if scaling is None:
         return None
     if not isinstance(scaling, Mapping):
-        raise ValueError(f"rope_scaling must be a mapping, got {scaling!r}")
+        raise ValueError(f"rope_scaling must be a mapping, got {shown(scaling)}")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    kind = OLD_NAMES.get(str(kind), str(kind))
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"rope_type must be a name, got {shown(kind)}: known are {', '.join(['default', *ROPE_TYPES])}"
+        )
+    kind = OLD_NAMES.get(kind, kind)
     without = {"type", "rope_type", "finetuned"} | WITHOUT_EFFECT.get(kind, set())
     numbers = {key: value for key, value in scaling.items() if key not in without and value is not None}
     neutral = {"default": ("factor", 1), "yarn": ("extrapolation_factor", 1)}.get(kind)
     numbers = {key: value for key, value in numbers.items() if (key, value) != neutral}
     if kind == "default":
         if numbers:
-            raise ValueError(f"rope_scaling of type 'default' takes no numbers, got {', '.join(sorted(numbers))}")
+            raise ValueError(f"rope_scaling of type 'default' takes no numbers, got {listed(numbers)}")
         return None
     if kind not in ROPE_TYPES:
-        close = difflib.get_close_matches(str(kind), [*ROPE_TYPES, "default"], n=1, cutoff=0.4)
+        close = difflib.get_close_matches(kind[:LONGEST_KEY], [*ROPE_TYPES, "default"], n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else "it is none of"
-        raise ValueError(f"rope_type {kind!r} is not supported: {hint} {', '.join(['default', *ROPE_TYPES])}")
+        raise ValueError(f"rope_type {shown(kind)} is not supported: {hint} {', '.join(['default', *ROPE_TYPES])}")
     required, optional = ROPE_TYPES[kind]
     missing, unknown = required - numbers.keys(), numbers.keys() - required - optional
     if missing or unknown:
-        wrong = [f"lacks {key}" for key in sorted(missing)] + [f"does not know {key}" for key in sorted(unknown)]
+        wrong = [f"lacks {key}" for key in sorted(missing)]
+        wrong += [f"does not know {listed(unknown)}"] if unknown else []
         known = ", ".join(sorted(required | optional))
         raise ValueError(f"rope_scaling of type {kind!r} {', '.join(wrong)}; it takes {known}")
     check_rope_numbers(numbers)
@@ -76,16 +83,22 @@ def check_rope_numbers(numbers: Mapping[str, Any]) -> None:
     for key, value in numbers.items():
         per_pair = key in ("short_factor", "long_factor")
         values = value if per_pair and isinstance(value, list | tuple) else [value]
-        least = 0.0 if key in ("low_freq_factor", "mscale", "mscale_all_dim") else math.ulp(0.0)
-        numeric = all(isinstance(one, int | float) and not isinstance(one, bool) and one >= least for one in values)
+        if len(values) > LONGEST_LIST:
+            raise ValueError(f"rope_scaling: {key} has {len(values):,} numbers, expected one for each rotated pair")
+        numeric = all(type(one) in (int, float) for one in values)
         if key == "truncate" and not isinstance(value, bool):
-            raise ValueError(f"rope_scaling: truncate must be true or false, got {value!r}")
+            raise ValueError(f"rope_scaling: truncate must be true or false, got {shown(value)}")
         if key != "truncate" and (not numeric or per_pair != isinstance(value, list | tuple)):
             kind = "a list of positive numbers" if per_pair else "a positive number"
-            raise ValueError(f"rope_scaling: {key} must be {kind}, got {value!r}")
+            raise ValueError(f"rope_scaling: {key} must be {kind}, got {shown(value)}")
+        for one in values if key != "truncate" else ():
+            wrong = out_of_range(key, one, ROPE_LIMITS.get(key, ROPE_LIMIT))
+            if wrong:
+                raise ValueError(f"rope_scaling: {wrong}")
     low, high = numbers.get("low_freq_factor", 0.0), numbers.get("high_freq_factor", math.inf)
-    if low > high:
-        raise ValueError(f"rope_scaling: low_freq_factor {low!r} is above high_freq_factor {high!r}")
+    if low >= high:
+        how = "above" if low > high else "equal to"
+        raise ValueError(f"rope_scaling: low_freq_factor {low!r} is {how} high_freq_factor {high!r}")
 
 
 class Rope:
@@ -104,6 +117,8 @@ class Rope:
         for name in ("short_factor", "long_factor"):
             if name in self.scaling and len(self.scaling[name]) != dim // 2:
                 raise ValueError(f"rope_scaling: {name} has {len(self.scaling[name])} numbers, {dim // 2} are needed")
+        if self.kind == "dynamic" and dim == 2:
+            raise ValueError("rope_scaling of type 'dynamic' needs a rotated part of more than 2 elements, got 2")
         self._frequencies = self.scaled_frequencies()
 
     @property

@@ -1,10 +1,11 @@
 """From logits to a token. B: batch, V: vocabulary."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tt_models.shown import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,16 +21,28 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be positive, got {self.repetition_penalty}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}")
+        if not is_number(self.repetition_penalty) or not 1e-3 <= self.repetition_penalty <= 1e3:
+            found = shown(self.repetition_penalty)
+            raise ValueError(f"repetition_penalty must be positive, from 0.001 to 1000 (1: none), got {found}")
+        if not is_number(self.temperature) or not (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5):
+            found = shown(self.temperature)
+            raise ValueError(f"temperature must not be negative: 0 (the likeliest token) or 1e-5 to 1e5, got {found}")
+        if self.top_k is not None and (not is_whole_number(self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k must be at least 1, or None for all tokens, got {shown(self.top_k)}")
+        if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
+            raise ValueError(f"top_p must lie in (0, 1], or be None for all tokens, got {shown(self.top_p)}")
+        if self.min_p is not None and (not is_number(self.min_p) or not 0 <= self.min_p <= 1):
+            raise ValueError(f"min_p must lie in [0, 1], or be None for all tokens, got {shown(self.min_p)}")
+
+
+def is_whole_number(value: object) -> bool:
+    """An int, of numpy too; no bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool | torch.Tensor)
+
+
+def is_number(value: object) -> bool:
+    """An int or float, of numpy too; no bool."""
+    return is_whole_number(value) or isinstance(value, float) or type(value).__module__ == "numpy"
 
 
 def sample(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 from tt_models.config import FULL, SLIDING, LayeredConfig
 from tt_models.decoder import Block, Decoder
 from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
+from tt_models.shown import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +15,6 @@ class SmolLM3Config(LayeredConfig):
 
     model_type: ClassVar[str] = "smollm3"
     architecture: ClassVar[str] = "SmolLM3ForCausalLM"
-    positive: ClassVar[tuple[str, ...]] = ("sliding_window", "no_rope_layer_interval")
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -39,7 +39,9 @@ class SmolLM3Config(LayeredConfig):
         if self.no_rope_layers == usual:
             object.__setattr__(self, "no_rope_layers", None)
         if len(self.no_rope_layers or usual) != self.num_hidden_layers:
-            raise ValueError(f"no_rope_layers must have {self.num_hidden_layers} numbers, got {self.no_rope_layers!r}")
+            raise ValueError(
+                f"no_rope_layers must have {self.num_hidden_layers} numbers, got {shown(self.no_rope_layers)}"
+            )
 
     @property
     def layers_with_rope(self) -> tuple[bool, ...]:
