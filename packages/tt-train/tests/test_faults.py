@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 
 import tt_ckpt
 import tt_data
+from tt_ckpt import files
 from tt_train import ConfigError, Interrupted, compose
 from tt_train.console import Console
 from tt_train.recipes import sft
-from tt_train.run_dir import list_runs, read_json, read_rows
+from tt_train.run_dir import list_runs
+from tt_train.run_files import read_json, read_rows
 
 
 class Heard(Console):
@@ -183,16 +185,15 @@ class Full:
 def test_a_disk_that_fills_under_a_file_of_figures_is_one_line_that_names_it_and_the_state_is_kept(
     train, tmp_path, monkeypatch, whole, name
 ):
-    real, path, console, opens = Path.open, tmp_path / "r", Heard(), []
+    real, path, console, opens = files.appending, tmp_path / "r", Heard(), []
 
-    def opened(self, mode="r", *args, **kwargs):
-        file = real(self, mode, *args, **kwargs)
-        if self.name == name and mode == "a":
-            opens.append(self)
-        return Full(file) if self.name == name and mode == "a" and len(opens) > 1 else file
+    def opened(path, *more):
+        file = real(path, *more)
+        opens.extend([path] if Path(path).name == name else [])
+        return Full(file) if Path(path).name == name and len(opens) > 1 else file
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", opened)
+        patch.setattr(files, "appending", opened)
         with pytest.raises(OSError, match="No space left") as caught:
             train(path, console=console)
     assert caught.value.filename == str(path / name)

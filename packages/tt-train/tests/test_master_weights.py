@@ -23,7 +23,7 @@ def run(path, words, *more, **kwargs):
 
 
 def figures(path):
-    from tt_train.run_dir import read_rows
+    from tt_train.run_files import read_rows
 
     return list(read_rows(path / "metrics.jsonl"))
 

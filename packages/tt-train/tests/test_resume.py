@@ -12,7 +12,8 @@ import tt_ckpt
 from tt_train import ConfigError, Interrupted, compose, load
 from tt_train.console import Console
 from tt_train.recipes import sft
-from tt_train.run_dir import list_runs, read_json, read_rows
+from tt_train.run_dir import list_runs
+from tt_train.run_files import read_json, read_rows
 from tt_train.run_lock import RunLock
 
 

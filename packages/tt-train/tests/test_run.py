@@ -17,7 +17,8 @@ from tt_train import ConfigError, Interrupted, TrainingError, compose, load, mer
 from tt_train.console import Console
 from tt_train.recipes import sft
 from tt_train.recipes._assemble import assemble
-from tt_train.run_dir import find_run, list_runs, read_json
+from tt_train.run_dir import find_run, list_runs
+from tt_train.run_files import read_json
 
 
 class Silent(Console):

@@ -24,6 +24,7 @@ from tt_train.redact import redact
 from tt_train.visible import visible
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+_TAIL = 1_000_000  # bytes of a log in which a traceback is looked for
 WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
@@ -112,7 +113,7 @@ def _show_trace(error: Exception, invocation: Invocation) -> None:
     trace = _trace(error)
     if invocation.verbose:
         say(trace, err=True, nl=False)
-    with suppress(OSError):  # a full disk may be what went wrong
+    with suppress(OSError, ValueError):  # a full disk may be what went wrong, or a log that is a link
         if invocation.run_dir is not None:
             keep_traceback(invocation.run_dir / "train.log", trace)
             say(f"the traceback is in {invocation.run_dir / 'train.log'}", err=True)
@@ -159,10 +160,15 @@ def _text(error: Exception) -> str:
 
 def keep_traceback(log: Path, trace: str) -> None:
     """Add ``trace`` to ``log``, unless the recipe has."""
-    written = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    if trace.rstrip().rsplit("\n", 1)[-1] not in written:
-        with log.open("a", encoding="utf-8") as file:
-            file.write(trace)
+    from tt_ckpt import files
+
+    written = b""
+    if log.exists():
+        with files.regular(log).open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL))
+            written = file.read(_TAIL)
+    if trace.rstrip().rsplit("\n", 1)[-1].encode("utf-8", "backslashreplace") not in written:
+        files.append_text(log, trace)
 
 
 def lines_of(error: Exception) -> list[str]:

@@ -3,15 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-from tt_train.run_dir import is_run, read_json
+from tt_train.run_dir import is_run
+from tt_train.run_files import read_manifest
 
 
 def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
     """The report on the rows that a run was trained on, and its ``data.template``; ({}, None) for a model."""
     if not is_run(path):
         return {}, None
-    manifest = read_json(path / "manifest.json")
-    return manifest.get("data", {}).get("report", {}), manifest.get("config", {}).get("data", {}).get("template")
+    manifest = read_manifest(path)
+    report = (manifest.get("data") or {}).get("report") or {}
+    return report, ((manifest.get("config") or {}).get("data") or {}).get("template")
 
 
 def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:

@@ -15,7 +15,7 @@ from tt_train.errors import ConfigError, did_you_mean
 from tt_train.merge import merge_run, refuse_full
 from tt_train.ollama import adds_bos, go_template, notes, ollama_modelfile
 from tt_train.origin import Base, Origin, find_origin
-from tt_train.run_dir import read_json
+from tt_train.run_files import read_json
 from tt_train.serving import generation_settings, load_tokenizer
 
 __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]

@@ -15,7 +15,7 @@ from tt_train.master_weights import join
 from tt_train.origin import Base, Origin, find_origin
 from tt_train.recipe_file import repeating
 from tt_train.resized import fit_vocabulary_
-from tt_train.run_dir import read_json
+from tt_train.run_files import own_folder, read_manifest
 from tt_train.serving import load_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -113,10 +113,10 @@ def load_stopped(
 
     run = origin.run
     assert run is not None
-    checkpoints = tt_ckpt.TrainCheckpoint(run / "checkpoints")
+    checkpoints = tt_ckpt.TrainCheckpoint(own_folder(run, "checkpoints"))
     newest = checkpoints.latest()
     if newest is None:
-        again = repeating(run, read_json(run / "manifest.json"))
+        again = repeating(run, read_manifest(run))
         raise ConfigError([f"{run}: neither results nor a checkpoint; start it again from step 1: {again} -o NEW"])
     moved = [] if origin.model is None else [f"model.path={origin.model}"]
     config = compose_run(run, [f"device={device}", *moved])

@@ -13,7 +13,8 @@ import torch
 from tt_train.config import RunConfig, to_dict
 from tt_train.redact import redact, redact_data
 from tt_train.registry import LOGGERS, resolve
-from tt_train.run_dir import RunDir, read_json
+from tt_train.run_dir import RunDir
+from tt_train.run_files import own_folder, read_manifest
 
 Logger = Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl; its ``close``, if it has one, ends it
 
@@ -46,7 +47,7 @@ class TensorBoard:
     def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        folder = run.path / "tb"
+        folder = own_folder(run.path, "tb")
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if folder.is_dir() else None)
 
     def __call__(self, row: dict[str, Any]) -> None:
@@ -65,6 +66,7 @@ class WandB:
     def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
         import wandb
 
+        own_folder(run.path, "wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tt"), name=redact(run.path.resolve().name), dir=str(run.path),
             config=config, id=_wandb_id(run), resume="allow",
@@ -79,7 +81,7 @@ class WandB:
 
 
 def _wandb_id(run: RunDir) -> str:
-    known = read_json(run.path / "manifest.json").get("wandb_id")
+    known = read_manifest(run.path).get("wandb_id")
     if known is None:
         known = uuid.uuid4().hex[:8]
         run.update_manifest(wandb_id=known)

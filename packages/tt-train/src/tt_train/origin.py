@@ -8,7 +8,8 @@ from typing import Any
 import tt_ckpt
 from tt_models.config_keys import pop_quantization
 from tt_train.errors import ConfigError
-from tt_train.run_dir import find_run, is_run, read_json
+from tt_train.run_dir import find_run, is_run
+from tt_train.run_files import read_json, read_manifest
 
 NF4, DENSE = "nf4", "dense"
 Base = str | Path | Sequence[str | Path] | None
@@ -70,7 +71,7 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
 
 
 def _of_run(run: Path, moved: str | None, nf4: bool | None) -> Origin:
-    config = read_json(run / "manifest.json").get("config") or {}
+    config = read_manifest(run).get("config") or {}
     settings = config.get("model") or {}
     trained_on_nf4 = bool((config.get("adapter") or {}).get("quantize_base"))
     adapter = run / "adapter" if (run / "adapter" / "adapter_config.json").is_file() else None

@@ -21,19 +21,21 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     directory without metrics.jsonl. A cut last line, rows without a figure, and a
     missing manifest, config or samples are named on the page instead.
     """
+    from tt_ckpt import files
+
     paths = [Path(run) for run in runs]
     read = read_runs(paths)
     html = _destination(paths, None if output is None else Path(output))
     png = html.with_suffix(".png")
     for path in (html, png) if html.parent not in paths else ():  # a run's own report is the run's to replace
-        if path.exists() and not _is_ours(path):
+        if os.path.lexists(path) and not _is_ours(path):
             raise FileExistsError(f"{path} exists and is not a report of tt; name another page with -o, or remove it")
     html.parent.mkdir(parents=True, exist_ok=True)
-    _replace(html, page(read).encode())
+    files.replace_text(html, page(read))
     with tempfile.TemporaryDirectory() as folder:
         drawing = Path(folder) / png.name
         write_png(read, drawing)
-        _replace(png, drawing.read_bytes())
+        files.replace_bytes(png, drawing.read_bytes())
     return html, png
 
 
@@ -50,13 +52,8 @@ def _destination(paths: Sequence[Path], output: Path | None) -> Path:
 
 def _is_ours(path: Path) -> bool:
     """Whether a file is a page or a picture that this module wrote, or is empty."""
-    with path.open("rb") as file:
+    from tt_ckpt.files import regular
+
+    with regular(path).open("rb") as file:
         head = file.read(4096)
     return not head or GENERATOR.encode() in head
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Whole or not at all: a page that is open in a browser is never half written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -13,10 +13,11 @@ from typing import Any
 from tt_train.headline import method_words
 from tt_train.redact import redact
 from tt_train.report_headline import as_figure, at
-from tt_train.report_run import NUMBERS, Run, smooth, thin
+from tt_train.report_run import Run, smooth, thin
 from tt_train.report_samples import COLOURS, samples_section
 from tt_train.report_sections import config_section, manifest_section, reproduce_section
 from tt_train.report_tiles import comparison, tiles
+from tt_train.run_files import NUMBERS
 
 BUCKETS = 300  # of the rows drawn: each keeps the lowest and the highest of every curve
 TABLE_ROWS = 30

@@ -1,15 +1,18 @@
 """What a run directory says, read for the report: rows, samples, manifest and config, whatever state they are in."""
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eval_loss")
+from tt_ckpt import files
+from tt_ckpt.shown import plain, quoted
+from tt_train.run_files import NUMBERS, is_plain, json_lines, number, read_manifest
+
+CONFIG_BYTES = 500_000
 
 Row = dict[str, float | None]
 
@@ -47,7 +50,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Every run, under names that tell them apart. All paths that are no run are named in one error."""
     if not paths:
         raise ValueError("a report needs at least one run directory")
-    missing = [str(path) for path in paths if not (path / "metrics.jsonl").is_file()]
+    missing = [plain(path) for path in paths if not os.path.lexists(path / "metrics.jsonl")]
     if missing:
         raise FileNotFoundError(
             f"no metrics.jsonl in {', '.join(missing)}: expected a run directory, as `tt run` writes it (`tt ls runs`)"
@@ -60,13 +63,13 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, *, name: str) -> Run:
     problems: list[str] = []
     rows: dict[float, Row] = {}
-    for record in _json_lines(path / "metrics.jsonl", problems):
-        row = {key: _number(record.get(key)) for key in NUMBERS}
+    for record in json_lines(path / "metrics.jsonl", problems):
+        row = {key: number(record.get(key)) for key in NUMBERS}
         step = row["step"]
         if step is not None:
             rows[step] = row  # a resumed run writes a step again: the later row is the one that counts
             problems.extend(
-                f"step {step:g}: {key} was {record[key]}"
+                f"step {step:g}: {key} was {quoted(record[key])}"
                 for key in ("loss", "grad_norm", "eval_loss")
                 if row[key] is None and record.get(key) is not None
             )
@@ -76,7 +79,7 @@ def read_run(path: Path, *, name: str) -> Run:
         rows=[rows[step] for step in sorted(rows)],
         config=_mapping(path / "config.yaml", problems),
         manifest=_mapping(path / "manifest.json", problems),
-        samples=[record for record in _json_lines(path / "samples.jsonl", problems) if "prompt" in record],
+        samples=[record for record in json_lines(path / "samples.jsonl", problems) if "prompt" in record],
         problems=problems,
     )
 
@@ -175,46 +178,20 @@ def value_at(config: dict[str, Any], key: str) -> tuple[bool, Any]:
     return True, value
 
 
-def _number(value: Any) -> float | None:
-    """A finite number; everything else is a gap."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict):
-            yield record
-        else:
-            where = "the last line, cut when the run was stopped" if number == len(lines) else "not a JSON object"
-            problems.append(f"{path.name}:{number}: left out ({where})")
-
-
 def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.lexists(path):
         problems.append(f"{path.name}: not there")
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _PlainLoader)  # noqa: S506
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        if path.suffix == ".json":
+            return read_manifest(path.parent)
+        values = yaml.load(files.read_text(path, limit=CONFIG_BYTES), _PlainLoader)  # noqa: S506
+        if not isinstance(values, dict):
+            problems.append(f"{path.name}: left out (expected a mapping, found {type(values).__name__})")
+            return {}
+        if not is_plain(values):
+            raise ValueError("not the values of a config")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path.name}: left out ({str(error).splitlines()[0]})")
-        return {}
-    if not isinstance(values, dict):
-        problems.append(f"{path.name}: left out (expected a mapping, found {type(values).__name__})")
         return {}
     return {str(key): value for key, value in values.items()}

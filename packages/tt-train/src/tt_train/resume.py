@@ -8,10 +8,12 @@ from typing import Any
 import tt_ckpt
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
+from tt_train.new_run import new_path
 from tt_train.recipes._assemble import Job
 from tt_train.redact import redact_data
 from tt_train.registry import imports_of
-from tt_train.run_dir import is_run, list_runs, new_path, read_json
+from tt_train.run_dir import is_run, list_runs
+from tt_train.run_files import own_folder, read_manifest
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
@@ -55,7 +57,7 @@ def find_origin(config: RunConfig, resume: str | Path | None) -> Origin | None:
     if config.output_dir is not None:
         path = Path(config.output_dir)
         return Origin(run=path) if is_run(path) else None
-    unfinished = (Path(run["path"]) for run in list_runs() if run["state"] != "finished")
+    unfinished = (Path(run["path"]) for run in list_runs() if run["state"] not in ("finished", "damaged"))
     return next((Origin(run=path) for path in unfinished if not changed_keys(saved_config(path), config)), None)
 
 
@@ -83,7 +85,7 @@ def _named(path: Path, output_dir: str | None) -> Origin:
 
 def saved_config(run: Path) -> dict[str, Any]:
     """The config that a run was started with, as plain data."""
-    found: dict[str, Any] = read_json(run / "manifest.json").get("config") or {}
+    found: dict[str, Any] = read_manifest(run).get("config") or {}
     return found
 
 
@@ -121,7 +123,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def nothing_left(job: Job, run: Path) -> str | None:
     """Why a finished run has no step left to make; None if it has one, or its result is not there."""
-    manifest = read_json(run / "manifest.json")
+    manifest = read_manifest(run)
     summary = manifest.get("summary") or {}
     if manifest.get("state") != "finished" or not any((run / name).is_dir() for name in ("adapter", "model")):
         return None
@@ -140,7 +142,7 @@ def read_checkpoint(job: Job, origin: Origin, *, explicit: bool) -> tt_ckpt.Trai
 
     ``explicit``: the user named the run, so that starting anew is not an answer.
     """
-    checkpoints = tt_ckpt.TrainCheckpoint(origin.run / "checkpoints")
+    checkpoints = tt_ckpt.TrainCheckpoint(own_folder(origin.run, "checkpoints"))
     path = origin.checkpoint or checkpoints.latest()
     if path is None:
         _refuse_damaged(origin.run, explicit=explicit)
@@ -167,7 +169,7 @@ def _refuse_damaged(run: Path, *, explicit: bool) -> None:
     if there:
         cure = "restore one from a copy, or start a new run with another -o"
         raise ConfigError([f"--resume: every checkpoint of {run} is damaged ({', '.join(there)}); {cure}"])
-    if read_json(run / "manifest.json").get("state") == "finished":
+    if read_manifest(run).get("state") == "finished":
         how = f"adapter.path={run / 'adapter'}" if (run / "adapter").is_dir() else f"model.path={run}"
         raise ConfigError(
             [f"--resume: {run} is finished and kept no checkpoint; start a new run from its result: {how}"]

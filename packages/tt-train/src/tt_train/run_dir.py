@@ -3,23 +3,25 @@
 import json
 import logging
 import os
-import re
-import shutil
+import secrets
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
+from tt_ckpt import commit, files
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
 from tt_train.headline import training_loss
 from tt_train.redact import redact
+from tt_train.run_files import own_folder, read_manifest, read_rows
 from tt_train.run_lock import RunLock, writer_of
 from tt_train.visible import visible
 
 MARKER = "config.yaml"
+log = logging.getLogger("tt_train")
 
 
 class RunDir:
@@ -43,39 +45,37 @@ class RunDir:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return own_folder(self.path, "checkpoints")
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader sees the old one or the new one, also after a loss of power."""
-        partial = self.path / f".{name}.part"
-        with naming(self.path / name), partial.open("w", encoding="utf-8") as file:
-            file.write(redact(text))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self.path / name)
+        with naming(self.path / name):
+            files.replace_text(self.path / name, redact(text))
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
         """Add lines of JSON and hand them to the operating system."""
         text = "".join(redact(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
-        with naming(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(text)
+        with naming(self.path / name):
+            files.append_text(self.path / name, text)
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """An empty folder to fill; at the end of the block it takes the place of the folder ``name``, as a whole."""
-        part, old = self.path / f".{name}.part", self.path / f".{name}.old"
-        for leftover in (part, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """A path for a new folder; at the end of the block it takes the place of the folder ``name``, as a whole."""
+        mark = f"{files.TMP_PREFIX}{name}-"
+        for leftover in self.path.glob(f"{mark}*"):  # of a run that was killed
+            commit.remove_tree(leftover)
+        part, old = (self.path / f"{mark}{secrets.token_hex(8)}" for _ in range(2))
+        place = self.path / name
         try:
             yield part
-            if (self.path / name).exists():
-                (self.path / name).rename(old)
-            part.rename(self.path / name)
+            if os.path.lexists(place):
+                place.rename(old)
+            part.rename(place)
         finally:
-            if old.exists() and not (self.path / name).exists():
-                old.rename(self.path / name)
+            if os.path.lexists(old) and not os.path.lexists(place):
+                old.rename(place)
             for leftover in (part, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+                commit.remove_tree(leftover)
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out."""
@@ -84,8 +84,11 @@ class RunDir:
     def keep_until(self, step: int) -> None:
         """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.path / name).exists():
-                kept = [row for row in self.rows(name) if (row.get("step") or 0) <= step]
+            if os.path.lexists(self.path / name):
+                problems: list[str] = []
+                kept = [row for row in read_rows(self.path / name, problems) if row["step"] <= step]
+                if problems:
+                    log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
                 self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -94,11 +97,11 @@ class RunDir:
 
     def update_manifest(self, **changes: Any) -> None:
         """Set keys of manifest.json."""
-        self.write_json("manifest.json", read_json(self.path / "manifest.json") | changes)
+        self.write_json("manifest.json", read_manifest(self.path) | changes)
 
     def set_state(self, state: str) -> None:
         """``running``, ``stopped`` or ``failed``. A finished run stays finished; its ``extension`` has a state."""
-        finished = read_json(self.path / "manifest.json").get("state") == "finished"
+        finished = read_manifest(self.path).get("state") == "finished"
         self.update_manifest(**{"extension" if finished else "state": state})
         self._began = True
 
@@ -107,42 +110,47 @@ class RunDir:
         self.update_manifest(state="finished", extension=None, **results)
 
     def __enter__(self) -> "RunDir":
-        self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
+        try:
+            self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
+        except (OSError, ValueError):
+            self.close()
+            raise
         self._handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        logger = logging.getLogger("tt_train")
-        logger.setLevel(logging.INFO)
-        logger.addHandler(self._handler)
+        log.setLevel(logging.INFO)
+        log.addHandler(self._handler)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        logger = logging.getLogger("tt_train")
         try:
             if error is not None:
-                self._note_end(error, logger)
+                self._note_end(error)
         except OSError as problem:  # a full disk, most likely also what ended the run: that error comes first
             if error is None:
                 raise
             error.add_note(f"nor could its end be noted: {problem}")
         finally:
             if self._handler is not None:
-                logger.removeHandler(self._handler)
+                log.removeHandler(self._handler)
                 self._handler.close()
             self.close()
 
-    def _note_end(self, error: BaseException, logger: logging.Logger) -> None:
+    def _note_end(self, error: BaseException) -> None:
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         if self._began:  # else whatever state the run had before is still true
             self.set_state("stopped" if stopped else "failed")
         if isinstance(error, Interrupted):
-            logger.info("%s", error)
+            log.info("%s", error)
         else:
-            logger.error("the run ended", exc_info=error)
+            log.error("the run ended", exc_info=error)
 
 
 class _LogFile(logging.FileHandler):
     """train.log, whose failure is an error and no trace on stderr."""
+
+    def _open(self) -> TextIOWrapper:
+        return cast(TextIOWrapper, files.appending(self.baseFilename))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
         error = sys.exc_info()[1]
@@ -168,64 +176,16 @@ class _RedactingFormatter(logging.Formatter):
         return visible(redact(super().format(record)))
 
 
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a ``.jsonl`` file, without lines that are broken or no object."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
-
-
-def default_name(model: str, method: str) -> str:
-    """``<time>-<model>-<method>``, safe as a folder's name."""
-    stem = re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-.") or "model"
-    return f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}-{method}"
-
-
-def new_path(output_dir: str | None, model: str, method: str, *, root: Path | None = None) -> Path:
-    """Where a new run goes; an ``output_dir`` that already holds something is refused."""
-    if output_dir is None:
-        base = (root or Path("runs")) / default_name(model, method)
-        path, number = base, 2
-        while path.exists():  # two runs within a second
-            path, number = base.with_name(f"{base.name}-{number}"), number + 1
-        return path
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise ConfigError([f"output_dir: {path} is a file; choose another -o"])
-    if path.is_dir() and any(path.iterdir()):
-        kept = ", ".join(sorted(entry.name for entry in path.iterdir())[:4])
-        cure = "continue with --resume auto, or choose another -o" if (path / MARKER).exists() else "choose another -o"
-        raise ConfigError([f"output_dir: {path} is not empty (it holds {kept}); {cure}"])
-    return path
-
-
-def probe_writable(path: Path) -> None:
-    """Find out now, not at the first checkpoint, that ``path`` cannot be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        probe.write_bytes(b"tt")
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            [f"output_dir: {path} cannot be written ({error.strerror or error}); choose another -o"]
-        ) from error
-
-
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory."""
     return (path / MARKER).is_file() and (path / "manifest.json").is_file()
 
 
 def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
-    """The runs under ``root``, newest first: path, state, model, last step and training loss (tt_train.headline)."""
+    """The runs under ``root``, newest first: path, state, model, last step and training loss (tt_train.headline).
+
+    A run whose files are not as a run writes them has the state ``damaged``.
+    """
     folder = Path(root)
     found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
     found.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
@@ -233,18 +193,29 @@ def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    manifest = read_json(path / "manifest.json")
-    rows = list(read_rows(path / "metrics.jsonl"))
-    last = rows[-1] if rows else {}
+    manifest: dict[str, Any] = {}
+    last: dict[str, Any] = {}
+    loss = None
+    try:
+        manifest = read_manifest(path)
+        state = state_of(path, manifest)
+        rows = [{key: row.get(key) for key in _HEADLINE} for row in read_rows(path / "metrics.jsonl")]
+        last, loss = rows[-1] if rows else {}, training_loss(rows)
+    except (OSError, ValueError) as error:
+        log.warning("%s", error)
+        state = "damaged"
     return {
         "path": str(path),
         "recipe": manifest.get("recipe"),
         "model": manifest.get("base_model"),
         "method": manifest.get("method"),
-        "state": state_of(path, manifest),
+        "state": state,
         "step": last.get("step"),
-        "loss": training_loss(rows),
+        "loss": loss,
     }
+
+
+_HEADLINE = ("step", "epoch", "loss", "tokens")
 
 
 def state_of(path: Path, manifest: dict[str, Any]) -> str | None:
@@ -253,17 +224,6 @@ def state_of(path: Path, manifest: dict[str, Any]) -> str | None:
     if state == "running" and writer_of(path) is None:
         return "dead"
     return None if state is None else str(state)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``; ValueError names the file where it is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
 
 
 def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Path:

@@ -7,17 +7,20 @@ writer ends; what a killed writer leaves behind is stale, and is taken over.
 
 import json
 import os
+import secrets
 import socket
 import threading
 import time
-import uuid
 from pathlib import Path
 from typing import Any
 
+from tt_ckpt import files
+from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
 
 LOCK = "run.lock"
 BEAT_S = 10.0  # the writer touches its file this often
+_LARGEST = 4096  # bytes of a lock
 STALE_S = 60.0  # on another host, whose processes cannot be seen, an older file is stale
 
 
@@ -31,8 +34,11 @@ class RunLock:
 
     def acquire(self) -> None:
         """ConfigError if a living process writes there already."""
+        if self.path.is_dir() and not self.path.is_symlink():
+            raise ConfigError([f"output_dir: {plain(self.path)} is a folder, not a lock; remove it"])
         own = _beside(self.path)
-        own.write_text(json.dumps(_myself()) + "\n", encoding="utf-8")
+        with files.create(own) as file:
+            file.write(f"{json.dumps(_myself())}\n".encode())
         try:
             while not _name_if_free(own, self.path):
                 _remove_if_stale(self.path)
@@ -51,7 +57,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._released.wait(BEAT_S):
             try:
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
             except OSError:
                 continue  # the folder may be out of reach for a while
 
@@ -63,16 +69,16 @@ def writer_of(folder: Path) -> dict[str, Any] | None:
 
 def _living_holder(path: Path) -> dict[str, Any] | None:
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
+        holder = files.read_json(path, limit=_LARGEST)
         age = time.time() - path.stat().st_mtime
     except (OSError, ValueError):
         return None
     if not isinstance(holder, dict):
         return None
     if holder.get("host") != socket.gethostname():
-        return holder if age < STALE_S else None
+        return holder if abs(age) < STALE_S else None  # a time to come is of a clock that is wrong, or made up
     pid = holder.get("pid")
-    if not isinstance(pid, int) or pid <= 0 or not _lives(pid):
+    if type(pid) is not int or not 0 < pid < 1 << 31 or not _lives(pid):
         return None
     born = _born(pid)
     return holder if None in (born, holder.get("born")) or holder["born"] == born else None
@@ -102,9 +108,9 @@ def _remove_if_stale(path: Path) -> None:
             _name_if_free(aside, path)
         aside.unlink()
     if holder is not None:
-        who = f"process {holder.get('pid')} on {holder.get('host')}"
-        cure = "wait for its end, stop it, or choose another -o"
-        raise ConfigError([f"output_dir: {path.parent} is being written by {who} (see {path.name}); {cure}"])
+        who = f"process {plain(holder.get('pid'))} on {plain(holder.get('host'))}"
+        cure = f"wait for its end, stop it, or choose another -o; if it is no run of tt, remove {path.name}"
+        raise ConfigError([f"output_dir: {plain(path.parent)} is being written by {who} (see {path.name}); {cure}"])
 
 
 def _name_if_free(file: Path, name: Path) -> bool:
@@ -123,7 +129,7 @@ def _name_if_free(file: Path, name: Path) -> bool:
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    return path.with_name(f".{path.name}-{secrets.token_hex(8)}")
 
 
 def _myself() -> dict[str, Any]:

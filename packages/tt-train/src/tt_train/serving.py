@@ -10,7 +10,7 @@ import tt_data
 from tt_data.instruct_templates import INSTRUCT_TEMPLATES, our_name
 from tt_data.model_files import find_templates, find_tokenizer
 from tt_train.origin import Origin
-from tt_train.run_dir import read_json
+from tt_train.run_files import read_json, read_manifest
 
 TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
@@ -37,7 +37,7 @@ def run_template(run: Path | None) -> str | None:
         return None
     if (run / TEMPLATE_FILE).is_file():
         return str(run / TEMPLATE_FILE)
-    data = (read_json(run / "manifest.json").get("config") or {}).get("data") or {}
+    data = (read_manifest(run).get("config") or {}).get("data") or {}
     name = data.get("template")
     return None if name is None else str(name)
 

@@ -17,7 +17,7 @@ from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.optim import schedule_notes
 from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
-from tt_train.run_dir import read_json
+from tt_train.run_files import read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

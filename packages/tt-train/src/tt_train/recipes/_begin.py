@@ -13,13 +13,15 @@ from tt_train.console import Console, RunFacts
 from tt_train.environment import collect, command_line
 from tt_train.errors import ConfigError
 from tt_train.git import git_state
+from tt_train.new_run import new_path, probe_writable
 from tt_train.optim import rate_change
 from tt_train.recipe_file import copy_of
 from tt_train.recipes._assemble import Job
 from tt_train.recipes._end import data_facts, precision, result_bytes
 from tt_train.registry import imports_of
 from tt_train.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
-from tt_train.run_dir import RunDir, new_path, probe_writable, read_json, read_rows
+from tt_train.run_dir import RunDir
+from tt_train.run_files import read_manifest, read_rows
 from tt_train.serving import TEMPLATE_FILE, own_template
 from tt_train.training_state import TrainingState
 
@@ -32,7 +34,7 @@ def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir
     origin = find_origin(job.config, resume)
     if origin is None:
         return _new_run(job), None
-    manifest = read_json(origin.run / "manifest.json")
+    manifest = read_manifest(origin.run)
     if changed := changed_keys(saved_config(origin.run), job.config) + changed_imports(manifest, job.config):
         raise ConfigError(
             [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
@@ -43,7 +45,7 @@ def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir
         assert saved is not None  # explicit
         run = _new_run(job, continued_from={"run": str(origin.run.resolve()), "step": saved.step})
         for name in ("metrics.jsonl", "samples.jsonl"):
-            run.append(name, *(row for row in read_rows(origin.run / name) if row.get("step", 0) <= saved.step))
+            run.append(name, *(row for row in read_rows(origin.run / name) if row["step"] <= saved.step))
         return run, saved
     if origin.checkpoint is None and (reason := nothing_left(job, origin.run)):
         console.note(reason)

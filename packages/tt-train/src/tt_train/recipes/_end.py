@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from tt_train.recipes._assemble import Job
 from tt_train.recipes._rows import count_rows
 from tt_train.recipes._watch import Watch
 from tt_train.report import write_report
-from tt_train.run_dir import RunDir, read_json
+from tt_train.run_dir import RunDir
+from tt_train.run_files import read_manifest, typed
 from tt_train.serving import TEMPLATE_FILE, own_template, serving_files
 from tt_train.training_state import TrainingState
 
@@ -143,16 +143,17 @@ def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: in
         f"lowest held-out loss: {best['eval_loss']:.4f} at step {best['step']:,}; the result is of step {steps:,}"
     )
     if best["checkpoint"] is not None:
-        path, again = shlex.quote(str(run.path)), repeating(run.path, read_json(run.path / "manifest.json"))
-        console.note(f"  {again} max_steps={best['step']} -o {path}-best --resume {path}/{best['checkpoint']}")
+        again = repeating(run.path, read_manifest(run.path))
+        place, checkpoint = typed(f"{run.path}-best"), typed(run.path / best["checkpoint"])
+        console.note(f"  {again} max_steps={best['step']} -o {place} --resume {checkpoint}")
 
 
 def _write_card(job: Job, run: RunDir, summary: dict[str, Any]) -> None:
-    run.write_text("README.md", model_card(job, read_json(run.path / "manifest.json"), summary))
+    run.write_text("README.md", model_card(job, read_manifest(run.path), summary))
 
 
 def next_commands(run: Path, method: str) -> list[str]:
     """What a user would type next."""
-    path = shlex.quote(os.path.relpath(run) if not run.is_absolute() else str(run))
-    merged = shlex.quote(f"{path}-merged") if method != "full" else None
-    return [f"tt chat {path}", *([f"tt merge {path} -o {merged}"] if merged else []), f"tt report {path}"]
+    short = str(run) if run.is_absolute() else os.path.relpath(run)
+    path, merged = typed(short), typed(f"{short}-merged")
+    return [f"tt chat {path}", *([f"tt merge {path} -o {merged}"] if method != "full" else []), f"tt report {path}"]
