@@ -33,6 +33,31 @@ SLIPS = [
     ("run full_finetune_distributed", "a run uses one device; tt run full_finetune_single_device"),
     ("run lora_dpo_single_device", "no such recipe here: preference tuning is not offered"),
     ("run generate", "it is a verb: tt generate"),
+    ("run stf --config c.yaml", "stf: unknown recipe; did you mean 'sft'?"),
+    ("run c.yaml --config c.yaml", "'c.yaml' is a config itself: give one of the two"),
+    ("run sft c.yaml", "did you mean --config c.yaml?"),
+    ("run c.yaml sft", "'sft' is not KEY=VALUE; write sft --config c.yaml"),
+    ("run sft sft", "the recipe is given already"),
+    ("run sft rows.jsonl", "did you mean data.train=rows.jsonl?"),
+    ("run sft MODEL", "did you mean model.path=MODEL?"),
+    ("run MODEL", "a model is named by a key: tt run sft model.path=MODEL"),
+    ("run sft --config full", "full: a folder, not a config"),
+    ("run sft model.pth=MODEL", "did you mean 'model.path'?"),
+    ("run sft modelpath=MODEL", "did you mean 'model.path'?"),
+    ("run sft batch_size:8", "write batch_size=8"),
+    ("run sft optimizer.=3", "optimizer.: unknown key"),
+    ("run sft --resume=", "--resume has no value (a shell variable that is not set?)"),
+    ("run sft -o=x", "write -o x, without ="),
+    ("run sft -o", "option '-o' requires an argument (see tt run --help)"),
+    ("sft c.yaml", "did you mean tt run sft?"),
+    ("c.yaml", "did you mean tt run c.yaml?"),
+    ("train sft", "did you mean 'run'?"),
+    ("run https://x.org/c.yaml", "an address, not a file; download it"),
+    ("chat runs/eno", "runs/eno: no such run; did you mean 'runs/one'?"),
+    ("generate runs/absent hello", "runs/absent: no such run; did you mean 'runs/one'?; tt ls runs lists them"),
+    ("merge one out", "one: no such run; did you mean 'runs/one'?"),
+    ("report runs/oen", "did you mean 'runs/one'?"),
+    ("convert smol.ggu out", "did you mean smol.gguf?"),
     ("run sft --config sft", "sft: a recipe, not a config; tt ls configs"),
     ("cat rows.jsonl", "rows.jsonl: a file of rows, not a config; tt data show rows.jsonl"),
     ("cp c.yaml d.yaml", "it is a file already: copy it with cp"),
@@ -54,6 +79,10 @@ def place(tmp_path, monkeypatch, model_dir, rows_file):
     Path("c.yaml").write_text("recipe: sft\n")
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
+    Path("smol.gguf").write_bytes(b"GGUF")
+    Path("runs/one").mkdir(parents=True)
+    Path("runs/one/config.yaml").write_text("recipe: sft\n")
+    Path("runs/one/manifest.json").write_text("{}")
 
 
 @pytest.mark.parametrize(("typed", "said"), SLIPS, ids=[typed for typed, _ in SLIPS])

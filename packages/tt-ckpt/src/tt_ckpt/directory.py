@@ -90,8 +90,9 @@ def resolve(path: str | Path) -> Path:
 def _similar(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor is {path.parent}; the working directory is {Path.cwd()})"
-    wanted = Path.is_file if path.suffix == ".gguf" else Path.is_dir
-    beside = [entry.name for entry in path.parent.iterdir() if wanted(entry)]
+    is_file = path.suffix == ".gguf"
+    beside = [entry.name for entry in path.parent.iterdir()
+              if (entry.is_file() and entry.suffix == ".gguf") or (entry.is_dir() and not is_file)]  # fmt: skip
     close = difflib.get_close_matches(path.name, beside, 1, 0.5)
     return f"; did you mean {plain(path.parent / close[0])}?" if close else f" (the working directory is {Path.cwd()})"
 

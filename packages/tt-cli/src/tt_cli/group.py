@@ -16,6 +16,13 @@ from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean
 from tt_train.foreign import FOREIGN
 from tt_train.redact import redact_data
+from tt_train.registry import RECIPES
+
+# what other tools call these verbs
+ELSEWHERE = {"train": "run", "finetune": "run", "fine-tune": "run", "sft": "run", "tune": "run", "launch": "run",
+             "infer": "generate", "inference": "generate", "predict": "generate", "list": "ls", "copy": "cp",
+             "show": "cat", "check": "validate", "push": "upload", "pull": "download", "info": "env",
+             "version": "env", "gguf": "convert", "dataset": "data", "plot": "report", "fuse": "merge"}  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,7 +60,13 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in self.table and not name.startswith("-"):
-            hint = f"; the help is {ctx.command_path} --help" if name == "help" else did_you_mean(name, self.table)
+            hint = did_you_mean(name, self.table)
+            if name == "help":
+                hint = f"; the help is {ctx.command_path} --help"
+            elif "run" in self.table and (name in RECIPES or name.endswith((".yaml", ".yml", ".py"))):
+                hint = f"; did you mean tt run {name}?"
+            elif ELSEWHERE.get(name.lower()) in self.table:
+                hint = f"; did you mean {ELSEWHERE[name.lower()]!r}?"
             raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -90,7 +103,24 @@ class Verb(click.Command):
             raise click.UsageError(
                 "an empty word (a shell variable that is not set?); leave it out or give it a value", ctx
             )
-        return super().parse_args(ctx, args)
+        for word in args:
+            self._refuse_half_option(ctx, word)
+        try:
+            return super().parse_args(ctx, args)
+        except click.BadOptionUsage as error:
+            error.ctx = error.ctx or ctx
+            raise
+
+    def _refuse_half_option(self, ctx: click.Context, word: str) -> None:
+        """``--resume=`` of a shell variable that is not set, and ``-o=DIR``, whose value would be ``=DIR``."""
+        name, sign, value = word.partition("=")
+        option = next((param for param in self.params if name in param.opts), None) if sign else None
+        if option is None or not isinstance(option.type, click.Path):
+            return
+        if not value:
+            raise click.UsageError(f"{name} has no value (a shell variable that is not set?); leave it out", ctx)
+        if not name.startswith("--"):
+            raise click.UsageError(f"{word}: write {name} {value}, without =", ctx)
 
     def _names_a_file(self, before: str) -> bool:
         """Whether the word after ``before`` is an argument, or the path of an option, and not a text of the user's."""

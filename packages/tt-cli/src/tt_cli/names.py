@@ -1,5 +1,6 @@
 """Recipes, configs and their keys by name: looked up, and completed in the shell. Imports no torch."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,21 +44,28 @@ def composed(
     """The checked config of WHAT: a recipe, a registered config, a YAML file or a recipe file."""
     from tt_train import compose
 
-    refuse_folder(what)
-    for word in overrides:
-        if "=" not in word and word.endswith((".yaml", ".yml")):
-            raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {word}?")
-    if config_file is not None and what not in registry.RECIPES and not what.endswith(".py"):
+    for before, word in zip(("", *overrides), overrides, strict=False):
+        if not before.endswith(("=", ":")):  # model.path = MODEL is answered as that
+            _refuse_name(word, what)
+    is_config = what in registry.config_names() or os.path.isfile(what)  # noqa: PTH113  (a name may be too long)
+    if config_file is not None and is_config and not what.endswith(".py"):
         raise click.UsageError(f"--config belongs to a recipe; '{what}' is a config itself: give one of the two")
     return compose(what, config=config_file, overrides=overrides, allow_import=allow_import, complete=complete)
 
 
-def refuse_folder(name: str) -> None:
-    """A folder is no config; ValueError says what of it may have been meant."""
-    if Path(name).is_dir() and name not in runnable_names():
-        config = Path(name) / "config.yaml"
-        cure = f"give the config in it, {config}" if config.is_file() else "give a YAML file or a registered name"
-        raise ValueError(f"{name}: a folder, not a config; {cure}")
+def _refuse_name(word: str, what: str) -> None:
+    """A recipe, a config or a file of rows after WHAT, where only KEY=VALUE words may be."""
+    if "=" in word:
+        return
+    if word.endswith((".yaml", ".yml")) or word in registry.config_names():
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {word}?")
+    if word in registry.RECIPES:
+        cure = "the recipe is given already" if what in registry.RECIPES else f"write {word} --config {what}"
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; {cure}")
+    if word.lower().endswith((".jsonl", ".json", ".csv", ".parquet")):
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean data.train={word}?")
+    if os.path.isfile(f"{word}/config.json"):  # noqa: PTH113
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean model.path={word}?")
 
 
 def refuse_run(name: str) -> None:

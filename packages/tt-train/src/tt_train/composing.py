@@ -1,20 +1,24 @@
 """From a recipe's name or a YAML file, and ``key=value`` words, to a checked config; every mistake is collected."""
 
-import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys import all_keys, is_section, parts_of, plain, section_type, type_of, unknown_key
-from tt_train.values import PlainLoader, fits, of_node, of_word
+from tt_train.keys import all_keys, is_section, parts_of, section_type, type_of, unknown_key
+from tt_train.text_file import read_text
+from tt_train.type_mistakes import shown, type_problem
+from tt_train.values import fits, of_node, of_word
+from tt_train.yaml_nodes import NotPlainError, compose_text, pairs
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
 
 Setting = tuple[str, Any, str]  # dotted key, value, where it was written ("lora.yaml:3" or "the command line")
+COMMAND_LINE = "the command line"
+MOST_PROBLEMS = 30  # lines that are shown at once
 
 
 def compose(
@@ -41,7 +45,8 @@ def compose(
         ConfigError: with one line for every unknown key, wrong type and impossible value.
     """
     from tt_train import registry
-    from tt_train.config import SFTConfig, missing, mistakes
+    from tt_train.config import SFTConfig
+    from tt_train.mistakes import missing, mistakes
     from tt_train.paths import at_home
     from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
 
@@ -57,6 +62,8 @@ def compose(
     problems: list[str] = []
     settings = list(_read_file(file, schema, problems)) if file else []
     settings += _read_words(overrides, schema, problems)
+    problems += [f"{where}: {key}: {problem}" for key, value, where in settings if key in ("recipe", "recipe_sha256")
+                 and (problem := _setting_problem(schema, key, value))]  # fmt: skip
     if problems:
         raise ConfigError(problems)
     said, where = next(
@@ -85,11 +92,12 @@ def compose(
 
 def compose_run(run: Path, overrides: Sequence[str] = ()) -> "RunConfig":
     """The config of a run directory, without the code of its recipe: keys of the recipe's own are left out."""
-    from tt_train.config import RunConfig, mistakes
+    from tt_train.config import RunConfig
+    from tt_train.mistakes import mistakes
 
     problems: list[str] = []
     known = set(all_keys(RunConfig))
-    settings = [setting for setting in _read_file(run / "config.yaml", RunConfig, problems) if setting[0] in known]
+    settings = [setting for setting in _read_file(run / "config.yaml", RunConfig, problems, run) if setting[0] in known]
     settings += _read_words(overrides, RunConfig, problems)
     result: RunConfig = _merge(RunConfig, settings, problems)
     if problems or (problems := mistakes(result)):
@@ -97,50 +105,46 @@ def compose_run(run: Path, overrides: Sequence[str] = ()) -> "RunConfig":
     return result
 
 
-def _read_file(path: Path, schema: type, problems: list[str]) -> Iterator[Setting]:
-    """The settings of a YAML file, each with the line that it stands on."""
+def _read_file(path: Path, schema: type, problems: list[str], root: Path | None = None) -> Iterator[Setting]:
+    """The settings of a YAML file, each with the line that it is on; ``root``: a folder that it must be in."""
+    text = read_text(path, "config", root=root)
+    if not text.strip():
+        raise ConfigError([f"{path}: empty; a config has keys and values, such as 'batch_size: 16'"])
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=PlainLoader)
-    except UnicodeDecodeError as error:
-        problems.append(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
+        top = compose_text(text)
+    except NotPlainError as error:
+        problems.append(f"{path}:{error.place}: {error}")
         return
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        cause = str(getattr(error, "problem", None) or error)
-        cure = "; a value with ': ' in it needs quotes" if "mapping values" in cause else ""
-        problems.append(f"{path}{line}: not YAML: {cause}{cure}")
+    if top is None:  # comments alone
         return
-    except RecursionError:
-        problems.append(f"{path}: nested too deeply to be a config")
+    if not isinstance(top, yaml.MappingNode):
+        problems.append(f"{path}:1: a config is keys and values, such as 'batch_size: 16', not a list or a text")
         return
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        problems.append(f"{path}:1: expected keys and values, such as 'batch_size: 16'")
-        return
-    yield from _walk(root, "", path, schema, problems)
+    yield from _walk(top, "", str(path), schema, problems)
 
 
-def _walk(node: yaml.MappingNode, prefix: str, path: Path, schema: type, problems: list[str]) -> Iterator[Setting]:
+def _walk(node: yaml.MappingNode, prefix: str, place: str, schema: type, problems: list[str]) -> Iterator[Setting]:
+    """The settings inside ``node``; ``place``: the file, or the command line, where lines mean nothing."""
     seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        key = prefix + str(key_node.value)
-        if key_node.value == "<<":
-            problems.append(f"{where}: merge keys (<<) are not read; write the keys that they stand for")
-            continue
+    in_file = place != COMMAND_LINE
+    try:
+        inside = pairs(node)
+    except NotPlainError as error:
+        problems.append(f"{place}:{error.place}: {error}" if in_file else f"{place}: {error}")
+        return
+    for name, key_node, value_node in inside:
+        key, line = prefix + name, key_node.start_mark.line + 1
+        where = f"{place}:{line}" if in_file else place
         if key in seen:
             problems.append(f"{where}: {key} stands twice (first on line {seen[key]}); keep one")
-        seen[key] = key_node.start_mark.line + 1
+        seen[key] = line
         if isinstance(value_node, yaml.MappingNode) and value_node.value and is_section(schema, key):
-            yield from _walk(value_node, key + ".", path, schema, problems)
+            yield from _walk(value_node, key + ".", place, schema, problems)
             continue
         try:
             yield key, of_node(value_node, _kind(schema, key)), where
-        except yaml.YAMLError as error:
-            problems.append(f"{where}: {key}: {getattr(error, 'problem', error)}; only plain YAML values are read")
+        except NotPlainError as error:
+            problems.append(f"{place}:{error.place}: {key}: {error}" if in_file else f"{place}: {key}: {error}")
 
 
 def _kind(schema: type, key: str) -> Any:
@@ -153,22 +157,28 @@ def _kind(schema: type, key: str) -> Any:
 
 def _read_words(words: Sequence[str], schema: type, problems: list[str]) -> Iterator[Setting]:
     """``key=value`` words of the command line."""
-    where = "the command line"
     for word in _whole_words(words, problems):
         key, sign, text = word.partition("=")
         key = key.strip()
         if word.startswith("-") or not sign or not key:
-            problems.append(
-                f"{word}: expected key=value, such as adapter.rank=8 (options come before, keys have no dashes)"
-            )
+            problems.append(_not_a_word(word, schema))
         elif not text.strip():
             problems.append(f"{key}: no value; write {key}=null to unset it (a shell variable that is not set?)")
         elif is_section(schema, key) and text.lstrip().startswith("{") and (section := _mapping(text)) is not None:
-            yield from (
-                (name, value, where) for name, value, _ in _walk(section, key + ".", Path(where), schema, problems)
-            )
+            yield from _walk(section, key + ".", COMMAND_LINE, schema, problems)
         else:
-            yield key, of_word(text, _kind(schema, key)), where
+            try:
+                yield key, of_word(text, _kind(schema, key)), COMMAND_LINE
+            except ValueError as error:
+                problems.append(f"{COMMAND_LINE}: {key}: {error}")
+
+
+def _not_a_word(word: str, schema: type) -> str:
+    """What is wrong with a word that is not ``key=value``."""
+    key, sign, value = word.partition(":")
+    if sign and value and key in set(all_keys(schema)):
+        return f"{word}: write {key}={value.strip()}, with = instead of :"
+    return f"{word}: expected key=value, such as adapter.rank=8 (options come before, keys have no dashes)"
 
 
 def _whole_words(words: Sequence[str], problems: list[str]) -> Iterator[str]:
@@ -191,8 +201,8 @@ def _whole_words(words: Sequence[str], problems: list[str]) -> Iterator[str]:
 
 def _mapping(text: str) -> yaml.MappingNode | None:
     try:
-        node = yaml.compose(text, Loader=PlainLoader)
-    except yaml.YAMLError:
+        node = compose_text(text)
+    except NotPlainError:
         return None
     return node if isinstance(node, yaml.MappingNode) and node.value else None
 
@@ -204,55 +214,36 @@ def _merge(schema: type, settings: list[Setting], problems: list[str]) -> Any:
 
     merged = OmegaConf.structured(schema)
     for key, value, where in settings:
-        try:
-            kind = type_of(schema, key)
-        except KeyError as error:
-            cause = unknown_key(schema, key) if error.args[1] else f"{key.rsplit('.', 1)[0]} has no keys inside"
-            problems.append(f"{where}: {key}: {cause}")
-            continue
-        if "${" in str(value) or value == "???":
-            problems.append(
-                f"{where}: {key}: interpolation ({value}) is off, since it can read the environment; write the value"
-            )
-            continue
-        if not fits(value, kind):
-            problems.append(f"{where}: {key}: {_type_problem(key, kind, value)}")
+        if len(problems) >= MOST_PROBLEMS:
+            problems.append(f"{where}: and perhaps more from here on; correct these first")
+            break
+        if problem := _setting_problem(schema, key, value):
+            problems.append(f"{where}: {key}: {problem}")
             continue
         nested: Any = value
         for part in reversed(parts_of(schema, key)):
             nested = {part: nested}
         try:
             merged = OmegaConf.merge(merged, nested)
-            if isinstance(value, dict) and section_type(kind) is None:  # names given anew replace those before
+            if isinstance(value, dict) and section_type(type_of(schema, key)) is None:  # anew, it replaces those before
                 OmegaConf.update(merged, key, value, merge=False)
-        except (OmegaConfBaseException, ValueError, TypeError):
-            problems.append(f"{where}: {key}: {_type_problem(key, kind, value)}")
-    return OmegaConf.to_object(merged)
+        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
+            problems.append(f"{where}: {key}: {type_problem(schema, key, value)}")
+    return OmegaConf.to_object(merged) if not problems else None
 
 
-# where other tools take a part of something
-_INSTEAD_OF_A_SHARE = {
-    "epochs": "; a part of an epoch is given by max_steps",
-    "eval_every": "; it counts steps, not a share of the run",
-    "save_every": "; it counts steps, not a share of the run",
-    "schedule.warmup_steps": "; a share of the run is schedule.warmup_ratio",
-}
+def _setting_problem(schema: type, key: str, value: Any) -> str | None:
+    """Why a key cannot have this value, as far as its name and type say."""
+    try:
+        kind = type_of(schema, key)
+    except KeyError as error:
+        return unknown_key(schema, key) if error.args[1] else f"{key.rsplit('.', 1)[0]} has no keys inside"
+    if "${" in str(value) or "???" in _words_in(value):
+        return f"interpolation ({shown(value)}) is off, since it can read the environment; write the value"
+    return None if fits(value, kind) else type_problem(schema, key, value)
 
 
-def _type_problem(key: str, kind: Any, value: Any) -> str:
-    inner, optional = plain(kind)
-    cure = ""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    if typing.get_origin(inner) is Annotated:
-        return f"expected text or a list of text, got {value!r}; a name with ': ' in it needs quotes"
-    containers = {list: "a list such as [a, b]", tuple: "a list such as [0.9, 0.95]", dict: "names such as {a: b}"}
-    if section := section_type(inner):
-        keys = typing.get_type_hints(section)
-        expected = f"keys ({', '.join(keys)})"
-        cure = f"; did you mean {key}.{next(iter(keys))}?"
-    else:
-        expected = names.get(inner) or containers.get(typing.get_origin(inner) or inner) or str(inner)
-    if isinstance(value, float):
-        cure = _INSTEAD_OF_A_SHARE.get(key, cure)
-    got = f"the text {value!r}" if isinstance(value, str) else repr(value)
-    return f"expected {expected}{' or null' if optional else ''}, got {got}{cure}"
+def _words_in(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [word for name, inner in value.items() for word in (name, *_words_in(inner))]
+    return [word for inner in value for word in _words_in(inner)] if isinstance(value, list) else [value]

@@ -9,7 +9,7 @@ class ConfigError(ValueError):
     """Mistakes that the user can mend before training. ``problems`` holds one line for each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = [" ".join(problem.split("\n")) for problem in problems]
+        self.problems = [one_line(problem) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 
@@ -33,8 +33,23 @@ class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to
             super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}; continue with --resume auto")
 
 
+LONGEST_LINE = 1500  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """``text`` in one line that cannot steer a terminal: control characters as escapes, a long middle left out."""
+    text = " ".join(text.split("\n"))
+    if len(text) > LONGEST_LINE:
+        text = f"{text[: LONGEST_LINE // 2]} ... {text[-LONGEST_LINE // 2 :]}"
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the closest known word, else the empty string."""
+    if len(word) > 200:
+        return ""
     known = list(known)
     folded = {name.lower().replace("-", "_"): name for name in known}
     close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=0.6)

@@ -27,9 +27,9 @@ def section_type(kind: Any) -> type | None:
 
 def type_of(schema: type, key: str) -> Any:
     """The annotation at a dotted key; raises KeyError with the part that is unknown and the schema that lacks it."""
-    part, _, rest = key.partition(".")
+    part, dot, rest = key.partition(".")
     hints = typing.get_type_hints(schema, include_extras=True)
-    if part not in hints:
+    if part not in hints or (dot and not rest):
         raise KeyError(part, schema)
     kind, section = hints[part], section_type(hints[part])
     if rest and section is not None:
@@ -78,4 +78,17 @@ def unknown_key(schema: type, key: str) -> str:
     if not homes and not hint:
         close = did_you_mean(last, [known.rsplit(".", 1)[-1] for known in keys])
         homes = [known for known in keys if close and known.rsplit(".", 1)[-1] in close.split("'")]
-    return f"unknown key{f'; did you mean {homes[0]!r}?' if homes else hint}"
+    cure = f"; did you mean {homes[0]!r}?" if homes else hint or "; tt cat sft shows every key"
+    return f"unknown key{cure}"
+
+
+def default_of(schema: type, key: str) -> Any:
+    """The value of a key that is not given; None if there is none."""
+    part, _, rest = key.partition(".")
+    field = next((field for field in dataclasses.fields(schema) if field.name == part), None)
+    section = section_type(typing.get_type_hints(schema)[part]) if field else None
+    if rest:
+        return default_of(section, rest) if section else None
+    if field is None or field.default_factory is dataclasses.MISSING:
+        return None if field is None or field.default is dataclasses.MISSING else field.default
+    return field.default_factory()

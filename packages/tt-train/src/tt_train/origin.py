@@ -7,6 +7,7 @@ from typing import Any
 
 import tt_ckpt
 from tt_models.config_keys import pop_quantization
+from tt_train.absent_run import refuse_absent_run
 from tt_train.errors import ConfigError
 from tt_train.run_dir import find_run, is_run
 from tt_train.run_files import read_json, read_manifest
@@ -64,6 +65,7 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
         return _of_run(find_run(folder), moved, nf4)
     if base is not None:
         raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base apart from itself"])
+    refuse_absent_run(folder)
     model = tt_ckpt.resolve(str(path))
     if not (model / "config.json").is_file() and (inside := sorted(model.glob("*/adapter_config.json"))):
         raise ConfigError([f"{path}: neither a run nor a model, but {inside[0].parent} is an adapter; give that"])

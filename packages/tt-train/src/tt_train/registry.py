@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,28 +66,44 @@ def config_path(name: str) -> Path:
 
 
 def find_config(name: str | Path) -> Path:
-    """A YAML file by path or registered name."""
-    path = Path(name)
+    """A YAML file by path or registered name; ConfigError says what else the name may have meant."""
+    text = str(Path(name).expanduser()) if str(name).startswith("~/") else str(name)
+    path = Path(text)
+    if "://" in text:
+        raise ConfigError([f"{name}: an address, not a file; download it, look at it, and name the file"])
     if path.suffix == ".py":
         raise ConfigError([f"{name}: a recipe file, not a config; tt run {name} ..."])
     if path.name.lower().endswith((".jsonl", ".csv", ".parquet", ".gz", ".zst")):
         raise ConfigError([f"{name}: a file of rows, not a config; tt data show {name} --tokenizer MODEL"])
-    if path.is_file():
+    if os.path.isfile(text):  # noqa: PTH113  (False for a name too long to be one)
         return path
-    if str(name) in config_names():
-        return config_path(str(name))
+    if text in config_names():
+        return config_path(text)
+    if os.path.isdir(text):  # noqa: PTH112
+        raise ConfigError([f"{name}: a folder, not a config; {_in_folder(path)}"])
+    if os.path.lexists(text):  # a pipe, a device or a broken link: reading says which
+        return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        siblings = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = did_you_mean(str(name), [*siblings, *config_names()])
+        siblings = [str(file) for file in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []  # noqa: PTH112
+        hint = did_you_mean(text, [*siblings, *config_names()]) or "; tt ls configs lists those that come with it"
         raise ConfigError([f"{name}: no such config file (looked in {Path.cwd()}){hint}"])
-    if str(name) in RECIPES:
+    if text in RECIPES:
         raise ConfigError([f"{name}: a recipe, not a config; tt ls configs lists those"])
-    if str(name) in ABSENT_RECIPES:
-        raise ConfigError([f"{name}: no such recipe here: {ABSENT_RECIPES[str(name)]}"])
+    if text in ABSENT_RECIPES:
+        raise ConfigError([f"{name}: no such recipe here: {ABSENT_RECIPES[text]}"])
     known = [*RECIPES, *config_names(), *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind))]
     raise ConfigError(
-        [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(str(name), known)}; see tt ls"]
+        [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(text, known)}; see tt ls"]
     )
+
+
+def _in_folder(folder: Path) -> str:
+    if (folder / "config.yaml").is_file():
+        return f"give the config in it, {folder / 'config.yaml'}"
+    if (folder / "config.json").is_file():
+        return f"a model is named by a key: tt run sft model.path={folder}"
+    files = sorted(file.name for kind in ("*.yaml", "*.yml", "*.py") for file in folder.glob(kind))
+    return f"name a file in it, such as {folder / files[0]}" if files else "give a YAML file or a registered name"
 
 
 def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from tt_train.config import RunConfig, missing
+from tt_train.config import RunConfig
 from tt_train.errors import ConfigError
+from tt_train.mistakes import missing
 
 if TYPE_CHECKING:
     from tt_train.recipes._assemble import Job

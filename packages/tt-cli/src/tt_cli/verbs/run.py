@@ -19,6 +19,7 @@ from tt_train.errors import Interrupted
 @click.option(
     "--resume",
     metavar="auto|PATH",
+    type=click.Path(),
     help="Continue a run from its newest checkpoint, or from the one named; with -o, in a new run.",
 )
 @click.option("--dry-run", is_flag=True, help="Load and show everything, and stop before step 1.")

@@ -15,6 +15,7 @@ import tt_peft
 from tt_train import preflight
 from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
+from tt_train.mistakes import refuse_mistakes
 from tt_train.optim import schedule_notes
 from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
 from tt_train.run_files import read_json
@@ -116,6 +117,7 @@ class Job:
 
 def assemble(config: RunConfig) -> Job:
     """Read what the config names, all but the weights. ConfigError holds every mistake that was found."""
+    refuse_mistakes(config)
     problems: list[str] = []
     notes: list[str] = []
     device = _collect(problems, "device", lambda: preflight.pick_device(config.device))

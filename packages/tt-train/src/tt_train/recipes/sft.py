@@ -13,6 +13,7 @@ from tt_train.errors import TrainingError
 from tt_train.evaluate import to_device
 from tt_train.memory import explaining_memory
 from tt_train.metrics import open_loggers, peak_memory_gib
+from tt_train.mistakes import refuse_mistakes
 from tt_train.optim import learning_rate, make_optimizer, set_learning_rate
 from tt_train.recipes._assemble import Job, assemble
 from tt_train.recipes._begin import before_steps, begin, opening_facts, with_absolute_paths
@@ -44,6 +45,7 @@ def main(
         ConfigError: a mistake to correct. TrainingError: a non-finite loss. Interrupted: a signal, after saving.
     """
     console = console or Console()
+    refuse_mistakes(config)  # of a config made by code
     config = with_absolute_paths(config)
     check_destination(config, resume)  # before rows are read
     job = assemble(config)
