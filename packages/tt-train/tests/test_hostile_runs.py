@@ -7,7 +7,10 @@ import signal
 import time
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from tt_ckpt import commit
 from tt_train import ConfigError, compose
 from tt_train.asking import trained_on
 from tt_train.console import Console
@@ -306,3 +309,68 @@ def test_json_of_a_run_is_read_with_its_line(tmp_path):
     (tmp_path / "x.json").write_text('{\n"a": 1,\n}')
     with pytest.raises(ValueError, match=r"x\.json:3:1: not valid JSON"):
         read_json(tmp_path / "x.json")
+
+
+# ---- a checkpoint whose manifest is right, and whose contents are not ----------------------------------------------
+
+
+def rewritten(run, change):
+    """Change the newest checkpoint of a run, and its manifest with it, as somebody who means harm would."""
+    folder = max((run / "checkpoints").glob("step-*"))
+    manifest = commit.read_manifest(folder)
+    (folder / commit.MANIFEST_NAME).unlink()
+    change(folder)
+    commit.write_manifest(folder, {key: manifest[key] for key in manifest if key not in ("files", "sha256")})
+
+
+STATES = {
+    "step": [2, -1, "1", True, 1.5, None, 10**400], "tokens": ["x", None, -5], "elapsed_s": ["1", -1.0, None, []],
+    "best": [1, [], {}, {"step": "1", "eval_loss": 1.0}, {"step": 1, "eval_loss": "low"}], "judged": [{}, -1],
+    "row": [[], 3, {"loss": "x"}, {"step": [1]}], "evaluations_since_best": ["many", None], "data": [None, 3],
+    "steps_total": ["1", -1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", STATES)
+def test_a_state_that_no_run_saves_is_refused_by_its_key(evil, model_dir, rows_file, key):
+    file = max((evil / "checkpoints").glob("step-*")) / "state.json"
+    saved = json.loads(file.read_text())
+    for value in STATES[key]:
+        rewritten(evil, lambda folder, value=value: file.write_text(json.dumps(saved | {key: value})))
+        with pytest.raises(ConfigError, match=rf"state\.json.*{key}|not valid JSON.*digits") as caught:
+            train(evil, model_dir, rows_file, "max_steps=2", resume="auto")
+        assert len(caught.value.problems) == 1
+        assert caught.value.problems[0].isprintable()
+    assert not json.loads((evil / "manifest.json").read_text()).get("extension")
+
+
+def changed(file, **tensors):
+    state = load_file(file)
+    save_file({name: value for name, value in {**state, **tensors}.items() if value is not None}, file)
+
+
+def test_tensors_of_another_run_are_refused_by_name_before_any_is_used(evil, model_dir, rows_file):
+    def attempt(**tensors):
+        shutil.copytree(evil, evil.with_name("copy"))
+        rewritten(evil.with_name("copy"), lambda folder: changed(folder / file, **tensors))
+        with pytest.raises(ConfigError) as caught:
+            train(evil.with_name("copy"), model_dir, rows_file, "max_steps=2", resume="auto")
+        shutil.rmtree(evil.with_name("copy"))
+        return str(caught.value)
+
+    file = "adapter.safetensors"
+    (name, value), *_ = load_file(max((evil / "checkpoints").glob("step-*")) / file).items()
+    assert f"{name} is missing" in attempt(**{name: None})
+    assert f"{name} has shape [1], the run's {list(value.shape)}" in attempt(**{name: torch.zeros(1)})
+    assert "is none that the run trains" in attempt(evil=torch.zeros(1))
+    file = "optimizer.safetensors"
+    key = next(iter(load_file(max((evil / "checkpoints").glob("step-*")) / file)))
+    assert "which this run does not train" in attempt(**{"lm_head.weight/exp_avg": torch.zeros(1)})
+    assert "has shape [3], not" in attempt(**{key.rpartition("/")[0] + "/exp_avg": torch.zeros(3)})
+
+
+def test_a_finished_run_whose_checkpoints_are_damaged_names_its_result(evil, model_dir, rows_file):
+    for folder in (evil / "checkpoints").glob("step-*"):
+        (folder / "state.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"its result is in .*evil/adapter: a new run .* adapter\.path=.*adapter$"):
+        train(evil, model_dir, rows_file, "max_steps=2", resume="auto")

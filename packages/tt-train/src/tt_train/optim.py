@@ -150,8 +150,10 @@ def load_optimizer_tensors_(
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         if name not in by_name:
-            raise ValueError(f"the checkpoint has optimizer state for {name!r}, which this run does not train")
+            raise ValueError(f"the checkpoint has optimizer state for {name[:200]!r}, which this run does not train")
         parameter = by_name[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(f"{entry[:200]!r} of {name} has shape {list(value.shape)}, not {list(parameter.shape)}")
         # copied: a mapped file must not be written into; a scalar (step) stays where torch keeps it
         moved = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
         optimizer.state[parameter][entry] = moved

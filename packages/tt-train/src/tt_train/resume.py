@@ -14,6 +14,7 @@ from tt_train.redact import redact_data
 from tt_train.registry import imports_of
 from tt_train.run_dir import is_run, list_runs
 from tt_train.run_files import own_folder, read_manifest
+from tt_train.saved_state import check_state
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
@@ -151,8 +152,7 @@ def read_checkpoint(job: Job, origin: Origin, *, explicit: bool) -> tt_ckpt.Trai
         saved = checkpoints.restore(path)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError([f"--resume: {error}; choose another checkpoint"]) from error
-    if "steps_total" not in saved.state:
-        raise ConfigError([f"--resume: {path} was written by another version of tt-train; start a new run"])
+    check_state(path, saved.step, saved.state)
     if saved.state["data"] != job.train.fingerprint:
         rows = f"the rows of data.train are not those that {path} was trained on"
         raise ConfigError([f"--resume: {rows}; restore them, or start a new run"])
@@ -165,12 +165,15 @@ def read_checkpoint(job: Job, origin: Origin, *, explicit: bool) -> tt_ckpt.Trai
 
 def _refuse_damaged(run: Path, *, explicit: bool) -> None:
     """A run whose checkpoints cannot be used, or that has a result and no checkpoint, does not quietly start anew."""
+    result = next((run / name for name in ("adapter", "model") if (run / name).is_dir()), None)
+    how = f"adapter.path={result}" if result is not None and result.name == "adapter" else f"model.path={run}"
     there = sorted(entry.name for entry in (run / "checkpoints").glob("*step-*") if not entry.name.startswith(".tmp-"))
     if there:
         cure = "restore one from a copy, or start a new run with another -o"
+        if result is not None:
+            cure += f"; its result is in {result}: a new run starts from it with {how}"
         raise ConfigError([f"--resume: every checkpoint of {run} is damaged ({', '.join(there)}); {cure}"])
     if read_manifest(run).get("state") == "finished":
-        how = f"adapter.path={run / 'adapter'}" if (run / "adapter").is_dir() else f"model.path={run}"
         raise ConfigError(
             [f"--resume: {run} is finished and kept no checkpoint; start a new run from its result: {how}"]
         )

@@ -17,6 +17,7 @@ from tt_train.master_weights import MasterWeights
 from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_entries
 from tt_train.recipes._assemble import Job
 from tt_train.run_dir import RunDir
+from tt_train.saved_state import check_tensors
 from tt_train.step import StepResult
 from tt_train.stop import Stopped
 
@@ -198,6 +199,9 @@ class TrainingState:
 
     def restore(self, saved: tt_ckpt.TrainState) -> None:
         """Put a checkpoint into the model and the optimizer."""
+        for group, tensors in self._tensors().items():
+            if group != "optimizer":
+                check_tensors(saved.path, group, saved.tensors.get(group), tensors)
         if self.job.lora is not None:
             tt_peft.load_adapter_state_(self.model, saved.tensors["adapter"])
         else:
@@ -206,7 +210,10 @@ class TrainingState:
                     weight.copy_(saved.tensors["model"][name])
         for parameter, bits in self.optimizer.lost.items():
             bits.copy_(saved.tensors["lost_bits"][self.names[parameter]])
-        load_optimizer_tensors_(self.optimizer, saved.tensors["optimizer"], self.names)
+        try:
+            load_optimizer_tensors_(self.optimizer, saved.tensors.get("optimizer", {}), self.names)
+        except ValueError as error:
+            raise ConfigError([f"--resume: {saved.path}: {error}; choose another checkpoint"]) from error
         for key in _SAVED:
             setattr(self, key, saved.state[key])
         if saved.path.parent == self.checkpoints.directory:

@@ -1,6 +1,7 @@
 """What is measured and written down beside the steps: held-out loss, samples, rows of metrics.jsonl, loggers."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -63,7 +64,11 @@ class Watch:
         if state.step > 0:
             self._write(row)
             self.console.step(row)
-            log.info("step %d loss %.6f grad_norm %.4f", state.step, row["loss"], row["grad_norm"])
+            log.info(
+                "step %d loss %.6f grad_norm %.4f",
+                state.step,
+                *(math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm")),
+            )
         elif "eval_loss" in row:
             self._write(row | {"tokens": 0, "elapsed_s": 0.0})
             self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
