@@ -25,6 +25,7 @@ from tt_ckpt.hf import counter, write_shards
 from tt_ckpt.layout import choose_layout, read_layout, write_layout
 from tt_ckpt.limits import refuse_unsaid
 from tt_ckpt.meta import write_meta
+from tt_ckpt.sizes import refuse_missing_layers
 from tt_ckpt.torchtune import write_torchtune
 from tt_ckpt.weights import EMBEDDING, Weights, cast, compare
 
@@ -85,6 +86,7 @@ def convert(
     if not weights.config:
         raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
     _check_vocabulary(weights, directory)
+    refuse_missing_layers(directory, weights.config, {name: spec.shape for name, spec in weights.specs.items()})
     if to != "hf":
         refuse_unsaid(weights.config, to)
     weights = weights if dtype is None else cast(weights, dtype)

@@ -18,8 +18,9 @@ from tt_ckpt import commit
 from tt_ckpt.files import copy, read_json
 from tt_ckpt.names import check_basename, safe_file
 from tt_ckpt.placeholder import half_fetched
-from tt_ckpt.shards import INDEX_NAME
+from tt_ckpt.shards import INDEX_NAME, find_shards
 from tt_ckpt.shown import format_size, listed, plain
+from tt_ckpt.sizes import is_far, refuse_far
 from tt_ckpt.tensor_file import TensorSpec
 
 COMPANIONS = (
@@ -98,7 +99,10 @@ def _similar(path: Path) -> str:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """``config.json`` of a model directory or hub id, as a dict."""
+    """``config.json`` of a model directory or hub id, as a dict.
+
+    ValueError if it is damaged, or states a size far beyond those of published models that the weights do not have.
+    """
     directory = resolve(path)
     file = safe_file(directory, "config.json")
     if not file.exists():
@@ -111,7 +115,18 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = read_json(file, directory, limit=CONFIG_BYTES)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}; download it again")
+    if is_far(config):
+        refuse_far(file, config, _shapes(directory))
     return config
+
+
+def _shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Those of the weights; none if there are no whole weights, of which the loader has more to say."""
+    try:
+        shards = find_shards(directory)
+    except (OSError, ValueError):
+        return {}
+    return {key: shards.spec(key).shape for key in shards.where}
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
