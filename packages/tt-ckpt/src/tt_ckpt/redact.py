@@ -73,6 +73,12 @@ def redact(text: str) -> str:
     return _redact(text, _known_secrets())
 
 
+def redact_known(text: str) -> str:
+    """``text`` without the secrets of this machine; what only looks like one stays, as in the text of a model."""
+    known = _known_secrets()
+    return _pattern(known).sub(MARK, text) if any(secret in text for secret in known) else text
+
+
 def redact_data(value: Any) -> Any:
     """The same for what becomes JSON or YAML: its texts, and whole values of keys such as ``password``."""
     return _redact_data(value, _known_secrets())

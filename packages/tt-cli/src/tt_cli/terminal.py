@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from tt_train.redact import redact
+from tt_train.redact import redact, redact_known
 from tt_train.visible import visible
 
 _COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text
@@ -63,10 +63,11 @@ class Door:
         self.write_raw("".join(p if _COLOR.fullmatch(p) else visible(redact(p)) for p in _COLOR.split(text)))
 
     def write_exact(self, text: str) -> None:
-        """As it is, down to the bytes of file names that are not text; on a terminal as ``write``."""
+        """As it is but for secrets, down to the bytes of file names that are not text; on a terminal as ``write``."""
         if self.raw.isatty():
             self.write(text)
             return
+        text = redact_known(text)
         try:
             text.encode(self.raw.encoding or "utf-8")
         except UnicodeEncodeError:
