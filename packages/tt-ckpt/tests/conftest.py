@@ -1,6 +1,10 @@
 """Small models with Hugging Face names, as plain modules, and the directories they are saved in."""
 
+import hashlib
 import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,3 +143,222 @@ def equal_dirs():
         )
 
     return compare
+
+
+# ---- a hub of our own, which can truncate, flip, fail and demand a token --------------------------------------------
+
+CANARY = "hf_CANARYcanaryCANARYcanary123"
+REPO = "someone/some-model"
+LARGE = 2_000  # bytes from which a file is "LFS"
+
+
+class FakeHub(ThreadingHTTPServer):
+    """The part of the hub's protocol that downloads and uploads use. Faults are switched on by attribute."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files = {}  # name -> bytes
+        self.commit = "c" * 40
+        self.objects = {}  # uploaded LFS objects
+        self.log = []  # (method, path, headers)
+        self.gated = self.needs_token = False
+        self.exists = True
+        self.fail = {}  # name -> how many times to answer 503
+        self.cut = {}  # name -> how many times to close the connection halfway
+        self.flip = {}  # name -> how many times to send a flipped bit
+        self.drop_uploads = False
+        self.upload_url = None  # another host for the objects
+        self.answer = None  # answer(handler, path) -> whether it has answered, in place of the hub
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def describe(self, name):
+        data = self.files[name]
+        found = {"rfilename": name, "size": len(data), "blobId": git_sha1(data)}
+        if len(data) >= LARGE:
+            found["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return found
+
+    def spend(self, faults, name):
+        left = faults.get(name, 0)
+        faults[name] = left - 1
+        return left > 0
+
+
+def git_sha1(data):
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def reply(self, status, body=b"", headers=None, *, send_body=True):
+        body = json.dumps(body).encode() if not isinstance(body, bytes) else body
+        self.send_response(status)
+        for key, value in (
+            {"Content-Length": str(len(body)), "Content-Type": "application/json"} | (headers or {})
+        ).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if send_body and self.command != "HEAD":
+            self.wfile.write(body)
+
+    def refused(self):
+        server, token = self.server, self.headers.get("Authorization", "")
+        if server.needs_token and token != f"Bearer {CANARY}":
+            self.reply(
+                401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no"}
+            )
+        elif server.gated:
+            self.reply(
+                403, {"error": "gated"}, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"}
+            )
+        elif not server.exists or REPO not in self.path:
+            self.reply(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+        else:
+            return False
+        return True
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        server, path = self.server, self.path.partition("?")[0]
+        server.log.append((self.command, path, dict(self.headers)))
+        if (server.answer is not None and server.answer(self, path)) or self.refused():
+            return
+        if path.startswith("/api/models/"):
+            self.get_api(path)
+            return
+        name = path.split("/resolve/")[1].partition("/")[2]
+        data = server.files[name]
+        if self.command == "GET" and server.spend(server.fail, name):
+            self.reply(503, b"busy")
+            return
+        self.send_file(name, data)
+
+    def get_api(self, path):
+        server = self.server
+        if self.server.spend(server.fail, "api"):
+            self.reply(500, b"broken")
+        elif "/revision/" in path and path.rpartition("/")[2] not in ("main", server.commit):
+            self.reply(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        elif "/tree/" in path:
+            entries = []
+            for name in server.files:
+                told = server.describe(name)
+                entry = {"type": "file", "path": name, "size": told["size"], "oid": told["blobId"]}
+                if "lfs" in told:
+                    entry["lfs"] = {"oid": told["lfs"]["sha256"], "size": told["size"], "pointerSize": 134}
+                entries.append(entry)
+            self.reply(200, entries)
+        else:
+            siblings = [server.describe(name) for name in server.files]
+            self.reply(200, {"id": REPO, "sha": server.commit, "siblings": siblings, "tags": [], "private": False})
+
+    def send_file(self, name, data):
+        server, told = self.server, self.server.describe(name)
+        etag = told["lfs"]["sha256"] if "lfs" in told else told["blobId"]
+        headers = {"X-Repo-Commit": server.commit, "ETag": f'"{etag}"', "Accept-Ranges": "bytes",
+                   "Content-Type": "application/octet-stream"}  # fmt: skip
+        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        start, status = (int(match[1]), 206) if match else (0, 200)
+        if match:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        body = data[start:]
+        if self.command == "GET" and server.spend(server.flip, name):
+            body = body[:-1] + bytes([body[-1] ^ 1])
+        if self.command == "GET" and server.spend(server.cut, name):
+            self.reply(status, body, headers, send_body=False)
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(2)
+            return
+        self.reply(status, body, headers)
+
+    def do_POST(self):
+        server, path = self.server, self.path.partition("?")[0]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server.log.append(("POST", path, dict(self.headers)))
+        if server.needs_token and self.headers.get("Authorization") != f"Bearer {CANARY}":
+            self.reply(401, {"error": "Invalid credentials"})
+        elif path == "/api/repos/create":
+            server.created = json.loads(body)
+            self.reply(200, {"url": f"{server.url}/{REPO}"})
+        elif path == "/api/validate-yaml":
+            self.reply(200, {"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            told = json.loads(body)["files"]
+            mode = lambda file: "lfs" if file["size"] >= LARGE else "regular"  # noqa: E731
+            files = [{"path": file["path"], "uploadMode": mode(file), "shouldIgnore": False} for file in told]
+            self.reply(200, {"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            place = server.upload_url or server.url
+            told = [{"oid": o["oid"], "size": o["size"],
+                     "actions": {"upload": {"href": f"{place}/upload/{o['oid']}", "header": {}}}}
+                    for o in json.loads(body)["objects"]]  # fmt: skip
+            self.reply(200, {"transfer": "basic", "objects": told}, {"Content-Type": "application/vnd.git-lfs+json"})
+        elif "/commit/" in path:
+            self.receive_commit(body)
+        else:
+            self.reply(404, {"error": path})
+
+    def receive_commit(self, body):
+        import base64
+
+        for line in body.decode().splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                self.server.files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile" and not self.server.drop_uploads:
+                self.server.files[value["path"]] = self.server.objects[value["oid"]]
+        self.reply(
+            200, {"commitOid": self.server.commit, "commitUrl": f"{self.server.url}/{REPO}/commit/c", "hookOutput": ""}
+        )
+
+    def do_PUT(self):
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.log.append(("PUT", self.path, dict(self.headers)))
+        if self.server.spend(self.server.flip, "upload"):
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self.server.objects[self.path.rpartition("/")[2]] = data
+        self.reply(200)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    fake = FakeHub()
+    threading.Thread(target=fake.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", fake.url)  # read from the environment when the library is imported
+    template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what has arrived is kept in such pieces
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield fake
+    fake.shutdown()
+    fake.server_close()
+
+
+@pytest.fixture
+def repository(server, model_dir):
+    """The fake hub holding a model; returns its directory."""
+    source = model_dir()
+    server.files = {file.name: file.read_bytes() for file in source.iterdir()}
+    server.files |= {"pytorch_model.bin": b"x" * 5000, "original/params.json": b"{}", "notes.py": b"print()",
+                     "consolidated.safetensors": b"y" * 5000}  # fmt: skip
+    return source

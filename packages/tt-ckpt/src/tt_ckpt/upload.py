@@ -15,6 +15,7 @@ from tt_ckpt.files import COPY_BYTES, inside, read_bytes, read_json, regular
 from tt_ckpt.hub import api
 from tt_ckpt.hub_failures import explained
 from tt_ckpt.hub_names import check_repo_id, check_revision
+from tt_ckpt.names import safe_file
 from tt_ckpt.redact import secret_line
 from tt_ckpt.shown import format_size, listed, plain
 
@@ -233,6 +234,12 @@ def _check_arrived(hub: Any, repo_id: str, commit: str, folder: Path, names: Seq
     return verified
 
 
+def _word(value: Any) -> str:
+    """A name or number of a config, as a card may hold it: nothing that markdown or HTML would read."""
+    text = str(value) if isinstance(value, str | int) else ""
+    return text if re.fullmatch(r"[\w.-]{1,80}", text, re.ASCII) else "unknown"
+
+
 def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> str:
     """A README.md for the hub: what it is, how large, how to load it."""
     from tt_ckpt.tensor_file import read_header
@@ -244,12 +251,14 @@ def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> 
     base_model = base_model or (config.get("base_model_name_or_path") if adapter else None)
     if base_model and not _REPO_ID.fullmatch(str(base_model)):  # a path says nothing to others
         base_model = None
-    specs = [spec for file in sorted(folder.glob("*.safetensors")) for spec in read_header(file).tensors.values()]
+    indexed = _indexed(folder)
+    files = sorted(indexed or {file.name for file in folder.iterdir() if any(_matches(file.name, p) for p in WEIGHTS)})
+    specs = [spec for name in files for spec in read_header(safe_file(folder, name)).tensors.values()]
     architectures = config.get("architectures") or [config.get("peft_type", config.get("model_type"))]
     tags = f"base_model: {base_model}\n" if base_model else ""
     name = repo_id.rpartition("/")[2]
     if adapter:
-        what = f"An adapter (rank {config.get('r', '?')}) for {base_model or 'a base model'}, trained with tt."
+        what = f"An adapter (rank {_word(config.get('r'))}) for {base_model or 'a base model'}, trained with tt."
         snippet = f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, "{repo_id}")'
     else:
         what = f"A model fine-tuned with tt{f' from {base_model}' if base_model else ''}."
@@ -260,7 +269,7 @@ def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> 
         tags=tags + "tags:\n- tt\n",
         name=name,
         what=what,
-        architecture=", ".join(map(str, architectures)),
+        architecture=", ".join(map(_word, architectures if isinstance(architectures, list) else [architectures])),
         parameters=f"{sum(spec.numel for spec in specs):,}",
         dtype=", ".join(sorted({str(spec.dtype).removeprefix("torch.") for spec in specs})),
         size=format_size(sum(spec.nbytes for spec in specs)),

@@ -32,4 +32,9 @@ def command(
         return
     verb = "would send" if dry_run else "sent"
     click.echo(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)", err=True)
+    if done.left_out:
+        more = f" and {len(done.left_out) - 20} more" if len(done.left_out) > 20 else ""
+        click.echo(
+            f"left out {len(done.left_out)}, not files of a model: {', '.join(done.left_out[:20])}{more}", err=True
+        )
     click.echo(done.url or repo)
