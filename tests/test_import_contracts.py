@@ -150,18 +150,27 @@ def test_nothing_can_run_code_from_a_file(package):
         assert [ast.unparse(node) for node in made if not _is_safe_yaml(node, tree)] == [], name
 
 
-STARTS_PROGRAMS = {"tt_data.chat_template": "Python itself, with -P, for the process that renders templates"}
+# Python itself, by its full path, with nothing of the working folder or (-I) of the environment on its path
+STARTS_PROGRAMS = {
+    "tt_data.chat_template": "the process that renders templates",
+    "tt_data.trial": "the process that tries a tokenizer's files",
+    "tt_peft.expressions": "the process that matches expressions of files",
+}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_program_is_started_but_one(package):
+def test_no_program_is_started_but_python_itself(package):
     """A program of the folder one stands in, or one that a repository's config names, is never run (S12)."""
     for name, tree in modules(package):
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
         starts = {call for call in calls if re.match(r"os\.(system|popen|exec|spawn|posix_spawn|startfile)", call)}
         starts |= {call for call in calls if call in ("platform.platform", "platform.processor", "platform.uname")}
         starts |= imported(tree) & {"subprocess", "pty", "webbrowser", "pdb"}  # platform.platform runs uname
+        lists = [node for node in ast.walk(tree) if isinstance(node, ast.List)]
+        starters = [ast.unparse(node) for node in lists if "sys.executable" in ast.unparse(node)]
         assert not starts or name in STARTS_PROGRAMS, f"{name}: {sorted(starts)}"
+        assert all(re.match(r"\[sys\.executable, '-(I|P)'", one) for one in starters), f"{name}: {starters}"
+        assert len(starters) == (name in STARTS_PROGRAMS), f"{name}: {starters}"
 
 
 def _is_safe_yaml(call: ast.Call, tree: ast.Module) -> bool:

@@ -1,7 +1,7 @@
 """A trained model in the form that another program reads, and the commands to run it there."""
 
 import json
-import shlex
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tt_train.errors import ConfigError, did_you_mean
 from tt_train.merge import merge_run, refuse_full
 from tt_train.ollama import adds_bos, go_template, notes, ollama_modelfile
 from tt_train.origin import Base, Origin, find_origin
-from tt_train.run_files import read_json
+from tt_train.run_files import read_json, typed
 from tt_train.serving import generation_settings, load_tokenizer
 
 __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
@@ -84,10 +84,10 @@ def say_first_token(folder: Path, added: bool) -> None:
 
 def commands(folder: Path, to: str) -> list[str]:
     """What to type to run the exported model elsewhere."""
-    path, name = shlex.quote(str(folder)), shlex.quote(folder.name)
+    path, gguf = typed(folder), typed(f"{folder}.gguf")
     if to == "ollama":
-        return [f"ollama create {name} -f {path}/Modelfile", f"ollama run {name}"]
-    gguf = shlex.quote(f"{folder}.gguf")
+        name = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
+        return [f"ollama create {name} -f {typed(folder / 'Modelfile')}", f"ollama run {name}"]
     return [
         f"vllm serve {path}",
         f"python convert_hf_to_gguf.py {path} --outfile {gguf} --outtype bf16",

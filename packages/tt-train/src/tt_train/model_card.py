@@ -7,8 +7,10 @@ from typing import Any
 from tt_train.config import to_yaml
 from tt_train.headline import method_words
 from tt_train.recipes._assemble import Job
+from tt_train.visible import visible
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_MARKUP = re.compile(r"[\\`*\[\]<>|!#&$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|://|@(?=\w)")
 
 
 def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> str:
@@ -18,7 +20,7 @@ def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> s
     if not _REPO_ID.fullmatch(job.base_model):  # the hub refuses a path there
         del header["base_model"]
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in header.items()), "---", ""]
-    lines += [f"# {job.base_model.rstrip('/').split('/')[-1]}, {job.method} fine-tune", ""]
+    lines += [f"# {as_text(job.base_model.rstrip('/').split('/')[-1])}, {job.method} fine-tune", ""]
     lines += ["| | |", "|---|---|"]
     facts = {
         "base model": job.base_model,
@@ -32,10 +34,21 @@ def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> s
         "trained tokens per second": _count(summary["tokens_per_s"]),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["packages"].items()),
     }
-    lines += [f"| {key} | {value} |" for key, value in facts.items()]
-    lines += ["", "## Config", "", "```yaml", to_yaml(job.config).rstrip(), "```", ""]
+    lines += [f"| {key} | {as_text(value)} |" for key, value in facts.items()]
+    lines += ["", "## Config", "", *fenced(to_yaml(job.config).rstrip(), "yaml"), ""]
     lines += ["Its limits are those of the base model and of the rows; nothing else was measured.", ""]
     return "\n".join(lines)
+
+
+def as_text(value: str) -> str:
+    """Text of a file in a line of Markdown, so that it is neither markup nor HTML, and stays in its cell."""
+    return _MARKUP.sub(r"\\\g<0>", visible(" ".join(value.split())))
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """A block of code that no line of the text can end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [fence + language, visible(text), fence]
 
 
 def _training_loss(summary: dict[str, Any]) -> str:

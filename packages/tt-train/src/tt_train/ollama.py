@@ -10,15 +10,12 @@ from typing import Any
 from tt_data.instruct_templates import get_instruct_template
 from tt_train.errors import ConfigError
 from tt_train.go_template import ollama_prompt
+from tt_train.modelfile import MARK, is_stop, parameters, quoted, stops
 
 _SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes on its own
 _ROLES = {_SYSTEM: "system", _USER: "user", _ANSWER: "assistant"}
 _TURNS = [[_USER], [_USER, _ANSWER, "1USER1"], [_USER, _ANSWER, "1USER1", "1ANSWER1", "2USER2"]]
 _CONVERSATIONS = [opening + turns for turns in _TURNS for opening in ([], [_SYSTEM])]
-_MARK = '"'
-MAX_NUM_CTX = 8192  # Ollama reserves memory for all of it
-_PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
-               "repetition_penalty": "repeat_penalty"}  # fmt: skip
 
 Conversation = list[dict[str, str]]
 Render = Callable[[list[str]], str]
@@ -42,15 +39,15 @@ def ollama_modelfile(
     """
     lines = ["FROM ."]
     if form != "chat":
-        lines.append(f"TEMPLATE {3 * _MARK}{text_template(form)}{3 * _MARK}")
+        lines.append(f"TEMPLATE {3 * MARK}{text_template(form)}{3 * MARK}")
     elif tokenizer.has_chat_template:
         template = go_template(tokenizer)
         lines += [f"# {note}" for note in notes(tokenizer)]
         # One with .Messages is in the marks in which Ollama itself writes a text that has none of them.
-        mark = _MARK if ".Messages" in template and _MARK not in template else 3 * _MARK
+        mark = MARK if ".Messages" in template and MARK not in template else 3 * MARK
         lines.append(f"TEMPLATE {mark}{template}{mark}")
-    lines += [f"PARAMETER stop {_quoted(stop)}" for stop in _stops(tokenizer)]
-    lines += [f"PARAMETER {name} {value:g}" for name, value in _parameters(config or {}, generation or {}).items()]
+    lines += [f"PARAMETER stop {quoted(stop)}" for stop in stops(tokenizer)]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in parameters(config or {}, generation or {}).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -59,6 +56,8 @@ def notes(tokenizer: Any) -> list[str]:
     if not tokenizer.has_chat_template:
         return []
     found = []
+    if not all(map(is_stop, stops(tokenizer, written=False))):
+        found.append("a token that ends a turn has line breaks or quotation marks in it; Ollama does not stop at it")
     if "strftime_now" in str(tokenizer.templates.get("default")):
         found.append("the chat template writes today's date; the Modelfile keeps the date of this export")
     if f" {_USER} " not in _render(tokenizer, [f" {_USER} "]):
@@ -151,7 +150,7 @@ def _difference(template: str, wanted: Mapping[tuple[str, ...], str]) -> str | N
         if found != wanted.get(words):
             system = "a system message and " if words[0] == _SYSTEM else ""
             turns = sum("USER" in word for word in words)
-            return f"with {system}{turns} turns it writes {wanted.get(words)!r}, not {found!r}"
+            return f"with {system}{turns} turns it writes {wanted.get(words)!r:.200}, not {found!r:.200}"
     return None
 
 
@@ -160,8 +159,15 @@ def _difference(template: str, wanted: Mapping[tuple[str, ...], str]) -> str | N
 
 def _gaps(text: str, words: Sequence[str]) -> list[str] | None:
     """The text before, between and behind ``words``; None unless each is there once, in this order."""
-    found = re.fullmatch("(.*)".join(["", *map(re.escape, words), ""]), text, re.DOTALL)
-    return list(found.groups()) if found and all(text.count(word) == 1 for word in words) else None
+    if any(text.count(word) != 1 for word in words):
+        return None
+    gaps = []
+    for word in words:
+        before, found, text = text.partition(word)
+        if not found:
+            return None
+        gaps.append(before)
+    return [*gaps, text]
 
 
 def _literal(text: str) -> str:
@@ -258,35 +264,3 @@ def _head(default: str, before: str, after: str) -> str:
     tail = after if after and rest.endswith(after) else ""
     own = f"{_literal(before.removeprefix(shared))}{{{{ .System }}}}{_literal(after.removesuffix(tail))}"
     return f"{_literal(shared)}{_if('.System', own, _literal(rest.removesuffix(tail)))}{_literal(tail)}"
-
-
-# ---- the rest of the file --------------------------------------------------------------------------------------------
-
-
-def _quoted(text: str) -> str:
-    """``text`` of one line between quotation marks, for which Ollama knows no escapes."""
-    mark = 3 * _MARK if _MARK in text else _MARK
-    return f"{mark}{text}{mark}"
-
-
-def _stops(tokenizer: Any) -> list[str]:
-    """The special tokens that end a turn; a word of the language that does is left to the model's own files."""
-    ends = {index: tokenizer.decode([index], skip_special=False) for index in tokenizer.eos_ids}
-    special = [text for index, text in ends.items() if text and not tokenizer.decode([index], skip_special=True)]
-    return list(dict.fromkeys(special))
-
-
-def _parameters(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    length = config.get("max_position_embeddings")
-    if isinstance(length, int) and length > 0:
-        found["num_ctx"] = min(length, MAX_NUM_CTX)
-    for key, name in _PARAMETERS.items():
-        value = generation.get(key)
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            found[name] = value
-    if generation.get("do_sample") is False:
-        found["temperature"] = 0.0
-    if generation:
-        found.setdefault("repeat_penalty", 1.0)  # Ollama's own default is another
-    return found

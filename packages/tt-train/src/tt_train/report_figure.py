@@ -1,6 +1,7 @@
 """The report as a picture, for a chat or a pull request. matplotlib is imported when one is drawn."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from contextlib import chdir
 from pathlib import Path
@@ -32,7 +33,8 @@ def write_png(runs: Sequence[Run], path: Path) -> None:
     with chdir(Path(__file__).parent):  # when imported it reads the matplotlibrc of the working folder
         import matplotlib
 
-    with matplotlib.rc_context():
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a character of a run's name that no font has
         matplotlib.rcdefaults()  # one of the user's may ask for TeX, which is a program, or for fonts of elsewhere
         _figure(runs).savefig(path, format="png", metadata={"Software": GENERATOR})
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from tt_train.headline import part_name, tokens_per_second, training_loss
 from tt_train.report_run import Run
+from tt_train.run_files import number
 
 DASH = "\u2013"
 CLOSED = 24  # characters of an answer to a question that has only one
@@ -122,7 +123,7 @@ def _matches(run: Run) -> tuple[int, int, int] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return number(value) is not None
 
 
 def as_figure(value: float | None, digits: int = 4) -> str:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from tt_train.headline import method_words
 from tt_train.redact import redact
 from tt_train.report_headline import as_figure, at
 from tt_train.report_run import Run, smooth, thin
-from tt_train.report_samples import COLOURS, samples_section
+from tt_train.report_samples import COLOURS, html_text, samples_section
 from tt_train.report_sections import config_section, manifest_section, reproduce_section
 from tt_train.report_tiles import comparison, tiles
 from tt_train.run_files import NUMBERS
@@ -63,9 +62,9 @@ def page(runs: Sequence[Run]) -> str:
     data = [_data(run, index) for index, run in enumerate(runs)]
     thinned = any(len(one["columns"].get("step", ())) < len(run.rows) for one, run in zip(data, runs, strict=True))
     slots = {
-        "title": escape(_title(runs)),
+        "title": html_text(_title(runs)),
         "eyebrow": "Fine-tuning report" if len(runs) == 1 else "Comparison",
-        "facts": "".join(f"<span>{escape(text)}</span>" for text in _facts(runs)),
+        "facts": "".join(f"<span>{html_text(text)}</span>" for text in _facts(runs)),
         "notices": _notices(runs),
         "headline": tiles(runs[0]) if len(runs) == 1 else comparison(runs),
         "charts": _charts(data),
@@ -130,7 +129,7 @@ def _notices(runs: Sequence[Run]) -> str:
     if not problems:
         return ""
     more = [f"and {len(problems) - NOTICES:,} more like these"] if len(problems) > NOTICES else []
-    items = "".join(f"<li>{escape(problem)}</li>" for problem in problems[:NOTICES] + more)
+    items = "".join(f"<li>{html_text(problem)}</li>" for problem in problems[:NOTICES] + more)
     return f'<div class="notices card" role="note"><ul>{items}</ul></div>'
 
 
@@ -195,7 +194,7 @@ def _table(run: Run, *, several: bool) -> str:
     shown = [row for index, row in enumerate(run.rows) if index % stride == 0 or index == last]
     head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
     body = "".join("<tr>" + "".join(f"<td>{as_figure(row[key])}</td>" for key in columns) + "</tr>" for row in shown)
-    of = f" of {escape(run.name)}" if several else ""
+    of = f" of {html_text(run.name)}" if several else ""
     return (
         f'<details><summary>Figures{of} as a table</summary><div class="card scroll" tabindex="0">'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></details>"

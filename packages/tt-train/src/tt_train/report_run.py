@@ -11,6 +11,7 @@ import yaml
 from tt_ckpt import files
 from tt_ckpt.shown import plain, quoted
 from tt_train.run_files import NUMBERS, is_plain, json_lines, number, read_manifest
+from tt_train.visible import visible
 
 CONFIG_BYTES = 500_000
 
@@ -56,7 +57,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
             f"no metrics.jsonl in {', '.join(missing)}: expected a run directory, as `tt run` writes it (`tt ls runs`)"
         )
     names = [path.resolve().name for path in paths]
-    shown = [name if names.count(name) == 1 else str(path) for name, path in zip(names, paths, strict=True)]
+    shown = [visible(name if names.count(name) == 1 else str(path)) for name, path in zip(names, paths, strict=True)]
     return [read_run(path, name=name) for path, name in zip(paths, shown, strict=True)]
 
 

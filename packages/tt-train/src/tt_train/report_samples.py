@@ -6,6 +6,7 @@ from typing import Any
 
 from tt_train.report_headline import answers, is_closed, is_expected
 from tt_train.report_run import Run
+from tt_train.visible import visible
 
 PROMPTS = 12
 CHARACTERS = 4000  # of one prompt or answer
@@ -39,10 +40,15 @@ def dot(index: int) -> str:
     return f'<i class="dot" style="--colour:var(--run-{index % COLOURS})"></i>'
 
 
+def html_text(text: str) -> str:
+    """Text of a run as HTML; characters that cannot be seen, or turn the text around, as escapes."""
+    return escape(visible(text))
+
+
 def clipped(text: str) -> str:
     """``text``, escaped, and cut where it is very long."""
     cut = f" [... {len(text) - CHARACTERS:,} more characters]" if len(text) > CHARACTERS else ""
-    return escape(text[:CHARACTERS] + cut)
+    return html_text(text[:CHARACTERS] + cut)
 
 
 def _card_of_one(samples: Samples, closed: bool) -> str:
@@ -71,7 +77,7 @@ def _article(sample: dict[str, Any], shown: str, details: str) -> str:
     source = f'<span class="source">{source}</span>' if source else ""
     turns = _turns(sample)
     parts = "".join(
-        f'<div class="turn"><div class="tag"><span>{escape(role)}</span></div><pre>{clipped(content)}</pre></div>'
+        f'<div class="turn"><div class="tag"><span>{html_text(role)}</span></div><pre>{clipped(content)}</pre></div>'
         for role, content in turns
     )
     title = "Prompt" if len(turns) < 2 else f"Prompt of {len(turns)} turns"
@@ -98,7 +104,7 @@ def _answer(sample: dict[str, Any], label: str, closed: bool, *, last: bool = Fa
     text = clipped(generation) if generation.strip() else '<span class="note">(blank)</span>'
     return (
         f'<div class="answer{" last " * last}{verdict if last else ""}">'
-        f'<div class="tag">{mark}<span>{escape(label + step)}</span>{badge}</div><pre>{text}</pre></div>'
+        f'<div class="tag">{mark}<span>{html_text(label + step)}</span>{badge}</div><pre>{text}</pre></div>'
     )
 
 

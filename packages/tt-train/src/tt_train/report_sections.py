@@ -3,7 +3,6 @@
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from tt_train.config import AdapterSection, SFTConfig, to_dict
 from tt_train.recipe_file import repeating
 from tt_train.report_headline import DASH
 from tt_train.report_run import Run, differences, flatten, value_at
-from tt_train.report_samples import clipped, dot
+from tt_train.report_samples import clipped, dot, html_text
+from tt_train.run_files import typed
 
 SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
 PACKAGES = "environment.packages."
@@ -62,15 +62,15 @@ def _table_of_keys(
     """A row for each key, a column for each run; with ``defaults``, one more for them."""
     if not keys:
         return f'<p class="note">{nothing}</p>'
-    names = [f"{dot(index)}{escape(run.name)}" for index, run in enumerate(runs)] if defaults is None else ["Value"]
+    names = [f"{dot(index)}{html_text(run.name)}" for index, run in enumerate(runs)] if defaults is None else ["Value"]
     heads = "".join(f'<th scope="col">{name}</th>' for name in [*names, *(["Default"] if defaults is not None else [])])
     body = ""
     for key in keys:
         found = [value_at(run.config, key) for run in runs]
-        cells = "".join(f"<td>{escape(_shown(value)) if known else DASH}</td>" for known, value in found)
+        cells = "".join(f"<td>{html_text(_shown(value)) if known else DASH}</td>" for known, value in found)
         if defaults is not None:
-            cells += f'<td class="soft">{escape(scalar(defaults[key])) if key in defaults else DASH}</td>'
-        body += f'<tr><th scope="row">{escape(key)}</th>{cells}</tr>'
+            cells += f'<td class="soft">{html_text(scalar(defaults[key])) if key in defaults else DASH}</td>'
+        body += f'<tr><th scope="row">{html_text(key)}</th>{cells}</tr>'
     return (
         '<div class="card scroll" tabindex="0"><table class="keys">'
         f'<thead><tr><th scope="col">{title}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -88,7 +88,7 @@ def _shown(value: Any) -> str:
 
 
 def _name_of(run: Run, index: int, runs: Sequence[Run]) -> str:
-    return f"<h3>{dot(index)}{escape(run.name)}</h3>" if len(runs) > 1 else ""
+    return f"<h3>{dot(index)}{html_text(run.name)}</h3>" if len(runs) > 1 else ""
 
 
 def _yaml(config: dict[str, Any], *, changed: Sequence[str]) -> str:
@@ -96,7 +96,7 @@ def _yaml(config: dict[str, Any], *, changed: Sequence[str]) -> str:
     for dotted, line in yaml_lines(config):
         key, colon, value = line.partition(":")
         mark = ' class="changed"' if any(dotted == one or dotted.startswith(f"{one}.") for one in changed) else ""
-        lines += f'<span{mark}><b class="key">{escape(key)}</b>{colon}{escape(value)}</span>'
+        lines += f'<span{mark}><b class="key">{html_text(key)}</b>{colon}{html_text(value)}</span>'
     return f'<pre class="yaml">{lines}</pre>'
 
 
@@ -122,25 +122,36 @@ def reproduce_section(runs: Sequence[Run]) -> str:
     commands: list[tuple[str, str]] = []
     for run in runs:
         what = "this run" if len(runs) == 1 else run.name
-        command = run.manifest.get("command")
-        if command:
-            text = shlex.join(str(word) for word in command) if isinstance(command, list) else str(command)
-            commands.append((f"What made {what}", text))
+        if (command := made_by(run)) is not None:
+            commands.append((f"What made {what}", command))
         commands.append((f"Repeat {what} from its resolved config", repeating(_near(run.path), run.manifest)))
         if len(runs) == 1:
             commands.append(("Talk to it", f"tt chat {_typed(run.path)}"))
     commands.append(("Write this page again", "tt report " + " ".join(_typed(run.path) for run in runs)))
     rows = "".join(
-        f'<div class="command"><div><p class="why">{escape(why)}</p><pre>{escape(command)}</pre></div>'
+        f'<div class="command"><div><p class="why">{html_text(why)}</p><pre>{html_text(command)}</pre></div>'
         '<button type="button" class="quiet" hidden>Copy</button></div>'
         for why, command in commands
     )
     return f'<section><div class="bar"><h2>Reproduce</h2></div><div class="card">{rows}</div></section>'
 
 
+def made_by(run: Run) -> str | None:
+    """The command that made a run, if it is one of tt: each word quoted, so that a shell runs nothing else.
+
+    Whoever made the run may have written it, for the reader to paste.
+    """
+    command = run.manifest.get("command")
+    try:
+        words = [str(word) for word in command] if isinstance(command, list) else shlex.split(str(command or ""))
+    except ValueError:
+        return None
+    return shlex.join(words) if words[:1] == ["tt"] or words[:3] == ["python", "-m", "tt_cli"] else None
+
+
 def _typed(path: Path) -> str:
     """As one would type it."""
-    return shlex.quote(str(_near(path)))
+    return typed(_near(path))
 
 
 def _near(path: Path) -> Path:
@@ -153,11 +164,12 @@ def manifest_section(runs: Sequence[Run]) -> str:
     """What the manifest records, as it is."""
     blocks = ""
     for index, run in enumerate(runs):
-        flat = flatten({key: value for key, value in run.manifest.items() if key not in SHOWN_ELSEWHERE})
+        elsewhere = SHOWN_ELSEWHERE if made_by(run) is not None else SHOWN_ELSEWHERE[1:]
+        flat = flatten({key: value for key, value in run.manifest.items() if key not in elsewhere})
         packages = [f"{key.removeprefix(PACKAGES)} {flat.pop(key)}" for key in list(flat) if key.startswith(PACKAGES)]
         flat |= {"packages": packages} if packages else {}
         if run.manifest:
-            facts = "".join(f"<dt>{escape(key)}</dt><dd>{clipped(_fact(value))}</dd>" for key, value in flat.items())
+            facts = "".join(f"<dt>{html_text(key)}</dt><dd>{clipped(_fact(value))}</dd>" for key, value in flat.items())
             blocks += f'<div class="card">{_name_of(run, index, runs)}<dl class="manifest">{facts}</dl></div>'
     if not blocks:
         return ""

@@ -1,11 +1,10 @@
 """The upper part of the report page: a run's headline figures as tiles, those of several runs as a table."""
 
 from collections.abc import Callable, Iterable, Sequence
-from html import escape
 
 from tt_train.report_headline import DASH, Headline, as_count, as_figure, as_percent, as_time, headline
 from tt_train.report_run import Run
-from tt_train.report_samples import dot
+from tt_train.report_samples import dot, html_text
 
 
 def tiles(run: Run) -> str:
@@ -57,7 +56,7 @@ def _parameters(one: Headline) -> str:
 def _rows(one: Headline) -> str:
     if one.rows is None:
         return _tile("Rows", DASH)
-    reasons = ", ".join(f"{as_count(count)} {escape(reason)}" for reason, count in one.dropped.items() if count)
+    reasons = ", ".join(f"{as_count(count)} {html_text(reason)}" for reason, count in one.dropped.items() if count)
     details = [f"in {as_count(one.packs)} packs"] if one.packs else []
     details += [f"{as_count(one.lost)} dropped" + (f" ({reasons})" if reasons else "")]
     details += [f"{as_count(one.truncated)} cut"] if one.truncated else []
@@ -104,7 +103,8 @@ def comparison(runs: Sequence[Run]) -> str:
             mark = ' class="best"' if ranked and best is not None and value == best(known) else ""
             cells[index] += f"<td{mark}>{write(value)}</td>"
     body = "".join(
-        f'<tr><th scope="row">{dot(index)}{escape(run.name)}</th>{cells[index]}</tr>' for index, run in enumerate(runs)
+        f'<tr><th scope="row">{dot(index)}{html_text(run.name)}</th>{cells[index]}</tr>'
+        for index, run in enumerate(runs)
     )
     table = f'<table><thead><tr><th scope="col">Run</th>{titles}</tr></thead><tbody>{body}</tbody></table>'
     notes = [f"The same in all: {', '.join(same)}."] if same else []

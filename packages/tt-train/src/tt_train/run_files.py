@@ -4,7 +4,6 @@ Every file is a regular one inside the directory (tt_ckpt.files), of a size that
 """
 
 import json
-import math
 import os
 import shlex
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ _LINE_BYTES = 4_000_000
 _ROWS_BYTES = 2_000_000_000
 _LAST_STEP = 1 << 53
 _DEPTH = 50
+_LARGEST = 1e100
 
 # what the keys of manifest.json that are read again must be, if they are there; the rest is only shown
 _MANIFEST: dict[str, type] = {
@@ -122,14 +122,14 @@ def read_rows(path: Path, problems: list[str] | None = None) -> Iterator[dict[st
 
 
 def number(value: Any) -> float | None:
-    """A finite number; None for everything else."""
+    """A finite number of a size that can be drawn; None for everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
         found = float(value)
     except OverflowError:
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _LARGEST else None
 
 
 def typed(path: str | Path) -> str:
