@@ -180,9 +180,9 @@ def _one(check: Callable[[Any], object], value: Any) -> None:
     except Exception as error:
         if type(error).__module__.split(".")[0] not in OURS and type(error) not in PLAIN:
             raise
-        text = str(error)
-        if not text or "\n" in text or not text.isprintable() or len(text) > 2000:
-            raise AssertionError(f"not one line of printable text: {text[:3000]!r}") from error
+        for text in getattr(error, "problems", None) or [str(error)]:  # a ConfigError has a line for each mistake
+            if not text or "\n" in text or not text.isprintable() or len(text) > 2000:
+                raise AssertionError(f"not one line of printable text: {text[:3000]!r}") from error
     finally:
         signal.alarm(0)
 

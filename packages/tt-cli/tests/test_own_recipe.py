@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def test_mistyped_keys_of_ones_own_are_answered(tt, words):
 FAULTY = {
     "import nowhere_to_be\n": "mine.py:1: ModuleNotFoundError: No module named 'nowhere_to_be'; a recipe file stands",
     "x = 1\nx.y\n": "mine.py:2: AttributeError: ",
-    "def main(:\n": "mine.py:1: invalid syntax",
+    "def main(:\n": "mine.py:1: not Python: invalid syntax",
     "x = 1\n": "mine.py: has no function main(config, *, console, resume, dry_run)",
     "class Config: pass\ndef main(config): ...\n": "mine.py: Config must extend tt_train.RunConfig",
     "from tt_train import RunConfig\nclass Config(RunConfig):\n    beta: float = 1.0\ndef main(config): ...\n":
@@ -221,3 +222,50 @@ def test_a_recipe_file_may_import_an_allowed_module_of_the_working_folder(tt_pro
     refused = tt_process("validate", "mine.py", *words, python=["-P"])
     assert (refused.code, "--allow-import MODULE" in refused.err) == (2, True)
     assert tt_process("validate", "mine.py", *words, "--allow-import", "tripling", python=["-P"]).code == 0
+
+
+SHADOWS = ("json", "pathlib", "torch", "yaml", "click", "omegaconf", "numpy", "tt_train", "random", "wandb", "ctypes")
+
+
+def test_modules_of_a_hostile_folder_never_take_the_place_of_installed_ones(tt_process, words, tmp_path):
+    for name in SHADOWS:
+        Path(f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write({name!r})\n")
+    Path("mine.py").write_text("import wandb\ndef main(config, **settings): ...\n")
+    Path("focal.py").write_text("import helper\ndef loss(model, batch): ...\n")
+    Path("helper.py").write_text("")
+    assert tt_process("cat", "sft", cwd=tmp_path).code == 0
+    answer = tt_process("cat", "sft", "loss.name=focal.loss", "--allow-import", "focal", cwd=tmp_path)
+    assert (answer.code, "add --allow-import helper" in answer.err) == (2, True), answer.err
+    allowed = ["--allow-import", "focal", "--allow-import", "helper"]
+    assert tt_process("cat", "sft", "loss.name=focal.loss", *allowed, cwd=tmp_path).code == 0
+    answer = tt_process(
+        "cat", "mine.py", *allowed, cwd=tmp_path
+    )  # wandb may be installed here: the folder's never runs
+    assert "ModuleNotFoundError" in answer.err or answer.code == 0
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["pipe", "device", "folder", "binary", "large", "utf16", "link", "gone"])
+def test_a_recipe_that_is_no_file_of_text_is_refused_and_a_link_that_was_typed_is_followed(tt, words, name):
+    file, good = Path("odd.py"), "def main(config, **settings): ...\n"
+    match name:
+        case "pipe":
+            os.mkfifo(file)
+        case "device":
+            file.symlink_to("/dev/zero")
+        case "folder":
+            file.mkdir()
+        case "binary":
+            file.write_bytes(b"\x00\xff" * 100)
+        case "large":
+            file.write_text("#" * 300_000)
+        case "utf16":
+            file.write_text(good, encoding="utf-16")
+        case "link":
+            Path("real.py").write_text(good)
+            file.symlink_to("real.py")
+        case "gone":
+            file.symlink_to("nowhere.py")
+    answer = tt("cat", "odd.py")
+    assert answer.code == (0 if name == "link" else 2)
+    assert answer.err.count("\n") == (0 if name == "link" else 1)

@@ -1,6 +1,7 @@
 """Configs: what is accepted, and how each mistake is answered."""
 
 import dataclasses
+import random
 from pathlib import Path
 
 import pytest
@@ -329,15 +330,46 @@ def test_the_config_of_a_run_is_read_without_the_code_of_its_recipe(tmp_path):
         compose(tmp_path / "config.yaml")
 
 
-def test_key_typos_are_recognised_in_95_percent():
+def typos(word, choice):
+    """One slip of a finger: a letter left out, doubled, changed for another, put in, or two in the wrong order."""
+    letters = "abcdefghijklmnopqrstuvwxyz_"
+    place = choice.randrange(len(word))
+    match choice.randrange(5):
+        case 0:
+            return word[:place] + word[place + 1 :]
+        case 1:
+            return word[:place] + word[place] + word[place:]
+        case 2:
+            return word[:place] + choice.choice(letters) + word[place + 1 :]
+        case 3:
+            return word[:place] + choice.choice(letters) + word[place:]
+        case _:
+            return word[:place] + word[place : place + 2][::-1] + word[place + 2 :]
+
+
+@pytest.mark.parametrize(("slips", "with_section"), [(1, True), (2, True), (1, False)])
+def test_mistyped_keys_get_the_right_key_in_95_percent(slips, with_section):
     from tt_train.keys import all_keys, unknown_key
 
-    keys = [key for key in all_keys(SFTConfig) if len(key.rsplit(".", 1)[-1]) > 3]
+    keys = list(all_keys(SFTConfig))
+    choice = random.Random(7)
     hit = total = 0
+    missed = []
     for key in keys:
         head, dot, last = key.rpartition(".")
-        for place in range(len(last)):
-            typo = last[:place] + last[place + 1 :]
+        if len(last) < 4 * slips:  # of `lr` with two slips nothing is left
+            continue
+        for _ in range(12):
+            typo = last
+            for _ in range(slips):
+                typo = typos(typo, choice)
+            typed = head + dot + typo if with_section else typo
+            if typed in keys or typo == last:
+                continue
             total += 1
-            hit += f"{key!r}" in unknown_key(SFTConfig, head + dot + typo)
-    assert hit / total >= 0.95
+            said = unknown_key(SFTConfig, typed)
+            found = f"{key!r}" in said if with_section else f"{last}'" in said  # two sections have a dtype
+            hit += found
+            missed += [] if found else [(key, typed, said)]
+    assert total > 200
+    assert hit / total >= 0.95, (hit / total, missed)

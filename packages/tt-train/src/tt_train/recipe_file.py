@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.abc
+import importlib.machinery
 import importlib.util
+import os
 import shlex
 import sys
 import traceback
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.redact import redact
+from tt_train.text_file import read_text
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -41,14 +44,11 @@ def load_recipe_file(path: Path, allow_import: Sequence[str] = ()) -> RecipeFile
 
     Its folder is on no path: it stands alone, imports what is installed, or modules of ``allow_import``.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         near = did_you_mean(str(path), [str(file) for file in path.parent.glob("*.py")] if path.parent.is_dir() else [])
         cure = near or f"; tt cp sft {path} makes one"
         raise ConfigError([f"{path}: no such recipe file (looked in {Path.cwd()}){cure}"])
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: not UTF-8 text ({error.reason} at byte {error.start})"]) from error
+    text = read_text(path, "recipe file")
     if redact(text) != text:
         raise ConfigError([f"{path}: contains a secret, and a run keeps a copy of its recipe; read it from os.environ"])
     name = f"tt_recipe_{path.stem}"
@@ -88,11 +88,12 @@ def _execute(module: ModuleType, path: Path) -> None:
     try:
         loader.exec_module(module)
     except SyntaxError as error:
-        raise ConfigError([f"{path}:{error.lineno}: {error.msg}"]) from error
+        raise ConfigError([f"{path}:{error.lineno}: not Python: {error.msg}; correct this line"]) from error
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        cure = "; a recipe file stands alone, imports what is installed, or needs --allow-import MODULE"
-        cure = cure if isinstance(error, ModuleNotFoundError) else ""
+        cure = "; correct the recipe (-v shows the traceback)"
+        if isinstance(error, ModuleNotFoundError):
+            cure = "; a recipe file stands alone, imports what is installed, or needs --allow-import MODULE"
         where = f":{lines[-1]}" if lines else ""
         raise ConfigError([f"{path}{where}: {type(error).__name__}: {error}{cure}"]) from error
 
@@ -160,14 +161,26 @@ def check_recipe(said: str, sha256: str | None, where: str, file: Path | None, t
 
 @contextlib.contextmanager
 def finding_modules_here(allow_import: Sequence[str]) -> Iterator[None]:
-    """Inside, the modules that the user allows are found in the working folder, too; what is installed comes first."""
-    here = str(Path.cwd())
-    add = bool(allow_import) and here not in sys.path
-    if add:
-        sys.path.append(here)
-        importlib.invalidate_caches()
+    """Inside, the modules that the user allows, and no others, are found in the working folder, too.
+
+    What is installed comes first, so that a file of the folder takes no other module's place.
+    """
+    finder = _AllowedHere({name.partition(".")[0] for name in allow_import})
+    sys.meta_path.append(finder)
+    importlib.invalidate_caches()
     try:
         yield
     finally:
-        if add:
-            sys.path.remove(here)
+        sys.meta_path.remove(finder)
+
+
+class _AllowedHere(importlib.abc.MetaPathFinder):
+    def __init__(self, names: set[str]) -> None:
+        self.names, self.here = names, str(Path.cwd())
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None or fullname not in self.names:
+            return None
+        return importlib.machinery.PathFinder.find_spec(fullname, [self.here])

@@ -123,27 +123,29 @@ def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]
             found.append(f"{key}: {name!r} is a dotted path; to let it be imported, add --allow-import {module}")
         else:
             _ALLOWED.add(name)
-            found += _import_mistakes(key, name, module)
+            found += _import_mistakes(key, name, module, allow_import)
     return found
 
 
-def _import_mistakes(key: str, name: str, module: str) -> list[str]:
+def _import_mistakes(key: str, name: str, module: str, allow_import: Sequence[str]) -> list[str]:
     """What is wrong with a dotted name that may be imported; afterwards ``resolve`` finds it."""
     from tt_train.recipe_file import finding_modules_here
 
     try:
-        with finding_modules_here([module]):
+        with finding_modules_here(allow_import):
             resolve(name, {})
     except ModuleNotFoundError as error:
         files = [path.stem for path in Path().glob("*.py")]
         near = did_you_mean(module, files) or f"; neither installed nor in {Path.cwd()}"
-        return [f"{key}: {name!r} cannot be imported: {error}{near if error.name == module else ''}"]
+        if error.name != module:
+            near = f"; add --allow-import {error.name}" if error.name in files else f"; install {error.name}"
+        return [f"{key}: {name!r} cannot be imported: {error}{near}"]
     except AttributeError:
         found = sys.modules[module]
         near = did_you_mean(name.rpartition(".")[2], vars(found))
         return [f"{key}: {name!r} cannot be imported: {getattr(found, '__file__', module)} has no such name{near}"]
     except Exception as error:  # the module's own
-        return [f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}"]
+        return [f"{key}: {name!r} cannot be imported: {type(error).__name__}: {error}; correct {module}"]
     return []
 
 
