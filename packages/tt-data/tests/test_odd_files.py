@@ -32,7 +32,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("rows.jsonl", b'{"text": "a", "text": "b"}\n', ":1: broken JSON (the key 'text' is there twice)"),
     ("rows.json", b'[{"text": "a", "text": "b"}]', "broken JSON (the key 'text' is there twice)"),
     ("rows.jsonl", GOOD.encode() + b'{"text": ' + b"9" * 5000 + b"}\n", ":2: broken JSON (Exceeds the limit"),
-    ("rows.jsonl", GOOD.encode() + b"[" * 200_000, ":2: broken JSON (maximum recursion depth"),
+    ("rows.jsonl", GOOD.encode() + b"[" * 200_000, ":2: broken JSON (lists and objects more than 100 deep"),
     ("rows.jsonl", GOOD.replace("\n", "\r").encode() * 2, ":1:18: broken JSON (Extra data)"),
     ("rows.csv", b'prompt,completion\na,"b\nc,d\ne,f\n', ":2: broken csv (unexpected end of data)"),
     ("rows.csv", b'text\n"a"b\n', ":2: broken csv"),

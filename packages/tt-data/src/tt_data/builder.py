@@ -20,6 +20,7 @@ from tt_data.store import TokenStore
 from tt_data.tokenizer import Tokenizer
 
 _BATCH = 512
+_MOST_BAD = 100_000  # rows at the beginning of which none can be used
 
 
 def fingerprint_of(
@@ -85,6 +86,8 @@ class _Builder:
             self.tally.add(tally)
             for row in kept:
                 self._keep(number, row)
+            if self.tally.seen > _MOST_BAD and not len(self.stores[0]):
+                self.refuse_bad()  # before an endless source is read to its end
             if self.is_full():
                 self.partial = _has_more(rows)
                 break

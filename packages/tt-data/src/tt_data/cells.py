@@ -8,6 +8,7 @@ from typing import Any
 
 from tt_data.conversations import messages_or_text
 from tt_data.examples import BadRowError
+from tt_data.wording import names_of
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]
@@ -73,8 +74,8 @@ def cell(row: Row, columns: Columns, *names: str) -> Any:
     """The same. Raises BadRowError if the row has none of them."""
     name = find(row, columns, *names)
     if name is None:
-        found = ", ".join(map(repr, row)) or "none"
-        raise BadRowError("missing column", f"no column {columns.get(names[0], names[0])!r}, the row has {found}")
+        theirs = columns.get(names[0], names[0])
+        raise BadRowError("missing column", f"no column {theirs!r}, the row has {names_of(row)}")
     return row[name]
 
 

@@ -6,17 +6,21 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from tt_data.files import open_regular
+
 KINDS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 UNREAD = (".lz4", ".lzma", ".br", ".z", ".sz", ".snappy", ".lzo", ".zip", ".7z", ".tar", ".tgz", ".rar")
 UNPACKED = (".parquet", ".arrow")  # compressed inside: never as whole files
-_OPEN: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 _CHUNK = 1 << 18
+_PACKED_CHUNK = 1 << 12  # which zstd may unpack to 128 MB
+_MEMORY = 1 << 29  # bytes that unpacking may take
 Explain = Callable[[str], Exception]
 
 
@@ -32,30 +36,44 @@ def is_unread(path: Path) -> bool:
 
 def open_binary(path: Path, explain: Explain) -> BinaryIO:
     """The content, unpacked. What is wrong with the compressed file is raised as ``explain(text)`` when it is read."""
+    file = open_regular(Path(os.path.realpath(path)))
     kind = compression(path)
     if kind is None:
-        return path.open("rb")
-    stream: Any = _OPEN[kind](path) if kind in _OPEN else _open_zstd(path, explain)
-    return cast(BinaryIO, io.BufferedReader(_Explained(stream, kind, explain), _CHUNK))
+        return file
+    try:
+        stream = _unpacked(file, kind, explain)
+    except BaseException:
+        file.close()
+        raise
+    return cast(BinaryIO, io.BufferedReader(_Explained(stream, file, kind, explain), _CHUNK))
 
 
-def _open_zstd(path: Path, explain: Explain) -> Any:
+def _unpacked(file: BinaryIO, kind: str, explain: Explain) -> Any:
+    if kind == "gzip":
+        return gzip.GzipFile(fileobj=file, mode="rb")
+    if kind == "bz2":
+        return bz2.BZ2File(file)
+    if kind == "xz":
+        return _Frames(file, lambda: lzma.LZMADecompressor(memlimit=_MEMORY), lzma.LZMAError)
     if find_spec("compression") is not None:  # Python 3.14
         from compression import zstd  # type: ignore[import-not-found]
 
-        return zstd.open(path, "rb")
+        return zstd.open(file, "rb")
     if find_spec("zstandard") is None:
         raise explain(
             "compressed by zstd, which this Python cannot read; pip install zstandard, or unpack it (zstd -d)"
         )
-    return _ZstdFile(path)
+    import zstandard
+
+    unpacker = zstandard.ZstdDecompressor(max_window_size=_MEMORY)
+    return _Frames(file, unpacker.decompressobj, zstandard.ZstdError)
 
 
 class _Explained(io.RawIOBase):
     """A decompressing stream whose errors are the caller's."""
 
-    def __init__(self, stream: Any, kind: str, explain: Explain) -> None:
-        self._stream, self._kind, self._explain = stream, kind, explain
+    def __init__(self, stream: Any, file: BinaryIO, kind: str, explain: Explain) -> None:
+        self._stream, self._file, self._kind, self._explain = stream, file, kind, explain
 
     def readable(self) -> bool:
         return True
@@ -63,7 +81,7 @@ class _Explained(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             data = self._stream.read(len(buffer))
-        except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk
                 raise
             raise self._explain(f"not a whole {self._kind} file ({' '.join(str(error).split())[:200]})") from None
@@ -72,19 +90,19 @@ class _Explained(io.RawIOBase):
 
     def close(self) -> None:
         self._stream.close()
+        self._file.close()
         super().close()
 
 
-class _ZstdFile:
-    """The frames of a zstd file. The zstandard package's own reader takes a file that was cut for a whole one."""
+class _Frames:
+    """The frames (streams) of a zstd or xz file, one behind the other, unpacked a little at a time.
 
-    def __init__(self, path: Path) -> None:
-        import zstandard
+    The zstandard package's own reader takes a file that was cut for a whole one; Python's lzma takes any memory.
+    """
 
-        self._error = zstandard.ZstdError
-        self._file = path.open("rb")
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._frame = self._new()
+    def __init__(self, file: BinaryIO, new: Callable[[], Any], error: type[Exception]) -> None:
+        self._file, self._new, self._error = file, new, error
+        self._frame = new()
         self._begun = False
         self._ready = memoryview(b"")
 
@@ -92,8 +110,8 @@ class _ZstdFile:
         while not self._ready:
             left = b""
             if self._frame.eof:
-                left, self._frame, self._begun = self._frame.unused_data, self._new(), False
-            data = left or self._file.read(_CHUNK)
+                left, self._frame, self._begun = self._frame.unused_data.lstrip(b"\0"), self._new(), False
+            data = left or self._file.read(_PACKED_CHUNK)
             if not data and self._begun:
                 raise EOFError("the file ended before the end of a frame")
             if not data:
@@ -107,4 +125,4 @@ class _ZstdFile:
         return taken
 
     def close(self) -> None:
-        self._file.close()
+        self._ready = memoryview(b"")

@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from tt_data.examples import BadRowError
+from tt_data.lines import load_json
 from tt_data.messages import Message, normal_role
+from tt_data.wording import names_of
 
 _KNOWN = ("role", "from", "content", "value", "text")
 # Keys that switch the loss of a turn on or off, as tools spell them: True trains, or True masks.
@@ -56,7 +58,7 @@ def read_messages(turns: Any) -> list[Message]:
 def sharegpt_to_llama2_messages(sample: Mapping[str, Any], train_on_input: bool = False) -> list[Message]:
     """The turns of a sharegpt row, all but the assistant's masked, or none (torchtune's name). Raises ValueError."""
     if "conversations" not in sample:
-        raise BadRowError("missing column", f"no column 'conversations', the row has {', '.join(map(repr, sample))}")
+        raise BadRowError("missing column", f"no column 'conversations', the row has {names_of(sample)}")
     messages = read_messages(sample["conversations"])
     if train_on_input:
         return messages
@@ -70,8 +72,8 @@ def messages_or_text(value: Any) -> Any:
     if value[:1] not in ("[", "{") and value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return as_turns(json.loads(value)) or value
-    except (ValueError, RecursionError):
+        return as_turns(load_json(value)) or value
+    except ValueError:
         return value
 
 
@@ -109,8 +111,8 @@ def read_tools(tools: Any) -> Sequence[Mapping[str, Any]] | None:
 def read_json(text: str, name: str) -> Any:
     """The value of JSON text. Raises BadRowError that names the column."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return load_json(text)
+    except ValueError as error:
         raise BadRowError("wrong type", f"{name} is text but not JSON ({error})") from None
 
 
@@ -123,7 +125,7 @@ def _message(turn: Any, i: int) -> Message:
         )
     role = turn.get("role", turn.get("from"))
     if role is None:
-        raise BadRowError("missing column", f"message {i} has no role, only {', '.join(map(repr, turn))}")
+        raise BadRowError("missing column", f"message {i} has no role, only {names_of(turn)}")
     if _is_call(turn):
         turn, role = _call_as_turn(turn, i), "assistant"
     try:

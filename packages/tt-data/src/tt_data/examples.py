@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tt_data.messages import Message
+from tt_data.wording import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,5 +118,5 @@ class BadRowError(ValueError):
     """A row that cannot be learned from; ``reason`` is the short name that reports count."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
+        super().__init__(visible(detail))
         self.reason = reason

@@ -12,7 +12,8 @@ from typing import Any
 
 from tt_data.endpoint import PUBLIC_HUB, check_endpoint, without_password
 from tt_data.nulls import without_nulls
-from tt_data.sources import Placed, file_kind, read_rows
+from tt_data.sources import file_kind, read_rows
+from tt_data.tables import Placed
 
 _REVISION = re.compile(r"[\w][\w./+=#@-]{0,249}", re.ASCII)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from tt_data.wording import names_of
+
 Row = Mapping[str, Any]
 
 
@@ -23,7 +25,7 @@ class InstructTemplate:
         names = {column: (column_map or {}).get(column, column) for column in self.columns}
         missing = [name for column, name in names.items() if column not in self.optional and sample.get(name) is None]
         if missing:
-            raise ValueError(f"no column {missing[0]!r}, the row has {', '.join(map(repr, sample)) or 'none'}")
+            raise ValueError(f"no column {missing[0]!r}, the row has {names_of(sample)}")
         return self.write({column: str(sample.get(name) or "") for column, name in names.items()})
 
 
@@ -47,6 +49,7 @@ GrammarErrorCorrectionTemplate = InstructTemplate(
 SummarizeTemplate = InstructTemplate(
     ("dialogue",), lambda row: f"Summarize this dialogue:\n{row['dialogue']}\n---\nSummary:\n"
 )
+
 StackExchangedPairedTemplate = InstructTemplate(("prompt",), lambda row: f"Question: {row['prompt']}\n\nAnswer: ")
 
 INSTRUCT_TEMPLATES = {

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tt_data.compressed import compression, is_unread
 from tt_data.files import open_regular, stand_in
@@ -20,7 +20,9 @@ from tt_data.folders import left_out, local_files, matching, refuse_outside
 from tt_data.hub import HUB_ID, Part, open_hub, rows_from
 from tt_data.named import DATASETS
 from tt_data.nulls import null_for_nan, without_nulls
-from tt_data.sources import READERS, Placed, file_kind, read_rows
+from tt_data.sources import READERS, file_kind, read_rows
+from tt_data.tables import Placed
+from tt_data.wording import visible
 
 NO_PART = Part()
 _CHUNK, _HEAD = 1 << 20, 1024
@@ -88,7 +90,7 @@ def _from_name(name: str | Path, part: Part) -> list[Source]:
 def _path(name: str | Path) -> Path:
     """The path that ``name`` means. Raises ValueError or FileNotFoundError for a name that is none."""
     text = str(name)
-    if not text.strip() or not text.isprintable():
+    if not text.strip() or not (text.isprintable() or os.path.lexists(text)):
         raise ValueError(f"data source: {text!r} is not a name of a file, a folder or a data set of the hub")
     if "://" in text and not os.path.lexists(text):
         raise ValueError(
@@ -168,12 +170,17 @@ def _from_file(path: Path) -> Source:
     if file_kind(path) is None:
         unpack = "; unpack it first" if is_unread(path) or compression(path) else ""
         raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}{unpack}")
-    return Source(str(path), partial(read_rows, path), partial(_file_digest, path), path)
+    return Source(visible(str(path), 4096), partial(read_rows, path), partial(_file_digest, path), path)
+
+
+def _packed(path: Path) -> BinaryIO:
+    """The bytes of a data file as they are on disk."""
+    return open_regular(Path(os.path.realpath(path)))
 
 
 def refuse_stand_in(path: Path) -> None:
     """Raise ValueError for an empty file, and for a git-lfs pointer or a web page in the place of data."""
-    with open_regular(Path(os.path.realpath(path))) as stream:
+    with _packed(path) as stream:
         head = stream.read(_HEAD)
     if not head:
         raise ValueError(f"{path} has 0 rows (0 bytes)")
@@ -182,15 +189,15 @@ def refuse_stand_in(path: Path) -> None:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with _packed(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def quick_digest(path: Path) -> str:
     """A stand-in for the content of a file too large to read: its size, time, beginning and end."""
     facts = path.stat()
     digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
-    with path.open("rb") as stream:
+    with _packed(path) as stream:
         digest.update(stream.read(_CHUNK))
         stream.seek(max(0, facts.st_size - _CHUNK))
         digest.update(stream.read(_CHUNK))

@@ -52,6 +52,7 @@ class Message:
 
 def unknown_role(role: object) -> str:
     """The sentence for a role that is none of ``ROLES``, with the nearest one."""
+    role = role if len(str(role)) < 80 else f"{str(role)[:80]}..."
     known = _SPELLINGS.get(str(role).lower())
     if known is None:
         known = next(iter(get_close_matches(str(role).lower(), [*ROLES, *_SPELLINGS], 1)), None)

@@ -19,6 +19,7 @@ from tt_data.converters import (
 )
 from tt_data.examples import BadRowError, Completion, Conversation, Pair
 from tt_data.messages import Message
+from tt_data.wording import names_of
 
 QUESTIONS = ("question", "query", "input")  # a user's words; instruction may have an input
 _MARKER = "\n\nAssistant:"
@@ -119,5 +120,5 @@ def _refuse_to_guess(row: Row, columns: Columns) -> None:
     if others:
         raise BadRowError(
             "no prompt", f"chosen and rejected have no prompt beside them, but the row has the text of "
-            f"{', '.join(map(repr, others))}; say which one it is, such as columns={{'prompt': {others[0]!r}}}",
+            f"{names_of(others)}; say which one it is, such as columns={{'prompt': {others[0]!r}}}",
         )  # fmt: skip

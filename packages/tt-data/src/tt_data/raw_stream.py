@@ -12,8 +12,10 @@ from typing import Any
 
 from tt_data.compressed import compression
 from tt_data.hub import Part, open_hub, rows_from
+from tt_data.lines import begin, lines_of, open_data
 from tt_data.locate import Source, quick_digest
-from tt_data.sources import Row, begin, file_kind, is_one_document, parse_line, read_parquet
+from tt_data.sources import file_kind, is_one_document, parse_line
+from tt_data.tables import Row, read_parquet
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
 _CHUNK = 1 << 20
@@ -37,11 +39,11 @@ def to_stream(source: Source) -> RawStream:
     if path is not None and kind in (".jsonl", ".ndjson") and not compression(path) and not is_one_document(path):
         lines = _Lines(path)
         return RawStream(
-            str(path), lines.open_at, partial(parse_line_or_none, path), lines.count, partial(quick_digest, path)
+            source.name, lines.open_at, partial(parse_line_or_none, path), lines.count, partial(quick_digest, path)
         )
     if path is not None and kind == ".parquet":
         return RawStream(
-            str(path), partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(quick_digest, path)
+            source.name, partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(quick_digest, path)
         )
     digest = source.digest if path is None else partial(quick_digest, path)
     return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), digest)
@@ -72,11 +74,11 @@ class _Lines:
         self.marks = [0]
 
     def open_at(self, start: int) -> Iterator[Raw]:
-        with self.path.open("rb") as stream:
+        with open_data(self.path) as stream:
             mark = min(start // _MARK_EVERY, len(self.marks) - 1)
             stream.seek(self.marks[mark])
             number = mark * _MARK_EVERY
-            for line in stream:
+            for _, line in lines_of(self.path, stream, number + 1):
                 if number >= start:
                     yield number + 1, begin(self.path, line) if number == 0 else line
                 number += 1
@@ -85,7 +87,7 @@ class _Lines:
 
     def count(self) -> int:
         total, last = 0, b"\n"
-        with self.path.open("rb") as stream:
+        with open_data(self.path) as stream:
             while chunk := stream.read(_CHUNK):
                 total += chunk.count(b"\n")
                 last = chunk[-1:]

@@ -17,6 +17,7 @@ from tt_data.pairs import read_pair_of_texts
 from tt_data.schemas import OUR_READERS, SCHEMAS, Schema, detect_schema
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
+from tt_data.wording import names_of
 
 Read = Callable[[Mapping[str, Any], Columns], Example]
 _NEED_TEMPLATE = ("openai", "sharegpt")
@@ -107,8 +108,7 @@ class InstructReader:
         needed = (columns[c] for c in self.template.columns if c not in self.template.optional)
         missing = next((name for name in needed if cells[name] is None), None)
         if missing is not None:
-            found = ", ".join(map(repr, row)) or "none"
-            raise BadRowError("missing column", f"no column {missing!r}, the row has {found}")
+            raise BadRowError("missing column", f"no column {missing!r}, the row has {names_of(row)}")
         prompt = self.template.format(cells, columns)
         if find(row, columns, "chosen"):
             chosen, rejected = (_answer(row, columns, name) for name in ("chosen", "rejected"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tt_data.examples import BadRowError
+from tt_data.wording import visible
 
 MAX_PROBLEMS = 20
 DUPLICATE = "duplicate"  # a reason for leaving a row out that is no fault of the row
@@ -37,7 +38,7 @@ class Tally:
         """Count a row that is left out."""
         self.dropped[bad.reason] += 1
         if len(self.problems) < MAX_PROBLEMS:
-            self.problems.append(f"{where}: {bad}")
+            self.problems.append(f"{visible(where, 300)}: {bad}")
 
     def keep(self, *, truncated: bool, no_end: bool) -> None:
         """Count what is to be known of a row that is kept."""
@@ -97,7 +98,7 @@ class Tally:
         if not self.unread:
             return []
         named = [
-            f"{column!r} ({_rows(count)}{hint and '; '}{hint})"
+            f"{visible(column, 80)!r} ({_rows(count)}{hint and '; '}{hint})"
             for column, (count, _) in sorted(self.unread.items(), key=lambda item: -item[1][0])
             for hint in (self.hints.get(column, ""),)
         ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -26,7 +26,9 @@ from tt_data.converters import (
 from tt_data.examples import Example
 from tt_data.messages import is_role
 from tt_data.pairs import QUESTIONS, read_pair
+from tt_data.wording import names_of, visible
 
+_LONGEST = 60  # characters of a name that is compared with others
 _TREE = ("parent_id", "message_tree_id")  # OpenAssistant's: a row is one message of a tree
 # What people call our columns, for suggestions.
 _ALSO_CALLED: Mapping[str, Sequence[str]] = {
@@ -134,7 +136,7 @@ def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
         if theirs not in row:
             near = get_close_matches(theirs, list(row), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{where}: columns maps {name} to {theirs!r}, but the row has {_names(row)}{hint}")
+            raise ValueError(f"{where}: columns maps {name} to {theirs!r}, but the row has [{names_of(row)}]{hint}")
     found = fitting(row, columns)
     if not found:
         raise ValueError(f"{where}: {_no_schema(row, columns)}")
@@ -150,9 +152,9 @@ def _no_schema(row: Row, columns: Columns) -> str:
         )
     for names, told in _FOREIGN:
         if all(name in row for name in names):
-            return f"no known schema has the columns {_names(row)}; {told}"
+            return f"no known schema has the columns [{names_of(row)}]; {told}"
     wanted = "; ".join(f"{s.name}: {' + '.join('/'.join(names) for names in s.columns)}" for s in SCHEMAS.values())
-    return f"no known schema has the columns {_names(row)}, expected one of ({wanted}){_suggestion(row, columns)}"
+    return f"no known schema has the columns [{names_of(row)}], expected one of ({wanted}){_suggestion(row, columns)}"
 
 
 def _suggestion(row: Row, columns: Columns) -> str:
@@ -164,7 +166,7 @@ def _suggestion(row: Row, columns: Columns) -> str:
         for names in schema.columns:
             if any(columns.get(name, name) in row for name in names):
                 continue
-            left = [str(name) for name in row if name not in guess.values()]
+            left = [str(name) for name in row if name not in guess.values() and len(str(name)) <= _LONGEST]
             called = next((n for n in left if n.lower() in _ALSO_CALLED.get(names[0], ())), None)
             near = called or next((n for name in names for n in get_close_matches(name, left, 1, 0.5)), None)
             if near is None:
@@ -183,11 +185,6 @@ def hint_for_unread(column: str, row: Row, columns: Columns, read: object) -> st
         if schema.read != read and any(columns.get(n, n) == column for names in schema.columns for n in names):
             return f"schema={schema.name} reads it"
     known = known_columns()
-    near = (
-        get_close_matches(column, [name for name in known if name not in row], 1, 0.75) if column not in known else ()
-    )
-    return f"did you mean columns={{{near[0]!r}: {column!r}}}?" if near else ""
-
-
-def _names(row: Iterable[str]) -> str:
-    return "[" + ", ".join(repr(str(name)) for name in row) + "]"
+    free = [name for name in known if name not in row]
+    near = () if column in known else get_close_matches(column[:_LONGEST], free, 1, 0.75)
+    return f"did you mean columns={{{near[0]!r}: {visible(column, 60)!r}}}?" if near else ""

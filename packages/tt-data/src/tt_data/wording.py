@@ -1,0 +1,22 @@
+"""Text that comes from files, in messages: one line, of limited length, in which nothing commands a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+
+_LONGEST, _NAMES = 500, 20  # characters of a message; names in a list
+
+
+def visible(text: str, limit: int = _LONGEST) -> str:
+    """``text`` with what cannot be printed as escapes, and cut if it is long."""
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def names_of(names: Iterable[object]) -> str:
+    """``'text', 'id'``: the columns or keys that there are; of many or long ones the first, and how many more."""
+    iterator = iter(names)
+    first = [repr(visible(str(name), 60)) for name in islice(iterator, _NAMES)]
+    more = sum(1 for _ in iterator)
+    return (", ".join(first) or "none") + (f" and {more:,} more" if more else "")
