@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from tt_data import (
     InstructTemplate,
     Schema,
+    batches,
     instruct_templates,
     load_dataset,
     load_tokenizer,
@@ -28,6 +30,7 @@ from tt_data import (
 )
 from tt_data import cache as cache_files
 from tt_data.examples import Completion
+from tt_data.store import write_numbers
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": f"hello {i}"}], "completion": [{"role": "assistant", "content": "the cat"}],
@@ -176,3 +179,78 @@ def test_processes_that_write_at_once_do_not_disturb_each_other(
         assert (process.returncode, errors) == (0, "")  # no warning either
     assert len(list(cache.iterdir())) == 20
     assert not [entry for entry in cache.iterdir() if entry.name.startswith(".")]
+
+
+def _rewritten(folder: Path, **changes: Any) -> None:
+    """meta.json with other values, and a check that fits them: what an attacker writes."""
+    meta = json.loads((folder / "meta.json").read_text())
+    meta.pop("check")
+    meta |= changes
+    (folder / "meta.json").write_text(json.dumps({**meta, "check": cache_files._check(meta)}))
+
+
+HOSTILE: list[dict[str, Any]] = [
+    {"stores": 10**9}, {"stores": "x"}, {"stores": None}, {"names": [7]}, {"names": "a"}, {"names": []}, {"schema": 5},
+    {"report": []}, {"report": {}}, {"report": {"dropped": 5}}, {"content": []}, {"content": {"../x": "0"}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", HOSTILE)
+def test_a_hostile_cache_is_made_again(chatml: Any, tmp_path: Path, changes: dict[str, Any], caplog: Any) -> None:
+    rows = [{"text": "a"}, {"text": "b"}]
+    load_dataset(rows, chatml, cache_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    _rewritten(folder, **changes)
+    with caplog.at_level(logging.WARNING):
+        assert len(load_dataset(rows, chatml, cache_dir=tmp_path)) == 2
+    assert "the token cache is broken" in caplog.text
+    assert len(load_dataset(rows, chatml, cache_dir=tmp_path)) == 2
+
+
+@pytest.mark.parametrize(("name", "numbers"), [
+    ("0.id_ends", [0, 5, 2]), ("0.id_ends", [0, 1, 10**9]), ("0.span_ends", [0, 2]), ("truncated", [1] * 9),
+    ("places", [7, 1, 7, 2]),
+])  # fmt: skip
+def test_numbers_of_a_cache_that_lead_out_of_its_rows_are_noticed(
+    chatml: Any, tmp_path: Path, name: str, numbers: list[int]
+) -> None:
+    rows = [{"text": "a"}, {"text": "b"}]
+    whole = load_dataset(rows, chatml, cache_dir=tmp_path)
+    (folder,) = tmp_path.iterdir()
+    write_numbers(folder / name, array("b" if name == "truncated" else "q", numbers))
+    content = {path.name: cache_files._digest(path) for path in folder.iterdir() if path.name != "meta.json"}
+    _rewritten(folder, content=content)
+    again = load_dataset(rows, chatml, cache_dir=tmp_path)
+    assert [again[i] for i in range(2)] == [whole[i] for i in range(2)]
+
+
+def test_links_in_a_cache_are_not_followed(chatml: Any, tmp_path: Path) -> None:
+    rows, folder = [{"text": "a"}, {"text": "b"}], tmp_path / "cache"
+    load_dataset(rows, chatml, cache_dir=folder)
+    (cached,) = folder.iterdir()
+    other = tmp_path / "other"
+    (cached / "meta.json").rename(other)
+    (cached / "meta.json").symlink_to(other)
+    load_dataset(rows, chatml, cache_dir=folder)
+    assert not (cached / "meta.json").is_symlink()
+    cached.rename(tmp_path / "moved")
+    cached.symlink_to(tmp_path / "moved")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "moved").iterdir()}
+    assert len(load_dataset(rows, chatml, cache_dir=folder)) == 2
+    assert {path.name: path.read_bytes() for path in (tmp_path / "moved").iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b"{}", b'{"counts": [1.5], "tokens": [true]}', b"\xff", b"[1]"])
+def test_a_hostile_index_of_packs_is_written_again(chatml: Any, tmp_path: Path, content: bytes) -> None:
+    options: dict[str, Any] = {"streaming": True, "packing": True, "max_seq_len": 16, "cache_dir": tmp_path}
+    rows = [{"text": f"row {i}"} for i in range(20)]
+    want = next(batches(load_dataset(rows, chatml, **options), batch_size=2))["input_ids"].tolist()
+    (index,) = tmp_path.iterdir()
+    secret = tmp_path / "secret"
+    secret.write_bytes(content)
+    for make in (lambda: index.write_bytes(content), lambda: index.symlink_to(secret)):
+        index.unlink()
+        make()
+        assert next(batches(load_dataset(rows, chatml, **options), batch_size=2))["input_ids"].tolist() == want
+    assert secret.read_bytes() == content
+    assert json.loads(index.read_text())["counts"]

@@ -5,18 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import tempfile
+from array import array
 from pathlib import Path
 from typing import Any
 
 from tt_data.dataset import TokenDataset
+from tt_data.files import open_regular, read_object
+from tt_data.report import summary_lines
 from tt_data.store import TokenStore, read_numbers, write_numbers
 from tt_data.tokenizer import Tokenizer
+from tt_data.wording import visible
 
 _log = logging.getLogger(__name__)
 _FORMAT = 3  # what a cached data set holds; another number for every change
+_MAX_META = 256 << 20  # bytes: it names every source file
 _COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
 
 
@@ -43,7 +49,7 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
             "fingerprint": dataset.fingerprint, "content": {p.name: _digest(p) for p in staging.iterdir()},
         }  # fmt: skip
         (staging / "meta.json").write_text(json.dumps({**meta, "check": _check(meta)}), encoding="utf-8")
-        staging.chmod(0o755)
+        staging.chmod(0o777 & ~_umask())
         staging.replace(target)
     except OSError as error:
         if not target.exists():  # else another process was faster, which is as good
@@ -52,9 +58,15 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "blake2b").hexdigest()  # type: ignore[arg-type]
 
 
 def _check(meta: dict[str, Any]) -> str:
@@ -64,27 +76,39 @@ def _check(meta: dict[str, Any]) -> str:
 def load(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenDataset | None:
     """The data set that ``save`` wrote, mapped; None where there is none, or one that is not whole."""
     directory = cache_dir / cache_key(fingerprint)
-    if not directory.is_dir():
+    if not directory.is_dir() or directory.is_symlink():
         return None
     try:
-        meta: dict[str, Any] = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
-        whole = meta.pop("check") == _check(meta) and meta["fingerprint"] == fingerprint
-        broken = [n for n, digest in meta["content"].items() if _digest(directory / Path(n).name) != digest]
-        if broken or not whole:
-            raise ValueError(f"{broken[0] if broken else 'meta.json'} is not what was written")
-        stores = [TokenStore.load(directory, str(number)) for number in range(meta["stores"])]
-        columns = {
-            name: read_numbers(directory / name, kind) if (directory / name).exists() else None
-            for name, kind in _COLUMNS.items()
-        }
+        return _load(fingerprint, tokenizer, directory)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        _log.warning("%s: the token cache is broken (%s); encoding again", directory, error)
+        _log.warning("%s: the token cache is broken (%s); encoding again", directory, visible(str(error)))
         shutil.rmtree(directory, ignore_errors=True)
         return None
-    assert columns["places"] is not None
-    assert columns["truncated"] is not None
-    return TokenDataset(
+
+
+def _load(fingerprint: str, tokenizer: Tokenizer, directory: Path) -> TokenDataset:
+    meta = read_object(directory / "meta.json", limit=_MAX_META)
+    whole = meta.pop("check") == _check(meta) and meta["fingerprint"] == fingerprint
+    broken = [n for n, digest in meta["content"].items() if _digest(directory / Path(n).name) != digest]
+    if broken or not whole:
+        raise ValueError(f"{broken[0] if broken else 'meta.json'} is not what was written")
+    texts = [meta["schema"], *meta["names"]]
+    if meta["stores"] not in (1, 2) or type(meta["names"]) is not list or not all(type(text) is str for text in texts):
+        raise ValueError("meta.json holds something else than was written")
+    stores = [TokenStore.load(directory, str(number)) for number in range(meta["stores"])]
+    columns = {
+        name: read_numbers(directory / name, kind) if (directory / name).exists() else array(kind)
+        for name, kind in _COLUMNS.items()
+    }
+    sizes = {*(len(store) for store in stores), len(columns["truncated"]), len(columns["places"]) // 2}
+    sizes |= {len(columns["desirable"])} if columns["desirable"] else set()
+    sources = columns["places"][::2]
+    if len(sizes) > 1 or min(sources) < 0 or max(sources) >= len(meta["names"]):
+        raise ValueError("its files do not have the same rows")
+    dataset = TokenDataset(
         tokenizer, schema=meta["schema"], stores=stores, names=meta["names"], places=columns["places"],
-        truncated=columns["truncated"], desirable=columns["desirable"], fingerprint=fingerprint,
+        truncated=columns["truncated"], desirable=columns["desirable"] or None, fingerprint=fingerprint,
         report={key: value for key, value in meta["report"].items() if key not in ("schema", "rows")},
     )  # fmt: skip
+    summary_lines(dataset.report)  # an error here is one of meta.json
+    return dataset

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tt_data.dataset import Row, to_row
+from tt_data.files import read_object, write_bytes
 from tt_data.order import Permutation, steps_per_epoch
 from tt_data.packing import join_documents, pack, refuse_judged
 from tt_data.rendered import Encoded
@@ -21,6 +21,7 @@ from tt_data.store import TokenStore
 from tt_data.stream import StreamDataset
 
 _log = logging.getLogger(__name__)
+_MAX_INDEX = 64 << 20  # bytes of the file that keeps the counts
 News = tuple[Tally, list[int], list[int], bool]
 
 
@@ -72,12 +73,12 @@ class PackedStream:
         if self.index_file is None or not self.index_file.is_file():
             return
         try:
-            found = json.loads(self.index_file.read_text(encoding="utf-8"))
+            found = read_object(self.index_file, limit=_MAX_INDEX)
             counts, tokens, complete = list(found["counts"]), list(found["tokens"]), found["complete"] is True
             if found["fingerprint"] != self.fingerprint or len(counts) != len(tokens):
                 return
             for count, number in zip(counts, tokens, strict=True):
-                if not 0 <= count <= number:
+                if type(count) is not int or type(number) is not int or not 0 <= count <= number:
                     return
         except (OSError, ValueError, LookupError, TypeError):  # written again from scratch
             return
@@ -91,11 +92,9 @@ class PackedStream:
         facts = {
             "fingerprint": self.fingerprint, "counts": self.counts, "tokens": self.tokens, "complete": self.complete,
         }  # fmt: skip
-        staging = self.index_file.with_name(f".{self.index_file.name}.{os.getpid()}")
         try:
             self.index_file.parent.mkdir(parents=True, exist_ok=True)
-            staging.write_text(json.dumps(facts), encoding="utf-8")
-            staging.replace(self.index_file)
+            write_bytes(self.index_file, json.dumps(facts).encode())
         except OSError as error:
             _log.warning("%s: the index of packs was not written (%s)", self.index_file, error)
             self.index_file = None

@@ -43,7 +43,11 @@ def to_stream(source: Source) -> RawStream:
         )
     if path is not None and kind == ".parquet":
         return RawStream(
-            source.name, partial(read_parquet, path), _parsed, partial(_count_parquet, path), partial(quick_digest, path)
+            source.name,
+            partial(read_parquet, path),
+            _parsed,
+            partial(_count_parquet, path),
+            partial(quick_digest, path),
         )
     digest = source.digest if path is None else partial(quick_digest, path)
     return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), digest)

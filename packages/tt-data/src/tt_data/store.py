@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import os
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
 
+from tt_data.files import open_regular
 from tt_data.rendered import Encoded, Span
 
 IGNORE_INDEX = -100
@@ -62,6 +65,11 @@ class TokenStore:
         store = cls()
         for part, kind in _PARTS.items():
             setattr(store, part, read_numbers(directory / f"{name}.{part}", kind))
+        for ends, flat in ((store.id_ends, store.ids), (store.span_ends, store.spans)):
+            if ends[0] != 0 or ends[-1] != len(flat) or any(a > b for a, b in pairwise(ends)):
+                raise ValueError(f"{directory / name}: the rows do not follow one another")
+        if len(store.id_ends) != len(store.span_ends):
+            raise ValueError(f"{directory / name}: not as many rows as masks")
         return store
 
     def __getstate__(self) -> dict[str, array[int]]:
@@ -82,8 +90,8 @@ def write_numbers(path: Path, numbers: Numbers) -> None:
 
 def read_numbers(path: Path, kind: str) -> Numbers:
     """The numbers of a file, mapped: they take memory only where they are read."""
-    with path.open("rb") as stream:
-        if path.stat().st_size == 0:
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size == 0:
             return array(kind)
         mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         return mapped.cast("i") if kind == "i" else mapped.cast("q") if kind == "q" else mapped.cast("b")
