@@ -124,7 +124,7 @@ def test_links_out_of_a_folder_are_refused_and_others_followed(chatml: Any, here
     report = load_dataset(here, chatml).report
     assert str(here / "out") in report["files_left_out"]  # a link to a folder is not entered
     for pattern in ("out/*.jsonl", "out/secret.jsonl"):
-        with pytest.raises(ValueError, match="out/secret.jsonl: a link out of its folder, to .*; copy the file into"):
+        with pytest.raises(ValueError, match="out/secret.jsonl: a link out of its folder, to .*; copy "):
             load_dataset(here, chatml, data_files=pattern)
     (here / "x.jsonl").symlink_to("/dev/zero")
     with pytest.raises(ValueError, match="x.jsonl: a link out of its folder, to /dev/zero"):

@@ -213,7 +213,7 @@ def test_a_directory_does_not_lead_out_of_itself(chatml: Any, tmp_path: Path) ->
     (tmp_path / "rows").mkdir()
     link = tmp_path / "rows" / "x.jsonl"
     link.symlink_to(tmp_path / "secret.jsonl")
-    with pytest.raises(ValueError, match=r"x.jsonl: a link out of its folder, to .*secret.jsonl; copy the file into"):
+    with pytest.raises(ValueError, match=r"x.jsonl: a link out of its folder, to .*secret.jsonl; copy "):
         load_dataset(tmp_path / "rows", chatml)
     assert len(load_dataset(link, chatml)) == 1  # named by the user
     cache = tmp_path / "hub" / "snapshots" / "abc"

@@ -12,6 +12,7 @@ from pathlib import Path
 from tt_data.compressed import compression, is_unread
 from tt_data.files import regular
 from tt_data.sources import READERS, file_kind
+from tt_data.wording import visible
 
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
@@ -93,7 +94,9 @@ def refuse_outside(key: str, name: str) -> None:
         or "://" in name
         or "\0" in name
     ):
-        raise ValueError(f"{key}: {name!r} is not inside of the data set's folder; give its own path as data.train")
+        raise ValueError(
+            f"{key}: {visible(repr(name), 100)} is not inside of the data set's folder; give its own path as data.train"
+        )
 
 
 def _matching(path: Path, patterns: Sequence[str]) -> list[Path]:

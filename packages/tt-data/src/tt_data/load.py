@@ -25,6 +25,7 @@ from tt_data.report import refuse_dropped
 from tt_data.settings import OnBadRow, Settings, SpecialTokensInText
 from tt_data.stream import StreamDataset
 from tt_data.tokenizer import Tokenizer
+from tt_data.wording import visible
 
 AnyDataset = TokenDataset | PackedDataset | MixedDataset | StreamDataset | PackedStream | PackedMix
 
@@ -53,6 +54,11 @@ def load_dataset(
     usable rows.
     Raises ValueError or FileNotFoundError, naming the file and line.
     """
+    _check_types(
+        columns=columns, packing=packing, split=split, seed=seed, streaming=streaming, template=template, schema=schema,
+        max_seq_len=max_seq_len, drop_duplicates=drop_duplicates, max_dropped_share=max_dropped_share, buffer=buffer,
+        num_workers=num_workers, timeout_s=timeout_s, data_dir=data_dir, revision=revision, limit=limit,
+    )  # fmt: skip
     settings = Settings(
         columns=dict(columns or {}), train_on=train_on, max_seq_len=max_seq_len, template=template, schema=schema,
         on_bad_row=on_bad_row, special_tokens=special_tokens, drop_duplicates=drop_duplicates and not streaming,
@@ -64,6 +70,39 @@ def load_dataset(
         cache_dir=None if cache_dir is None else Path(cache_dir), num_workers=num_workers, timeout_s=timeout_s,
     )  # fmt: skip
     return loader.stream(source) if streaming else loader.load(source)
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "a name": (str,), "true or false": (bool,), "a whole number": (int,), "a number": (int, float),
+    "an object of names": (Mapping,),
+}  # fmt: skip
+_WANTED = {
+    "columns": "an object of names", "packing": "true or false", "streaming": "true or false", "seed": "a whole number",
+    "drop_duplicates": "true or false", "max_seq_len": "a whole number", "buffer": "a whole number", "limit":
+    "a whole number", "num_workers": "a whole number", "timeout_s": "a number", "max_dropped_share": "a number",
+}  # fmt: skip
+_OPTIONAL = (
+    "columns",
+    "split",
+    "template",
+    "schema",
+    "max_seq_len",
+    "max_dropped_share",
+    "data_dir",
+    "revision",
+    "limit",
+)
+
+
+def _check_types(**values: Any) -> None:
+    """Raise ValueError for an argument of another kind than it must be."""
+    for name, value in values.items():
+        wanted = _WANTED.get(name, "a name")
+        fits = isinstance(value, _KINDS[wanted]) and isinstance(value, bool) == (wanted == "true or false")
+        if wanted == "an object of names" and fits:
+            fits = all(isinstance(word, str) for pair in value.items() for word in pair)
+        if not fits and not (value is None and name in _OPTIONAL):
+            raise ValueError(f"{name} must be {wanted}, got {visible(repr(value), 80)}")
 
 
 class _Loader:

@@ -26,6 +26,7 @@ from tt_data.wording import visible
 
 NO_PART = Part()
 _CHUNK, _HEAD = 1 << 20, 1024
+_LONGEST = 500  # characters of the name of a file that does not exist
 _WORD = re.compile(r"[^/\\*?\[]+")  # no path and no pattern
 _BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets library that mean: the files that are named
 
@@ -90,8 +91,10 @@ def _from_name(name: str | Path, part: Part) -> list[Source]:
 def _path(name: str | Path) -> Path:
     """The path that ``name`` means. Raises ValueError or FileNotFoundError for a name that is none."""
     text = str(name)
-    if not text.strip() or not (text.isprintable() or os.path.lexists(text)):
-        raise ValueError(f"data source: {text!r} is not a name of a file, a folder or a data set of the hub")
+    if not text.strip() or not ((text.isprintable() and len(text) < _LONGEST) or os.path.lexists(text)):
+        raise ValueError(
+            f"data source: {visible(text, 100)!r} is not a name of a file, a folder or a data set of the hub"
+        )
     if "://" in text and not os.path.lexists(text):
         raise ValueError(
             f"{text}: an address, expected a file, a folder or a data set of the hub; {_from_address(text)}"
@@ -132,9 +135,9 @@ def _data_files(part: Part) -> list[str]:
         if files is None:
             raise ValueError(f"data_files: no split {part.split or 'train'!r}, expected one of {list(part.data_files)}")
     files = list(files) if isinstance(files, (list, tuple)) else [] if files is None else [files]
-    wrong = next((file for file in files if not isinstance(file, (str, Path)) or not str(file).isprintable()), None)
-    if wrong is not None:
-        raise ValueError(f"data_files: {wrong!r} is not a name or pattern of files")
+    wrong = [f for f in files if not isinstance(f, (str, Path)) or not str(f).isprintable() or len(str(f)) > _LONGEST]
+    if wrong:
+        raise ValueError(f"data_files: {visible(repr(wrong[0]), 100)} is not a name or pattern of files")
     return [str(file) for file in files]
 
 
