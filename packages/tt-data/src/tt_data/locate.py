@@ -93,7 +93,7 @@ def _path(name: str | Path) -> Path:
     text = str(name)
     if not text.strip() or not ((text.isprintable() and len(text) < _LONGEST) or os.path.lexists(text)):
         raise ValueError(
-            f"data source: {visible(text, 100)!r} is not a name of a file, a folder or a data set of the hub"
+            f"data source: '{visible(text, 100)}' is not a name of a file, a folder or a data set of the hub"
         )
     if "://" in text and not os.path.lexists(text):
         raise ValueError(
