@@ -147,6 +147,7 @@ def test_plain_expressions_need_no_process(monkeypatch):
         ("a)|(b", "unbalanced"),
         ("(?<=a*)b", "look-behind"),
         ("\x1b]0;x\x07(", "missing"),
+        ("[\udce1-a]", "bad character range .udce1-a"),
     ],
 )
 @pytest.mark.parametrize("field", ["target_modules", "rank_pattern", "layers_pattern"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tt_train import ConfigError, compose, preflight
+from tt_train.recipes import _assemble
 from tt_train.validate import check, problems
 
 
@@ -148,3 +149,24 @@ def test_an_adapter_to_start_from_that_does_not_fit_is_found_before_weights_load
     assert len(problems) == (said is not None)
     assert said is None or said in problems[0]
     assert f"did you mean {run}/adapter?" in found("adapter.rank=2", f"adapter.path={run}")[0]
+
+
+def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_state_that_does_not_fit_is_said(
+    found, words, monkeypatch
+):
+    monkeypatch.setattr("tt_models.memory.total_memory", lambda device: 30 * 10**9)
+    folder = next(word.removeprefix("model.path=") for word in words if word.startswith("model.path="))
+    huge = ["model.path=null", "model.name=llama3_70b", f"model.tokenizer={folder}"]
+    problem = next(one for one in found(*huge) if "weights" in one)
+    start = "model: a model of 70,553,706,496 parameters (its weights alone) needs 282.2 GB, this machine has 30.0 GB; "
+    assert problem == f"{start}train an adapter (adapter.rank=8) or take a smaller model"
+    adapter = ["adapter.rank=2", "model.dtype=bf16"]
+    problem = next(one for one in found(*huge, *adapter) if "weights" in one)
+    assert "needs 141.1 GB" in problem
+    assert problem.endswith("set adapter.quantize_base=true, lower adapter.rank or take a smaller model")
+    problem = next(one for one in found(*huge, *adapter, "adapter.quantize_base=true") if "weights" in one)
+    assert "needs 39.5 GB" in problem
+    for module in ("tt_models.memory", "tt_train.recipes._memory"):
+        monkeypatch.setattr(f"{module}.total_memory", lambda device: 300_000)
+    job = _assemble.assemble(compose("sft", overrides=words))
+    assert any("memory: weights, gradients and AdamW's state take about 0.0 GB" in note for note in job.notes)

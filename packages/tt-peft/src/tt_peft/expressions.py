@@ -50,9 +50,9 @@ def _matches(expressions: tuple[str, ...], names: tuple[str, ...], within: str) 
 
 
 def invalid(expression: str, why: str) -> ValueError:
-    from tt_peft.shown import shown  # not where this file runs as a process
+    from tt_peft.shown import plain, shown  # not where this file runs as a process
 
-    return ValueError(f"{shown(expression)} is not a valid regular expression: {why}")
+    return ValueError(f"{shown(expression)} is not a valid regular expression: {plain(why)}")
 
 
 def reason(error: Exception) -> str:

@@ -10,6 +10,7 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_models.memory import refuse_too_large, weight_bytes
 from tt_train.errors import ConfigError
 from tt_train.master_weights import join
 from tt_train.origin import Base, Origin, find_origin
@@ -68,6 +69,7 @@ def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None =
     """A Hugging Face model directory as one of our models; ``dtype``: ``saved_dtype`` by default."""
     dtype = dtype or saved_dtype(source, device)
     model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(source)), device="meta", dtype=dtype)
+    refuse_too_large(f"{source}: the model", weight_bytes(model), device, "take a smaller model, or a larger machine")
     tt_ckpt.load_weights(model, source, dtype=dtype, device=device)
     return model.eval()
 

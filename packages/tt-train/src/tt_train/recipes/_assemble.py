@@ -17,6 +17,7 @@ from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.mistakes import refuse_mistakes
 from tt_train.optim import schedule_notes
+from tt_train.recipes._memory import check_memory
 from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
 from tt_train.run_files import read_json
 
@@ -129,8 +130,8 @@ def assemble(config: RunConfig) -> Job:
         hf_config = _collect(problems, key, lambda: read_hf_config(config, model_path))
     if hf_config is not None:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
-    if model_config is not None and config.adapter is not None:
-        lora = _collect(problems, "adapter", lambda: check_adapter(config.adapter, model_config, notes))
+    if model_config is not None:
+        lora = _collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
@@ -230,16 +231,23 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
 
 
-def check_adapter(section: AdapterSection, model_config: Any, notes: list[str]) -> tt_peft.LoRAConfig:
-    """The LoRAConfig, tried on a model without memory: a target that matches nothing is found here."""
+def check_adapter(
+    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str]
+) -> tt_peft.LoRAConfig | None:
+    """The LoRAConfig, if any, tried on a model without memory: a target that matches nothing, and a model that the
+    device cannot hold, are found here."""
+    section, model = config.adapter, tt_models.build(model_config, device="meta")
+    if section is None:
+        check_memory(model, config, device, notes)
+        return None
     lora = lora_config(section)
-    model = tt_models.build(model_config, device="meta")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         tt_peft.apply_lora_(model, lora)
     if said:
         more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
         notes.append(f"adapter: {said[0].message}{more}")
+    check_memory(model, config, device, notes)
     if section.path is not None:
         _try_adapter(model, Path(section.path))
     return lora
