@@ -189,7 +189,7 @@ def test_a_missing_part_is_noticed_where_the_embedding_is_split_by_rows(model_di
 
 def test_neither_params_nor_config_is_explained(meta_dir, tmp_path):
     (meta_dir / "params.json").unlink()
-    with pytest.raises(ValueError, match=r"neither params.json nor config.json tells the shape; give config=DIR"):
+    with pytest.raises(ValueError, match=r"neither params.json nor config.json states the sizes; give config=DIR"):
         tt_ckpt.convert(meta_dir, tmp_path / "back", "hf", allow_pickle=True)
 
 

@@ -177,7 +177,7 @@ def mismatch(rank, directory):
             r"v was saved as torch.float32 \[5\], the run has torch.bfloat16",
         ),
         ({"model": {"v": torch.zeros(6)}}, r"\[5\], the run has torch.float32 \[6\]"),
-        ({"adapter": {}}, "no group 'adapter'; it holds model, optimizer, rng"),
+        ({"adapter": {}}, "no group 'adapter', only model, optimizer, rng"),
     ]
     for into, message in wrong:
         with pytest.raises(ValueError, match=message):

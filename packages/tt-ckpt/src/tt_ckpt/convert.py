@@ -1,7 +1,8 @@
 """From one format of model directory to another: streamed, read back, and only then there."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ from tt_ckpt.hf import counter, write_shards
 from tt_ckpt.layout import choose_layout, read_layout, write_layout
 from tt_ckpt.limits import refuse_unsaid
 from tt_ckpt.meta import write_meta
+from tt_ckpt.shown import quoted
 from tt_ckpt.sizes import refuse_missing_layers
 from tt_ckpt.torchtune import write_torchtune
 from tt_ckpt.weights import EMBEDDING, Weights, cast, compare
@@ -83,12 +85,8 @@ def convert(
     target = Path(destination).expanduser()
     base = None if config is None else resolve(config)
     directory, weights = _open(source, allow_pickle, base)
-    if not weights.config:
-        raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
-    _check_vocabulary(weights, directory)
-    refuse_missing_layers(directory, weights.config, {name: spec.shape for name, spec in weights.specs.items()})
-    if to != "hf":
-        refuse_unsaid(weights.config, to)
+    with _of(directory):
+        _check_config(weights, directory, to)
     weights = weights if dtype is None else cast(weights, dtype)
     old = check_destination(target, overwrite=overwrite)
     check_room(target, weights.nbytes)
@@ -129,18 +127,35 @@ def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Pa
         path = resolve(source)
         file = find_gguf(path)
     if file is None:
-        return path, open_model(path, allow_pickle=allow_pickle, config=base)
+        with _of(base or path):
+            return path, open_model(path, allow_pickle=allow_pickle, config=base)
     from tt_ckpt.gguf_model import from_gguf
 
     return file, from_gguf(file, tokenizer=base is None or not has_tokenizer(base))
 
 
-def _check_vocabulary(weights: Weights, directory: Path) -> None:
-    """A resized embedding whose config was not told: every reader of the new files would stumble over it."""
+@contextmanager
+def _of(directory: Path) -> Iterator[None]:
+    """Name the folder of the config.json that an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("config.json"):
+            raise ValueError(f"{directory}/{error}") from None
+        raise
+
+
+def _check_config(weights: Weights, directory: Path, to: str) -> None:
+    """A config that does not fit: layers that are not there, a resized embedding, what the format cannot say."""
+    if not weights.config:
+        raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
+    refuse_missing_layers(directory, weights.config, {name: spec.shape for name, spec in weights.specs.items()})
+    if to != "hf":
+        refuse_unsaid(weights.config, to)
     stated, embedding = weights.config.get("vocab_size"), weights.specs.get(EMBEDDING)
     if stated is not None and embedding is not None and stated != embedding.shape[0]:
         raise ValueError(
-            f"{directory}: config.json: vocab_size {stated}, but {EMBEDDING} has {embedding.shape[0]} rows; "
+            f"{directory}: config.json: vocab_size {quoted(stated)}, but {EMBEDDING} has {embedding.shape[0]} rows; "
             f"set vocab_size to {embedding.shape[0]}, or take the weights that were saved with this config"
         )
 

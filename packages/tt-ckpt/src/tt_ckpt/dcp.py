@@ -105,7 +105,7 @@ def _parse(metadata: Any) -> tuple[dict[str, TensorSpec], dict[str, list[_Piece]
     for name, entry in metadata.field("state_dict_metadata").items():
         if "properties" not in (entry.state or {}):
             continue  # bytes: not read
-        if not isinstance(name, str) or not name.isprintable():
+        if not isinstance(name, str) or not name.isprintable() or len(name) > 1000:
             raise ValueError(f"it has a tensor called {quoted(name)}")
         dtype = entry.field("properties").state[0]
         specs[name] = TensorSpec(dtype=_DTYPES[dtype], shape=_sizes(entry.field("size")))

@@ -108,7 +108,7 @@ def read_gguf(path: Path) -> GGUF:
             raise FileNotFoundError(f"{other}: missing: {path.name} is the first of {count} parts; download the others")
         more = _read_one(other)[1]
         if twice := sorted(more.keys() & tensors.keys()):
-            raise ValueError(f"{other}: tensor {twice[0]!r} is in another part too; {DOWNLOAD}")
+            raise ValueError(f"{other}: tensor {quoted(twice[0])} is in another part too; {DOWNLOAD}")
         tensors |= more
     return GGUF(path=path, values=values, tensors=tensors)
 
@@ -263,19 +263,18 @@ def _place(
     found: dict[str, GGUFTensor] = {}
     end = 0
     for name, dims, number, offset in sorted(infos, key=lambda info: info[3]):
+        shown = f"{path}: tensor {quoted(name)}"
         if number not in sizes:
-            raise ValueError(
-                f"{path}: tensor {name!r} has type {number}, which the gguf package here does not know; {update_hint()}"
-            )
+            raise ValueError(f"{shown} has type {number}, which the gguf package here does not know; {update_hint()}")
         kind, block, block_bytes = sizes[number]
         if kind not in PLAIN and not can_decode(kind):
-            raise ValueError(f"{path}: tensor {name!r} is {kind}, which is not decoded; nearest: {nearest_kind(kind)}")
+            raise ValueError(f"{shown} is {kind}, which is not decoded; nearest: {nearest_kind(kind)}")
         if dims[0] % block or not all(dims):
-            raise ValueError(f"{path}: tensor {name!r} with {list(dims)} values: not in blocks of {block}; {DOWNLOAD}")
+            raise ValueError(f"{shown} with {list(dims)} values: not in blocks of {block}; {DOWNLOAD}")
         row_bytes = dims[0] // block * block_bytes
         nbytes = row_bytes * math.prod(dims[1:])
         if name in found or offset % alignment or offset < end:
-            raise ValueError(f"{path}: damaged: tensor {name!r} at {offset} is misplaced or there twice; {DOWNLOAD}")
+            raise ValueError(f"{shown} at {offset} is misplaced or there twice; {DOWNLOAD}")
         end = offset + nbytes
         if start + end > size:
             raise ValueError(f"{path}: cut short: {size} bytes of at least {start + end}; {DOWNLOAD}")

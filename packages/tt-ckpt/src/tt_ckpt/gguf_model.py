@@ -95,5 +95,5 @@ def _tensor(
         return values.to(spec.dtype).view(spec.shape)
     values = read_rows(tensor, first, rows, spec.dtype).view(spec.shape)
     if arch.interleaved and (match := _ROTATED.search(key)):
-        return to_half_split(values, rotated_heads(config)[match[1]])
+        return to_half_split(values, rotated_heads(config)[match[1]], f"{tensor.file}: {key}")
     return values

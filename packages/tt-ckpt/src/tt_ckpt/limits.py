@@ -7,6 +7,7 @@ of the family. A number that no loader reads would be lost without a word.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tt_ckpt.shown import plain, quoted
 from tt_ckpt.weights import positive
 
 FAMILIES = {"meta": ("llama", "mistral"), "torchtune": ("llama", "mistral", "gemma", "gemma2", "qwen2", "phi3")}
@@ -30,9 +31,12 @@ _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_att
 
 def refuse_unsaid(config: Mapping[str, Any], to: str) -> None:
     """ValueError, in one line, for everything in ``config`` that ``to`` (meta or torchtune) cannot say."""
-    if (family := config.get("model_type")) not in FAMILIES[to]:
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES[to]:
         name = {"meta": "Meta"}.get(to, to)
-        raise ValueError(f"model_type {family!r} has no {name} format; families that do: {', '.join(FAMILIES[to])}")
+        raise ValueError(
+            f"model_type {quoted(family)} has no {name} format; families that do: {', '.join(FAMILIES[to])}"
+        )
     if problems := list(_unsaid(config, to)):
         raise ValueError(
             f"config.json: {', '.join(problems)} cannot be said in the {to} format, whose loaders would compute "
@@ -67,27 +71,27 @@ def _unsaid(config: Mapping[str, Any], to: str) -> Iterator[str]:
 
 
 def _shown(config: Mapping[str, Any], key: str) -> str:
-    return f"{key} {str(config[key])[:60]}"
+    return f"{key} {plain(config.get(key))}"
 
 
 def _rope(config: Mapping[str, Any], family: str) -> Iterator[str]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, Mapping):
-        raise ValueError(f"config.json: rope_parameters: expected an object, found {rope!r}")
+        raise ValueError(f"config.json: rope_parameters: expected an object, found {quoted(rope)}")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "llama3" and family == "llama":
         for key, value in _LLAMA3.items():
             if rope.get(key, value) != value:
-                yield f"rope {key} {rope[key]} (only {value:g})"
+                yield f"rope {key} {quoted(rope[key])} (only {value:g})"
     elif kind != "default":
-        yield f"rope type {kind!r}"
+        yield f"rope type {quoted(kind)}"
 
 
 def _window(config: Mapping[str, Any], family: str, to: str) -> Iterator[str]:
     """A window that is shorter than the longest text. Llama has none, and Qwen2's has a key that turns it on."""
     layers = config.get("layer_types") or []
     if not isinstance(layers, list):
-        raise ValueError(f"config.json: layer_types: expected a list, found {str(layers)[:60]}")
+        raise ValueError(f"config.json: layer_types: expected a list, found {quoted(layers)}")
     if family == "gemma2":
         if layers != [("full_attention" if i % 2 else "sliding_attention") for i in range(len(layers))]:
             yield "layer_types in another order than every second"

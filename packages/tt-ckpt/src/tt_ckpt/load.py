@@ -166,7 +166,9 @@ def _refuse_other_kinds(model: nn.Module, directory: Path, plan: Plan, shards: S
     for slot, name, keys in plan.fills:
         ours, theirs = slot.tensor.dtype, join(model, name, keys, [meta(shards.spec(key)) for key in keys]).dtype
         if ours.is_floating_point != theirs.is_floating_point:
-            raise ValueError(f"{directory}: {name}: the model has {ours}, the file {theirs}, which is not converted")
+            raise ValueError(
+                f"{directory}: {name}: the model has {ours}, the file {theirs}, not converted; take its own weights"
+            )
 
 
 def _refuse_meta_buffers(model: nn.Module) -> None:

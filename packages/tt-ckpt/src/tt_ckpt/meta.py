@@ -16,6 +16,7 @@ from tt_ckpt.meta_params import LLAMA3_VOCAB, config_from_params, params_from_co
 from tt_ckpt.pickles import write_pickled
 from tt_ckpt.rename import Rename
 from tt_ckpt.rotary import to_half_split, to_interleaved
+from tt_ckpt.shown import plain
 from tt_ckpt.slots import meta
 from tt_ckpt.tensor_file import spec_of
 from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
@@ -56,11 +57,11 @@ def from_meta(
     for file, part in zip(files, parts, strict=True):
         if part.keys() != parts[0].keys():
             odd = sorted(part.keys() ^ parts[0].keys())[0]
-            raise ValueError(f"{file}: {odd} is not in every part; download it again")
-    keys = {RENAME.back(key): key for key in parts[0] if key not in IGNORED}
+            raise ValueError(f"{file}: {plain(odd)} is not in every part; download it again")
+    keys = {RENAME.back(key, files[0]): key for key in parts[0] if key not in IGNORED}
     known = [specs_of(part) for part in parts]
     if config is None and params is None:
-        raise ValueError(f"{files[0].parent}: neither params.json nor config.json tells the shape; give config=DIR")
+        raise ValueError(f"{files[0].parent}: neither params.json nor config.json states the sizes; give config=DIR")
     where = files[0].parent / "params.json"
     hidden = positive(params or {}, "dim", where=where) if config is None else positive(config, "hidden_size")
 
@@ -83,7 +84,9 @@ def from_meta(
 
     def get(name: str) -> Tensor:
         whole = joined(name, [part[keys[name]] for part in parts])
-        return to_half_split(whole, heads[name.rsplit(".", 2)[1]]) if _is_rotated(name) else whole
+        return (
+            to_half_split(whole, heads[name.rsplit(".", 2)[1]], f"{files[0]}: {name}") if _is_rotated(name) else whole
+        )
 
     return Weights(specs=shapes, get=get, config=dict(config), format="meta", files=tuple(files))
 
@@ -94,7 +97,11 @@ def _check_parts(
     """The embedding tells how many parts there must be, and that ``hidden`` is right."""
     shape = specs_of(parts[0])[keys[EMBEDDING]].shape if EMBEDDING in keys else ()
     if len(shape) != 2 or shape[1] not in (hidden, hidden / len(parts)):
-        expected = f"; {hidden // shape[1]} parts are needed" if len(shape) == 2 and hidden % shape[1] == 0 else ""
+        expected = (
+            f"; {hidden // shape[1]} parts are needed"
+            if len(shape) == 2 and shape[1] and hidden % shape[1] == 0
+            else ""
+        )
         raise ValueError(
             f"{files[0]}: tok_embeddings.weight is {list(shape)}, which does not fit dim {hidden} in {len(parts)} parts"
             f"{expected}"
@@ -110,8 +117,11 @@ def write_meta(
     """Write ``consolidated.00.pth`` ... and ``params.json`` into ``folder``."""
     heads, hidden = rotated_heads(weights.config), positive(weights.config, "hidden_size")
     if num_parts < 1 or any(count % num_parts for count in heads.values()):
-        raise ValueError(f"num_parts {num_parts} does not divide the heads {sorted(set(heads.values()))}")
-    names = {RENAME.there(name): name for name in weights.specs}
+        raise ValueError(
+            f"num_parts {num_parts} does not divide the heads {sorted(set(heads.values()))}; choose one that does"
+        )
+    file = weights.files[0] if weights.files else None
+    names = {RENAME.there(name, file): name for name in weights.specs}
     if weights.config.get("tie_word_embeddings"):
         names["output.weight"] = EMBEDDING  # the format has no ties
 
@@ -122,7 +132,7 @@ def write_meta(
         name = names[key]
         tensor = weights.get(name)
         if _is_rotated(name):
-            tensor = to_interleaved(tensor, heads[name.rsplit(".", 2)[1]])
+            tensor = to_interleaved(tensor, heads[name.rsplit(".", 2)[1]], name)
         dim = dim_of(key)
         return tensor if dim is None else tensor.chunk(num_parts, dim)[part]
 
@@ -131,7 +141,9 @@ def write_meta(
         for key, name in names.items():
             whole, dim = meta(weights.specs[name]), dim_of(key)
             if dim is not None and whole.shape[dim] % num_parts:
-                raise ValueError(f"{name} with shape {list(whole.shape)} cannot be divided into {num_parts} parts")
+                raise ValueError(
+                    f"{name} with shape {list(whole.shape)} cannot be divided into {num_parts} parts; choose fewer"
+                )
             specs[key] = spec_of(whole if dim is None else whole.chunk(num_parts, dim)[part])
         write_pickled(folder / f"consolidated.{part:02d}.pth", specs, partial(get, part=part), progress=progress)
     commit.write_json(folder / "params.json", params_from_config(weights.config))

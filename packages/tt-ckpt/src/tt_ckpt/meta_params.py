@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.limits import window_of
+from tt_ckpt.shown import plain, quoted
 from tt_ckpt.tensor_file import TensorSpec
 from tt_ckpt.weights import EMBEDDING, number, positive
 
@@ -78,7 +79,7 @@ def _refuse_unknown(params: Mapping[str, Any], where: Path) -> None:
         close = difflib.get_close_matches(key, _READ, 1, 0.8)
         hint = f"; did you mean {close[0]}?" if close else "; give config=DIR with the config.json of the same model"
         raise ValueError(
-            f"{where}: {key} {str(value)[:60]!r} may change what the model computes and is not known{hint}"
+            f"{where}: {plain(key)} {quoted(value)} may change what the model computes and is not known{hint}"
         )
 
 
@@ -110,7 +111,7 @@ def params_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``params.json`` for a ``config.json`` of either generation (``rope_theta`` or ``rope_parameters``)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"config.json: rope_parameters: expected an object, found {rope!r}")
+        raise ValueError(f"config.json: rope_parameters: expected an object, found {quoted(rope)}")
     heads, hidden = positive(config, "num_attention_heads"), positive(config, "hidden_size")
     params: dict[str, Any] = {
         "dim": hidden,

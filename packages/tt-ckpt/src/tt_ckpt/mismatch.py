@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tt_ckpt.shown import plain
+
 _SHOWN = 3
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")  # torch.compile, DDP, FSDP, peft
 # which config field stands behind which dimension of which weight
@@ -30,8 +32,8 @@ def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
             else settings
         )
         raise ValueError(
-            f"{directory / 'config.json'}: quantization_config: {method}; only unquantized weights can be loaded: "
-            "use the original model (and quantize_base for QLoRA)"
+            f"{directory / 'config.json'}: quantization_config: {plain(method)}; only unquantized weights can be "
+            "loaded: use the original model (and quantize_base for QLoRA)"
         )
 
 

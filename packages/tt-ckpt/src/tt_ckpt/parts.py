@@ -125,12 +125,14 @@ def _read_whole(path: Path, name: str, entry: Any) -> Whole:
 
 def is_cover(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
     """Whether boxes (offsets and sizes) lie inside ``shape``, none over another, and make it up."""
+    if not is_shape(shape):
+        return False
     for offsets, sizes in boxes:
         if not is_shape(offsets) or not is_shape(sizes) or not len(offsets) == len(sizes) == len(shape):
             return False
         if any(offset + size > limit for offset, size, limit in zip(offsets, sizes, shape, strict=True)):
             return False
-    if not is_shape(shape) or sum(prod(sizes) for _, sizes in boxes) != prod(shape):
+    if sum(prod(sizes) for _, sizes in boxes) != prod(shape):
         return False
     full = [box for box in boxes if prod(box[1])]
     if len(full) < 2 or not shape:

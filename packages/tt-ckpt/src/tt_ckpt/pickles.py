@@ -110,7 +110,7 @@ def _check_archive(file: IO[bytes]) -> None:
 
 
 def _check_dense(path: object, name: Any, tensor: Any) -> None:
-    if not isinstance(name, str) or not name.isprintable():
+    if not isinstance(name, str) or not name.isprintable() or len(name) > 1000:
         raise ValueError(f"{path}: expected names of tensors, found the key {quoted(name)}; {_CURE}")
     shown = plain(name)
     if not isinstance(tensor, Tensor):

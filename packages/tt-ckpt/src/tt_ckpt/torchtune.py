@@ -11,6 +11,7 @@ from torch import Tensor
 from tt_ckpt.pickles import write_pickled
 from tt_ckpt.rename import Rename
 from tt_ckpt.rotary import to_half_split, to_interleaved
+from tt_ckpt.shown import quoted
 from tt_ckpt.slots import meta
 from tt_ckpt.tensor_file import spec_of
 from tt_ckpt.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
@@ -75,19 +76,23 @@ FAMILIES = {
 def family_of(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} has no torchtune format; families that do: {', '.join(FAMILIES)}")
+        raise ValueError(f"model_type {quoted(name)} has no torchtune format; families that do: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
 def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], files: Sequence[Path]) -> Weights:
     """The model under Hugging Face names."""
     family, heads = family_of(config), rotated_heads(config)
-    keys = {family.rename.back(key): key for key in tensors}
+    keys = {family.rename.back(key, files[0]): key for key in tensors}
     known = specs_of(tensors)
 
     def single(name: str) -> Tensor:
         tensor = tensors[keys[name]]
-        return to_half_split(tensor, heads[_projection(name)]) if _is_rotated(name, family) else tensor
+        return (
+            to_half_split(tensor, heads[_projection(name)], f"{files[0]}: {name}")
+            if _is_rotated(name, family)
+            else tensor
+        )
 
     parts = _group(keys, family)
     specs = {
@@ -129,24 +134,28 @@ def write_torchtune(weights: Weights, folder: Path, *, progress: Callable[[int],
     for name, spec in weights.specs.items():
         fused = next((fused for fused in family.fused if name.endswith(fused)), None)
         if fused is None:
-            origin[family.rename.there(name)] = (name, 0, spec.shape[0])
+            origin[family.rename.there(name, _file(weights))] = (name, 0, spec.shape[0])
             continue
         start, prefix = 0, name.removesuffix(fused)
         for piece, rows in zip(family.fused[fused], _rows(weights.config, fused), strict=True):
             origin[family.rename.there(prefix + piece)] = (name, start, rows)
             start += rows
         if start != spec.shape[0]:
-            raise ValueError(f"{name} has {spec.shape[0]} rows, the config says {start}")
+            raise ValueError(f"{_file(weights)}: {name} has {spec.shape[0]} rows, its config.json says {start}")
 
     def get(key: str) -> Tensor:
         name, start, rows = origin[key]
         tensor = weights.get(name)[start : start + rows]
-        return to_interleaved(tensor, heads[_projection(name)]) if _is_rotated(name, family) else tensor
+        return to_interleaved(tensor, heads[_projection(name)], name) if _is_rotated(name, family) else tensor
 
     specs = {
         key: spec_of(meta(weights.specs[name])[start : start + rows]) for key, (name, start, rows) in origin.items()
     }
     write_pickled(folder / FILE_NAME, specs, get, progress=progress)
+
+
+def _file(weights: Weights) -> Path | None:
+    return weights.files[0] if weights.files else None
 
 
 def _rows(config: Mapping[str, Any], fused: str) -> tuple[int, ...]:

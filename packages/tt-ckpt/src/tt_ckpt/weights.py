@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.mismatch import WRAPPERS, describe_tie
+from tt_ckpt.shown import plain, quoted
 from tt_ckpt.tensor_file import TensorSpec, spec_of
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -96,9 +97,8 @@ def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable
     """Raise ValueError, naming the tensor, unless both hold the same names, shapes, dtypes and bytes."""
     if written.specs.keys() != meant.specs.keys():
         name = sorted(written.specs.keys() ^ meant.specs.keys())[0]
-        raise ValueError(
-            f"{where}: reading back: {name} is {'extra' if name in written.specs else 'missing'}; please report it"
-        )
+        what = "extra" if name in written.specs else "missing"
+        raise ValueError(f"{where}: reading back: {plain(name)} is {what}; please report it")
     for name, spec in written.specs.items():
         ours, theirs = written.get(name), meant.get(name)
         if spec_of(theirs) != spec or not same_bytes(ours, theirs):
@@ -130,7 +130,7 @@ def positive(
     if value is None and default is not None:
         return default
     if type(value) is not int or not 0 < value < 2**40:
-        raise ValueError(f"{where}: {key}: expected a whole number above 0, found {value!r}")
+        raise ValueError(f"{where}: {key}: expected a whole number above 0, found {quoted(value)}")
     return value
 
 
@@ -142,7 +142,7 @@ def number(
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise ValueError(f"{where}: {key}: expected a number above 0, found {value!r}")
+        raise ValueError(f"{where}: {key}: expected a number above 0, found {quoted(value)}")
     return float(value)
 
 
@@ -172,7 +172,7 @@ def _unwrapped(weights: Weights) -> Weights:
         names = {name.removeprefix(prefix): key for name, key in names.items()}
     if odd := next((name for name in names if ".lora_" in name or ".base_layer." in name), ""):
         raise ValueError(
-            f"{weights.files[0]}: {odd} belongs to an adapter that was saved with its base; merge it first"
+            f"{weights.files[0]}: {plain(odd)} belongs to an adapter that was saved with its base; merge it first"
         )
     specs = {name: weights.specs[key] for name, key in names.items()}
     return replace(weights, specs=specs, get=lambda name: weights.get(names[name]))
