@@ -5,7 +5,7 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, cast
 from tt_ckpt import commit, files
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
 from tt_train.headline import training_loss
-from tt_train.redact import redact
+from tt_train.redact import redact, redact_data
 from tt_train.run_files import own_folder, read_manifest, read_rows
 from tt_train.run_lock import RunLock, writer_of
 from tt_train.visible import visible
@@ -49,14 +49,16 @@ class RunDir:
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file as a whole: a reader sees the old one or the new one, also after a loss of power."""
+        self._replace(name, redact(text))
+
+    def _replace(self, name: str, text: str) -> None:
         with naming(self.path / name):
-            files.replace_text(self.path / name, redact(text))
+            files.replace_text(self.path / name, text)
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
         """Add lines of JSON and hand them to the operating system."""
-        text = "".join(redact(json.dumps(row, ensure_ascii=False)) + "\n" for row in rows)
         with naming(self.path / name):
-            files.append_text(self.path / name, text)
+            files.append_text(self.path / name, _lines(rows))
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -89,11 +91,11 @@ class RunDir:
                 kept = [row for row in read_rows(self.path / name, problems) if row["step"] <= step]
                 if problems:
                     log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
-                self.write_text(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+                self._replace(name, _lines(kept))
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace a file by ``value`` as JSON."""
-        self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self._replace(name, json.dumps(redact_data(value), indent=2, ensure_ascii=False) + "\n")
 
     def update_manifest(self, **changes: Any) -> None:
         """Set keys of manifest.json."""
@@ -158,6 +160,11 @@ class _LogFile(logging.FileHandler):
             with naming(Path(self.baseFilename)):
                 raise error
         super().handleError(record)
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Lines of JSON; secrets are blanked in its texts, so that it stays JSON."""
+    return "".join(json.dumps(redact_data(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager
