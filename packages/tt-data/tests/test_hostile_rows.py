@@ -116,15 +116,16 @@ def test_a_sparse_file_of_any_size_is_refused_at_its_beginning(tmp_path: Path) -
 
 
 def test_a_deep_or_long_value_in_a_cell_is_a_bad_row(chatml: Any, write_jsonl: Any) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     deep, digits = "[" * 100_000, '[{"role": "user", "content": ' + "7" * 100_000 + "}]"
     called = [{"function": {"name": "f", "arguments": '{"a": ' + "[" * 500 + "]" * 500 + "}"}}]
     rows = [
         {"messages": deep}, {"messages": digits}, {"messages": [{"role": "x" * 10**6, "content": "a"}]},
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": called}]},
         {"messages": [{"role": "user", "content": "a"}], "tools": deep}, {"messages": [{"a" * 10**6: 1}]},
+        {"messages": good["messages"] * 501}, {"input_ids": [True, 1, 2]},
         {"messages": {f"k{i}": 1 for i in range(1999)}}, {"y" * 10**6: 1}, {f"k{i}": 1 for i in range(1999)},
     ]  # fmt: skip
-    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     report = load_dataset(write_jsonl([good, *rows]), chatml).report
     assert sum(report["dropped"].values()) == len(rows) == len(report["problems"])
     assert all(len(problem) < 1000 for problem in report["problems"])

@@ -203,6 +203,9 @@ def test_a_pipe_of_the_command_line_is_refused_with_the_cure(here: Path) -> None
     finally:
         os.close(reading)
         os.close(writing)
+    (here / "x.jsonl").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"^x.jsonl: a device, expected a regular file"):
+        open_sources("x.jsonl")
     with pytest.raises(ValueError, match="/dev/null: a device, expected a regular file"):
         open_sources("/dev/null")
 

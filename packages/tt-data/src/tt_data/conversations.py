@@ -12,6 +12,7 @@ from tt_data.lines import load_json
 from tt_data.messages import Message, normal_role
 from tt_data.wording import names_of
 
+_MOST_TURNS = 1000  # finding what is trained takes their square
 _KNOWN = ("role", "from", "content", "value", "text")
 # Keys that switch the loss of a turn on or off, as tools spell them: True trains, or True masks.
 _TRAINS = (
@@ -38,6 +39,10 @@ def read_messages(turns: Any) -> list[Message]:
         raise BadRowError("wrong type", f"expected a list of messages, found {type(turns).__name__}")
     if not turns:
         raise BadRowError("empty", "the list of messages is empty")
+    if len(turns) > _MOST_TURNS:
+        raise BadRowError(
+            "too many messages", f"{len(turns):,} messages, expected at most {_MOST_TURNS:,}; split the conversation"
+        )
     if all(isinstance(turn, str) for turn in turns):
         raise BadRowError(
             "wrong type",

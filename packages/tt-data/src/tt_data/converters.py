@@ -156,7 +156,7 @@ def read_text(row: Row, columns: Columns) -> Text | Conversation:
 def read_tokens(row: Row, columns: Columns) -> Tokens:
     """input_ids, with labels and masks if there are any. Padding is taken off; a packed row is refused."""
     ids = cell(row, columns, "input_ids")
-    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(type(i) is int and i >= 0 for i in ids):
         raise BadRowError("wrong type", "column 'input_ids' holds something else than a list of ids")
     labels = _as_long(numbers(row, columns, "labels"), ids, "labels") or list(ids)
     if any(label not in (-100, i) for label, i in zip(labels, ids, strict=True)):

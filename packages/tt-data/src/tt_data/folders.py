@@ -50,7 +50,11 @@ def _refuse_no_file(path: Path) -> None:
     if path.is_fifo():
         cure = f"write it into a file first: cat {path} > rows.jsonl"
         raise ValueError(f"{path}: a pipe, which can be read only once; {cure}")
-    regular(Path(os.path.realpath(path)))
+    target = Path(os.path.realpath(path))
+    try:
+        regular(target)
+    except ValueError as error:
+        raise ValueError(f"{path}{str(error).removeprefix(str(target))}") from None
 
 
 def left_out(path: Path, files: Sequence[Path]) -> list[str]:
