@@ -429,3 +429,35 @@ def test_a_sparse_gguf_file_takes_no_memory(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, path, lists], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 2
+
+
+# ---- what a download left --------------------------------------------------------------------------------------------
+
+
+def test_verification_reads_nothing_through_links_and_no_endless_record(model_dir, private):
+    folder = model_dir()
+    records = folder / ".cache" / "huggingface" / "download"
+    records.mkdir(parents=True)
+    with (records / "config.json.metadata").open("wb") as file:
+        file.truncate(1 << 40)
+    os.mkfifo(records / "tokenizer.json.metadata")
+    (records / "generation_config.json.metadata").symlink_to(private / "id_rsa")
+    assert tt_ckpt.verify_files(folder).files == []
+    (folder / "extra.json").symlink_to(private / "config.json")
+    with pytest.raises(ValueError, match=r"extra\.json: refused: a link that leaves its folder"):
+        tt_ckpt.verify_files(folder)
+
+
+def test_nothing_of_a_result_is_written_through_links_that_are_there(model_dir, tmp_path, tiny, config):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "model.safetensors.index.json", ".tmp-model"):
+        (precious / name).write_text("KEEP")
+        (out / name).symlink_to(precious / name)
+    with pytest.raises(FileExistsError):
+        tt_ckpt.save_hf(tiny(), out, config=config(), source=model_dir())
+    tt_ckpt.save_hf(tiny(), out, config=config(), source=tmp_path / "source", overwrite=True)
+    assert {path.read_text() for path in precious.iterdir()} == {"KEEP"}
+    assert not any((out / name).is_symlink() for name in ("model.safetensors", "config.json", "tokenizer.json"))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tt_ckpt import commit
 from tt_ckpt.directory import resolve
+from tt_ckpt.files import read_text, regular
+from tt_ckpt.shown import plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +36,15 @@ def verify_files(path: str | Path) -> Verified:
     files, unknown = [], []
     for file in sorted(directory.rglob("*")):
         name = file.relative_to(directory).as_posix()
-        if not file.is_file() or name.startswith("."):
+        if file.is_dir() or name.startswith("."):
             continue
+        regular(file, directory)
         expected = _expected_hash(directory, file, name)
         if expected is None:
             unknown.append(name)
         elif content_hash(file, expected) != expected:
-            raise ValueError(f"{file}: contents changed since the download (its hash differs); run tt download again")
+            what = "contents changed since the download (its hash differs)"
+            raise ValueError(f"{plain(file)}: {what}; run tt download again")
         else:
             files.append(name)
     return Verified(path=str(directory), files=files, without_hash=unknown)
@@ -51,24 +55,26 @@ def _expected_hash(directory: Path, file: Path, name: str) -> str | None:
     if file.is_symlink():  # the cache: a link to blobs/<hash>
         stated = file.readlink().name
     else:
-        record = _record(directory, name)
-        lines = record.read_text("utf-8", "replace").splitlines() if record.is_file() else []
+        lines = _recorded(directory, name)
         stated = lines[1].strip() if len(lines) > 1 else ""
     return stated if re.fullmatch(r"[0-9a-f]{64}|[0-9a-f]{40}", stated) else None
 
 
 def was_fetched(directory: Path, name: str) -> bool:
     """Whether a download put this file into ``directory`` and nobody has written to it since."""
-    file, record = directory / name, _record(directory, name)
     try:
-        return file.stat().st_mtime - 1 <= float(record.read_text("utf-8").splitlines()[2])
+        return (directory / name).stat().st_mtime - 1 <= float(_recorded(directory, name)[2])
     except (OSError, ValueError, IndexError):
         return False
 
 
-def _record(directory: Path, name: str) -> Path:
-    """Where huggingface_hub keeps the commit, the hash and the time of a file that it put into a directory."""
-    return directory / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+def _recorded(directory: Path, name: str) -> list[str]:
+    """The lines (commit, hash and time) that huggingface_hub keeps of a file that it put into a directory."""
+    try:
+        text = read_text(directory / ".cache/huggingface/download" / f"{name}.metadata", directory, limit=10_000)
+    except (OSError, ValueError):
+        return []
+    return text.splitlines()
 
 
 def content_hash(file: Path, like: str) -> str:
