@@ -1,6 +1,7 @@
 """``tt data show``: rows as the model sees them."""
 
 import json
+import os
 
 import pytest
 
@@ -222,3 +223,21 @@ def test_the_schema_may_be_named(tt, model_dir, tmp_path):
     assert show(tt, file, model_dir, "--schema", "text", "--json").json["schema"] == "text"
     config = tt("data", "show", "sft", f"model.path={model_dir}", f"data.train={file}", "--schema", "text", "--json")
     assert config.json["schema"] == "text"
+
+
+@pytest.mark.parametrize("word", ["text", "JSON", "csv", "https://example.invalid/rows.jsonl", "", "pipe.jsonl"])
+def test_what_is_no_data_is_refused_by_every_verb(tt, model_dir, tmp_path, monkeypatch, word):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "diary.txt").write_text("my private diary\n")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    config = ("sft", f"model.path={model_dir}")
+    for words in (
+        ("data", "show", word, "--tokenizer", str(model_dir)),
+        ("validate", *config, f"data.train={word}"),
+        ("run", *config, f"data.train={word}", "-o", "run"),
+        ("validate", *config, f"data.train={word}", "data.streaming=true", "max_steps=1"),
+    ):
+        answer = tt(*words)
+        assert (answer.code, answer.out) == (2, ""), words
+        assert "diary" not in answer.err
+        assert answer.err.count("\n") == 1

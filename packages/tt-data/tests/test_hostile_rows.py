@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import load_dataset
+from tt_data import load_dataset, tables
 from tt_data.builder import build
 from tt_data.conversations import read_messages
 from tt_data.lines import MAX_LINE
@@ -193,7 +193,6 @@ def as_arrow(found: Any, kind: str = "file") -> bytes:
 def test_columnar_files_that_are_broken_or_too_large_are_named(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     small, rows = table(text=["a", "b"]), table(text=["a" * 50, "b"] * 500)
-    bomb = table(text=pyarrow.repeat("a" * (1 << 20), 260))
     wide = pyarrow.table({f"c{i}": [1] for i in range(3000)})
     parquet, arrow = as_parquet(rows), as_arrow(rows)
     offsets = bytearray(as_arrow(small, "stream"))
@@ -209,12 +208,21 @@ def test_columnar_files_that_are_broken_or_too_large_are_named(tmp_path: Path) -
         "magic.arrow": (b"ARROW1\0\0" + b"x" * 100, "not a whole arrow file"),
         "offsets.arrow": (bytes(offsets), "not a whole arrow file"),
         "wide.arrow": (as_arrow(wide), "3,000 columns, expected at most 2,000"),
-        "bomb.parquet": (as_parquet(bomb, use_dictionary=False, compression="zstd"), "rows of"),
     }  # fmt: skip
     for name, (content, _) in contents.items():
         (tmp_path / name).write_bytes(content)
     for name, said in zip(contents, ask(*(tmp_path / name for name in contents)), strict=True):
         assert said.startswith(f"{tmp_path / name}: {contents[name][1]}"), (name, said)
+
+
+def test_a_row_group_far_larger_than_its_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "bomb.parquet"
+    file.write_bytes(as_parquet(table(text=["a" * 50_000] * 9), use_dictionary=False, compression="zstd"))
+    assert len(list(tables.read_parquet(file))) == 9
+    monkeypatch.setattr(tables, "_MAX_UNPACKED", 1000)
+    monkeypatch.setattr(tables, "_MAX_RATIO", 20)
+    with pytest.raises(ValueError, match=r"bomb.parquet: rows of [\d,]+ bytes in a file of [\d,]+; write it anew"):
+        list(tables.read_parquet(file))
 
 
 def test_an_extension_type_or_pandas_metadata_unpickles_nothing(chatml: Any, tmp_path: Path) -> None:
@@ -245,7 +253,5 @@ def test_an_arrow_file_of_one_large_batch_is_read_in_parts(tmp_path: Path) -> No
     batch = pyarrow.RecordBatch.from_arrays([pyarrow.nulls(10**9)], ["text"])
     with pyarrow.OSFile(str(tmp_path / "x.arrow"), "wb") as out, pyarrow.ipc.new_stream(out, batch.schema) as writer:
         writer.write_batch(batch)
-    from tt_data.tables import read_arrow
-
-    rows = read_arrow(tmp_path / "x.arrow")
+    rows = tables.read_arrow(tmp_path / "x.arrow")
     assert [next(rows) for _ in range(3)] == [(i, {"text": None}) for i in (1, 2, 3)]

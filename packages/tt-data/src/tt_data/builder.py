@@ -70,7 +70,7 @@ class _Builder:
         rows = source.rows()
         first = next(rows, None)
         if first is None:
-            raise ValueError(f"{source.name} has 0 rows")
+            raise ValueError(f"{source.name} has 0 rows; give a file with rows")
         if read is None:
             found = choose_schema(first[1], self.tokenizer, self.settings, where=f"{source.name}:{first[0]}")
             read, schema = found.read, found.name

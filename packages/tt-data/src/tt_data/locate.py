@@ -186,7 +186,7 @@ def refuse_stand_in(path: Path) -> None:
     with _packed(path) as stream:
         head = stream.read(_HEAD)
     if not head:
-        raise ValueError(f"{path} has 0 rows (0 bytes)")
+        raise ValueError(f"{path} has 0 rows (0 bytes); give a file with rows")
     if found := stand_in(head):
         raise ValueError(f"{path}: {found}")
 

@@ -128,7 +128,7 @@ class StreamDataset:
             if row is not None:
                 schema = choose_schema(row, self.tokenizer, self.settings, where=f"{stream.name}:{line}")
                 return schema.read, schema.name
-        raise ValueError(f"{stream.name} has 0 rows")
+        raise ValueError(f"{stream.name} has 0 rows; give a file with rows")
 
     def count_rows(self) -> int:
         """Rows of an epoch, bad ones included: ``steps_per_epoch(ds.count_rows(), batch_size)`` is exact."""
