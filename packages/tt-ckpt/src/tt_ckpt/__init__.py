@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tt_ckpt.directory import read_config, resolve
     from tt_ckpt.hf import save_hf
     from tt_ckpt.hub import Download, download
-    from tt_ckpt.load import load_weights, tensor_dtypes
+    from tt_ckpt.load import check_weights, load_weights, tensor_dtypes
     from tt_ckpt.redact import redact
     from tt_ckpt.train_checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
     from tt_ckpt.upload import Upload, model_card, upload
@@ -26,6 +26,7 @@ _HOMES = {
     "save_hf": "hf",
     "Download": "hub",
     "download": "hub",
+    "check_weights": "load",
     "load_weights": "load",
     "tensor_dtypes": "load",
     "redact": "redact",
@@ -42,6 +43,7 @@ _HOMES = {
 __all__ = [
     "read_config",
     "resolve",
+    "check_weights",
     "load_weights",
     "tensor_dtypes",
     "save_hf",

@@ -52,14 +52,7 @@ def load_weights(
     Raises FileNotFoundError or ValueError, in one line, for what is missing, unexpected, of another shape, damaged or
     (with ``check_finite``) not finite.
     """
-    directory = resolve(path)
-    shards = find_shards(directory)
-    config = read_config(directory) if (directory / "config.json").exists() else {}
-    refuse_quantized(directory, config)
-    plan = make_plan(model, shards)
-    if plan.missing or plan.unexpected or plan.shapes:
-        raise ValueError(describe_mismatch(directory, model, plan.missing, plan.unexpected, plan.shapes))
-    _refuse_other_kinds(model, directory, plan, shards)
+    directory, shards, plan = _fitting(model, path)
     _refuse_meta_buffers(model)
     tensors = OpenShards(shards)
     for kept, other in plan.equal:
@@ -85,6 +78,27 @@ def load_weights(
         logger.info("%s: %d tensors cast from %s to %s", directory, count, old, new_dtype)
     if bad:
         raise ValueError(f"{directory}: {len(bad)} tensors are not finite: {', '.join(bad[:3])}; download again")
+
+
+def check_weights(model: nn.Module, path: str | Path) -> None:
+    """ValueError or FileNotFoundError, as of ``load_weights``, if the files of ``path`` do not fit ``model``.
+
+    Only headers are read, so that this takes no time; ``model`` may be on the meta device.
+    """
+    _fitting(model, path)
+
+
+def _fitting(model: nn.Module, path: str | Path) -> tuple[Path, Shards, Plan]:
+    """The files, and which of their tensors goes where; an error if a name or a shape does not fit."""
+    directory = resolve(path)
+    shards = find_shards(directory)
+    config = read_config(directory) if (directory / "config.json").exists() else {}
+    refuse_quantized(directory, config)
+    plan = make_plan(model, shards)
+    if plan.missing or plan.unexpected or plan.shapes:
+        raise ValueError(describe_mismatch(directory, model, plan.missing, plan.unexpected, plan.shapes))
+    _refuse_other_kinds(model, directory, plan, shards)
+    return directory, shards, plan
 
 
 def tensor_dtypes(path: str | Path) -> dict[str, torch.dtype]:

@@ -132,6 +132,8 @@ def assemble(config: RunConfig) -> Job:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None:
         lora = _collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes))
+    if model_config is not None and model_path is not None:
+        _collect(problems, "model.path", lambda: check_headers(model_config, model_path))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
@@ -229,6 +231,11 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     if plain is None:
         return None
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
+
+
+def check_headers(model_config: Any, model_path: Path) -> None:
+    """The headers of the weights, against a model without memory: names, shapes, and whether each file is whole."""
+    tt_ckpt.check_weights(tt_models.build(model_config, device="meta"), model_path)
 
 
 def check_adapter(
