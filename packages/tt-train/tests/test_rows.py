@@ -75,7 +75,7 @@ def test_a_tenth_of_bad_rows_is_the_most_unless_told(composed):
     assert "3 of 21 rows cannot be used (3 empty), max_dropped_share allows 10%" in problem
     assert problems(composed(TEXTS + bad[:2])) == []
     assert problems(composed(TEXTS + bad, "data.max_dropped_share=0.2")) == []
-    assert "must be between 0 and 1, got 10" in problems_of_words(composed, "data.max_dropped_share=10")
+    assert "must be at most 1, got 10" in problems_of_words(composed, "data.max_dropped_share=10")
     assert len(rows(composed(TEXTS + bad))) == 18  # tt data show shows them all the same
 
 
