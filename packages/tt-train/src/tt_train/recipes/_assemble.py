@@ -17,6 +17,7 @@ from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
 from tt_train.mistakes import refuse_mistakes
 from tt_train.optim import schedule_notes
+from tt_train.recipes._headers import check_headers
 from tt_train.recipes._memory import check_memory
 from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
 from tt_train.run_files import read_json
@@ -132,7 +133,6 @@ def assemble(config: RunConfig) -> Job:
         model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None:
         lora = _collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes))
-    if model_config is not None and model_path is not None:
         _collect(problems, "model.path", lambda: check_headers(model_config, model_path))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
@@ -144,8 +144,7 @@ def assemble(config: RunConfig) -> Job:
             train, held_out = parts or (train, None)
         for key, found in (("data.train", train), ("data.eval", held_out)):
             problems += kind_mistakes(config, key, found)
-    look = getattr(train, "head_report", None)
-    head = _collect(problems, "data.train", look) if look is not None else None
+    head = _collect(problems, "data.train", getattr(train, "head_report", lambda: None))
     if config.early_stop_after and not config.eval_every:
         problems.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
     for key in ("eval_every", "early_stop_after"):
@@ -231,11 +230,6 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     if plain is None:
         return None
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
-
-
-def check_headers(model_config: Any, model_path: Path) -> None:
-    """The headers of the weights, against a model without memory: names, shapes, and whether each file is whole."""
-    tt_ckpt.check_weights(tt_models.build(model_config, device="meta"), model_path)
 
 
 def check_adapter(
