@@ -222,6 +222,16 @@ def test_a_model_that_no_memory_holds_is_refused_before_it_is_built():
         tt_models.build(config)
 
 
+def test_misuse_of_the_library_is_answered_with_what_is_expected():
+    with pytest.raises(ValueError, match="device must be a name such as 'cpu'"):
+        tt_models.build("smollm2_135m", device="cud")
+    with pytest.raises(ValueError, match="config_to_hf takes a config"):
+        tt_models.config_to_hf(LLAMA)
+    model = tt_models.build(tt_models.config_from_hf(LLAMA), device="meta")
+    with pytest.raises(ValueError, match="on the meta device, without weights: load them"):
+        tt_models.generate(model, [[1]], max_new_tokens=1)
+
+
 def test_json_of_any_kind_is_answered():
     for value in (json.loads("[" * 500 + "]" * 500), "x", 5, None):
         with pytest.raises(ValueError, match="config.json must be a mapping"):

@@ -186,9 +186,25 @@ def test_names_by_the_thousand_cost_in_proportion(monkeypatch):
     assert counts[0] == counts[1]  # the modules are listed as often, however many names there are
 
 
-def test_a_million_unknown_names_are_answered(folder, make_lm):
-    edit(folder, target_modules=[f"m{i}" for i in range(1_000_000)])
-    refused(make_lm(), folder, "'m0' matches no module")
+@pytest.mark.parametrize(
+    "key",
+    ["target_modules", "exclude_modules", "modules_to_save", "target_parameters", "rank_pattern", "alpha_pattern"],
+)
+def test_any_number_of_unknown_names_is_answered(key, folder, make_lm):
+    for count in (100_000, 1_000_000):
+        names = [f"m{i}" for i in range(count)]
+        edit(folder, **{key: dict.fromkeys(names, 1) if key.endswith("pattern") else names})
+        if count > 200_000:
+            refused(make_lm(), folder, f"{key} holds 1,000,000 names, expected at most 200,000: name modules by")
+        elif key in ("target_modules", "target_parameters"):
+            refused(make_lm(), folder, f"{key}: 'm0' matches no module")
+        else:
+            tt_peft.load_adapter(make_lm(), folder)  # PEFT passes over them
+
+
+def test_any_number_of_layers_patterns_is_answered(folder, make_lm, impatient):
+    edit(folder, layers_to_transform=[0], layers_pattern=[f"m{i}" for i in range(100_000)])
+    refused(make_lm(), folder, "takes more than 0.4 s")
 
 
 # ---- adapter_config.json ---------------------------------------------------------------------------------------------
@@ -357,6 +373,17 @@ def test_a_tensor_of_any_declared_size_is_not_read(folder, make_lm):
     refused(make_lm(), folder, r"68,719,476,736 values, the model has|unable to mmap")
 
 
+def test_trained_rows_without_their_indices_name_the_folder(folder, make_lm):
+    file = folder / "adapter_model.safetensors"
+    key = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    for tensor, indices in ((torch.tensor(1.0), None), (torch.ones(1, 32), [True]), (torch.tensor(1.0), [1])):
+        save_file({**load_file(file), key: tensor}, file)
+        edit(folder, trainable_token_indices=indices)
+        refused(
+            make_lm(), folder, "adapter: adapter_config.json: trainable_token_indices has no|does not fit model.embed"
+        )
+
+
 @pytest.mark.parametrize("counts", [{"parameters": "9" * 500}, {"parameters": 10**300, "tensors": 1}, {"tensors": []}])
 def test_metadata_of_another_kind_is_damaged_and_not_repeated(counts, folder, make_lm):
     file = folder / "adapter_model.safetensors"
@@ -442,6 +469,7 @@ def test_writing_replaces_a_link_and_follows_none(name, make_lm, tmp_path):
         ({"rank_pattern": {"x\x1b": 0}}, r"rank_pattern\['x\\x1b'\] must be a positive whole number, got 0"),
         ({"dtype": "fp32"}, "dtype must be a floating point type such as torch.float32, got 'fp32'"),
         ({"init": ["kaiming"]}, "init must be one of"),
+        ({"target_modules": ["a"] * 300_000}, "target_modules holds 300,000 names, expected at most 200,000"),
     ],
 )
 def test_a_config_made_by_hand_is_refused_with_the_field(changes, message):

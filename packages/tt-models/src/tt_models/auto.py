@@ -99,6 +99,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A ``config.json`` that transformers reads; rope is written in both generations' spelling."""
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"config_to_hf takes a config, as config_from_hf gives it, not {type(config).__name__}")
     return config.to_hf()
 
 
@@ -115,7 +117,10 @@ def build(
         raise ValueError(
             f"build takes a name, or a config of a family as config_from_hf gives it, not {type(config).__name__}"
         )
-    device = torch.get_default_device() if device is None else torch.device(device)
+    try:
+        device = torch.get_default_device() if device is None else torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device must be a name such as 'cpu', 'cuda' or 'meta', got {shown(device)}") from None
     with torch.device("meta"):
         model = FAMILIES[config.model_type].decoder(config).to(dtype or torch.get_default_dtype())
     if device.type != "meta":

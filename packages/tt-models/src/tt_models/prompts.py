@@ -21,6 +21,8 @@ def left_padded(
     """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
     weight = model.model.embed_tokens.weight
     device, vocab_size = weight.device, weight.shape[0]
+    if weight.is_meta:
+        raise ValueError("the model is on the meta device, without weights: load them before it generates")
     if not isinstance(prompts, Tensor):
         given: Any = prompts
         if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):

@@ -71,6 +71,8 @@ def save_adapter(
     tensors = {_PREFIX + key: _for_file(tensor) for key, tensor in without_start(state).items()}
     if sharded and torch.distributed.get_rank() != 0:
         return folder
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{plain(folder)}: a file is there; choose another folder for the adapter")
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     metadata = {"format": "pt", BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
     write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))

@@ -44,7 +44,7 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
     On a model on the meta device nothing is drawn: load the base weights, then call ``init_adapter_`` or
     ``load_adapter``.
     """
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", adapter):
+    if not isinstance(adapter, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", adapter):
         raise ValueError(f"adapter name {shown(adapter)} is not valid: use letters, digits, - and _")
     if adapter in adapter_names(model):
         raise ValueError(f"the model already has an adapter {adapter!r}: give the new one another name")

@@ -13,6 +13,8 @@ from tt_peft.shown import shown
 
 MOST_RANK = 1 << 17  # no layer of a published model is so narrow in both directions
 MOST_ALPHA = 10**9  # published ones have a few thousand
+MOST_NAMES = 200_000  # every matrix of every expert of the largest published models is some 70,000
+_SHORTER = "name modules by the last part of their names"
 Init = Literal["kaiming", "gaussian", "pissa", "loftq"]
 
 
@@ -60,15 +62,18 @@ class LoRAConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must map names to numbers, got {shown(getattr(self, name))}")
+            if len(getattr(self, name)) > MOST_NAMES:
+                count = len(getattr(self, name))
+                raise ValueError(f"{name} holds {count:,} names, expected at most {MOST_NAMES:,}: {_SHORTER}")
             if not all(isinstance(key, str) and key for key in getattr(self, name)):
                 raise ValueError(f"{name} must have names or expressions as keys, got {shown(getattr(self, name))}")
         for name in ("use_rslora", "use_dora", "quantize_base"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{shown(pattern)}]", rank)
+            _check_rank("rank_pattern", rank, pattern)
         for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern[{shown(pattern)}]", alpha)
+            _check_alpha("alpha_pattern", alpha, pattern)
         if not (self.target_modules or self.target_parameters):
             raise ValueError("target_modules is empty: name at least one module, such as 'q_proj', or use 'all-linear'")
         if self.init not in get_args(Init):
@@ -110,6 +115,8 @@ class LoRAConfig:
     def _make_tuple(self, name: str) -> None:
         value = getattr(self, name)
         several = isinstance(value, Collection) and not isinstance(value, str | Mapping)
+        if several and len(value) > MOST_NAMES:
+            raise ValueError(f"{name} holds {len(value):,} names, expected at most {MOST_NAMES:,}: {_SHORTER}")
         names = (value,) if isinstance(value, str) else tuple(value or ()) if several or not value else (None,)
         if not all(isinstance(n, str) and n for n in names):
             raise ValueError(f"{name} must hold names, got {shown(value)}")
@@ -137,13 +144,15 @@ class LoRAConfig:
         return replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _check_rank(name: str, value: object) -> None:
+def _check_rank(name: str, value: object, pattern: str | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_RANK:
+        name = name if pattern is None else f"{name}[{shown(pattern)}]"
         raise ValueError(f"{name} must be a positive whole number, got {shown(value)}: expected 1 to {MOST_RANK}")
 
 
-def _check_alpha(name: str, value: object) -> None:
+def _check_alpha(name: str, value: object, pattern: str | None = None) -> None:
     if not is_alpha(value):
+        name = name if pattern is None else f"{name}[{shown(pattern)}]"
         raise ValueError(f"{name} must be a positive number, got {shown(value)}: expected at most {MOST_ALPHA}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tt_peft.shown import plain, shown
 from tt_peft.targets import output_projection_names, own_modules, tied_embedding, untie
 
 _PART = 4096  # rows compared at a time, in fp32
@@ -96,13 +97,18 @@ def _rows_as_layers(
         if owner == key or owner not in modules:
             kept[key] = tensor
             continue
-        own, rows = modules[owner].get_parameter("weight"), _indices(settings, owner)
+        own, rows = modules[owner].get_parameter("weight"), _indices(settings, owner, file)
         if own.is_meta:
             raise ValueError(f"{owner} is on the meta device: load the base weights before trainable_token_indices")
-        if len(rows) != len(tensor) or tensor.shape[1:] != own.shape[1:] or not all(0 <= r < len(own) for r in rows):
+        if (
+            not tensor.dim()
+            or len(rows) != len(tensor)
+            or tensor.shape[1:] != own.shape[1:]
+            or not all(0 <= r < len(own) for r in rows)
+        ):
             raise ValueError(
-                f"{file.parent}: {key} has shape {list(tensor.shape)} for trainable_token_indices={rows}, which does "
-                f"not fit {owner}.weight {list(own.shape)}: {_LOAD_OVER}"
+                f"{file.parent}: {key} has shape {list(tensor.shape)} for trainable_token_indices={shown(rows)}, which "
+                f"does not fit {owner}.weight {list(own.shape)}: {_LOAD_OVER}"
             )
         weight = own.detach().to("cpu", torch.promote_types(own.dtype, tensor.dtype), copy=True)
         weight[torch.tensor(rows, dtype=torch.long)] = tensor.to(weight.dtype)
@@ -115,13 +121,16 @@ def _rows_as_layers(
     return kept, names
 
 
-def _indices(settings: dict[str, Any], owner: str) -> list[int]:
+def _indices(settings: dict[str, Any], owner: str, file: Path) -> list[int]:
     """PEFT: a list is of the input embeddings, a mapping of layers by the ends of their names."""
     given = settings.get("trainable_token_indices")
     if isinstance(given, dict):
         given = next((rows for name, rows in given.items() if owner.endswith(str(name))), None)
-    if not isinstance(given, list) or not all(isinstance(row, int) for row in given):
-        raise ValueError(f"trainable_token_indices has no list of tokens for {owner}, found {given!r}")
+    if not isinstance(given, list) or not all(type(row) is int for row in given):
+        raise ValueError(
+            f"{plain(file.parent)}: adapter_config.json: trainable_token_indices has no list of tokens for {owner}, "
+            f"found {shown(given)}; take both files of one adapter"
+        )
     return given
 
 

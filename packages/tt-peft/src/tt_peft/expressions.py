@@ -22,7 +22,7 @@ ERRORS = (re.error, OverflowError, RecursionError)
 _ATOM = r"(?:[\w-]|\\[.\-/dDwW]|\.|\[\^?[\w.-]+\])"
 _SIMPLE = re.compile(rf"(?:{_ATOM}(?:[*+?]\??)?|\((?:\?[:=!])?|\)\??|[|^$])*", re.ASCII)
 
-Found = dict[int, str]  # place of a name -> the text of the group "layer"; empty if there is none
+Found = dict[int, str]  # place of a name -> the text of the group "tt_layer"; empty if there is none
 
 
 def matches(expressions: Sequence[str], names: Sequence[str], *, within: str = "{}") -> list[Found]:
@@ -63,6 +63,7 @@ def worst_case(expression: str, names: Sequence[str], more: int) -> float:
     """How many steps matching takes at most, with ``more`` repetitions; infinite if the expression is not plain."""
     if not _SIMPLE.fullmatch(expression):
         return math.inf
+    compiling = 20_000 + 100 * len(expression)
     bare = re.sub(r"\\.|\[\^?[\w.-]+\]", "x", expression)
     longest = max(map(len, names), default=0) + 1
     repeats, options = len(re.findall(r"[*+]", bare)) + more, bare.count("?")
@@ -71,7 +72,7 @@ def worst_case(expression: str, names: Sequence[str], more: int) -> float:
         return math.inf
     ways: float = longest**repeats / math.factorial(repeats) * 2**options * (1 + bars / groups) ** groups
     steps: float = ways * (1 + len(bare) / 10) * len(names)
-    return steps
+    return steps + compiling
 
 
 def _found(expressions: Sequence[str], names: Sequence[str], within: str) -> Iterator[Found]:
@@ -79,7 +80,7 @@ def _found(expressions: Sequence[str], names: Sequence[str], within: str) -> Ite
         re.compile(expression)  # by itself first: "a)|(b" is none
         match = re.compile(within.replace("{}", expression)).fullmatch
         found = ((place, match(name)) for place, name in enumerate(names))
-        yield {place: one.groupdict().get("layer") or "" for place, one in found if one is not None}
+        yield {place: one.groupdict().get("tt_layer") or "" for place, one in found if one is not None}
 
 
 def _found_apart(expressions: Sequence[str], names: Sequence[str], within: str) -> list[Found]:

@@ -38,7 +38,7 @@ def owner_of(name: str, owners: Collection[str]) -> str | None:
 
 def layers_of(names: Sequence[str], patterns: Sequence[str] = ()) -> list[int | None]:
     """The first number among the parts of each name, as PEFT counts layers; only behind one of ``patterns``, if any."""
-    found = matches(patterns or ("[^.]*",), names, within=r"(?s:(?:.*?\.)?(?:{})\.(?P<layer>\d+)\..*)")
+    found = matches(patterns or ("[^.]*",), names, within=r"(?s:(?:.*?\.)?(?:{})\.(?P<tt_layer>\d+)\..*)")
     first = [next((one[place] for one in found if place in one), None) for place in range(len(names))]
     return [None if layer is None else int(layer) for layer in first]
 
