@@ -108,6 +108,7 @@ def test_text_in_a_card_is_no_markdown_and_stays_in_its_cell():
         assert cell.isprintable()
         for mark in ("|", "`", "<", "[", "]", "*", "$", "!", "#"):
             assert not re.search(rf"(?<!\\){re.escape(mark)}", cell), text
+    assert as_text(3) == "3"
     assert as_text("meta-llama/Llama-3.2_1B (v1.0)") == "meta-llama/Llama-3.2_1B (v1.0)"
 
 

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
+import tt_ckpt
 import tt_data
 from tt_train import ConfigError
 from tt_train.export import export
@@ -22,6 +24,27 @@ def test_a_model_goes_out_with_its_commands(model_dir, tmp_path):
 def test_a_dry_run_writes_nothing(model_dir, tmp_path):
     assert export(model_dir, tmp_path / "out", dry_run=True)["dry_run"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_disk_without_room_for_the_result_is_found_before_a_weight_is_read(model_dir, tmp_path, monkeypatch, dry_run):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(tt_ckpt, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
+    for to in ("hf", "ollama"):
+        with pytest.raises(ConfigError, match=r"out: 1\.0 KB free, the model needs .*; free some or choose another"):
+            export(model_dir, tmp_path / "out", to=to, dry_run=dry_run)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_found_before_a_weight_is_read(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(tt_ckpt, "load_weights", lambda *_, **__: pytest.fail("weights were read"))
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for output in ("file", "file/x", "link", "x" * 300, "/proc/out", "a\0b"):
+        with pytest.raises(ValueError, match=r"choose another -o|null"):
+            export(model_dir, tmp_path / output, dry_run=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_the_modelfile_renders_as_the_model_does(model_dir, tmp_path):

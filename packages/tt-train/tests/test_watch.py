@@ -203,3 +203,10 @@ def test_the_best_is_told_apart_by_its_checkpoint(train, tmp_path):
     lowest = min((loss, step) for step, loss in evaluated(path) if step)
     assert (best["eval_loss"], best["step"]) == lowest
     assert tt_ckpt.TrainCheckpoint(path / "checkpoints").restore(path / best["checkpoint"]).step == best["step"]
+
+
+def test_what_takes_its_time_before_step_1_is_said_before_it_is_done(train, tmp_path, monkeypatch):
+    console, heard = Heard(), []
+    monkeypatch.setattr("tt_train.recipes._watch.held_out_loss", lambda *_, **__: heard.extend(console.said) or 1.0)
+    train(tmp_path / "r", "max_steps=1", "samples.num=2", console=console)
+    assert "before step 1: evaluating 7 held-out rows and answering 2 prompts ..." in heard

@@ -12,7 +12,7 @@ import tt_ckpt
 import tt_data
 from tt_train.asking import prompt_form, trained_on
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.merge import merge_run, refuse_full
+from tt_train.merge import merge_run, refuse_full, refuse_small
 from tt_train.ollama import adds_bos, go_template, notes, ollama_modelfile
 from tt_train.origin import Base, Origin, find_origin
 from tt_train.run_files import read_json, typed
@@ -49,7 +49,9 @@ def export(
     refuse_full(target)
     origin = find_origin(path, base)
     files, first = ollama_files(origin, tell) if to == "ollama" else ({}, None)
-    if not dry_run:
+    if dry_run:
+        refuse_small(target, origin, dtype)
+    else:
         merge_run(path, target, dtype=dtype, base=base, files=files, tell=tell)
         if first is not None:
             say_first_token(target, first)

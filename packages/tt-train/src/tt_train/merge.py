@@ -1,6 +1,8 @@
 """A run's adapter merged into its base, as a Hugging Face directory that transformers, vLLM and llama.cpp read."""
 
+import secrets
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_ckpt.directory import check_room
+from tt_ckpt.files import TMP_PREFIX, create
+from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
 from tt_train.loading import add_adapter_, check_tokens, load_stopped
 from tt_train.origin import Base, Origin, find_origin
@@ -32,6 +37,7 @@ def merge_run(
     """
     target, origin = Path(output), find_origin(path, base)
     refuse_full(target)
+    refuse_small(target, origin, dtype)
     model, tokenizer = _as_stored(origin), load_tokenizer(origin)
     if origin.adapter is not None:
         add_adapter_(model, origin)
@@ -43,7 +49,7 @@ def merge_run(
             tell(f"{report}{'; --dtype fp32 keeps all of it' if rounded else ''}")
             if origin.base_words is not None:
                 tell(origin.base_words)
-    stored = {} if origin.model is None else tt_ckpt.tensor_dtypes(origin.model)
+    stored = _stored_dtypes(origin)
     tt_ckpt.save_hf(
         model,
         target,
@@ -88,7 +94,33 @@ def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> d
     return config
 
 
+def _stored_dtypes(origin: Origin) -> dict[str, torch.dtype]:
+    return {} if origin.model is None else tt_ckpt.tensor_dtypes(origin.model)
+
+
+def refuse_small(target: Path, origin: Origin, dtype: torch.dtype | None) -> None:
+    """ConfigError, before any weight is read, if the disk of ``target`` has no room for the merged weights."""
+    if origin.model is None:
+        return  # random weights by a name: save_hf finds out
+    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(origin.model)), device="meta")
+    stored = _stored_dtypes(origin)
+    sizes = {name: (dtype or stored.get(name, torch.bfloat16)).itemsize for name, _ in model.named_parameters()}
+    try:
+        check_room(target, sum(sizes[name] * one.numel() for name, one in model.named_parameters()))
+    except OSError as error:
+        raise ConfigError([f"{plain(target)}: {error.strerror}"]) from error
+
+
 def refuse_full(target: Path) -> None:
-    """ConfigError if writing to ``target`` would mix with what it holds."""
-    if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-        raise ConfigError([f"{target}: exists and is not empty; choose another -o"])
+    """ConfigError if ``target`` holds something, or cannot be written; nothing is left there."""
+    try:
+        with suppress(FileNotFoundError):
+            target.lstat()  # too long a name, a file on the way
+        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
+            raise ConfigError([f"{plain(target)}: exists and is not empty; choose another -o"])
+        place = next(place for place in (target, *target.absolute().parents) if place.is_dir())
+        probe = place / f"{TMP_PREFIX}{secrets.token_hex(8)}"
+        create(probe).close()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError([f"{plain(target)}: cannot be written ({error.strerror}); choose another -o"]) from error

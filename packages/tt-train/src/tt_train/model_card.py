@@ -40,9 +40,9 @@ def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> s
     return "\n".join(lines)
 
 
-def as_text(value: str) -> str:
+def as_text(value: object) -> str:
     """Text of a file in a line of Markdown, so that it is neither markup nor HTML, and stays in its cell."""
-    return _MARKUP.sub(r"\\\g<0>", visible(" ".join(value.split())))
+    return _MARKUP.sub(r"\\\g<0>", visible(" ".join(str(value).split())))
 
 
 def fenced(text: str, language: str) -> list[str]:

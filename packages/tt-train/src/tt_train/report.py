@@ -1,13 +1,13 @@
 """One page, and one picture, of what a run or several runs came to."""
 
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tt_train.report_figure import GENERATOR, write_png
+from tt_train.report_figure import GENERATOR, picture
 from tt_train.report_html import page
 from tt_train.report_run import read_runs
+from tt_train.run_dir import naming
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path]:
@@ -31,11 +31,9 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
         if os.path.lexists(path) and not _is_ours(path):
             raise FileExistsError(f"{path} exists and is not a report of tt; name another page with -o, or remove it")
     html.parent.mkdir(parents=True, exist_ok=True)
-    files.replace_text(html, page(read))
-    with tempfile.TemporaryDirectory() as folder:
-        drawing = Path(folder) / png.name
-        write_png(read, drawing)
-        files.replace_bytes(png, drawing.read_bytes())
+    for path, content in ((html, page(read).encode("utf-8", "backslashreplace")), (png, picture(read))):
+        with naming(path):
+            files.replace_bytes(path, content)
     return html, png
 
 

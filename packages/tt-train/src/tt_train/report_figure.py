@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import chdir
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +29,17 @@ PANELS = {
 }
 
 
-def write_png(runs: Sequence[Run], path: Path) -> None:
-    """The loss above, learning rate, gradient norm, throughput and memory below."""
+def picture(runs: Sequence[Run]) -> bytes:
+    """A PNG: the loss above, learning rate, gradient norm, throughput and memory below."""
     with chdir(Path(__file__).parent):  # when imported it reads the matplotlibrc of the working folder
         import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a character of a run's name that no font has
         matplotlib.rcdefaults()  # one of the user's may ask for TeX, which is a program, or for fonts of elsewhere
-        _figure(runs).savefig(path, format="png", metadata={"Software": GENERATOR})
+        png = BytesIO()
+        _figure(runs).savefig(png, format="png", metadata={"Software": GENERATOR})
+    return png.getvalue()
 
 
 def _figure(runs: Sequence[Run]) -> "Figure":

@@ -86,11 +86,17 @@ class TrainingState:
         size = sum(tensor.nbytes for group in self._tensors().values() for tensor in group.values())
         if not self.optimizer.state:  # before the first step
             size += sum(4 * parameter.numel() for parameter in self.names) * state_entries(self.optimizer)
-        copies = config.keep_last + 1 + self.saves_best if config.save_every else 1
+        kept, ways = 1, []
+        if config.save_every:
+            to_come = 1 + (self.job.steps_total - self.step - 1) // config.save_every  # the last step's among them
+            kept = min(config.keep_last + 1, max(1, to_come)) + self.saves_best
+            ways += ["raise save_every"] if to_come > 1 else []
+            ways += ["lower keep_last"] if 2 < config.keep_last < to_come else []
         try:
-            self.checkpoints.preflight(size, copies=copies, besides=result_bytes)
+            self.checkpoints.preflight(size, copies=kept, besides=result_bytes)
         except OSError as error:
-            raise ConfigError([f"output_dir: {error}; or raise save_every, or lower keep_last"]) from error
+            what = f"{error.filename}: {error.strerror}; choose another -o" if error.filename else str(error)
+            raise ConfigError([f"output_dir: {'; or '.join([what, *ways])}"]) from error
 
     @property
     def saves_best(self) -> bool:

@@ -24,6 +24,7 @@ from tt_train.run_files import read_manifest, typed
 from tt_train.serving import TEMPLATE_FILE, own_template, serving_files
 from tt_train.training_state import TrainingState
 
+_BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 
@@ -93,7 +94,9 @@ def result_bytes(job: Job, state: TrainingState) -> int:
     """The size of the result on the disk."""
     if job.lora is not None:
         return sum(parameter.nbytes for parameter in state.names)
-    return max(dtype.itemsize for dtype in written_dtypes(job)) * sum(parameter.numel() for parameter in state.names)
+    weights = max(dtype.itemsize for dtype in written_dtypes(job)) * sum(one.numel() for one in state.names)
+    beside = job.model_path.iterdir() if job.model_path else ()  # tokenizer and templates
+    return weights + sum(file.stat().st_size for file in beside if file.is_file() and file.suffix in _BESIDE)
 
 
 def precision(job: Job) -> dict[str, str]:

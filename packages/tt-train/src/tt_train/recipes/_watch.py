@@ -12,6 +12,7 @@ from tt_train.evaluate import answer, held_out_loss, prompts
 from tt_train.losses import Objective
 from tt_train.metrics import peak_memory_gib
 from tt_train.recipes._assemble import Job
+from tt_train.recipes._rows import count_rows
 from tt_train.run_dir import RunDir
 from tt_train.stop import StopRequest
 from tt_train.training_state import TrainingState, finite_or_none
@@ -56,6 +57,8 @@ class Watch:
         state, improved = self.state, False
         assert state.row is not None
         row = dict.fromkeys(_KEYS) | state.row
+        if state.step == 0:
+            self._tell_what_comes_first(sample)
         if self.is_due(state.step):
             row["eval_loss"] = eval_loss = self.evaluate()
             improved = state.judge(eval_loss)
@@ -74,6 +77,14 @@ class Watch:
             self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
         state.row = None
         return improved
+
+    def _tell_what_comes_first(self, sample: bool) -> None:
+        """What takes its time before step 1, and shows nothing meanwhile."""
+        rows = count_rows(self.job.held_out) if self.job.held_out is not None else None
+        what = [f"evaluating {rows:,} held-out rows"] if rows is not None else []
+        what += [f"answering {len(self.asked)} prompts"] if sample and self.asked else []
+        if what:
+            self.console.note(f"before step 1: {' and '.join(what)} ...")
 
     def _write(self, row: dict[str, Any]) -> None:
         self.run.append("metrics.jsonl", {key: finite_or_none(value) for key, value in row.items()})
