@@ -200,7 +200,7 @@ def test_settings_of_generation_that_mean_nothing_are_refused_by_name(name, valu
 
 
 @pytest.mark.parametrize(
-    "prompts", ["abc", ["abc"], 5, [], [[]], [5], [["a"]], [[1.5]], [[10**30]], [[True]], [[[1]]], None]
+    "prompts", ["abc", ["abc"], 5, [], [[]], [5], [["a"]], [[1.5]], [[1, None]], [[10**30]], [[True]], [[[1]]], None]
 )
 def test_prompts_that_are_no_lists_of_ids_are_refused(prompts):
     model = tt_models.build(tt_models.config_from_hf(LLAMA))

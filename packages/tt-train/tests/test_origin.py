@@ -430,3 +430,16 @@ def test_a_tensor_of_more_than_2_to_the_24_values_goes_through_load_and_merge(mo
     tt_train.merge_run(adapter, tmp_path / "out")
     assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["model.embed_tokens.weight"],
                        tensors["model.embed_tokens.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [["a"], {"a": 1}, 5, "a\0b", "x\x1b]0;y\x07", "\u202ebase", "x" * 100_000])
+def test_a_name_of_a_base_that_is_none_is_refused_and_shown_as_printable_text(model_dir, tmp_path, named):
+    folder = write_adapter(model_dir, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": named}))
+    with pytest.raises(
+        ConfigError, match="base_model_name_or_path: expected the name or path of a model, found"
+    ) as error:
+        tt_train.load(folder, device="cpu")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 600

@@ -35,9 +35,9 @@ def left_padded(
             raise ValueError(f"pad_id must lie in [0, {vocab_size}) where prompts are padded, got {pad_id}")
         prompt_lengths = torch.tensor(lengths)
         for number, prompt in enumerate(prompts):
-            odd: Any = next((one for one in prompt if not is_token_id(one)), None)
-            if odd is not None:
-                raise ValueError(f"prompt {number}: a token id must be a whole number, got {shown(odd)}")
+            odd = [one for one in prompt if not is_token_id(one)]
+            if odd:
+                raise ValueError(f"prompt {number}: a token id must be a whole number, got {shown(odd[0])}")
         prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
     if prompts.dim() != 2 or prompts.numel() == 0:
         raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
@@ -99,9 +99,9 @@ def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
     ids: Any = eos_ids
     several = ids.dim() > 0 if isinstance(ids, Tensor) else isinstance(ids, Collection) and not isinstance(ids, str)
     given: list[Any] = [*ids] if several else [ids]
-    wrong = next((one for one in given if not is_token_id(one) or not 0 <= operator.index(one) < vocab_size), None)
-    if wrong is not None or None in given:
+    wrong = [one for one in given if not is_token_id(one) or not 0 <= operator.index(one) < vocab_size]
+    if wrong:
         raise ValueError(
-            f"eos_ids: {shown(wrong)} is not a token of the model, whose ids are 0 to {vocab_size - 1}; leave it out"
+            f"eos_ids: {shown(wrong[0])} is not a token of the model, whose ids are 0 to {vocab_size - 1}; leave it out"
         )
     return [operator.index(one) for one in given]

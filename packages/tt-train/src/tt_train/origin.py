@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import tt_ckpt
+from tt_ckpt.shown import quoted
 from tt_models.config_keys import pop_quantization
 from tt_train.absent_run import refuse_absent_run
 from tt_train.errors import ConfigError
@@ -13,6 +14,7 @@ from tt_train.run_dir import find_run, is_run
 from tt_train.run_files import read_json, read_manifest
 
 NF4, DENSE = "nf4", "dense"
+LONGEST_PATH = 1000  # characters of the name of a base
 Base = str | Path | Sequence[str | Path] | None
 
 
@@ -120,6 +122,9 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     named = named or read_json(file).get(key)
     if not named:
         raise ConfigError([f"{file}: names no base model ({key}); give --base DIR"])
+    if not isinstance(named, str | Path) or not str(named).isprintable() or len(str(named)) > LONGEST_PATH:
+        what = f"found {quoted(named)}"
+        raise ConfigError([f"{file}: {key}: expected the name or path of a model, {what}; give --base DIR"])
     beside = file.parent / str(named)
     if not (Path(str(named)) / "config.json").is_file() and (beside / "config.json").is_file():
         named = beside  # relative to the adapter, not to the working directory
