@@ -179,6 +179,34 @@ def test_refusals_are_explained(server, repository, change, kind, message):
         tt_ckpt.resolve(REPO)
 
 
+@pytest.mark.parametrize("change", [{"gated": True}, {"exists": False}])
+@pytest.mark.parametrize("source", ["HF_TOKEN", "of hf auth login"])
+def test_refusals_name_the_token_that_was_used_and_not_its_value(server, monkeypatch, tmp_path, change, source):
+    from huggingface_hub import constants
+
+    if source == "HF_TOKEN":
+        monkeypatch.setenv("HF_TOKEN", CANARY)
+    else:
+        (tmp_path / "token").write_text(CANARY)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for name, value in change.items():
+        setattr(server, name, value)
+    with pytest.raises(OSError, match=rf"the account of your token \({source}\)") as caught:
+        tt_ckpt.download(REPO)
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_what_is_fetched_has_the_modes_of_the_umask(server, repository, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        tt_ckpt.download(REPO, output_dir=tmp_path / "here")
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "here").iterdir() if path.is_file()}
+    assert modes == {0o666 & ~umask & 0o644 | 0o600}
+
+
 def test_a_revision_that_is_none_is_named(server, repository):
     with pytest.raises(FileNotFoundError, match="no revision nightly"):
         tt_ckpt.download(REPO, revision="nightly")

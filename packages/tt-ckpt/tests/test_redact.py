@@ -269,6 +269,7 @@ def test_the_line_of_a_secret_is_known():
     "piece",
     [
         "hf_",
+        "--secretpassword",
         "sk-",
         "eyJ",
         'password:"',

@@ -21,7 +21,7 @@ from tt_cli.terminal import answer
 def command(
     repo: str, revision: str | None, output: Path | None, allow: tuple[str, ...], ignore: tuple[str, ...], as_json: bool
 ) -> None:
-    """Fetch REPO and print where it lies; the same command goes on where it stopped.
+    """Fetch REPO and print where it is; the same command resumes what was interrupted.
 
     The token is read from HF_TOKEN or from `hf auth login`; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
     """

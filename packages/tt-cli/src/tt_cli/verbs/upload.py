@@ -13,13 +13,15 @@ from tt_cli.group import Verb, json_option, print_json
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="A repository made by this is private otherwise.")
 @click.option("--revision", help="The branch to commit to.")
-@click.option("--message", default="Upload with tt", show_default=True, help="Of the commit.")
+@click.option("--message", default="Upload with tt", show_default=True, help="Commit message.")
 @click.option("--dry-run", is_flag=True, help="Show which files would go, and send nothing.")
 @json_option
 def command(
     path: Path, repo: str, public: bool, revision: str | None, message: str, dry_run: bool, as_json: bool
 ) -> None:
     """Commit the model or adapter at PATH to REPO, with a model card; what has arrived is compared by hash.
+
+    Only the files of a model are sent; the others are named. A link or a secret in one of them is refused.
 
     A run directory stands for its adapter or its model. The token is read from HF_TOKEN or from `hf auth login`.
     """
