@@ -25,7 +25,7 @@ def test_both_judge_a_url_alike_and_say_the_same(url):
     assert verdict(tt_ckpt.endpoint, url) == verdict(tt_data.endpoint, url)
 
 
-@pytest.mark.parametrize("name", ["_is_home", "_Once", "_say_once"])
+@pytest.mark.parametrize("name", ["_is_home", "refuse_proxy", "_Once", "_say_once"])
 def test_what_both_have_is_the_same(name):
     assert inspect.getsource(getattr(tt_ckpt.endpoint, name)) == inspect.getsource(getattr(tt_data.endpoint, name))
 

@@ -124,6 +124,18 @@ def test_nothing_is_sent_to_a_refused_endpoint(monkeypatch, server, model_dir, e
             action()
 
 
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_no_token_goes_through_a_proxy_in_clear(server, repository, monkeypatch, name):
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    with pytest.raises(ValueError, match="would go through HTTP_PROXY, token included; set NO_PROXY=127.0.0.1"):
+        tt_ckpt.download(REPO)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    check_endpoint()
+
+
 def test_another_host_is_named_once_with_the_variable_and_without_the_token(monkeypatch, caplog):
     from huggingface_hub import constants
 

@@ -173,6 +173,30 @@ def test_a_run_and_all_that_is_made_of_it_hold_no_secret(tt, folder, model_dir, 
     assert files_with_secrets(folder) == []
 
 
+def test_nothing_of_an_ordinary_run_is_taken_for_a_secret(tt, lora_run, tmp_path):
+    from tt_train.redact import redact, redact_data
+
+    assert tt("report", str(lora_run)).code == 0
+    texts = {file: file.read_text("utf-8", "replace") for file in lora_run.rglob("*") if file.is_file()}
+    assert {"config.yaml", "metrics.jsonl", "manifest.json", "README.md", "report.html"} <= {
+        file.name for file in texts
+    }
+    assert [file.name for file, text in texts.items() if redact(text) != text] == []
+    for name in ("manifest.json", "adapter/adapter_config.json"):
+        data = json.loads((lora_run / name).read_text())
+        assert redact_data(data) == data
+    assert not any("[redacted]" in text for text in texts.values())
+
+
+def test_the_adapter_of_a_run_that_is_a_link_is_not_sent(tt, folder, lora_run):
+    shutil.copytree(lora_run, folder / "run")
+    shutil.move(folder / "run" / "adapter", folder.parent / "elsewhere")
+    (folder / "run" / "adapter").symlink_to(folder.parent / "elsewhere")
+    answer = tt("upload", "run", "org/x", "--dry-run")
+    assert answer.code == 2, answer.err
+    assert "adapter" in answer.err
+
+
 def test_what_libraries_log_at_their_loudest_shows_no_secret(tt_process, folder, monkeypatch):
     loud = {"HF_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "HF_HUB_OFFLINE": "0"}
     answer = tt_process("download", "org/x", "-v", env={**os.environ, **loud})

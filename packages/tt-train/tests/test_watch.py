@@ -1,5 +1,6 @@
 """What is measured beside the steps: held-out loss before and between them, the best step, early stop, loggers."""
 
+import json
 import sys
 import types
 
@@ -161,6 +162,27 @@ def test_weights_and_biases_continues_the_same_run_and_is_finished_also_by_a_fai
     assert first["id"] == second["id"] == read_json(tmp_path / "r" / "manifest.json")["wandb_id"]
     assert first["resume"] == "allow"
     assert sorted(call[1] for call in wandb if call[0] == "log") == [1, 2]
+
+
+def test_loggers_get_no_secret(train, tmp_path, wandb, monkeypatch, rows_file):
+    data = tmp_path / "canary-in-a-name.jsonl"
+    data.write_bytes(rows_file.read_bytes())
+    monkeypatch.setenv("MY_TOKEN", "canary-in-a-name")
+    train(tmp_path / "r", "loggers=[wandb]", "data.eval=null", "eval_every=null", "max_steps=1", f"data.train={data}")
+    (options,) = (options for kind, options in (call for call in wandb if call[0] == "init"))
+    assert options["config"]["data"]["train"].endswith("[redacted].jsonl")
+    assert "canary" not in json.dumps(options, default=str)
+
+
+@pytest.mark.parametrize("url", ["http://wandb.example", "http://127.0.0.2:1", "nonsense"])
+def test_the_key_of_a_logger_goes_over_no_plain_http(monkeypatch, url):
+    from tt_train.config import SFTConfig
+    from tt_train.preflight import logger_mistakes
+
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert any(line.startswith("WANDB_BASE_URL: ") for line in logger_mistakes(SFTConfig(loggers=["wandb"])))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
+    assert not any("WANDB" in line for line in logger_mistakes(SFTConfig(loggers=["wandb"])))
 
 
 def raise_planted(*args):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from tt_ckpt.redact import redact
 
@@ -42,12 +43,23 @@ def check_url(variable: str, url: str) -> str:
     return host
 
 
+def refuse_proxy(variable: str, url: str) -> None:
+    """ValueError if plain http to this machine would go through a proxy of another, which sees the token."""
+    host = urlsplit(url).hostname or ""
+    proxies = getproxies()
+    if urlsplit(url).scheme == "http" and (proxies.get("http") or proxies.get("all")) and not proxy_bypass(host):
+        raise ValueError(
+            f"{variable}: plain http to {host} would go through HTTP_PROXY, token included; set NO_PROXY={host}"
+        )
+
+
 def check_endpoint() -> None:
     """Refuse a HF_ENDPOINT that is malformed or plain http to others; say once where a token goes if not to the hub."""
     from huggingface_hub import constants
 
     host = check_url("HF_ENDPOINT", constants.ENDPOINT)
     if token() and constants.ENDPOINT.rstrip("/") != PUBLIC_HUB:
+        refuse_proxy("HF_ENDPOINT", constants.ENDPOINT)
         _say_once(f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}", constants.ENDPOINT)
     _guard_requests()
 

@@ -4,6 +4,7 @@ import logging
 import re
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 PUBLIC_HUB = "https://huggingface.co"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
@@ -31,6 +32,16 @@ def check_url(variable: str, url: str) -> str:
     return host
 
 
+def refuse_proxy(variable: str, url: str) -> None:
+    """ValueError if plain http to this machine would go through a proxy of another, which sees the token."""
+    host = urlsplit(url).hostname or ""
+    proxies = getproxies()
+    if urlsplit(url).scheme == "http" and (proxies.get("http") or proxies.get("all")) and not proxy_bypass(host):
+        raise ValueError(
+            f"{variable}: plain http to {host} would go through HTTP_PROXY, token included; set NO_PROXY={host}"
+        )
+
+
 def without_password(text: str) -> str:
     """``text`` without what stands before the @ of a URL, which may be a password."""
     return _PASSWORD.sub("[redacted]", text)
@@ -44,6 +55,7 @@ def check_endpoint() -> None:
     host = check_url("HF_ENDPOINT", constants.ENDPOINT)
     check_url("HF_ENDPOINT", datasets.config.HF_ENDPOINT)
     if _token() and constants.ENDPOINT.rstrip("/") != PUBLIC_HUB:
+        refuse_proxy("HF_ENDPOINT", constants.ENDPOINT)
         _say_once(f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}", constants.ENDPOINT)
     _guard_requests()
 
