@@ -54,7 +54,8 @@ _SETTING = re.compile(
     re.IGNORECASE,
 )
 _FLAG = re.compile(
-    r"(?P<before>(?<![\w-])--(?:[\w-]{0,30}-)?(?:password|passwd|token|api-key|secret) +)(?P<bare>[^\s\"'-][^\s\"']{7,})"
+    r"(?P<before>(?<![\w-])--(?:[\w-]{0,30}-)?(?:password|passwd|token|api-key|secret) +)"
+    r"(?P<bare>[^\s\"'-][^\s\"']{7,})"
 )
 _NO_SECRET = re.compile(  # a place for one, a name of one, or the expression that reads it
     r"[\[${(<*%|]|.*(?:\.\.\.|\byour|xxx)|(?:none|null|empty|true|false)$|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*[\[(]"

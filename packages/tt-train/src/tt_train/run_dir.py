@@ -255,7 +255,7 @@ def results_of(path: Path) -> Path:
     if not is_run(path):
         return path
     for name, marker in (("adapter", "adapter_config.json"), ("model", "config.json")):
-        if (path / name / marker).is_file():
+        if (own_folder(path, name) / marker).is_file():
             return path / name
     saved = any((path / "checkpoints").glob("step-*"))
     cure = "continue it with --resume auto" if saved else "nor a checkpoint to continue from; start a new run"
