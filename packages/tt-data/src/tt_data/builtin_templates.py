@@ -5,8 +5,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from pathlib import Path
 
-from tt_data.chat_template import read_template
 from tt_data.instruct_templates import our_name
+from tt_data.template_files import read_template
 from tt_data.tokenizer import Tokenizer
 
 _MERGE_SYSTEM = (

@@ -1,4 +1,4 @@
-"""A model's chat template: found in its directory, rendered in a process of its own (``render_worker``)."""
+"""A chat template, rendered in a process of its own (``render_worker``)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Any
 
-from tt_data.files import inside, read_object, read_text
+from tt_data.files import visible
 from tt_data.messages import Message
 from tt_data.trial import bare_environment
 
 MAX_TEMPLATE_BYTES = 64 * 1024
-_MAX_FILE_BYTES = 1 << 20  # a template that is too large is refused when it is used
 MAX_OUTPUT_CHARACTERS = 8_000_000
+_OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # of a conversation: what a template may write of it
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
 _SECONDS_PER_PAIR = 6e-5
-_SLACK_SECONDS = 5.0  # and twice the limit: until a process that hangs outside Python is killed
+_SECONDS_PER_CHARACTER = 1e-6
+_SLACK_SECONDS = 60.0 if find_spec("resource") else 5.0  # of wall time, if the system does not end what hangs
+_USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
+_OTHER = "name another one (template=chatml, llama3, ...)"
+_KILLED = "rendering used more time or memory than it may"
+_KILLED_SECONDS = RENDER_SECONDS + 1  # what one counts that did not answer
+_EXTRA_SECONDS = 2.0  # that all conversations together may take more: then the template is given up
 _PAIRS_PER_REQUEST = 10_000
 _CHARACTERS_PER_REQUEST = 4_000_000
 
@@ -74,8 +81,15 @@ class Job:
         """CPU time that it may take: turns are rendered again and again to find where each ends."""
         return RENDER_SECONDS + _SECONDS_PER_PAIR * self.messages**2
 
-    def line(self) -> str:
-        return f'{{"seconds": {self.seconds}, "job": {self.text}}}'
+    @property
+    def usual_seconds(self) -> float:
+        """CPU time that it may take if all do."""
+        return _USUAL_SECONDS + _USUAL_PER_PAIR * self.messages**2 + _SECONDS_PER_CHARACTER * len(self.text)
+
+    def line(self, template_size: int) -> str:
+        """What the process reads; a template may write all of its own text, and a multiple of the conversation."""
+        most = min(MAX_OUTPUT_CHARACTERS, _OUTPUT_AT_LEAST + template_size + _OUTPUT_PER_CHARACTER * len(self.text))
+        return f'{{"seconds": {self.seconds}, "most": {most}, "job": {self.text}}}'
 
 
 class ChatTemplate:
@@ -90,8 +104,8 @@ class ChatTemplate:
         self.source, self.name = source, name
         self._setup = {
             "source": source, "variables": dict(variables or {}), "special": list(special), "ends": list(ends),
-            "output_limit": MAX_OUTPUT_CHARACTERS,
         }  # fmt: skip
+        self._spent, self._rendered = 0.0, 0
         self._process: subprocess.Popen[str] | None = None
         self._owner = 0
         self._facts: dict[str, Any] = {}
@@ -124,13 +138,35 @@ class ChatTemplate:
         answers: list[dict[str, Any]] = []
         with self._lock:
             for request in _requests(jobs):
-                self._start()
-                answers += self._ask(request) or self._one_by_one(request)
+                left = list(request)
+                while left:
+                    self._start()
+                    found = self._ask(left)
+                    if len(found) < len(left):  # the process died on the next one
+                        found.append(
+                            {"error": "rendering used more time or memory than it may", "cpu": _KILLED_SECONDS}
+                        )
+                        self._account(left[len(found) - 1], found[-1])
+                    answers += found
+                    left = left[len(found) :]
         return answers
+
+    def _account(self, job: Job, answer: Mapping[str, Any]) -> None:
+        """Count what a conversation took. Raises TemplateError once all take far more than conversations usually do:
+        each may be within its limit, and a million of them take days."""
+        self._spent += answer["cpu"] - job.usual_seconds / (4 if "error" in answer else 1)
+        self._rendered += 1
+        if self._spent > _EXTRA_SECONDS:
+            last = f" ({visible(str(answer['error']))})" if "error" in answer else ""
+            raise TemplateError(
+                f"{self.name}: its first {self._rendered} conversations took {self._spent:.0f} s longer to render than "
+                f"they may{last}, so this template is given up; {_OTHER}"
+            )
+        self._spent = max(self._spent, -_EXTRA_SECONDS * 4)
 
     def error(self, answer: Mapping[str, Any], nonce: str = "") -> TemplateError:
         """The exception for an answer that is one: which template, which line, what. ``nonce`` is taken out."""
-        line, text = answer.get("line"), str(answer["error"])
+        line, text = answer.get("line"), visible(str(answer["error"]))
         where = f"{self.name}{f', line {line}' if line else ''}"
         said = f"{where}: {text.replace(nonce, '') if nonce else text}"
         if answer.get("kind") == "AmbiguousTemplateError":
@@ -143,14 +179,6 @@ class ChatTemplate:
             return TemplateError(f"{said}; {cure}", reason="system message refused")
         return TemplateError(said)
 
-    def _one_by_one(self, request: Sequence[Job]) -> list[dict[str, Any]]:
-        """A request killed the process: find the job that did."""
-        answers: list[dict[str, Any]] = []
-        for job in request:
-            self._start()
-            answers += self._ask([job]) or [{"error": "rendering used more time or memory than it may"}]
-        return answers
-
     def _start(self) -> None:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
@@ -161,43 +189,67 @@ class ChatTemplate:
         )  # fmt: skip
         self._owner = os.getpid()
         weakref.finalize(self, _stop, self._process, self._owner)
+        self._facts = {}
         answers = self._ask([Job(self._setup, 0)])
-        if answers is None:
-            raise TemplateError(f"{self.name}: its first rendering used more time or memory than it may")
+        if not answers:
+            raise TemplateError(
+                f"{self.name}: its first rendering used more time or memory than it may, or crashed; {_OTHER}"
+            )
         if "error" in answers[0]:
             _stop(self._process, self._owner)
             raise self.error(answers[0])
         self._facts = answers[0]
 
-    def _ask(self, jobs: Sequence[Job]) -> list[dict[str, Any]] | None:
-        """The answers, or None when the process died or had to be killed."""
+    def _ask(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """The answers; fewer if the process died on a job, or had to be killed."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(_SLACK_SECONDS + 2 * max(job.seconds for job in jobs), process.kill)
-        timer.daemon = True
-        timer.start()
+        answers: list[dict[str, Any]] = []
+        allowed = _SLACK_SECONDS + 2 * max(job.seconds for job in jobs)
+        armed = time.monotonic()
+        timer = _kill_after(allowed, process)
         try:
-            process.stdin.write(f"[{','.join(job.line() for job in jobs)}]\n")
+            process.stdin.write(f"[{','.join(job.line(len(self.source)) for job in jobs)}]\n")
             process.stdin.flush()
-            line = process.stdout.readline()
+            while len(answers) < len(jobs) and (line := process.stdout.readline()).endswith("\n"):
+                answers.append(json.loads(line))
+                self._account(jobs[len(answers) - 1], answers[-1])
+                if (now := time.monotonic()) - armed > 1:
+                    timer.cancel()
+                    armed, timer = now, _kill_after(allowed, process)
         except BrokenPipeError:
-            line = ""
+            pass
+        except TemplateError:
+            _stop(process, self._owner)
+            raise
         finally:
             timer.cancel()
-        if not line.endswith("\n"):
+        if len(answers) < len(jobs):
             _stop(process, self._owner)
             self._process = None
-            return None
-        answers: list[dict[str, Any]] = json.loads(line)
         return answers
+
+    def close(self) -> None:
+        """End the process; it starts again if it is needed."""
+        if self._process is not None:
+            _stop(self._process, self._owner)
+            self._process = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "source": self.source, "_setup": self._setup}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _process=None, _owner=0, _facts={}, _lock=threading.Lock())
+        self._spent, self._rendered = 0.0, 0
+
+
+def _kill_after(seconds: float, process: subprocess.Popen[str]) -> threading.Timer:
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
@@ -223,52 +275,6 @@ def _stop(process: subprocess.Popen[str], owner: int) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-
-
-def find_chat_template(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
-    """The templates of a model directory by name (``default``, ``tool_use``, ...), and the file they came from.
-
-    ``chat_template.jinja`` and ``additional_chat_templates/`` go before ``tokenizer_config.json``, as in transformers.
-    """
-    file, folder = directory / "chat_template.jinja", directory / "additional_chat_templates"
-    templates: dict[str, str] = {}
-    if os.path.lexists(file):
-        templates["default"] = read_template(file, directory)
-    if os.path.lexists(folder) and not inside(folder, directory).is_dir():
-        raise ValueError(f"{folder}: expected a folder of .jinja files")
-    for extra in sorted(folder.glob("*.jinja")):
-        templates[extra.stem] = read_template(extra, directory)
-    if templates:
-        return templates, str(file)
-    source, origin = config.get("chat_template"), directory / "tokenizer_config.json"
-    legacy = directory / "chat_template.json"
-    if source is None and os.path.lexists(legacy):
-        source, origin = read_object(legacy).get("chat_template"), legacy
-        if source is None:
-            raise ValueError(f"{legacy}: expected the key chat_template; add it, or remove the file")
-    return _of_config(source, origin), str(origin)
-
-
-def _of_config(source: Any, origin: Path) -> dict[str, str]:
-    if source is None:
-        return {}
-    if isinstance(source, str):
-        return {"default": source}
-    try:
-        found = {entry["name"]: entry["template"] for entry in source if entry["template"].strip()}
-    except (TypeError, LookupError, AttributeError):
-        found = {None: None}
-    if not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise ValueError(
-            f"{origin}: chat_template must be text, or a list of objects with name and template; correct it, or name a "
-            "template (data.template=chatml, llama3, ...)"
-        )
-    return found
-
-
-def read_template(path: Path, root: Path | None = None) -> str:
-    """The text of a .jinja file of the folder ``root``. Raises ValueError for one that is no text, or too large."""
-    return read_text(path, root, limit=_MAX_FILE_BYTES)
 
 
 def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:

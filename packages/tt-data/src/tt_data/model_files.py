@@ -11,9 +11,9 @@ from typing import Any
 
 from tt_data.backend import Backend
 from tt_data.builtin_templates import with_named_template
-from tt_data.chat_template import find_chat_template
 from tt_data.files import decode_text, json_kind, read_bytes, read_object
 from tt_data.sentencepiece_model import SentencePieceTokenizer
+from tt_data.template_files import find_chat_template
 from tt_data.tokenizer import Tokenizer
 from tt_data.tokenizer_checks import MAX_ID
 from tt_data.tokenizer_json import MAX_BYTES, JsonTokenizer

@@ -6,11 +6,15 @@ on its memory, on the time of each rendering, an empty environment, and its pare
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import math
 import re
 import secrets
 import signal
 import sys
+import time
 from datetime import datetime
 from types import FrameType
 from typing import Any
@@ -26,7 +30,12 @@ from tt_data.rendered import alternatives
 from tt_data.template_facts import study
 from tt_data.turn_spans import AmbiguousTemplateError, turn_spans
 
+resource = importlib.import_module("resource") if importlib.util.find_spec("resource") else None  # not on Windows
+
 _MEMORY_LIMIT = 1 << 30
+_FIRST_SECONDS, _SECONDS_PER_MESSAGE = 1.0, 2e-3  # of CPU time, for a conversation's first rendering
+_SLACK_SECONDS = 0.5
+_STUDY_CHARACTERS = 1 << 20
 _OPEN, _CLOSE = (secrets.token_hex(12) for _ in range(2))
 _MARKS = re.compile(f"{_OPEN}|{_CLOSE}")
 
@@ -75,7 +84,8 @@ class _Template:
         environment.globals["strftime_now"] = self._today
         self.template = environment.from_string(setup["source"])
         self.variables: dict[str, Any] = setup["variables"]
-        self.output_limit: int = setup["output_limit"]
+        self.most = _STUDY_CHARACTERS
+        self._refuses: dict[str, bool] = {}
         self.special = alternatives(setup["special"]) if setup["special"] else None
         self.has_generation = re.search(r"\{%[-+]?\s*generation\b", setup["source"]) is not None
         self.forms = MessageForms(lambda messages, tools, extra: self.render(messages, False, tools, extra))
@@ -93,8 +103,8 @@ class _Template:
         variables = {**self.variables, **(extra or {}), "messages": messages, "tools": tools or None, "documents": None}
         for piece in self.template.generate(variables, add_generation_prompt=prompt):
             size += len(piece)
-            if size > self.output_limit:
-                raise ValueError(f"the chat template wrote more than {self.output_limit} characters")
+            if size > self.most:
+                raise _TooMuchError(f"the chat template wrote more than {self.most} characters")
             pieces.append(piece)
         return "".join(pieces)
 
@@ -102,13 +112,17 @@ class _Template:
         text = self.raw(messages, prompt, tools, extra)
         return _MARKS.sub("", text) if self.has_generation else text
 
-    def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        """The text of a conversation; where it says what is trained, the spans of that and what is lost."""
+    def answer(self, job: dict[str, Any], seconds: float = 0, most: int = _STUDY_CHARACTERS) -> dict[str, Any]:
+        """The text of a conversation; where it says what is trained, the spans of that and what is lost. ``seconds``:
+        of CPU time for all of it; the first rendering has a small part of that."""
+        self.most = most
+        _limit_time(min(seconds, _FIRST_SECONDS + _SECONDS_PER_MESSAGE * len(job["messages"])))
         tools, extra = job.get("tools"), job.get("extra")
         messages, losses = self.forms.fit(job["messages"], tools, extra)
         if "trained" not in job:
             return {"text": self.render(messages, job["prompt"], tools, extra)}
         raw = self.raw(messages, False, tools, extra)
+        _limit_time(seconds)
         text = _MARKS.sub("", raw)
         losses = self.forms.losses(messages, extra, text) if losses is None else losses
         trained = job["trained"]
@@ -122,6 +136,22 @@ class _Template:
             )  # fmt: skip
         left_out = bool(empty) and not all(trained)
         return {"text": text, "spans": spans, "lost": losses.kinds, "empty": left_out, "follows_prompts": follows}
+
+    def refuses(self, role: str) -> bool:
+        """Whether the template takes conversations, but none that begins with a message of ``role``."""
+        if role not in self._refuses:
+            plain = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
+            self._refuses[role] = self._takes(plain) and not self._takes(
+                [{"role": role, "content": "Be brief."}, *plain]
+            )
+        return self._refuses[role]
+
+    def _takes(self, messages: list[dict[str, Any]]) -> bool:
+        try:
+            self.answer({"messages": messages, "prompt": False}, _FIRST_SECONDS)
+        except (Exception, _TooLong):
+            return False
+        return True
 
     def _generation_spans(
         self, raw: str, text: str, messages: list[dict[str, Any]], trained: list[bool], empty: list[int]
@@ -169,18 +199,7 @@ class _Template:
 def _refused_role(template: _Template, job: dict[str, Any]) -> str:
     """``system`` (or ``developer``) if a conversation begins with such a message and the template takes none."""
     role = (job.get("messages") or [{}])[0].get("role")
-    if role not in ("system", "developer"):
-        return ""
-    plain = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]
-    try:
-        template.answer({"messages": plain, "prompt": False})
-    except (Exception, _TooLong):
-        return ""  # it fails on everything
-    try:
-        template.answer({"messages": [{"role": role, "content": "Be brief."}, *plain], "prompt": False})
-    except (Exception, _TooLong):
-        return str(role)
-    return ""
+    return role if role in ("system", "developer") and template.refuses(role) else ""
 
 
 def _failure(error: BaseException) -> dict[str, Any]:
@@ -193,7 +212,12 @@ def _failure(error: BaseException) -> dict[str, Any]:
             line = trace.tb_lineno
         trace = trace.tb_next
     kind = "" if isinstance(error, (jinja2.TemplateError, ValueError, _TooLong)) else f"{type(error).__name__}: "
-    return {"error": " ".join(f"{kind}{error}".split())[:500], "line": line, "kind": type(error).__name__}
+    said = " ".join(f"{kind}{error}"[:10_000].split())[:500]
+    return {"error": said, "line": line, "kind": type(error).__name__}
+
+
+class _TooMuchError(ValueError):
+    """More text than a conversation of its size can make."""
 
 
 class _TooLong(BaseException):
@@ -205,14 +229,17 @@ def _alarm(signum: int, frame: FrameType | None) -> None:
 
 
 def _limit_time(seconds: float) -> None:
+    """Raise _TooLong after so much CPU time; the system ends a process that hangs a little later. 0: no limit."""
     if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+    if resource is not None:
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        last = math.ceil(time.process_time() + seconds + _SLACK_SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (last if seconds else hard, hard))
 
 
 def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # no such limit on Windows: the parent's time limit remains
+    if resource is None:  # the parent's time limit remains
         return
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = _MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(_MEMORY_LIMIT, hard)
@@ -222,34 +249,32 @@ def _limit_memory() -> None:
 def main() -> None:
     """Read a set-up line, then lists of jobs; write a line for each."""
     _limit_memory()
-    if hasattr(signal, "SIGVTALRM"):
-        signal.signal(signal.SIGVTALRM, _alarm)
+    if hasattr(signal, "SIGPROF"):
+        signal.signal(signal.SIGPROF, _alarm)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     template: _Template | None = None
     for line in sys.stdin:
-        request = json.loads(line)
-        answers: list[dict[str, Any]] = []
-        for item in request:
-            job = item["job"]
+        for item in json.loads(line):
+            job, begun = item["job"], time.process_time()
+            answer: dict[str, Any]
             try:
-                _limit_time(item["seconds"])
                 if template is None:
+                    _limit_time(item["seconds"])
                     template = _Template(job)
                     facts = template.facts
-                    answers.append(
-                        {"ends": facts.ends, "keeps_its_prompt": facts.keeps_its_prompt, "dated": template.dated}
-                    )
+                    answer = {"ends": facts.ends, "keeps_its_prompt": facts.keeps_its_prompt, "dated": template.dated}
                 else:
-                    answers.append(template.answer(job))
+                    answer = template.answer(job, item["seconds"], item["most"])
             except (Exception, _TooLong) as error:
-                answers.append(_failure(error))
-                is_refusal = isinstance(error, Exception) and not isinstance(error, AmbiguousTemplateError)
-                if is_refusal and template is not None:
-                    answers[-1]["refused_role"] = _refused_role(template, job)
+                answer = _failure(error)
+                plain = not isinstance(error, (AmbiguousTemplateError, _TooLong, _TooMuchError, MemoryError))
+                if plain and template is not None:
+                    answer["refused_role"] = _refused_role(template, job)
             finally:
                 _limit_time(0)
-        sys.stdout.write(json.dumps(answers) + "\n")
-        sys.stdout.flush()
+            answer["cpu"] = time.process_time() - begun
+            sys.stdout.write(json.dumps(answer) + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -270,22 +271,26 @@ class Tokenizer:
 
     def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
         template, nonce = self._template(tools), new_nonce()
+        results: list[Rendered | TemplateError] = []
         sent: list[Job] = []
         spelt: list[tuple[str, ...]] = []
-        for content in jobs:
-            job = Job(content, len(content["messages"]))
-            safe, notes = self._typed.broken(content, job.text, nonce)
-            sent.append(job if safe is content else Job(safe, job.messages))
-            spelt.append(notes)
-        results: list[Rendered | TemplateError] = []
-        for answer, job, notes in zip(template.run(sent), sent, spelt, strict=True):
+        places: list[int] = []
+        for place, content in enumerate(jobs):
+            results.append(TemplateError("messages, tools or variables are nested too deeply to be rendered"))
+            with suppress(RecursionError):
+                job = Job(content, len(content["messages"]))
+                safe, notes = self._typed.broken(content, job.text, nonce)
+                sent.append(job if safe is content else Job(safe, job.messages))
+                spelt.append(notes)
+                places.append(place)
+        for place, answer, job, notes in zip(places, template.run(sent), sent, spelt, strict=True):
             if "error" in answer:
-                results.append(template.error(answer, nonce))
+                results[place] = template.error(answer, nonce)
                 continue
             row = Rendered(answer["text"], [(a, b) for a, b in answer.get("spans", ())])
             if nonce in job.text:
                 row = self._typed.mended(row.text, row.trained, nonce)
-            results.append(replace(row, notes=(*notes, *notes_of_answer(answer))))
+            results[place] = replace(row, notes=(*notes, *notes_of_answer(answer)))
         return results
 
     @property
