@@ -140,3 +140,70 @@ def test_an_error_in_a_template_names_its_line_and_the_row(chatml: Any) -> None:
     assert dataset.report["problems"] == ["rows:1: strict, line 3: no x here"]
     with pytest.raises(TemplateError, match="strict, line 1: unexpected"):
         chatml.with_template({"default": "{{ }"}, "strict").render(TURNS)
+
+
+LOOP = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+ON_ROWS = {  # what goes on when a row of the data is rendered, though the studies of a template go well
+    "a loop": LOOP,
+    "a power that Python cannot be stopped in": "{% set n = messages | length + 7 %}{{ 7 ** (7 ** n) }}",
+    "memory": "{% for i in range(40) %}{% set n = messages | length * 10**7 %}{% set y = 'x' * n %}{% endfor %}",
+    "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{% for i in range(9) %}{{ f(0) }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", ON_ROWS)
+def test_a_template_that_takes_too_long_on_every_row_is_given_up_and_not_tried_on_all_of_them(
+    chatml: Any, make_chat_rows: Any, name: str
+) -> None:
+    source = "{% if messages[0].content.endswith(' 0') %}" + ON_ROWS[name] + "{% endif %}" + chatml.templates["default"]
+    with pytest.raises(TemplateError, match="hostile: its first .* s longer to render than they may.*name another one"):
+        load_dataset(make_chat_rows(20_000), chatml.with_template({"default": source}, "hostile"), max_seq_len=64)
+
+
+def test_a_template_that_fails_on_one_row_loses_that_row(chatml: Any, make_chat_rows: Any) -> None:
+    source = "{% if ' 77 ' in messages[0].content %}" + LOOP + "{% endif %}" + chatml.templates["default"]
+    dataset = load_dataset(make_chat_rows(200), chatml.with_template({"default": source}, "hostile"))
+    assert dataset.report["dropped"] == {"template": 1}
+    assert dataset.report["problems"] == ["rows:77: hostile: the chat template took too long to render"]
+
+
+def test_a_template_may_write_a_multiple_of_a_conversation_and_no_more(chatml: Any, make_chat_rows: Any) -> None:
+    source = "{{ 'x' * 100_000 }}" + chatml.templates["default"]
+    with pytest.raises(ValueError, match="20 template.*wrote more than"):
+        load_dataset(make_chat_rows(20), chatml.with_template({"default": source}, "hostile"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{{ " + "[" * 20_000 + "]" * 20_000 + " }}",
+        "{% if 1 %}" * 3000 + "{% endif %}" * 3000, "{{ " + "not " * 15_000 + "1 }}",
+        "{{ 'a'" + "|trim" * 10_000 + " }}",
+        "{{ messages" + ".a" * 20_000 + " }}", "{% for a in range(99) %}" * 30 + "{% endfor %}" * 30,
+        "{% raw", "{{ '\x1b]0;x\x07' }", "{% extends 'x' %}", "{% block a %}{{ super() }}{% endblock %}",
+        "{{ raise_exception('\x1b[31m\u202e') }}",
+    ],
+)  # fmt: skip
+def test_a_template_nested_too_deeply_or_not_finished_is_an_error_of_one_line(chatml: Any, source: str) -> None:
+    with pytest.raises(TemplateError) as error:
+        chatml.with_template({"default": source}, "hostile").render(TURNS)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 700
+
+
+def test_messages_nested_too_deeply_are_a_bad_row_and_not_the_end(chatml: Any, make_chat_rows: Any) -> None:
+    deep: Any = "<|im_end|>"
+    for _ in range(450):
+        deep = [deep]
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": deep}}}
+    row = {"messages": [TURNS[0], {"role": "assistant", "content": "a", "tool_calls": [call]}]}
+    dataset = load_dataset([*make_chat_rows(2), row], chatml)
+    assert len(dataset) >= 2
+
+
+def test_the_refusal_of_system_messages_is_found_once(chatml: Any, make_chat_rows: Any) -> None:
+    source = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    rows = [{"messages": [{"role": "system", "content": "x"}, *row["messages"]]} for row in make_chat_rows(3)]
+    tokenizer = chatml.with_template({"default": source + chatml.templates["default"]}, "strict")
+    dataset = load_dataset([*make_chat_rows(1), *rows], tokenizer)
+    assert dataset.report["dropped"] == {"system message refused": 3}

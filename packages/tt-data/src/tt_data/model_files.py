@@ -84,6 +84,8 @@ def _build(
 ) -> Tokenizer:
     names = _token_names(directory, config)
     name = str(file)
+    if not data:
+        raise ValueError(f"{name}: 0 bytes, expected a tokenizer; download the file again")
     backend: Backend
     if file.suffix == ".json" or data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
         backend = JsonTokenizer(decode_text(data, file), name=name)

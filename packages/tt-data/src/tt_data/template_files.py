@@ -54,5 +54,8 @@ def _of_config(source: Any, origin: Path) -> dict[str, str]:
 
 
 def read_template(path: Path, root: Path | None = None) -> str:
-    """The text of a .jinja file of the folder ``root``. Raises ValueError for one that is no text, or too large."""
-    return read_text(path, root, limit=_MAX_BYTES)
+    """The text of a .jinja file of the folder ``root``. Raises ValueError if it is no text, empty or too large."""
+    text = read_text(path, root, limit=_MAX_BYTES)
+    if not text.strip():
+        raise ValueError(f"{path}: an empty template, which would write nothing of a conversation; remove the file")
+    return text
