@@ -1,0 +1,34 @@
+"""Pages that name tests name tests that exist."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMED = re.compile(r"`([\w./-]+\.py)::(\w+)`")
+PAGES = {"SECURITY.md": 25, "docs/bad-input.md": 90}  # and how many tests each names at least
+
+
+def functions_of(file: Path) -> set[str]:
+    if not file.is_file():
+        return set()
+    return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    named = NAMED.findall((ROOT / page).read_text())
+    assert len(named) >= PAGES[page]
+    lost = sorted({f"{file}::{name}" for file, name in named if name not in functions_of(ROOT / file)})
+    assert lost == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_page_names_a_test_or_what_holds_it(page: str) -> None:
+    rows = [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")]
+    rows = [row for row in rows if not re.match(r"\| *(\||input|rule)", row)]
+    assert len(rows) >= 15
+    bare = [row for row in rows if not NAMED.search(row) and not re.match(r"\| S1[45] ", row)]
+    assert bare == []
