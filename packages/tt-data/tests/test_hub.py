@@ -130,3 +130,32 @@ def test_a_wrong_keyword_is_named_with_the_nearest(spm: Any, build: Any) -> None
     for wrong, near in (("max_seq_length", "max_seq_len"), ("spilt", "split"), ("colum_map", "column_map")):
         with pytest.raises(TypeError, match=rf"_dataset: unknown argument '{wrong}'; did you mean '{near}'\?"):
             build(spm, **needed, **{wrong: 5})
+
+
+FOREIGN = [
+    ("json", "/etc/passwd", "names a file that is not its own"), ("json", "https://x.org/a.jsonl", "not its own"),
+    ("json", "hf://datasets/org/other@abc/a.jsonl", "not its own"), ("csv", "hf://datasets/org/rows@abc/../a", "not its"),
+    ("json", "zip://a.json::hf://datasets/org/rows@abc/a.zip", "not its own"),
+    ("json", "hf://datasets/org/rows@abc/a.zip", "an archive, which is not unpacked; download it"),
+    ("text", "hf://datasets/org/rows@abc/A.TAR.GZ", "an archive"), ("webdataset", "hf://datasets/org/rows@abc/a", "read as"),
+    ("pandas", "hf://datasets/org/rows@abc/a.pkl", "its files are read as 'pandas', expected one of json, csv"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "file", "text"), FOREIGN)
+def test_a_data_set_of_the_hub_is_its_own_files_of_rows(kind: str, file: str, text: str) -> None:
+    """Also with a ``datasets`` that does not check this itself (before 5)."""
+    from types import SimpleNamespace
+
+    from tt_data.hub import _refuse_foreign
+
+    def builder(*files: str) -> Any:
+        made = type("Builder", (), {"__module__": f"datasets.packaged_modules.{kind}.{kind}"})()
+        made.config = SimpleNamespace(data_files={"train": list(files)})
+        return made
+
+    own = "hf://datasets/Org/rows@abc/data/a.jsonl"
+    if kind in ("json", "csv", "text"):
+        _refuse_foreign("org/rows", builder(own))
+    with pytest.raises(ValueError, match=text):
+        _refuse_foreign("org/rows", builder(own, file))

@@ -17,6 +17,7 @@ from tt_data.tables import Placed
 
 _REVISION = re.compile(r"[\w][\w./+=#@-]{0,249}", re.ASCII)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
+_ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".rar", ".7z")
 _BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of the datasets library: rows in files
 
 
@@ -78,6 +79,8 @@ def _refuse_foreign(repository: str, builder: Any) -> None:
         for file in files:
             if not str(file).lower().startswith(own) or "::" in str(file) or ".." in str(file).split("/"):
                 raise ValueError(f"it names a file that is not its own, {str(file)!r}; it is not read")
+            if str(file).lower().endswith(_ARCHIVES):
+                raise ValueError(f"{str(file)!r} is an archive, which is not unpacked; download it, and give its files")
 
 
 def name_of_split(name: str, splits: Sequence[str]) -> str:
