@@ -134,10 +134,12 @@ def test_a_wrong_keyword_is_named_with_the_nearest(spm: Any, build: Any) -> None
 
 FOREIGN = [
     ("json", "/etc/passwd", "names a file that is not its own"), ("json", "https://x.org/a.jsonl", "not its own"),
-    ("json", "hf://datasets/org/other@abc/a.jsonl", "not its own"), ("csv", "hf://datasets/org/rows@abc/../a", "not its"),
+    ("json", "hf://datasets/org/other@abc/a.jsonl", "not its own"),
+    ("csv", "hf://datasets/org/rows@abc/../a", "not its own"),
     ("json", "zip://a.json::hf://datasets/org/rows@abc/a.zip", "not its own"),
     ("json", "hf://datasets/org/rows@abc/a.zip", "an archive, which is not unpacked; download it"),
-    ("text", "hf://datasets/org/rows@abc/A.TAR.GZ", "an archive"), ("webdataset", "hf://datasets/org/rows@abc/a", "read as"),
+    ("text", "hf://datasets/org/rows@abc/A.TAR.GZ", "an archive"),
+    ("webdataset", "hf://datasets/org/rows@abc/a", "read as"),
     ("pandas", "hf://datasets/org/rows@abc/a.pkl", "its files are read as 'pandas', expected one of json, csv"),
 ]  # fmt: skip
 
