@@ -28,7 +28,7 @@ SLIPS = [
     ("run sft +GOOD model.tokenizer=nowhere", "model.tokenizer: nowhere: no such tokenizer"),
     ("run sft model.name=llama2_7 model.tokenizer=MODEL data.train=rows.jsonl", "model.name: no model is named"),
     ("run sft +GOOD -o full", "output_dir: full is not empty"),
-    ("run sft +GOOD -o rows.jsonl", "output_dir: rows.jsonl is a file"),
+    ("run sft +GOOD -o rows.jsonl", "output_dir: rows.jsonl is"),
     ("run sft +GOOD --resume=atuo", "did you mean 'auto'?"),
     ("run full_finetune_distributed", "a run uses one device; tt run full_finetune_single_device"),
     ("run lora_dpo_single_device", "no such recipe here: preference tuning is not offered"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -373,3 +374,40 @@ def test_mistyped_keys_get_the_right_key_in_95_percent(slips, with_section):
             missed += [] if found else [(key, typed, said)]
     assert total > 200
     assert hit / total >= 0.95, (hit / total, missed)
+
+
+CURE = re.compile(
+    r"did you mean|\bwrite |\bgive |\bname |\bleave |\bset |\buse |tt \w+|the default is|such as|must be|looked in"
+    r"|expected (one of|text)|there is none here: |null: |a share is|needs quotes|--allow-import|known: |keep one"
+)
+BAD_VALUES = ["@@", "-1", "0", "[]", "[a]", "{a: b}", "{}", "null", "1e999", ".nan", "9" * 400, "yes", "${x}", "1:30"]
+
+
+def test_every_refusal_of_a_config_says_what_to_do():
+    from tt_train.keys import all_keys
+
+    refused = []
+    for key in [*all_keys(SFTConfig), "nonsense", "model.nonsense", "data.columns.x.y", "batch_size.x"]:
+        for value in BAD_VALUES:
+            try:
+                compose("sft", overrides=[f"{key}={value}"], complete=False)
+            except ConfigError as error:
+                refused += error.problems
+    assert len(refused) > 300
+    assert [line for line in refused if not CURE.search(line)] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "both"),
+    [
+        (["schedule.warmup_steps=1", "schedule.warmup_ratio=0.1"], ("warmup_steps", "warmup_ratio", "set one of them")),
+        (["data.streaming=true", "data.eval=0.1", "max_steps=1"], ("data.eval", "data.streaming", "give a file")),
+        (["batch_size=10", "micro_batch_size=4"], ("batch_size", "micro_batch_size", "nearest that are: 8 or 12")),
+        (["model.name=llama3.2_1b"], ("path DIR", "name llama3.2_1b", "set one of them to null")),
+        (["adapter.path=a", "adapter.init=pissa"], ("path a", "init pissa", "leave init out")),
+        (["data.streaming=true"], ("max_steps", "data.streaming", "max_steps=1000")),
+    ],
+)
+def test_keys_that_do_not_go_together_are_both_named_with_the_way_out(words, both):
+    (problem,) = problems(*words)
+    assert all(part in problem for part in both), problem

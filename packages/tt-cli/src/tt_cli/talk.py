@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from tt_cli.basing import tell
+from tt_cli.ranges import AT_LEAST_ONE, SEED, TOKENS, FiniteRange
 from tt_cli.terminal import answer
 from tt_train.asking import prompt_form, trained_on
 
@@ -30,14 +31,14 @@ class Sampling:
 
 def sampling_options(function: Function) -> Function:
     """``--max-new-tokens``, ``--temperature``, ``--top-k``, ``--top-p`` and ``--seed``."""
-    whole, share = click.IntRange(min=1), click.FloatRange(0, 1, min_open=True)
-    heat = click.FloatRange(min=0)
+    share = FiniteRange(0, 1, min_open=True)
+    heat = FiniteRange(0, 100)
     options = [
-        click.option("--max-new-tokens", type=whole, metavar="N", default=512, show_default=True, help="At the most."),
+        click.option("--max-new-tokens", type=TOKENS, metavar="N", default=512, show_default=True, help="At the most."),
         click.option("--temperature", type=heat, metavar="T", default=0.0, show_default=True, help="0: the likeliest."),
-        click.option("--top-k", type=whole, metavar="K", help="Draw from the K likeliest tokens only."),
+        click.option("--top-k", type=AT_LEAST_ONE, metavar="K", help="Draw from the K likeliest tokens only."),
         click.option("--top-p", type=share, metavar="P", help="Draw from the likeliest that add up to P only."),
-        click.option("--seed", type=int, metavar="N", help="Draw the same again."),
+        click.option("--seed", type=SEED, metavar="N", help="Draw the same again."),
     ]
     for option in reversed(options):
         function = option(function)
@@ -71,7 +72,7 @@ class Speaker:
             ids: list[int] = self.tokenizer.encode_prompt(messages)
             return ids
         if messages[0]["role"] == "system":
-            raise ValueError(f"{self.path} has no chat template, so it reads no system message")
+            raise ValueError(f"{self.path} has no chat template, so it reads no system message; leave --system out")
         text = messages[-1]["content"]
         if self.form != "text":
             from tt_data.instruct_templates import get_instruct_template

@@ -208,28 +208,54 @@ def _mapping(text: str) -> yaml.MappingNode | None:
 
 
 def _merge(schema: type, settings: list[Setting], problems: list[str]) -> Any:
-    """Set each key on the schema through OmegaConf's structured configs, which convert and check types."""
-    from omegaconf import OmegaConf
+    """The schema with every setting; a line in ``problems`` for each that it cannot take."""
     from omegaconf.errors import OmegaConfBaseException
 
-    merged = OmegaConf.structured(schema)
+    accepted: list[Setting] = []
     for key, value, where in settings:
         if len(problems) >= MOST_PROBLEMS:
             problems.append(f"{where}: and perhaps more from here on; correct these first")
-            break
+            return None
         if problem := _setting_problem(schema, key, value):
             problems.append(f"{where}: {key}: {problem}")
-            continue
-        nested: Any = value
-        for part in reversed(parts_of(schema, key)):
-            nested = {part: nested}
-        try:
-            merged = OmegaConf.merge(merged, nested)
-            if isinstance(value, dict) and section_type(type_of(schema, key)) is None:  # anew, it replaces those before
-                OmegaConf.update(merged, key, value, merge=False)
-        except (OmegaConfBaseException, ValueError, TypeError, OverflowError):
-            problems.append(f"{where}: {key}: {type_problem(schema, key, value)}")
-    return OmegaConf.to_object(merged) if not problems else None
+        else:
+            accepted.append((key, value, where))
+    refusals = (OmegaConfBaseException, ValueError, TypeError, OverflowError)
+    try:
+        return _merged(schema, accepted)
+    except refusals:
+        for key, value, where in accepted:
+            try:
+                _merged(schema, [(key, value, where)])
+            except refusals:
+                problems.append(f"{where}: {key}: {type_problem(schema, key, value)}")
+        if not problems:
+            raise
+    return None
+
+
+def _merged(schema: type, settings: Sequence[Setting]) -> Any:
+    """One merge through OmegaConf's structured configs, which convert and check types; a later setting wins."""
+    from omegaconf import OmegaConf
+
+    nested: dict[str, Any] = {}
+    whole: dict[str, Any] = {}  # names given anew replace those before
+    for key, value, _ in settings:
+        *sections, last = parts_of(schema, key)
+        node = nested
+        for name in sections:
+            if not isinstance(node.get(name), dict):
+                node[name] = {}
+            node = node[name]
+        node[last] = dict(value) if isinstance(value, dict) else value
+        if isinstance(value, dict) and section_type(type_of(schema, key)) is None:
+            whole[key] = node
+    merged = OmegaConf.merge(OmegaConf.structured(schema), nested)
+    for key, node in whole.items():
+        value = node[key.rpartition(".")[2]]
+        if isinstance(value, dict):
+            OmegaConf.update(merged, key, value, merge=False)
+    return OmegaConf.to_object(merged)
 
 
 def _setting_problem(schema: type, key: str, value: Any) -> str | None:
@@ -237,7 +263,8 @@ def _setting_problem(schema: type, key: str, value: Any) -> str | None:
     try:
         kind = type_of(schema, key)
     except KeyError as error:
-        return unknown_key(schema, key) if error.args[1] else f"{key.rsplit('.', 1)[0]} has no keys inside"
+        outer = key.rsplit(".", 1)[0]
+        return unknown_key(schema, key) if error.args[1] else f"{outer} has no keys inside; write {outer}=VALUE"
     if "${" in str(value) or "???" in _words_in(value):
         return f"interpolation ({shown(value)}) is off, since it can read the environment; write the value"
     return None if fits(value, kind) else type_problem(schema, key, value)

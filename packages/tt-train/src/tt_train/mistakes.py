@@ -175,6 +175,16 @@ def _wrong_pairs(config: RunConfig) -> list[str]:
     steps, ratio = config.schedule.warmup_steps, config.schedule.warmup_ratio
     if steps is not None and ratio is not None:
         found.append(f"schedule: warmup_steps {steps} and warmup_ratio {ratio} are both given; set one of them to null")
+    if config.model.path is not None and config.model.name is not None:
+        found.append(
+            f"model: path {config.model.path} and name {config.model.name} are both given; name makes random weights: "
+            "set one of them to null"
+        )
+    if config.adapter is not None and config.adapter.path is not None and config.adapter.init != "kaiming":
+        found.append(
+            f"adapter: path {config.adapter.path} and init {config.adapter.init} are both given; an adapter that was "
+            "trained needs no beginning: leave init out, or set path to null"
+        )
     if config.data.streaming and isinstance(config.data.eval, float):
         found.append("data.eval: a share of a stream (data.streaming) cannot be held out; give a file of its own")
     batch, micro = config.batch_size, config.micro_batch_size

@@ -66,7 +66,7 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
     if is_run(folder):
         return _of_run(find_run(folder), moved, nf4)
     if base is not None:
-        raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base apart from itself"])
+        raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base: leave --base out"])
     refuse_absent_run(folder)
     model = tt_ckpt.resolve(str(path))
     if not (model / "config.json").is_file() and (inside := sorted(model.glob("*/adapter_config.json"))):
@@ -82,7 +82,7 @@ def _of_run(run: Path, moved: str | None, nf4: bool | None) -> Origin:
     own = run / "model"
     if adapter is None and (own / "config.json").is_file():
         if moved is not None or nf4 is not None:
-            raise ConfigError([f"--base: {run} trained the whole model, so it has no base apart from itself"])
+            raise ConfigError([f"--base: {run} trained the whole model, so it has no base: leave --base out"])
         return Origin(path=run, run=run, model=own, places=(run, own), settings=settings)
     model: Path | None = None
     if adapter is not None:

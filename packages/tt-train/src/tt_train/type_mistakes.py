@@ -49,7 +49,7 @@ def _expected(kind: Any) -> str:
 
 
 def _cure(schema: type, key: str, kind: Any, optional: bool, value: Any) -> str:
-    if isinstance(value, float) and key in _INSTEAD_OF_A_SHARE:
+    if isinstance(value, float) and 0 < value < 1e9 and key in _INSTEAD_OF_A_SHARE:
         return _INSTEAD_OF_A_SHARE[key]
     if isinstance(value, str) and kind in (int, float) and (better := meant(value, kind)):
         return f"write {better}"

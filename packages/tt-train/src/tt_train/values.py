@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import yaml
 
-from tt_train.keys import plain
+from tt_train.keys import plain, section_type
 from tt_train.yaml_nodes import NotPlainError, compose_text, pairs
 
 TEXT, TEXT_OR_NUMBER = "text", "text or number"  # of Annotated[Any, ...]: also as a list, or as the keys of numbers
@@ -77,6 +77,8 @@ def fits(value: Any, kind: Any) -> bool:
     inner, optional = plain(kind)
     if value is None:
         return optional
+    if (section := section_type(inner)) is not None:
+        return isinstance(value, dict | section)
     if typing.get_origin(inner) is Annotated:
         return not isinstance(value, list) or all(isinstance(item, str) for item in value)
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)

@@ -29,7 +29,7 @@ from tt_cli.terminal import answer
 )
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of hf files.")
 @click.option(
-    "--num-parts", type=click.IntRange(min=1), default=1, show_default=True, help="Model-parallel parts of meta."
+    "--num-parts", type=click.IntRange(1, 1024), default=1, show_default=True, help="Model-parallel parts of meta."
 )
 @click.option("--overwrite", is_flag=True, help="Replace what DESTINATION holds, once the new files are whole.")
 @click.option("--dry-run", is_flag=True, help="Read and check SOURCE, and say what would be written.")

@@ -35,7 +35,7 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
         click.echo(f"{target} exists and is left as it is", err=True)
         return
     if target.exists() and target.samefile(source):
-        raise ValueError(f"{target} is the file to copy itself")
+        raise ValueError(f"{target} is the file to copy itself; name another file")
     if os.path.lexists(target) and not force:
         raise FileExistsError(f"{target} exists; name another file, or replace it: tt cp -f {name} {destination}")
     target.write_bytes(source.read_bytes())

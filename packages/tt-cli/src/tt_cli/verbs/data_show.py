@@ -9,6 +9,7 @@ import click
 
 from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
 from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
+from tt_cli.ranges import COUNT
 from tt_cli.terminal import say
 
 
@@ -17,12 +18,12 @@ from tt_cli.terminal import say
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
 @click.option("--tokenizer", metavar="MODEL", type=click.Path(), help="A directory, hub id or file.")
 @click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
-@click.option("-n", "--num", type=click.IntRange(min=0), default=3, show_default=True, help="How many rows.")
-@click.option("--start", type=click.IntRange(min=0), default=0, show_default=True, help="The first row shown.")
+@click.option("-n", "--num", type=COUNT, default=3, show_default=True, help="How many rows.")
+@click.option("--start", type=COUNT, default=0, show_default=True, help="The first row shown.")
 @click.option("--stats", is_flag=True, help="Lengths, the share trained and what was dropped, instead of rows.")
 @click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Name a column, such as messages=conv.")
 @click.option("--train-on", type=click.Choice(["assistant", "last", "all"]), help="Default: assistant.")
-@click.option("--max-seq-len", type=click.IntRange(min=2), help="Cut rows there.")
+@click.option("--max-seq-len", type=click.IntRange(2, 2**24), help="Cut rows there.")
 @click.option("--packing", is_flag=True, help="Rows packed up to --max-seq-len.")
 @click.option("--template", metavar="NAME", help="A registered template; default: the model's own.")
 @click.option("--schema", metavar="NAME", help="What the rows are, if their columns fit several: openai, alpaca, ...")

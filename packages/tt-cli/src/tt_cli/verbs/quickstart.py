@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tt_cli.group import Invocation, Verb, json_option, pass_invocation, print_json
+from tt_cli.ranges import SEED
 
 if TYPE_CHECKING:
     from tt_cli.quickstart.scale import Scale
@@ -18,7 +19,7 @@ THREADS = 1  # two are up to twice as fast on idle cores, but several times slow
 
 @click.command("quickstart", cls=Verb)
 @click.option("-o", "--output-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: ./tt-quickstart.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of rows and weights.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of rows and weights.")
 @json_option
 @pass_invocation
 def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json: bool) -> int:

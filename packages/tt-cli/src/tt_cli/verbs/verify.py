@@ -6,12 +6,13 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb, json_option, print_json
+from tt_cli.ranges import SEED
 
 
 @click.command("verify", cls=Verb)
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the certificate to this file.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random tokens.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random tokens.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_json: bool) -> None:
