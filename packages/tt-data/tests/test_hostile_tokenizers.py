@@ -96,6 +96,13 @@ def test_a_hostile_tokenizer_json_is_refused_in_one_line(tmp_path: Path, name: s
     assert len(text) < 600
 
 
+@pytest.mark.parametrize("step", ["normalizer", "pre_tokenizer", "decoder"])
+@pytest.mark.parametrize("kind", [[], {}, None, 5, {"Regex": "b+"}])
+def test_a_step_of_an_odd_type_is_refused_by_the_library(tmp_path: Path, step: str, kind: Any) -> None:
+    with pytest.raises(ValueError, match="not a tokenizer.json"):
+        load_tokenizer(write(tmp_path, **{step: {"type": kind, "pattern": {"Regex": []}}}))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

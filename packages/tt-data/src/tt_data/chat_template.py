@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from tt_data.files import visible
 from tt_data.messages import Message
 from tt_data.trial import bare_environment
+from tt_data.wording import visible
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000

@@ -174,11 +174,6 @@ def json_kind(value: object) -> str:
     return kinds.get(type(value), "a number")
 
 
-def visible(text: str) -> str:
-    """One line in which control characters, and those that turn the direction of text, are escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 # ---- what is written ---------------------------------------------------------------------------------------------
 
 

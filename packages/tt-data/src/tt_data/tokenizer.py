@@ -58,8 +58,7 @@ class Tokenizer:
             *map(self._backend.token_id, _PAD_NAMES),
             self._named_id("unk_token"),
         ]
-        found = next((i for i in [*candidates, self.eos_id] if i is not None and 0 <= i < self.vocab_size), None)
-        return 0 if found is None else found
+        return next((i for i in [*candidates, self.eos_id] if i is not None and 0 <= i < self.vocab_size), 0)
 
     def _find_special(self, more: Sequence[str]) -> list[str]:
         """The tokens flagged special, and those that the tokenizer's own files name as such."""
@@ -302,4 +301,4 @@ class Tokenizer:
             repr(sorted(self.templates.items())),
         ]
         parts.append(repr((self.special_tokens, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

@@ -94,7 +94,7 @@ def _check_model(model: Any) -> bool:
         _expect(False, f"model.vocab[{wrong[:40]!a}]", f"a whole number from 0 to {MAX_ID:,}", vocab[wrong])
     _check_lengths(vocab)
     if kind != "BPE":
-        _expect(unknown in vocab, "model.unk_token", "a token of the vocabulary", unknown)
+        _expect(isinstance(unknown, str) and unknown in vocab, "model.unk_token", "a token of the vocabulary", unknown)
     dropout = model.get("dropout")
     _expect(not dropout, "model.dropout", "null (the same text must give the same ids)", dropout)
     longest = model.get("max_input_chars_per_word", 0)
@@ -132,14 +132,15 @@ def _is_harmless(step: Any, part: str) -> bool:
         if not isinstance(pattern, dict) or len(pattern) != 1:
             return False
         text, content = pattern.get("String"), step.get("content", "")
-        if kind == "Split" and pattern.get("Regex") in KNOWN_PATTERNS:
+        regex = pattern.get("Regex")
+        if kind == "Split" and isinstance(regex, str) and regex in KNOWN_PATTERNS:
             return True
         return isinstance(text, str) and isinstance(content, str) and 0 < len(text) >= len(content)
     if kind == "Prepend":
         return len(str(step.get("prepend"))) <= 8
     if kind == "Strip":
         return part == "normalizer" or (step.get("start") in (0, 1) and step.get("stop") == 0)
-    return kind in _HARMLESS
+    return isinstance(kind, str) and kind in _HARMLESS
 
 
 def regex_letters(data: Mapping[str, Any]) -> str:
