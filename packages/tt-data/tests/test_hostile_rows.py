@@ -135,6 +135,35 @@ def test_a_deep_or_long_value_in_a_cell_is_a_bad_row(chatml: Any, write_jsonl: A
         assert len(str(caught.value)) < 2000
 
 
+def test_rows_in_memory_are_as_deep_as_those_of_files(chatml: Any) -> None:
+    deep: list[Any] = []
+    for _ in range(5000):
+        deep = [deep]
+    ring: list[Any] = []
+    ring.append(ring)
+    for value in (deep, ring, {"a": ring}):
+        with pytest.raises(ValueError, match=r"rows:1: lists and objects more than 100 deep in each other"):
+            load_dataset([{"text": "a"}, {"text": value}], chatml)
+
+
+WRONG: list[dict[str, Any]] = [
+    {"columns": 5}, {"columns": {"text": 5}}, {"packing": "yes"}, {"max_seq_len": 5.5}, {"max_seq_len": True},
+    {"seed": "a"},
+    {"template": "x" * 10**5}, {"schema": "a\x1b[31m"}, {"train_on": None}, {"on_bad_row": "x" * 10**5}, {"limit": "7"},
+    {"special_tokens": []}, {"num_workers": 1.0}, {"timeout_s": "1"}, {"max_dropped_share": "0.5"}, {"data_files": 7},
+    {"split": ["train"]}, {"revision": 5}, {"streaming": 1}, {"buffer": None}, {"drop_duplicates": "no"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WRONG)
+def test_a_setting_of_another_kind_is_named(chatml: Any, settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=name) as caught:
+        load_dataset([{"text": "a"}], chatml, **settings)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300
+
+
 def test_names_and_values_that_command_a_terminal_are_shown_as_escapes(chatml: Any, tmp_path: Path) -> None:
     evil = "\x1b]0;owned\x07\u202e\x9b31m"
     file = tmp_path / f"{evil[:3]}.jsonl"

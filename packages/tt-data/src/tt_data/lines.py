@@ -92,7 +92,8 @@ def decode_json(text: str, start: int = 0) -> tuple[Any, int]:
         value, end = _DECODER.raw_decode(text, start)
     except (RecursionError, ValueError) as error:
         raise _explained(error) from None
-    _refuse_deep(value, text.count("[", start, end) + text.count("{", start, end))
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
+        refuse_deep(value)
     return value, end
 
 
@@ -102,7 +103,8 @@ def load_json(text: str) -> Any:
         value = json.loads(text)
     except (RecursionError, ValueError) as error:
         raise _explained(error) from None
-    _refuse_deep(value, text.count("[") + text.count("{"))
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        refuse_deep(value)
     return value
 
 
@@ -118,9 +120,9 @@ def _explained(error: Exception) -> ValueError:
     return ValueError(f"{said}; write it as text" if said.startswith("Exceeds") else said)
 
 
-def _refuse_deep(value: Any, most: int) -> None:
-    """Raise ValueError for a value deeper than ``MAX_DEPTH``, which one with less than that many brackets is not."""
-    if most > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+def refuse_deep(value: Any) -> None:
+    """Raise ValueError for a value deeper than ``MAX_DEPTH``."""
+    if _depth(value) > MAX_DEPTH:
         raise ValueError(_DEEP)
 
 

@@ -58,6 +58,7 @@ def load_dataset(
         columns=columns, packing=packing, split=split, seed=seed, streaming=streaming, template=template, schema=schema,
         max_seq_len=max_seq_len, drop_duplicates=drop_duplicates, max_dropped_share=max_dropped_share, buffer=buffer,
         num_workers=num_workers, timeout_s=timeout_s, data_dir=data_dir, revision=revision, limit=limit,
+        train_on=train_on, on_bad_row=on_bad_row, special_tokens=special_tokens,
     )  # fmt: skip
     settings = Settings(
         columns=dict(columns or {}), train_on=train_on, max_seq_len=max_seq_len, template=template, schema=schema,
@@ -81,6 +82,7 @@ _WANTED = {
     "drop_duplicates": "true or false", "max_seq_len": "a whole number", "buffer": "a whole number", "limit":
     "a whole number", "num_workers": "a whole number", "timeout_s": "a number", "max_dropped_share": "a number",
 }  # fmt: skip
+_LONGEST = 1000  # characters of a name
 _OPTIONAL = (
     "columns",
     "split",
@@ -101,6 +103,8 @@ def _check_types(**values: Any) -> None:
         fits = isinstance(value, _KINDS[wanted]) and isinstance(value, bool) == (wanted == "true or false")
         if wanted == "an object of names" and fits:
             fits = all(isinstance(word, str) for pair in value.items() for word in pair)
+        if wanted == "a name" and fits:
+            fits = len(value) < _LONGEST and value.isprintable()
         if not fits and not (value is None and name in _OPTIONAL):
             raise ValueError(f"{name} must be {wanted}, got {visible(repr(value), 80)}")
 

@@ -18,6 +18,7 @@ from tt_data.compressed import compression, is_unread
 from tt_data.files import open_regular, stand_in
 from tt_data.folders import left_out, local_files, matching, refuse_outside
 from tt_data.hub import HUB_ID, Part, open_hub, rows_from
+from tt_data.lines import refuse_deep
 from tt_data.named import DATASETS
 from tt_data.nulls import null_for_nan, without_nulls
 from tt_data.sources import READERS, file_kind, read_rows
@@ -219,6 +220,10 @@ class _Rows:
         for number, row in enumerate(self.kept):
             if not isinstance(row, Mapping):
                 raise ValueError(f"{self.name}:{number}: expected an object with columns, found {type(row).__name__}")
+            try:
+                refuse_deep(row)
+            except ValueError as error:
+                raise ValueError(f"{self.name}:{number}: {error}") from None
             yield number, without_nulls(row) if self.columnar else null_for_nan(dict(row))
 
     def digest(self) -> str:
