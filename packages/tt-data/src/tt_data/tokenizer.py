@@ -262,11 +262,7 @@ class Tokenizer:
         return [token for token in named if isinstance(token, str) and self._backend.token_id(token) is not None]
 
     def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            "messages": [as_dict(message) for message in messages],
-            "tools": tools or None,
-            "extra": dict(variables),
-        }
+        return {"messages": list(map(as_dict, messages)), "tools": tools or None, "extra": dict(variables)}
 
     def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
         template, nonce = self._template(tools), new_nonce()
