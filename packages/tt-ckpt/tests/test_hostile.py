@@ -173,6 +173,24 @@ def test_an_index_of_half_a_million_entries_is_answered(formats):
         tt_ckpt.tensor_dtypes(folder)
 
 
+def test_what_is_wrong_with_a_config_is_said_with_its_file(model_dir, tmp_path):
+    folder = model_dir()
+    config = json.loads((folder / "config.json").read_text())
+    for change in ({"rms_norm_eps": float("nan")}, {"num_hidden_layers": 1.5}, {"model_type": ["\x1b"]}):
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"source/config\.json: ") as caught:
+            tt_ckpt.convert(folder, tmp_path / "out", "meta")
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["./a\x1b[31m", "x" * 100_000, "a\nb/c/d", "./a\u202eb"])
+def test_a_name_that_no_directory_has_is_shown_as_it_is_spelt(name):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        tt_ckpt.resolve(name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+
+
 # ---- headers ---------------------------------------------------------------------------------------------------------
 
 

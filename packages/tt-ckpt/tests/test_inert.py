@@ -160,3 +160,13 @@ def test_a_large_hostile_pickle_is_answered_within_memory():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ)
     assert done.stderr == ""
     assert len(done.stdout.splitlines()) == 4
+
+
+def test_an_archive_of_very_many_entries_is_refused_before_they_are_listed(tmp_path):
+    path = tmp_path / "f.pth"
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        for i in range(20_000):
+            archive.writestr(f"{'x' * 400}{i}", b"")
+    with pytest.raises(ValueError, match="f.pth: refused: .*more than 8000000 bytes of entries"):
+        read_pickled(path, allow_pickle=True)

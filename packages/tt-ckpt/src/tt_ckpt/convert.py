@@ -26,7 +26,7 @@ from tt_ckpt.hf import counter, write_shards
 from tt_ckpt.layout import choose_layout, read_layout, write_layout
 from tt_ckpt.limits import refuse_unsaid
 from tt_ckpt.meta import write_meta
-from tt_ckpt.shown import quoted
+from tt_ckpt.shown import plain, quoted
 from tt_ckpt.sizes import refuse_missing_layers
 from tt_ckpt.torchtune import write_torchtune
 from tt_ckpt.weights import EMBEDDING, Weights, cast, compare
@@ -97,7 +97,8 @@ def convert(
             advance = counter(progress, 2 * weights.nbytes)
             own = [] if weights.format == "gguf" else [weights.files[0].parent, directory]
             origins = list(dict.fromkeys([*own, *([base] if base else [])]))
-            _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
+            with _of(directory):
+                _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
             compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
             files = commit.list_files(tmp)
             publish(tmp, target, old, overwrite=overwrite)
@@ -108,7 +109,7 @@ def convert(
         destination=str(target),
         source_format=weights.format,
         to=to,
-        model_type=weights.family,
+        model_type=plain(weights.family),
         num_tensors=len(weights.specs),
         num_parameters=sum(spec.numel for spec in weights.specs.values()),
         num_bytes=weights.nbytes,

@@ -19,7 +19,7 @@ from tt_ckpt.files import copy, read_json
 from tt_ckpt.names import check_basename, safe_file
 from tt_ckpt.placeholder import half_fetched
 from tt_ckpt.shards import INDEX_NAME, find_shards
-from tt_ckpt.shown import format_size, listed, plain
+from tt_ckpt.shown import format_size, listed, plain, quoted
 from tt_ckpt.sizes import is_far, refuse_far
 from tt_ckpt.tensor_file import TensorSpec
 
@@ -48,6 +48,7 @@ WEIGHTS = (
     "hf_layout.json",
 )
 CONFIG_BYTES = 4_000_000
+_LONGEST = 4096  # of a path
 _NO_CONFIG = "; download it, or give the directory of the model itself"
 COMPANION_FOLDERS = ("additional_chat_templates",)
 _ELSE = "choose another directory, or pass overwrite=True (tt convert --overwrite)"
@@ -55,16 +56,18 @@ _ELSE = "choose another directory, or pass overwrite=True (tt convert --overwrit
 
 def resolve(path: str | Path) -> Path:
     """The local directory of a model: ``path`` itself when it is one, else the hub snapshot of that repository."""
-    local = Path(path).expanduser()
+    if len(str(path)) > _LONGEST:
+        raise ValueError(f"{quoted(str(path))}: no directory has so long a name; give a model directory or hub id")
+    local, shown = Path(path).expanduser(), plain(Path(path))
     if local.is_dir():
         return local
     if local.is_file():
         cure = "give the model directory that holds it"
         if local.suffix == ".gguf":
-            cure = f"a Hugging Face directory is needed; run: tt convert {path} DIR"
-        raise ValueError(f"{path}: a file; {cure}")
+            cure = f"a Hugging Face directory is needed; run: tt convert {shown} DIR"
+        raise ValueError(f"{shown}: a file; {cure}")
     if local.exists():
-        raise ValueError(f"{path}: neither a directory nor a regular file; give a model directory")
+        raise ValueError(f"{shown}: neither a directory nor a regular file; give a model directory")
     text = str(path)
     kind = "file" if local.suffix == ".gguf" else "directory"
     if (
@@ -74,10 +77,10 @@ def resolve(path: str | Path) -> Path:
         or text.count("/") > 1
         or "\\" in text
     ):
-        raise FileNotFoundError(f"{path}: no such {kind}{_similar(local)}")
+        raise FileNotFoundError(f"{shown}: no such {kind}{_similar(local)}")
     close = _similar(local)
     if "/" not in text and "did you mean" in close:  # a word beside a folder of nearly that name is a typo, no hub id
-        raise FileNotFoundError(f"{path}: no such directory{close}")
+        raise FileNotFoundError(f"{shown}: no such directory{close}")
     from tt_ckpt.hub import snapshot
 
     try:
@@ -90,7 +93,7 @@ def resolve(path: str | Path) -> Path:
 
 def _similar(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" (nor is {path.parent}; the working directory is {Path.cwd()})"
+        return f" (nor is {plain(path.parent)}; the working directory is {Path.cwd()})"
     is_file = path.suffix == ".gguf"
     beside = [entry.name for entry in path.parent.iterdir()
               if (entry.is_file() and entry.suffix == ".gguf") or (entry.is_dir() and not is_file)]  # fmt: skip

@@ -34,9 +34,8 @@ def refuse_unsaid(config: Mapping[str, Any], to: str) -> None:
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES[to]:
         name = {"meta": "Meta"}.get(to, to)
-        raise ValueError(
-            f"model_type {quoted(family)} has no {name} format; families that do: {', '.join(FAMILIES[to])}"
-        )
+        known = f"families that do: {', '.join(FAMILIES[to])}"
+        raise ValueError(f"config.json: model_type {quoted(family)} has no {name} format; {known}")
     if problems := list(_unsaid(config, to)):
         raise ValueError(
             f"config.json: {', '.join(problems)} cannot be said in the {to} format, whose loaders would compute "

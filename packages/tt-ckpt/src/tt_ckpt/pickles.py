@@ -22,7 +22,8 @@ from tt_ckpt.placeholder import DOWNLOAD
 from tt_ckpt.shown import plain, quoted
 from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_shape, spec_of
 
-_MAX_ENTRIES = 200_000
+_MAX_ENTRIES = 100_000
+_DIRECTORY_BYTES = 8_000_000  # of an archive's list of entries, which takes a second to be read
 _CURE = "save the model anew as safetensors or as a plain state dict"
 # all that a file of dense tensors calls; torch would make more: tensors of any size, arrays of bytes, sets
 _CALLED = {
@@ -86,12 +87,28 @@ def _is_named(name: str) -> bool:
     return name in _CALLED or name in map(str, DTYPES.values()) or _STORAGE.fullmatch(name) is not None
 
 
+class _Short:
+    """A file of which no more is read at once than ``limit`` bytes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self.seekable, self._read = file.seek, file.tell, file.seekable, file.read
+        self.limit = _DIRECTORY_BYTES
+
+    def read(self, count: int = -1) -> bytes:
+        data = self._read(count if 0 <= count <= self.limit else self.limit + 1)
+        if len(data) > self.limit:
+            raise ValueError(f"more than {self.limit} bytes of entries")
+        return data
+
+
 def _check_archive(file: IO[bytes]) -> None:
     """An archive as torch writes it: stored, not compressed, no larger inside than outside, of dense tensors only."""
     if file.read(4) != b"PK\x03\x04":  # torch takes anything else for what it wrote before 1.6
         raise _NotArchive("it does not begin as one")
     try:
-        with zipfile.ZipFile(file) as archive:
+        short = _Short(file)
+        with zipfile.ZipFile(short) as archive:
+            short.limit = MAX_BYTES
             size = file.seek(0, io.SEEK_END)
             entries = archive.infolist()
             if len(entries) > _MAX_ENTRIES or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):

@@ -76,7 +76,9 @@ FAMILIES = {
 def family_of(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"model_type {quoted(name)} has no torchtune format; families that do: {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"config.json: model_type {quoted(name)} has no torchtune format; families that do: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[name]
 
 
