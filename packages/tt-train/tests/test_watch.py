@@ -1,6 +1,7 @@
 """What is measured beside the steps: held-out loss before and between them, the best step, early stop, loggers."""
 
 import json
+import os
 import sys
 import types
 
@@ -141,6 +142,8 @@ def wandb(monkeypatch):
             calls.append(("finish", exit_code))
 
     client = types.ModuleType("wandb")
+    client.setup = lambda: calls.append(("setup", os.getcwd()))
+    client.Settings = dict
     client.init = lambda **options: calls.append(("init", options)) or Run()
     monkeypatch.setitem(sys.modules, "wandb", client)
     monkeypatch.setattr("tt_train.preflight.logger_mistakes", lambda *args: [])
@@ -162,6 +165,16 @@ def test_weights_and_biases_continues_the_same_run_and_is_finished_also_by_a_fai
     assert first["id"] == second["id"] == read_json(tmp_path / "r" / "manifest.json")["wandb_id"]
     assert first["resume"] == "allow"
     assert sorted(call[1] for call in wandb if call[0] == "log") == [1, 2]
+
+
+def test_weights_and_biases_reads_no_settings_of_the_working_folder_and_starts_no_git(
+    train, tmp_path, wandb, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path / "r", "loggers=[wandb]", "data.eval=null", "eval_every=null", "max_steps=1")
+    assert [call[1] for call in wandb if call[0] == "setup"] not in ([], [str(tmp_path)])
+    (options,) = [call[1] for call in wandb if call[0] == "init"]
+    assert options["settings"] == {"disable_git": True, "save_code": False}
 
 
 def test_loggers_get_no_secret(train, tmp_path, wandb, monkeypatch, rows_file):

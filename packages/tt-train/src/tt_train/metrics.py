@@ -5,7 +5,8 @@ import resource
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, chdir, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,12 +65,16 @@ class WandB:
     """A Weights & Biases run named like the run directory. Its id is in manifest.json: a resumed run continues it."""
 
     def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
-        import wandb
+        with chdir(Path(__file__).parent):  # a wandb/settings of the working folder would choose who gets the key
+            import wandb
+
+            wandb.setup()
 
         own_folder(run.path, "wandb")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "tt"), name=redact(run.path.resolve().name), dir=str(run.path),
             config=config, id=_wandb_id(run), resume="allow",
+            settings=wandb.Settings(disable_git=True, save_code=False),  # git runs what a repository's config names
         )  # fmt: skip
 
     def __call__(self, row: dict[str, Any]) -> None:
