@@ -73,7 +73,10 @@ class Patterns(Generic[V]):
 
     def match(self, name: str) -> str | None:
         """The first pattern that means ``name``."""
-        self._learn([name])
+        if not self._values:
+            return None
+        if name not in self._known:
+            self._learn([name])
         first = min(self._known[name], default=None)
         return None if first is None else first[1]
 
