@@ -35,8 +35,15 @@ def command(
     verb = "would send" if dry_run else "sent"
     click.echo(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)", err=True)
     if done.left_out:
-        more = f" and {len(done.left_out) - 20} more" if len(done.left_out) > 20 else ""
-        click.echo(
-            f"left out {len(done.left_out)}, not files of a model: {', '.join(done.left_out[:20])}{more}", err=True
-        )
+        click.echo(f"left out {len(done.left_out)}, not files of a model: {_by_ending(done.left_out)}", err=True)
     click.echo(done.url or repo)
+
+
+def _by_ending(names: list[str], count: int = 20) -> str:
+    """``.json: a, b; .pt: c; d/``: a list of what is not sent must not read like one of what is."""
+    groups: dict[str, list[str]] = {}
+    for name in names[:count]:
+        ending = "" if name.endswith("/") else Path(name).suffix
+        groups.setdefault(ending, []).append(name.removesuffix(ending))
+    shown = "; ".join(f"{ending}: {', '.join(held)}" if ending else ", ".join(held) for ending, held in groups.items())
+    return shown + (f"; and {len(names) - count} more" if len(names) > count else "")
