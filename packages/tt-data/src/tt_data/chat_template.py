@@ -99,8 +99,9 @@ class ChatTemplate:
         self, source: str, *, variables: Mapping[str, Any] | None = None, special: Sequence[str] = (),
         ends: Sequence[str] = (), name: str = "chat template",
     ) -> None:  # fmt: skip
-        if len(source.encode()) > MAX_TEMPLATE_BYTES:
-            raise TemplateError(f"{name}: {len(source.encode())} bytes, expected at most {MAX_TEMPLATE_BYTES}")
+        size = len(source.encode("utf-8", "surrogatepass"))
+        if size > MAX_TEMPLATE_BYTES:
+            raise TemplateError(f"{name}: {size} bytes, expected at most {MAX_TEMPLATE_BYTES}")
         self.source, self.name = source, name
         self._setup = {
             "source": source, "variables": dict(variables or {}), "special": list(special), "ends": list(ends),

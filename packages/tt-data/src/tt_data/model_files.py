@@ -20,7 +20,7 @@ from tt_data.tokenizer_json import MAX_BYTES, JsonTokenizer
 
 _log = logging.getLogger(__name__)
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
-_MOST_EOS = 1000
+_MOST_EOS, _MOST_KEYS = 1000, 10_000
 _FILES = ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")
 
 
@@ -139,6 +139,8 @@ def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     names: dict[str, Any] = {}
     for file, source in _special_sources(directory, config):
         extra = source.get("extra_special_tokens")
+        if len(source) > _MOST_KEYS or len(extra if isinstance(extra, Mapping) else ()) > _MOST_KEYS:
+            raise _wrong(file, "its keys", f"at most {_MOST_KEYS:,}", len(source))
         for key, value in {**(extra if isinstance(extra, Mapping) else {}), **source}.items():
             content = _content_of(value)
             if key.endswith("_token") and content is not None:

@@ -248,7 +248,7 @@ class Tokenizer:
             )
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
-            raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)}")
+            raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)[:8]}")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(
                 self.templates[name], variables=self._names, special=self._enders, ends=self._end_tokens(),

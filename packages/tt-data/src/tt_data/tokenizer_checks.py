@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,7 +43,10 @@ def check_tokenizer(data: Mapping[str, Any], name: str) -> bool:
         plain = _check_model(data.get("model"))
     except _WrongError as wrong:
         raise ValueError(f"{name}: {wrong}; correct the file, or download it again") from None
-    return plain and all(_is_harmless(data.get(part), part) for part in _PARTS)
+    try:
+        return plain and all(_is_harmless(data.get(part), part) for part in _PARTS)
+    except RecursionError:
+        return False
 
 
 class _WrongError(Exception):
@@ -150,7 +154,9 @@ def regex_letters(data: Mapping[str, Any]) -> str:
     while left:
         value = left.pop()
         if isinstance(value, dict):
-            found |= set(str(value.get("Regex", ""))[:_MAX_TOKEN])
+            regex = str(value.get("Regex", ""))[:_MAX_TOKEN]
+            escapes = [int(digits, 16) for digits in re.findall(r"\\[xu]\{?([0-9A-Fa-f]{2,6})", regex)]
+            found |= {*regex, *(chr(code) for code in escapes if code < 0xD800)}
             left += value.values()
         elif isinstance(value, Sequence) and not isinstance(value, str):
             left += value[:64]

@@ -60,6 +60,8 @@ class JsonTokenizer:
         return other
 
     def token_id(self, token: str) -> int | None:
+        if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
+            return None  # half of a pair: no token is that
         index: int | None = self._tokenizer.token_to_id(token)
         return index
 

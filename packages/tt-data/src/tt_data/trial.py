@@ -92,7 +92,7 @@ def probes(letters: str) -> Iterator[str]:
     yield "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x1FC00)]))
     for letter in _RUNS:
         yield letter * _LONG + ("!" if letter != "!" else "a")
-        yield letter * _LONG
+        yield letter * _LONG + f"\x01{letters}{letter}"  # an expression may ask for one of them later on
     for letter in letters:
         yield letter * _SHORT + "\u2581x\n"
     yield ("aA0 .\n" + letters) * (_LONG // 10)
