@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -243,3 +245,14 @@ def test_what_a_file_says_is_shown_short_and_printable():
 def test_a_plain_name_is_shown_as_it_is():
     assert plain("model.layers.0") == "model.layers.0"
     assert plain("a\nb") == "'a\\nb'"
+
+
+def test_the_rule_for_files_comes_without_torch_and_every_name_is_there():
+    code = (
+        "import sys, tt_ckpt; from tt_ckpt import files\n"
+        "assert 'torch' not in sys.modules\n"
+        "import tt_ckpt.upload, tt_ckpt.convert, tt_ckpt.redact\n"
+        "assert all(callable(getattr(tt_ckpt, name)) for name in tt_ckpt.__all__)\n"
+        "assert tt_ckpt.commit.sha256_of and not hasattr(tt_ckpt, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

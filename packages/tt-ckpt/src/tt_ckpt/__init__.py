@@ -1,6 +1,7 @@
 """Checkpoints of open LLMs: Hugging Face directories, training state that survives crashes, hub transfer."""
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -67,9 +68,11 @@ class _Package(ModuleType):
     """Imports on first use, so that ``tt_ckpt.files`` comes without torch."""
 
     def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'tt_ckpt' has no attribute {name!r}")
-        return getattr(importlib.import_module(f"tt_ckpt.{_HOMES[name]}"), name)
+        if name in _HOMES:
+            return getattr(importlib.import_module(f"tt_ckpt.{_HOMES[name]}"), name)
+        if not name.startswith("_") and importlib.util.find_spec(f"tt_ckpt.{name}") is not None:
+            return importlib.import_module(f"tt_ckpt.{name}")
+        raise AttributeError(f"module 'tt_ckpt' has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Of ``convert``, ``redact`` and ``upload``, names of a module and of its function, the function is kept."""
