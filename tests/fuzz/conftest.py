@@ -4,6 +4,7 @@ A check gets hostile input for ``TT_FUZZ_SECONDS`` (default 1), in a process of 
 at its start. It must return, or raise an error of ours: one line of printable text. The input that broke it is printed.
 """
 
+import copy
 import itertools
 import json
 import mmap
@@ -94,7 +95,7 @@ def mutated_json(*seeds: Any) -> st.SearchStrategy[Any]:
 
 def _changed(value: Any, choice: random.Random) -> Any:
     if not isinstance(value, dict | list) or not value or choice.random() < 0.1:
-        return choice.choice(ODD)
+        return copy.deepcopy(choice.choice(ODD))
     places = list(value) if isinstance(value, dict) else range(len(value))
     place = choice.choice(places)
     match choice.randrange(6):
@@ -105,7 +106,7 @@ def _changed(value: Any, choice: random.Random) -> Any:
         case 1:
             value.insert(place, value[place])
         case 2:
-            value[place] = value[choice.choice(places)]
+            value[place] = copy.deepcopy(value[choice.choice(places)])
         case _:
             value[place] = _changed(value[place], choice)
     return value
