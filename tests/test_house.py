@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml"))
 PRIVATE = re.compile(
     r"(?<![\w.])/(?:home/(?!me/|you/)\w|root/|Users/(?!me/|you/)\w|work/|opt/|mnt/|srv/)"  # a folder of a machine
-    r"|\b(?!127\.0\.0\.1|0\.0\.0\.0)(?:\d{1,3}\.){3}\d{1,3}:\d+\b"  # a host and its port
+    r"|\b(?!127\.|0\.0\.0\.0)(?:\d{1,3}\.){3}\d{1,3}:\d+\b"  # a host and its port
     r"|[\w-]+\.(?:internal|corp|lan)\b(?!\()"
 )
 

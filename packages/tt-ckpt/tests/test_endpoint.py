@@ -25,7 +25,7 @@ REPO = "someone/some-model"
         "http://127.0.0.1",
         "http://[::1]:80",
         "HTTP://LOCALHOST/",
-        "https://10.0.0.1:8443",
+        "https://hub.example:8443",
     ],
 )
 def test_https_and_this_machine_are_accepted(url):

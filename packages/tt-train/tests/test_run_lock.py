@@ -79,16 +79,27 @@ def test_a_damaged_lock_is_stale(tmp_path):
 def test_of_many_that_find_a_stale_lock_one_becomes_the_writer(tmp_path):
     (tmp_path / LOCK).write_text("")
 
+    told, tell = os.pipe()
+    gate, opener = os.pipe()
+
     def contend():
+        os.close(opener)
         try:
             RunLock(tmp_path).acquire()
         except ConfigError:
-            os._exit(1)
-        time.sleep(1)  # hold it while the others try
-        os._exit(0)
+            os.write(tell, b"-")
+            return
+        os.write(tell, b"+")
+        os.read(gate, 1)  # holds it until all have tried
 
     children = [child_that(contend) for _ in range(6)]
-    assert sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children) == [0, 1, 1, 1, 1, 1]
+    answers = b"".join(os.read(told, 1) for _ in children)
+    os.close(opener)
+    for child in children:
+        os.waitpid(child, 0)
+    assert sorted(answers) == sorted(b"+-----")
+    for end in (told, tell, gate):
+        os.close(end)
 
 
 def test_a_fork_of_the_writer_does_not_release_the_lock(tmp_path):
