@@ -156,13 +156,14 @@ def test_parts_of_a_tensor_above_two_to_the_31_are_put_where_they_belong():
         (rows, 4096),
         tuple(parts.Part("f", f"k{i}", (i * rows // 4, 0), (rows // 4, 4096)) for i in range(4)),
     )
-    assert parts._is_sound(whole)
+    boxes = [(part.offsets, part.sizes) for part in whole.parts]
+    assert parts.is_cover(whole.shape, boxes)
     assert math.prod(whole.shape) > ABOVE_31
     target = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
     last = parts.box(target, whole.parts[3].offsets, whole.parts[3].sizes)
     assert (last.shape, last.storage_offset()) == ((rows // 4, 4096), 3 * rows // 4 * 4096)
-    short = parts.Whole(whole.dtype, whole.shape, whole.parts[:3])
-    assert not parts._is_sound(short)
+    assert not parts.is_cover(whole.shape, boxes[:3])
+    assert not parts.is_cover(whole.shape, [*boxes[:3], boxes[2]])
 
 
 def test_a_pickled_tensor_above_two_to_the_31_is_found_behind_it_and_read_by_slices(tmp_path):

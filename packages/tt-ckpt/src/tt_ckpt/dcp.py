@@ -19,7 +19,7 @@ from tt_ckpt.names import safe_file
 from tt_ckpt.parts import is_cover
 from tt_ckpt.pickles import tensor_from_bytes
 from tt_ckpt.shown import plain, quoted
-from tt_ckpt.tensor_file import DTYPES, TensorSpec, is_shape, spec_of
+from tt_ckpt.tensor_file import DTYPES, TensorSpec, are_sizes, spec_of
 
 METADATA_NAME = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -132,6 +132,6 @@ def _parse(metadata: Any) -> tuple[dict[str, TensorSpec], dict[str, list[_Piece]
 def _sizes(value: Any) -> tuple[int, ...]:
     if isinstance(value, Record) and value.name == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
-    if not isinstance(value, tuple) or not is_shape(value):
+    if not isinstance(value, tuple) or not are_sizes(value):
         raise ValueError(f"expected sizes, found {quoted(value)}")
     return value

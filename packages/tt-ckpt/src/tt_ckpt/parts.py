@@ -17,7 +17,7 @@ from tt_ckpt.files import read_json
 from tt_ckpt.names import check_basename, safe_file
 from tt_ckpt.ranks import Ranks
 from tt_ckpt.shown import quoted
-from tt_ckpt.tensor_file import DTYPES, Header, MappedFile, is_shape, read_header, write_tensor_dict
+from tt_ckpt.tensor_file import DTYPES, Header, MappedFile, are_sizes, is_shape, read_header, write_tensor_dict
 
 Groups = Mapping[str, Mapping[str, Tensor]]
 _CURE = "use an older checkpoint"
@@ -128,7 +128,7 @@ def is_cover(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tupl
     if not is_shape(shape):
         return False
     for offsets, sizes in boxes:
-        if not is_shape(offsets) or not is_shape(sizes) or not len(offsets) == len(sizes) == len(shape):
+        if not are_sizes(offsets) or not are_sizes(sizes) or not len(offsets) == len(sizes) == len(shape):
             return False
         if any(offset + size > limit for offset, size, limit in zip(offsets, sizes, shape, strict=True)):
             return False

@@ -29,8 +29,6 @@ from tt_ckpt.shown import plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
 _COPY_BYTES = 1 << 24
-_LONGEST_NAME = 1000
-_MAX_DIMS = 32
 
 # In the order in which the safetensors library lays tensors out (widest first), so that our files equal its files.
 DTYPES: dict[str, torch.dtype] = {
@@ -112,7 +110,7 @@ def read_header(path: str | Path, root: str | Path | None = None) -> Header:
         refuse_placeholder(path, first)
         if len(first) < 8:
             raise ValueError(f"{shown}: {size} bytes, too short for a safetensors file; {DOWNLOAD}")
-        (length,) = struct.unpack("<Q", first[:8])
+        length = int.from_bytes(first[:8], "little")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{shown}: not a safetensors file (its header would be {length} bytes); {DOWNLOAD}")
         if 8 + length > size:
@@ -160,25 +158,27 @@ def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
 
 def _parse_entry(name: str, entry: Any) -> tuple[str, int, int, TensorSpec]:
     shown = quoted(name)
-    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"tensor {shown} has a name that is not 1 to {_LONGEST_NAME} printable characters")
+    if not name or len(name) > 1000 or not name.isprintable():
+        raise ValueError(f"tensor {shown} has a name that is not 1 to 1000 printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"tensor {shown} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"tensor {shown} has the unknown dtype {quoted(dtype)}; known: {', '.join(DTYPES)}")
-    if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
+    if not is_shape(shape) or not are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {shown} has shape {quoted(shape)} and data_offsets {quoted(offsets)}")
     return name, offsets[0], offsets[1], TensorSpec(dtype=DTYPES[dtype], shape=tuple(shape))
 
 
+def are_sizes(value: Any) -> bool:
+    """A few whole numbers, none too large to be counted with."""
+    few = isinstance(value, list | tuple) and len(value) <= 32
+    return few and all(type(size) is int and 0 <= size < 1 << 60 for size in value)
+
+
 def is_shape(value: Any) -> bool:
-    """Whole numbers whose product torch can count, those of an empty tensor too."""
-    if not isinstance(value, list | tuple) or len(value) > _MAX_DIMS:
-        return False
-    if not all(type(size) is int and 0 <= size < 1 << 60 for size in value):
-        return False
-    return bool(math.prod(size for size in value if size) < 1 << 60)
+    """Sizes whose product torch can count, those of an empty tensor too."""
+    return are_sizes(value) and bool(math.prod(size for size in value if size) < 1 << 60)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def flat_bytes(tensor: Tensor) -> Tensor:
 
 
 def byte_views(tensor: Tensor) -> Iterable[memoryview]:
-    """The bytes of a tensor, in pieces, copied only where it is not contiguous on the CPU."""
+    """The bytes of a tensor, in pieces, copied only if it is not contiguous on the CPU."""
     flat = flat_bytes(tensor)
     for start in range(0, flat.numel(), _COPY_BYTES):
         yield memoryview(flat[start : start + _COPY_BYTES].numpy())  # type: ignore[arg-type]
