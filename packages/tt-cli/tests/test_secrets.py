@@ -188,6 +188,23 @@ def test_nothing_of_an_ordinary_run_is_taken_for_a_secret(tt, lora_run, tmp_path
     assert not any("[redacted]" in text for text in texts.values())
 
 
+def test_rows_about_passwords_are_shown_as_the_model_sees_them(tt, folder, model_dir, monkeypatch):
+    question, secret = "the password: correct-horse, and Basic arithmetic2operations", "hf_" + "Ab1" * 9
+    row = {"prompt": question, "completion": f'set api_key = "sk12345678X" or {secret}'}
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["data", "show", "rows.jsonl", "--tokenizer", str(model_dir)]
+    said = [tt(*words).out, tt(*words, "--json").out]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    said.append(tt(*words).out)
+    assert "\x1b[32m" in said[2]
+    for text in said:
+        assert question in text
+        assert "sk12345678X" in text
+        assert secret not in text
+    shown = json.loads(said[1])["shown"][0]["documents"][0]["pieces"]
+    assert any('api_key = "sk12345678X"' in piece["text"] for piece in shown)
+
+
 def test_the_adapter_of_a_run_that_is_a_link_is_not_sent(tt, folder, lora_run):
     shutil.copytree(lora_run, folder / "run")
     shutil.move(folder / "run" / "adapter", folder.parent / "elsewhere")

@@ -80,8 +80,16 @@ def redact_known(text: str) -> str:
     return _pattern(known).sub(MARK, text) if any(secret in text for secret in known) else text
 
 
+def redact_said(text: str) -> str:
+    """What a row or a model says: without the secrets of this machine and tokens of known forms; all else is text.
+
+    ``password: x`` stays: it may be what the rows are about.
+    """
+    return _FORMS.sub(MARK, redact_known(text))
+
+
 def redact_data(value: Any) -> Any:
-    """The same for what becomes JSON or YAML: its texts, and whole values of keys such as ``password``."""
+    """``redact`` for what becomes JSON or YAML: its texts, and whole values of keys such as ``password``."""
     return _redact_data(value, _known_secrets())
 
 

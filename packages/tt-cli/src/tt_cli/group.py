@@ -12,10 +12,11 @@ from typing import Any, TextIO, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
+from tt_cli import terminal
 from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean
 from tt_train.foreign import FOREIGN
-from tt_train.redact import redact_data
+from tt_train.redact import redact_data, redact_said
 from tt_train.registry import RECIPES
 
 # what other tools call these verbs
@@ -151,9 +152,22 @@ def json_option(function: Function) -> Function:
     return click.option("--json", "as_json", is_flag=True, help="Answer as one JSON object.")(function)
 
 
-def print_json(answer: Mapping[str, Any]) -> None:
-    """Print ``answer`` as the verb's one JSON object; ``ok`` says that there were no mistakes."""
-    click.echo(json.dumps({"ok": True, **redact_data(dict(answer))}, indent=2, default=str))
+def print_json(answer: Mapping[str, Any], *, said: Mapping[str, Any] | None = None) -> None:
+    """Print ``answer`` as the verb's one JSON object; ``ok`` says that there were no mistakes.
+
+    ``said``: more entries, which are the text of rows or of a model.
+    """
+    blanked = {"ok": True, **redact_data(dict(answer)), **_said(said or {})}
+    text = json.dumps(blanked, indent=2, default=str)
+    click.echo(text) if said is None else terminal.answer(text)
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact_said(value)
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items()}
+    return [_said(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def wants_color(stream: TextIO) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import click
 
 from tt_train.console import MARKS
-from tt_train.redact import redact
+from tt_train.redact import redact_said
 from tt_train.visible import visible
 
 Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained
@@ -16,7 +16,7 @@ def mark(pieces: Pieces, *, color: bool) -> str:
     open_mark, close_mark = MARKS
     shown = []
     for piece, trained in _joined(pieces):
-        text = redact(piece)
+        text = redact_said(piece)
         if not trained:
             shown.append(visible(text))
         elif color:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from tt_train.redact import redact, redact_known
+from tt_train.redact import redact, redact_known, redact_said
 from tt_train.visible import visible
 
 _COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text
@@ -59,13 +59,17 @@ class Door:
             self.write(line)
 
     def write_styled(self, text: str) -> None:
-        """As ``write``, but the colours in it stay."""
-        self.write_raw("".join(p if _COLOR.fullmatch(p) else visible(redact(p)) for p in _COLOR.split(text)))
+        """Rows and names, as ``write_said``, but the colours in it stay."""
+        self.write_raw("".join(p if _COLOR.fullmatch(p) else visible(redact_said(p)) for p in _COLOR.split(text)))
+
+    def write_said(self, text: str) -> None:
+        """What a row or a model says: spelt out, and only what is a secret in any text is blanked."""
+        self.write_raw(visible(redact_said(text)))
 
     def write_exact(self, text: str) -> None:
-        """As it is but for secrets, down to the bytes of file names that are not text; on a terminal as ``write``."""
+        """As it is but for secrets, down to the bytes of file names; on a terminal as ``write_said``."""
         if self.raw.isatty():
-            self.write(text)
+            self.write_said(text)
             return
         text = redact_known(text)
         try:

@@ -82,7 +82,7 @@ def command(
         raise ValueError(f"--start {start}: there are {len(dataset):,} rows, counted from 0")
     shown = tt_data.show(dataset, rows=range(start, min(start + num, len(dataset))))
     if as_json:
-        print_json({**dataset.report, "shown": [_with_names(sample) for sample in shown]})
+        print_json(dataset.report, said={"shown": [_with_names(sample) for sample in shown]})
         return
     click.echo("\n".join(tt_data.summary_lines(dataset.report)), err=True)
     for sample in shown:

@@ -41,7 +41,8 @@ def command(
     settings = Sampling(**sampling)  # type: ignore[arg-type]
     answer = speaker.reply(ids, settings)
     if as_json:
-        print_json({"model": speaker.path, "prompt": text, "text": "".join(answer), "cut": bool(speaker.cut)})
+        said = {"prompt": text, "text": "".join(answer), "cut": bool(speaker.cut)}
+        print_json({"model": speaker.path}, said=said)
         return
     show_answer(answer)
     speaker.tell_cut(settings)
