@@ -1,8 +1,6 @@
 """Rows of each schema to token rows, and the settings that say how."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +51,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tt_data.load_tokenizer(folder)
 
 
-def begin(tokenizer: Any, started: set[int] = set()) -> None:  # noqa: B006
-    """Start the process that renders, which may take longer than an input on a busy machine."""
-    if os.getpid() not in started:
-        left = signal.alarm(60)
-        started.add(os.getpid())
-        assert tokenizer.eos_ids
-        signal.alarm(left)
-
-
 def read(tokenizer: Any, rows: Any, **settings: Any) -> None:
     """Rows as they would be trained, and what every verb says of them."""
-    begin(tokenizer)
     dataset = tt_data.load_dataset(rows, tokenizer, **settings)
     lines = [*tt_data.summary_lines(dataset.report), *dataset.report["problems"]]
     assert all(line.isprintable() and len(line) < 4000 for line in lines), lines
@@ -111,8 +99,7 @@ def test_any_settings_are_taken_or_refused(fuzz: Any, tokenizer: Any, tmp_path: 
     def check(settings: Any) -> None:
         if not isinstance(settings, dict) or not set(settings) <= set(SETTINGS):
             return
-        begin(tokenizer)
-        settings["num_workers"] = 0
+            settings["num_workers"] = 0
         dataset = tt_data.load_dataset(str(tmp_path), tokenizer, **settings)
         if settings.get("streaming") is not True:
             tt_data.summary_lines(dataset.report)
