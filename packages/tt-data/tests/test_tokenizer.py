@@ -217,3 +217,12 @@ def test_each_part_of_a_tokenizer_comes_from_the_nearest_folder_that_has_it(tmp_
     assert 1 not in load_tokenizer([near, base]).eos_ids
     with pytest.raises(FileNotFoundError, match="words: no tokenizer"):
         load_tokenizer([words])
+
+
+def test_an_end_token_that_the_vocabulary_does_not_have_is_reported(
+    tmp_path: Path, make_model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model(tmp_path / "model", ["<s>"], bos_token="<s>", eos_token="</end>")
+    assert load_tokenizer(model).eos_id is None
+    assert "eos_token '</end>' is not in the vocabulary: no row gets it" in caplog.text
+    assert "bos_token" not in caplog.text

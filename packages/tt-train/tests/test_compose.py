@@ -85,6 +85,7 @@ def test_a_config_survives_yaml(tmp_path):
         ("adapter.rnk=8", "did you mean 'adapter.rank'?"),
         ("learning_rate=1", "did you mean 'optimizer.lr'?"),
         ("learing_rate=1", "did you mean 'optimizer.lr'?"),
+        ("optimizer.learing_rate=1", "did you mean 'optimizer.lr'?"),
         ("lr=1e-4", "did you mean 'optimizer.lr'?"),
         ("rank=4", "did you mean 'adapter.rank'?"),
         ("optimizer.lr=fast", "optimizer.lr: expected a number, got the text 'fast'"),

@@ -103,6 +103,9 @@ def _build(
         )  # fmt: skip
         names = {**_sentencepiece_names(backend), **names}
         adds_bos = _flag(directory, config, "add_bos_token", default=True)
+    for key in ("bos_token", "eos_token"):
+        if (token := names.get(key)) is not None and backend.token_id(token) is None:
+            _log.warning("%s: %s %s is not in the vocabulary: no row gets it", file, key, ascii(token)[:60])
     templates, origin = find_templates(folders)
     return Tokenizer(
         backend, names=names, adds_bos=adds_bos, templates=templates, template_name=origin,

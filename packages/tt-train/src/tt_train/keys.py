@@ -78,7 +78,8 @@ def unknown_key(schema: type, key: str) -> str:
     if not homes and not hint:
         close = did_you_mean(last, [known.rsplit(".", 1)[-1] for known in keys])
         homes = [known for known in keys if close and known.rsplit(".", 1)[-1] in close.split("'")]
-    if not homes and not hint and (theirs := did_you_mean(last, FOREIGN, cutoff=0.8)):
+    ours = did_you_mean(last, [known.rsplit(".", 1)[-1] for known in keys], cutoff=0.8)
+    if not homes and not ours and (theirs := did_you_mean(last, FOREIGN, cutoff=0.8)):
         return f"unknown key; {foreign_key(theirs.split(chr(39))[1])}"  # learing_rate
     cure = f"; did you mean {homes[0]!r}?" if homes else hint or "; tt cat sft shows every key"
     return f"unknown key{cure}"
