@@ -136,6 +136,17 @@ def test_links_out_of_a_folder_are_refused_and_others_followed(chatml: Any, here
         load_dataset(here, chatml)
 
 
+@pytest.mark.parametrize("pattern", ["*.jsonl", "*/secret.jsonl", "o*", "../work/[x]*.jsonl"])
+def test_what_a_pattern_finds_may_not_lead_out_of_the_folder_that_is_typed(
+    chatml: Any, here: Path, tmp_path: Path, pattern: str
+) -> None:
+    (here / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    (here / "out").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="(out|x.jsonl|secret.jsonl): a link out of .*; or list it by its own name"):
+        load_dataset(pattern, chatml)
+    assert load_dataset("out/secret.*", chatml).rendered(0)[0][0].startswith("secret")  # this folder is typed
+
+
 def test_a_file_that_the_user_names_may_be_a_link(chatml: Any, here: Path, tmp_path: Path) -> None:
     (here / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
     assert load_dataset("x.jsonl", chatml).rendered(0)[0][0].startswith("secret")

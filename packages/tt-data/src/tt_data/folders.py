@@ -6,11 +6,11 @@ import os
 import re
 from collections.abc import Sequence
 from difflib import get_close_matches
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
 from tt_data.compressed import compression, is_unread
-from tt_data.files import regular
+from tt_data.files import inside, regular
 from tt_data.sources import READERS, file_kind
 from tt_data.wording import visible
 
@@ -30,7 +30,7 @@ def local_files(path: Path, split: str | None = None, data_files: Sequence[str] 
     files = _matching(path, data_files) if data_files else [file for file in _inside(path) if file_kind(file)]
     files = [file for file in files if data_files or not _is_hidden(file.relative_to(path))]
     for file in files:
-        regular(file, path)
+        _refuse_link_out(file, path)
     if not data_files:
         _refuse_compressed(path)
     if not files:
@@ -87,6 +87,22 @@ def matching(path: Path, pattern: str) -> list[Path]:
         return sorted(path.glob(pattern))
     except (ValueError, NotImplementedError, IndexError, re.error) as error:
         raise ValueError(f"{path}: not a pattern of files: {pattern!r} ({error}); such as data/*.jsonl") from None
+
+
+def refuse_links_out(pattern: Path, matches: Sequence[Path]) -> None:
+    """Raise ValueError for a match of ``pattern`` that leads out of the folder that the user typed."""
+    typed = list(takewhile(lambda part: not any(mark in part for mark in "*?["), pattern.parts))
+    for match in matches:
+        if not match.is_dir() or match.is_symlink():
+            _refuse_link_out(match, Path(*typed), is_file=not match.is_dir())
+
+
+def _refuse_link_out(path: Path, root: Path, *, is_file: bool = True) -> None:
+    try:
+        (regular if is_file else inside)(path, root)
+    except ValueError as error:
+        named = "; or list it by its own name in data.train" if "a link out of" in str(error) else ""
+        raise ValueError(f"{error}{named}") from None
 
 
 def refuse_outside(key: str, name: str) -> None:

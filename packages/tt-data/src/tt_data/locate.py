@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from tt_data.compressed import compression, is_unread
 from tt_data.files import open_regular, stand_in
-from tt_data.folders import left_out, local_files, matching, refuse_outside
+from tt_data.folders import left_out, local_files, matching, refuse_links_out, refuse_outside
 from tt_data.hub import HUB_ID, Part, open_hub, rows_from
 from tt_data.lines import refuse_deep
 from tt_data.named import DATASETS
@@ -159,6 +159,7 @@ def _files(name: str | Path, part: Part) -> list[Path]:
         matches = matching(Path(path.anchor), str(path.relative_to(path.anchor)))
         if not matches:
             raise FileNotFoundError(f"{name}: no file of such a name (looked from {Path.cwd()})")
+        refuse_links_out(path, matches)
         return [file for match in matches for file in local_files(match, part.split)]
     if part.options() and not path.is_dir():
         local_files(path)  # what it is, if it is not a file
