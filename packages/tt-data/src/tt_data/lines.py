@@ -46,8 +46,9 @@ def lines_of(path: Path, stream: BinaryIO, number: int = 1) -> Iterator[tuple[in
     for place, line in enumerate(iter(partial(stream.readline, MAX_LINE + 1), b""), number):
         if len(line) > MAX_LINE:
             raise data_error(path, place, f"a line of more than {MAX_LINE:,} bytes; a row is one line, so split it")
-        empty = empty + 1 if len(line) < 3 and not line.strip() else 0
-        if empty > _MAX_EMPTY:
+        if len(line) > 2:
+            empty = 0
+        elif line.isspace() and (empty := empty + 1) > _MAX_EMPTY:
             raise data_error(path, place, f"more than {_MAX_EMPTY:,} empty lines, expected rows; remove them")
         yield place, line
 

@@ -42,10 +42,8 @@ def load_tokenizer(
             "%s: auto_map is ignored, code of a model directory never runs", directory / "tokenizer_config.json"
         )
     folders = [place if place.is_dir() else place.parent for place in paths]
-    data = (
-        read_bytes(file.resolve(), limit=MAX_BYTES) if file in paths else read_bytes(file, directory, limit=MAX_BYTES)
-    )
-    tokenizer = _build(file, data, directory, config, folders, text_specials)
+    root = None if file in paths else directory  # a file that the user names may be a link
+    tokenizer = _build(file, root, directory, config, folders, text_specials)
     if template is not None:
         return with_named_template(tokenizer, template)
     return tokenizer
@@ -76,7 +74,7 @@ def _missing(path: Path) -> str:
 
 def _build(
     file: Path,
-    data: bytes,
+    root: Path | None,
     directory: Path,
     config: Mapping[str, Any],
     folders: Sequence[Path],
@@ -84,11 +82,14 @@ def _build(
 ) -> Tokenizer:
     names = _token_names(directory, config)
     name = str(file)
+    data = read_bytes(file.resolve() if root is None else file, root, limit=MAX_BYTES)
     if not data:
         raise ValueError(f"{name}: 0 bytes, expected a tokenizer; download the file again")
     backend: Backend
     if file.suffix == ".json" or data[:64].removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
-        backend = JsonTokenizer(decode_text(data, file), name=name)
+        source = decode_text(data, file)
+        del data  # tens of megabytes
+        backend = JsonTokenizer(source, name=name)
         adds_bos = backend.first is not None and backend.first == _bos_id(backend, names)
     elif _is_tiktoken(data):
         from tt_data.tiktoken_file import read_tiktoken

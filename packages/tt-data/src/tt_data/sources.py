@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from tt_data.compressed import UNPACKED, compression
 from tt_data.lines import (
+    MAX_COLUMNS,
     MAX_LINE,
     begin,
     check_columns,
@@ -54,7 +55,7 @@ def read_jsonl(path: Path) -> Iterator[Placed]:
         for number, line in lines_of(path, stream):
             if number == 1:
                 line = begin(path, line)
-            if line.strip():
+            if not line.isspace():
                 yield number, parse_line(path, number, line)
 
 
@@ -62,21 +63,18 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
     """The object on one line. Raises ValueError with the column and the text around it."""
     try:
         text = line.rstrip(b"\r\n").decode("utf-8", "surrogatepass")
-        row, end = decode_json(text, _blank(text, 0))
-        if _blank(text, end) != len(text):
+        row, end = decode_json(text, 0 if text.startswith("{") else _blank(text, 0))
+        if end != len(text) and _blank(text, end) != len(text):
             raise json.JSONDecodeError("Extra data", text, _blank(text, end))
     except UnicodeDecodeError as error:
         place = f"{number}:{error.start + 1}"
         raise data_error(path, place, f"not UTF-8 (byte 0x{line[error.start]:02x}); save it as UTF-8") from None
     except ValueError as error:
         raise json_error(path, number, error) from None
-    return _checked_row(path, number, row)
-
-
-def _checked_row(path: Path, number: int, row: Any) -> Row:
     if not isinstance(row, dict):
         raise data_error(path, number, f"expected an object with columns, found {type(row).__name__}")
-    check_columns(path, number, len(row))
+    if len(row) > MAX_COLUMNS:
+        check_columns(path, number, len(row))
     return row
 
 
