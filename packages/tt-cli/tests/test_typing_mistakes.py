@@ -66,6 +66,10 @@ SLIPS = [
     ("data show rows.jsonl --tokenizer MODEL --split trian", "it is one file and has no splits"),
     ("data show rows.jsonl MODEL", "a second source, 'MODEL'; did you mean --tokenizer MODEL?"),
     ("merge MODEL out --dtype fp8", "--dtype: 'fp8' is not one of"),
+    (f"data show {'a' * 5000} --tokenizer MODEL", f"{'a' * 100}"),
+    (f"run {'a' * 5000}.yaml", "aaa"),
+    (f"chat {'a' * 5000}", "aaa"),
+    ("run sft +GOOD data.worker_timeout_s=5m", "write 300, in seconds"),
     ("help", "tt has no verb 'help'; the help is tt --help"),
 ]
 
@@ -85,7 +89,7 @@ def place(tmp_path, monkeypatch, model_dir, rows_file):
     Path("runs/one/manifest.json").write_text("{}")
 
 
-@pytest.mark.parametrize(("typed", "said"), SLIPS, ids=[typed for typed, _ in SLIPS])
+@pytest.mark.parametrize(("typed", "said"), SLIPS, ids=[typed[:60] for typed, _ in SLIPS])
 def test_a_slip_is_one_line_with_the_cure(tt, tmp_path, typed, said):
     before = sorted(tmp_path.rglob("*"))
     answer = tt(*(word for part in typed.split(" ") for word in (GOOD if part == "+GOOD" else [part])))

@@ -3,6 +3,7 @@
 0 done, 1 failed while running, 2 wrong use or wrong input, 130 and 143 interrupted, 141 nobody reads stdout any more.
 """
 
+import errno
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from tt_train.redact import redact
 from tt_train.visible import visible
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
+_LONGEST = 1000  # characters of a path in a message
 _TAIL = 1_000_000  # bytes of a log in which a traceback is looked for
 WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
@@ -92,7 +94,8 @@ def exit_code(error: Exception, invocation: Invocation) -> int:
         return error.exit_code
     if isinstance(error, click.ClickException):
         return WRONG_INPUT
-    return WRONG_INPUT if isinstance(error, WRONG) and invocation.run_dir is None else FAILED
+    is_wrong = isinstance(error, WRONG) or getattr(error, "errno", None) in (errno.ENAMETOOLONG, errno.ELOOP)
+    return WRONG_INPUT if is_wrong and invocation.run_dir is None else FAILED
 
 
 def report(error: Exception, invocation: Invocation) -> None:
@@ -181,7 +184,8 @@ def lines_of(error: Exception) -> list[str]:
     if isinstance(problems, list) and problems:
         return [_one_line(str(problem)) for problem in problems]
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return [_one_line(f"{error.filename}: {error.strerror[0].lower()}{error.strerror[1:]}")]
+        name = str(error.filename) if len(str(error.filename)) < _LONGEST else f"{str(error.filename)[:100]}..."
+        return [_one_line(f"{name}: {error.strerror[0].lower()}{error.strerror[1:]}")]
     if _is_out_of_memory(error) and not isinstance(error, TrainingError):
         asked = re.search(r"tried to allocate ([\d.]+ ?\w*)", _text(error))
         more = f" ({asked[1]} more were asked for)" if asked else ""

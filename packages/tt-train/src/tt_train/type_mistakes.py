@@ -1,5 +1,6 @@
 """What is said of a value that its key cannot take: what was expected, what was found, what to write."""
 
+import re
 import typing
 from enum import Enum
 from pathlib import Path
@@ -51,6 +52,12 @@ def _expected(kind: Any) -> str:
 def _cure(schema: type, key: str, kind: Any, optional: bool, value: Any) -> str:
     if isinstance(value, float) and 0 < value < 1e9 and key in _INSTEAD_OF_A_SHARE:
         return _INSTEAD_OF_A_SHARE[key]
+    if (
+        isinstance(value, str)
+        and key.endswith("_s")
+        and (time := re.fullmatch(r"(\d{1,9}) ?(s|m|min|h)", value.strip()))
+    ):
+        return f"write {int(time[1]) * {'s': 1, 'h': 3600}.get(time[2], 60)}, in seconds"
     if isinstance(value, str) and kind in (int, float) and (better := meant(value, kind)):
         return f"write {better}"
     if isinstance(value, str) and optional and value.strip().lower() in ("none", "null", "nil", "~", ""):
