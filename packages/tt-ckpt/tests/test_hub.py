@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -162,6 +163,26 @@ def test_a_bit_that_flips_on_the_disk_is_found_by_its_hash(server, repository, t
     file.write_bytes(data)
     with pytest.raises(ValueError, match=f"{name}: contents changed since the download"):
         tt_ckpt.verify_files(path)
+
+
+def test_a_damaged_cache_does_not_stand_in_for_a_download_into_a_directory(server, repository, tmp_path):
+    blob = (Path(tt_ckpt.download(REPO).path) / "model.safetensors").resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    tt_ckpt.download(REPO, output_dir=tmp_path / "here")
+    assert (tmp_path / "here" / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+
+
+@pytest.mark.parametrize("files", [{}, {"notes.py": b"print()", "data.csv": b"a"}])
+def test_a_repository_without_a_model_is_an_error_and_not_an_empty_folder(server, files, tmp_path):
+    server.files = files
+    with pytest.raises(
+        FileNotFoundError, match=f"{REPO}: has no file of a model; there is: (nothing|notes.py, data.csv)"
+    ):
+        tt_ckpt.download(REPO, output_dir=tmp_path / "here")
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(("change", "kind", "message"), [
@@ -386,11 +407,15 @@ def test_a_directory_without_weights_is_refused(server, tmp_path):
         tt_ckpt.upload(tmp_path / "none", REPO)
 
 
-def test_upload_without_permission_is_explained(server, model_dir):
+def test_upload_without_permission_is_explained(server, model_dir, monkeypatch):
     server.needs_token = True
-    with pytest.raises(OSError, match=REPO) as caught:
-        tt_ckpt.upload(model_dir(), REPO)
+    model = model_dir()
+    with pytest.raises(PermissionError, match=f"{REPO}: .*run `hf auth login`, or set HF_TOKEN") as caught:
+        tt_ckpt.upload(model, REPO)
     assert "\n" not in str(caught.value)
+    monkeypatch.setenv("HF_TOKEN", CANARY[:-3] + "abc")
+    with pytest.raises(PermissionError, match=r"127.0.0.1 does not accept your token \(HF_TOKEN; 401\)"):
+        tt_ckpt.upload(model, REPO)
 
 
 def test_environment_variables_rule_a_fresh_process(server, repository, tmp_path):

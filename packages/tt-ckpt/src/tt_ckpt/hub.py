@@ -17,7 +17,7 @@ from tt_ckpt.endpoint import check_endpoint, limit_bodies
 from tt_ckpt.hub_failures import explained, retrying
 from tt_ckpt.hub_names import check_listing, check_repo_id, check_revision
 from tt_ckpt.placeholder import refuse_placeholder
-from tt_ckpt.shown import format_size, plain
+from tt_ckpt.shown import format_size, listed, plain
 from tt_ckpt.verify import content_hash, was_fetched
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,9 @@ def download(
     first = started + min(retry_s, FIRST_CONTACT_S)
     commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
     wanted = [file for file in remote if _matches(file.name, allow, ignore)]
+    if not wanted:
+        there = listed([file.name for file in remote]) or "nothing"
+        raise FileNotFoundError(f"{repo_id}: has no file of a model; there is: {there}; give the id of another")
     if not any(file.name.endswith(".safetensors") for file in wanted) and any(
         file.name.endswith((".bin", ".pth", ".pt", ".gguf")) for file in remote
     ):
@@ -104,7 +107,8 @@ def download(
         logger.warning("%s: %s is damaged (its hash differs from the hub's); fetching it again", repo_id, file.name)
         _forget(path, file.name)
     if damaged:
-        retrying(repo_id, until, lambda: _fetch(repo_id, revision, options))
+        again = options | {"allow_patterns": [_literal(file.name) for file in damaged], "force_download": True}
+        retrying(repo_id, until, lambda: _fetch(repo_id, revision, again))  # and not from the cache
         still = [file.name for file in damaged if not _is_whole(path / file.name, file)]
         for name in still:
             _forget(path, name)

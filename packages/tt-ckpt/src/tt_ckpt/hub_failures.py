@@ -68,6 +68,9 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
     if isinstance(error, errors.RepositoryNotFoundError):
         hint = f" to the account of your token ({_source()})" if token() else "; if it is private, set HF_TOKEN"
         return FileNotFoundError(f"{repo_id}: no such repository, or private{hint}{_similar(repo_id)}")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return PermissionError(f"{repo_id}: {_not_allowed(status)}")
     if isinstance(error, json.JSONDecodeError):
         host = urlsplit(constants.ENDPOINT).hostname
         cure = "is HF_ENDPOINT a hub, and is there a login page or proxy between?"
@@ -82,6 +85,17 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
     if isinstance(error, OSError | ValueError) and not isinstance(error, errors.HfHubHTTPError):
         return type(error)(redact(str(error))) if type(error) in (OSError, ValueError) else error
     return OSError(f"{repo_id}: {_first_line(error)}")
+
+
+def _not_allowed(status: int) -> str:
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if not token():
+        return f"{host} wants to know who asks ({status}); run `hf auth login`, or set HF_TOKEN"
+    if status == 401:
+        return f"{host} does not accept your token ({_source()}; {status}); run `hf auth login`, or set HF_TOKEN"
+    return f"your token ({_source()}) does not allow this ({status}); use one with more rights, or another repository"
 
 
 def _source() -> str:

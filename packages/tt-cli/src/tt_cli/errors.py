@@ -193,7 +193,8 @@ def lines_of(error: Exception) -> list[str]:
     if isinstance(error, RecursionError):
         return ["something in the input is nested too deeply to be read (RecursionError)"]
     text = _one_line(_text(error))
-    is_ours = type(error) is ConnectionError  # of the hub, with its host; a subclass comes from somewhere below
+    # of the hub, with its host; a subclass, or one with a number, comes from somewhere below
+    is_ours = type(error) in (ConnectionError, OSError) and getattr(error, "errno", None) is None
     if (isinstance(error, (*WRONG, TrainingError, Interrupted)) or is_ours) and text:
         return [text]
     return [f"{type(error).__name__}: {text}" if text else f"{type(error).__name__}, without a message"]

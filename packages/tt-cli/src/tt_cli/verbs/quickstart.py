@@ -81,7 +81,7 @@ def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> Non
     if any(outcome.after[kind] < score for kind, score in outcome.before.items()):
         click.echo(f"The adapter saw {TARGET} alone and lost other tasks; the first two commands below keep them.")
     folders = commands.Folders(root)
-    telling.show_commands("Go on from here", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
+    telling.show_commands("What to try next", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
     telling.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
     for line in outcome.shortfalls:
         click.echo(f"error: {line}", err=True)

@@ -74,10 +74,10 @@ class Job:
         first, *rest = tt_data.summary_lines(self.data_report)
         if self.held_out is None:
             return [first, *rest]
-        first += f"; held out: {count_rows(self.held_out):,}"
         if isinstance(self.held_out, Subset):  # a share of the rows that the first line counts
-            return [f"{first} of them", *rest]
-        return [first, *rest, *(f"held out: {line}" for line in tt_data.summary_lines(self.held_out.report))]
+            return [f"{first}; held out: {count_rows(self.held_out):,} of them", *rest]
+        held_out, *others = tt_data.summary_lines(self.held_out.report)
+        return [f"{first}; held out: {held_out}", *rest, *(f"held out: {line}" for line in others)]
 
     @property
     def data_report(self) -> dict[str, Any]:
