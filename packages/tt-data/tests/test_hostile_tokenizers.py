@@ -123,6 +123,16 @@ def test_parts_of_a_file_that_are_not_used_do_no_harm(tmp_path: Path, changes: d
     assert not tokenizer.adds_bos
 
 
+def test_digits_may_be_grouped_from_the_right(tmp_path: Path) -> None:
+    """As SuperBPE's tokenizers do: each group looks for the end of its run."""
+    vocab = {"vocab": {**VOCAB, "12": 97}, "merges": ["1 2"]}
+    pattern = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))| ?\p{L}+|\s+| ?[^\s\p{L}\p{N}]+"
+    steps = [split(pattern)["pre_tokenizer"], {**BYTES, "use_regex": False}]
+    write(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps}, **model(**vocab))
+    ids = load_tokenizer(tmp_path).encode("1234 12", add_bos=False, add_eos=False)
+    assert ids == [VOCAB[letter] for letter in "1234\u0120"] + [97]
+
+
 def test_a_text_that_the_library_cannot_encode_is_an_error_of_the_file(tmp_path: Path) -> None:
     """The trial cannot try every text."""
     tokenizer = load_tokenizer(write(tmp_path, **model(unk_token="<unk>"), pre_tokenizer=None, decoder=None))

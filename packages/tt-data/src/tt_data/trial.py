@@ -19,6 +19,7 @@ _LOAD_SECONDS, _ENCODE_SECONDS = 3, 3  # of CPU time; and a second for each 10 M
 _WALL_SECONDS = 30  # if the system knows no limit on CPU time, or is very busy
 _MEMORY = 1 << 30  # and ten times the size of the file
 _LONG, _SHORT = 50_000, 3_000
+_DIGITS = 15_000  # in a row: public tokenizers group them from the right, in a time that grows with their square
 _LOADED = "is loaded"
 _FILES = {"json": "tokenizer.json", "sentencepiece": "sentencepiece model"}
 _RUNS = "a \n0!_.A\t\u00e9\u65e5"
@@ -91,8 +92,9 @@ def probes(letters: str) -> Iterator[str]:
     yield from ("", "\0", " ", "\u0301")
     yield "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x1FC00)]))
     for letter in _RUNS:
-        yield letter * _LONG + ("!" if letter != "!" else "a")
-        yield letter * _LONG + f"\x01{letters}{letter}"  # an expression may ask for one of them later on
+        count = _DIGITS if letter.isdigit() else _LONG
+        yield letter * count + ("!" if letter != "!" else "a")
+        yield letter * count + f"\x01{letters}{letter}"  # an expression may ask for one of them later on
     for letter in letters:
         yield letter * _SHORT + "\u2581x\n"
     yield ("aA0 .\n" + letters) * (_LONG // 10)
