@@ -294,3 +294,16 @@ def test_the_package_has_one_function_of_the_name():
     import tt_ckpt.upload
 
     assert tt_ckpt.redact is redact
+
+
+@pytest.mark.parametrize(("name", "value", "secret"), [
+    ("SORT_KEY", "messages", False),
+    ("PARTITION_KEY", "assistant", False),
+    ("SORT_KEY", "messages7", True),
+    ("SERVICE_API_KEY", "messages", True),
+    ("MY_TOKEN", "assistant", True),
+    ("DB_PASSWORD", "completion", True),
+])  # fmt: skip
+def test_a_key_that_is_a_plain_word_is_the_name_of_something_and_no_secret(monkeypatch, name, value, secret):
+    monkeypatch.setenv(name, value)
+    assert (MARK in redact(f"train_on: {value}")) is secret

@@ -220,11 +220,36 @@ def test_a_recipe_file_may_import_an_allowed_module_of_the_working_folder(tt_pro
     Path("tripling.py").write_text(LOSS)
     Path("mine.py").write_text("import tripling\n" + OWN)
     refused = tt_process("validate", "mine.py", *words, python=["-P"])
-    assert (refused.code, "--allow-import MODULE" in refused.err) == (2, True)
+    assert (refused.code, "--allow-import tripling" in refused.err) == (2, True)
     assert tt_process("validate", "mine.py", *words, "--allow-import", "tripling", python=["-P"]).code == 0
 
 
 SHADOWS = ("json", "pathlib", "torch", "yaml", "click", "omegaconf", "numpy", "tt_train", "random", "wandb", "ctypes")
+
+
+def test_a_recipe_may_import_an_allowed_module_while_it_runs(tt_process, words, tmp_path):
+    (tmp_path / "mine_late.py").write_text("RATE = 0.5\n")
+    late = "def main(config, **settings):\n    import mine_late\n    assert mine_late.RATE == 0.5\n    return 'ran'\n"
+    (tmp_path / "late.py").write_text(late)
+    answer = tt_process("run", "late.py", *words, "--allow-import", "mine_late", cwd=tmp_path)
+    assert answer.code == 0, answer.err
+    assert answer.out.strip() == "ran"
+
+
+@pytest.mark.parametrize(("place", "cure"), [
+    (".", "; to let it be imported from the working folder, add --allow-import mine_helper"),
+    ("sub", "; it is in sub, not in the working folder: cd sub, and add --allow-import mine_helper"),
+    (None, "; install it: a recipe file imports what is installed, and what --allow-import names in the working "
+     "folder"),
+])  # fmt: skip
+def test_a_module_that_a_recipe_cannot_import_is_answered_with_the_cure(tt, words, place, cure):
+    Path("sub").mkdir()
+    Path("sub/uses.py").write_text("import mine_helper\ndef main(config, **settings): ...\n")
+    if place is not None:
+        (Path(place) / "mine_helper.py").write_text("")
+    answer = tt("validate", "sub/uses.py", *words)
+    assert answer.code == 2
+    assert answer.err == f"error: sub/uses.py:1: ModuleNotFoundError: No module named 'mine_helper'{cure}\n"
 
 
 def test_modules_of_a_hostile_folder_never_take_the_place_of_installed_ones(tt_process, words, tmp_path):

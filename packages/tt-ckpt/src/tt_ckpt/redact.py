@@ -21,6 +21,8 @@ _NAMES = re.compile(
     r"(.*[_-])?(TOKEN|KEY|SECRET|PASS|PASSPHRASE|PAT|CREDENTIALS?|AUTH)|.*(PASSWORD|PASSWD|SECRET|TOKEN|APIKEY)|.+_PWD",
     re.IGNORECASE,
 )
+_NAMES_MORE = re.compile(r"(.*[_-])?(?!api|access|secret|private|master)[a-z]+[_-](KEY|AUTH|PAT)|KEY", re.IGNORECASE)
+_WORD = re.compile(r"[a-z]{1,15}|[A-Z]{1,15}")  # SORT_KEY=messages: the name of a column
 _LOGIN = re.compile(r"\b(?:hf_token\s*=|password)\s*(\S+)")  # in stored_tokens and in netrc
 
 # ---- what secrets look like ------------------------------------------------------------------------------------------
@@ -176,7 +178,13 @@ _cache: tuple[Any, tuple[str, ...]] = ((), ())
 def _known_secrets() -> tuple[str, ...]:
     """The secrets of this environment, in each spelling, longest first: variables, and the files of logins."""
     global _cache
-    values = tuple([value for name, value in os.environ.items() if "://" in value or _names_secret(name)])
+    values = tuple(
+        [
+            value
+            for name, value in os.environ.items()
+            if "://" in value or (_names_secret(name) and not _is_word(name, value))
+        ]
+    )
     key = (values, tuple([(path, _state(path)) for path in _login_files()]))
     if key != _cache[0]:
         found = {spelling for secret in _secrets(key) for spelling in _spellings(secret)}
@@ -187,6 +195,10 @@ def _known_secrets() -> tuple[str, ...]:
 @lru_cache(4096)
 def _names_secret(name: str) -> bool:
     return _NAMES.fullmatch(name) is not None
+
+
+def _is_word(name: str, value: str) -> bool:
+    return _WORD.fullmatch(value) is not None and _NAMES_MORE.fullmatch(name) is not None
 
 
 def _secrets(key: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]) -> set[str]:

@@ -93,9 +93,21 @@ def _execute(module: ModuleType, path: Path) -> None:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         cure = "; correct the recipe (-v shows the traceback)"
         if isinstance(error, ModuleNotFoundError):
-            cure = "; a recipe file stands alone, imports what is installed, or needs --allow-import MODULE"
+            cure = _how_to_import(str(error.name).partition(".")[0], path.parent)
         where = f":{lines[-1]}" if lines else ""
         raise ConfigError([f"{path}{where}: {type(error).__name__}: {error}{cure}"]) from error
+
+
+def _how_to_import(name: str, folder: Path) -> str:
+    if _holds(Path(), name):
+        return f"; to let it be imported from the working folder, add --allow-import {name}"
+    if _holds(folder, name):
+        return f"; it is in {folder}, not in the working folder: cd {folder}, and add --allow-import {name}"
+    return "; install it: a recipe file imports what is installed, and what --allow-import names in the working folder"
+
+
+def _holds(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.py").is_file() or (folder / name).is_dir()
 
 
 def schema_of(recipe: RecipeFile) -> "type[RunConfig]":

@@ -130,10 +130,10 @@ def nothing_left(job: Job, run: Path) -> str | None:
         return None
     steps, total = summary.get("steps", 0), job.steps_total
     if steps >= total:
-        return f"{run} is finished after {steps:,} steps, nothing is left to do; raise max_steps or epochs to train on"
+        return f"{run} is finished after {steps:,} steps, nothing is left to do; raise max_steps or epochs to continue"
     if summary.get("stopped_early") and saved_config(run).get("early_stop_after") == job.config.early_stop_after:
         return (
-            f"{run} has stopped early after {steps:,} steps, nothing is left to do; raise early_stop_after to train on"
+            f"{run} has stopped early after {steps:,} steps, nothing is left to do; raise early_stop_after to continue"
         )
     return None
 

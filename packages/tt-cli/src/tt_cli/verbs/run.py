@@ -41,14 +41,14 @@ def command(
     """
     config = composed(what, config_file, overrides, allow_import)
     from tt_train.paths import home
-    from tt_train.recipe_file import recipe_of
+    from tt_train.recipe_file import finding_modules_here, recipe_of
 
     recipe = recipe_of(config)
     if output_dir is not None:
         config = replace(config, output_dir=home(output_dir))
     from tt_cli.console import console_here
 
-    with closing(console_here()) as console:
+    with closing(console_here()) as console, finding_modules_here(allow_import):  # a recipe may import late
         try:
             run_dir = recipe.main(config, console=console, resume=resume, dry_run=dry_run)
         except Interrupted:
