@@ -84,7 +84,8 @@ class _Explained(io.RawIOBase):
         except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk
                 raise
-            raise self._explain(f"not a whole {self._kind} file ({' '.join(str(error).split())[:200]})") from None
+            said = " ".join(str(error).split())[:200]
+            raise self._explain(f"not a whole {self._kind} file ({said}); compress or download it again") from None
         buffer[: len(data)] = data
         return len(data)
 

@@ -144,9 +144,11 @@ def _depth(value: Any) -> int:
 def json_error(path: Path, line: int, error: ValueError) -> ValueError:
     """A row that ``decode_json`` refused, with its place. Of a JSONDecodeError ``line`` is that before its text."""
     if not isinstance(error, json.JSONDecodeError):
-        return data_error(path, line or None, f"broken JSON ({error})")
+        return data_error(path, line or None, f"broken JSON ({error}){'' if ';' in str(error) else '; correct it'}")
     around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
-    return data_error(path, f"{line + error.lineno - 1}:{error.colno}", f"broken JSON ({error.msg}) near {around!r}")
+    cure = "write a row per line" if error.msg == "Extra data" else "correct it"
+    place = f"{line + error.lineno - 1}:{error.colno}"
+    return data_error(path, place, f"broken JSON ({error.msg}) near {around!r}; {cure}")
 
 
 def size_on_disk(path: Path) -> int:

@@ -90,7 +90,7 @@ def read_json(path: Path) -> Iterator[Placed]:
     with open_data(path) as stream:
         first = begin(path, stream.readline(MAX_LINE))
         if first.strip()[:1] not in (b"{", b"[", b""):
-            raise data_error(path, 1, f"broken JSON (expected an object or a list) near {first[:20]!r}")
+            raise data_error(path, 1, f"broken JSON (expected an object or a list) near {first[:20]!r}; correct it")
         is_jsonl = first.strip()[:1] == b"{" and _is_complete(first) and bool(stream.read(_HEAD).strip())
     if is_jsonl:
         yield from read_jsonl(path)
