@@ -223,3 +223,10 @@ def test_json_that_is_none_is_explained(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_json(tmp_path / "config.json")
+
+
+def test_a_folder_of_runs_in_the_place_of_a_model_is_answered_with_the_runs(tmp_path):
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "runs/first/manifest.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="runs: a folder of runs, not a model; name one of them: .*runs/first$"):
+        find_shards(tmp_path / "runs")

@@ -180,6 +180,10 @@ def describe_no_weights(directory: Path) -> str:
     if shards:
         close = difflib.get_close_matches(SINGLE_NAME, shards, 1, 0.0)[0]
         return f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}, only {close}; rename it or download the index too"
+    if runs := [name for name in names if (directory / name / "manifest.json").is_file()]:
+        return (
+            f"{directory}: a folder of runs, not a model; name one of them: {listed(directory / run for run in runs)}"
+        )
     found = listed(names, 8) or "nothing"
     return f"{directory}: no weights: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}; download it"
 

@@ -231,7 +231,7 @@ def check_experts(config: Any, num_experts: int) -> None:
     """ValueError if a token cannot have so many experts, or a model."""
     if config.num_experts_per_tok > num_experts:
         raise ValueError(
-            f"num_experts_per_tok must lie between 1 and the {num_experts} experts, got {config.num_experts_per_tok}"
+            f"num_experts_per_tok must be between 1 and the {num_experts} experts, got {config.num_experts_per_tok}"
         )
     if num_experts * config.num_hidden_layers > MOST_EXPERTS:
         raise ValueError(

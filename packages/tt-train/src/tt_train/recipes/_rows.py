@@ -101,7 +101,7 @@ def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) ->
         own = replace(config, data=replace(config.data, split=None)) if is_file else config
         return train, read_rows(own, share, tokenizer, max_seq_len)
     if not 0 < share < 1:
-        raise ConfigError([f"data.eval: a share must lie between 0 and 1, got {share}; 5 % is 0.05"])
+        raise ConfigError([f"data.eval: a share must be between 0 and 1, got {share}; 5 % is 0.05"])
     if len(train) < 2:
         raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a file of its own"])
     number = min(len(train) - 1, max(1, round(share * len(train))))
