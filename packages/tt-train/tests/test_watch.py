@@ -171,9 +171,10 @@ def test_weights_and_biases_reads_no_settings_of_the_working_folder_and_starts_n
     train, tmp_path, wandb, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    train(tmp_path / "r", "loggers=[wandb]", "data.eval=null", "eval_every=null", "max_steps=1")
+    train("r", "loggers=[wandb]", "data.eval=null", "eval_every=null", "max_steps=1")
     assert [call[1] for call in wandb if call[0] == "setup"] not in ([], [str(tmp_path)])
     (options,) = [call[1] for call in wandb if call[0] == "init"]
+    assert options["dir"] == str(tmp_path / "r")  # its service, started elsewhere, takes no relative path
     assert options["settings"] == {"disable_git": True, "save_code": False}
 
 

@@ -71,8 +71,9 @@ class WandB:
             wandb.setup()
 
         own_folder(run.path, "wandb")
+        home = run.path.resolve()  # W&B's service was started in another folder, so no relative path
         self.run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "tt"), name=redact(run.path.resolve().name), dir=str(run.path),
+            project=os.environ.get("WANDB_PROJECT", "tt"), name=redact(home.name), dir=str(home),
             config=config, id=_wandb_id(run), resume="allow",
             settings=wandb.Settings(disable_git=True, save_code=False),  # git runs what a repository's config names
         )  # fmt: skip
