@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import tt_ckpt
+from tt_ckpt import hub
 from tt_ckpt.endpoint import check_endpoint, check_url
 
 pytest.importorskip("huggingface_hub")
@@ -238,3 +239,10 @@ def test_an_upload_to_another_host_gets_no_token_of_the_hub(server, model_dir, o
         tt_ckpt.upload(model_dir(), REPO)
     assert got
     assert not [headers for headers in got if CANARY in str(headers)]
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+def test_a_variable_that_is_not_a_number_is_named(monkeypatch, name):
+    monkeypatch.setenv(name, "ten")
+    with pytest.raises(ValueError, match=f"{name}: expected a number, found 'ten'; set it to one such as 10"):
+        hub.snapshot("org/name")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tt_data.endpoint import check_url
+from tt_data.endpoint import check_numbers, check_url
 
 pytest.importorskip("datasets")
 CANARY = "hf_CANARYcanaryCANARYcanary123"
@@ -149,3 +149,12 @@ def test_the_password_of_an_endpoint_is_in_no_message(hubs: tuple[Hub, Hub], tmp
     said, warned = ask(first.url.replace("://", "://joe:pa55word@"), tmp_path)
     assert "org/rows" in said
     assert "pa55word" not in said + warned
+
+
+@pytest.mark.parametrize("name", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "HF_DATASETS_IN_MEMORY_MAX_SIZE"])
+def test_a_variable_that_is_not_a_number_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "10")
+    check_numbers()
+    monkeypatch.setenv(name, "ten")
+    with pytest.raises(ValueError, match=f"{name}: expected a number, found 'ten'; set it to one such as 10"):
+        check_numbers()

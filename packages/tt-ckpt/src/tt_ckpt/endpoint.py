@@ -1,6 +1,7 @@
 """Where requests to the hub go: a token goes to the configured host, encrypted, and nowhere else."""
 
 import logging
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -53,8 +54,16 @@ def refuse_proxy(variable: str, url: str) -> None:
         )
 
 
+def check_numbers() -> None:
+    """Refuse a HF_..._TIMEOUT or HF_..._SIZE that is not a number: imports of the hub fail with it."""
+    for name, value in os.environ.items():
+        if re.fullmatch(r"HF_\w+_(TIMEOUT|SIZE)", name) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]*\s*", value):
+            raise ValueError(f"{name}: expected a number, found {value[:40]!a}; set it to one such as 10, or unset it")
+
+
 def check_endpoint() -> None:
     """Refuse a HF_ENDPOINT that is malformed or plain http to others; say once where a token goes if not to the hub."""
+    check_numbers()
     from huggingface_hub import constants
 
     host = check_url("HF_ENDPOINT", constants.ENDPOINT)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tt_ckpt.endpoint import check_endpoint, limit_bodies
+from tt_ckpt.endpoint import check_endpoint, check_numbers, limit_bodies
 from tt_ckpt.hub_failures import explained, retrying
 from tt_ckpt.hub_names import check_listing, check_repo_id, check_revision
 from tt_ckpt.placeholder import refuse_placeholder
@@ -128,6 +128,7 @@ def download(
 
 def snapshot(repo_id: str, *, revision: str | None = None) -> Path:
     """The local snapshot of a repository: the cache's where it is whole, else downloaded and verified."""
+    check_numbers()
     check_repo_id(repo_id)
     check_revision(revision)
     try:

@@ -107,10 +107,10 @@ def upload(
     has one; ``base_model`` is named in it. A secret in any of the files, a link or a special file is a ValueError. What
     has arrived is compared by hash.
     """
-    from huggingface_hub import CommitOperationAdd
-
     started = time.monotonic()
     check_endpoint()
+    from huggingface_hub import CommitOperationAdd
+
     check_repo_id(repo_id)
     check_revision(revision)
     folder = Path(path)

@@ -1,6 +1,7 @@
 """Where requests to the hub go: a token goes to the configured host, encrypted, and nowhere else. As in tt-ckpt."""
 
 import logging
+import os
 import re
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,8 +48,16 @@ def without_password(text: str) -> str:
     return _PASSWORD.sub("[redacted]", text)
 
 
+def check_numbers() -> None:
+    """Refuse a HF_..._TIMEOUT or HF_..._SIZE that is not a number: imports of the hub fail with it."""
+    for name, value in os.environ.items():
+        if re.fullmatch(r"HF_\w+_(TIMEOUT|SIZE)", name) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]*\s*", value):
+            raise ValueError(f"{name}: expected a number, found {value[:40]!a}; set it to one such as 10, or unset it")
+
+
 def check_endpoint() -> None:
     """Refuse a HF_ENDPOINT that is malformed or plain http to others; say once where a token goes if not to the hub."""
+    check_numbers()
     import datasets
     from huggingface_hub import constants
 

@@ -46,9 +46,9 @@ def _first(one: Any, other: Any) -> Any:
 
 def open_hub(name: str, part: Part, *, streaming: bool = False) -> Any:
     """The split of the data set ``org/name`` or ``org/name:config``. Raises ValueError or FileNotFoundError."""
+    check_endpoint()
     import datasets
 
-    check_endpoint()
     if part.revision is not None and (".." in part.revision or not _REVISION.fullmatch(part.revision)):
         raise ValueError(f"revision: {part.revision[:80]!r} is not a branch, tag or commit; give one such as main")
     repository, _, config = name.partition(":")
