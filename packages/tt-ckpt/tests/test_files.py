@@ -97,13 +97,31 @@ def test_what_is_in_the_place_of_a_file_is_named_with_its_cure(folder, read):
     (folder / "x").write_bytes(POINTER)
     with pytest.raises(ValueError, match=r"x: a git-lfs pointer \(oid sha256:abababababab.*, 4.9 GB\).*git lfs pull"):
         read(folder / "x")
-    for page in (b"<!DOCTYPE html><html>", b"\n <HTML lang=en>", b"\xef\xbb\xbf<!doctype html>", b"<?xml?><Error>"):
+    for page in (b"<!DOCTYPE html><html>", b"\n <HTML lang=en>", b"\xef\xbb\xbf<!doctype html>", b"<?xml?><Error>",
+                 b"<!-- a -->\n<!-- b --><!DOCTYPE html>", b"<head>"):  # fmt: skip
         (folder / "x").write_bytes(page)
         with pytest.raises(ValueError, match="x: a web page, not the file itself; .*download it again"):
             read(folder / "x")
     (folder / "x").write_bytes(b"Entry not found")
     with pytest.raises(ValueError, match="the answer of a web server"):
         read(folder / "x")
+
+
+def test_a_license_may_be_a_web_page_and_no_pointer(folder):
+    (folder / "LICENSE.html").write_bytes(b"<!DOCTYPE html><html>")
+    files.copy(folder / "LICENSE.html", folder / "copy")
+    assert (folder / "copy").read_bytes() == (folder / "LICENSE.html").read_bytes()
+    (folder / "LICENSE").write_bytes(POINTER)
+    with pytest.raises(ValueError, match="git lfs pull"):
+        files.copy(folder / "LICENSE", folder / "other")
+
+
+def test_a_link_out_of_a_folder_is_answered_with_the_command_that_copies_it_without_links(folder):
+    (folder / "my model").mkdir()
+    (folder / "shard").write_bytes(b"data")
+    (folder / "my model" / "shard").symlink_to(folder / "shard")
+    with pytest.raises(ValueError, match="copy the file there .*cp -RL '.*/my model' NEW"):
+        files.regular(folder / "my model" / "shard")
 
 
 def test_a_pointer_with_a_hostile_oid_says_nothing_of_it(folder):

@@ -1,5 +1,6 @@
 """Prompts for people: the turns of a rendered conversation, whatever template rendered it."""
 
+import json
 import re
 
 import pytest
@@ -89,3 +90,15 @@ def test_an_answer_is_cut_where_the_model_can_read_no_further_and_the_run_goes_o
         model, tt_data.load_tokenizer(tokenizer_dir), asked, max_new_tokens=longest, device=torch.device("cpu")
     )
     assert len(rows) == 2
+
+
+@pytest.mark.parametrize("stated", [-1, 99_999, [2, 99_999]])
+def test_an_end_that_the_model_cannot_say_does_not_stop_the_answers(model_dir, tokenizer_dir, tmp_path, stated):
+    import tt_data
+    import tt_train
+
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": stated}))
+    model, _ = tt_train.load(model_dir, device="cpu")
+    tokenizer = tt_data.load_tokenizer([tokenizer_dir, tmp_path])
+    rows = answer(model, tokenizer, [{"ids": [5], "prompt": ""}], max_new_tokens=2, device=torch.device("cpu"))
+    assert len(rows) == 1

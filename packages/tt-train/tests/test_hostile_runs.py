@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tt_ckpt import commit
-from tt_train import ConfigError, compose
+from tt_train import ConfigError, compose, load
 from tt_train.asking import trained_on
 from tt_train.console import Console
+from tt_train.merge import merge_run
 from tt_train.new_run import new_path, probe_writable
 from tt_train.recipes import sft
 from tt_train.report import write_report
@@ -22,6 +23,7 @@ from tt_train.report_run import read_runs
 from tt_train.run_dir import RunDir, list_runs, writer_of
 from tt_train.run_files import read_json, read_manifest, read_rows
 from tt_train.run_lock import RunLock
+from tt_train.verify import verify
 
 SECRET = "KEEP\n"
 
@@ -117,6 +119,34 @@ def test_a_link_or_pipe_in_a_run_is_never_followed(evil, tmp_path, model_dir, ro
             said.append(str(error))
     assert everything(home) == before
     assert not [line for line in said if "\n" in line or "KEEP" in line]
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "device"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+def test_rows_that_cannot_be_continued_are_refused_before_anything_is_written(
+    evil, tmp_path, model_dir, rows_file, name, kind
+):
+    spoil(evil / name, kind, tmp_path / "home")
+    manifest = (evil / "manifest.json").read_text()
+    with pytest.raises(ValueError, match=name):
+        train(evil, model_dir, rows_file, "max_steps=2", resume="auto")
+    assert (evil / "manifest.json").read_text() == manifest
+    assert "Traceback" not in (evil / "train.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["adapter", "model"])
+def test_the_result_of_a_run_is_not_read_from_elsewhere(evil, tmp_path, model_dir, name):
+    for result in ("adapter", "model"):
+        shutil.rmtree(evil / result, ignore_errors=True)
+    shutil.copytree(model_dir, tmp_path / "home" / "model")
+    (evil / name).symlink_to(tmp_path / "home" / "model")
+    actions = [load, lambda path: merge_run(path, tmp_path / "merged")] + [verify] * (
+        name == "model"
+    )  # of an adapter it says how to merge
+    for action in actions:
+        with pytest.raises(ValueError, match=f"{name}: refused: a link that leaves"):
+            action(evil)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_run_directory_that_is_itself_a_link_is_as_good_as_any(evil, tmp_path, model_dir, rows_file):

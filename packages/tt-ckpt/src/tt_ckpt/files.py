@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,7 +57,8 @@ def inside(path: str | Path, root: str | Path | None = None) -> Path:
     home = Path(os.path.realpath(path.parent if root is None else root))
     if real != home and not real.is_relative_to(home) and not _is_cached(real, home):
         left = "its folder" if root is None or path.parent == Path(root) else plain(Path(root))
-        raise ValueError(f"{plain(path)}: refused: a link that leaves {left}, to {plain(real)}; copy the file there")
+        cure = f"copy the file there (all of a folder without links: cp -RL {shlex.quote(plain(path.parent))} NEW)"
+        raise ValueError(f"{plain(path)}: refused: a link that leaves {left}, to {plain(real)}; {cure}")
     return real
 
 

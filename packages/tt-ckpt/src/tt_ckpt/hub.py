@@ -256,6 +256,5 @@ def _forget(folder: Path, name: str) -> None:
 def _refuse_placeholders(folder: Path, files: list[_Remote]) -> None:
     """ValueError if the repository itself has a git-lfs pointer or a web page in the place of a file."""
     for file in files:
-        if not file.name.startswith(("README", "LICENSE", "NOTICE", "USE_POLICY")):
-            with (folder / file.name).open("rb") as opened:
-                refuse_placeholder(folder / file.name, opened.read(1024))
+        with (folder / file.name).open("rb") as opened:
+            refuse_placeholder(folder / file.name, opened.read(1024))

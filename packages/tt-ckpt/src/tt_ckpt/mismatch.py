@@ -61,7 +61,10 @@ def describe_mismatch(
         shown = ", ".join(f"{key}: the model has {list(ours)}, the file {list(theirs)}" for key, ours, theirs in first)
         parts.append(f"{len(shapes)} of another shape ({shown}{', ...' if len(shapes) > _SHOWN else ''})")
     cause = _cause(directory, model, missing, unexpected, shapes)
-    return f"{directory}: the weights do not fit the model: {'; '.join(parts)}{'; ' + cause if cause else ''}"
+    return f"{directory}: the weights do not fit the model: {'; '.join(parts)}; {cause or _TAKE}"
+
+
+_TAKE = "take the weights and the config.json of one model"
 
 
 def describe_tie(where: Path, kept: str, other: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:

@@ -7,7 +7,9 @@ from tt_ckpt.shown import format_size, plain, quoted
 
 DOWNLOAD = "download it again"
 HALF_FETCHED = (".incomplete", ".part", ".crdownload", ".aria2")
+TEXTS = ("README", "LICENSE", "NOTICE", "USE_POLICY")
 _POINTER = re.compile(rb"version https?://[\w./-]*git-(?:lfs|media)|version https://hawser")
+_PAGE = re.compile(rb"(?is)(?:<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]")
 _SENTENCES = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model ")
 
 
@@ -19,8 +21,9 @@ def refuse_placeholder(path: Path, start: bytes) -> None:
         what = f"oid {f'sha256:{oid[1].decode()}...' if oid else 'unknown'}, {sized}"
         raise ValueError(f"{plain(path)}: a git-lfs pointer ({what}), not the file itself; run: git lfs pull")
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
-    page = text[:15].lower().startswith((b"<!doctype html", b"<html"))
-    if page or (text.startswith(b"<?xml") and b"<Error>" in text):
+    if path.name.startswith(TEXTS):
+        return  # which may be pages
+    if _PAGE.match(text) or (text.startswith(b"<?xml") and b"<Error>" in text):
         raise ValueError(
             f"{plain(path)}: a web page, not the file itself; log in if the repository asks for it, and {DOWNLOAD}"
         )

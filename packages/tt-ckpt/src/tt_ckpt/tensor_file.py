@@ -157,16 +157,15 @@ def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
 
 
 def _parse_entry(name: str, entry: Any) -> tuple[str, int, int, TensorSpec]:
-    shown = quoted(name)
     if not name or len(name) > 1000 or not name.isprintable():
-        raise ValueError(f"tensor {shown} has a name that is not 1 to 1000 printable characters")
+        raise ValueError(f"tensor {quoted(name)} has a name that is not 1 to 1000 printable characters")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"tensor {shown} needs exactly dtype, shape and data_offsets")
+        raise ValueError(f"tensor {quoted(name)} needs exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"tensor {shown} has the unknown dtype {quoted(dtype)}; known: {', '.join(DTYPES)}")
+        raise ValueError(f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}; known: {', '.join(DTYPES)}")
     if not is_shape(shape) or not are_sizes(offsets) or len(offsets) != 2:
-        raise ValueError(f"tensor {shown} has shape {quoted(shape)} and data_offsets {quoted(offsets)}")
+        raise ValueError(f"tensor {quoted(name)} has shape {quoted(shape)} and data_offsets {quoted(offsets)}")
     return name, offsets[0], offsets[1], TensorSpec(dtype=DTYPES[dtype], shape=tuple(shape))
 
 

@@ -87,6 +87,7 @@ class Speaker:
         import torch
 
         import tt_models
+        from tt_train.serving import end_ids
 
         self.cut = 0
         limit = self.model.config.max_position_embeddings
@@ -99,7 +100,7 @@ class Speaker:
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            eos_ids=self.tokenizer.eos_ids,
+            eos_ids=end_ids(self.model, self.tokenizer),
             seed=sampling.seed,
         )
         return pieces(self._counted(tokens, min(sampling.max_new_tokens, limit - len(ids))), self.tokenizer.decode)

@@ -26,7 +26,7 @@ _PACKED = {
     b"\xff\xfe": "it is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "it is UTF-16 text; save it as UTF-8",
 }
-_WEB_PAGE = re.compile(rb"(?i)<(!doctype\s+html|html|head|body)[\s>]")
+_WEB_PAGE = re.compile(rb"(?is)(?:<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]")
 
 
 # ---- what is read ------------------------------------------------------------------------------------------------

@@ -225,5 +225,5 @@ def _generation_eos(folders: Sequence[Path]) -> tuple[int, ...]:
             wrong = next((value for value in values if type(value) is not int), None)
             if wrong is not None or len(values) > _MOST_EOS:
                 raise _wrong(file, "eos_token_id", "a whole number, or a short list of them", wrong or values)
-            return tuple(values)
+            return tuple(value for value in values if value >= 0)  # some files write -1 for none
     return ()

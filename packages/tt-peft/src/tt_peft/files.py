@@ -13,6 +13,7 @@ from tt_peft.shown import plain, shown
 CONFIG_BYTES = 64 << 20  # full names of every expert of the largest models are some 10 MB
 HEADER_BYTES = 25_000_000  # the hub's own limit for the header of a safetensors file
 _AGAIN = "download it again"
+_WEB_PAGE = re.compile(rb"(?is)(?:<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]")
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -68,9 +69,7 @@ def _refuse_placeholder(path: str | Path, start: bytes) -> None:
         size = re.search(rb"\nsize (\d{1,15})\b", head)
         what = f" of {int(size[1]):,} bytes" if size else ""
         raise ValueError(f"{plain(path)}: a git-lfs pointer to a file{what}, not the file itself; run: git lfs pull")
-    if re.match(rb"(?i)<(!doctype\s+html|html|head|body)[\s>]", head) or (
-        head.startswith(b"<?xml") and b"<Error>" in head
-    ):
+    if _WEB_PAGE.match(head) or (head.startswith(b"<?xml") and b"<Error>" in head):
         raise ValueError(
             f"{plain(path)}: a web page, not the file itself; log in if the repository asks for it, and {_AGAIN}"
         )

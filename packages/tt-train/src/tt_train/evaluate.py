@@ -11,6 +11,7 @@ from torch import nn
 import tt_data
 import tt_models
 from tt_train.losses import IGNORE, Objective
+from tt_train.serving import end_ids
 
 _ROLES: dict[str, str] = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
@@ -124,13 +125,13 @@ def answer(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Greedy answers to ``prompts``: rows of samples.jsonl without their step; as long as the model can read them."""
-    rows = []
+    rows, ends = [], end_ids(model, tokenizer)
     with evaluating(model):
         for item in asked:
             ids = torch.tensor([item["ids"]], device=device)
             room = model.config.max_position_embeddings - ids.shape[1] + 1
             most = min(max_new_tokens, room) if room > 0 else max_new_tokens  # none: a rope that stretches
-            output = list(tt_models.stream(model, ids, max_new_tokens=most, temperature=0.0, eos_ids=tokenizer.eos_ids))
+            output = list(tt_models.stream(model, ids, max_new_tokens=most, temperature=0.0, eos_ids=ends))
             kept = {key: item[key] for key in ("prompt", "turns", "expected") if key in item}
             rows.append(kept | {"generation": tokenizer.decode(output)})
     return rows

@@ -10,6 +10,7 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_ckpt.shown import plain
 from tt_models.memory import refuse_too_large, weight_bytes
 from tt_train.errors import ConfigError
 from tt_train.master_weights import join
@@ -68,10 +69,19 @@ def load(
 def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tt_models.Decoder:
     """A Hugging Face model directory as one of our models; ``dtype``: ``saved_dtype`` by default."""
     dtype = dtype or saved_dtype(source, device)
-    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(source)), device="meta", dtype=dtype)
+    model = tt_models.build(model_config(source), device="meta", dtype=dtype)
     refuse_too_large(f"{source}: the model", weight_bytes(model), device, "take a smaller model, or a larger machine")
     tt_ckpt.load_weights(model, source, dtype=dtype, device=device)
     return model.eval()
+
+
+def model_config(source: Path) -> tt_models.ModelConfig:
+    """The config of a Hugging Face model directory, read strictly; ValueError names the file."""
+    stated = tt_ckpt.read_config(source)
+    try:
+        return tt_models.config_from_hf(stated)
+    except ValueError as error:
+        raise ValueError(f"{plain(source / 'config.json')}{str(error).removeprefix('config.json')}") from None
 
 
 def saved_dtype(source: Path, device: torch.device) -> torch.dtype:

@@ -15,7 +15,7 @@ from tt_ckpt.directory import check_room
 from tt_ckpt.files import TMP_PREFIX, create
 from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
-from tt_train.loading import add_adapter_, check_tokens, load_stopped
+from tt_train.loading import add_adapter_, check_tokens, load_stopped, model_config
 from tt_train.origin import Base, Origin, find_origin
 from tt_train.serving import Files, load_tokenizer, run_template, serving_files
 
@@ -65,7 +65,7 @@ def _as_stored(origin: Origin) -> tt_models.Decoder:
     """The weights without an adapter, each tensor in the dtype that its file has."""
     model = None
     if origin.model is not None:
-        model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(origin.model)), device="meta")
+        model = tt_models.build(model_config(origin.model), device="meta")
         tt_ckpt.load_weights(model, origin.model, device="cpu")
     if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
         model = load_stopped(origin, torch.device("cpu"), model=model)
@@ -102,7 +102,7 @@ def refuse_small(target: Path, origin: Origin, dtype: torch.dtype | None) -> Non
     """ConfigError, before any weight is read, if the disk of ``target`` has no room for the merged weights."""
     if origin.model is None:
         return  # random weights by a name: save_hf finds out
-    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(origin.model)), device="meta")
+    model = tt_models.build(model_config(origin.model), device="meta")
     stored = _stored_dtypes(origin)
     sizes = {name: (dtype or stored.get(name, torch.bfloat16)).itemsize for name, _ in model.named_parameters()}
     try:

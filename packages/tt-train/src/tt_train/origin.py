@@ -11,7 +11,7 @@ from tt_models.config_keys import pop_quantization
 from tt_train.absent_run import refuse_absent_run
 from tt_train.errors import ConfigError
 from tt_train.run_dir import find_run, is_run
-from tt_train.run_files import read_json, read_manifest
+from tt_train.run_files import own_folder, read_json, read_manifest
 
 NF4, DENSE = "nf4", "dense"
 LONGEST_PATH = 1000  # characters of the name of a base
@@ -78,8 +78,8 @@ def _of_run(run: Path, moved: str | None, nf4: bool | None) -> Origin:
     config = read_manifest(run).get("config") or {}
     settings = config.get("model") or {}
     trained_on_nf4 = bool((config.get("adapter") or {}).get("quantize_base"))
-    adapter = run / "adapter" if (run / "adapter" / "adapter_config.json").is_file() else None
-    own = run / "model"
+    adapted, own = (own_folder(run, name) for name in ("adapter", "model"))
+    adapter = adapted if (adapted / "adapter_config.json").is_file() else None
     if adapter is None and (own / "config.json").is_file():
         if moved is not None or nf4 is not None:
             raise ConfigError([f"--base: {run} trained the whole model, so it has no base: leave --base out"])
@@ -157,5 +157,7 @@ def _is_quantized(config: dict[str, Any]) -> bool:
 
 def _own_model(path: str) -> str:
     """The model of a run that trained a whole one, else ``path``."""
-    own = Path(path) / "model"
-    return str(own) if is_run(Path(path)) and (own / "config.json").is_file() else path
+    if not is_run(Path(path)):
+        return path
+    own = own_folder(Path(path), "model")
+    return str(own) if (own / "config.json").is_file() else path

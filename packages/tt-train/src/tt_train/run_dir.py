@@ -36,6 +36,9 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         self._handler: logging.Handler | None = None
         self._began = False  # whether this process has changed the run's state
+        for name in ("metrics.jsonl", "samples.jsonl"):  # of a run that continues: they are cut and added to
+            if os.path.lexists(path / name):
+                files.regular(path / name)
         self._lock = RunLock(path)
         self._lock.acquire()
 

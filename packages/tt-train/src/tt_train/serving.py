@@ -47,6 +47,12 @@ def load_tokenizer(origin: Origin) -> Any:
     return tt_data.choose_template(tt_data.load_tokenizer(origin.places), run_template(origin.run))
 
 
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, of those that the model can say: files also state some that have no embedding."""
+    rows = model.model.embed_tokens.num_embeddings
+    return [index for index in tokenizer.eos_ids if 0 <= index < rows]
+
+
 def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, source: Path | None) -> Files:
     """Files for ``tt_ckpt.save_hf(files=...)``: of each kind the nearest, instead of those of ``source``.
 

@@ -7,10 +7,12 @@ import torch
 
 import tt_ckpt
 import tt_models
+from tt_ckpt.shown import plain
 from tt_models import parity
 from tt_train.errors import ConfigError
 from tt_train.loading import load_base
 from tt_train.run_dir import is_run
+from tt_train.run_files import own_folder, typed
 
 
 def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
@@ -23,11 +25,13 @@ def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
     Raises:
         ValueError: if transformers is not installed, or the directory cannot be read.
     """
-    own = Path(path) / "model"
-    if is_run(Path(path)) and (own / "config.json").is_file():
-        path = own  # of a run that trained the whole model
-    elif is_run(Path(path)) or (Path(path) / "adapter_config.json").is_file():
-        raise ConfigError([f"{path}: a run or an adapter; verify takes a model: tt merge {path} -o DIR, then DIR"])
+    folder = Path(path)
+    if is_run(folder) and (own_folder(folder, "model") / "config.json").is_file():
+        path = folder / "model"  # of a run that trained the whole model
+    elif is_run(folder) or (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            [f"{plain(folder)}: a run or an adapter; verify takes a model: tt merge {typed(folder)} -o DIR, then DIR"]
+        )
     return parity.verify(tt_ckpt.resolve(path), load=_load, save=_save, seed=seed)
 
 

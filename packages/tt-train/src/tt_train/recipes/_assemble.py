@@ -20,7 +20,7 @@ from tt_train.optim import schedule_notes
 from tt_train.recipes._headers import check_headers
 from tt_train.recipes._memory import check_memory
 from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
-from tt_train.run_files import read_json
+from tt_train.run_files import own_folder, read_json, typed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -195,10 +195,10 @@ def model_folder(config: RunConfig) -> Path | None:
         return None
     folder = Path(path)
     if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
-        if (folder / "model" / "config.json").is_file():
-            return (folder / "model").resolve()
+        if ((own := own_folder(folder, "model")) / "config.json").is_file():
+            return own.resolve()
         raise ConfigError(
-            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {path} -o DIR"]
+            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {typed(path)} -o DIR"]
         )
     return tt_ckpt.resolve(path)
 
