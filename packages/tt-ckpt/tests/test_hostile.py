@@ -421,6 +421,7 @@ HOSTILE_GGUF = {
 
 @pytest.mark.parametrize("name", HOSTILE_GGUF)
 def test_a_hostile_gguf_file_is_refused_at_once(tmp_path, name):
+    pytest.importorskip("gguf")
     tail, tensors, values = HOSTILE_GGUF[name]
     path = gguf(tmp_path / "m.gguf", tail + bytes(64), tensors, values)
     with pytest.raises(ValueError, match=r"m\.gguf: ") as caught:
@@ -430,6 +431,7 @@ def test_a_hostile_gguf_file_is_refused_at_once(tmp_path, name):
 
 
 def test_a_sparse_gguf_file_takes_no_memory(tmp_path):
+    pytest.importorskip("gguf")
     path = gguf(tmp_path / "m.gguf", key(b"a", 8, struct.pack("<Q", 1 << 40)), 0, 1)
     os.truncate(path, 1 << 41)
     lists = gguf(

@@ -81,6 +81,7 @@ REFUSED = {
     "a replacement that backtracks": (replace({"Regex": r"(a|a)*\z"}, "x"), "fails when it encodes"),
     "pieces of no length": ({"pre_tokenizer": {"type": "FixedLength", "length": 0}}, "fails when it encodes"),
     "a strip of a billion": ({"decoder": {"type": "Strip", "content": "a", "start": 10**9, "stop": 9}}, "it decodes"),
+    "a version that commands a terminal": ({"version": "\x1b]0;x\x07"}, r"version '\\x1b\]0;x\\x07'"),
     "a prefix longer than its tokens": (
         model(continuing_subword_prefix="#" * 50, vocab={**VOCAB, "ab": 96}, merges=[["a", "b"]]), "out of range"
     ),

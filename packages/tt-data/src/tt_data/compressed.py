@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from tt_data.files import open_regular
+from tt_data.wording import said
 
 KINDS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 UNREAD = (".lz4", ".lzma", ".br", ".z", ".sz", ".snappy", ".lzo", ".zip", ".7z", ".tar", ".tgz", ".rar")
@@ -84,8 +85,9 @@ class _Explained(io.RawIOBase):
         except (EOFError, zlib.error, lzma.LZMAError, OSError, ValueError, MemoryError) as error:
             if isinstance(error, OSError) and error.errno is not None:  # of the disk
                 raise
-            said = " ".join(str(error).split())[:200]
-            raise self._explain(f"not a whole {self._kind} file ({said}); compress or download it again") from None
+            raise self._explain(
+                f"not a whole {self._kind} file ({said(error)}); compress or download it again"
+            ) from None
         buffer[: len(data)] = data
         return len(data)
 

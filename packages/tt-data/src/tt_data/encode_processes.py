@@ -16,6 +16,7 @@ from tt_data.report import Tally
 from tt_data.row_encoder import RowEncoder, TokenRow
 from tt_data.settings import Settings
 from tt_data.tokenizer import Tokenizer
+from tt_data.wording import said
 
 Batch = list[tuple[int, Mapping[str, Any]]]
 Encoded = tuple[list[TokenRow], Tally]
@@ -69,7 +70,7 @@ def _answer(name: str, batch: Batch, future: Future[Encoded], timeout_s: float) 
     except ValueError:
         raise
     except Exception as error:
-        raise RuntimeError(f"rows {rows}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+        raise RuntimeError(f"rows {rows}: {type(error).__name__}: {said(error, 500)}") from None
 
 
 _work: tuple[str, Read, Tokenizer, Settings] | None = None  # in a worker: what all of its batches share

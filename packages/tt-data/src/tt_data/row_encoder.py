@@ -30,6 +30,7 @@ from tt_data.schemas import hint_for_unread
 from tt_data.settings import Settings
 from tt_data.store import IGNORE_INDEX, labels_of
 from tt_data.tokenizer import Tokenizer
+from tt_data.wording import said
 
 _ALL = "train_on=all trains all turns but those with weight: 0"
 _TRAINED = {
@@ -102,8 +103,8 @@ class RowEncoder:
         except BadRowError:
             raise
         except Exception as error:
-            said = " ".join(str(error).split())
-            raise ValueError(f"{where}: the converter of these rows failed: {type(error).__name__}: {said}") from error
+            what = f"{type(error).__name__}: {said(error, 500)}"
+            raise ValueError(f"{where}: the converter of these rows failed: {what}") from error
         if mistake:
             raise ValueError(f"{where}: the converter of these rows is wrong: {mistake}")
         for column in row.unread() if isinstance(row, TrackedRow) else ():

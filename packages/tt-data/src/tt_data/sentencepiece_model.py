@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from tt_data.rendered import Encoded, Rendered, Span, alternatives, join_spans
 from tt_data.trial import try_out
+from tt_data.wording import said
 
 
 class SentencePieceTokenizer:
@@ -26,8 +27,7 @@ class SentencePieceTokenizer:
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=model)
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            raise ValueError(f"{name}: not a sentencepiece model ({said}); download the file again") from None
+            raise ValueError(f"{name}: not a sentencepiece model ({said(error)}); download the file again") from None
         size = self._model.get_piece_size()
         self.added: dict[str, int] = {
             self._model.id_to_piece(i): i for i in range(size) if self._model.is_control(i) or self._model.is_unknown(i)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tt_data.lines import MAX_LINE, begin, check_columns, data_error, open_data, size_on_disk
 from tt_data.nulls import without_nulls
-from tt_data.wording import visible
+from tt_data.wording import said, visible
 
 Row = dict[str, Any]
 Placed = tuple[int, Row]  # the line (or row) number that a message names, and the row
@@ -130,5 +130,4 @@ def _not_whole(path: Path, kind: str, error: Exception) -> Exception:
     """The error for a file that the reader of its kind refuses: whatever it raises, it is the file's fault."""
     if type(error) is ValueError and str(error).startswith(f"{visible(str(path))}: "):
         return error
-    said = " ".join(f"{error}".split())[:200] or type(error).__name__
-    return data_error(path, None, f"not a whole {kind} file ({said}); write or download it again")
+    return data_error(path, None, f"not a whole {kind} file ({said(error)}); write or download it again")

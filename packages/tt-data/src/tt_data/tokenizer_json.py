@@ -13,6 +13,7 @@ from tt_data.rendered import Encoded, Rendered, Span, alternatives, check_unicod
 from tt_data.tokenizer_checks import check_tokenizer, first_token, regex_letters
 from tt_data.trial import try_out
 from tt_data.word_cache import make_word_cache
+from tt_data.wording import said
 
 MAX_BYTES = 64 << 20  # the largest known, Gemma 3's, has 34 MB
 _log = logging.getLogger(__name__)
@@ -151,8 +152,7 @@ def library_error(error: BaseException, about: str) -> BaseException:
     """What to raise for an error of the tokenizers library: a panic of Rust is neither an Exception nor one line."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error  # an interrupt
-    said = " ".join(str(error).split())[:300].encode("ascii", "backslashreplace").decode()
-    return ValueError(f"{about} ({said}); download the file again, or do not trust it")
+    return ValueError(f"{about} ({said(error)}); download the file again, or do not trust it")
 
 
 def _warn_of_other_ids(tokens: Sequence[dict[str, Any]], added: dict[int, Any], name: str) -> None:

@@ -44,7 +44,9 @@ def try_out(kind: str, data: bytes, name: str, letters: str = "") -> None:
         facts |= line
     if "done" in facts:
         return
-    why = facts.get("error") or ("too much time" if status in (-24, -9) else "too much memory, or a crash")
+    from tt_data.wording import visible  # here: the program does without
+
+    why = visible(facts.get("error", "")) or ("too much time" if status in (-24, -9) else "too much memory, or a crash")
     if facts["stage"] == _LOADED and "error" in facts:
         raise ValueError(f"{name}: not a {_FILES[kind]} ({why}); download the file again")
     raise ValueError(
@@ -81,7 +83,7 @@ def main(kind: str, letters: str) -> None:
             _say(stage=f"decodes {len(ids)} ids")
             decode(ids[:1000])
     except BaseException as error:  # a panic of Rust is no Exception
-        _say(error=" ".join(f"{error}".split())[:200].encode("ascii", "backslashreplace").decode() or "it fails")
+        _say(error=" ".join(f"{error}".split())[:200] or "it fails")
         return
     _say(done=True)
 

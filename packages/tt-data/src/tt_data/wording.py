@@ -14,6 +14,11 @@ def visible(text: str, limit: int = _LONGEST) -> str:
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def said(error: object, limit: int = 200) -> str:
+    """What an error of a library says, or what kind it is: libraries repeat what files hold."""
+    return visible(" ".join(str(error).split()), limit) or type(error).__name__
+
+
 def names_of(names: Iterable[object]) -> str:
     """``'text', 'id'``: the columns or keys that there are; of many or long ones the first, and how many more."""
     iterator = iter(names)

@@ -20,6 +20,7 @@ import torch
 
 from tt_data.encode_processes import forking, use_one_thread
 from tt_data.loader import Steps
+from tt_data.wording import said
 
 # the batch, what was counted on the way, or what went wrong: the kind of error and its text
 Prepared = tuple[Any, Any, tuple[type[Exception], str] | None]
@@ -99,7 +100,7 @@ def _prepared(steps: Steps, step: int, worker: int, take: Any) -> Prepared:
         batch = _as_bytes(steps(step))
         return batch, take(worker) if take else None, None
     except Exception as error:
-        text = " ".join(str(error).split())
+        text = said(error, 1500)
         is_ours = isinstance(error, ValueError)
         return None, None, (ValueError, text) if is_ours else (RuntimeError, f"{type(error).__name__}: {text}")
 
