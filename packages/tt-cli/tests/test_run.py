@@ -169,7 +169,10 @@ def test_a_recipe_file_that_is_missing_or_has_no_main_is_named(tt, recipe):
     assert (answer.code, answer.err.startswith("error: empty.py: has no function main")) == (2, True)
     Path("broken.py").write_text("def main(:\n")
     answer = tt("run", "broken.py", *BASE)
-    assert (answer.code, answer.err) == (2, f"error: {Path('broken.py')}:1: invalid syntax\n")
+    assert (answer.code, answer.err) == (
+        2,
+        f"error: {Path('broken.py')}:1: not Python: invalid syntax; correct this line\n",
+    )
 
 
 def test_a_dotted_component_needs_allow_import(tt, recipe):

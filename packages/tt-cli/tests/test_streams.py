@@ -111,14 +111,14 @@ def test_two_interrupts_are_exit_130_without_a_traceback(lora_run):
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    process.stdin.write("red\n" * 50)
+    process.stdin.write("red\n" * 3)  # more would fill the context, which is wrong input
     process.stdin.flush()
     process.stdout.read(1)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
     _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT)
+    assert process.returncode in (130, -signal.SIGINT), err
     assert "Traceback" not in err
     assert "Exception" not in err
 

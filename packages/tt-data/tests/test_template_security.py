@@ -191,14 +191,14 @@ def test_a_template_nested_too_deeply_or_not_finished_is_an_error_of_one_line(ch
     assert len(str(error.value)) < 700
 
 
-def test_messages_nested_too_deeply_are_a_bad_row_and_not_the_end(chatml: Any, make_chat_rows: Any) -> None:
+def test_messages_nested_too_deeply_are_refused_by_place(chatml: Any, make_chat_rows: Any) -> None:
     deep: Any = "<|im_end|>"
     for _ in range(450):
         deep = [deep]
     call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"x": deep}}}
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "a", "tool_calls": [call]}]}
-    dataset = load_dataset([*make_chat_rows(2), row], chatml)
-    assert len(dataset) >= 2
+    with pytest.raises(ValueError, match="rows:2: lists and objects more than 100 deep"):
+        load_dataset([*make_chat_rows(2), row], chatml)
 
 
 def test_the_refusal_of_system_messages_is_found_once(chatml: Any, make_chat_rows: Any) -> None:
