@@ -7,8 +7,10 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -49,6 +51,8 @@ def _reported(command: click.Command, args: Sequence[str] | None) -> int:
     try:
         result = _invoke(command, args, invocation)
     except (click.Abort, KeyboardInterrupt):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while all is closed, is no traceback
         say("interrupted", err=True)
         return INTERRUPTED
     except OutputLost:

@@ -1,8 +1,6 @@
 """The ``tt`` command: a table of verbs, of which only the one that is asked for is imported."""
 
 import os
-import signal
-import threading
 from collections.abc import Sequence
 
 import click
@@ -62,7 +60,4 @@ def main(args: Sequence[str] | None = None) -> int:
     programs = os.environ.get("PATH", "").split(os.pathsep)  # a relative one is in a folder that may be anybody's
     os.environ["PATH"] = os.pathsep.join(filter(os.path.isabs, programs)) or os.defpath
     open_closed_streams()
-    code = errors.run(cli, args)
-    if code == errors.INTERRUPTED and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C, while Python winds up, is no traceback
-    return code
+    return errors.run(cli, args)

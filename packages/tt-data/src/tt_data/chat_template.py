@@ -271,8 +271,7 @@ def _stop(process: subprocess.Popen[str], owner: int) -> None:
     if owner != os.getpid():  # a forked child holds a copy of the pipes, but the process is not its own
         return
     process.kill()
-    with contextlib.suppress(KeyboardInterrupt):  # in a finalizer it would only be printed
-        process.wait()
+    process.wait()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
             with contextlib.suppress(OSError):
