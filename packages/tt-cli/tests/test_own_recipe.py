@@ -146,7 +146,7 @@ def test_mistyped_keys_of_ones_own_are_answered(tt, words):
 
 
 FAULTY = {
-    "import nowhere_to_be\n": "mine.py:1: ModuleNotFoundError: No module named 'nowhere_to_be'; a recipe file stands",
+    "import nowhere_to_be\n": "mine.py:1: ModuleNotFoundError: No module named 'nowhere_to_be'; install it: a recipe",
     "x = 1\nx.y\n": "mine.py:2: AttributeError: ",
     "def main(:\n": "mine.py:1: not Python: invalid syntax",
     "x = 1\n": "mine.py: has no function main(config, *, console, resume, dry_run)",
