@@ -379,6 +379,7 @@ WRONG = {
     ("special_tokens_map.json", "eos_token"): (["</s>"], "found a list"),
     ("generation_config.json", "eos_token_id"): ("2", "a whole number, or a short list of them, found '2'"),
     ("generation_config.json", "eos_token_id "): ([1, 2.5], "found 2.5"),
+    ("generation_config.json", "eos_token_id  "): ([None], "found None"),
     ("tokenizer_config.json", "chat_template"): (5, "chat_template must be text, or a list of objects"),
     ("tokenizer_config.json", "chat_template "): ([{"name": 5, "template": "x"}], "chat_template must be text"),
     ("chat_template.json", "other"): ("x", "expected the key chat_template"),

@@ -222,8 +222,9 @@ def _generation_eos(folders: Sequence[Path]) -> tuple[int, ...]:
         stated = read_object(file).get("eos_token_id")
         if stated is not None:
             values = stated if isinstance(stated, list) else [stated]
-            wrong = next((value for value in values if type(value) is not int), None)
-            if wrong is not None or len(values) > _MOST_EOS:
-                raise _wrong(file, "eos_token_id", "a whole number, or a short list of them", wrong or values)
+            wrong = [value for value in values if type(value) is not int]
+            if wrong or len(values) > _MOST_EOS:
+                found = wrong[0] if wrong else values
+                raise _wrong(file, "eos_token_id", "a whole number, or a short list of them", found)
             return tuple(value for value in values if value >= 0)  # some files write -1 for none
     return ()
