@@ -26,7 +26,7 @@ BUILDERS = (
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with things that nobody named."""
-    folder = tmp_path / "work"
+    folder = tmp_path / "project"
     (folder / "notes").mkdir(parents=True)
     (folder / "rows.jsonl").write_text(GOOD)
     (folder / "diary.txt").write_text("my private diary\n")
@@ -85,7 +85,7 @@ def test_files_folders_patterns_and_the_home_folder_are_names(
         "rows.jsonl",
         "*.jsonl",
         "~/rows.jsonl",
-        "../work/rows.jsonl",
+        "../project/rows.jsonl",
         "text",
         "text/*",
         str(here / "r*.jsonl"),
@@ -113,7 +113,7 @@ def test_nothing_in_a_folder_is_run_or_leads_out_of_it(chatml: Any, here: Path, 
         (here / "dataset_infos.json").write_text(
             json.dumps({"default": {"data_files": path, "builder_name": "pandas"}})
         )
-        for source in (here, str(here), "../work"):
+        for source in (here, str(here), "../project"):
             assert load_dataset(source, chatml).rendered(0) == [("good<|im_end|>", True)]
     assert not ran.exists()
 
@@ -136,7 +136,7 @@ def test_links_out_of_a_folder_are_refused_and_others_followed(chatml: Any, here
         load_dataset(here, chatml)
 
 
-@pytest.mark.parametrize("pattern", ["*.jsonl", "*/secret.jsonl", "o*", "../work/[x]*.jsonl"])
+@pytest.mark.parametrize("pattern", ["*.jsonl", "*/secret.jsonl", "o*", "../project/[x]*.jsonl"])
 def test_what_a_pattern_finds_may_not_lead_out_of_the_folder_that_is_typed(
     chatml: Any, here: Path, tmp_path: Path, pattern: str
 ) -> None:

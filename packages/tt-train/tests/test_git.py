@@ -31,7 +31,7 @@ def git(folder, *words):
 
 @pytest.fixture
 def repository(tmp_path):
-    folder = tmp_path / "work"
+    folder = tmp_path / "project"
     folder.mkdir()
     git(folder, "init", "-q")
     (folder / "file.txt").write_text("one\n")
@@ -169,7 +169,7 @@ def test_a_link_a_pipe_or_nonsense_in_a_repository_gives_no_state(repository, na
 
 def test_a_git_file_that_points_at_another_repository_gives_no_state(repository, tmp_path):
     git(repository, "worktree", "add", "-q", "-b", "other", str(tmp_path / "linked"))
-    for target in (repository / ".git", repository / ".git/worktrees/linked", "../work/.git", "/dev", "\0"):
+    for target in (repository / ".git", repository / ".git/worktrees/linked", "../project/.git", "/dev", "\0"):
         evil = tmp_path / "evil"
         evil.mkdir()
         (evil / ".git").write_text(f"gitdir: {target}\n")

@@ -246,7 +246,7 @@ def copy(
     limit: int = COPY_BYTES,
     depth: int = 8,
 ) -> None:
-    """A file, or a folder of files, to a place where nothing is yet; every file by the rule of ``regular``."""
+    """Copy a file or a folder of files to a new place; every file by the rule of ``regular``."""
     source, destination = Path(source), Path(destination)
     root = source.parent if root is None else Path(root)
     if not inside(source, root).is_dir():

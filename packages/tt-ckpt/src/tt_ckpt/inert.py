@@ -157,7 +157,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise ValueError("it sets items of what is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # a tuple of tuples that are each there twice takes for ever to hash
+            # a tuple of tuples that are each there twice takes forever to hash
             if type(key) not in (str, int, Name, Record):
                 raise ValueError(f"it has the key {quoted(key)}, which is not a name")
             target[key] = value

@@ -24,7 +24,7 @@ from tt_ckpt.tensor_file import DTYPES, TensorSpec, byte_views, is_shape, spec_o
 
 _MAX_ENTRIES = 100_000
 _DIRECTORY_BYTES = 8_000_000  # of an archive's list of entries, which takes a second to be read
-_CURE = "save the model anew as safetensors or as a plain state dict"
+_CURE = "save the model again as safetensors or as a plain state dict"
 # all that a file of dense tensors calls; torch would make more: tensors of any size, arrays of bytes, sets
 _CALLED = {
     "collections.OrderedDict",
@@ -55,7 +55,7 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _NotArchive as error:
         raise ValueError(
-            f"{path}: not a torch archive ({error}): cut short, or saved before torch 1.6; {DOWNLOAD}, or save it anew"
+            f"{path}: not a torch archive ({error}): cut short, or saved before torch 1.6; {DOWNLOAD}, or save it again"
         ) from None
     except Exception as error:  # torch raises many kinds; none may pass for a model, and no other loader is tried
         raise ValueError(f"{path}: refused: not a plain file of tensors ({_reason(error)}); {_CURE}") from None

@@ -230,7 +230,7 @@ class TrainCheckpoint:
         """
         found = self.latest(hashes=hashes) if path is None else Path(path)
         if found is None:
-            raise FileNotFoundError(f"{self.directory}: no usable checkpoint; start the run anew")
+            raise FileNotFoundError(f"{self.directory}: no usable checkpoint; start the run again")
         manifest = self._verified(found, hashes=hashes and path is not None)
         for group in into or {}:
             if group not in manifest["groups"]:

@@ -56,7 +56,7 @@ def check_numbers() -> None:
 
 
 def check_endpoint() -> None:
-    """Refuse a HF_ENDPOINT that is malformed or plain http to others; say once where a token goes if not to the hub."""
+    """Refuse a malformed HF_ENDPOINT, or plain http to another host; report once a token for another host."""
     check_numbers()
     import datasets
     from huggingface_hub import constants

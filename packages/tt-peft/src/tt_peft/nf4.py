@@ -65,7 +65,8 @@ def is_nf4(weight: Tensor) -> bool:
 def check_size(weight: Tensor, name: str) -> None:
     if weight.dim() != 2 or weight.numel() % BLOCK:
         shape = list(weight.shape)
-        raise ValueError(f"{name} {shape} cannot be NF4: its size is no multiple of {BLOCK}; put it in quantize_skip")
+        size = f"its size is not a multiple of {BLOCK}"
+        raise ValueError(f"{name} {shape} cannot be NF4: {size}; put it in quantize_skip")
 
 
 def to_nf4(weight: Tensor, *, name: str = "weight") -> Tensor:
