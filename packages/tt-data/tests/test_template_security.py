@@ -146,7 +146,7 @@ LOOP = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% e
 ON_ROWS = {  # what goes on when a row of the data is rendered, though the studies of a template go well
     "a loop": LOOP,
     "a power that Python cannot be stopped in": "{% set n = messages | length + 7 %}{{ 7 ** (7 ** n) }}",
-    "memory": "{% for i in range(40) %}{% set n = messages | length * 10**7 %}{% set y = 'x' * n %}{% endfor %}",
+    "memory": "{% for i in range(400) %}{% set n = messages | length * 10**7 %}{% set y = 'x' * n %}{% endfor %}",
     "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{% for i in range(9) %}{{ f(0) }}{% endfor %}",
 }
 
