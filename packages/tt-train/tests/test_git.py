@@ -29,6 +29,12 @@ def git(folder, *words):
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
 
 
+@pytest.fixture(autouse=True)
+def nothing_above(tmp_path, monkeypatch):
+    """The folder of temporary files may lie in a repository itself."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+
+
 @pytest.fixture
 def repository(tmp_path):
     folder = tmp_path / "project"
@@ -74,6 +80,15 @@ def test_there_is_no_state_outside_a_repository_and_none_before_the_first_commit
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "empty/.git"))
     (tmp_path / "plain").mkdir()
     assert git_state(tmp_path / "plain") is None
+
+
+def test_the_search_stops_below_a_ceiling_as_git_does(repository, monkeypatch):
+    (repository / "a").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(repository))
+    assert git_state(repository / "a") is None
+    assert git_state(repository) == state(repository)
+    with pytest.raises(subprocess.CalledProcessError):
+        git(repository / "a", "rev-parse", "HEAD")
 
 
 def test_the_environment_does_not_choose_the_repository(repository, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ diff drivers). Here neither is read. https://git-scm.com/docs/gitrepository-layo
 import os
 import re
 import stat
+from itertools import takewhile
 from pathlib import Path
 
 _LIMIT = 1 << 24  # bytes of packed-refs; the other files are a line each
@@ -18,11 +19,14 @@ def git_state(folder: Path | None = None) -> dict[str, str | None] | None:
     """``commit`` and ``branch`` (None if it is detached) of the work tree that ``folder`` is in, by default the working
     folder; None if it is in none, or its files are not the user's, are links, or are not understood.
 
-    Whether files have changed since the commit is not known: only git could tell, and git runs programs.
+    Whether files have changed since the commit is not known: only git could tell, and git runs programs. As with git,
+    the search stops below the folders of ``GIT_CEILING_DIRECTORIES``.
     """
     try:
         place = (folder or Path.cwd()).resolve()
-        repository = next((found for parent in (place, *place.parents) if (found := _repository(parent))), None)
+        ceilings = set(os.environ.get("GIT_CEILING_DIRECTORIES", "").split(os.pathsep))
+        above = takewhile(lambda parent: str(parent) not in ceilings, place.parents)
+        repository = next((found for parent in (place, *above) if (found := _repository(parent))), None)
         return None if repository is None else _head(*repository)
     except (OSError, ValueError):
         return None
