@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 from tt_train.config import AdapterSection, SFTConfig
-from tt_train.foreign import FOREIGN
-from tt_train.keys import all_keys, section_type
+from tt_train.keys.foreign import FOREIGN
+from tt_train.keys.schema import all_keys, section_type
 
 DOCS = Path(__file__).parents[1] / "docs"
 

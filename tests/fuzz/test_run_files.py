@@ -12,9 +12,9 @@ from tt_train.headline import part_name, tokens_per_second, training_loss
 from tt_train.origin import find_origin
 from tt_train.report_html import page
 from tt_train.report_run import read_runs
-from tt_train.run_dir import list_runs, writer_of
+from tt_train.run.dir import list_runs, writer_of
+from tt_train.run.saved_state import check_state
 from tt_train.run_files import read_manifest, read_rows
-from tt_train.saved_state import check_state
 
 MANIFEST = {
     "format": 1, "state": "finished", "recipe": "sft", "method": "qlora", "base_model": "org/base",

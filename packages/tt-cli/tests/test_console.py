@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from tt_cli.console import LineConsole, TerminalConsole, console_here, duration, summary_rows
-from tt_train.console import RunFacts
+from tt_train.run.console import RunFacts
 
 FACTS = RunFacts(
     model="tiny",

@@ -13,7 +13,7 @@ RECIPE = '''
     from dataclasses import dataclass
     from pathlib import Path
     from tt_train.config import SFTConfig, to_dict
-    from tt_train.console import RunFacts
+    from tt_train.run.console import RunFacts
 
     @dataclass
     class Config(SFTConfig):

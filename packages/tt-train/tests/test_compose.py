@@ -9,7 +9,7 @@ import pytest
 
 from tt_train import ConfigError, compose
 from tt_train.config import SFTConfig, to_dict, to_yaml
-from tt_train.foreign import FOREIGN
+from tt_train.keys.foreign import FOREIGN
 
 BASE = ["model.path=DIR", "data.train=rows.jsonl"]
 
@@ -238,7 +238,7 @@ def test_names_given_anew_replace_those_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
-    from tt_train.keys import all_keys
+    from tt_train.keys.schema import all_keys
 
     ours, note = FOREIGN[name]
     assert ours in all_keys(SFTConfig) if ours else note
@@ -265,8 +265,8 @@ def test_keys_that_people_bring_along_are_answered(name):
 @pytest.mark.parametrize(("package", "config"), [("trl", "SFTConfig"), ("peft", "LoraConfig")])
 def test_every_key_of_peers_is_answered_on_purpose(package, config):
     """A key that is spelt like one of ours by chance would send people the wrong way."""
-    from tt_train.foreign import foreign_key
-    from tt_train.keys import all_keys
+    from tt_train.keys.foreign import foreign_key
+    from tt_train.keys.schema import all_keys
 
     fields = dataclasses.fields(getattr(pytest.importorskip(package), config))
     ours = {key.rsplit(".", 1)[-1] for key in all_keys(SFTConfig)}
@@ -352,7 +352,7 @@ def typos(word, choice):
 
 @pytest.mark.parametrize(("slips", "with_section"), [(1, True), (2, True), (1, False)])
 def test_mistyped_keys_get_the_right_key_in_95_percent(slips, with_section):
-    from tt_train.keys import all_keys, unknown_key
+    from tt_train.keys.schema import all_keys, unknown_key
 
     keys = list(all_keys(SFTConfig))
     choice = random.Random(7)
@@ -386,7 +386,7 @@ BAD_VALUES = ["@@", "-1", "0", "[]", "[a]", "{a: b}", "{}", "null", "1e999", ".n
 
 
 def test_every_refusal_of_a_config_says_what_to_do():
-    from tt_train.keys import all_keys
+    from tt_train.keys.schema import all_keys
 
     refused = []
     for key in [*all_keys(SFTConfig), "nonsense", "model.nonsense", "data.columns.x.y", "batch_size.x"]:

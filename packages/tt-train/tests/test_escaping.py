@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 
 from tt_train.export import commands
-from tt_train.model_card import as_text, fenced
 from tt_train.modelfile import parameters, quoted, stops
 from tt_train.ollama import _gaps
-from tt_train.recipes._end import next_commands
 from tt_train.report import write_report
 from tt_train.report_html import page
 from tt_train.report_run import read_runs
+from tt_train.run.finish import next_commands
+from tt_train.run.model_card import as_text, fenced
 
 EVIL = [
     "<script>alert(1)</script>", "</script><script>alert(1)//", "<img src=x onerror=alert(1)>", "' onload='x", "&lt;",

@@ -16,9 +16,9 @@ import tt_ckpt
 import tt_data
 from tt_ckpt import files
 from tt_train import ConfigError, Interrupted, compose
-from tt_train.console import Console
 from tt_train.recipes import sft
-from tt_train.run_dir import list_runs
+from tt_train.run.console import Console
+from tt_train.run.dir import list_runs
 from tt_train.run_files import read_json, read_rows
 
 
@@ -34,7 +34,7 @@ class Heard(Console):
 
 @pytest.fixture
 def train(words, monkeypatch):
-    monkeypatch.setattr("tt_train.recipes._end.write_report", lambda runs: None)
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: None)
 
     def run(path, *more, console=None, **kwargs):
         small = [
@@ -82,15 +82,15 @@ PLACES = {
     "tt_train.recipes.sft:to_device": (3, 5),
     "tt_train.recipes.sft:train_step": (1, 2, 3),
     "tt_train.recipes.sft:finish": (1,),
-    "tt_train.recipes._watch:held_out_loss": (1, 2, 3),
-    "tt_train.recipes._watch:answer": (1, 2, 3),
-    "tt_train.recipes._watch:peak_memory_gib": (1, 3),
-    "tt_train.recipes._end:write_result": (1,),
-    "tt_train.recipes._end:model_card": (1,),
-    "tt_train.recipes._end:write_report": (1,),
-    "tt_train.run_dir:RunDir.append": (1, 3, 5),
-    "tt_train.run_dir:RunDir.finished": (1,),
-    "tt_train.training_state:TrainingState.save_if_due": (1, 2),
+    "tt_train.run.loop:held_out_loss": (1, 2, 3),
+    "tt_train.run.loop:answer": (1, 2, 3),
+    "tt_train.run.loop:peak_memory_gib": (1, 3),
+    "tt_train.run.finish:write_result": (1,),
+    "tt_train.run.finish:model_card": (1,),
+    "tt_train.run.finish:write_report": (1,),
+    "tt_train.run.dir:RunDir.append": (1, 3, 5),
+    "tt_train.run.dir:RunDir.finished": (1,),
+    "tt_train.run.checkpoints:TrainingState.save_if_due": (1, 2),
     "tt_ckpt:TrainCheckpoint.save": (1,),
     "tt_peft:save_adapter": (1,),
     "torch.optim:AdamW.step": (1, 2, 3),
@@ -211,7 +211,7 @@ def test_a_disk_that_fills_under_the_log_is_an_error_and_no_trace_on_stderr(trai
         except OSError:
             self.handleError(record)
 
-    monkeypatch.setattr("tt_train.run_dir._LogFile.emit", full)
+    monkeypatch.setattr("tt_train.run.dir._LogFile.emit", full)
     with pytest.raises(OSError, match="No space left") as caught:
         train(path, console=console)
     assert caught.value.filename == str(path / "train.log")
@@ -304,11 +304,11 @@ def test_a_worker_that_hangs_ends_the_run_within_its_limit_and_its_rows_are_name
 PHASES = {
     "loading": "tt_train.recipes.sft:load_model",
     "the first step": "tt_train.recipes.sft:train_step",
-    "evaluating": "tt_train.recipes._watch:held_out_loss",
-    "sampling": "tt_train.recipes._watch:answer",
+    "evaluating": "tt_train.run.loop:held_out_loss",
+    "sampling": "tt_train.run.loop:answer",
     "saving": "tt_ckpt:TrainCheckpoint.save",
-    "writing the result": "tt_train.recipes._end:write_result",
-    "the card": "tt_train.recipes._end:model_card",
+    "writing the result": "tt_train.run.finish:write_result",
+    "the card": "tt_train.run.finish:model_card",
 }
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tt_train.environment import collect
-from tt_train.git import git_state
+from tt_train.run.environment import collect
+from tt_train.run.git import git_state
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is the reference, and not here")
 

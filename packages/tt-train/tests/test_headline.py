@@ -7,7 +7,7 @@ import pytest
 from tt_train.headline import last_part, part_name, step_tokens, tokens_per_second, training_loss
 from tt_train.report_headline import headline
 from tt_train.report_run import read_run
-from tt_train.run_dir import list_runs
+from tt_train.run.dir import list_runs
 
 
 def make(losses, tokens, *, per_epoch=None, speed=10.0):

@@ -5,9 +5,9 @@ import torch
 
 import tt_ckpt
 from tt_train import compose
-from tt_train.console import Console
 from tt_train.master_weights import MasterWeights, join, split_
 from tt_train.recipes import sft
+from tt_train.run.console import Console
 
 
 class Silent(Console):

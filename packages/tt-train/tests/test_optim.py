@@ -173,8 +173,8 @@ DORA = ["adapter.rank=2", "adapter.use_dora=true"]
 
 @pytest.mark.parametrize("more", [[], DORA, [*DORA, "adapter.lora_plus_ratio=4"]])
 def test_what_a_run_decays(words, more):
-    from tt_train.recipes._assemble import assemble
-    from tt_train.recipes._model import load_model, trainable_groups
+    from tt_train.build import load_model, trainable_groups
+    from tt_train.job import assemble
 
     job = assemble(compose("sft", overrides=[*words, *more]))
     model = load_model(job)

@@ -6,8 +6,9 @@ import types
 import pytest
 import torch
 
-from tt_train import ConfigError, compose, preflight
-from tt_train.recipes import _assemble
+from tt_train import ConfigError, compose
+from tt_train import job as job_module
+from tt_train.inputs import components
 from tt_train.validate import check, problems
 
 
@@ -41,29 +42,29 @@ def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     config = compose("sft", overrides=["model.path=m", "data.train=d", "adapter.dtype=bf16"])
     said = "Tesla T4 (compute capability 7.5) does not compute in bf16; use"
-    found = preflight.mistakes(config, torch.device("cuda:0"))
+    found = components.mistakes(config, torch.device("cuda:0"))
     assert found == [f"model.dtype: {said} model.dtype=fp32", f"adapter.dtype: {said} adapter.dtype=fp32"]
 
 
 def test_a_device_that_does_not_answer_is_named():
     config = compose("sft", overrides=["model.path=m", "data.train=d"])
     if not torch.backends.mps.is_available():
-        (problem,) = preflight.mistakes(config, torch.device("mps"))
+        (problem,) = components.mistakes(config, torch.device("mps"))
         assert problem.startswith("device: mps does not answer: ")
-    assert preflight.mistakes(config, torch.device("cpu")) == []
+    assert components.mistakes(config, torch.device("cpu")) == []
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_a_logger_that_is_not_installed_is_found_before_the_run(found, monkeypatch, name):
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(components.importlib.util, "find_spec", lambda package: None)
     assert f"loggers: {name} is not installed; pip install {name}, or leave it out" in found(f"loggers=[{name}]")
 
 
 def test_the_folder_that_wandb_leaves_behind_is_not_the_package(tmp_path, monkeypatch):
     (tmp_path / "a_logger_of_nobody").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
-    assert not preflight.is_installed("a_logger_of_nobody")
-    assert preflight.is_installed("json")
+    assert not components.is_installed("a_logger_of_nobody")
+    assert components.is_installed("json")
 
 
 def test_a_logger_named_twice_is_named(found):
@@ -166,7 +167,7 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
     assert problem.endswith("set adapter.quantize_base=true, lower adapter.rank or take a smaller model")
     problem = next(one for one in found(*huge, *adapter, "adapter.quantize_base=true") if "weights" in one)
     assert "needs 39.5 GB" in problem
-    for module in ("tt_models.memory", "tt_train.recipes._memory"):
+    for module in ("tt_models.memory", "tt_train.inputs.model"):
         monkeypatch.setattr(f"{module}.total_memory", lambda device: 300_000)
-    job = _assemble.assemble(compose("sft", overrides=words))
+    job = job_module.assemble(compose("sft", overrides=words))
     assert any("memory: weights, gradients and AdamW's state take about 0.0 GB" in note for note in job.notes)

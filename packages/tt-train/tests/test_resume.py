@@ -10,11 +10,11 @@ import torch
 
 import tt_ckpt
 from tt_train import ConfigError, Interrupted, compose, load
-from tt_train.console import Console
 from tt_train.recipes import sft
-from tt_train.run_dir import list_runs
+from tt_train.run.console import Console
+from tt_train.run.dir import list_runs
+from tt_train.run.lock import RunLock
 from tt_train.run_files import read_json, read_rows
-from tt_train.run_lock import RunLock
 
 
 class Heard(Console):
@@ -36,7 +36,7 @@ class Heard(Console):
 @pytest.fixture
 def train(words, monkeypatch):
     """``train(path, *overrides, resume=..., console=...)``: a run without its report, which takes most of the time."""
-    monkeypatch.setattr("tt_train.recipes._end.write_report", lambda runs: None)
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: None)
 
     def run(path, *more, console=None, **kwargs):
         overrides = [*words, "samples.num=1", "max_steps=4", *more]
@@ -104,7 +104,7 @@ def test_a_longer_run_says_that_its_rate_is_another(train, tmp_path):
 def test_a_longer_run_that_fails_leaves_the_finished_one_finished(train, tmp_path, monkeypatch, where):
     path = train(tmp_path / "r", "max_steps=2")
     result = (path / "model" / "model.safetensors").read_bytes()
-    target = ("tt_train.recipes._end.write_result", sft) if where == "finish" else (None, sft)
+    target = ("tt_train.run.finish.write_result", sft) if where == "finish" else (None, sft)
     with monkeypatch.context() as patch:
         if target[0]:
             patch.setattr(target[0], lambda *args: fail())
@@ -277,7 +277,7 @@ def test_the_state_of_a_checkpoint_names_its_place(train, tmp_path):
 
 
 def test_nobody_advises_to_resume_what_would_start_at_step_1(train, tmp_path, monkeypatch):
-    from tt_train.run_dir import results_of
+    from tt_train.run.dir import results_of
 
     path = tmp_path / "r"
     with monkeypatch.context() as patch:

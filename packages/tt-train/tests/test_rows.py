@@ -7,9 +7,9 @@ import pytest
 
 from tt_train.config import RunConfig, SFTConfig, compose, to_dict
 from tt_train.errors import ConfigError
-from tt_train.recipes._assemble import assemble
-from tt_train.recipes._begin import with_absolute_paths
+from tt_train.job import assemble
 from tt_train.recipes.sft import main
+from tt_train.run.start import with_absolute_paths
 from tt_train.validate import check, problems, rows
 
 PAIRS = [{"prompt": f"Say red {i}. ", "chosen": "red", "rejected": "blue"} for i in range(6)]

@@ -14,10 +14,10 @@ import tt_ckpt
 import tt_data
 import tt_models
 from tt_train import ConfigError, Interrupted, TrainingError, compose, load, merge_run
-from tt_train.console import Console
+from tt_train.job import assemble
 from tt_train.recipes import sft
-from tt_train.recipes._assemble import assemble
-from tt_train.run_dir import find_run, list_runs
+from tt_train.run.console import Console
+from tt_train.run.dir import find_run, list_runs
 from tt_train.run_files import read_json
 
 
@@ -89,7 +89,7 @@ def curves():
 @pytest.fixture
 def plain_curve(curves, tmp_path, words, monkeypatch):
     """The losses of the small run, made once for each set of words, without the report (most of the time)."""
-    monkeypatch.setattr("tt_train.recipes._end.write_report", lambda runs: None)
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: None)
 
     def curve(*more):
         if more not in curves:
@@ -245,7 +245,7 @@ def test_a_stream_trains_and_resumes_exactly(tmp_path, words, packing):
 
 
 def test_what_is_held_out_of_a_mix_is_never_trained(model_dir, rows_file, tmp_path):
-    from tt_train.recipes._assemble import assemble
+    from tt_train.job import assemble
 
     other = tmp_path / "other.jsonl"
     other.write_text(rows_file.read_text().replace("say ", "speak "))

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tt_train import ConfigError
-from tt_train.run_lock import LOCK, STALE_S, RunLock, writer_of
+from tt_train.run.lock import LOCK, STALE_S, RunLock, writer_of
 
 
 def child_that(action):

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from tt_train import compose
-from tt_train.console import Console
 from tt_train.headline import tokens_per_second, training_loss
 from tt_train.recipes import sft
 from tt_train.report_headline import headline
 from tt_train.report_run import read_run
+from tt_train.run.console import Console
 
 
 class Quiet(Console):

@@ -249,7 +249,7 @@ BAD_SIZES = [
 @pytest.mark.parametrize(("key", "value", "expected"), BAD_SIZES, ids=[f"{k}={str(v)[:12]}" for k, v, _ in BAD_SIZES])
 def test_absurd_and_infinite_numbers_are_refused_with_the_bound_in_code_as_in_a_file(tmp_path, key, value, expected):
     from tt_train.config import AdapterSection, SFTConfig
-    from tt_train.mistakes import mistakes
+    from tt_train.keys.mistakes import mistakes
 
     config = SFTConfig(adapter=AdapterSection())
     section, _, name = key.rpartition(".")
@@ -273,8 +273,8 @@ def test_absurd_and_infinite_numbers_are_refused_with_the_bound_in_code_as_in_a_
 )
 def test_a_config_made_by_code_is_checked_before_a_recipe_does_anything(made, expected):
     from tt_train.config import SFTConfig
+    from tt_train.job import assemble
     from tt_train.recipes import sft
-    from tt_train.recipes._assemble import assemble
 
     for begin in (sft.main, assemble):
         with pytest.raises(ConfigError) as caught:

@@ -10,8 +10,8 @@ import torch
 
 import tt_ckpt
 from tt_train import compose
-from tt_train.console import Console
 from tt_train.recipes import sft
+from tt_train.run.console import Console
 from tt_train.run_files import read_json, read_rows
 
 
@@ -27,7 +27,7 @@ class Heard(Console):
 
 @pytest.fixture
 def train(words, monkeypatch):
-    monkeypatch.setattr("tt_train.recipes._end.write_report", lambda runs: None)
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: None)
 
     def run(path, *more, console=None, **kwargs):
         small = ["samples.num=0", "adapter.rank=2", "data.eval=0.2", "eval_every=1"]
@@ -43,7 +43,7 @@ def held_out(monkeypatch):
 
     def plan(*figures):
         found = iter(figures)
-        monkeypatch.setattr("tt_train.recipes._watch.held_out_loss", lambda *args, **kwargs: next(found))
+        monkeypatch.setattr("tt_train.run.loop.held_out_loss", lambda *args, **kwargs: next(found))
 
     return plan
 
@@ -55,8 +55,8 @@ def evaluated(path):
 def test_the_held_out_loss_before_step_1_is_that_of_the_base(train, tmp_path, model_dir):
     from tt_train import load
     from tt_train.evaluate import held_out_loss
+    from tt_train.job import assemble
     from tt_train.losses import cross_entropy
-    from tt_train.recipes._assemble import assemble
 
     path = train(tmp_path / "r", "max_steps=2", "eval_every=null")
     assert [step for step, _ in evaluated(path)] == [0, 2]
@@ -146,7 +146,7 @@ def wandb(monkeypatch):
     client.Settings = dict
     client.init = lambda **options: calls.append(("init", options)) or Run()
     monkeypatch.setitem(sys.modules, "wandb", client)
-    monkeypatch.setattr("tt_train.preflight.logger_mistakes", lambda *args: [])
+    monkeypatch.setattr("tt_train.inputs.components.logger_mistakes", lambda *args: [])
     return calls
 
 
@@ -155,7 +155,7 @@ def test_weights_and_biases_continues_the_same_run_and_is_finished_also_by_a_fai
 ):
     more = ["loggers=[wandb]", "data.eval=null", "eval_every=null"]
     with monkeypatch.context() as patch:
-        patch.setattr("tt_train.recipes._end.write_result", raise_planted)
+        patch.setattr("tt_train.run.finish.write_result", raise_planted)
         with pytest.raises(OSError, match="planted"):
             train(tmp_path / "r", *more, "max_steps=2")
     assert wandb[-1] == ("finish", 1)
@@ -191,7 +191,7 @@ def test_loggers_get_no_secret(train, tmp_path, wandb, monkeypatch, rows_file):
 @pytest.mark.parametrize("url", ["http://wandb.example", "http://127.0.0.2:1", "nonsense"])
 def test_the_key_of_a_logger_goes_over_no_plain_http(monkeypatch, url):
     from tt_train.config import SFTConfig
-    from tt_train.preflight import logger_mistakes
+    from tt_train.inputs.components import logger_mistakes
 
     monkeypatch.setenv("WANDB_BASE_URL", url)
     assert any(line.startswith("WANDB_BASE_URL: ") for line in logger_mistakes(SFTConfig(loggers=["wandb"])))
@@ -226,7 +226,7 @@ def test_tensorboard_is_cut_back_to_the_step_that_is_resumed(train, tmp_path, mo
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("torch.utils.tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", module)
-    monkeypatch.setattr("tt_train.preflight.logger_mistakes", lambda *args: [])
+    monkeypatch.setattr("tt_train.inputs.components.logger_mistakes", lambda *args: [])
     more = ["loggers=[tensorboard]", "data.eval=null", "eval_every=null", "schedule.name=constant"]
     train(tmp_path / "r", *more, "max_steps=2")
     train(tmp_path / "r", *more, "max_steps=4", resume="auto")
@@ -243,6 +243,6 @@ def test_the_best_is_told_apart_by_its_checkpoint(train, tmp_path):
 
 def test_what_takes_its_time_before_step_1_is_said_before_it_is_done(train, tmp_path, monkeypatch):
     console, heard = Heard(), []
-    monkeypatch.setattr("tt_train.recipes._watch.held_out_loss", lambda *_, **__: heard.extend(console.said) or 1.0)
+    monkeypatch.setattr("tt_train.run.loop.held_out_loss", lambda *_, **__: heard.extend(console.said) or 1.0)
     train(tmp_path / "r", "max_steps=1", "samples.num=2", console=console)
     assert "before step 1: evaluating 7 held-out rows and answering 2 prompts ..." in heard

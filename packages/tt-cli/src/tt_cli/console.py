@@ -10,9 +10,9 @@ from rich.text import Text
 
 from tt_cli.drawing import Bars, Terminal, literal
 from tt_cli.marking import mark, shorten
-from tt_train import console as plain
-from tt_train.console import RunFacts
 from tt_train.redact import redact
+from tt_train.run import console as plain
+from tt_train.run.console import RunFacts
 from tt_train.visible import visible
 
 SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample

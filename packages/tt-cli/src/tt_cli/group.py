@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 from tt_cli import terminal
 from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean
-from tt_train.foreign import FOREIGN
+from tt_train.keys.foreign import FOREIGN
 from tt_train.redact import redact_data, redact_said
 from tt_train.registry import RECIPES
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import click
 
-from tt_train.console import MARKS
 from tt_train.redact import redact_said
+from tt_train.run.console import MARKS
 from tt_train.visible import visible
 
 Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained

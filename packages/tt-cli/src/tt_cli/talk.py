@@ -49,7 +49,7 @@ class Speaker:
     """A loaded model with its tokenizer, asked in the form in which its run was trained."""
 
     def __init__(self, path: str | None, *, adapter: bool = True, base: Sequence[str] = ()) -> None:
-        from tt_train.run_dir import find_run
+        from tt_train.run.dir import find_run
 
         self.path = str(path if path is not None else find_run())
         from tt_train import load  # loads torch: a run that is not there is told before

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.run_dir import is_run
+from tt_train.run.dir import is_run
 
 
 def refuse_absent_run(path: Path, *, root: str | Path = "runs") -> None:

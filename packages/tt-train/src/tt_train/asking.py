@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tt_train.run_dir import is_run
+from tt_train.run.dir import is_run
 from tt_train.run_files import read_manifest
 
 

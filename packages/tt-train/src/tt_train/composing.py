@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys import all_keys, is_section, parts_of, section_type, type_of, unknown_key
-from tt_train.text_file import read_text
-from tt_train.type_mistakes import shown, type_problem
-from tt_train.values import fits, of_node, of_word
-from tt_train.yaml_nodes import NotPlainError, compose_text, pairs
+from tt_train.keys.schema import all_keys, is_section, parts_of, section_type, type_of, unknown_key
+from tt_train.keys.text_file import read_text
+from tt_train.keys.type_mistakes import shown, type_problem
+from tt_train.keys.values import fits, of_node, of_word
+from tt_train.keys.yaml_text import NotPlainError, compose_text, pairs
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -46,7 +46,7 @@ def compose(
     """
     from tt_train import registry
     from tt_train.config import SFTConfig
-    from tt_train.mistakes import missing, mistakes
+    from tt_train.keys.mistakes import missing, mistakes
     from tt_train.paths import at_home
     from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
 
@@ -93,7 +93,7 @@ def compose(
 def compose_run(run: Path, overrides: Sequence[str] = ()) -> "RunConfig":
     """The config of a run directory, without the code of its recipe: keys of the recipe's own are left out."""
     from tt_train.config import RunConfig
-    from tt_train.mistakes import mistakes
+    from tt_train.keys.mistakes import mistakes
 
     problems: list[str] = []
     known = set(all_keys(RunConfig))

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import yaml
 
 from tt_train.composing import compose
+from tt_train.keys.values import TEXT, TEXT_OR_NUMBER
 from tt_train.redact import redact_data
-from tt_train.values import TEXT, TEXT_OR_NUMBER
 
 __all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "RunConfig", "SFTConfig",
            "SamplesSection", "ScheduleSection", "compose", "to_dict", "to_yaml"]  # fmt: skip

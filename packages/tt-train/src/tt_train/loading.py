@@ -120,8 +120,8 @@ def load_stopped(
     model: tt_models.Decoder | None = None,
 ) -> tt_models.Decoder:
     """A run without results yet: its newest checkpoint over its base, which ``model`` is if given."""
+    from tt_train import job as _assemble
     from tt_train.composing import compose_run
-    from tt_train.recipes import _assemble
 
     run = origin.run
     assert run is not None

@@ -16,8 +16,8 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tt_train.errors import ConfigError, did_you_mean
+from tt_train.keys.text_file import read_text
 from tt_train.redact import redact
-from tt_train.text_file import read_text
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig

@@ -35,7 +35,7 @@ OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "
 # what other tools call these optimizers
 _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
-LOGGERS = {"tensorboard": "tt_train.metrics.TensorBoard", "wandb": "tt_train.metrics.WandB"}
+LOGGERS = {"tensorboard": "tt_train.run.metrics.TensorBoard", "wandb": "tt_train.run.metrics.WandB"}
 LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # what must be installed for them
 
 

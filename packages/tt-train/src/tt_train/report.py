@@ -7,7 +7,7 @@ from pathlib import Path
 from tt_train.report_figure import GENERATOR, picture
 from tt_train.report_html import page
 from tt_train.report_run import read_runs
-from tt_train.run_dir import naming
+from tt_train.run.dir import naming
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path]:

@@ -4,15 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError
-from tt_train.mistakes import missing
+from tt_train.keys.mistakes import missing
 
 if TYPE_CHECKING:
-    from tt_train.recipes._assemble import Job
+    from tt_train.job import Job
 
 
 def check(config: RunConfig) -> "Job":
     """All that ``tt run`` would read but the weights. ConfigError holds every mistake."""
-    from tt_train.recipes._assemble import assemble
+    from tt_train.job import assemble
 
     return assemble(config)
 
@@ -29,7 +29,7 @@ def problems(config: RunConfig) -> list[str]:
 def rows(config: RunConfig, *, limit: int | None = None) -> Any:
     """The rows of ``data.train`` (the first ``limit``) as the run would see them, held-out ones included; needs no
     device and no weights."""
-    from tt_train.recipes import _assemble
+    from tt_train import job as _assemble
 
     if lacking := [line for line in missing(config) if not line.startswith("max_steps")]:
         raise ConfigError(lacking)

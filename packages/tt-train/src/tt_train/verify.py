@@ -11,7 +11,7 @@ from tt_ckpt.shown import plain
 from tt_models import parity
 from tt_train.errors import ConfigError
 from tt_train.loading import load_base
-from tt_train.run_dir import is_run
+from tt_train.run.dir import is_run
 from tt_train.run_files import own_folder, typed
 
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from tt_cli.console import LineConsole, TerminalConsole
 from tt_cli.drawing import Terminal, literal
 from tt_cli.terminal import say
-from tt_train.console import RunFacts
+from tt_train.run.console import RunFacts
 
 PERIOD = 100  # steps between two lines where there is no progress bar
 INDENT = " " * 11

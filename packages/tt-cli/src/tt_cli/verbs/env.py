@@ -12,7 +12,7 @@ from tt_cli.group import Verb, json_option, print_json
 @json_option
 def command(as_json: bool) -> None:
     """Show versions and devices, for a bug report."""
-    from tt_train.environment import collect
+    from tt_train.run.environment import collect
 
     facts = collect()
     if as_json:

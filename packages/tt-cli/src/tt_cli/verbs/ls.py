@@ -53,7 +53,7 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    from tt_train.run_dir import list_runs
+    from tt_train.run.dir import list_runs
 
     return list_runs("runs")
 

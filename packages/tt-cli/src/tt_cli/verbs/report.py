@@ -15,7 +15,7 @@ from tt_cli.terminal import answer
 def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Write a self-contained HTML page and a PNG about RUN (default: the newest), or comparing several."""
     from tt_train.report import write_report
-    from tt_train.run_dir import find_run
+    from tt_train.run.dir import find_run
 
     html, png = write_report([find_run(run) for run in runs or (None,)], output)
     if as_json:

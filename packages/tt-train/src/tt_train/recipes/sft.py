@@ -7,24 +7,24 @@ import torch
 
 import tt_ckpt
 import tt_data
+from tt_train.build import load_model, make_objective, trainable_groups
 from tt_train.config import RunConfig, SFTConfig
-from tt_train.console import Console
 from tt_train.errors import TrainingError
 from tt_train.evaluate import to_device
+from tt_train.job import Job, assemble
+from tt_train.keys.mistakes import refuse_mistakes
 from tt_train.memory import explaining_memory
-from tt_train.metrics import open_loggers, peak_memory_gib
-from tt_train.mistakes import refuse_mistakes
 from tt_train.optim import learning_rate, make_optimizer, set_learning_rate
-from tt_train.recipes._assemble import Job, assemble
-from tt_train.recipes._begin import before_steps, begin, opening_facts, with_absolute_paths
-from tt_train.recipes._end import finish
-from tt_train.recipes._model import load_model, make_objective, trainable_groups
-from tt_train.recipes._watch import Watch
-from tt_train.resume import check_destination
-from tt_train.run_dir import RunDir
+from tt_train.run.checkpoints import TrainingState
+from tt_train.run.console import Console
+from tt_train.run.dir import RunDir
+from tt_train.run.finish import finish
+from tt_train.run.loop import Watch
+from tt_train.run.metrics import open_loggers, peak_memory_gib
+from tt_train.run.resume import check_destination
+from tt_train.run.start import before_steps, begin, opening_facts, with_absolute_paths
+from tt_train.run.stop import StopRequest
 from tt_train.step import StepResult, train_step
-from tt_train.stop import StopRequest
-from tt_train.training_state import TrainingState
 
 Config = SFTConfig
 

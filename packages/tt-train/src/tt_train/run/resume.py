@@ -8,13 +8,13 @@ from typing import Any
 import tt_ckpt
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.new_run import new_path
-from tt_train.recipes._assemble import Job
+from tt_train.job import Job
 from tt_train.redact import redact_data
 from tt_train.registry import imports_of
-from tt_train.run_dir import is_run, list_runs
+from tt_train.run.dir import is_run, list_runs
+from tt_train.run.new_run import new_path
+from tt_train.run.saved_state import check_state
 from tt_train.run_files import own_folder, read_manifest
-from tt_train.saved_state import check_state
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {

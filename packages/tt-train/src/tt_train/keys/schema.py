@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from tt_train.errors import did_you_mean
-from tt_train.foreign import FOREIGN, foreign_key
+from tt_train.keys.foreign import FOREIGN, foreign_key
 
 
 def plain(kind: Any) -> tuple[Any, bool]:

@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import yaml
 
-from tt_train.keys import plain, section_type
-from tt_train.yaml_nodes import NotPlainError, compose_text, pairs
+from tt_train.keys.schema import plain, section_type
+from tt_train.keys.yaml_text import NotPlainError, compose_text, pairs
 
 TEXT, TEXT_OR_NUMBER = "text", "text or number"  # of Annotated[Any, ...]: also as a list, or as the keys of numbers
 

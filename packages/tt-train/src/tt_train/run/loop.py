@@ -7,15 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tt_train.console import Console
 from tt_train.evaluate import answer, held_out_loss, prompts
+from tt_train.inputs.rows import count_rows
+from tt_train.job import Job
 from tt_train.losses import Objective
-from tt_train.metrics import peak_memory_gib
-from tt_train.recipes._assemble import Job
-from tt_train.recipes._rows import count_rows
-from tt_train.run_dir import RunDir
-from tt_train.stop import StopRequest
-from tt_train.training_state import TrainingState, finite_or_none
+from tt_train.run.checkpoints import TrainingState, finite_or_none
+from tt_train.run.console import Console
+from tt_train.run.dir import RunDir
+from tt_train.run.metrics import peak_memory_gib
+from tt_train.run.stop import StopRequest
 
 log = logging.getLogger("tt_train")
 

@@ -6,8 +6,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from tt_train.keys import default_of, plain, section_type, type_of
-from tt_train.values import meant
+from tt_train.keys.schema import default_of, plain, section_type, type_of
+from tt_train.keys.values import meant
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _CONTAINERS = {list: "a list such as [a, b]", tuple: "a list such as [0.9, 0.95]", dict: "names such as {a: b}"}

@@ -12,14 +12,14 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
-from tt_train import preflight
 from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError
-from tt_train.mistakes import refuse_mistakes
+from tt_train.inputs import components
+from tt_train.inputs.model import check_memory
+from tt_train.inputs.rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
+from tt_train.keys.mistakes import refuse_mistakes
 from tt_train.optim import schedule_notes
 from tt_train.recipes._headers import check_headers
-from tt_train.recipes._memory import check_memory
-from tt_train.recipes._rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
 from tt_train.run_files import own_folder, read_json, typed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -122,8 +122,8 @@ def assemble(config: RunConfig) -> Job:
     refuse_mistakes(config)
     problems: list[str] = []
     notes: list[str] = []
-    device = _collect(problems, "device", lambda: preflight.pick_device(config.device))
-    problems += preflight.mistakes(config, device)
+    device = _collect(problems, "device", lambda: components.pick_device(config.device))
+    problems += components.mistakes(config, device)
     model_path = _collect(problems, "model.path", lambda: model_folder(config))
     hf_config = model_config = lora = train = held_out = None
     if model_path is not None or config.model.path is None:

@@ -13,13 +13,13 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.errors import ConfigError, Interrupted
+from tt_train.job import Job
 from tt_train.master_weights import MasterWeights
 from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_entries
-from tt_train.recipes._assemble import Job
-from tt_train.run_dir import RunDir
-from tt_train.saved_state import check_tensors
+from tt_train.run.dir import RunDir
+from tt_train.run.saved_state import check_tensors
+from tt_train.run.stop import Stopped
 from tt_train.step import StepResult
-from tt_train.stop import Stopped
 
 _SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged")
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys import section_type
-from tt_train.type_mistakes import shown, type_problem
-from tt_train.values import fits
+from tt_train.keys.schema import section_type
+from tt_train.keys.type_mistakes import shown, type_problem
+from tt_train.keys.values import fits
 
 _CHOICES = {
     "model.dtype": ("bf16", "fp32"),

@@ -11,10 +11,10 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig
+from tt_train.job import Job
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
 from tt_train.optim import decayed
-from tt_train.recipes._assemble import Job
 from tt_train.registry import LOSSES, resolve
 
 

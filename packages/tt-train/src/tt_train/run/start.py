@@ -9,21 +9,21 @@ from torch import nn
 
 import tt_ckpt
 from tt_train.config import RunConfig, to_dict, to_yaml
-from tt_train.console import Console, RunFacts
-from tt_train.environment import collect, command_line
 from tt_train.errors import ConfigError
-from tt_train.git import git_state
-from tt_train.new_run import new_path, probe_writable
+from tt_train.job import Job
 from tt_train.optim import rate_change
 from tt_train.recipe_file import copy_of
-from tt_train.recipes._assemble import Job
-from tt_train.recipes._end import data_facts, precision, result_bytes
 from tt_train.registry import imports_of
-from tt_train.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
-from tt_train.run_dir import RunDir
+from tt_train.run.checkpoints import TrainingState
+from tt_train.run.console import Console, RunFacts
+from tt_train.run.dir import RunDir
+from tt_train.run.environment import collect, command_line
+from tt_train.run.finish import data_facts, precision, result_bytes
+from tt_train.run.git import git_state
+from tt_train.run.new_run import new_path, probe_writable
+from tt_train.run.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
 from tt_train.run_files import read_manifest, read_rows
 from tt_train.serving import TEMPLATE_FILE, own_template
-from tt_train.training_state import TrainingState
 
 
 def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:

@@ -14,7 +14,7 @@ import torch
 from tt_train.config import RunConfig, to_dict
 from tt_train.redact import redact, redact_data
 from tt_train.registry import LOGGERS, resolve
-from tt_train.run_dir import RunDir
+from tt_train.run.dir import RunDir
 from tt_train.run_files import own_folder, read_manifest
 
 Logger = Callable[[dict[str, Any]], None]  # takes a row of metrics.jsonl; its ``close``, if it has one, ends it

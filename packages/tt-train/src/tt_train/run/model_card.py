@@ -6,7 +6,7 @@ from typing import Any
 
 from tt_train.config import to_yaml
 from tt_train.headline import method_words
-from tt_train.recipes._assemble import Job
+from tt_train.job import Job
 from tt_train.visible import visible
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
