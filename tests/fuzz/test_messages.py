@@ -114,7 +114,7 @@ NAMES = [
 
 
 def test_any_name_is_a_source_or_one_of_our_errors(fuzz: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_data.locate import NO_PART, is_hub_id, open_sources
+    from tt_data.rows.sources import NO_PART, is_hub_id, open_sources
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')

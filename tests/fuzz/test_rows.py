@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from tt_data.locate import open_sources
-from tt_data.raw_stream import to_stream
+from tt_data.rows.sources import open_sources
+from tt_data.stream.raw import to_stream
 
 ROWS = [
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b\u00e9"}], "tools": "[]"},

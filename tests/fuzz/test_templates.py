@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tt_data import CHAT_TEMPLATES, TemplateError, load_dataset, load_tokenizer
-from tt_data.builtin_templates import with_named_template
+from tt_data.template.builtin import with_named_template
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 TURNS = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tt_data
-from tt_data.rendered import Rendered
+from tt_data.template.spans import Rendered
 
 FOLDER = Path(os.environ.get("TT_TOKENIZERS", ""))
 NAMES = sorted(path.name for path in FOLDER.iterdir()) if "TT_TOKENIZERS" in os.environ else []

@@ -16,9 +16,9 @@ from tt_data import (
     instruct_dataset,
     load_dataset,
     register_schema,
-    schemas,
 )
-from tt_data.examples import Completion, Text
+from tt_data.rows import schemas
+from tt_data.rows.examples import Completion, Text
 
 U, A = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "red"}
 

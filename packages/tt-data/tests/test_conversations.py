@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_dataset, sharegpt_to_llama2_messages, validate_messages
-from tt_data.conversations import messages_or_text, read_messages
+from tt_data.rows.conversations import messages_or_text, read_messages
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"name": "f", "arguments": {"q": "x"}}

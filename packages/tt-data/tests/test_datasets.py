@@ -24,7 +24,7 @@ from tt_data import (
     slimorca_dataset,
     stack_exchange_paired_dataset,
 )
-from tt_data.schemas import known_columns
+from tt_data.rows.schemas import known_columns
 
 ALPACA = [
     {"instruction": "Sort", "input": "b a", "output": "a b"},

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tt_data.endpoint import check_numbers, check_url
+from tt_data.rows.endpoint import check_numbers, check_url
 
 pytest.importorskip("datasets")
 CANARY = "hf_CANARYcanaryCANARYcanary123"
@@ -99,7 +99,7 @@ def hubs() -> Iterator[tuple[Hub, Hub]]:
 
 ASK = """
 import sys
-from tt_data.hub import Part, open_hub
+from tt_data.rows.hub import Part, open_hub
 for streaming in (False, True):
     try:
         open_hub("org/rows", Part(revision=sys.argv[1] or None), streaming=streaming)

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from tt_data import batches, compressed, load_dataset, summary_lines
-from tt_data.sources import read_rows
+from tt_data import batches, load_dataset, summary_lines
+from tt_data.rows import compressed
+from tt_data.rows.json_files import read_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(30)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

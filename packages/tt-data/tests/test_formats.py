@@ -19,8 +19,8 @@ from tt_data import (
     register_instruct_template,
     validate_messages,
 )
-from tt_data.instruct_templates import INSTRUCT_TEMPLATES, get_instruct_template
 from tt_data.messages import normal_role
+from tt_data.template.instruct import INSTRUCT_TEMPLATES, get_instruct_template
 
 U, A, S, T = (partial(Message, role) for role in ("user", "assistant", "system", "tool"))
 

@@ -20,18 +20,19 @@ from typing import Any
 
 import pytest
 
-from tt_data import load_dataset, tables
+from tt_data import load_dataset
 from tt_data.builder import build
-from tt_data.conversations import read_messages
-from tt_data.lines import MAX_LINE
-from tt_data.locate import Source
-from tt_data.settings import Settings
+from tt_data.rows import tables
+from tt_data.rows.conversations import read_messages
+from tt_data.rows.lines import MAX_LINE
+from tt_data.rows.settings import Settings
+from tt_data.rows.sources import Source
 
 ASK = """
 import json, resource, sys
 from pathlib import Path
 import pyarrow, pyarrow.parquet
-from tt_data.locate import open_sources
+from tt_data.rows.sources import open_sources
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 30), resource.RLIM_INFINITY))
 for name in sys.argv[1:]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tt_data import load_tokenizer
-from tt_data.trial import try_out
+from tt_data.text.trial import try_out
 
 FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

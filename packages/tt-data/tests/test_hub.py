@@ -149,7 +149,7 @@ def test_a_data_set_of_the_hub_is_its_own_files_of_rows(kind: str, file: str, te
     """Also with a ``datasets`` that does not check this itself (before 5)."""
     from types import SimpleNamespace
 
-    from tt_data.hub import _refuse_foreign
+    from tt_data.rows.hub import _refuse_foreign
 
     def builder(*files: str) -> Any:
         made = type("Builder", (), {"__module__": f"datasets.packaged_modules.{kind}.{kind}"})()

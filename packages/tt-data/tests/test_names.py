@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tt_data import load_dataset
-from tt_data.locate import open_sources
+from tt_data.rows.sources import open_sources
 
 GOOD = '{"text": "good"}\n'
 BUILDERS = (

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_tokenizer
-from tt_data.rendered import Rendered
+from tt_data.template.spans import Rendered
 
 
 def test_sentencepiece_equals_the_library(sentencepiece_file: Path, random_strings: Any) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tt_data import batches, load_dataset, steps_per_epoch
-from tt_data.locate import open_sources
-from tt_data.raw_stream import to_stream
+from tt_data.rows.sources import open_sources
+from tt_data.stream.raw import to_stream
 
 
 def texts(tokenizer: Any, batch: Any) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tt_data import TemplateError, load_dataset, load_tokenizer
-from tt_data.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, Job
+from tt_data.template.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, Job
 
 TURNS = [{"role": "user", "content": "hi"}]
 
@@ -104,7 +104,7 @@ def test_a_large_template_is_refused_before_it_is_read(chatml: Any) -> None:
 
 
 def test_the_rendering_process_sees_no_token_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_data.trial import bare_environment
+    from tt_data.text.trial import bare_environment
 
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("WANDB_API_KEY", "canary")

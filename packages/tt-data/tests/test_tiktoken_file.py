@@ -14,7 +14,7 @@ from tt_data import load_tokenizer
 
 def test_llama3_tiktoken_file_equals_tiktoken(tmp_path: Path, random_strings: Any) -> None:
     tiktoken = pytest.importorskip("tiktoken")
-    from tt_data.tiktoken_file import _SPLIT
+    from tt_data.text.tiktoken_file import _SPLIT
 
     ranks = {bytes([b]): b for b in range(256)}
     rng = random.Random(0)

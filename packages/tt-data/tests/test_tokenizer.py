@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_dataset, load_tokenizer
-from tt_data.rendered import Rendered
+from tt_data.template.spans import Rendered
 
 
 @pytest.fixture(params=["chatml_dir", "llama_dir", "unigram_dir"])

@@ -1,10 +1,6 @@
 """From any rows to exactly the right labels: tokenizers, chat templates, masks, packing, resumable order."""
 
-from tt_data.builtin_templates import CHAT_TEMPLATES, register_chat_template
-from tt_data.chat_formats import ChatMLFormat, Llama2ChatFormat, MistralChatFormat
-from tt_data.chat_template import TemplateError
 from tt_data.collate import IGNORE_INDEX, collate, padded_collate, padded_collate_dpo
-from tt_data.conversations import sharegpt_to_llama2_messages
 from tt_data.dataset import TokenDataset
 from tt_data.datasets import (
     alpaca_cleaned_dataset,
@@ -18,7 +14,24 @@ from tt_data.datasets import (
     stack_exchange_paired_dataset,
     stack_exchanged_paired_dataset,
 )
-from tt_data.instruct_templates import (
+from tt_data.load import load_dataset
+from tt_data.loader import batches
+from tt_data.messages import Message, validate_messages
+from tt_data.order import rows_at, steps_per_epoch
+from tt_data.packing import PackedDataset, pack
+from tt_data.report import summary_lines
+from tt_data.rows.conversations import sharegpt_to_llama2_messages
+from tt_data.rows.known_datasets import DATASETS, NamedDataset, register_dataset
+from tt_data.rows.readers import choose_template
+from tt_data.rows.schemas import Schema, register_schema
+from tt_data.show import as_text, show, stats, stats_as_text
+from tt_data.stream.mix import PackedMix
+from tt_data.stream.packed import PackedStream
+from tt_data.stream.shuffled import StreamDataset
+from tt_data.template.builtin import CHAT_TEMPLATES, register_chat_template
+from tt_data.template.chat_formats import ChatMLFormat, Llama2ChatFormat, MistralChatFormat
+from tt_data.template.chat_template import TemplateError
+from tt_data.template.instruct import (
     AlpacaInstructTemplate,
     GrammarErrorCorrectionTemplate,
     InstructTemplate,
@@ -26,22 +39,9 @@ from tt_data.instruct_templates import (
     SummarizeTemplate,
     register_instruct_template,
 )
-from tt_data.load import load_dataset
-from tt_data.loader import batches
-from tt_data.messages import Message, validate_messages
-from tt_data.mix import MixedDataset
-from tt_data.model_files import load_tokenizer
-from tt_data.named import DATASETS, NamedDataset, register_dataset
-from tt_data.order import rows_at, steps_per_epoch
-from tt_data.packed_mix import PackedMix
-from tt_data.packed_stream import PackedStream
-from tt_data.packing import PackedDataset, pack
-from tt_data.readers import choose_template
-from tt_data.report import summary_lines
-from tt_data.schemas import Schema, register_schema
-from tt_data.show import as_text, show, stats, stats_as_text
-from tt_data.stream import StreamDataset
-from tt_data.tokenizer import Tokenizer
+from tt_data.text.load import load_tokenizer
+from tt_data.text.tokenizer import Tokenizer
+from tt_data.views import MixedDataset
 
 __version__ = "0.1.0"
 

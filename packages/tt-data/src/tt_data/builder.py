@@ -9,15 +9,15 @@ from itertools import chain, islice
 from typing import Any
 
 from tt_data.dataset import TokenDataset
-from tt_data.encode_processes import encode_here, encode_in_processes
-from tt_data.examples import BadRowError
-from tt_data.locate import Source, quick_digest
-from tt_data.readers import Read, choose_schema, settings_key
+from tt_data.processes import encode_here, encode_in_processes
 from tt_data.report import DUPLICATE, Tally
 from tt_data.row_encoder import TokenRow
-from tt_data.settings import Settings
+from tt_data.rows.examples import BadRowError
+from tt_data.rows.readers import Read, choose_schema, settings_key
+from tt_data.rows.settings import Settings
+from tt_data.rows.sources import Source, quick_digest
 from tt_data.store import TokenStore
-from tt_data.tokenizer import Tokenizer
+from tt_data.text.tokenizer import Tokenizer
 
 _BATCH = 512
 _MOST_BAD = 100_000  # rows at the beginning of which none can be used

@@ -17,7 +17,7 @@ from tt_data.dataset import TokenDataset
 from tt_data.files import open_regular, read_object
 from tt_data.report import summary_lines
 from tt_data.store import TokenStore, read_numbers, write_numbers
-from tt_data.tokenizer import Tokenizer
+from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import visible
 
 _log = logging.getLogger(__name__)

@@ -6,10 +6,10 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from tt_data.rendered import Encoded
 from tt_data.report import with_files
 from tt_data.store import Numbers, TokenStore, labels_of
-from tt_data.tokenizer import Tokenizer
+from tt_data.template.spans import Encoded
+from tt_data.text.tokenizer import Tokenizer
 
 Row = dict[str, Any]
 Piece = tuple[str, bool]

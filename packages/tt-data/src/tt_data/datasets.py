@@ -12,20 +12,20 @@ from functools import partial, wraps
 from inspect import signature
 from typing import Any, ParamSpec
 
-from tt_data.cells import Columns
-from tt_data.chat_formats import get_chat_format
-from tt_data.converters import read_chat
 from tt_data.encode import TrainOn
-from tt_data.examples import BadRowError, Conversation, Turns
-from tt_data.hub import Part
-from tt_data.instruct_templates import InstructTemplate, get_instruct_template
 from tt_data.load import AnyDataset, _Loader
-from tt_data.locate import as_files
 from tt_data.messages import Message
-from tt_data.named import DATASETS
-from tt_data.readers import InstructReader, Read
-from tt_data.settings import Settings
-from tt_data.tokenizer import Tokenizer
+from tt_data.rows.columns import Columns
+from tt_data.rows.converters import read_chat
+from tt_data.rows.examples import BadRowError, Conversation, Turns
+from tt_data.rows.hub import Part
+from tt_data.rows.known_datasets import DATASETS
+from tt_data.rows.readers import InstructReader, Read
+from tt_data.rows.settings import Settings
+from tt_data.rows.sources import as_files
+from tt_data.template.chat_formats import get_chat_format
+from tt_data.template.instruct import InstructTemplate, get_instruct_template
+from tt_data.text.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]
 P = ParamSpec("P")

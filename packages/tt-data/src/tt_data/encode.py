@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
-from tt_data.chat_template import TemplateError
-from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.messages import Message, roles_of, validate_messages
-from tt_data.rendered import BLANKS, Encoded, Rendered, Span, check_unicode, join_spans
-from tt_data.tokenizer import Tokenizer
+from tt_data.rows.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
+from tt_data.template.chat_template import TemplateError
+from tt_data.template.spans import BLANKS, Encoded, Rendered, Span, check_unicode, join_spans
+from tt_data.text.tokenizer import Tokenizer
 
 TrainOn = Literal["assistant", "last", "all"]
 _PROMPT_MERGES = (

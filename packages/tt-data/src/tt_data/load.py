@@ -12,19 +12,19 @@ from tt_data import cache
 from tt_data.builder import build, fingerprint_of
 from tt_data.dataset import TokenDataset
 from tt_data.encode import TrainOn
-from tt_data.hub import Part
-from tt_data.locate import NO_PART, as_files, files_left_out, is_hub_id, open_sources
-from tt_data.mix import MixedDataset, quotas_of
-from tt_data.named import DATASETS
-from tt_data.packed_mix import PackedMix
-from tt_data.packed_stream import PackedStream
 from tt_data.packing import PackedDataset
-from tt_data.raw_stream import RawStream, hub_stream, to_stream
-from tt_data.readers import Read, tokenizer_for
 from tt_data.report import refuse_dropped
-from tt_data.settings import OnBadRow, Settings, SpecialTokensInText
-from tt_data.stream import StreamDataset
-from tt_data.tokenizer import Tokenizer
+from tt_data.rows.hub import Part
+from tt_data.rows.known_datasets import DATASETS
+from tt_data.rows.readers import Read, tokenizer_for
+from tt_data.rows.settings import OnBadRow, Settings, SpecialTokensInText
+from tt_data.rows.sources import NO_PART, as_files, files_left_out, is_hub_id, open_sources
+from tt_data.stream.mix import PackedMix
+from tt_data.stream.packed import PackedStream
+from tt_data.stream.raw import RawStream, hub_stream, to_stream
+from tt_data.stream.shuffled import StreamDataset
+from tt_data.text.tokenizer import Tokenizer
+from tt_data.views import MixedDataset, quotas_of
 from tt_data.wording import visible
 
 AnyDataset = TokenDataset | PackedDataset | MixedDataset | StreamDataset | PackedStream | PackedMix

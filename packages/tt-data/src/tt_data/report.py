@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tt_data.examples import BadRowError
+from tt_data.rows.examples import BadRowError
 from tt_data.wording import visible
 
 MAX_PROBLEMS = 20

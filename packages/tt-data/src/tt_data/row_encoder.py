@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tt_data.cells import TrackedRow, is_empty
 from tt_data.encode import Parts, encode_examples, ends_turn, mask_messages
-from tt_data.examples import (
+from tt_data.messages import Message
+from tt_data.report import Tally
+from tt_data.rows.columns import TrackedRow, is_empty
+from tt_data.rows.examples import (
     BadRowError,
     Conversation,
     Example,
@@ -22,14 +24,12 @@ from tt_data.examples import (
     mistake_in,
     notes_of,
 )
-from tt_data.messages import Message
-from tt_data.readers import Read, tracks
-from tt_data.rendered import Encoded
-from tt_data.report import Tally
-from tt_data.schemas import hint_for_unread
-from tt_data.settings import Settings
+from tt_data.rows.readers import Read, tracks
+from tt_data.rows.schemas import hint_for_unread
+from tt_data.rows.settings import Settings
 from tt_data.store import IGNORE_INDEX, labels_of
-from tt_data.tokenizer import Tokenizer
+from tt_data.template.spans import Encoded
+from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import said
 
 _ALL = "train_on=all trains all turns but those with weight: 0"

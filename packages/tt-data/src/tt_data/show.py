@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from tt_data.dataset import Dataset, Piece
-from tt_data.rendered import Span
-from tt_data.special_tokens import typed_spans
 from tt_data.store import IGNORE_INDEX
+from tt_data.template.spans import Span
+from tt_data.text.special_tokens import typed_spans
 
 _COLOR, _INVERSE, _PLAIN = "\x1b[32m", "\x1b[7m", "\x1b[0m"
 _OPEN, _CLOSE = "\u27e6", "\u27e7"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from tt_data.files import open_regular
-from tt_data.rendered import Encoded, Span
+from tt_data.template.spans import Encoded, Span
 
 IGNORE_INDEX = -100
 Numbers: TypeAlias = "array[int] | memoryview[int]"

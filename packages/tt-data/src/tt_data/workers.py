@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from tt_data.encode_processes import forking, use_one_thread
 from tt_data.loader import Steps
+from tt_data.processes import forking, use_one_thread
 from tt_data.wording import said
 
 # the batch, what was counted on the way, or what went wrong: the kind of error and its text

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import tt_data
-from tt_data.instruct_templates import INSTRUCT_TEMPLATES, our_name
-from tt_data.model_files import find_templates, find_tokenizer
+from tt_data.template.instruct import INSTRUCT_TEMPLATES, our_name
+from tt_data.text.load import find_templates, find_tokenizer
 from tt_train.origin import Origin
 from tt_train.run_files import read_json, read_manifest
 

@@ -1,0 +1,230 @@
+"""Rows as people have them to ``Example``: how each schema of ``schemas`` reads its columns.
+
+Columns are given by our names; ``columns`` says what the row calls them. What a reader does not look at is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from tt_data.messages import Message
+from tt_data.rows.columns import Columns, Row, as_text, cell, find, numbers, optional, text, turns_or_text
+from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools
+from tt_data.rows.examples import BadRowError, Completion, Conversation, Judged, Text, Tokens
+
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+INPUT = ("input", "context")  # context: as Dolly calls it
+OUTPUT = ("output", "response")
+COMPLETION = ("completion", "response")
+TOOLS = ("tools", "functions")
+LABEL = ("label", "kto_tag")
+ADDED = (*SYSTEM, "history", *TOOLS, "chat_template_kwargs")  # what a conversation takes beside its turns
+_MASKS = ("assistant_masks", "completion_mask", "loss_mask")  # 1: trained
+_PACKED = "packed rows (several documents in one) are not read; give each document a row, and pack them with packing"
+
+
+def read_alpaca(row: Row, columns: Columns) -> Conversation:
+    """instruction, input (context), output: a user turn and its answer, behind the history and the system message."""
+    user = instruction_of(row, columns)
+    answer = text(row, columns, *OUTPUT)
+    return conversation(row, columns, [*history(row, columns), Message("user", user), Message("assistant", answer)])
+
+
+def instruction_of(row: Row, columns: Columns) -> str:
+    """The instruction and, below it, the input."""
+    instruction = text(row, columns, "instruction")
+    context = text(row, columns, *INPUT, may_be_empty=True) if find(row, columns, *INPUT) else ""
+    return f"{instruction}\n\n{context}" if context else instruction
+
+
+def read_chat(row: Row, columns: Columns) -> Conversation:
+    """messages (OpenAI) or conversations (sharegpt), with tools and template variables if there are any."""
+    return conversation(row, columns, read_messages(cell(row, columns, *CHAT_COLUMNS)))
+
+
+def conversation(row: Row, columns: Columns, messages: Sequence[Message]) -> Conversation:
+    """``messages`` with the system message, the tools and the template's variables of the row's other columns."""
+    system, first = optional(row, columns, *SYSTEM), messages[0]
+    if system is not None and as_text(system, find(row, columns, *SYSTEM) or "", may_be_empty=True).strip():
+        if first.role != "system":
+            messages = [Message("system", str(system)), *messages]
+        elif first.content.strip() != str(system).strip():
+            name = find(row, columns, *SYSTEM)
+            raise BadRowError("two system messages", f"column {name!r} and the first message differ; keep one of them")
+    return Conversation(messages, tools_of(row, columns), _variables(row, columns))
+
+
+def has_turns_before(row: Row, columns: Columns) -> bool:
+    """Whether columns beside the prompt hold what comes before it: text alone cannot say it."""
+    names = (columns.get(name, name) for name in (*SYSTEM, "history"))
+    return any(name in row for name in names)
+
+
+def history(row: Row, columns: Columns) -> list[Message]:
+    """Earlier turns: ``[[question, answer], ...]`` or messages, as JSON text too. Raises BadRowError."""
+    found = messages_or_text(optional(row, columns, "history"))
+    if isinstance(found, str) and found.strip():
+        found = read_json(found, "history")
+    if not found:
+        return []
+    if as_turns(found):
+        return read_messages(found)
+    pairs = isinstance(found, Sequence) and all(
+        isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in found
+    )
+    if not pairs:
+        raise BadRowError("wrong type", "history holds something else than [[question, answer], ...] or messages")
+    sides = (("user", "question"), ("assistant", "answer"))
+    return [
+        Message(role, as_text(value, f"history, {name}"))
+        for pair in found
+        for (role, name), value in zip(sides, pair, strict=True)
+    ]
+
+
+def tools_of(row: Row, columns: Columns) -> Sequence[Mapping[str, Any]] | None:
+    """The tools; OpenAI's older ``functions`` as tools."""
+    tools = read_tools(optional(row, columns, *TOOLS))
+    if tools and find(row, columns, *TOOLS) == columns.get("functions", "functions"):
+        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return tools
+
+
+def _variables(row: Row, columns: Columns) -> Mapping[str, Any]:
+    """What a row says to the chat template itself, such as ``enable_thinking``."""
+    variables = optional(row, columns, "chat_template_kwargs") or {}
+    if not isinstance(variables, Mapping):
+        raise BadRowError("wrong type", f"chat_template_kwargs holds {type(variables).__name__}, expected an object")
+    return variables
+
+
+def read_completion(row: Row, columns: Columns) -> Completion | Conversation:
+    """prompt and completion: texts; a conversation if either is turns, or with a system message or a history."""
+    prompt, answer = turns_or_text(row, columns, "prompt"), turns_or_text(row, columns, *COMPLETION)
+    if not isinstance(prompt, list) and not isinstance(answer, list) and not has_turns_before(row, columns):
+        return read_plain_completion(row, columns)
+    return answered(row, columns, prompt, answer, name=find(row, columns, *COMPLETION) or COMPLETION[0])
+
+
+def read_plain_completion(row: Row, columns: Columns) -> Completion:
+    """prompt and completion, both text."""
+    return Completion(text(row, columns, "prompt", may_be_empty=True), text(row, columns, *COMPLETION))
+
+
+def answered(row: Row, columns: Columns, prompt: Any, answer: Any, *, name: str) -> Conversation:
+    """A prompt (text, turns, or None), masked, and the answer (text or turns) in column ``name``."""
+    after = turns_of(answer, name) if isinstance(answer, list) else [Message("assistant", as_text(answer, name))]
+    if isinstance(prompt, list):
+        before = turns_of(prompt, "prompt")
+    else:
+        before = [Message("user", as_text(prompt, "prompt"))] if prompt else []
+    before = [*history(row, columns), *before]
+    held = _overlap(before, after)
+    notes: tuple[str, ...] = ()
+    if before and not held and after[0].role in ("system", "developer", "user"):
+        notes = (f"the prompt is not among the turns of {name!r}, which begin with their own; the prompt is not read",)
+        before = []
+    before = [replace(message, masked=True) for message in before[: len(before) - held]]
+    return replace(conversation(row, columns, [*before, *after]), notes=notes)
+
+
+def turns_of(value: Sequence[Any], name: str) -> list[Message]:
+    """The messages in column ``name``, which a BadRowError names."""
+    try:
+        return read_messages(value)
+    except BadRowError as bad:
+        raise BadRowError(bad.reason, f"column {name!r}: {bad}") from None
+
+
+def _overlap(before: Sequence[Message], after: Sequence[Message]) -> int:
+    """How many of the last messages of ``before`` are the first ones of ``after``, which then holds its prompt."""
+    one, other = ([(m.role, m.content.strip()) for m in messages] for messages in (before, after))
+    return next((k for k in range(min(len(one), len(other)), 0, -1) if one[-k:] == other[:k]), 0)
+
+
+def read_text(row: Row, columns: Columns) -> Text | Conversation:
+    """text: all of it is trained. Turns, as a list or as JSON text, are a conversation."""
+    found = turns_or_text(row, columns, "text")
+    if not isinstance(found, str) and as_turns(found):
+        return Conversation(read_messages(found))
+    return Text(text(row, columns, "text"))
+
+
+def read_tokens(row: Row, columns: Columns) -> Tokens:
+    """input_ids, with labels and masks if there are any. Padding is taken off; a packed row is refused."""
+    ids = cell(row, columns, "input_ids")
+    if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(type(i) is int and i >= 0 for i in ids):
+        raise BadRowError("wrong type", "column 'input_ids' holds something else than a list of ids")
+    labels = _as_long(numbers(row, columns, "labels"), ids, "labels") or list(ids)
+    if any(label not in (-100, i) for label, i in zip(labels, ids, strict=True)):
+        raise BadRowError(
+            "wrong labels", "labels must be -100 or equal to input_ids (they are aligned; the loss shifts)"
+        )
+    for name in _MASKS:
+        mask = _as_long(numbers(row, columns, name), ids, name)
+        if mask:
+            labels = [label if keep else -100 for label, keep in zip(labels, mask, strict=True)]
+    real = _as_long(numbers(row, columns, "attention_mask"), ids, "attention_mask") or [1] * len(ids)
+    if any(value not in (0, 1) for value in real):
+        raise BadRowError("packed", f"attention_mask holds other numbers than 0 and 1; {_PACKED}")
+    start, stop = (real.index(1), len(real) - real[::-1].index(1)) if 1 in real else (0, 0)
+    if 0 in real[start:stop]:
+        raise BadRowError("hidden tokens", "attention_mask hides tokens between others; only padding can be taken off")
+    _refuse_packed(row, columns, ids, start, stop)
+    return Tokens(ids[start:stop], labels[start:stop])
+
+
+def _as_long(values: list[int] | None, ids: Sequence[int], name: str) -> list[int] | None:
+    if values is not None and len(values) != len(ids):
+        raise BadRowError("wrong length", f"{len(ids)} input_ids but {len(values)} values in {name}")
+    return values
+
+
+def _refuse_packed(row: Row, columns: Columns, ids: Sequence[int], start: int, stop: int) -> None:
+    """Documents that share a row would see each other."""
+    positions = _as_long(numbers(row, columns, "position_ids"), ids, "position_ids")
+    if positions is not None and positions[start:stop] != list(range(stop - start)):
+        raise BadRowError("packed", f"position_ids are not 0, 1, 2, ...; {_PACKED}")
+    lengths = numbers(row, columns, "seq_lengths")
+    if lengths is not None and len(lengths) > 1:
+        raise BadRowError("packed", f"seq_lengths has {len(lengths)} documents; {_PACKED}")
+
+
+def read_judged(row: Row, columns: Columns) -> Judged:
+    """prompt and completion, or turns, and a label that says whether the answer was wanted."""
+    label, name = cell(row, columns, *LABEL), find(row, columns, *LABEL)
+    if label is None:
+        raise BadRowError("null", f"column {name!r} is null")
+    wanted = judgement(label)
+    if wanted is None:
+        raise BadRowError("wrong label", f"column {name!r} holds {str(label)[:40]!r}, expected true or false")
+    is_chat = find(row, columns, *CHAT_COLUMNS) and not find(row, columns, *COMPLETION)
+    answer = read_chat(row, columns) if is_chat else read_completion(row, columns)
+    return Judged(answer if isinstance(answer, Completion) else reply_only(answer), wanted)
+
+
+def judgement(label: Any) -> bool | None:
+    """What a label says, as JSON, csv (where all is text) and pandas (1.0) write it; None if it says neither."""
+    if isinstance(label, str):
+        return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
+    return bool(label) if isinstance(label, (int, float)) and label in (0, 1) else None
+
+
+def reply_only(answer: Conversation) -> Conversation:
+    """The conversation with loss behind its last user turn only."""
+    refuse_without_end(answer.messages)
+    last = max((i for i, message in enumerate(answer.messages) if message.role == "user"), default=-1)
+    messages = [
+        message if i > last and message.role == "assistant" else replace(message, masked=True)
+        for i, message in enumerate(answer.messages)
+    ]
+    return replace(answer, messages=messages)
+
+
+def refuse_without_end(messages: Sequence[Message]) -> None:
+    """Raise BadRowError unless the assistant has the last word."""
+    if messages[-1].role != "assistant":
+        raise BadRowError("ends with user", f"the answer ends with a {messages[-1].role} turn, expected assistant")

@@ -1,0 +1,190 @@
+"""The kinds of rows: which columns each needs, and which one a row is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from tt_data.messages import is_role
+from tt_data.rows.columns import Columns, Row, find
+from tt_data.rows.conversations import as_turns, messages_or_text
+from tt_data.rows.converters import (
+    ADDED,
+    CHAT_COLUMNS,
+    COMPLETION,
+    INPUT,
+    LABEL,
+    OUTPUT,
+    judgement,
+    read_alpaca,
+    read_chat,
+    read_completion,
+    read_judged,
+    read_text,
+    read_tokens,
+)
+from tt_data.rows.examples import Example
+from tt_data.rows.pairs import QUESTIONS, read_pair
+from tt_data.wording import names_of, visible
+
+_LONGEST = 60  # characters of a name that is compared with others
+_TREE = ("parent_id", "message_tree_id")  # OpenAssistant's: a row is one message of a tree
+# What people call our columns, for suggestions.
+_ALSO_CALLED: Mapping[str, Sequence[str]] = {
+    "prompt": ("question", "query", "problem", "source", "instruction", "input"),
+    "completion": ("answer", "solution", "target", "reply", "output", "generation"),
+    "messages": ("chat", "dialog", "dialogue", "turns"),
+    "chosen": ("preferred", "accepted", "response_j"),
+    "rejected": ("dispreferred", "refused", "response_k"),
+}
+
+
+# Rows that are not read: the columns that tell them, and what to write instead.
+_FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("query", "tools", "answers"),
+        "these are rows of function calls (xLAM's): write each as messages, a user turn with the query and an "
+        "assistant turn with the answers as tool_calls, and the tools as JSON schemas in a column 'tools'",
+    ),
+    (
+        ("input", "preferred_output", "non_preferred_output"),
+        "these are OpenAI's preference rows: write each with the columns 'prompt' (the messages of input), 'tools' "
+        "(those of input, if there are any), 'chosen' (preferred_output) and 'rejected' (non_preferred_output)",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A kind of row: the ``columns`` it needs (in any of their spellings), and ``read``. ``values``: what they hold."""
+
+    name: str
+    columns: tuple[tuple[str, ...], ...]
+    read: Callable[[Row, Columns], Example]
+    values: Callable[[Row, Columns], bool] = lambda row, columns: True
+
+    def matches(self, row: Row, columns: Columns) -> bool:
+        return all(any(columns.get(n, n) in row for n in names) for names in self.columns) and self.values(row, columns)
+
+
+def _is_judged(row: Row, columns: Columns) -> bool:
+    """A prompt, its completion and a label that says true or false; or turns and a label that is a boolean."""
+    label = row[find(row, columns, *LABEL) or ""]
+    if find(row, columns, "prompt") and find(row, columns, *COMPLETION):
+        return isinstance(label, (int, float)) or label is None or judgement(label) is not None
+    return isinstance(label, bool) and find(row, columns, *CHAT_COLUMNS) is not None
+
+
+def _is_sharegpt(row: Row, columns: Columns) -> bool:
+    name = find(row, columns, *CHAT_COLUMNS)
+    turns = as_turns(messages_or_text(row[name])) if name is not None else None
+    return turns is not None and isinstance(turns[0], Mapping) and "from" in turns[0]
+
+
+def _is_no_message(row: Row, columns: Columns) -> bool:
+    """One message of a conversation, or of a tree of them, is not a text (unless ``columns`` says so)."""
+    return "text" in columns or not (any(name in row for name in _TREE) or is_role(row.get("role")))
+
+
+SCHEMAS: dict[str, Schema] = {
+    schema.name: schema
+    for schema in (
+        Schema("pretokenized", (("input_ids",),), read_tokens),
+        Schema("preference", (("chosen",), ("rejected",)), read_pair),
+        Schema("unpaired_preference", (("prompt", *CHAT_COLUMNS), LABEL), read_judged, _is_judged),
+        Schema("sharegpt", (CHAT_COLUMNS,), read_chat, _is_sharegpt),
+        Schema("openai", (CHAT_COLUMNS,), read_chat),
+        Schema("alpaca", (("instruction",), OUTPUT), read_alpaca),
+        Schema("prompt_completion", (("prompt",), COMPLETION), read_completion),
+        Schema("text", (("text",),), read_text, _is_no_message),
+    )
+}
+_OPTIONAL = (*INPUT, *ADDED, *QUESTIONS, "labels", "attention_mask", "position_ids", "seq_lengths", "completion_mask",
+             "assistant_masks", "loss_mask")  # fmt: skip
+OUR_READERS = frozenset(schema.read for schema in SCHEMAS.values())  # which say what they have read
+
+
+def register_schema(schema: Schema) -> None:
+    """Make a kind of row known; it is tried before the others."""
+    ours = dict(SCHEMAS)
+    SCHEMAS.clear()
+    SCHEMAS.update({schema.name: schema, **{name: known for name, known in ours.items() if name != schema.name}})
+
+
+def known_columns() -> list[str]:
+    """Every column name that a schema reads."""
+    needed = {name for schema in SCHEMAS.values() for names in schema.columns for name in names}
+    return sorted({*needed, *_OPTIONAL})
+
+
+def fitting(row: Row, columns: Columns) -> list[Schema]:
+    """The schemas that ``row`` fits, the one that is taken first."""
+    return [schema for schema in SCHEMAS.values() if schema.matches(row, columns)]
+
+
+def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
+    """The schema of ``row``. Raises ValueError that names the columns, the known schemas, and the nearest column."""
+    unknown = [name for name in columns if name not in known_columns()]
+    if unknown:
+        near = get_close_matches(unknown[0], known_columns(), 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"columns: tt_data reads no column {unknown[0]!r}, expected one of {', '.join(known_columns())}{hint}"
+        )
+    for name, theirs in columns.items():
+        if theirs not in row:
+            near = get_close_matches(theirs, list(row), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{where}: columns maps {name} to {theirs!r}, but the row has [{names_of(row)}]{hint}")
+    found = fitting(row, columns)
+    if not found:
+        raise ValueError(f"{where}: {_no_schema(row, columns)}")
+    return found[0]
+
+
+def _no_schema(row: Row, columns: Columns) -> str:
+    role = next((name for name in ("role", "from", *_TREE) if name in row), None)
+    if role is not None and (role in _TREE or is_role(row[role])):
+        return (
+            f"a row is one message here (it has {role!r}), expected a conversation; write each conversation as one row "
+            "first (of a tree: from its root to each leaf), or read every message as text with schema=text"
+        )
+    for names, told in _FOREIGN:
+        if all(name in row for name in names):
+            return f"no known schema has the columns [{names_of(row)}]; {told}"
+    wanted = "; ".join(f"{s.name}: {' + '.join('/'.join(names) for names in s.columns)}" for s in SCHEMAS.values())
+    return f"no known schema has the columns [{names_of(row)}], expected one of ({wanted}){_suggestion(row, columns)}"
+
+
+def _suggestion(row: Row, columns: Columns) -> str:
+    """``columns={"text": "txt"}`` for the schema that lacks least, other names for our columns before misspelt ones."""
+    guesses: list[tuple[int, dict[str, str]]] = []
+    for schema in SCHEMAS.values():
+        guess: dict[str, str] = {}
+        misspelt = 0
+        for names in schema.columns:
+            if any(columns.get(name, name) in row for name in names):
+                continue
+            left = [str(name) for name in row if name not in guess.values() and len(str(name)) <= _LONGEST]
+            called = next((n for n in left if n.lower() in _ALSO_CALLED.get(names[0], ())), None)
+            near = called or next((n for name in names for n in get_close_matches(name, left, 1, 0.5)), None)
+            if near is None:
+                break
+            guess[names[0]] = near
+            misspelt += called is None
+        else:
+            guesses.append((misspelt, guess))
+    best = min(guesses, key=lambda found: (found[0], len(found[1])), default=(0, {}))[1]
+    return f"; did you mean columns={best}?" if best else ""
+
+
+def hint_for_unread(column: str, row: Row, columns: Columns, read: object) -> str:
+    """How to have a column read that ``read`` leaves out: by another schema, or under another name."""
+    for schema in fitting(row, columns):
+        if schema.read != read and any(columns.get(n, n) == column for names in schema.columns for n in names):
+            return f"schema={schema.name} reads it"
+    known = known_columns()
+    free = [name for name in known if name not in row]
+    near = () if column in known else get_close_matches(column[:_LONGEST], free, 1, 0.75)
+    return f"did you mean columns={{{near[0]!r}: {visible(column, 60)!r}}}?" if near else ""

@@ -1,0 +1,47 @@
+"""What decides the token rows, next to the source and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from tt_data.encode import TrainOn, check_train_on
+from tt_data.template.instruct import our_name
+
+OnBadRow = Literal["drop", "error"]
+SpecialTokensInText = Literal["text", "tokens"]  # what those that are typed in data become
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The arguments of ``load_dataset`` that its fingerprint holds. Raises ValueError for a value that is none."""
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    train_on: TrainOn = "assistant"
+    max_seq_len: int | None = None
+    template: str | None = None
+    schema: str | None = None
+    on_bad_row: OnBadRow = "drop"
+    drop_duplicates: bool = True
+    special_tokens: SpecialTokensInText = "text"
+    max_dropped_share: float | None = None  # of the rows: more bad ones than that are an error; duplicates do not count
+
+    def __post_init__(self) -> None:
+        check_train_on(self.train_on)
+        if self.template is not None:
+            object.__setattr__(self, "template", our_name(self.template))
+        if self.special_tokens not in ("text", "tokens"):
+            raise ValueError(f"special_tokens must be text or tokens, got {self.special_tokens!r}")
+        if self.on_bad_row not in ("drop", "error"):
+            raise ValueError(f"on_bad_row must be drop or error, got {self.on_bad_row!r}")
+        if self.max_seq_len is not None and self.max_seq_len < 2:
+            raise ValueError(f"max_seq_len must be at least 2, got {self.max_seq_len}")
+        if self.max_dropped_share is not None and not 0 <= self.max_dropped_share <= 1:
+            raise ValueError(f"max_dropped_share must be between 0 and 1, got {self.max_dropped_share}")
+
+    def key(self) -> str:
+        """The settings that change rows, as text, for a fingerprint."""
+        changing = {key: value for key, value in asdict(self).items() if key != "max_dropped_share"}
+        return json.dumps(changing, sort_keys=True)

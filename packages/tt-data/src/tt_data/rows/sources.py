@@ -1,0 +1,246 @@
+"""What a ``source`` means: local files, a hub data set, or rows in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tt_data.files import open_regular, stand_in
+from tt_data.rows.compressed import compression, is_unread
+from tt_data.rows.folders import left_out, local_files, matching, refuse_links_out, refuse_outside
+from tt_data.rows.hub import HUB_ID, Part, open_hub, rows_from
+from tt_data.rows.json_files import READERS, file_kind, read_rows
+from tt_data.rows.known_datasets import DATASETS
+from tt_data.rows.lines import refuse_deep
+from tt_data.rows.missing_values import null_for_nan, without_nulls
+from tt_data.rows.tables import Placed
+from tt_data.wording import visible
+
+NO_PART = Part()
+_CHUNK, _HEAD = 1 << 20, 1024
+_LONGEST = 500  # characters of the name of a file that does not exist
+_WORD = re.compile(r"[^/\\*?\[]+")  # no path and no pattern
+_BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets library that mean: the files that are named
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read again and again; ``digest`` stands for their content."""
+
+    name: str
+    rows: Callable[[], Iterator[Placed]]
+    digest: Callable[[], str]
+    path: Path | None = None
+
+
+def is_hub_id(source: object) -> bool:
+    """Whether ``source`` is meant as a data set of the hub: no file here, and no name that a file would have."""
+    if not isinstance(source, str) or HUB_ID.fullmatch(source) is None:
+        return False
+    return not os.path.lexists(source) and file_kind(Path(source)) is None
+
+
+def open_sources(source: Any, part: Part = NO_PART) -> list[Source]:
+    """The sources that ``source`` means. Raises FileNotFoundError or ValueError that names what is there instead."""
+    if isinstance(source, (str, Path)):
+        return _from_name(source, part)
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
+        return [found for item in source for found in _from_name(item, part)]
+    if isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
+        if part.options():
+            raise ValueError(f"{', '.join(part.options())}: rows in memory have no such parts; leave it out")
+        return [_from_rows(source)]
+    raise ValueError(f"data source: expected a path, a list of paths, a hub id or rows, got {type(source).__name__}")
+
+
+def as_files(source: Any, part: Part) -> tuple[Any, Part]:
+    """``json`` with ``data_files`` (as ``datasets.load_dataset`` takes local files) as these files."""
+    if not isinstance(source, str) or source not in _BUILDERS or os.path.lexists(source):
+        return source, part
+    files = _data_files(part)
+    found = files if part.data_dir is None else [str(Path(part.data_dir) / file) for file in files]
+    return (found, Part()) if files else (source, part)
+
+
+def files_left_out(source: Any, part: Part) -> list[str]:
+    """The files in the directories of ``source`` that are not read."""
+    left: list[str] = []
+    if part.data_files is not None:  # the others are not meant
+        return left
+    for item in source if isinstance(source, (list, tuple)) else [source]:
+        if isinstance(item, (str, Path)) and not is_hub_id(item):
+            folder = _folder(item, part)
+            left += left_out(folder, _files(item, part)) if folder.is_dir() else []
+    return left
+
+
+def _from_name(name: str | Path, part: Part) -> list[Source]:
+    if is_hub_id(name):
+        return [_from_hub(str(name), part)]
+    return [_from_file(file) for file in _files(name, part)]
+
+
+def _path(name: str | Path) -> Path:
+    """The path that ``name`` means. Raises ValueError or FileNotFoundError for a name that is none."""
+    text = str(name)
+    if not text.strip() or not ((text.isprintable() and len(text) < _LONGEST) or os.path.lexists(text)):
+        raise ValueError(
+            f"data source: '{visible(text, 100)}' is not a name of a file, a folder or a data set of the hub"
+        )
+    if "://" in text and not os.path.lexists(text):
+        raise ValueError(
+            f"{text}: an address, expected a file, a folder or a data set of the hub; {_from_address(text)}"
+        )
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # of no user here
+        raise FileNotFoundError(f"{text}: there is no such home folder; write the path without ~") from None
+    is_word = isinstance(name, str) and _WORD.fullmatch(name) and file_kind(path) is None
+    if is_word and not os.path.lexists(path):
+        raise FileNotFoundError(f"{name}: no such file or folder (looked from {Path.cwd()}), {_not_a_word(text)}")
+    return path
+
+
+def _from_address(text: str) -> str:
+    scheme, _, rest = text.partition("://")
+    if scheme == "file":
+        return f"give the path: {rest}"
+    if scheme == "hf":
+        return f"give its id: {'/'.join(rest.removeprefix('datasets/').partition('@')[0].split('/')[:2])}"
+    return "download it, and give the file"
+
+
+def _not_a_word(name: str) -> str:
+    """What a bare word is not, and what it may have meant."""
+    here = sorted(file.name for file in islice(Path.cwd().iterdir(), 10_000) if file.is_dir() or file_kind(file))
+    near = [found for found in here if found.lower().startswith(f"{name.lower()}.")]
+    near = near[:1] or get_close_matches(name.lower(), [*DATASETS, *here], 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"and not a registered data set ({', '.join(DATASETS)}); data sets of the hub are called org/name{hint}"
+
+
+def _data_files(part: Part) -> list[str]:
+    """The files or patterns that ``part`` names of its split."""
+    files = part.data_files
+    if isinstance(files, Mapping):
+        files = files.get(part.split or "train")
+        if files is None:
+            raise ValueError(f"data_files: no split {part.split or 'train'!r}, expected one of {list(part.data_files)}")
+    files = list(files) if isinstance(files, (list, tuple)) else [] if files is None else [files]
+    wrong = [f for f in files if not isinstance(f, (str, Path)) or not str(f).isprintable() or len(str(f)) > _LONGEST]
+    if wrong:
+        raise ValueError(f"data_files: {visible(repr(wrong[0]), 100)} is not a name or pattern of files")
+    return [str(file) for file in files]
+
+
+def _folder(name: str | Path, part: Part) -> Path:
+    folder = _path(name)
+    if part.data_dir is not None:
+        refuse_outside("data_dir", part.data_dir)
+        folder = folder / part.data_dir
+    return folder
+
+
+def _files(name: str | Path, part: Part) -> list[Path]:
+    """The local files of ``name``, of which ``part`` may choose some."""
+    path = _path(name)
+    if part.revision is not None:
+        raise ValueError(f"revision: {name} is on this machine, where it has one state; revisions are of hub data sets")
+    if not os.path.lexists(path) and any(mark in str(path) for mark in "*?["):
+        matches = matching(Path(path.anchor), str(path.relative_to(path.anchor)))
+        if not matches:
+            raise FileNotFoundError(f"{name}: no file of such a name (looked from {Path.cwd()})")
+        refuse_links_out(path, matches)
+        return [file for match in matches for file in local_files(match, part.split)]
+    if part.options() and not path.is_dir():
+        local_files(path)  # what it is, if it is not a file
+        raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
+    files = _data_files(part)
+    for file in files:
+        refuse_outside("data_files", file)
+    return local_files(_folder(name, part), part.split, files)
+
+
+def _from_file(path: Path) -> Source:
+    refuse_stand_in(path)
+    if file_kind(path) is None:
+        unpack = "; unpack it first" if is_unread(path) or compression(path) else ""
+        raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}{unpack}")
+    return Source(visible(str(path), 4096), partial(read_rows, path), partial(_file_digest, path), path)
+
+
+def _packed(path: Path) -> BinaryIO:
+    """The bytes of a data file as they are on disk."""
+    return open_regular(Path(os.path.realpath(path)))
+
+
+def refuse_stand_in(path: Path) -> None:
+    """Raise ValueError for an empty file, and for a git-lfs pointer or a web page in the place of data."""
+    with _packed(path) as stream:
+        head = stream.read(_HEAD)
+    if not head:
+        raise ValueError(f"{path} has 0 rows (0 bytes); give a file with rows")
+    if found := stand_in(head):
+        raise ValueError(f"{path}: {found}")
+
+
+def _file_digest(path: Path) -> str:
+    with _packed(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def quick_digest(path: Path) -> str:
+    """A stand-in for the content of a file too large to read: its size, time, beginning and end."""
+    facts = path.stat()
+    digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
+    with _packed(path) as stream:
+        digest.update(stream.read(_CHUNK))
+        stream.seek(max(0, facts.st_size - _CHUNK))
+        digest.update(stream.read(_CHUNK))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows in memory. A class, so that a stream over them can be sent to another process."""
+
+    kept: Any
+    columnar: bool  # as data sets of the datasets library are
+    name: str = "rows"
+
+    def placed(self) -> Iterator[Placed]:
+        for number, row in enumerate(self.kept):
+            if not isinstance(row, Mapping):
+                raise ValueError(f"{self.name}:{number}: expected an object with columns, found {type(row).__name__}")
+            try:
+                refuse_deep(row)
+            except ValueError as error:
+                raise ValueError(f"{self.name}:{number}: {error}") from None
+            yield number, without_nulls(row) if self.columnar else null_for_nan(dict(row))
+
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for _, row in self.placed():
+            total.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return total.hexdigest()
+
+
+def _from_rows(rows: Iterable[Any]) -> Source:
+    if hasattr(rows, "iterrows"):  # a DataFrame would give the names of its columns
+        rows = rows.to_dict("records")  # type: ignore[attr-defined]
+    kept = _Rows(rows if hasattr(rows, "__getitem__") else list(rows), hasattr(rows, "features"))
+    return Source(kept.name, kept.placed, kept.digest)
+
+
+def _from_hub(name: str, part: Part) -> Source:
+    found = open_hub(name, part)
+    return Source(name, partial(rows_from, name, found), partial(getattr, found, "_fingerprint"))

@@ -1,0 +1,1 @@
+"""Rows that are read while training: raw, shuffled, packed."""

@@ -1,0 +1,192 @@
+"""Streams whose documents are packed, block by block; and mixes of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tt_data.dataset import Row, to_row
+from tt_data.files import read_object, write_bytes
+from tt_data.order import Permutation, steps_per_epoch
+from tt_data.packing import join_documents, pack, refuse_judged
+from tt_data.report import Tally
+from tt_data.row_encoder import TokenRow
+from tt_data.store import TokenStore
+from tt_data.stream.shuffled import StreamDataset
+from tt_data.template.spans import Encoded
+
+_log = logging.getLogger(__name__)
+_MAX_INDEX = 64 << 20  # bytes of the file that keeps the counts
+News = tuple[Tally, list[int], list[int], bool]
+
+
+class _Packs:
+    """The documents of one block, in flat arrays, and which of them make up each pack."""
+
+    def __init__(self, rows: Sequence[TokenRow], max_seq_len: int, *, seed: int) -> None:
+        self.kind = rows[0].kind if rows else "single"
+        refuse_judged(self.kind)
+        self.stores = [TokenStore() for _ in (rows[0].parts if rows else ())]
+        for row in rows:
+            for store, part in zip(self.stores, row.parts, strict=True):
+                store.append(part)
+        lengths = [max(len(part.ids) for part in row.parts) for row in rows]
+        self.tokens = sum(lengths)
+        self.members = pack(lengths, max_seq_len, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def row(self, number: int) -> Row:
+        parts = [[Encoded(s.get_ids(i), s.get_spans(i)) for s in self.stores] for i in self.members[number]]
+        return join_documents([to_row(self.kind, part, False) for part in parts])
+
+
+class PackedStream:
+    """Packs of whole documents, each from one block of the stream, for ``batches``.
+
+    How many packs a block gives follows from its lengths alone. These counts are all that resuming needs; they are
+    kept in ``index_file``, without which the blocks before the first step are encoded once more to get them.
+    Every rank and every worker encodes every block.
+    """
+
+    def __init__(self, rows: StreamDataset, *, max_seq_len: int, index_dir: Path | None = None) -> None:
+        assert len(rows.blocks) == 1, "PackedMix packs several"
+        self.rows, self.max_seq_len = rows, max_seq_len
+        self.tokenizer, self.pad_id, self.schema, self.names = rows.tokenizer, rows.pad_id, rows.schema, rows.names
+        self.kind = rows.kind
+        self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len}".encode()).hexdigest()
+        self.index_file = index_dir and index_dir / f"{self.fingerprint[:40]}-packs.json"
+        self.counts: list[int] = []  # packs of each block
+        self.tokens: list[int] = []  # and the tokens in them
+        self.complete = False
+        self._starts = [0]  # how many packs come before each block, and in all
+        self._kept: dict[tuple[int, int, int], _Packs] = {}
+        self._read_index()
+
+    def _read_index(self) -> None:
+        if self.index_file is None or not self.index_file.is_file():
+            return
+        try:
+            found = read_object(self.index_file, limit=_MAX_INDEX)
+            counts, tokens, complete = list(found["counts"]), list(found["tokens"]), found["complete"] is True
+            if found["fingerprint"] != self.fingerprint or len(counts) != len(tokens):
+                return
+            for count, number in zip(counts, tokens, strict=True):
+                if type(count) is not int or type(number) is not int or not 0 <= count <= number:
+                    return
+        except (OSError, ValueError, LookupError, TypeError):  # written again from scratch
+            return
+        self.counts, self.tokens, self.complete = counts, tokens, complete
+        for count in counts:
+            self._starts.append(self._starts[-1] + count)
+
+    def _write_index(self) -> None:
+        if self.index_file is None:
+            return
+        facts = {
+            "fingerprint": self.fingerprint, "counts": self.counts, "tokens": self.tokens, "complete": self.complete,
+        }  # fmt: skip
+        try:
+            self.index_file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.index_file, json.dumps(facts).encode())
+        except OSError as error:
+            _log.warning("%s: the index of packs was not written (%s)", self.index_file, error)
+            self.index_file = None
+
+    def packs_of(self, block: int, *, seed: int, epoch: int = 0, count: bool = False) -> _Packs:
+        """The packs of a block as an epoch puts them together; ``count`` their rows in the report."""
+        key = (block, seed, epoch)
+        if key not in self._kept:
+            raw = self.rows.blocks[0].get(block)
+            streams = self.rows.blocks[0].streams
+            encoded = self.rows.encode([(streams[n], line, data) for n, line, data in raw], count=count)
+            self._kept = {k: v for k, v in self._kept.items() if k == (block - 1, seed, epoch)}
+            self._kept[key] = _Packs(encoded, self.max_seq_len, seed=hash_of(seed, epoch, block))
+        return self._kept[key]
+
+    def has(self, count: int, *, seed: int) -> bool:
+        """Whether an epoch has ``count`` packs; reads on until that is certain."""
+        while not self.complete and self._starts[-1] < count:
+            block = len(self.counts)
+            if self.rows.blocks[0].get(block):
+                packs = self.packs_of(block, seed=seed, count=True)
+                self.counts.append(len(packs))
+                self.tokens.append(packs.tokens)
+                self._starts.append(self._starts[-1] + len(packs))
+            else:
+                self.complete = True
+            self._write_index()
+        return self._starts[-1] >= count
+
+    @property
+    def num_packs(self) -> int:
+        """Packs found so far; those of an epoch once the stream is ``complete``."""
+        return self._starts[-1]
+
+    def find(self, place: int) -> tuple[int, int]:
+        """The block that the pack at a place of an epoch is in, and its place there. ``has`` must have found it."""
+        block = bisect_right(self._starts, place) - 1
+        return block, place - self._starts[block]
+
+    def _pack_at(self, epoch: int, place: int, *, seed: int, shuffle: bool) -> Row:
+        block, within = self.find(place)
+        packs = self.packs_of(block, seed=seed, epoch=epoch, count=epoch == 0)
+        return packs.row(Permutation(len(packs), (seed, epoch, block))(within) if shuffle else within)
+
+    def locate(self, step: int, batch_size: int, *, seed: int) -> tuple[int, range]:
+        """The epoch of a step and its packs, counted from the epoch's first."""
+        if self.has((step + 1) * batch_size, seed=seed):
+            return 0, range(step * batch_size, (step + 1) * batch_size)
+        if not self.num_packs:
+            raise ValueError(f"none of the rows can be used: {'; '.join(self.rows.tally.problems[:3])}")
+        epoch, within = divmod(step, steps_per_epoch(self.num_packs, batch_size))
+        return epoch, range(within * batch_size, min((within + 1) * batch_size, self.num_packs))
+
+    def rows_of_step(
+        self, step: int, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool
+    ) -> tuple[list[Row], int]:
+        """This rank's packs of a step, and how many a rank has at most in it."""
+        epoch, places = self.locate(step, batch_size, seed=seed)
+        rows = [self._pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places[rank::world_size]]
+        return rows, len(places[0::world_size])
+
+    def take_news(self, worker: int) -> News | None:
+        """What a worker has counted; every one counts the same, so the first one tells."""
+        news = self.rows.take_news(worker)
+        return (news, self.counts, self.tokens, self.complete) if worker == 0 else None
+
+    def add_news(self, news: News) -> None:
+        tally, counts, tokens, self.complete = news
+        for count in counts[len(self.counts) :]:
+            self._starts.append(self._starts[-1] + count)
+        self.counts, self.tokens = counts, tokens
+        self.rows.add_news(tally)
+
+    def blank(self) -> Row:
+        """Two padding tokens in the shape of a pack."""
+        return join_documents([self.rows.blank()])
+
+    def rendered(self, i: int) -> list[tuple[str, bool]]:
+        """Document ``i`` of the stream as text pieces and whether each is trained."""
+        return self.rows.rendered(i)
+
+    def head_report(self) -> dict[str, Any]:
+        """What becomes of the first rows, as ``StreamDataset.head_report`` says."""
+        return self.rows.head_report()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        full = self.num_packs * self.max_seq_len
+        efficiency = {"efficiency": round(sum(self.tokens) / full, 4)} if full else {}
+        return {**self.rows.report, "packs": self.num_packs, **efficiency}
+
+
+def hash_of(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,294 @@
+"""A chat template, rendered in a process of its own (``render_worker``)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from tt_data.messages import Message
+from tt_data.text.trial import bare_environment
+from tt_data.wording import visible
+
+MAX_TEMPLATE_BYTES = 64 * 1024
+MAX_OUTPUT_CHARACTERS = 8_000_000
+_OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # of a conversation: what a template may write of it
+RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
+_SECONDS_PER_PAIR = 6e-5
+_SECONDS_PER_CHARACTER = 1e-6
+_SLACK_SECONDS = 60.0 if find_spec("resource") else 5.0  # of wall time, if the system does not end what hangs
+_USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
+_OTHER = "name another one (template=chatml, llama3, ...)"
+_KILLED = "rendering used more time or memory than it may"
+_KILLED_SECONDS = RENDER_SECONDS + 1  # what one counts that did not answer
+_EXTRA_SECONDS = 2.0  # that all conversations together may take more: then the template is given up
+_PAIRS_PER_REQUEST = 10_000
+_CHARACTERS_PER_REQUEST = 4_000_000
+
+
+_LOST = {
+    "words": "words of some messages",
+    "reasoning": "the reasoning of some turns",
+    "tool calls": "tool_calls",
+    "tool results": "some results of tools",
+    "tools": "tools (functions)",
+}
+_EMPTY_TURN = "the chat template leaves nothing of some turns but their end, so they are not trained"
+
+
+PROMPT_DIFFERS = (
+    "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
+    "deletes): what is trained is not quite what inference asks for"
+)
+
+
+DATED = (
+    "the chat template writes the date of today: the same rows make other ids on another day, and the model is asked "
+    "with another date than it was trained with"
+)
+
+
+class TemplateError(ValueError):
+    """The chat template refused a conversation, failed, or went over a limit.
+
+    ``reason``: the short name that reports count; ``ambiguous template`` for one that renders, but does not show which
+    of the text is trained.
+    """
+
+    def __init__(self, text: str, *, reason: str = "template") -> None:
+        super().__init__(text)
+        self.reason = reason
+        self.ambiguous = reason == "ambiguous template"
+
+
+class Job:
+    """A conversation to render, as the text that goes to the process, and how many messages it has."""
+
+    def __init__(self, content: Mapping[str, Any], messages: int) -> None:
+        self.text = json.dumps(content, default=str)
+        self.messages = messages
+
+    @property
+    def seconds(self) -> float:
+        """CPU time that it may take: turns are rendered again and again to find where each ends."""
+        return RENDER_SECONDS + _SECONDS_PER_PAIR * self.messages**2
+
+    @property
+    def usual_seconds(self) -> float:
+        """CPU time that it may take if all do."""
+        return _USUAL_SECONDS + _USUAL_PER_PAIR * self.messages**2 + _SECONDS_PER_CHARACTER * len(self.text)
+
+    def line(self, template_size: int) -> str:
+        """What the process reads; a template may write all of its own text, and a multiple of the conversation."""
+        most = min(MAX_OUTPUT_CHARACTERS, _OUTPUT_AT_LEAST + template_size + _OUTPUT_PER_CHARACTER * len(self.text))
+        return f'{{"seconds": {self.seconds}, "most": {most}, "job": {self.text}}}'
+
+
+class ChatTemplate:
+    """A Jinja chat template with the variables it may read. Starts its process when first used."""
+
+    def __init__(
+        self, source: str, *, variables: Mapping[str, Any] | None = None, special: Sequence[str] = (),
+        ends: Sequence[str] = (), name: str = "chat template",
+    ) -> None:  # fmt: skip
+        size = len(source.encode("utf-8", "surrogatepass"))
+        if size > MAX_TEMPLATE_BYTES:
+            raise TemplateError(f"{name}: {size} bytes, expected at most {MAX_TEMPLATE_BYTES}")
+        self.source, self.name = source, name
+        self._setup = {
+            "source": source, "variables": dict(variables or {}), "special": list(special), "ends": list(ends),
+        }  # fmt: skip
+        self._spent, self._rendered = 0.0, 0
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = 0
+        self._facts: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def turn_ends(self) -> tuple[str, ...]:
+        """The special tokens that end an assistant turn."""
+        with self._lock:
+            self._start()
+            return tuple(self._facts["ends"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be known of the template, whatever it is given."""
+        differs = [] if self.keeps_its_prompt else [PROMPT_DIFFERS]
+        return [*differs, DATED] if self._facts["dated"] else differs
+
+    @property
+    def keeps_its_prompt(self) -> bool:
+        """Whether training text begins with what inference begins with."""
+        with self._lock:
+            self._start()
+            return bool(self._facts["keeps_its_prompt"])
+
+    def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """Render ``jobs``; each answer has ``text`` or ``error``. If a job says what is trained, it also has ``spans``,
+        ``lost`` (the kinds of things that the text does not hold), ``empty`` (of some turn nothing is left) and
+        ``follows_prompts`` (what is trained follows what inference would ask with)."""
+        answers: list[dict[str, Any]] = []
+        with self._lock:
+            for request in _requests(jobs):
+                left = list(request)
+                while left:
+                    self._start()
+                    found = self._ask(left)
+                    if len(found) < len(left):  # the process died on the next one
+                        found.append(
+                            {"error": "rendering used more time or memory than it may", "cpu": _KILLED_SECONDS}
+                        )
+                        self._account(left[len(found) - 1], found[-1])
+                    answers += found
+                    left = left[len(found) :]
+        return answers
+
+    def _account(self, job: Job, answer: Mapping[str, Any]) -> None:
+        """Count what a conversation took. Raises TemplateError once all take far more than conversations usually do:
+        each may be within its limit, and a million of them take days."""
+        self._spent += answer["cpu"] - job.usual_seconds / (4 if "error" in answer else 1)
+        self._rendered += 1
+        if self._spent > _EXTRA_SECONDS:
+            last = f" ({visible(str(answer['error']))})" if "error" in answer else ""
+            raise TemplateError(
+                f"{self.name}: its first {self._rendered} conversations took {self._spent:.0f} s longer to render than "
+                f"they may{last}, so this template is given up; {_OTHER}"
+            )
+        self._spent = max(self._spent, -_EXTRA_SECONDS * 4)
+
+    def error(self, answer: Mapping[str, Any], nonce: str = "") -> TemplateError:
+        """The exception for an answer that is one: which template, which line, what. ``nonce`` is taken out."""
+        line, text = answer.get("line"), visible(str(answer["error"]))
+        where = f"{self.name}{f', line {line}' if line else ''}"
+        said = f"{where}: {text.replace(nonce, '') if nonce else text}"
+        if answer.get("kind") == "AmbiguousTemplateError":
+            return TemplateError(said, reason="ambiguous template")
+        if role := answer.get("refused_role"):
+            cure = (
+                f"this template takes no {role} message: put its text at the beginning of the first user turn, or name "
+                "a template that takes one (template=chatml, llama3, ...)"
+            )
+            return TemplateError(f"{said}; {cure}", reason="system message refused")
+        return TemplateError(said)
+
+    def _start(self) -> None:
+        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "tt_data.template.worker"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, encoding="utf-8", errors="surrogatepass", env=bare_environment(),
+        )  # fmt: skip
+        self._owner = os.getpid()
+        weakref.finalize(self, _stop, self._process, self._owner)
+        self._facts = {}
+        answers = self._ask([Job(self._setup, 0)])
+        if not answers:
+            raise TemplateError(
+                f"{self.name}: its first rendering used more time or memory than it may, or crashed; {_OTHER}"
+            )
+        if "error" in answers[0]:
+            _stop(self._process, self._owner)
+            raise self.error(answers[0])
+        self._facts = answers[0]
+
+    def _ask(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+        """The answers; fewer if the process died on a job, or had to be killed."""
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answers: list[dict[str, Any]] = []
+        allowed = _SLACK_SECONDS + 2 * max(job.seconds for job in jobs)
+        armed = time.monotonic()
+        timer = _kill_after(allowed, process)
+        try:
+            process.stdin.write(f"[{','.join(job.line(len(self.source)) for job in jobs)}]\n")
+            process.stdin.flush()
+            while len(answers) < len(jobs) and (line := process.stdout.readline()).endswith("\n"):
+                answers.append(json.loads(line))
+                self._account(jobs[len(answers) - 1], answers[-1])
+                if (now := time.monotonic()) - armed > 1:
+                    timer.cancel()
+                    armed, timer = now, _kill_after(allowed, process)
+        except BrokenPipeError:
+            pass
+        except TemplateError:
+            _stop(process, self._owner)
+            raise
+        finally:
+            timer.cancel()
+        if len(answers) < len(jobs):
+            _stop(process, self._owner)
+            self._process = None
+        return answers
+
+    def close(self) -> None:
+        """End the process; it starts again if it is needed."""
+        if self._process is not None:
+            _stop(self._process, self._owner)
+            self._process = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "source": self.source, "_setup": self._setup}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _process=None, _owner=0, _facts={}, _lock=threading.Lock())
+        self._spent, self._rendered = 0.0, 0
+
+
+def _kill_after(seconds: float, process: subprocess.Popen[str]) -> threading.Timer:
+    timer = threading.Timer(seconds, process.kill)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Jobs in lists that are answered within about a tenth of a second, in little memory."""
+    request: list[Job] = []
+    pairs = characters = 0
+    for job in jobs:
+        pairs, characters = pairs + job.messages**2, characters + len(job.text)
+        if request and (pairs > _PAIRS_PER_REQUEST or characters > _CHARACTERS_PER_REQUEST):
+            yield request
+            request, pairs, characters = [], job.messages**2, len(job.text)
+        request.append(job)
+    if request:
+        yield request
+
+
+def _stop(process: subprocess.Popen[str], owner: int) -> None:
+    if owner != os.getpid():  # a forked child holds a copy of the pipes, but the process is not its own
+        return
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with contextlib.suppress(OSError):
+                stream.close()
+
+
+def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:
+    """What a report says of a rendering that does not hold all of its conversation."""
+    notes = [f"the chat template does not write {_LOST[kind]}" for kind in answer.get("lost", ())]
+    notes += [_EMPTY_TURN] if answer.get("empty") else []
+    return notes if answer.get("follows_prompts", True) else [*notes, PROMPT_DIFFERS]
+
+
+def as_dict(message: Any) -> dict[str, Any]:
+    """What a template sees of a message: no None values, the reasoning under each of its names."""
+    data = message.to_dict() if isinstance(message, Message) else dict(message)
+    data = {key: value for key, value in data.items() if value is not None}
+    names = ("reasoning_content", "thinking", "reasoning")
+    reasoning = next((data[name] for name in names if data.get(name) is not None), None)
+    return data if reasoning is None else {"thinking": reasoning, **data, "reasoning_content": reasoning}

@@ -1,0 +1,300 @@
+"""One ``Tokenizer`` over ``tokenizer.json``, sentencepiece and tiktoken files, with the model's chat template."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from tt_data.messages import Message
+from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, as_dict, notes_of_answer
+from tt_data.template.spans import BLANKS, Encoded, Rendered, Span, check_unicode
+from tt_data.text.backend import Backend
+from tt_data.text.special_tokens import SpecialTokens, new_nonce
+
+_OPENING, _CLOSING = ("<|", "<\uff5c"), ("|>", "\uff5c>")
+_PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|padding|>")
+
+
+class Tokenizer:
+    """Text and conversations to ids and back. Text is data: a control token typed in it stays text.
+
+    ``bos_id``, ``eos_id`` (None where the model has none), ``pad_id`` (always a valid id), ``vocab_size`` (added tokens
+    included), ``adds_bos`` (whether this model's documents begin with ``bos_id``), ``special_tokens`` (their strings).
+    """
+
+    def __init__(
+        self, backend: Backend, *, names: Mapping[str, Any], adds_bos: bool, templates: Mapping[str, str] | None = None,
+        template_name: str = "chat template", extra_eos_ids: Sequence[int] = (), text_specials: Sequence[str] = (),
+        more_specials: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        self._backend = backend
+        self._names = dict(names)
+        self._extra_eos_ids = tuple(extra_eos_ids)
+        self._template_name, self.templates = template_name, dict(templates or {})
+        self.vocab_size = backend.vocab_size
+        self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
+        self.pad_id = self._find_pad()
+        self.adds_bos = adds_bos and self.bos_id is not None
+        self._compiled: dict[str, ChatTemplate] = {}
+        self._eos_ids: tuple[int, ...] | None = None
+        self.special_tokens = self._find_special(more_specials)
+        if unknown := [token for token in text_specials if token not in backend.added]:
+            raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
+        self._enders = self.special_tokens
+        self.special_tokens = [*self._enders, *self._find_markers()]
+        self._keep_apart([token for token in self.special_tokens if token not in text_specials])
+
+    def _named_id(self, name: str) -> int | None:
+        token = self._names.get(name)
+        return self._backend.token_id(token) if isinstance(token, str) else None
+
+    def _find_pad(self) -> int:
+        candidates = [
+            self._named_id("pad_token"),
+            *map(self._backend.token_id, _PAD_NAMES),
+            self._named_id("unk_token"),
+        ]
+        return next((i for i in [*candidates, self.eos_id] if i is not None and 0 <= i < self.vocab_size), 0)
+
+    def _find_special(self, more: Sequence[str]) -> list[str]:
+        """The tokens flagged special, and those that the tokenizer's own files name as such."""
+        named = [token for key, token in self._names.items() if key.endswith("_token") and isinstance(token, str)]
+        known = [token for token in (*named, *more) if token in self._backend.added]
+        return [token for token in dict.fromkeys([*self._backend.control, *known]) if token]
+
+    def _find_markers(self) -> list[str]:
+        """Tokens that a template opens turns with though no flag says so (DeepSeek's ``<\uff5cUser\uff5c>``)."""
+        sources, known = "".join(self.templates.values()), set(self._enders)
+        spelt = [t for t in self._backend.added if t[:2] in _OPENING and t[-2:] in _CLOSING and t not in known]
+        return [token for token in spelt if token in sources]
+
+    def _keep_apart(self, tokens: Sequence[str]) -> None:
+        """``tokens`` are made where a template puts them, and never from text that someone typed."""
+        self._backend = self._backend.with_control({token: self._backend.added[token] for token in tokens})
+        self._typed = SpecialTokens(tokens)
+
+    # Text -----------------------------------------------------------------------------------------------------
+
+    def encode(
+        self, text: str, add_bos: bool = True, add_eos: bool = True, *, trim_leading_whitespace: bool = False,
+        prefix: str | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Ids of ``text``. ``trim_leading_whitespace`` leaves out the white space that sentencepiece puts before a text
+        (by encoding it behind ``prefix``, a newline unless given)."""
+        ids = self._encode_after(prefix or "\n", text) if trim_leading_whitespace else self._encode_plain(text)
+        start = [self.bos_id] if add_bos and self.bos_id is not None else []
+        end = [self.eos_id] if add_eos and self.eos_id is not None else []
+        return [*start, *ids, *end]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of ``ids``; control tokens are left out unless ``skip_special`` is False."""
+        return self._backend.decode([int(i) for i in ids], skip_special=skip_special)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token as the vocabulary spells it, or None."""
+        return self._backend.token_id(token)
+
+    def encode_text_prompt(self, text: str) -> list[int]:
+        """Ids of the beginning of a document that the model continues. Blanks at its end are left to the model: they
+        make one token with the word behind them, and were trained so."""
+        start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
+        return [*start, *self._encode_plain(text.rstrip(BLANKS))]
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self.encode_rendered([Rendered(text, controls=[])])[0].ids
+
+    def _encode_after(self, prefix: str, text: str) -> list[int]:
+        before, both = self._encode_plain(prefix), self._encode_plain(prefix + text)
+        return both[len(before) :] if both[: len(before)] == before else self._encode_plain(text)
+
+    def encode_rendered(self, rows: Sequence[Rendered]) -> list[Encoded]:
+        """Ids and trained token spans of many texts at once, without tokens at either end."""
+        try:
+            encoded = self._backend.encode_batch(rows)
+        except Exception:  # each library has its own for text that is not Unicode
+            for row in rows:
+                check_unicode(row.text)
+            raise
+        for row, found in zip(rows, encoded, strict=True):
+            found.notes = row.notes
+        return encoded
+
+    def notes_of(self, text: str) -> tuple[str, ...]:
+        """What a report says of the special tokens that ``text`` spells."""
+        return self._typed.notes(text)
+
+    # Conversations --------------------------------------------------------------------------------------------
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.templates)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every id that ends what the model writes: eos, generation_config.json's, the template's end of turn."""
+        if self._eos_ids is None:
+            ends = self._template(None).turn_ends if self.has_chat_template else self._end_tokens()
+            ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
+            self._eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+        return self._eos_ids
+
+    @property
+    def template_notes(self) -> list[str]:
+        """What a report says of the chat template itself."""
+        return self._template(None).notes if self.has_chat_template else []
+
+    def with_template(self, templates: Mapping[str, str], name: str) -> Tokenizer:
+        """A copy with other chat templates (``default`` and, where tools need another, ``tool_use``)."""
+        other = copy.copy(self)
+        other.templates, other._template_name, other._compiled = dict(templates), name, {}
+        other._eos_ids = None
+        return other
+
+    def with_special_tokens_in_text(self) -> Tokenizer:
+        """A copy for which a special token that is typed in text is that token."""
+        other = copy.copy(self)
+        other._keep_apart([])
+        return other
+
+    def render(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False, **variables: Any,
+    ) -> str:  # fmt: skip
+        """The conversation as the model's chat template writes it. ``variables`` reach the template
+        (``enable_thinking=False``)."""
+        job = {**self._job(messages, tools, variables), "prompt": add_generation_prompt}
+        template = self._template(tools)
+        if "error" in (answer := template.run([Job(job, len(messages))])[0]):
+            raise template.error(answer)
+        return str(answer["text"])
+
+    def encode_prompt(
+        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:  # fmt: skip
+        """Ids of the conversation up to where the model writes its next turn: without blanks at the end, as
+        ``encode_text_prompt``."""
+        job = {**self._job(messages, tools, variables), "prompt": True}
+        rendered = self._rendered([job], tools)[0]
+        if isinstance(rendered, TemplateError):
+            raise rendered
+        return self.encode_rendered([replace(rendered, text=rendered.text.rstrip(BLANKS))])[0].ids
+
+    def render_rows(
+        self, rows: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None, Mapping[str, Any]]]
+    ) -> list[Rendered | TemplateError]:
+        """Many (messages, tools, variables), with the unmasked messages trained; or why one failed."""
+        results: list[Rendered | TemplateError] = [Rendered("")] * len(rows)
+        for with_tools in (False, True):
+            places = [i for i, (_, tools, _) in enumerate(rows) if bool(tools) == with_tools]
+            jobs = []
+            for i in places:
+                messages, tools, variables = rows[i]
+                jobs.append({**self._job(messages, tools, variables), "trained": [not m.masked for m in messages]})
+            if jobs:
+                found = self._rendered(jobs, jobs[0].get("tools"))
+                for i, result in zip(places, found, strict=True):
+                    results[i] = result
+        return results
+
+    def tokenize_messages(
+        self, messages: Sequence[Message], max_seq_len: int | None = None
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and for each whether it is masked (no loss). A cut is a prefix: no end is made up.
+
+        Without a chat template: each message by itself, bos before each turn, eos after each assistant message.
+        """
+        if not messages:
+            raise ValueError("tokenize_messages: an empty list of messages")
+        encoded = self._tokenize_with_template(messages) if self.has_chat_template else self.encode_turns(messages)
+        masked = [True] * len(encoded.ids)
+        for start, end in encoded.trained:
+            masked[start:end] = [False] * (end - start)
+        return encoded.ids[:max_seq_len], masked[:max_seq_len]
+
+    def _tokenize_with_template(self, messages: Sequence[Message]) -> Encoded:
+        rendered = self.render_rows([(messages, None, {})])[0]
+        if isinstance(rendered, TemplateError):
+            raise rendered
+        return self.encode_rendered([rendered])[0]
+
+    def encode_turns(self, messages: Sequence[Message]) -> Encoded:
+        """Each message by itself: ``<bos> user assistant <eos> <bos> user assistant <eos>``."""
+        ids: list[int] = []
+        trained: list[Span] = []
+        opens, spaced = True, False
+        for message in messages:
+            content, start = message.content.rstrip(" "), len(ids)
+            words = self._encode_plain(content) if opens or spaced else self._encode_after("\n", content)
+            if opens and self.bos_id is not None and words[:1] != [self.bos_id]:
+                ids.append(self.bos_id)
+            ids += words
+            opens, spaced = message.role == "assistant", message.content.endswith(" ")
+            if opens and self.eos_id is not None and ids[-1:] != [self.eos_id]:
+                ids.append(self.eos_id)
+            if not message.masked:
+                trained.append((start, len(ids)))
+        return Encoded(ids, trained)
+
+    def _template(self, tools: object) -> ChatTemplate:
+        if not self.templates:
+            raise ValueError(
+                "this tokenizer has no chat template; name a built-in one (chatml, llama2, llama3, mistral, gemma, "
+                "zephyr, plain) with template=..."
+            )
+        name = "tool_use" if tools and "tool_use" in self.templates else "default"
+        if name not in self.templates:
+            raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)[:8]}")
+        if name not in self._compiled:
+            self._compiled[name] = ChatTemplate(
+                self.templates[name], variables=self._names, special=self._enders, ends=self._end_tokens(),
+                name=self._template_name,
+            )  # fmt: skip
+        return self._compiled[name]
+
+    def _end_tokens(self) -> list[str]:
+        """Those that the tokenizer's files name; what generation_config.json adds must not change token rows."""
+        named = [self._names.get(name) for name in ("eos_token", "eot_token")]
+        return [token for token in named if isinstance(token, str) and self._backend.token_id(token) is not None]
+
+    def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
+        return {"messages": list(map(as_dict, messages)), "tools": tools or None, "extra": dict(variables)}
+
+    def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
+        template, nonce = self._template(tools), new_nonce()
+        results: list[Rendered | TemplateError] = []
+        sent: list[Job] = []
+        spelt: list[tuple[str, ...]] = []
+        places: list[int] = []
+        for place, content in enumerate(jobs):
+            results.append(TemplateError("messages, tools or variables are nested too deeply to be rendered"))
+            with suppress(RecursionError):
+                job = Job(content, len(content["messages"]))
+                safe, notes = self._typed.broken(content, job.text, nonce)
+                sent.append(job if safe is content else Job(safe, job.messages))
+                spelt.append(notes)
+                places.append(place)
+        for place, answer, job, notes in zip(places, template.run(sent), sent, spelt, strict=True):
+            if "error" in answer:
+                results[place] = template.error(answer, nonce)
+                continue
+            row = Rendered(answer["text"], [(a, b) for a, b in answer.get("spans", ())])
+            if nonce in job.text:
+                row = self._typed.mended(row.text, row.trained, nonce)
+            results[place] = replace(row, notes=(*notes, *notes_of_answer(answer)))
+        return results
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with anything that changes ids: the vocabulary, the control tokens, the chat templates."""
+        parts = [
+            self._backend.to_str(),
+            repr(sorted(self._names.items(), key=str)),
+            repr(sorted(self.templates.items())),
+        ]
+        parts.append(repr((self.special_tokens, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
+        return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()
