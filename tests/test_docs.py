@@ -121,7 +121,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 def test_the_two_commands_of_the_readme_are_the_ones_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
-    part = re.search(r"^## Try it\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL).group(1)
+    part = re.search(r"^## Quickstart\n(.*?)^## ", readme, re.MULTILINE | re.DOTALL).group(1)
     commands = [
         line for block in re.findall(r"```sh\n(.*?)```", part, re.DOTALL) for line in block.splitlines() if line
     ]
