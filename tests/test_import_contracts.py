@@ -19,12 +19,12 @@ ASSEMBLY = {
     "inputs.model": "the model and adapter of a config, before weights load",
     "job": "what a config names: tokenizer, rows and model",
     "run.finish": "the result of a run: adapter or model, with what is beside it",
-    "export": "a Modelfile from the tokenizer and the config",
+    "models.export": "a Modelfile from the tokenizer and the config",
     "evaluate": "held-out loss and samples: batches in, generation out",
-    "loading": "tt_train.load",
-    "merge": "tt_train.merge_run",
-    "origin": "where the base of an adapter is, and whether its files are read as they are",
-    "verify": "a certificate: what the weights give here and in transformers",
+    "models.load": "tt_train.load",
+    "models.merge": "tt_train.merge_run",
+    "models.origin": "where the base of an adapter is, and whether its files are read as they are",
+    "models.verify": "a certificate: what the weights give here and in transformers",
     "run.checkpoints": "training state: optimizer, adapter and data position",
 }
 # Imports that a module makes for itself, inside a function, where the user asked for it by name.

@@ -94,7 +94,7 @@ def test_a_model_that_is_not_equal_is_shown_with_its_limits_and_exits_with_1(tt,
     certificate |= {"reference_errors": {"logits": 1e-6}, "limits": {"logits": 8e-6, "greedy_differences": 0}}
     certificate["limits"]["gradients"] = 1e-5
     certificate |= {"worst_gradient": "model.norm.weight", "versions": {"torch": "2"}}
-    monkeypatch.setattr("tt_train.verify.verify", lambda model, seed: certificate)
+    monkeypatch.setattr("tt_train.models.verify.verify", lambda model, seed: certificate)
     answer = tt("verify", "m")
     assert answer.code == 1
     assert [line.split() for line in answer.out.splitlines()[1:4]] == [

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from tt_train.export import commands
-from tt_train.modelfile import parameters, quoted, stops
-from tt_train.ollama import _gaps
+from tt_train.models.export import commands
+from tt_train.models.modelfile import parameters, quoted, stops
+from tt_train.models.ollama import _gaps
 from tt_train.report import write_report
-from tt_train.report_html import page
-from tt_train.report_run import read_runs
+from tt_train.report.page import page
+from tt_train.report.read import read_runs
 from tt_train.run.finish import next_commands
 from tt_train.run.model_card import as_text, fenced
 

@@ -9,8 +9,8 @@ import pytest
 import tt_ckpt
 import tt_data
 from tt_train import ConfigError
-from tt_train.export import export
-from tt_train.go_template import ollama_prompt
+from tt_train.models.export import export
+from tt_train.models.go_template import ollama_prompt
 
 
 def test_a_model_goes_out_with_its_commands(model_dir, tmp_path):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tt_train.headline import last_part, part_name, step_tokens, tokens_per_second, training_loss
-from tt_train.report_headline import headline
-from tt_train.report_run import read_run
+from tt_train.report.headline import last_part, part_name, step_tokens, tokens_per_second, training_loss
+from tt_train.report.read import read_run
+from tt_train.report.summary import headline
 from tt_train.run.dir import list_runs
 
 

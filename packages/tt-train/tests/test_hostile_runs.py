@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from tt_ckpt import commit
 from tt_train import ConfigError, compose, load
-from tt_train.asking import trained_on
-from tt_train.merge import merge_run
+from tt_train.models.asking import trained_on
+from tt_train.models.merge import merge_run
+from tt_train.models.verify import verify
 from tt_train.recipes import sft
 from tt_train.report import write_report
-from tt_train.report_html import page
-from tt_train.report_run import read_runs
+from tt_train.report.page import page
+from tt_train.report.read import read_runs
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir, list_runs, writer_of
 from tt_train.run.lock import RunLock
 from tt_train.run.new_run import new_path, probe_writable
 from tt_train.run_files import read_json, read_manifest, read_rows
-from tt_train.verify import verify
 
 SECRET = "KEEP\n"
 

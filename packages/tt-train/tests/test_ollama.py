@@ -11,9 +11,9 @@ import pytest
 import tt_data
 from tt_train import ConfigError
 from tt_train.composing import compose
-from tt_train.export import export, go_template, ollama_modelfile
-from tt_train.go_template import ollama_prompt
-from tt_train.ollama import notes
+from tt_train.models.export import export, go_template, ollama_modelfile
+from tt_train.models.go_template import ollama_prompt
+from tt_train.models.ollama import notes
 from tt_train.recipes import sft
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from tt_train.report import write_report
-from tt_train.report_headline import as_count, as_figure, as_percent, as_time, headline, is_expected
-from tt_train.report_run import differences, flatten, read_run, read_runs, smooth, thin
-from tt_train.report_sections import yaml_lines
+from tt_train.report.read import differences, flatten, read_run, read_runs, smooth, thin
+from tt_train.report.sections import yaml_lines
+from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline, is_expected
 
 CONFIG = "recipe: sft\nadapter:\n  rank: 8\n  target_modules: [q_proj, v_proj]\noptimizer:\n  lr: 0.0002\n"
 

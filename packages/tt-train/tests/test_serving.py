@@ -8,8 +8,8 @@ import pytest
 import tt_data
 import tt_train
 from tt_train.composing import compose
-from tt_train.export import export
-from tt_train.merge import merge_run
+from tt_train.models.export import export
+from tt_train.models.merge import merge_run
 from tt_train.recipes import sft
 
 TURNS = [{"role": "user", "content": "say alpha"}, {"role": "assistant", "content": "alpha"}]

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from tt_train import compose
-from tt_train.headline import tokens_per_second, training_loss
 from tt_train.recipes import sft
-from tt_train.report_headline import headline
-from tt_train.report_run import read_run
+from tt_train.report.headline import tokens_per_second, training_loss
+from tt_train.report.read import read_run
+from tt_train.report.summary import headline
 from tt_train.run.console import Console
 
 

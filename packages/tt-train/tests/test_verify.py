@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tt_train import ConfigError
-from tt_train.verify import verify
+from tt_train.models.verify import verify
 
 pytest.importorskip("transformers")
 
@@ -19,7 +19,7 @@ def test_a_model_gets_its_certificate(model_dir):
 
 def test_a_planted_bug_is_refused(model_dir, monkeypatch):
     """An epsilon that is wrong by a little."""
-    import tt_train.verify as module
+    import tt_train.models.verify as module
 
     load = module._load
 

@@ -11,7 +11,7 @@ import click
 from tt_cli.basing import tell
 from tt_cli.ranges import AT_LEAST_ONE, SEED, TOKENS, FiniteRange
 from tt_cli.terminal import answer
-from tt_train.asking import prompt_form, trained_on
+from tt_train.models.asking import prompt_form, trained_on
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Messages = list[dict[str, str]]
@@ -87,7 +87,7 @@ class Speaker:
         import torch
 
         import tt_models
-        from tt_train.serving import end_ids
+        from tt_train.run.serving import end_ids
 
         self.cut = 0
         limit = self.model.config.max_position_embeddings

@@ -8,9 +8,9 @@ if TYPE_CHECKING:
     from tt_train.composing import compose
     from tt_train.config import RunConfig
     from tt_train.errors import ConfigError, Interrupted, TrainingError
-    from tt_train.loading import load
     from tt_train.losses import cross_entropy, linear_cross_entropy
-    from tt_train.merge import merge_run
+    from tt_train.models.load import load
+    from tt_train.models.merge import merge_run
     from tt_train.step import train_step
 
 _HOMES = {
@@ -19,10 +19,10 @@ _HOMES = {
     "ConfigError": "errors",
     "Interrupted": "errors",
     "TrainingError": "errors",
-    "load": "loading",
+    "load": "models.load",
     "cross_entropy": "losses",
     "linear_cross_entropy": "losses",
-    "merge_run": "merge",
+    "merge_run": "models.merge",
     "train_step": "step",
 }
 

@@ -11,7 +11,7 @@ from torch import nn
 import tt_data
 import tt_models
 from tt_train.losses import IGNORE, Objective
-from tt_train.serving import end_ids
+from tt_train.run.serving import end_ids
 
 _ROLES: dict[str, str] = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},

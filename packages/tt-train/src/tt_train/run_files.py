@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,17 @@ def number(value: Any) -> float | None:
     except OverflowError:
         return None
     return found if abs(found) < _LARGEST else None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file (a write to a full disk) names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def typed(path: str | Path) -> str:

@@ -36,7 +36,7 @@ def command(
     target_folder = chosen_output(output_word, output)
     import torch
 
-    from tt_train.export import export
+    from tt_train.models.export import export
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     done = export(

@@ -21,8 +21,8 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
     Both compute in fp32 and are compared with transformers in fp64; MODEL is equal if its errors are about those that
     transformers makes itself. Needs transformers. Exits with 1 if an error is above its limit.
     """
+    from tt_train.models.verify import verify
     from tt_train.redact import redact_data
-    from tt_train.verify import verify
 
     if output is not None and output.exists() and not _is_certificate(output):
         raise click.UsageError(f"{output} exists and is not a certificate: name another file with -o, or remove it")

@@ -14,10 +14,10 @@ from typing import Any, cast
 
 from tt_ckpt import commit, files
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
-from tt_train.headline import training_loss
 from tt_train.redact import redact, redact_data
+from tt_train.report.headline import training_loss
 from tt_train.run.lock import RunLock, writer_of
-from tt_train.run_files import own_folder, read_manifest, read_rows
+from tt_train.run_files import naming, own_folder, read_manifest, read_rows
 from tt_train.visible import visible
 
 MARKER = "config.yaml"
@@ -170,17 +170,6 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(redact_data(row), ensure_ascii=False) + "\n" for row in rows)
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file (a write to a full disk) names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
 class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(redact(super().format(record)))
@@ -192,7 +181,7 @@ def is_run(path: Path) -> bool:
 
 
 def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
-    """The runs under ``root``, newest first: path, state, model, last step and training loss (tt_train.headline).
+    """The runs under ``root``, newest first: path, state, model, last step and training loss.
 
     A run whose files are not as a run writes them has the state ``damaged``.
     """

@@ -11,18 +11,18 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_train.headline import part_name, tokens_per_second, training_loss
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.recipe_file import repeating
 from tt_train.report import write_report
+from tt_train.report.headline import part_name, tokens_per_second, training_loss
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
 from tt_train.run.loop import Watch
 from tt_train.run.model_card import model_card
+from tt_train.run.serving import TEMPLATE_FILE, own_template, serving_files
 from tt_train.run_files import read_manifest, typed
-from tt_train.serving import TEMPLATE_FILE, own_template, serving_files
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}

@@ -22,8 +22,8 @@ from tt_train.run.finish import data_facts, precision, result_bytes
 from tt_train.run.git import git_state
 from tt_train.run.new_run import new_path, probe_writable
 from tt_train.run.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
+from tt_train.run.serving import TEMPLATE_FILE, own_template
 from tt_train.run_files import read_manifest, read_rows
-from tt_train.serving import TEMPLATE_FILE, own_template
 
 
 def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 from tt_data.template.instruct import get_instruct_template
 from tt_train.errors import ConfigError
-from tt_train.go_template import ollama_prompt
-from tt_train.modelfile import MARK, is_stop, parameters, quoted, stops
+from tt_train.models.go_template import ollama_prompt
+from tt_train.models.modelfile import MARK, is_stop, parameters, quoted, stops
 
 _SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes on its own
 _ROLES = {_SYSTEM: "system", _USER: "user", _ANSWER: "assistant"}
@@ -30,7 +30,7 @@ def ollama_modelfile(
 ) -> str:
     """A Modelfile for the folder that it is in.
 
-    ``form``: what ``tt_train.asking.prompt_form`` gives: ``chat``, ``text`` or the name of an instruct template.
+    ``form``: what ``tt_train.models.asking.prompt_form`` gives: ``chat``, ``text`` or the name of an instruct template.
     ``config`` and ``generation``: what the model's config.json and generation_config.json hold; they give the length
     of the context (at most ``MAX_NUM_CTX``) and the parameters of sampling.
 

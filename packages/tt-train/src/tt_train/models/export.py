@@ -10,13 +10,13 @@ import torch
 
 import tt_ckpt
 import tt_data
-from tt_train.asking import prompt_form, trained_on
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.merge import merge_run, refuse_full, refuse_small
-from tt_train.ollama import adds_bos, go_template, notes, ollama_modelfile
-from tt_train.origin import Base, Origin, find_origin
+from tt_train.models.asking import prompt_form, trained_on
+from tt_train.models.merge import merge_run, refuse_full, refuse_small
+from tt_train.models.ollama import adds_bos, go_template, notes, ollama_modelfile
+from tt_train.models.origin import Base, Origin, find_origin
+from tt_train.run.serving import generation_settings, load_tokenizer
 from tt_train.run_files import read_json, typed
-from tt_train.serving import generation_settings, load_tokenizer
 
 __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import tt_ckpt
 from tt_ckpt.shown import quoted
 from tt_models.config_keys import pop_quantization
-from tt_train.absent_run import refuse_absent_run
 from tt_train.errors import ConfigError
+from tt_train.models.absent_run import refuse_absent_run
 from tt_train.run.dir import find_run, is_run
 from tt_train.run_files import own_folder, read_json, read_manifest
 

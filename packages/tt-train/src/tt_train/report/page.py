@@ -9,13 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tt_train.headline import method_words
 from tt_train.redact import redact
-from tt_train.report_headline import as_figure, at
-from tt_train.report_run import Run, smooth, thin
-from tt_train.report_samples import COLOURS, html_text, samples_section
-from tt_train.report_sections import config_section, manifest_section, reproduce_section
-from tt_train.report_tiles import comparison, tiles
+from tt_train.report.headline import method_words
+from tt_train.report.read import Run, smooth, thin
+from tt_train.report.samples import COLOURS, html_text, samples_section
+from tt_train.report.sections import config_section, manifest_section, reproduce_section
+from tt_train.report.summary import as_figure, at
+from tt_train.report.tiles import comparison, tiles
 from tt_train.run_files import NUMBERS
 
 BUCKETS = 300  # of the rows drawn: each keeps the lowest and the highest of every curve
@@ -56,7 +56,7 @@ CHARTS: list[Chart] = [
 
 def page(runs: Sequence[Run]) -> str:
     """The whole page. Every text that comes from a run is escaped; secrets are blanked."""
-    folder = files("tt_train") / "report_page"
+    folder = files("tt_train.report")
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     data = [_data(run, index) for index, run in enumerate(runs)]

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from tt_train.report_headline import DASH, Headline, as_count, as_figure, as_percent, as_time, headline
-from tt_train.report_run import Run
-from tt_train.report_samples import dot, html_text
+from tt_train.report.read import Run
+from tt_train.report.samples import dot, html_text
+from tt_train.report.summary import DASH, Headline, as_count, as_figure, as_percent, as_time, headline
 
 
 def tiles(run: Run) -> str:

@@ -14,11 +14,11 @@ from tt_ckpt.shown import plain
 from tt_models.memory import refuse_too_large, weight_bytes
 from tt_train.errors import ConfigError
 from tt_train.master_weights import join
-from tt_train.origin import Base, Origin, find_origin
+from tt_train.models.origin import Base, Origin, find_origin
+from tt_train.models.resized import fit_vocabulary_
 from tt_train.recipe_file import repeating
-from tt_train.resized import fit_vocabulary_
+from tt_train.run.serving import load_tokenizer
 from tt_train.run_files import own_folder, read_manifest
-from tt_train.serving import load_tokenizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

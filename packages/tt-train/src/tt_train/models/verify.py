@@ -10,7 +10,7 @@ import tt_models
 from tt_ckpt.shown import plain
 from tt_models import parity
 from tt_train.errors import ConfigError
-from tt_train.loading import load_base
+from tt_train.models.load import load_base
 from tt_train.run.dir import is_run
 from tt_train.run_files import own_folder, typed
 

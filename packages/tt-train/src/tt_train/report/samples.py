@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from tt_train.report_headline import answers, is_closed, is_expected
-from tt_train.report_run import Run
+from tt_train.report.read import Run
+from tt_train.report.summary import answers, is_closed, is_expected
 from tt_train.visible import visible
 
 PROMPTS = 12

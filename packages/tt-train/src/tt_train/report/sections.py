@@ -10,9 +10,9 @@ import yaml
 
 from tt_train.config import AdapterSection, SFTConfig, to_dict
 from tt_train.recipe_file import repeating
-from tt_train.report_headline import DASH
-from tt_train.report_run import Run, differences, flatten, value_at
-from tt_train.report_samples import clipped, dot, html_text
+from tt_train.report.read import Run, differences, flatten, value_at
+from tt_train.report.samples import clipped, dot, html_text
+from tt_train.report.summary import DASH
 from tt_train.run_files import typed
 
 SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest

@@ -9,7 +9,7 @@ from typing import Any
 import tt_data
 from tt_data.template.instruct import INSTRUCT_TEMPLATES, our_name
 from tt_data.text.load import find_templates, find_tokenizer
-from tt_train.origin import Origin
+from tt_train.models.origin import Origin
 from tt_train.run_files import read_json, read_manifest
 
 TEMPLATE_FILE = "chat_template.jinja"

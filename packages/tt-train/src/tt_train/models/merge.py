@@ -15,9 +15,9 @@ from tt_ckpt.directory import check_room
 from tt_ckpt.files import TMP_PREFIX, create
 from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
-from tt_train.loading import add_adapter_, check_tokens, load_stopped, model_config
-from tt_train.origin import Base, Origin, find_origin
-from tt_train.serving import Files, load_tokenizer, run_template, serving_files
+from tt_train.models.load import add_adapter_, check_tokens, load_stopped, model_config
+from tt_train.models.origin import Base, Origin, find_origin
+from tt_train.run.serving import Files, load_tokenizer, run_template, serving_files
 
 
 def merge_run(

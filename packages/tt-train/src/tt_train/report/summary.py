@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from tt_train.headline import part_name, tokens_per_second, training_loss
-from tt_train.report_run import Run
+from tt_train.report.headline import part_name, tokens_per_second, training_loss
+from tt_train.report.read import Run
 from tt_train.run_files import number
 
 DASH = "\u2013"
@@ -18,7 +18,7 @@ class Headline:
 
     steps: int
     loss_first: float | None
-    loss_last: float | None  # of the run's last part, see tt_train.headline
+    loss_last: float | None  # of the run's last part, see tt_train.report.headline
     loss_over: str  # which part
     eval_last: float | None
     eval_best: float | None

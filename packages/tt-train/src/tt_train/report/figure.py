@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tt_train.redact import redact
-from tt_train.report_headline import as_count, as_figure, as_percent, as_time, headline
-from tt_train.report_run import Run, smooth
+from tt_train.report.read import Run, smooth
+from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
