@@ -15,7 +15,6 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,17 +163,26 @@ def keep(folder: Path, into: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.suffix in (".safetensors", ".pth", ".bin") and path.is_file():
-            lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()} {name}\n")
+            lines.append(f"{hashlib.sha256(without_place(path)).hexdigest()} {name}\n")
         elif (path.is_file() and name.parts[0] in ("adapter", "model")) or path.name in ("config.json",):
             (into / name).parent.mkdir(parents=True, exist_ok=True)
             if path.name != "README.md":
-                shutil.copy(path, into / name)
+                (into / name).write_text(path.read_text().replace(str(Path.cwd()), "HERE"))
     into.mkdir(parents=True, exist_ok=True)
     (into / "weights.txt").write_text("".join(lines))
     if (folder / "metrics.jsonl").exists():
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         (into / "metrics.jsonl").write_text("".join(json.dumps(without_clock(row)) + "\n" for row in rows))
         (into / "samples.jsonl").write_bytes((folder / "samples.jsonl").read_bytes())
+
+
+def without_place(path: Path) -> bytes:
+    """The bytes of a file of tensors; the header of an adapter names the folder of its base."""
+    data, here = path.read_bytes(), str(Path.cwd()).encode()
+    if path.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[8:end].rstrip().replace(here, b"HERE") + data[end:]
 
 
 def without_clock(row: dict[str, Any]) -> dict[str, Any]:
