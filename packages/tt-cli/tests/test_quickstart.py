@@ -9,16 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import tt_cli.quickstart.scale
+import tt_cli.quickstart.commands
 import tt_data
 import tt_models
 import tt_train
 from tt_cli.quickstart import commands, story
-from tt_cli.quickstart.commands import Folders
-from tt_cli.quickstart.scale import Scale, Stage
-from tt_cli.quickstart.splits import KINDS, TARGET
+from tt_cli.quickstart.commands import Folders, Scale, Stage
+from tt_cli.quickstart.narrator import Narrator, StageLines, default_root
+from tt_cli.quickstart.rows import KINDS, TARGET
 from tt_cli.quickstart.story import Outcome, tell
-from tt_cli.quickstart.telling import StageLines, Teller, default_root
 
 TINY = Scale(
     hidden_size=32,
@@ -45,7 +44,7 @@ GOOD = Outcome(
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folders, Outcome]:
     root = tmp_path_factory.mktemp("story") / "qs"
-    return Folders(root), tell(root, seed=3, scale=TINY, teller=Teller())
+    return Folders(root), tell(root, seed=3, scale=TINY, narrator=Narrator())
 
 
 def test_the_story_leaves_everything_that_it_names(told: tuple[Folders, Outcome]):
@@ -92,7 +91,7 @@ def test_transformers_loads_base_and_merged(told: tuple[Folders, Outcome]):
 
 def test_the_same_seed_tells_the_same_story(told: tuple[Folders, Outcome], tmp_path: Path):
     folders, outcome = told
-    again = tell(tmp_path / "qs", seed=3, scale=TINY, teller=Teller())
+    again = tell(tmp_path / "qs", seed=3, scale=TINY, narrator=Narrator())
     for weights in (Path("pretrain/model/model.safetensors"), Path("lora/adapter/adapter_model.safetensors")):
         one, other = (load_file(root / "runs" / weights) for root in (folders.root, tmp_path / "qs"))
         assert one.keys() == other.keys()
@@ -200,7 +199,7 @@ def test_the_default_folder_is_a_new_one(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tt_cli.quickstart.scale, "Scale", lambda: TINY)
+    monkeypatch.setattr(tt_cli.quickstart.commands, "Scale", lambda: TINY)
 
 
 @pytest.mark.usefixtures("tiny")
@@ -226,7 +225,7 @@ def test_json_is_one_object_and_follows_the_seed(tmp_path: Path, tt):
 
 
 def _rows_of_seed(seed: int, folder: Path) -> str:
-    from tt_cli.quickstart.splits import make_splits, write_rows
+    from tt_cli.quickstart.rows import make_splits, write_rows
 
     rows = make_splits(seed, num_pretrain=40, num_finetune=20, num_held_out=10, num_base_held_out=5).pretrain
     return write_rows(folder / "rows.jsonl", rows).read_text()

@@ -8,9 +8,8 @@ import torch
 
 import tt_data
 import tt_train
-from tt_cli.quickstart.blank_model import llama_config, write_blank_model
-from tt_cli.quickstart.splits import make_splits
-from tt_cli.quickstart.tokenizer import train_tokenizer
+from tt_cli.quickstart.blank_model import llama_config, train_tokenizer, write_blank_model
+from tt_cli.quickstart.rows import make_splits
 
 ROWS = make_splits(0, num_pretrain=300, num_finetune=100, num_held_out=10, num_base_held_out=10)
 TEXTS = [text for row in (*ROWS.pretrain, *ROWS.finetune) for text in (row.question, row.answer)]

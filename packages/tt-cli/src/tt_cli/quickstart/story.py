@@ -1,23 +1,25 @@
 """The whole story, from nothing to a merged model, each part done by what users call themselves."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import tt_models
 from tt_cli.quickstart import commands
-from tt_cli.quickstart.blank_model import llama_config, write_blank_model
-from tt_cli.quickstart.commands import Folders
-from tt_cli.quickstart.scale import Scale
-from tt_cli.quickstart.scoring import answers, by_kind, largest_difference
-from tt_cli.quickstart.splits import TARGET, Splits, make_splits, write_rows
-from tt_cli.quickstart.telling import Teller, percent
-from tt_cli.quickstart.tokenizer import train_tokenizer
+from tt_cli.quickstart.blank_model import llama_config, train_tokenizer, write_blank_model
+from tt_cli.quickstart.commands import Folders, Scale
+from tt_cli.quickstart.narrator import Narrator, percent
+from tt_cli.quickstart.rows import TARGET, Row, Splits, make_splits, write_rows
 
 BEFORE_BELOW, AFTER_ABOVE = 0.10, 0.90  # exact match on held-out rows of the target kind
 SAME_LOGITS = 1e-4  # relative: how far merged and adapted may be apart in fp32
+MAX_NEW_TOKENS = 16  # of an answer that is scored
+BATCH = 100  # questions answered at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,27 +51,29 @@ class Outcome:
         return found
 
 
-def tell(root: Path, *, seed: int, scale: Scale, teller: Teller) -> Outcome:
+def tell(root: Path, *, seed: int, scale: Scale, narrator: Narrator) -> Outcome:
     """Make data, tokenizer and base model, fine-tune, score, chat, merge and report, all under ``root``."""
     folders = Folders(root)
-    splits = _make_rows(folders, scale, seed, teller)
-    _make_blank(folders, scale, seed, splits, teller)
-    done = [_train("3 Base", folders.pretrain_run, commands.pretrain_words(folders, scale, seed=seed), teller)]
+    splits = _make_rows(folders, scale, seed, narrator)
+    _make_blank(folders, scale, seed, splits, narrator)
+    done = [_train("3 Base", folders.pretrain_run, commands.pretrain_words(folders, scale, seed=seed), narrator)]
     before, said_before, _ = _score(folders.base, splits)
-    teller.fact(f"unseen questions: {percent(_base_mean(before))} of its own kinds, {percent(before[TARGET])} {TARGET}")
+    narrator.fact(
+        f"unseen questions: {percent(_base_mean(before))} of its own kinds, {percent(before[TARGET])} {TARGET}"
+    )
 
-    done.append(_train("4 Adapter", folders.lora_run, commands.lora_words(folders, scale, seed=seed), teller))
+    done.append(_train("4 Adapter", folders.lora_run, commands.lora_words(folders, scale, seed=seed), narrator))
     after, said_after, adapted = _score(folders.lora_run, splits)
-    teller.fact(f"unseen questions: {percent(after[TARGET])} {TARGET}")
+    narrator.fact(f"unseen questions: {percent(after[TARGET])} {TARGET}")
 
     question = splits.held_out[0].question
     done.append(commands.chat_command(folders, question))
-    answer = _chat(folders.lora_run, question, done[-1], teller)
-    teller.fact(f"{answer}    (the base alone: {said_before[0] or 'nothing'})")
+    answer = _chat(folders.lora_run, question, done[-1], narrator)
+    narrator.fact(f"{answer}    (the base alone: {said_before[0] or 'nothing'})")
     done.append(commands.typed("tt", "merge", folders.lora_run, "-o", folders.merged))
-    logits_apart, answers_apart = _merge(folders, splits, adapted, said_after, done[-1], teller)
+    logits_apart, answers_apart = _merge(folders, splits, adapted, said_after, done[-1], narrator)
     done.append(commands.typed("tt", "report", folders.lora_run, "-o", folders.report))
-    _report(folders, done[-1], teller)
+    _report(folders, done[-1], narrator)
     return Outcome(
         seed=seed,
         before=before,
@@ -82,7 +86,7 @@ def tell(root: Path, *, seed: int, scale: Scale, teller: Teller) -> Outcome:
     )
 
 
-def _make_rows(folders: Folders, scale: Scale, seed: int, teller: Teller) -> Splits:
+def _make_rows(folders: Folders, scale: Scale, seed: int, narrator: Narrator) -> Splits:
     splits = make_splits(
         seed,
         num_pretrain=scale.pretrain.num_rows,
@@ -94,33 +98,33 @@ def _make_rows(folders: Folders, scale: Scale, seed: int, teller: Teller) -> Spl
     write_rows(folders.finetune_rows, splits.finetune)
     write_rows(folders.held_out_rows, splits.held_out)
     kinds = dict.fromkeys(row.kind for row in splits.base_held_out)
-    teller.part("1 Rows", f"{len(splits.pretrain):,} to learn {', '.join(kinds)}; {len(splits.finetune):,} to learn "
+    narrator.part("1 Rows", f"{len(splits.pretrain):,} to learn {', '.join(kinds)}; {len(splits.finetune):,} to learn "
                 f"{TARGET}; {len(splits.held_out):,} of {TARGET} held out, in no training file")  # fmt: skip
     return splits
 
 
-def _make_blank(folders: Folders, scale: Scale, seed: int, splits: Splits, teller: Teller) -> None:
+def _make_blank(folders: Folders, scale: Scale, seed: int, splits: Splits, narrator: Narrator) -> None:
     texts = (text for row in (*splits.pretrain, *splits.finetune) for text in (row.question, row.answer))
     vocab_size = train_tokenizer(texts, folders.blank, vocab_size=scale.vocab_size)
     config = llama_config(
         vocab_size=vocab_size, hidden_size=scale.hidden_size, num_hidden_layers=scale.num_hidden_layers
     )
     parameters = write_blank_model(folders.blank, config, seed=seed)
-    teller.part("2 Model", f"a tokenizer of {vocab_size} tokens trained on the rows, and a Llama of {parameters:,} "
+    narrator.part("2 Model", f"a tokenizer of {vocab_size} tokens trained on the rows, and a Llama of {parameters:,} "
                 f"random parameters, in {folders.blank}")  # fmt: skip
-    teller.command(commands.typed("tt", "data", "show", folders.finetune_rows, "--tokenizer", folders.blank))
+    narrator.command(commands.typed("tt", "data", "show", folders.finetune_rows, "--tokenizer", folders.blank))
 
 
-def _train(title: str, run: Path, words: Sequence[str], teller: Teller) -> str:
+def _train(title: str, run: Path, words: Sequence[str], narrator: Narrator) -> str:
     """Train as ``tt run sft`` does with these words. Returns the command."""
     from tt_train import compose
     from tt_train.recipes import sft
 
     command = commands.run_command(words, run)
-    teller.part(title, "the blank model, trained in full" if "adapter=null" in words else "LoRA on the base")
-    teller.command(command)
+    narrator.part(title, "the blank model, trained in full" if "adapter=null" in words else "LoRA on the base")
+    narrator.command(command)
     config = replace(compose("sft", overrides=words), output_dir=str(run))
-    with closing(teller.training_console()) as console:
+    with closing(narrator.training_console()) as console:
         sft.main(config, console=console)
     return command
 
@@ -133,41 +137,41 @@ def _score(path: Path, splits: Splits) -> tuple[dict[str, float], list[str], tt_
     return by_kind(splits.held_out, said) | by_kind(splits.base_held_out, others), said, model
 
 
-def _chat(run: Path, question: str, command: str, teller: Teller) -> str:
+def _chat(run: Path, question: str, command: str, narrator: Narrator) -> str:
     """One turn, through what ``tt chat`` is made of. Returns the answer."""
     from tt_cli.talk import Sampling, Speaker
 
-    teller.part("5 Chat", "one turn with the base and its adapter")
-    teller.command(command)
+    narrator.part("5 Chat", "one turn with the base and its adapter")
+    narrator.command(command)
     speaker = Speaker(str(run))
     greedy = Sampling(max_new_tokens=64, temperature=0.0, top_k=None, top_p=None, seed=None)
     return "".join(speaker.reply(speaker.prompt_ids([{"role": "user", "content": question}]), greedy))
 
 
 def _merge(
-    folders: Folders, splits: Splits, adapted: tt_models.Decoder, said: list[str], command: str, teller: Teller
+    folders: Folders, splits: Splits, adapted: tt_models.Decoder, said: list[str], command: str, narrator: Narrator
 ) -> tuple[float, int]:
     """Merge, and compare with the adapted model: logits, and answers to the held-out rows."""
     from tt_train import merge_run
 
-    teller.part("6 Merge", "one Hugging Face directory, which transformers and others load")
-    teller.command(command)
+    narrator.part("6 Merge", "one Hugging Face directory, which transformers and others load")
+    narrator.command(command)
     merge_run(folders.lora_run, folders.merged)
     merged, tokenizer = _load(folders.merged)
     questions = [row.question for row in splits.held_out]
     apart = largest_difference(adapted, merged, tokenizer, questions[:32])
     others = sum(a != b for a, b in zip(said, answers(merged, tokenizer, questions), strict=True))
-    teller.fact(
+    narrator.fact(
         f"against the adapted model: logits within {apart:.0e}, {len(said) - others} of {len(said)} answers the same"
     )
     return apart, others
 
 
-def _report(folders: Folders, command: str, teller: Teller) -> None:
+def _report(folders: Folders, command: str, narrator: Narrator) -> None:
     from tt_train.report import write_report
 
-    teller.part("7 Report", "one page and one picture")
-    teller.command(command)
+    narrator.part("7 Report", "one page and one picture")
+    narrator.command(command)
     write_report([folders.lora_run], folders.report)
 
 
@@ -180,3 +184,67 @@ def _load(path: Path) -> tuple[tt_models.Decoder, Any]:
 def _base_mean(scores: dict[str, float]) -> float:
     own = [score for kind, score in scores.items() if kind != TARGET]
     return sum(own) / len(own)
+
+
+def answers(model: tt_models.Decoder, tokenizer: Any, questions: Sequence[str]) -> list[str]:
+    """The greedy answer to each question; one that does not end in time is marked by a trailing ellipsis."""
+    found: list[str] = []
+    ends = set(tokenizer.eos_ids)
+    for prompts, lengths in _padded_prompts(tokenizer, questions):
+        output = tt_models.generate(
+            model,
+            prompts,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=0,
+            eos_ids=tokenizer.eos_ids,
+            pad_id=tokenizer.pad_id,
+            prompt_lengths=lengths,
+        )
+        for ids in output[:, prompts.shape[1] :].tolist():
+            stop = next((place for place, token in enumerate(ids) if token in ends), None)
+            found.append(tokenizer.decode(ids[:stop]) + ("..." if stop is None else ""))
+    return found
+
+
+def exact_match(rows: Sequence[Row], given: Sequence[str]) -> float:
+    """The share of rows whose answer was given letter by letter."""
+    return sum(row.answer == answer for row, answer in zip(rows, given, strict=True)) / len(rows)
+
+
+def by_kind(rows: Sequence[Row], given: Sequence[str]) -> dict[str, float]:
+    """``exact_match`` of each kind of task."""
+    kinds = dict.fromkeys(row.kind for row in rows)
+    pairs = list(zip(rows, given, strict=True))
+    return {
+        kind: exact_match([row for row, _ in pairs if row.kind == kind], [a for row, a in pairs if row.kind == kind])
+        for kind in kinds
+    }
+
+
+@torch.no_grad()
+def largest_difference(
+    one: tt_models.Decoder, other: tt_models.Decoder, tokenizer: Any, questions: Sequence[str]
+) -> float:
+    """The largest difference of two models' logits on the questions, relative to the largest logit."""
+    worst = 0.0
+    for question in questions:
+        ids = torch.tensor([prompt_ids(tokenizer, question)])
+        expected, found = one(ids), other(ids)
+        worst = max(worst, float((expected - found).abs().max() / expected.abs().max()))
+    return worst
+
+
+def prompt_ids(tokenizer: Any, question: str) -> list[int]:
+    """One question up to where the model answers."""
+    ids: list[int] = tokenizer.encode_prompt([{"role": "user", "content": question}])
+    return ids
+
+
+def _padded_prompts(tokenizer: Any, questions: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of prompts padded on the left, with their lengths."""
+    prompts = [prompt_ids(tokenizer, question) for question in questions]
+    for start in range(0, len(prompts), BATCH):
+        part = prompts[start : start + BATCH]
+        width = max(map(len, part))
+        padded = [[tokenizer.pad_id] * (width - len(ids)) + ids for ids in part]
+        yield torch.tensor(padded), torch.tensor([len(ids) for ids in part])

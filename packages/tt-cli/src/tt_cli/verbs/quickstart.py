@@ -11,7 +11,7 @@ from tt_cli.group import Invocation, Verb, json_option, pass_invocation, print_j
 from tt_cli.ranges import SEED
 
 if TYPE_CHECKING:
-    from tt_cli.quickstart.scale import Scale
+    from tt_cli.quickstart.commands import Scale
     from tt_cli.quickstart.story import Outcome
 
 THREADS = 1  # two are up to twice as fast on idle cores, but several times slower on busy ones, and sum otherwise
@@ -28,7 +28,7 @@ def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json:
     Takes about a minute on one CPU core. Exit code 1 if the task was not learned.
     """
     from tt_cli.errors import DONE, FAILED
-    from tt_cli.quickstart.scale import Scale
+    from tt_cli.quickstart.commands import Scale
 
     began = time.perf_counter()
     root = _new_folder(output_dir)
@@ -44,7 +44,7 @@ def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json:
 
 
 def _new_folder(wanted: Path | None) -> Path:
-    from tt_cli.quickstart.telling import default_root
+    from tt_cli.quickstart.narrator import default_root
 
     root = wanted or default_root()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -56,13 +56,13 @@ def _new_folder(wanted: Path | None) -> Path:
 def _on_one_core(root: Path, seed: int, scale: "Scale") -> "Outcome":
     import torch
 
+    from tt_cli.quickstart.narrator import Narrator
     from tt_cli.quickstart.story import tell
-    from tt_cli.quickstart.telling import Teller
 
     threads = torch.get_num_threads()
     torch.set_num_threads(THREADS)
     try:
-        return tell(root, seed=seed, scale=scale, teller=Teller())
+        return tell(root, seed=seed, scale=scale, narrator=Narrator())
     finally:
         torch.set_num_threads(threads)
 
@@ -73,16 +73,16 @@ def _as_json(outcome: "Outcome", root: Path, seconds: float) -> dict[str, Any]:
 
 
 def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> None:
-    from tt_cli.quickstart import commands, telling
-    from tt_cli.quickstart.splits import TARGET
+    from tt_cli.quickstart import commands, narrator
+    from tt_cli.quickstart.rows import TARGET
 
     click.echo()
-    telling.show_scores(outcome.before, outcome.after, target=TARGET)
+    narrator.show_scores(outcome.before, outcome.after, target=TARGET)
     if any(outcome.after[kind] < score for kind, score in outcome.before.items()):
         click.echo(f"The adapter saw {TARGET} alone and lost other tasks; the first two commands below keep them.")
     folders = commands.Folders(root)
-    telling.show_commands("What to try next", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
-    telling.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
+    narrator.show_commands("What to try next", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
+    narrator.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
     for line in outcome.shortfalls:
         click.echo(f"error: {line}", err=True)
     click.echo(f"\n{'FAILED' if outcome.shortfalls else 'Done'} after {seconds:.0f} s; all of it is in {root}")

@@ -16,7 +16,7 @@ PERIOD = 100  # steps between two lines where there is no progress bar
 INDENT = " " * 11
 
 
-class Teller:
+class Narrator:
     """The narrative: parts with a title, commands that one could type, facts."""
 
     def __init__(self) -> None:
