@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 import tt_models
-from tt_models import phi
+from tt_models.families import phi
 
 COMMON = {"hidden_act": "silu", "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
 PUBLISHED = {

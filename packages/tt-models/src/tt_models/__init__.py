@@ -7,22 +7,22 @@ from tt_models.attention import Attention
 from tt_models.auto import build, config_from_hf, config_to_hf, get_config, list_models
 from tt_models.config import ModelConfig
 from tt_models.decoder import Block, Decoder
-from tt_models.gemma import Gemma2Config, Gemma3Config, GemmaConfig
+from tt_models.families.gemma import Gemma2Config, Gemma3Config, GemmaConfig
+from tt_models.families.gpt_oss import GptOssConfig
+from tt_models.families.mistral import MistralConfig
+from tt_models.families.mixtral import MixtralConfig
+from tt_models.families.olmo2 import Olmo2Config
+from tt_models.families.phi import Phi3Config
+from tt_models.families.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from tt_models.families.smollm3 import SmolLM3Config
 from tt_models.generate import generate, stream
-from tt_models.gpt_oss import GptOssConfig
 from tt_models.kv_cache import KVCache
 from tt_models.llama import LlamaConfig, llama_mlp_width
-from tt_models.mistral import MistralConfig
-from tt_models.mixtral import MixtralConfig
 from tt_models.mlp import MLP
 from tt_models.moe import Experts, MoE, load_balancing_loss, record_router_logits
 from tt_models.norm import RMSNorm
-from tt_models.olmo2 import Olmo2Config
 from tt_models.parity import verify
-from tt_models.phi import Phi3Config
-from tt_models.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from tt_models.rope import Rope
-from tt_models.smollm3 import SmolLM3Config
 
 __version__ = "0.1.0"
 

@@ -1,0 +1,1 @@
+"""Model families, one file each: config class, builder, published sizes."""
