@@ -189,7 +189,7 @@ def test_the_adapter_of_a_name_is_saved_and_the_base_s_name_is_known(make_llama,
     settings = {}
     for name in ("default", "second"):
         folder = tt_peft.save_adapter(model, tmp_path / "deep" / name, adapter=name)
-        settings[name] = tt_peft.adapter_files.read_adapter_config(folder)
+        settings[name] = tt_peft.adapter_files.folder.read_adapter_config(folder)
     assert [s["r"] for s in settings.values()] == [2, 3]
     assert settings["second"]["target_modules"] == ["o_proj"]
     assert settings["second"]["base_model_name_or_path"] == "org/llama"

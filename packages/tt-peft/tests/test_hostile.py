@@ -173,10 +173,10 @@ def test_a_layers_pattern_with_a_group_of_its_own_counts_the_layer(make_lm):
 
 def test_names_by_the_thousand_cost_in_proportion(monkeypatch):
     counts = []
-    own = tt_peft.targets.own_modules
+    own = tt_peft.modules.own_modules
     for number in (20, 200):
         calls = []
-        for module in (tt_peft.apply, tt_peft.targets):
+        for module in (tt_peft.apply, tt_peft.modules):
             monkeypatch.setattr(module, "own_modules", lambda model, calls=calls: calls.append(1) or own(model))
         model = nn.ModuleDict({f"l{i}": nn.Linear(2, 2) for i in range(number)})
         names = tuple(model)

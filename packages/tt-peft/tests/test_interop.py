@@ -10,7 +10,7 @@ from torch import nn
 
 import tt_peft
 from tt_peft import LoRAConfig
-from tt_peft.state import entries
+from tt_peft.adapter_files.state import entries
 
 KINDS = {
     "plain": {},
@@ -274,4 +274,4 @@ def test_a_tied_model_without_an_output_layer_names_its_task(make_lm, tmp_path):
     model.config = type("Config", (), {"tie_word_embeddings": True})
     tt_peft.apply_lora_(model, LoRAConfig(rank=2))
     tt_peft.save_adapter(model, tmp_path)
-    assert tt_peft.adapter_files.read_adapter_config(tmp_path)["task_type"] == "CAUSAL_LM"
+    assert tt_peft.adapter_files.folder.read_adapter_config(tmp_path)["task_type"] == "CAUSAL_LM"

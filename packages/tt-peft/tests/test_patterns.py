@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from tt_peft.patterns import Patterns, known, named
+from tt_peft.names import Patterns, known, named
 
 NAMES = [f"model.layers.{i}.{part}" for i in range(12) for part in ("self_attn.q_proj", "mlp.up_proj")]
 

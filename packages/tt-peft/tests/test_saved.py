@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import tt_peft
 from tt_peft import LoRAConfig, apply_lora_
-from tt_peft.saved import SavedModule
+from tt_peft.full_modules import SavedModule
 
 
 def test_a_saved_module_trains_a_copy_and_keeps_its_own_values(make_lm, ids):

@@ -1,6 +1,7 @@
 """LoRA, QLoRA and DoRA on any ``nn.Module``, in place; merge; PEFT adapter files both ways."""
 
-from tt_peft.adapter_files import load_adapter, save_adapter
+from tt_peft.adapter_files.folder import load_adapter, save_adapter
+from tt_peft.adapter_files.state import adapter_state_dict, load_adapter_state_
 from tt_peft.apply import apply_lora_
 from tt_peft.config import LoRAConfig
 from tt_peft.dora import DoRALinear, QDoRALinear
@@ -10,7 +11,6 @@ from tt_peft.merge import LayerLoss, MergeReport, merge_lora_, unmerge_lora_
 from tt_peft.nf4 import NF4Linear, to_nf4
 from tt_peft.optim import lora_plus_groups
 from tt_peft.quantize import dequantize_, quantize_nf4_
-from tt_peft.state import adapter_state_dict, load_adapter_state_
 from tt_peft.switch import (
     active_adapters,
     adapter_config,

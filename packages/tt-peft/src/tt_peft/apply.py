@@ -8,18 +8,12 @@ from torch import nn
 
 from tt_peft.config import LoRAConfig
 from tt_peft.dora import DoRALinear, QDoRALinear
+from tt_peft.full_modules import SavedModule, save_module_
 from tt_peft.initial import init_adapter_
 from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import AdapterModule, LowRankSpec
 from tt_peft.merge import keep_merged_
-from tt_peft.nf4 import NF4Base
-from tt_peft.patterns import layers_of, owner_of
-from tt_peft.quantize import quantizable_names, quantize_linear_
-from tt_peft.saved import SavedModule, save_module_
-from tt_peft.shown import shown
-from tt_peft.stacked import stack_lora_
-from tt_peft.switch import adapter_names, set_adapter_
-from tt_peft.targets import (
+from tt_peft.modules import (
     all_modules,
     check_plain_weight,
     is_embedding,
@@ -31,6 +25,12 @@ from tt_peft.targets import (
     select_modules,
     tied_embedding,
 )
+from tt_peft.names import layers_of, owner_of
+from tt_peft.nf4 import NF4Base
+from tt_peft.quantize import quantizable_names, quantize_linear_
+from tt_peft.shown import shown
+from tt_peft.stacked import stack_lora_
+from tt_peft.switch import adapter_names, set_adapter_
 
 
 def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default") -> list[str]:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
-from tt_peft.patterns import Patterns
+from tt_peft.names import Patterns
 from tt_peft.shown import shown
 
 MOST_RANK = 1 << 17  # no layer of a published model is so narrow in both directions

@@ -6,10 +6,10 @@ PiSSA: https://arxiv.org/abs/2404.02948.
 import torch
 from torch import Tensor, nn
 
+from tt_peft.full_modules import SavedModule, copy_from_base_
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule, LowRank, assign_, low_ranks, normal, principal_factors, row_norms, whole
 from tt_peft.nf4 import dense, is_nf4
-from tt_peft.saved import SavedModule, copy_from_base_
 from tt_peft.switch import modules_of
 
 

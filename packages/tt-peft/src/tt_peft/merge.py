@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from tt_peft.dora import DoRALinear
+from tt_peft.full_modules import SavedModule, own_parameters
 from tt_peft.lora import LoRAEmbedding
 from tt_peft.lowrank import AdapterModule, LowRank, low_ranks, row_norms
+from tt_peft.modules import own_modules
 from tt_peft.nf4 import NF4Linear, dense, is_nf4
-from tt_peft.saved import SavedModule, own_parameters
 from tt_peft.stacked import StackedLoRA
 from tt_peft.switch import adapted_modules, clean_name, plain_class, unwrapped
-from tt_peft.targets import own_modules
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,9 @@ import torch
 from torch import nn
 
 from tt_peft.dora import DoRALinear, QDoRALinear
+from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRALinear, QLoRALinear
-from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
-from tt_peft.patterns import named
-from tt_peft.saved import SavedModule
-from tt_peft.targets import (
+from tt_peft.modules import (
     check_plain_weight,
     is_linear,
     output_projection_names,
@@ -19,6 +17,8 @@ from tt_peft.targets import (
     router_names,
     select,
 )
+from tt_peft.names import named
+from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Linear]] = {
     nn.Linear: NF4Linear,

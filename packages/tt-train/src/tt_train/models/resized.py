@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tt_peft.adapter_files import WEIGHTS_FILE, read_adapter_config, read_adapter_weights
+from tt_peft.adapter_files.folder import WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 from tt_train.errors import ConfigError
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"

@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tt_peft.full_modules import SavedModule
 from tt_peft.initial import materialise_
 from tt_peft.lora import LoRAEmbedding
 from tt_peft.lowrank import AdapterModule, assign_, low_ranks
-from tt_peft.saved import SavedModule
 from tt_peft.stacked import StackedLoRA
 from tt_peft.switch import modules_of
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tt_peft.modules import output_projection_names, own_modules, tied_embedding, untie
 from tt_peft.shown import plain, shown
-from tt_peft.targets import output_projection_names, own_modules, tied_embedding, untie
 
 _PART = 4096  # rows compared at a time, in fp32
 _COPY = ".base_layer"

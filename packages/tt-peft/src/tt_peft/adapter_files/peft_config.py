@@ -91,7 +91,7 @@ _READ: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
     "use_dora": ("true or false", lambda value: isinstance(value, bool)),
-    # tt_peft.embeddings: they are whole layers here
+    # tt_peft.adapter_files.embeddings: they are whole layers here
     "trainable_token_indices": ("a list of token ids, or one by layer", lambda value: isinstance(value, list | dict)),
 }
 _SAME = frozenset(

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tt_peft.adapter_files.fingerprint import difference
 from tt_peft.apply import spec_of, stacked_names, target_names
 from tt_peft.config import LoRAConfig
-from tt_peft.fingerprint import difference
 from tt_peft.lowrank import low_ranks
-from tt_peft.patterns import known, named, owner_of
+from tt_peft.modules import full_matches, is_linear, own_modules
+from tt_peft.names import known, named, owner_of
 from tt_peft.shown import listed, plain
 from tt_peft.switch import modules_of
-from tt_peft.targets import full_matches, is_linear, own_modules
 
 BASE_KEY = "tt_base"
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from tt_peft.adapter_checks import (
+from tt_peft.adapter_files.checks import (
     BASE_KEY,
     as_here,
     check_amount,
@@ -23,18 +23,19 @@ from tt_peft.adapter_checks import (
     check_targets,
     precise,
 )
+from tt_peft.adapter_files.embeddings import take_embeddings
+from tt_peft.adapter_files.files import HEADER_BYTES, read_json, read_start, write
+from tt_peft.adapter_files.fingerprint import encode, fingerprint
+from tt_peft.adapter_files.peft_config import Members, config_from_peft, config_to_peft
+from tt_peft.adapter_files.state import adapter_state_dict, entries, load_adapter_state_
 from tt_peft.apply import apply_lora_
 from tt_peft.config import LoRAConfig
-from tt_peft.embeddings import take_embeddings
-from tt_peft.files import HEADER_BYTES, read_json, read_start, write
-from tt_peft.fingerprint import encode, fingerprint
+from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import low_ranks, whole
-from tt_peft.peft_config import Members, config_from_peft, config_to_peft
-from tt_peft.saved import SavedModule
+from tt_peft.modules import output_projection_names, own_modules, tied_embedding
 from tt_peft.shown import listed, plain, shown
 from tt_peft.stacked import StackedLoRA
-from tt_peft.state import adapter_state_dict, entries, load_adapter_state_
 from tt_peft.switch import (
     active_adapters,
     adapter_config,
@@ -45,7 +46,6 @@ from tt_peft.switch import (
     set_adapter_,
     unwrapped,
 )
-from tt_peft.targets import output_projection_names, own_modules, tied_embedding
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
