@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-import tt_ckpt.endpoint
+import tt_ckpt.hub.endpoint
 import tt_data.rows.endpoint
 
 URLS = (
@@ -22,13 +22,15 @@ def verdict(package, url):
 
 @pytest.mark.parametrize("url", ["", *URLS])
 def test_both_judge_a_url_alike_and_say_the_same(url):
-    assert verdict(tt_ckpt.endpoint, url) == verdict(tt_data.rows.endpoint, url)
+    assert verdict(tt_ckpt.hub.endpoint, url) == verdict(tt_data.rows.endpoint, url)
 
 
 @pytest.mark.parametrize("name", ["_is_home", "refuse_proxy", "_Once", "_say_once"])
 def test_what_both_have_is_the_same(name):
-    assert inspect.getsource(getattr(tt_ckpt.endpoint, name)) == inspect.getsource(getattr(tt_data.rows.endpoint, name))
+    assert inspect.getsource(getattr(tt_ckpt.hub.endpoint, name)) == inspect.getsource(
+        getattr(tt_data.rows.endpoint, name)
+    )
 
 
 def test_both_speak_through_one_logger():
-    assert tt_ckpt.endpoint._said is tt_data.rows.endpoint._said
+    assert tt_ckpt.hub.endpoint._said is tt_data.rows.endpoint._said

@@ -134,7 +134,7 @@ def test_nothing_heavy_is_loaded_with_the_command_line():
 
 
 READERS_OF_PICKLES = {
-    "tt_ckpt.pickles": "the one door for .bin and .pth files, behind --allow-pickle",
+    "tt_ckpt.formats.pickles": "the one door for .bin and .pth files, behind --allow-pickle",
 }
 
 

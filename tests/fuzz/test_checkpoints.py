@@ -9,7 +9,7 @@ import torch
 
 import tt_ckpt
 from tt_ckpt.commit import _digest, encode_json
-from tt_ckpt.parts import Group
+from tt_ckpt.train.tensor_groups import Group
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_any_state_is_read_or_refused(saved: Path, fuzz: Any) -> None:
 
 
 def test_any_layout_of_parts_is_used_or_refused(tmp_path: Path, fuzz: Any) -> None:
-    from tt_ckpt.tensor_file import write_tensor_dict
+    from tt_ckpt.safetensors_file import write_tensor_dict
 
     write_tensor_dict(tmp_path / "g.0.safetensors", {"x@0": torch.ones(2), "x@2": torch.ones(1), "y@": torch.ones(())})
     chunks = [{"file": "g.0.safetensors", "offsets": [i], "sizes": [n]} for i, n in ((0, 2), (2, 1))]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
-from tt_ckpt import hub
-from tt_ckpt.endpoint import check_url
-from tt_ckpt.hub_names import check_listing, check_repo_id, check_revision
-from tt_ckpt.redact import MARK, redact, redact_data, secret_line
+from tt_ckpt.hub import download as hub
+from tt_ckpt.hub.endpoint import check_url
+from tt_ckpt.hub.names import check_listing, check_repo_id, check_revision
+from tt_ckpt.redaction import MARK, redact, redact_data, secret_line
 
 VALUE = "canary/Value+\"quotes'<&"
 TEXTS = [

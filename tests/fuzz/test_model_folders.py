@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import save_file
 
 import tt_ckpt
-from tt_ckpt.dcp import DistributedFolder
 from tt_ckpt.files import read_json
-from tt_ckpt.formats import open_model
-from tt_ckpt.layout import read_layout
-from tt_ckpt.pickles import read_pickled
-from tt_ckpt.shards import find_shards
+from tt_ckpt.formats.dcp import DistributedFolder
+from tt_ckpt.formats.pickles import read_pickled
+from tt_ckpt.formats.source import open_model
+from tt_ckpt.hf.layout import read_layout
+from tt_ckpt.hf.shards import find_shards
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1,

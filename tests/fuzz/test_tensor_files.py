@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tt_ckpt.tensor_file import read_header
+from tt_ckpt.safetensors_file import read_header
 
 HEADER = {
     "a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]},

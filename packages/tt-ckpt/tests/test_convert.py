@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import tt_ckpt
-from tt_ckpt.rename import Rename
-from tt_ckpt.rotary import to_half_split, to_interleaved
+from tt_ckpt.formats.rename import Rename
+from tt_ckpt.formats.rotary import to_half_split, to_interleaved
 
 
 def round_trip(source, between, back, to, **options):
@@ -383,10 +383,11 @@ def test_tied_tensors_that_differ_are_refused(model_dir, tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "meta", "torchtune"])
 def test_a_bit_that_flips_while_writing_is_found_by_reading_back(model_dir, tmp_path, monkeypatch, to):
-    from tt_ckpt import pickles, tensor_file
+    from tt_ckpt import safetensors_file
+    from tt_ckpt.formats import pickles
 
     source = model_dir()
-    original, calls = tensor_file.byte_views, []
+    original, calls = safetensors_file.byte_views, []
 
     def flipping(tensor):
         for piece in original(tensor):
@@ -396,7 +397,7 @@ def test_a_bit_that_flips_while_writing_is_found_by_reading_back(model_dir, tmp_
                 data[3] ^= 8
             yield memoryview(data)
 
-    monkeypatch.setattr(tensor_file, "byte_views", flipping)
+    monkeypatch.setattr(safetensors_file, "byte_views", flipping)
     monkeypatch.setattr(pickles, "byte_views", flipping)
     with pytest.raises(ValueError, match="reading back: .* differs from what was written"):
         tt_ckpt.convert(source, tmp_path / "out", to)

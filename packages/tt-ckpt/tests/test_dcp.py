@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 import tt_ckpt
-from tt_ckpt.dcp import DistributedFolder
+from tt_ckpt.formats.dcp import DistributedFolder
 
 
 def save(path, state):

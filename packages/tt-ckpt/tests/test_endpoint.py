@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import tt_ckpt
-from tt_ckpt import hub
-from tt_ckpt.endpoint import check_endpoint, check_url
+from tt_ckpt.hub import download as hub
+from tt_ckpt.hub.endpoint import check_endpoint, check_url
 
 pytest.importorskip("huggingface_hub")
 CANARY = "hf_CANARYcanaryCANARYcanary123"

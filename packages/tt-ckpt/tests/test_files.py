@@ -269,7 +269,7 @@ def test_the_rule_for_files_comes_without_torch_and_every_name_is_there():
     code = (
         "import sys, tt_ckpt; from tt_ckpt import files\n"
         "assert 'torch' not in sys.modules\n"
-        "import tt_ckpt.upload, tt_ckpt.convert, tt_ckpt.redact\n"
+        "import tt_ckpt.hub.upload, tt_ckpt.formats.convert, tt_ckpt.redaction\n"
         "assert all(callable(getattr(tt_ckpt, name)) for name in tt_ckpt.__all__)\n"
         "assert tt_ckpt.commit.sha256_of and not hasattr(tt_ckpt, 'nothing')\n"
     )

@@ -10,9 +10,9 @@ import torch
 
 import tt_ckpt
 from tt_ckpt.commit import _digest, encode_json, verify
-from tt_ckpt.layout import read_layout
-from tt_ckpt.names import check_basename, safe_file
-from tt_ckpt.shards import find_shards
+from tt_ckpt.hf.layout import read_layout
+from tt_ckpt.hf.shards import find_shards
+from tt_ckpt.safe_names import check_basename, safe_file
 
 ODD = [
     None,

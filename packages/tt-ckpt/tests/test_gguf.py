@@ -479,7 +479,7 @@ def test_a_pipe_a_link_to_nothing_and_a_wrong_name_are_refused_at_once(tmp_path)
 
 
 def test_without_the_gguf_package_the_extra_is_named(tmp_path, monkeypatch):
-    from tt_ckpt.gguf_blocks import quant_sizes
+    from tt_ckpt.formats.gguf.blocks import quant_sizes
 
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     quant_sizes.cache_clear()
@@ -496,7 +496,7 @@ def test_several_models_in_a_directory_are_named(tmp_path):
 
 
 def test_memory_follows_the_largest_tensor_and_not_the_file(tmp_path):
-    from tt_ckpt import gguf_file
+    from tt_ckpt.formats.gguf import file as gguf_file
 
     tensor = gguf_file.GGUFTensor(
         file=tmp_path / "rows", start=0, kind="Q8_0", shape=(40_000, 1024), row_bytes=1024 // 32 * 34

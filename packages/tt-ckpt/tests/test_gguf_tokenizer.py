@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import tt_ckpt
-from tt_ckpt import gguf_file, gguf_model
+from tt_ckpt.formats.gguf import file as gguf_file
+from tt_ckpt.formats.gguf import model as gguf_model
 
 gguf = pytest.importorskip("gguf")
 tokenizers = pytest.importorskip("tokenizers")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import tt_ckpt
-from tt_ckpt.formats import open_model
-from tt_ckpt.tensor_file import read_header
+from tt_ckpt.formats.source import open_model
+from tt_ckpt.safetensors_file import read_header
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 4900000000\n"
 PAGE = b"<!DOCTYPE html>\n<html><title>Sign in</title></html>"
@@ -380,7 +380,7 @@ def test_a_checkpoint_of_another_step_is_refused(checkpoints):
 
 
 def test_parts_that_lie_over_each_other_are_refused(tmp_path):
-    from tt_ckpt.parts import Group
+    from tt_ckpt.train.tensor_groups import Group
 
     chunk = {"file": "g.00000.safetensors", "offsets": [0], "sizes": [2]}
     layout = {"tensors": {"x": {"dtype": "F32", "shape": [4], "chunks": [chunk, chunk]}}}
@@ -439,7 +439,7 @@ def test_a_sparse_gguf_file_takes_no_memory(tmp_path):
     )
     os.truncate(lists, 1 << 41)
     code = (
-        "import resource, sys, tt_ckpt.gguf_file as g; from pathlib import Path\n"
+        "import resource, sys, tt_ckpt.formats.gguf.file as g; from pathlib import Path\n"
         "g.quant_sizes(); size = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + 2**29,) * 2)\n"
         "for name in sys.argv[1:]:\n"

@@ -8,8 +8,9 @@ import time
 import pytest
 
 import tt_ckpt
-from tt_ckpt import endpoint, hub
-from tt_ckpt.hub_names import check_repo_id, check_revision
+from tt_ckpt.hub import download as hub
+from tt_ckpt.hub import endpoint
+from tt_ckpt.hub.names import check_repo_id, check_revision
 
 pytest.importorskip("huggingface_hub")
 REPO = "someone/some-model"
@@ -82,7 +83,7 @@ def test_what_is_no_repository_id_is_refused_before_a_request(server, name):
         tt_ckpt.download(name)
     assert one_line(caught.value)
     with pytest.raises(ValueError, match="repository id"):
-        tt_ckpt.hub.snapshot(name)
+        hub.snapshot(name)
     assert server.log == []
 
 
@@ -111,7 +112,7 @@ def test_repository_ids_are_accepted(name):
     ["../../x", "a/../../b", "/etc/x", "-x", "", "a b", "a\nb", "a\0", "a//b", "a/./b", "x" * 300, "\x1b[1m"],
 )
 def test_a_revision_that_would_be_a_path_elsewhere_is_refused(server, revision, tmp_path):
-    for action in (tt_ckpt.download, tt_ckpt.hub.snapshot):
+    for action in (tt_ckpt.download, hub.snapshot):
         with pytest.raises(ValueError, match="revision: .* is not a branch, tag or commit") as caught:
             action(REPO, revision=revision)
         assert one_line(caught.value)

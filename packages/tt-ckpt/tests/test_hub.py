@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tt_ckpt
-from tt_ckpt.hub import FIRST_CONTACT_S
+from tt_ckpt.hub.download import FIRST_CONTACT_S
 
 hub = pytest.importorskip("huggingface_hub")
 CANARY = "hf_CANARYcanaryCANARYcanary123"
@@ -441,7 +441,7 @@ def test_a_hub_that_never_answers_is_given_up_soon(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     pauses = []
-    monkeypatch.setattr("tt_ckpt.hub.time.sleep", pauses.append)
+    monkeypatch.setattr("tt_ckpt.hub.download.time.sleep", pauses.append)
     with pytest.raises(ConnectionError, match="no directory of that name here"):
         tt_ckpt.download("nobody/nothing", output_dir=tmp_path)
     assert all(pause <= FIRST_CONTACT_S for pause in pauses)  # a hub that has answered is waited for longer

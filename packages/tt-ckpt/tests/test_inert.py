@@ -11,9 +11,9 @@ import zipfile
 import pytest
 import torch
 
-from tt_ckpt.dcp import DistributedFolder
-from tt_ckpt.inert import read_inert
-from tt_ckpt.pickles import read_pickled
+from tt_ckpt.formats.dcp import DistributedFolder
+from tt_ckpt.formats.pickle_records import read_inert
+from tt_ckpt.formats.pickles import read_pickled
 
 
 def everything(_name):
@@ -151,7 +151,7 @@ def test_a_name_that_is_not_printable_is_shown_as_it_is_spelt(tmp_path):
 
 def test_a_large_hostile_pickle_is_answered_within_memory():
     code = (
-        "import resource; from tt_ckpt.inert import read_inert\n"
+        "import resource; from tt_ckpt.formats.pickle_records import read_inert\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30,) * 2)\n"
         "for data in (b'(' * 10**8, b']' * 10**8, (b'](' + b']' * 100000 + b'e0') * 10**3, b'X\\xff\\xff\\xff\\x7f'):\n"
         "    try: read_inert(b'\\x80\\x02' + data + b'.', bool, bool)\n"

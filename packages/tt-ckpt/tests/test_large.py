@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 import tt_ckpt
-from tt_ckpt import parts
-from tt_ckpt.pickles import _data_offsets, read_pickled
-from tt_ckpt.placed_file import PlacedFile
-from tt_ckpt.shards import OpenShards, encode_index, find_shards, split
-from tt_ckpt.tensor_file import MappedFile, TensorSpec, byte_views, encode_header, read_header
-from tt_ckpt.weights import is_finite, num_not_finite, same_bytes
+from tt_ckpt.formats.pickles import _data_offsets, read_pickled
+from tt_ckpt.hf.placed_file import PlacedFile
+from tt_ckpt.hf.shards import OpenShards, encode_index, find_shards, split
+from tt_ckpt.hf.weights import is_finite, num_not_finite, same_bytes
+from tt_ckpt.safetensors_file import MappedFile, TensorSpec, byte_views, encode_header, read_header
+from tt_ckpt.train import tensor_groups
 
 ABOVE_24, ABOVE_31 = 2**24 + 3, 2**31 + 5
 
@@ -151,19 +151,19 @@ def test_a_training_state_above_two_to_the_24_comes_back_whole(tmp_path):
 
 def test_parts_of_a_tensor_above_two_to_the_31_are_put_where_they_belong():
     rows = 2**20
-    whole = parts.Whole(
+    whole = tensor_groups.Whole(
         torch.bfloat16,
         (rows, 4096),
-        tuple(parts.Part("f", f"k{i}", (i * rows // 4, 0), (rows // 4, 4096)) for i in range(4)),
+        tuple(tensor_groups.Part("f", f"k{i}", (i * rows // 4, 0), (rows // 4, 4096)) for i in range(4)),
     )
     boxes = [(part.offsets, part.sizes) for part in whole.parts]
-    assert parts.is_cover(whole.shape, boxes)
+    assert tensor_groups.is_cover(whole.shape, boxes)
     assert math.prod(whole.shape) > ABOVE_31
     target = torch.empty(whole.shape, dtype=whole.dtype, device="meta")
-    last = parts.box(target, whole.parts[3].offsets, whole.parts[3].sizes)
+    last = tensor_groups.box(target, whole.parts[3].offsets, whole.parts[3].sizes)
     assert (last.shape, last.storage_offset()) == ((rows // 4, 4096), 3 * rows // 4 * 4096)
-    assert not parts.is_cover(whole.shape, boxes[:3])
-    assert not parts.is_cover(whole.shape, [*boxes[:3], boxes[2]])
+    assert not tensor_groups.is_cover(whole.shape, boxes[:3])
+    assert not tensor_groups.is_cover(whole.shape, [*boxes[:3], boxes[2]])
 
 
 def test_a_pickled_tensor_above_two_to_the_31_is_found_behind_it_and_read_by_slices(tmp_path):
@@ -185,7 +185,7 @@ def test_a_pickled_tensor_above_two_to_the_31_is_found_behind_it_and_read_by_sli
 
 def test_a_quantized_tensor_above_two_to_the_31_is_read_by_rows(tmp_path):
     gguf = pytest.importorskip("gguf")
-    from tt_ckpt.gguf_file import GGUFTensor, read_rows
+    from tt_ckpt.formats.gguf.file import GGUFTensor, read_rows
 
     width, rows = 4096, 2**31 // 4096 + 2
     row = gguf.quantize(np.arange(width, dtype=np.float32)[None], gguf.GGMLQuantizationType.Q8_0)

@@ -156,7 +156,7 @@ def test_adapter_parameters_are_left_alone(tiny, model_dir):
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
 def test_a_tensor_of_many_pieces_is_cast_as_a_whole_is(tmp_path, monkeypatch, to):
-    monkeypatch.setattr("tt_ckpt.placed_file._PIECE", 64)
+    monkeypatch.setattr("tt_ckpt.hf.placed_file._PIECE", 64)
     values = torch.randn(37, 5)
     save_file({"weight": values, "bias": torch.randn(37)}, tmp_path / "model.safetensors")
     with torch.device("meta"):
@@ -450,7 +450,7 @@ def test_a_path_that_looks_like_a_hub_id_is_asked_for_there_and_then_compared_wi
         def fails(name, error=error):
             raise error(f"{name}: not there")
 
-        monkeypatch.setattr("tt_ckpt.hub.snapshot", fails)
+        monkeypatch.setattr("tt_ckpt.hub.download.snapshot", fails)
         with pytest.raises(error, match="^runs/frist: not there; did you mean runs/first"):
             tt_ckpt.resolve("runs/frist")
         with pytest.raises(error, match="^some/thing: not there$"):

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import tt_ckpt
-from tt_ckpt.meta_params import config_from_params, feed_forward_params, params_from_config
-from tt_ckpt.tensor_file import TensorSpec
+from tt_ckpt.formats.meta_params import config_from_params, feed_forward_params, params_from_config
+from tt_ckpt.safetensors_file import TensorSpec
 
 # params.json as published, and what the Hugging Face repositories of the same models say
 LLAMA2_7B = {"dim": 4096, "multiple_of": 256, "n_heads": 32, "n_layers": 32, "norm_eps": 1e-5, "vocab_size": -1}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tt_ckpt
-from tt_ckpt.pickles import read_pickled, write_pickled
-from tt_ckpt.tensor_file import DTYPES, spec_of
+from tt_ckpt.formats.pickles import read_pickled, write_pickled
+from tt_ckpt.safetensors_file import DTYPES, spec_of
 
 
 class Canary:

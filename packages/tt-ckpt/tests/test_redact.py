@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tt_ckpt.redact import MARK, redact, redact_data, redact_known, secret_line
+from tt_ckpt.redaction import MARK, redact, redact_data, redact_known, secret_line
 
 VALUE = "canary/Value with+\"quotes'\\&<e"
 
@@ -291,7 +291,7 @@ def test_long_texts_take_time_in_proportion(piece):
 
 
 def test_the_package_has_one_function_of_the_name():
-    import tt_ckpt.upload
+    import tt_ckpt.hub.upload
 
     assert tt_ckpt.redact is redact
 

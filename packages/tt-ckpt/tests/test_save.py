@@ -184,7 +184,7 @@ def test_what_can_fail_for_its_own_reasons_is_written_before_the_weights(tiny, m
     source = model_dir()
     (source / "tokenizer_config.json").symlink_to(tmp_path / "away")
     (tmp_path / "away").write_text("{}")
-    monkeypatch.setattr("tt_ckpt.hf.write_shards", lambda *_: pytest.fail("the weights came first"))
+    monkeypatch.setattr("tt_ckpt.hf.save.write_shards", lambda *_: pytest.fail("the weights came first"))
     with pytest.raises(ValueError, match="a link that leaves its folder"):
         tt_ckpt.save_hf(tiny(), tmp_path / "out", config={}, source=source)
     with pytest.raises(FileNotFoundError):
@@ -365,21 +365,21 @@ def test_an_existing_directory_may_be_a_disk_of_its_own(tiny, tmp_path, monkeypa
     path = tmp_path / "mounted"
     path.mkdir()
     seen = []
-    monkeypatch.setattr("tt_ckpt.hf.write_config", lambda *args: seen.extend(p.name for p in tmp_path.iterdir()))
+    monkeypatch.setattr("tt_ckpt.hf.save.write_config", lambda *args: seen.extend(p.name for p in tmp_path.iterdir()))
     tt_ckpt.save_hf(tiny(), path, config={})
     assert seen == ["mounted"]
     assert [p.name for p in path.iterdir()] == ["model.safetensors"]
 
 
 def test_two_that_write_the_same_directory_do_not_mix(tiny, config, tmp_path, monkeypatch, equal_models):
-    path, write_config = tmp_path / "out", tt_ckpt.hf.write_config
+    path, write_config = tmp_path / "out", tt_ckpt.hf.save.write_config
 
     def other_comes_first(*args):
-        monkeypatch.setattr("tt_ckpt.hf.write_config", write_config)
+        monkeypatch.setattr("tt_ckpt.hf.save.write_config", write_config)
         tt_ckpt.save_hf(tiny(2), path, config=config(), max_shard_size="20KB")
         write_config(*args)
 
-    monkeypatch.setattr("tt_ckpt.hf.write_config", other_comes_first)
+    monkeypatch.setattr("tt_ckpt.hf.save.write_config", other_comes_first)
     with pytest.raises(FileExistsError, match=r"model-00001-of-\d+.safetensors has come meanwhile"):
         tt_ckpt.save_hf(tiny(1), path, config=config())
     found = tiny(3)

@@ -134,12 +134,12 @@ def fail(rank, directory, which):
     save(rank, directory, 1)
     checkpoints = TrainCheckpoint(directory)
     if rank == which:
-        import tt_ckpt.sharded
+        import tt_ckpt.train.sharded
 
         def full(*_, **__):
             raise OSError(28, "No space left on device")
 
-        tt_ckpt.sharded.write_tensors = full
+        tt_ckpt.train.sharded.write_tensors = full
     with pytest.raises(CheckpointNotSaved, match=f"rank {which}: .*No space left"):
         checkpoints.save(2, tensors=spread(whole(2)), state={})
     dist.barrier()
@@ -324,7 +324,7 @@ def test_a_dead_peer_makes_a_failed_save_not_a_partial_one(ranks, tmp_path):
     lambda t: t.update(w=3),
 ])  # fmt: skip
 def test_a_layout_that_lies_is_refused(ranks, tmp_path, change):
-    from tt_ckpt.parts import Group
+    from tt_ckpt.train.tensor_groups import Group
 
     ranks(2, save, tmp_path / "run")
     path = tmp_path / "run" / "step-000001"
@@ -343,7 +343,7 @@ def test_a_background_failure_is_noticed_at_the_next_check(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr("tt_ckpt.parts.write_tensor_dict", full)
+        patch.setattr("tt_ckpt.train.tensor_groups.write_tensor_dict", full)
         checkpoints.save_async(2, tensors=whole(2), state={})
         while checkpoints._background._thread.is_alive():
             time.sleep(0.01)
@@ -359,9 +359,9 @@ def test_a_background_failure_is_noticed_at_the_next_check(tmp_path, monkeypatch
 
 
 def test_at_most_one_background_save_is_under_way(tmp_path, monkeypatch):
-    from tt_ckpt import parts
+    from tt_ckpt.train import tensor_groups
 
-    original, running, most = parts.write_tensor_dict, [], []
+    original, running, most = tensor_groups.write_tensor_dict, [], []
 
     def slow(*args, **kwargs):
         running.append(1)
@@ -371,7 +371,7 @@ def test_at_most_one_background_save_is_under_way(tmp_path, monkeypatch):
         running.pop()
         return result
 
-    monkeypatch.setattr(parts, "write_tensor_dict", slow)
+    monkeypatch.setattr(tensor_groups, "write_tensor_dict", slow)
     checkpoints = TrainCheckpoint(tmp_path / "run")
     for step in (1, 2, 3):
         checkpoints.save_async(step, tensors={"a": {"x": torch.ones(2)}}, state={})

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tt_ckpt.layout import read_layout
-from tt_ckpt.shards import OpenShards, encode_index, find_shards, format_size, parse_size, read_json, split
-from tt_ckpt.tensor_file import TensorSpec, spec_of
+from tt_ckpt.hf.layout import read_layout
+from tt_ckpt.hf.shards import OpenShards, encode_index, find_shards, format_size, parse_size, read_json, split
+from tt_ckpt.safetensors_file import TensorSpec, spec_of
 
 
 def specs(*sizes):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tt_ckpt.slots import find_slots
+from tt_ckpt.hf.parameters import find_slots
 
 
 class Adapted(nn.Linear):

@@ -29,7 +29,7 @@ def test_light_commands_import_neither_torch_nor_rich_nor_more_of_a_leaf_than_re
     imported = {name.split(".")[0] for name in modules}
     assert "click" in imported
     assert not imported & {"torch", "numpy", "rich", "omegaconf", "tt_models", "tt_data", "tt_peft"}
-    assert {name for name in modules if name.startswith("tt_ckpt")} == {"tt_ckpt", "tt_ckpt.redact"}
+    assert {name for name in modules if name.startswith("tt_ckpt")} == {"tt_ckpt", "tt_ckpt.redaction"}
 
 
 def test_completion_offers_verbs_and_recipes_without_torch(tt_process):

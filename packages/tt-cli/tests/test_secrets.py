@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("tt_ckpt.hub.FIRST_CONTACT_S", 0.0)
+    monkeypatch.setattr("tt_ckpt.hub.download.FIRST_CONTACT_S", 0.0)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)

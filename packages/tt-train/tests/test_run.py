@@ -464,8 +464,8 @@ def full_disk(monkeypatch):
                 raise OSError(errno.ENOSPC, "No space left on device")
             return real(folder, *rest)
 
-        real = tt_ckpt.train_checkpoint.write_groups
-        monkeypatch.setattr(tt_ckpt.train_checkpoint, "write_groups", write)
+        real = tt_ckpt.train.checkpoint.write_groups
+        monkeypatch.setattr(tt_ckpt.train.checkpoint, "write_groups", write)
 
     return fill
 

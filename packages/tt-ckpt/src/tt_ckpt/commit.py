@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from tt_ckpt.files import TMP_PREFIX, create, read_bytes, regular, sync
-from tt_ckpt.names import check_basename
+from tt_ckpt.safe_names import check_basename
 from tt_ckpt.shown import plain, quoted
 
 MANIFEST_NAME = "MANIFEST.json"

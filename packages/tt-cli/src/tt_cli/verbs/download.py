@@ -25,7 +25,7 @@ def command(
 
     The token is read from HF_TOKEN or from `hf auth login`; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
     """
-    from tt_ckpt import hub
+    from tt_ckpt.hub import download as hub
 
     wanted, unwanted = allow or hub.WANTED, ignore or hub.UNWANTED
     done = hub.download(repo, revision=revision, output_dir=output, allow=wanted, ignore=unwanted)

@@ -25,7 +25,7 @@ def command(
 
     A run directory stands for its adapter or its model. The token is read from HF_TOKEN or from `hf auth login`.
     """
-    from tt_ckpt.upload import upload
+    from tt_ckpt.hub.upload import upload
     from tt_train.run.dir import results_of
 
     done = upload(results_of(path), repo, private=not public, revision=revision, message=message, dry_run=dry_run)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tt_ckpt.endpoint import check_url
+from tt_ckpt.hub.endpoint import check_url
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.optim import make_optimizer

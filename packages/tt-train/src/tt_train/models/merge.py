@@ -11,8 +11,8 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_ckpt.directory import check_room
 from tt_ckpt.files import TMP_PREFIX, create
+from tt_ckpt.hf.directory import check_room
 from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
 from tt_train.models.load import add_adapter_, check_tokens, load_stopped, model_config

@@ -1,0 +1,1 @@
+"""Formats other than Hugging Face's: Meta, torchtune, GGUF, pickles; and conversion between them."""

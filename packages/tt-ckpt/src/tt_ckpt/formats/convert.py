@@ -1,0 +1,190 @@
+"""From one format of model directory to another: streamed, read back, and only then there."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from tt_ckpt import commit
+from tt_ckpt.formats.gguf.file import find_gguf, is_gguf
+from tt_ckpt.formats.limits import refuse_unsaid
+from tt_ckpt.formats.meta import write_meta
+from tt_ckpt.formats.source import open_model
+from tt_ckpt.formats.torchtune import write_torchtune
+from tt_ckpt.hf.directory import (
+    check_destination,
+    check_room,
+    copy_companions,
+    has_tokenizer,
+    make_tmp,
+    publish,
+    resolve,
+    write_config,
+)
+from tt_ckpt.hf.layout import choose_layout, read_layout, write_layout
+from tt_ckpt.hf.save import counter, write_shards
+from tt_ckpt.hf.sizes import refuse_missing_layers
+from tt_ckpt.hf.weights import EMBEDDING, Weights, cast, compare
+from tt_ckpt.shown import plain, quoted
+
+Format = Literal["hf", "meta", "torchtune"]
+FORMATS = ("hf", "meta", "torchtune")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What a conversion did, or with ``dry_run`` would do. Plain data."""
+
+    source: str
+    destination: str
+    source_format: str
+    to: str
+    model_type: str
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    dtypes: list[str]
+    files: list[str]
+    verified: bool
+    seconds: float
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: Format = "hf",
+    *,
+    allow_pickle: bool = False,
+    config: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    num_parts: int = 1,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Conversion:
+    """Write the model of ``source`` (directory, hub id or GGUF file) to ``destination`` in the format ``to``.
+
+    One tensor at a time goes from the mapped files to the new ones; then everything is read back and compared, and
+    only then does ``destination`` appear. Tokenizer, template and generation files come along; those of a GGUF file
+    are made from it.
+
+    ``allow_pickle``: read ``.pth``, ``.pt`` and ``.bin`` files (restricted unpickler; still only if you trust them).
+    ``config``: a directory with the config.json or params.json that the source lacks; of a GGUF file, the original
+    model's, whose tokenizer is taken instead. ``dtype``: cast floating tensors (default: as they are; those of a GGUF
+    file with quantized tensors are float32). ``max_shard_size``: of hf. ``num_parts``: model-parallel parts of meta.
+    ``progress(done, total)`` counts bytes, each twice: written and read back.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
+    started = time.monotonic()
+    target = Path(destination).expanduser()
+    base = None if config is None else resolve(config)
+    directory, weights = _open(source, allow_pickle, base)
+    with _of(directory):
+        _check_config(weights, directory, to)
+    weights = weights if dtype is None else cast(weights, dtype)
+    old = check_destination(target, overwrite=overwrite)
+    check_room(target, weights.nbytes)
+    files: list[str] = []
+    if not dry_run:
+        tmp = make_tmp(target)
+        try:
+            advance = counter(progress, 2 * weights.nbytes)
+            own = [] if weights.format == "gguf" else [weights.files[0].parent, directory]
+            origins = list(dict.fromkeys([*own, *([base] if base else [])]))
+            with _of(directory):
+                _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
+            compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
+            files = commit.list_files(tmp)
+            publish(tmp, target, old, overwrite=overwrite)
+        finally:
+            commit.remove_tree(tmp)
+    return Conversion(
+        source=str(directory),
+        destination=str(target),
+        source_format=weights.format,
+        to=to,
+        model_type=plain(weights.family),
+        num_tensors=len(weights.specs),
+        num_parameters=sum(spec.numel for spec in weights.specs.values()),
+        num_bytes=weights.nbytes,
+        dtypes=sorted({str(spec.dtype).removeprefix("torch.") for spec in weights.specs.values()}),
+        files=files,
+        verified=not dry_run,
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Path, Weights]:
+    """Where the model is, and the model. A GGUF file is one by itself, or alone in a directory."""
+    path = Path(source).expanduser()
+    file = path if is_gguf(path) else None
+    if file is None:
+        path = resolve(source)
+        file = find_gguf(path)
+    if file is None:
+        with _of(base or path):
+            return path, open_model(path, allow_pickle=allow_pickle, config=base)
+    from tt_ckpt.formats.gguf.model import from_gguf
+
+    return file, from_gguf(file, tokenizer=base is None or not has_tokenizer(base))
+
+
+@contextmanager
+def _of(directory: Path) -> Iterator[None]:
+    """Name the folder of the config.json that an error is about."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("config.json"):
+            raise ValueError(f"{directory}/{error}") from None
+        raise
+
+
+def _check_config(weights: Weights, directory: Path, to: str) -> None:
+    """A config that does not fit: layers that are not there, a resized embedding, what the format cannot say."""
+    if not weights.config:
+        raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
+    refuse_missing_layers(directory, weights.config, {name: spec.shape for name, spec in weights.specs.items()})
+    if to != "hf":
+        refuse_unsaid(weights.config, to)
+    stated, embedding = weights.config.get("vocab_size"), weights.specs.get(EMBEDDING)
+    if stated is not None and embedding is not None and stated != embedding.shape[0]:
+        raise ValueError(
+            f"{directory}: config.json: vocab_size {quoted(stated)}, but {EMBEDDING} has {embedding.shape[0]} rows; "
+            f"set vocab_size to {embedding.shape[0]}, or take the weights that were saved with this config"
+        )
+
+
+def _write(
+    weights: Weights,
+    origins: list[Path],
+    tmp: Path,
+    to: str,
+    *,
+    max_shard_size: str | int,
+    num_parts: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Into ``tmp``; config, companions and layout from the first of ``origins`` that has them."""
+    for name, text in weights.companions.items():
+        commit.write_bytes(tmp / name, text.encode())
+    configured = next((origin for origin in origins if (origin / "config.json").exists()), None)
+    write_config(tmp / "config.json", weights.config, weights.specs, configured)
+    for origin in origins:
+        copy_companions(origin, tmp)
+    layout = next(filter(None, map(read_layout, origins)), None)
+    if to == "hf":
+        write_shards(weights, tmp, choose_layout(layout, weights.specs, max_shard_size), advance)
+        return
+    if to == "meta":
+        write_meta(weights, tmp, num_parts=num_parts, progress=advance)
+    else:
+        write_torchtune(weights, tmp, progress=advance)
+    if layout is not None:
+        write_layout(layout, tmp)

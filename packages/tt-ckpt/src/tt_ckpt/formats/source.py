@@ -1,0 +1,168 @@
+"""What a model directory holds, and its tensors under Hugging Face names, whatever the format."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tt_ckpt.files import inside, read_json
+from tt_ckpt.formats.dcp import METADATA_NAME, DistributedFolder
+from tt_ckpt.formats.meta import from_meta
+from tt_ckpt.formats.pickles import read_pickled
+from tt_ckpt.formats.torchtune import from_torchtune
+from tt_ckpt.hf.directory import CONFIG_BYTES, read_config
+from tt_ckpt.hf.save import open_hf
+from tt_ckpt.hf.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights, shard_names
+from tt_ckpt.hf.weights import Weights, specs_of, without_copies
+from tt_ckpt.placeholder import DOWNLOAD
+from tt_ckpt.safe_names import safe_file
+from tt_ckpt.safetensors_file import MappedFile
+from tt_ckpt.shown import listed, plain, quoted
+
+MISTRAL_NAME = "consolidated.safetensors"
+_MISTRAL_SHARD = re.compile(r"consolidated-\d{5}-of-(\d{5})\.safetensors")
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+# in the order in which they are looked for; the number in (..) is the epoch, of which the last is taken
+_PICKLE_SETS = (
+    r"consolidated\.\d\d\.pth",
+    r"pytorch_model\.bin",
+    r"torchtune_model_(\d+)\.pt",
+    r"meta_model_(\d+)\.pt",
+    r"hf_model_\d{4}_(\d+)\.pt",
+    r"(?:ft-)?model-\d{5}-of-\d{5}\.bin",
+    r"[^.].*\.(?:pth|pt|bin)",
+)
+_NOT_MODELS = re.compile(r"(adapter|recipe_state|optimizer|scheduler|training_args|rng_state).*")
+
+
+def open_model(directory: Path, *, allow_pickle: bool = False, config: Path | None = None) -> Weights:
+    """Find the weights of ``directory``, say which format they are in, and give them under Hugging Face names.
+
+    ``config``: a directory with config.json or params.json where the weights' own has none.
+    """
+    folder = _newest_epoch(directory)
+    known = _read_settings([folder, directory] if config is None else [config, folder])
+    return without_copies(_open(folder, known, allow_pickle))
+
+
+def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool) -> Weights:
+    if os.path.lexists(folder / INDEX_NAME) or os.path.lexists(folder / SINGLE_NAME):
+        return open_hf(folder, known.get("config.json", {}))
+    if names := _mistral_files(folder):
+        opened = [MappedFile(safe_file(folder, name)) for name in names]
+        together: dict[str, Tensor] = {}
+        for file in opened:
+            together |= {name: file.tensor(name) for name in file.header.tensors}
+        counts = Counter(name for file in opened for name in file.header.tensors)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise ValueError(f"{folder}: tensor {quoted(twice[0])} is in two of {listed(names)}; download them again")
+        return _by_names([together], known, [opened[0].header.path])
+    if (folder / METADATA_NAME).exists():
+        if not allow_pickle:
+            raise ValueError(f"{folder / METADATA_NAME}: a pickle; if you trust it: --allow-pickle")
+        return _by_names([_model_of(DistributedFolder(folder))], known, [folder / METADATA_NAME])
+    files = _pickle_files(folder)
+    parts: list[Mapping[str, Tensor]] = [
+        read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files
+    ]
+    return _by_names(parts, known, [folder / name for name in files])
+
+
+def _mistral_files(folder: Path) -> list[str]:
+    """Mistral's own release: one file, or numbered ones of which none is missing."""
+    if os.path.lexists(folder / MISTRAL_NAME):
+        return [MISTRAL_NAME]
+    names = {path.name for path in folder.iterdir()}
+    count = max((int(match[1]) for name in names if (match := _MISTRAL_SHARD.fullmatch(name))), default=0)
+    expected = [f"consolidated-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if missing := [name for name in expected if name not in names]:
+        raise FileNotFoundError(f"{folder}: {len(missing)} of {count} files missing: {listed(missing)}; download them")
+    return expected
+
+
+def _newest_epoch(directory: Path) -> Path:
+    """``directory``, or its newest ``epoch_N`` where torchtune 0.5 and later put a model."""
+    epochs = [
+        (int(match[1]), entry) for entry in directory.iterdir() if (match := re.fullmatch(r"epoch_(\d+)", entry.name))
+    ]
+    has_weights = any(entry.suffix in (".safetensors", ".bin", ".pt", ".pth") for entry in directory.iterdir())
+    if not epochs or has_weights:
+        return directory
+    newest = max(epochs)[1]
+    inside(newest, directory)
+    return newest
+
+
+def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        if os.path.lexists(folder / "config.json"):
+            found.setdefault("config.json", read_config(folder))
+        if os.path.lexists(folder / "params.json"):
+            params = read_json(safe_file(folder, "params.json"), limit=CONFIG_BYTES)
+            if not isinstance(params, dict):
+                found_type = type(params).__name__
+                raise ValueError(f"{folder / 'params.json'}: expected a JSON object, found {found_type}; {DOWNLOAD}")
+            found.setdefault("params.json", params)
+    return found
+
+
+def _pickle_files(folder: Path) -> list[str]:
+    """The files that together hold one model."""
+    if os.path.lexists(folder / PICKLE_INDEX):
+        names = shard_names(folder / PICKLE_INDEX, read_json(folder / PICKLE_INDEX), ".bin")
+        missing = [name for name in names if not safe_file(folder, name).exists()]
+        if missing:
+            what = f"{len(missing)} of {len(names)} files missing: {listed(missing)}"
+            raise FileNotFoundError(f"{folder}: {what}; download them")
+        return names
+    present = sorted(entry.name for entry in folder.iterdir() if not _NOT_MODELS.fullmatch(entry.name))
+    for pattern in _PICKLE_SETS:
+        matches = [match for name in present if (match := re.fullmatch(pattern, name))]
+        if matches and re.compile(pattern).groups:
+            last = max(int(match[1]) for match in matches)
+            matches = [match for match in matches if int(match[1]) == last]
+        if matches:
+            return [match.string for match in matches]
+    raise FileNotFoundError(describe_no_weights(folder))
+
+
+def _model_of(found: DistributedFolder) -> Mapping[str, Tensor]:
+    """The model in a training state: what is under ``model.``, if the state has such a part."""
+    nested = any(name in found for name in ("model.model.embed_tokens.weight", "model.tok_embeddings.weight"))
+    return found.below("model.") if nested else found
+
+
+def _by_names(parts: list[Mapping[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
+    """Tell the format by the tensors' names."""
+    config = known.get("config.json")
+    keys = parts[0].keys()
+    if any(".attention.wq." in key for key in keys):
+        return from_meta(parts, params=known.get("params.json"), config=config, files=files)
+    if len(parts) == 1:
+        return _by_keys(parts[0], config, files)
+    together: dict[str, Tensor] = {}
+    for file, part in zip(files, parts, strict=True):
+        twice = sorted(together.keys() & part.keys())
+        if twice:
+            raise ValueError(f"{file}: {plain(twice[0])} is in another file too; keep one model in {file.parent}")
+        together |= part
+    return _by_keys(together, config, files)
+
+
+def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files: list[Path]) -> Weights:
+    keys = tensors.keys()
+    if any(".attn.q_proj." in key or ".sa_norm." in key for key in keys):
+        if config is None:
+            raise ValueError(f"{files[0].parent}: no config.json, which says how many heads there are; give config=DIR")
+        return from_torchtune(tensors, config=config, files=files)
+    if any("embed_tokens" in key or ".self_attn." in key for key in keys):
+        specs = specs_of(tensors)
+        return Weights(specs=specs, get=tensors.__getitem__, config=dict(config or {}), format="hf", files=tuple(files))
+    shown = listed(sorted(keys)) or "none"
+    known = "known: Hugging Face, Meta, torchtune"
+    raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); {known}; give the files of one model")

@@ -1,0 +1,1 @@
+"""The hub: download, upload, and whether files are what the hub has."""

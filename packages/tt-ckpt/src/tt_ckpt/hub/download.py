@@ -1,0 +1,260 @@
+"""Models from the hub, through huggingface_hub: its cache, its environment variables, its tokens. Checked by hash.
+
+There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, and appears in no message.
+"""
+
+import fnmatch
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tt_ckpt.hub.endpoint import check_endpoint, check_numbers, limit_bodies
+from tt_ckpt.hub.failures import explained, retrying
+from tt_ckpt.hub.names import check_listing, check_repo_id, check_revision
+from tt_ckpt.hub.verify import content_hash, was_fetched
+from tt_ckpt.placeholder import refuse_placeholder
+from tt_ckpt.shown import format_size, listed, plain
+
+logger = logging.getLogger(__name__)
+
+WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*merges.txt", "*vocab.txt", "LICENSE*",
+          "NOTICE*", "USE_POLICY*", "README.md")  # fmt: skip
+UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf", "training_args*", "runs/*")
+FIRST_CONTACT_S = 1.0  # for a hub that has not answered at all: perhaps the name is a typo, perhaps there is no network
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """What ``download`` did. Plain data."""
+
+    repo_id: str
+    revision: str
+    path: str
+    files: list[str]
+    num_bytes: int
+    num_verified: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """A file of a repository: its size and hash as the hub states them."""
+
+    name: str
+    size: int
+    sha256: str | None
+    git_sha1: str | None
+
+
+def download(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    output_dir: str | Path | None = None,
+    allow: Sequence[str] = WANTED,
+    ignore: Sequence[str] = UNWANTED,
+    retry_s: float = 120.0,
+) -> Download:
+    """Fetch a repository into the hub's cache, or into ``output_dir``, and compare every file with the hub's hash.
+
+    ``revision``: branch, tag or commit. ``allow``, ``ignore``: file name patterns; by default safetensors, JSON,
+    tokenizer and license files. Files that are there already are not fetched again, others of their names are a
+    FileExistsError; interrupted transfers resume; passing failures are retried for ``retry_s`` seconds.
+    """
+    started = time.monotonic()
+    check_endpoint()
+    check_repo_id(repo_id)
+    check_revision(revision)
+    if output_dir is not None:
+        _check_target(Path(output_dir))
+    if _is_offline():
+        path = snapshot(repo_id, revision=revision)
+        if output_dir is not None:
+            raise FileNotFoundError(f"{repo_id}: HF_HUB_OFFLINE is set: not fetched again; copy it from {path}")
+        names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
+        size = sum((path / name).stat().st_size for name in names)
+        seconds = round(time.monotonic() - started, 3)
+        return Download(repo_id=repo_id, revision=path.name, path=str(path), files=names, num_bytes=size,
+                        num_verified=0, seconds=seconds)  # fmt: skip
+    until = started + retry_s
+    first = started + min(retry_s, FIRST_CONTACT_S)
+    commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
+    wanted = [file for file in remote if _matches(file.name, allow, ignore)]
+    if not wanted:
+        there = listed([file.name for file in remote]) or "nothing"
+        raise FileNotFoundError(f"{repo_id}: has no file of a model; there is: {there}; give the id of another")
+    if not any(file.name.endswith(".safetensors") for file in wanted) and any(
+        file.name.endswith((".bin", ".pth", ".pt", ".gguf")) for file in remote
+    ):
+        logger.warning("%s: no safetensors among the wanted files, only pickles or GGUF; see tt convert", repo_id)
+    if output_dir is not None:
+        _refuse_own_files(repo_id, wanted, Path(output_dir))
+    _check_space(repo_id, wanted, output_dir)
+    options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
+    limit_bodies(max((file.size for file in wanted), default=0) + 1)
+    path = Path(retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
+    if output_dir is None and path.name != commit:  # the branch has moved meanwhile: compare with what came
+        commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, path.name))
+        wanted = [file for file in remote if _matches(file.name, allow, ignore)]
+    damaged = [file for file in wanted if not _is_whole(path / file.name, file)]
+    for file in damaged:
+        logger.warning("%s: %s is damaged (its hash differs from the hub's); fetching it again", repo_id, file.name)
+        _forget(path, file.name)
+    if damaged:
+        again = options | {"allow_patterns": [_literal(file.name) for file in damaged], "force_download": True}
+        retrying(repo_id, until, lambda: _fetch(repo_id, revision, again))  # and not from the cache
+        still = [file.name for file in damaged if not _is_whole(path / file.name, file)]
+        for name in still:
+            _forget(path, name)
+        if still:
+            raise OSError(f"{repo_id}: {', '.join(still)} arrived damaged twice (hash differs); try later")
+    _refuse_placeholders(path, wanted)
+    return Download(
+        repo_id=repo_id,
+        revision=commit,
+        path=str(path),
+        files=[file.name for file in wanted],
+        num_bytes=sum(file.size for file in wanted),
+        num_verified=sum(1 for file in wanted if file.sha256 or file.git_sha1),
+        seconds=round(time.monotonic() - started, 3),
+    )
+
+
+def snapshot(repo_id: str, *, revision: str | None = None) -> Path:
+    """The local snapshot of a repository: the cache's where it is whole, else downloaded and verified."""
+    check_numbers()
+    check_repo_id(repo_id)
+    check_revision(revision)
+    try:
+        patterns: dict[str, Any] = {"allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+        cached = Path(api().snapshot_download(repo_id, revision=revision, local_files_only=True, **patterns))
+        if _COMMIT.fullmatch(cached.name) and any(cached.glob("*.json")):
+            return cached
+    except Exception as error:
+        if _is_offline():
+            raise explained(error, repo_id, revision) from None
+    return Path(download(repo_id, revision=revision).path)
+
+
+def api() -> Any:
+    """The hub that HF_ENDPOINT names."""
+    from huggingface_hub import HfApi, constants
+
+    return HfApi(endpoint=constants.ENDPOINT)
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _list_files(repo_id: str, revision: str | None) -> tuple[str, list[_Remote]]:
+    info = api().model_info(repo_id, revision=revision, files_metadata=True)
+    siblings = info.siblings or []
+    check_listing(repo_id, [sibling.rfilename for sibling in siblings])
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise OSError(f"{repo_id}: the hub names no commit; is HF_ENDPOINT a hub?")
+    found = []
+    for sibling in siblings:
+        if sibling.size is not None and not 0 <= sibling.size < 1 << 50:
+            raise OSError(f"{repo_id}: {sibling.rfilename}: {sibling.size} bytes, says the hub; report it there")
+        sha256 = sibling.lfs.sha256 if sibling.lfs else None
+        found.append(_Remote(sibling.rfilename, sibling.size or 0, sha256, None if sha256 else sibling.blob_id))
+    return str(info.sha), found
+
+
+def _fetch(repo_id: str, revision: str | None, options: dict[str, Any]) -> str:
+    path = str(api().snapshot_download(repo_id, revision=revision, **options))
+    if options["local_dir"] is None and not _COMMIT.fullmatch(Path(path).name):
+        raise OSError(f"{repo_id}: the hub names no commit; is HF_ENDPOINT a hub?")
+    return path
+
+
+def _matches(name: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in allow) and not any(
+        fnmatch.fnmatch(name, pattern) for pattern in ignore
+    )
+
+
+def _literal(name: str) -> str:
+    """A pattern that matches this name only."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _check_space(repo_id: str, wanted: list[_Remote], output_dir: str | Path | None) -> None:
+    import shutil
+
+    from huggingface_hub import constants
+
+    root = Path(output_dir or constants.HF_HUB_CACHE).absolute()
+    while not root.exists():
+        root = root.parent
+    needed, free = sum(file.size for file in wanted), shutil.disk_usage(root).free
+    if needed > free:
+        raise OSError(f"{repo_id}: needs {format_size(needed)}, {root} has {format_size(free)} free")
+
+
+def _check_target(folder: Path) -> None:
+    """ValueError or FileExistsError if files cannot be put into this folder."""
+    from huggingface_hub import constants
+
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{plain(folder)}: a file; choose another directory")
+    if folder.is_symlink() and not folder.exists():
+        raise ValueError(f"{plain(folder)}: a link to nothing; remove it, or choose another directory")
+    if folder.resolve().is_relative_to(Path(constants.HF_HUB_CACHE).resolve()):
+        raise ValueError(f"{plain(folder)}: in the hub's cache; leave -o out, or choose another directory")
+    for record in (".cache", ".cache/huggingface", ".cache/huggingface/download"):  # huggingface_hub writes there
+        _refuse_link(folder, folder / record)
+
+
+def _refuse_link(folder: Path, path: Path) -> None:
+    if path.is_symlink():
+        raise ValueError(f"{plain(path)}: a link; what is fetched stays in {plain(folder)}: remove the link")
+
+
+def _refuse_own_files(repo_id: str, wanted: list[_Remote], folder: Path) -> None:
+    """A file of the user's own, or one changed since it was fetched, is not replaced; no link is followed."""
+    for file in wanted:
+        record = f".cache/huggingface/download/{file.name}"
+        for name in (file.name, f"{record}.metadata", f"{record}.lock"):
+            for place in (folder / name, *(folder / name).parents):
+                if place == folder:
+                    break
+                _refuse_link(folder, place)
+    there = [file for file in wanted if os.path.lexists(folder / file.name) and not was_fetched(folder, file.name)]
+    if own := ", ".join(file.name for file in there if not _is_whole(folder / file.name, file)):
+        cure = f"other than {repo_id}'s; choose another directory, or remove what is to be fetched again"
+        raise FileExistsError(f"{folder}: {own}: not as a download left it, and {cure}")
+
+
+def _is_whole(path: Path, file: _Remote) -> bool:
+    """Size and hash as the hub states them: sha256 for large files, git's sha1 for the others."""
+    if not path.is_file() or path.stat().st_size != file.size:
+        return False
+    expected = file.sha256 or file.git_sha1
+    return expected is None or content_hash(path, expected) == expected
+
+
+def _forget(folder: Path, name: str) -> None:
+    """Remove a file of a snapshot, and the blob of the cache that its link points to: nothing outside the cache."""
+    path = folder / name
+    if path.is_symlink():
+        blob = path.resolve()
+        if folder.parent.name == "snapshots" and blob.parent == folder.parents[1].resolve() / "blobs":
+            blob.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _refuse_placeholders(folder: Path, files: list[_Remote]) -> None:
+    """ValueError if the repository itself has a git-lfs pointer or a web page in the place of a file."""
+    for file in files:
+        with (folder / file.name).open("rb") as opened:
+            refuse_placeholder(folder / file.name, opened.read(1024))

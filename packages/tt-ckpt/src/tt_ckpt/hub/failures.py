@@ -1,0 +1,119 @@
+"""What goes wrong with the hub: tried again while it may pass, else said in one line with the cure."""
+
+import difflib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tt_ckpt.hub.endpoint import PUBLIC_HUB, token
+from tt_ckpt.redaction import redact
+
+logger = logging.getLogger(__name__)
+
+
+def retrying(
+    repo_id: str, until: float, action: Callable[[], Any], revision: str | None = None, *, contact: float | None = None
+) -> Any:
+    """``action()``, again after passing failures with growing pauses while there is time; others are explained.
+
+    ``contact``: when to give up on a hub that gives no answer at all.
+    """
+    pause = 0.5
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            answered = getattr(error, "response", None) is not None
+            limit = until if answered or contact is None else min(until, contact)
+            if not _is_passing(error) or time.monotonic() + pause > limit:
+                if contact is not None and not answered and _is_passing(error):
+                    raise _unreachable(error, repo_id) from None
+                raise explained(error, repo_id, revision) from None
+            logger.warning("%s: %s; trying again in %.1f s", repo_id, _first_line(error), pause)
+            time.sleep(pause)
+            pause = min(2 * pause, 30.0)
+
+
+def _unreachable(error: Exception, repo_id: str) -> ConnectionError:
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    return ConnectionError(
+        f"{repo_id}: no directory of that name here, and {host} gives no answer ({_first_line(error)})"
+    )
+
+
+def _is_passing(error: Exception) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in (408, 429)
+    transport = type(error).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
+    return transport or isinstance(error, ConnectionError | TimeoutError) or "Consistency check failed" in str(error)
+
+
+def explained(error: Exception, repo_id: str, revision: str | None) -> Exception:
+    """The same failure in one line that says what to do."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        who = f"the account of your token ({_source()})" if token() else "an account, then `hf auth login` or HF_TOKEN"
+        return PermissionError(f"{repo_id}: gated: accept its terms at {PUBLIC_HUB}/{repo_id} with {who}")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{repo_id}: no revision {revision or 'of that name'}; see {PUBLIC_HUB}/{repo_id}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        hint = f" to the account of your token ({_source()})" if token() else "; if it is private, set HF_TOKEN"
+        return FileNotFoundError(f"{repo_id}: no such repository, or private{hint}{_similar(repo_id)}")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return PermissionError(f"{repo_id}: {_not_allowed(status)}")
+    if isinstance(error, json.JSONDecodeError):
+        host = urlsplit(constants.ENDPOINT).hostname
+        cure = "is HF_ENDPOINT a hub, and is there a login page or proxy between?"
+        return OSError(f"{repo_id}: {host} answers with something that is not JSON; {cure}")
+    if isinstance(error, errors.HFValidationError):
+        return ValueError(f"{repo_id}: neither a directory here nor a repository id such as Qwen/Qwen3-0.6B")
+    if constants.HF_HUB_OFFLINE:
+        return FileNotFoundError(f"{repo_id}: not (wholly) in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}")
+    if _is_passing(error) or isinstance(error, errors.LocalEntryNotFoundError):
+        host = urlsplit(constants.ENDPOINT).hostname
+        return ConnectionError(f"{repo_id}: {host}: {_first_line(error)}; run the same command again, it resumes")
+    if isinstance(error, OSError | ValueError) and not isinstance(error, errors.HfHubHTTPError):
+        return type(error)(redact(str(error))) if type(error) in (OSError, ValueError) else error
+    return OSError(f"{repo_id}: {_first_line(error)}")
+
+
+def _not_allowed(status: int) -> str:
+    from huggingface_hub import constants
+
+    host = urlsplit(constants.ENDPOINT).hostname
+    if not token():
+        return f"{host} wants to know who asks ({status}); run `hf auth login`, or set HF_TOKEN"
+    if status == 401:
+        return f"{host} does not accept your token ({_source()}; {status}); run `hf auth login`, or set HF_TOKEN"
+    return f"your token ({_source()}) does not allow this ({status}); use one with more rights, or another repository"
+
+
+def _source() -> str:
+    """Where the token is from: its name, never its value."""
+    names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+    return next((name for name in names if os.environ.get(name)), "of hf auth login")
+
+
+def _first_line(error: Exception) -> str:
+    lines = redact(str(error)).strip().splitlines()
+    text = lines[0][:200] if lines else type(error).__name__
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _similar(repo_id: str) -> str:
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    cached = [entry.name.removeprefix("models--").replace("--", "/") for entry in cache.glob("models--*")]
+    close = difflib.get_close_matches(repo_id, cached, 1, 0.6)
+    return f"; did you mean {close[0]}, which is in the cache?" if close and close[0] != repo_id else ""

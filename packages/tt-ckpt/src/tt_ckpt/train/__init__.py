@@ -1,0 +1,1 @@
+"""Training checkpoints that survive a crash, on one rank or many."""
