@@ -244,7 +244,7 @@ def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
     assert ours in all_keys(SFTConfig) if ours else note
     for typed in (name, name.upper(), name.replace("_", "-").replace("-component-", "_component_")):
         (problem,) = problems(f"{typed}=1")
-        assert (f"did you mean {ours!r}?" if ours else f"there is none here: {note}") in problem
+        assert (f"did you mean {ours!r}?" if ours else f"tt has no such key: {note}") in problem
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
 )
 def test_keys_that_people_bring_along_are_answered(name):
     (problem,) = problems(f"{name}=1")
-    assert "did you mean" in problem or "there is none here: " in problem
+    assert "did you mean" in problem or "tt has no such key: " in problem
 
 
 @pytest.mark.parametrize(("package", "config"), [("trl", "SFTConfig"), ("peft", "LoraConfig")])
@@ -380,7 +380,7 @@ def test_mistyped_keys_get_the_right_key_in_95_percent(slips, with_section):
 
 CURE = re.compile(
     r"did you mean|\bwrite |\bgive |\bname |\bleave |\bset |\buse |tt \w+|the default is|such as|must be|looked in"
-    r"|expected (one of|text)|there is none here: |null: |a share is|needs quotes|--allow-import|known: |keep one"
+    r"|expected (one of|text)|tt has no such key: |null: |a share is|needs quotes|--allow-import|known: |keep one"
 )
 BAD_VALUES = ["@@", "-1", "0", "[]", "[a]", "{a: b}", "{}", "null", "1e999", ".nan", "9" * 400, "yes", "${x}", "1:30"]
 

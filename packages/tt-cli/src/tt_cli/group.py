@@ -200,7 +200,7 @@ def _key_hint(name: str, value: str) -> str:
     word, keys = name.lstrip("-").replace("-", "_"), config_keys()
     ours, note = FOREIGN.get(word.lower(), (None, ""))
     if ours == "":
-        return f"; there is none here: {note}"
+        return f"; tt has no such key: {note}"
     homes = [ours] if ours else [key for key in keys if word in (key, key.rsplit(".", 1)[-1])]
     if not homes:
         close = get_close_matches(word, [key.rsplit(".", 1)[-1] for key in keys], n=1)
