@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from tt_train.config import RunConfig, SFTConfig, compose, to_dict
+from tt_train.composing import compose
+from tt_train.config import RunConfig, SFTConfig, to_dict
 from tt_train.errors import ConfigError
 from tt_train.job import assemble
+from tt_train.keys.paths import absolute
 from tt_train.recipes.sft import main
-from tt_train.run.start import with_absolute_paths
 from tt_train.validate import check, problems, rows
 
 PAIRS = [{"prompt": f"Say red {i}. ", "chosen": "red", "rejected": "blue"} for i in range(6)]
@@ -106,10 +107,10 @@ def test_parts_of_a_directory_have_keys(composed, tmp_path):
 
 def test_a_pattern_of_files_is_kept_with_its_folder(composed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = with_absolute_paths(composed(TEXTS, "data.train=tr*.jsonl"))
+    config = absolute(composed(TEXTS, "data.train=tr*.jsonl"))
     assert config.data.train == f"{tmp_path}/tr*.jsonl"
     assert check(config).num_rows == 18
-    assert with_absolute_paths(composed(TEXTS, "data.train=no*.jsonl")).data.train == "no*.jsonl"
+    assert absolute(composed(TEXTS, "data.train=no*.jsonl")).data.train == "no*.jsonl"
 
 
 def test_the_new_keys_have_defaults():

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from tt_train import registry
+from tt_train.config import RunConfig, SFTConfig
 from tt_train.errors import ConfigError, did_you_mean
+from tt_train.keys.mistakes import missing, mistakes, shown, type_problem
+from tt_train.keys.paths import at_home
 from tt_train.keys.schema import all_keys, is_section, parts_of, section_type, type_of, unknown_key
-from tt_train.keys.text_file import read_text
-from tt_train.keys.type_mistakes import shown, type_problem
+from tt_train.keys.text import NotPlainError, compose_text, pairs, read_text
 from tt_train.keys.values import fits, of_node, of_word
-from tt_train.keys.yaml_text import NotPlainError, compose_text, pairs
-
-if TYPE_CHECKING:
-    from tt_train.config import RunConfig
+from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
 
 Setting = tuple[str, Any, str]  # dotted key, value, where it was written ("lora.yaml:3" or "the command line")
 COMMAND_LINE = "the command line"
@@ -27,9 +27,9 @@ def compose(
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
     allow_import: Sequence[str] = (),
-    schema: "type[RunConfig] | None" = None,
+    schema: type[RunConfig] | None = None,
     complete: bool = True,
-) -> "RunConfig":
+) -> RunConfig:
     """Read a config: defaults of the recipe's dataclass, then a YAML file, then ``overrides``.
 
     Args:
@@ -44,12 +44,6 @@ def compose(
     Raises:
         ConfigError: with one line for every unknown key, wrong type and impossible value.
     """
-    from tt_train import registry
-    from tt_train.config import SFTConfig
-    from tt_train.keys.mistakes import missing, mistakes
-    from tt_train.paths import at_home
-    from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
-
     what = str(recipe_or_config)
     typed: str | RecipeFile | None = registry.RECIPES.get(what)
     if what.endswith(".py"):
@@ -90,11 +84,8 @@ def compose(
     return result
 
 
-def compose_run(run: Path, overrides: Sequence[str] = ()) -> "RunConfig":
+def compose_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a run directory, without the code of its recipe: keys of the recipe's own are left out."""
-    from tt_train.config import RunConfig
-    from tt_train.keys.mistakes import mistakes
-
     problems: list[str] = []
     known = set(all_keys(RunConfig))
     settings = [setting for setting in _read_file(run / "config.yaml", RunConfig, problems, run) if setting[0] in known]

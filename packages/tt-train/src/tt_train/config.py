@@ -5,12 +5,10 @@ from typing import Annotated, Any
 
 import yaml
 
-from tt_train.composing import compose
-from tt_train.keys.values import TEXT, TEXT_OR_NUMBER
 from tt_train.redact import redact_data
 
-__all__ = ["AdapterSection", "DataSection", "LossSection", "ModelSection", "OptimizerSection", "RunConfig", "SFTConfig",
-           "SamplesSection", "ScheduleSection", "compose", "to_dict", "to_yaml"]  # fmt: skip
+# of Annotated[Any, ...]: what such a key takes, alone, as a list, or as the names of a mapping of numbers
+TEXT, TEXT_OR_NUMBER = "text", "text or number"
 
 
 @dataclass

@@ -1,26 +1,23 @@
 """A recipe file of one's own. It runs only if its path was typed, and a run keeps a copy of the file that made it."""
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from tt_train.config import RunConfig, SFTConfig
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys.text_file import read_text
+from tt_train.keys.text import read_text
 from tt_train.redact import redact
-
-if TYPE_CHECKING:
-    from tt_train.config import RunConfig
+from tt_train.registry import finding_modules_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +107,8 @@ def _holds(folder: Path, name: str) -> bool:
     return (folder / f"{name}.py").is_file() or (folder / name).is_dir()
 
 
-def schema_of(recipe: RecipeFile) -> "type[RunConfig]":
+def schema_of(recipe: RecipeFile) -> type[RunConfig]:
     """The dataclass of its keys: ``Config``, which extends RunConfig; SFTConfig if it has none."""
-    from tt_train.config import RunConfig, SFTConfig
-
     schema = getattr(recipe.module, "Config", SFTConfig)
     if not (isinstance(schema, type) and issubclass(schema, RunConfig)):
         raise ConfigError([f"{recipe.name}: Config must extend tt_train.RunConfig, as in: class Config(RunConfig)"])
@@ -123,14 +118,14 @@ def schema_of(recipe: RecipeFile) -> "type[RunConfig]":
     return schema
 
 
-def recipe_of(config: "RunConfig") -> Any:
+def recipe_of(config: RunConfig) -> Any:
     """The module whose ``main`` takes ``config``."""
     if config.recipe_sha256 is not None:
         return _LOADED[config.recipe_sha256].module
     return importlib.import_module(f"tt_train.recipes.{config.recipe}")
 
 
-def copy_of(config: "RunConfig") -> RecipeFile | None:
+def copy_of(config: RunConfig) -> RecipeFile | None:
     """What a run keeps beside its config; None for a recipe that comes with the package."""
     return _LOADED.get(config.recipe_sha256 or "")
 
@@ -169,30 +164,3 @@ def check_recipe(said: str, sha256: str | None, where: str, file: Path | None, t
             [f"{where}: recipe: this config is for {name}{mark}, not for {other}; {command}, or add recipe={other}"]
         )
     raise ConfigError([f"{where}: recipe: {name}{mark} is a recipe file, which runs only if you name it: {command}"])
-
-
-@contextlib.contextmanager
-def finding_modules_here(allow_import: Sequence[str]) -> Iterator[None]:
-    """Inside, the modules that the user allows, and no others, are found in the working folder, too.
-
-    What is installed comes first, so that a file of the folder takes no other module's place.
-    """
-    finder = _AllowedHere({name.partition(".")[0] for name in allow_import})
-    sys.meta_path.append(finder)
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.meta_path.remove(finder)
-
-
-class _AllowedHere(importlib.abc.MetaPathFinder):
-    def __init__(self, names: set[str]) -> None:
-        self.names, self.here = names, str(Path.cwd())
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if path is not None or fullname not in self.names:
-            return None
-        return importlib.machinery.PathFinder.find_spec(fullname, [self.here])

@@ -1,11 +1,15 @@
 """Names that a config or a command may use, and what they stand for. Importing this loads no torch, no recipe."""
 
+import contextlib
 import hashlib
 import importlib
+import importlib.abc
+import importlib.machinery
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tt_train.errors import ConfigError, did_you_mean
@@ -129,8 +133,6 @@ def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]
 
 def _import_mistakes(key: str, name: str, module: str, allow_import: Sequence[str]) -> list[str]:
     """What is wrong with a dotted name that may be imported; afterwards ``resolve`` finds it."""
-    from tt_train.recipe_file import finding_modules_here
-
     try:
         with finding_modules_here(allow_import):
             resolve(name, {})
@@ -169,3 +171,30 @@ def resolve(name: str, known: dict[str, str]) -> Any:
         raise ConfigError([f"{name!r} is not registered{did_you_mean(name, known)}; known: {', '.join(known)}"])
     module, _, attribute = known.get(name, name).rpartition(".")
     return getattr(importlib.import_module(module), attribute)
+
+
+@contextlib.contextmanager
+def finding_modules_here(allow_import: Sequence[str]) -> Iterator[None]:
+    """Inside, the modules that the user allows, and no others, are found in the working folder, too.
+
+    What is installed comes first, so that a file of the folder takes no other module's place.
+    """
+    finder = _AllowedHere({name.partition(".")[0] for name in allow_import})
+    sys.meta_path.append(finder)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+class _AllowedHere(importlib.abc.MetaPathFinder):
+    def __init__(self, names: set[str]) -> None:
+        self.names, self.here = names, str(Path.cwd())
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if path is not None or fullname not in self.names:
+            return None
+        return importlib.machinery.PathFinder.find_spec(fullname, [self.here])

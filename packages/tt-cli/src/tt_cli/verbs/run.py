@@ -40,8 +40,9 @@ def command(
     Words such as optimizer.lr=1e-4 override the config; adapter.rank=8 switches LoRA on, adapter=null off.
     """
     config = composed(what, config_file, overrides, allow_import)
-    from tt_train.paths import home
-    from tt_train.recipe_file import finding_modules_here, recipe_of
+    from tt_train.keys.paths import home
+    from tt_train.recipe_file import recipe_of
+    from tt_train.registry import finding_modules_here
 
     recipe = recipe_of(config)
     if output_dir is not None:

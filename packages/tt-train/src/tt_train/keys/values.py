@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import yaml
 
+from tt_train.config import TEXT_OR_NUMBER
 from tt_train.keys.schema import plain, section_type
-from tt_train.keys.yaml_text import NotPlainError, compose_text, pairs
-
-TEXT, TEXT_OR_NUMBER = "text", "text or number"  # of Annotated[Any, ...]: also as a list, or as the keys of numbers
+from tt_train.keys.text import NotPlainError, compose_text, pairs
 
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
 _NUMBER = re.compile(

@@ -13,6 +13,7 @@ from tt_train.errors import TrainingError
 from tt_train.evaluate import to_device
 from tt_train.job import Job, assemble
 from tt_train.keys.mistakes import refuse_mistakes
+from tt_train.keys.paths import absolute
 from tt_train.memory import explaining_memory
 from tt_train.optim import learning_rate, make_optimizer, set_learning_rate
 from tt_train.run.checkpoints import TrainingState
@@ -22,7 +23,7 @@ from tt_train.run.finish import finish
 from tt_train.run.loop import Watch
 from tt_train.run.metrics import open_loggers, peak_memory_gib
 from tt_train.run.resume import check_destination
-from tt_train.run.start import before_steps, begin, opening_facts, with_absolute_paths
+from tt_train.run.start import before_steps, begin, opening_facts
 from tt_train.run.stop import StopRequest
 from tt_train.step import StepResult, train_step
 
@@ -35,7 +36,7 @@ def main(
     """Train, and return the run directory.
 
     Args:
-        config: what ``tt_train.config.compose`` gives.
+        config: what ``tt_train.compose`` gives.
         console: what is told while it runs; plain lines on stderr by default.
         resume: ``auto`` continues the run at ``output_dir``, or the newest unfinished one with this config, if there
             is one; a path names the run or one of its checkpoints, from which another ``output_dir`` begins a new run.
@@ -46,7 +47,7 @@ def main(
     """
     console = console or Console()
     refuse_mistakes(config)  # of a config made by code
-    config = with_absolute_paths(config)
+    config = absolute(config)
     check_destination(config, resume)  # before rows are read
     job = assemble(config)
     for note in job.notes:

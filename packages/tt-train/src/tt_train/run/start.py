@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import tt_ckpt
-from tt_train.config import RunConfig, to_dict, to_yaml
+from tt_train.config import to_dict, to_yaml
 from tt_train.errors import ConfigError
 from tt_train.job import Job
 from tt_train.optim import rate_change
@@ -139,28 +139,3 @@ def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> Run
         run_dir=str(run_path),
         sample=job.train.rendered(0),
     )
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The config with every local path absolute, so that the run directory works from any folder."""
-    model = replace(config.model, path=_absolute(config.model.path), tokenizer=_absolute(config.model.tokenizer))
-    adapter = config.adapter and replace(config.adapter, path=_absolute(config.adapter.path))
-    rows = {key: _absolute(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
-    data = replace(config.data, **rows)
-    return replace(config, model=model, adapter=adapter, data=data)
-
-
-def _absolute(source: Any) -> Any:
-    if isinstance(source, str) and source and (Path(source).exists() or _matches(source)):
-        return str(Path(source).resolve())
-    if isinstance(source, list):
-        return [_absolute(item) for item in source]
-    if isinstance(source, dict):
-        return {_absolute(key): weight for key, weight in source.items()}
-    return source
-
-
-def _matches(pattern: str) -> bool:
-    """Whether a relative pattern such as ``data/*.jsonl`` finds files here."""
-    path = Path(pattern)
-    return any(mark in pattern for mark in "*?[") and not path.is_absolute() and any(Path().glob(pattern))

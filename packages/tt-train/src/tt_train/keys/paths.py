@@ -1,0 +1,51 @@
+"""The keys of a config that name files: which they are, and how their paths are read."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tt_train.config import RunConfig
+
+
+def at_home(config: RunConfig) -> RunConfig:
+    """The config with ``~/`` at the start of a path as the home folder. A shell leaves it alone inside a word."""
+    return replace(_with_paths(config, home), output_dir=home(config.output_dir))
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The config with every local path absolute, so that its run directory works from any folder."""
+    return _with_paths(config, _absolute)
+
+
+def _with_paths(config: RunConfig, change: Callable[[Any], Any]) -> RunConfig:
+    model = replace(config.model, path=change(config.model.path), tokenizer=change(config.model.tokenizer))
+    adapter = config.adapter and replace(config.adapter, path=change(config.adapter.path))
+    rows = {key: change(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
+    return replace(config, model=model, adapter=adapter, data=replace(config.data, **rows))
+
+
+def home(path: Any) -> Any:
+    """A path, a list of paths or the names of a mapping, with ``~/`` as the home folder."""
+    return _each(path, lambda text: str(Path(text).expanduser()) if text.startswith("~/") else text)
+
+
+def _absolute(path: Any) -> Any:
+    """The same for paths and patterns that are there; hub ids and registered names stay."""
+    return _each(
+        path, lambda text: str(Path(text).resolve()) if text and (Path(text).exists() or _matches(text)) else text
+    )
+
+
+def _each(path: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(path, list):
+        return [_each(item, change) for item in path]
+    if isinstance(path, dict):
+        return {_each(name, change): value for name, value in path.items()}
+    return change(path) if isinstance(path, str) else path
+
+
+def _matches(pattern: str) -> bool:
+    """Whether a relative pattern such as ``data/*.jsonl`` finds files here."""
+    path = Path(pattern)
+    return any(mark in pattern for mark in "*?[") and not path.is_absolute() and any(Path().glob(pattern))
