@@ -70,7 +70,9 @@ def _refuse_name(word: str, what: str) -> None:
 
 def refuse_run(name: str) -> None:
     """A run directory is not a folder of rows."""
-    if (Path(name) / "config.yaml").is_file() and (Path(name) / "manifest.json").is_file():
+    from tt_train.run_files import is_run
+
+    if is_run(Path(name)):
         raise ValueError(f"{name}: a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
 
 

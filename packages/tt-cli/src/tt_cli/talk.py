@@ -87,7 +87,7 @@ class Speaker:
         import torch
 
         import tt_models
-        from tt_train.run.serving import end_ids
+        from tt_train.evaluate import end_ids
 
         self.cut = 0
         limit = self.model.config.max_position_embeddings

@@ -1,8 +1,10 @@
 """What can go wrong, as the user meets it: mistakes to mend (exit 2), failures (1), interruptions (130, 143)."""
 
 import difflib
+import shlex
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class ConfigError(ValueError):
@@ -54,3 +56,9 @@ def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
     folded = {name.lower().replace("-", "_"): name for name in known}
     close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=cutoff)
     return f"; did you mean {folded[close[0]]!r}?" if close else ""
+
+
+def shell_word(text: str | Path) -> str:
+    """A path or word of a suggested command: quoted if a shell needs it, and no option if it begins with a dash."""
+    text = str(text)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

@@ -11,7 +11,6 @@ from torch import nn
 import tt_data
 import tt_models
 from tt_train.losses import IGNORE, Objective
-from tt_train.run.serving import end_ids
 
 _ROLES: dict[str, str] = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
@@ -114,6 +113,12 @@ def split_turns(ids: Sequence[int], tokenizer: Any) -> list[dict[str, str]]:
         behind_control = False
     turns = [{**turn, "content": turn["content"].strip("\n")} for turn in turns if turn["content"].strip()]
     return turns if any(turn["role"] != "system" for turn in turns) else []
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, of those that the model can say: files also state some that have no embedding."""
+    rows = model.model.embed_tokens.num_embeddings
+    return [index for index in tokenizer.eos_ids if 0 <= index < rows]
 
 
 def answer(

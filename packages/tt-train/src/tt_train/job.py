@@ -13,14 +13,14 @@ import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import AdapterSection, RunConfig
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, shell_word
 from tt_train.inputs import components
 from tt_train.inputs.model import check_memory
 from tt_train.inputs.rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
 from tt_train.keys.mistakes import refuse_mistakes
 from tt_train.optim import schedule_notes
 from tt_train.recipes._headers import check_headers
-from tt_train.run_files import own_folder, read_json, typed
+from tt_train.run_files import FinishedRun, read_json
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -193,12 +193,11 @@ def model_folder(config: RunConfig) -> Path | None:
     path = config.model.path
     if path is None:
         return None
-    folder = Path(path)
-    if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
-        if ((own := own_folder(folder, "model")) / "config.json").is_file():
-            return own.resolve()
+    if (run := FinishedRun.at(path)) is not None:
+        if run.model is not None:
+            return run.model.resolve()
         raise ConfigError(
-            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {typed(path)} -o DIR"]
+            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {shell_word(path)} -o DIR"]
         )
     return tt_ckpt.resolve(path)
 

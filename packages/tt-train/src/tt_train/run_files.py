@@ -5,17 +5,26 @@ Every file is a regular one inside the directory (tt_ckpt.files), of a size that
 
 import json
 import os
-import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from tt_ckpt import files
 from tt_ckpt.shown import plain, quoted
 
+if TYPE_CHECKING:
+    from tt_train.config import RunConfig
+
 NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eval_loss")
+MARKER = "config.yaml"
+TEMPLATE_FILE = "chat_template.jinja"
 CURE = "restore it from a copy, or start a new run"
+_CONFIG_BYTES = 500_000
 _LINE_BYTES = 4_000_000
 _ROWS_BYTES = 2_000_000_000
 _LAST_STEP = 1 << 53
@@ -30,6 +39,100 @@ _MANIFEST: dict[str, type] = {
     **dict.fromkeys(("data", "data.report"), dict),
     "summary.steps": int,
 }
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run directory, read when it is asked: which config, which base, which result. A stopped run has them as well.
+
+    Every property raises ValueError, with the file, if a file is not as a run writes it.
+    """
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: str | Path) -> "FinishedRun | None":
+        """The run directory at ``path``, None if there is none."""
+        return cls(Path(path)) if is_run(Path(path)) else None
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return read_manifest(self.path)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config as plain data, secrets blanked: manifest.json has a copy of it."""
+        found: dict[str, Any] = self.manifest.get("config") or {}
+        return found
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of the config such as ``model``; {} if the run has none."""
+        found: dict[str, Any] = self.config.get(name) or {}
+        return found
+
+    def config_file(self) -> dict[str, Any]:
+        """The values of config.yaml, unchecked, for showing them. Raises ValueError if it is not a mapping."""
+        try:
+            values = yaml.load(files.read_text(self.path / MARKER, limit=_CONFIG_BYTES), _PlainLoader)  # noqa: S506
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from error
+        if not isinstance(values, dict):
+            raise ValueError(f"expected a mapping, found {type(values).__name__}")
+        if not is_plain(values):
+            raise ValueError("not the values of a config")
+        return {str(key): value for key, value in values.items()}
+
+    def compose(self, *overrides: str) -> "RunConfig":
+        """config.yaml, checked, with ``overrides``; keys of a recipe file's own are left out. Raises ConfigError."""
+        from tt_train.composing import compose_run
+
+        return compose_run(self.path, overrides)
+
+    @property
+    def data_report(self) -> dict[str, Any]:
+        """What became of the rows that the run was trained on."""
+        found: dict[str, Any] = (self.manifest.get("data") or {}).get("report") or {}
+        return found
+
+    @property
+    def template(self) -> str | None:
+        """The chat template of its rows, for ``tt_data.choose_template``: the saved file, or the name in its config."""
+        if (self.path / TEMPLATE_FILE).is_file():
+            return str(self.path / TEMPLATE_FILE)
+        name = self.section("data").get("template")
+        return None if name is None else str(name)
+
+    @property
+    def adapter(self) -> Path | None:
+        """The adapter that the run trained; None if it trained a whole model, or has no result yet."""
+        return self._with("adapter", "adapter_config.json")
+
+    @property
+    def model(self) -> Path | None:
+        """The whole model that the run trained; None if it trained an adapter, or has no result yet."""
+        return self._with("model", "config.json")
+
+    @property
+    def checkpoints(self) -> Path:
+        return own_folder(self.path, "checkpoints")
+
+    def _with(self, name: str, marker: str) -> Path | None:
+        folder = own_folder(self.path, name)
+        return folder if (folder / marker).is_file() else None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Without aliases: a resolved config has none, and a few lines of them unfold to gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read here")
+        return super().compose_node(parent, index)
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory."""
+    return (path / MARKER).is_file() and (path / "manifest.json").is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,9 +245,3 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def typed(path: str | Path) -> str:
-    """A path as one would type it for a program: quoted if it must be, and no option if it begins with a dash."""
-    text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)

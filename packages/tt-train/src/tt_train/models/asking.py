@@ -3,17 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from tt_train.run.dir import is_run
-from tt_train.run_files import read_manifest
+from tt_train.run_files import FinishedRun
 
 
 def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
     """The report on the rows that a run was trained on, and its ``data.template``; ({}, None) for a model."""
-    if not is_run(path):
-        return {}, None
-    manifest = read_manifest(path)
-    report = (manifest.get("data") or {}).get("report") or {}
-    return report, ((manifest.get("config") or {}).get("data") or {}).get("template")
+    run = FinishedRun.at(path)
+    return ({}, None) if run is None else (run.data_report, run.section("data").get("template"))
 
 
 def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:

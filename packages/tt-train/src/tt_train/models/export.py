@@ -10,13 +10,13 @@ import torch
 
 import tt_ckpt
 import tt_data
-from tt_train.errors import ConfigError, did_you_mean
+from tt_train.errors import ConfigError, did_you_mean, shell_word
 from tt_train.models.asking import prompt_form, trained_on
 from tt_train.models.merge import merge_run, refuse_full, refuse_small
 from tt_train.models.ollama import adds_bos, go_template, notes, ollama_modelfile
-from tt_train.models.origin import Base, Origin, find_origin
-from tt_train.run.serving import generation_settings, load_tokenizer
-from tt_train.run_files import read_json, typed
+from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
+from tt_train.run.serving import generation_settings
+from tt_train.run_files import read_json
 
 __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
 
@@ -86,10 +86,10 @@ def say_first_token(folder: Path, added: bool) -> None:
 
 def commands(folder: Path, to: str) -> list[str]:
     """What to type to run the exported model elsewhere."""
-    path, gguf = typed(folder), typed(f"{folder}.gguf")
+    path, gguf = shell_word(folder), shell_word(f"{folder}.gguf")
     if to == "ollama":
         name = re.sub(r"[^\w.-]+", "-", folder.resolve().name, flags=re.ASCII).strip("-.") or "model"
-        return [f"ollama create {name} -f {typed(folder / 'Modelfile')}", f"ollama run {name}"]
+        return [f"ollama create {name} -f {shell_word(folder / 'Modelfile')}", f"ollama run {name}"]
     return [
         f"vllm serve {path}",
         f"python convert_hf_to_gguf.py {path} --outfile {gguf} --outtype bf16",

@@ -13,14 +13,11 @@ import tt_peft
 from tt_ckpt.shown import plain
 from tt_models.memory import refuse_too_large, weight_bytes
 from tt_train.errors import ConfigError
+from tt_train.job import DTYPES, lora_config, read_hf_config
 from tt_train.master_weights import join
-from tt_train.models.origin import Base, Origin, find_origin
+from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.models.resized import fit_vocabulary_
 from tt_train.recipe_file import repeating
-from tt_train.run.serving import load_tokenizer
-from tt_train.run_files import own_folder, read_manifest
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(
@@ -50,10 +47,10 @@ def load(
     """
     origin = find_origin(path, base)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or _DTYPES.get(str(origin.settings.get("dtype")))
+    dtype = dtype or DTYPES.get(str(origin.settings.get("dtype")))
     if tell is not None and origin.base_words is not None and adapter:
         tell(origin.base_words)
-    if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
+    if origin.stopped is not None:
         model = load_stopped(origin, device, dtype=dtype, adapter=adapter)
     else:
         assert origin.model is not None  # of what is no stopped run there are weights
@@ -120,19 +117,16 @@ def load_stopped(
     model: tt_models.Decoder | None = None,
 ) -> tt_models.Decoder:
     """A run without results yet: its newest checkpoint over its base, which ``model`` is if given."""
-    from tt_train import job as _assemble
-    from tt_train.composing import compose_run
-
-    run = origin.run
+    run = origin.stopped
     assert run is not None
-    checkpoints = tt_ckpt.TrainCheckpoint(own_folder(run, "checkpoints"))
+    checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints)
     newest = checkpoints.latest()
     if newest is None:
-        again = repeating(run, read_manifest(run))
-        raise ConfigError([f"{run}: neither results nor a checkpoint; start it again from step 1: {again} -o NEW"])
+        again = repeating(run.path, run.manifest)
+        raise ConfigError([f"{run.path}: neither results nor a checkpoint; start it again from step 1: {again} -o NEW"])
     moved = [] if origin.model is None else [f"model.path={origin.model}"]
-    config = compose_run(run, [f"device={device}", *moved])
-    dtype = dtype or _assemble.DTYPES[config.model.dtype]
+    config = run.compose(f"device={device}", *moved)
+    dtype = dtype or DTYPES[config.model.dtype]
     saved = checkpoints.restore(newest)
     if model is not None:
         pass
@@ -140,10 +134,10 @@ def load_stopped(
         model = load_base(origin.model, device=device, dtype=dtype)
     else:
         torch.manual_seed(config.seed)
-        hf_config = _assemble.read_hf_config(config, None)
+        hf_config = read_hf_config(config, None)
         model = tt_models.build(tt_models.config_from_hf(hf_config), device=device, dtype=dtype)
     if adapter and config.adapter is not None:
-        lora = _assemble.lora_config(config.adapter)
+        lora = lora_config(config.adapter)
         tt_peft.apply_lora_(model, lora.with_(quantize_base=origin.nf4))
         tt_peft.load_adapter_state_(model, saved.tensors["adapter"])
     elif adapter:

@@ -16,8 +16,8 @@ from tt_ckpt.hf.directory import check_room
 from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
 from tt_train.models.load import add_adapter_, check_tokens, load_stopped, model_config
-from tt_train.models.origin import Base, Origin, find_origin
-from tt_train.run.serving import Files, load_tokenizer, run_template, serving_files
+from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
+from tt_train.run.serving import Files, serving_files
 
 
 def merge_run(
@@ -67,7 +67,7 @@ def _as_stored(origin: Origin) -> tt_models.Decoder:
     if origin.model is not None:
         model = tt_models.build(model_config(origin.model), device="meta")
         tt_ckpt.load_weights(model, origin.model, device="cpu")
-    if origin.run is not None and origin.adapter is None and origin.model != origin.run / "model":
+    if origin.stopped is not None:
         model = load_stopped(origin, torch.device("cpu"), model=model)
     assert model is not None
     return model.eval()
@@ -77,7 +77,8 @@ def merged_files(origin: Origin, tokenizer: Any) -> Files:
     """The files beside the merged weights; those of a plain model are its own."""
     if origin.places == (origin.model,):
         return {}
-    return serving_files(origin.places, tokenizer, run_template(origin.run), origin.model)
+    template = None if origin.run is None else origin.run.template
+    return serving_files(origin.places, tokenizer, template, origin.model)
 
 
 def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> dict[str, Any]:

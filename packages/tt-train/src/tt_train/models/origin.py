@@ -1,17 +1,17 @@
 """What is behind a path that load, merge or export are given: which base, adapter, tokenizer and template."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tt_ckpt
+import tt_data
 from tt_ckpt.shown import quoted
 from tt_models.config_keys import pop_quantization
-from tt_train.errors import ConfigError
-from tt_train.models.absent_run import refuse_absent_run
-from tt_train.run.dir import find_run, is_run
-from tt_train.run_files import own_folder, read_json, read_manifest
+from tt_train.errors import ConfigError, did_you_mean
+from tt_train.run_files import FinishedRun, is_run, read_json
 
 NF4, DENSE = "nf4", "dense"
 LONGEST_PATH = 1000  # characters of the name of a base
@@ -26,13 +26,18 @@ class Origin:
     """
 
     path: Path
-    run: Path | None = None
+    run: FinishedRun | None = None
     adapter: Path | None = None
     model: Path | None = None
     places: tuple[Path, ...]
     nf4: bool = False  # whether the base computes in 4 bits
     trained_on_nf4: bool = False
     settings: dict[str, Any] = field(default_factory=dict)  # ``model:`` of a run's config
+
+    @property
+    def stopped(self) -> FinishedRun | None:
+        """The run, if it has no result yet: its weights are in its newest checkpoint."""
+        return self.run if self.run is not None and self.adapter is None and self.run.model is None else None
 
     @property
     def base_words(self) -> str | None:
@@ -63,8 +68,8 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
     if is_adapter:
         model = _resolve_base(folder / "adapter_config.json", "base_model_name_or_path", moved)
         return Origin(path=folder, adapter=folder, model=model, places=(folder, model), nf4=bool(nf4))
-    if is_run(folder):
-        return _of_run(find_run(folder), moved, nf4)
+    if (run := FinishedRun.at(folder)) is not None:
+        return _of_run(run, moved, nf4)
     if base is not None:
         raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base: leave --base out"])
     refuse_absent_run(folder)
@@ -74,25 +79,23 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
     return Origin(path=folder, model=model, places=(model,))
 
 
-def _of_run(run: Path, moved: str | None, nf4: bool | None) -> Origin:
-    config = read_manifest(run).get("config") or {}
-    settings = config.get("model") or {}
-    trained_on_nf4 = bool((config.get("adapter") or {}).get("quantize_base"))
-    adapted, own = (own_folder(run, name) for name in ("adapter", "model"))
-    adapter = adapted if (adapted / "adapter_config.json").is_file() else None
-    if adapter is None and (own / "config.json").is_file():
+def _of_run(run: FinishedRun, moved: str | None, nf4: bool | None) -> Origin:
+    settings = run.section("model")
+    trained_on_nf4 = bool(run.section("adapter").get("quantize_base"))
+    adapter, own = run.adapter, run.model
+    if adapter is None and own is not None:
         if moved is not None or nf4 is not None:
-            raise ConfigError([f"--base: {run} trained the whole model, so it has no base: leave --base out"])
-        return Origin(path=run, run=run, model=own, places=(run, own), settings=settings)
+            raise ConfigError([f"--base: {run.path} trained the whole model, so it has no base: leave --base out"])
+        return Origin(path=run.path, run=run, model=own, places=(run.path, own), settings=settings)
     model: Path | None = None
     if adapter is not None:
         model = _resolve_base(adapter / "adapter_config.json", "base_model_name_or_path", moved)
     elif settings.get("path"):
-        model = _resolve_base(run / "manifest.json", "model.path", moved, settings["path"])
+        model = _resolve_base(run.path / "manifest.json", "model.path", moved, settings["path"])
     tokenizer = [Path(settings["tokenizer"])] if settings.get("tokenizer") else []
-    places = [run, *([adapter] if adapter else []), *(file for file in tokenizer if file.exists())]
+    places = [run.path, *([adapter] if adapter else []), *(file for file in tokenizer if file.exists())]
     return Origin(
-        path=run,
+        path=run.path,
         run=run,
         adapter=adapter,
         model=model,
@@ -157,7 +160,30 @@ def _is_quantized(config: dict[str, Any]) -> bool:
 
 def _own_model(path: str) -> str:
     """The model of a run that trained a whole one, else ``path``."""
-    if not is_run(Path(path)):
-        return path
-    own = own_folder(Path(path), "model")
-    return str(own) if (own / "config.json").is_file() else path
+    run = FinishedRun.at(path)
+    return path if run is None or run.model is None else str(run.model)
+
+
+def refuse_absent_run(path: Path, *, root: str | Path = "runs") -> None:
+    """ConfigError if nothing is at ``path``, and it is beside runs, under ``root``, or called nearly like a run."""
+    if path.exists():
+        return
+    has_folder = len(path.parts) > 1
+    runs = _runs_in(path.parent) if has_folder else _runs_in(Path(root))
+    is_beside = has_folder and (bool(runs) or path.parent == Path(root))
+    if has_folder and not is_beside:
+        return
+    exact = [run for run in runs if Path(run).name == str(path)]
+    near = f"; did you mean {exact[0]!r}?" if exact else did_you_mean(str(path), runs)
+    if near or is_beside:
+        raise ConfigError([f"{path}: no such run{near}; tt ls runs lists them"])
+
+
+def _runs_in(folder: Path) -> list[str]:
+    return sorted(os.path.relpath(entry) for entry in folder.iterdir() if is_run(entry)) if folder.is_dir() else []
+
+
+def load_tokenizer(origin: Origin) -> Any:
+    """The tokenizer of a run, adapter or model, with the template that it was trained with."""
+    template = None if origin.run is None else origin.run.template
+    return tt_data.choose_template(tt_data.load_tokenizer(origin.places), template)

@@ -9,10 +9,9 @@ import tt_ckpt
 import tt_models
 from tt_ckpt.shown import plain
 from tt_models import parity
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, shell_word
 from tt_train.models.load import load_base
-from tt_train.run.dir import is_run
-from tt_train.run_files import own_folder, typed
+from tt_train.run_files import FinishedRun
 
 
 def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
@@ -26,12 +25,12 @@ def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
         ValueError: if transformers is not installed, or the directory cannot be read.
     """
     folder = Path(path)
-    if is_run(folder) and (own_folder(folder, "model") / "config.json").is_file():
-        path = folder / "model"  # of a run that trained the whole model
-    elif is_run(folder) or (folder / "adapter_config.json").is_file():
-        raise ConfigError(
-            [f"{plain(folder)}: a run or an adapter; verify takes a model: tt merge {typed(folder)} -o DIR, then DIR"]
-        )
+    run = FinishedRun.at(folder)
+    if run is not None and run.model is not None:
+        path = run.model
+    elif run is not None or (folder / "adapter_config.json").is_file():
+        merge = f"tt merge {shell_word(folder)} -o DIR"
+        raise ConfigError([f"{plain(folder)}: a run or an adapter; verify takes a model: {merge}, then DIR"])
     return parity.verify(tt_ckpt.resolve(path), load=_load, save=_save, seed=seed)
 
 

@@ -1,19 +1,14 @@
 """What a run directory says, read for the report: rows, samples, manifest and config, whatever state they are in."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from tt_ckpt import files
 from tt_ckpt.shown import plain, quoted
-from tt_train.run_files import NUMBERS, is_plain, json_lines, number, read_manifest
+from tt_train.run_files import NUMBERS, FinishedRun, json_lines, number
 from tt_train.visible import visible
-
-CONFIG_BYTES = 500_000
 
 Row = dict[str, float | None]
 
@@ -36,15 +31,6 @@ class Run:
     def figures(self, name: str) -> list[float]:
         """The finite values of a column."""
         return [value for value in self.column(name) if value is not None]
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: a resolved config has none, and a few lines of them unfold to gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not read here")
-        return super().compose_node(parent, index)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -74,12 +60,13 @@ def read_run(path: Path, *, name: str) -> Run:
                 for key in ("loss", "grad_norm", "eval_loss")
                 if row[key] is None and record.get(key) is not None
             )
+    run = FinishedRun(path)
     return Run(
         path=path,
         name=name,
         rows=[rows[step] for step in sorted(rows)],
-        config=_mapping(path / "config.yaml", problems),
-        manifest=_mapping(path / "manifest.json", problems),
+        config=_unless_damaged("config.yaml", run.config_file, path, problems),
+        manifest=_unless_damaged("manifest.json", lambda: run.manifest, path, problems),
         samples=[record for record in json_lines(path / "samples.jsonl", problems) if "prompt" in record],
         problems=problems,
     )
@@ -179,20 +166,13 @@ def value_at(config: dict[str, Any], key: str) -> tuple[bool, Any]:
     return True, value
 
 
-def _mapping(path: Path, problems: list[str]) -> dict[str, Any]:
-    if not os.path.lexists(path):
-        problems.append(f"{path.name}: not there")
+def _unless_damaged(name: str, read: Callable[[], dict[str, Any]], path: Path, problems: list[str]) -> dict[str, Any]:
+    """What ``read`` reads from a file of the run; {}, with the reason in ``problems``, if it cannot."""
+    if not os.path.lexists(path / name):
+        problems.append(f"{name}: not there")
         return {}
     try:
-        if path.suffix == ".json":
-            return read_manifest(path.parent)
-        values = yaml.load(files.read_text(path, limit=CONFIG_BYTES), _PlainLoader)  # noqa: S506
-        if not isinstance(values, dict):
-            problems.append(f"{path.name}: left out (expected a mapping, found {type(values).__name__})")
-            return {}
-        if not is_plain(values):
-            raise ValueError("not the values of a config")
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        problems.append(f"{path.name}: left out ({str(error).splitlines()[0]})")
+        return read()
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{name}: left out ({str(error).splitlines()[0]})")
         return {}
-    return {str(key): value for key, value in values.items()}

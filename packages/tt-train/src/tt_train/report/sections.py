@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from tt_train.config import AdapterSection, SFTConfig, to_dict
+from tt_train.errors import shell_word
 from tt_train.recipe_file import repeating
 from tt_train.report.read import Run, differences, flatten, value_at
 from tt_train.report.samples import clipped, dot, html_text
 from tt_train.report.summary import DASH
-from tt_train.run_files import typed
 
 SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
 PACKAGES = "environment.packages."
@@ -151,7 +151,7 @@ def made_by(run: Run) -> str | None:
 
 def _typed(path: Path) -> str:
     """As one would type it."""
-    return typed(_near(path))
+    return shell_word(_near(path))
 
 
 def _near(path: Path) -> Path:

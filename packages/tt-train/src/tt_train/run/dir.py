@@ -17,10 +17,9 @@ from tt_train.errors import ConfigError, Interrupted, did_you_mean
 from tt_train.redact import redact, redact_data
 from tt_train.report.headline import training_loss
 from tt_train.run.lock import RunLock, writer_of
-from tt_train.run_files import naming, own_folder, read_manifest, read_rows
+from tt_train.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
 from tt_train.visible import visible
 
-MARKER = "config.yaml"
 log = logging.getLogger("tt_train")
 
 
@@ -175,11 +174,6 @@ class _RedactingFormatter(logging.Formatter):
         return visible(redact(super().format(record)))
 
 
-def is_run(path: Path) -> bool:
-    """Whether ``path`` is a run directory."""
-    return (path / MARKER).is_file() and (path / "manifest.json").is_file()
-
-
 def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
     """The runs under ``root``, newest first: path, state, model, last step and training loss.
 
@@ -244,11 +238,11 @@ def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Pa
 
 def results_of(path: Path) -> Path:
     """What a run has trained, as a folder for others: its adapter or its model. Any other folder is itself."""
-    if not is_run(path):
+    run = FinishedRun.at(path)
+    if run is None:
         return path
-    for name, marker in (("adapter", "adapter_config.json"), ("model", "config.json")):
-        if (own_folder(path, name) / marker).is_file():
-            return path / name
+    if (result := run.adapter or run.model) is not None:
+        return result
     saved = any((path / "checkpoints").glob("step-*"))
     cure = "continue it with --resume auto" if saved else "nor a checkpoint to continue from; start a new run"
     raise ConfigError([f"{path}: the run has no results yet{';' if saved else ','} {cure}"])

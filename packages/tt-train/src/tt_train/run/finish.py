@@ -11,6 +11,7 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_train.errors import shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.recipe_file import repeating
@@ -21,8 +22,8 @@ from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
 from tt_train.run.loop import Watch
 from tt_train.run.model_card import model_card
-from tt_train.run.serving import TEMPLATE_FILE, own_template, serving_files
-from tt_train.run_files import read_manifest, typed
+from tt_train.run.serving import own_template, serving_files
+from tt_train.run_files import TEMPLATE_FILE, read_manifest
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
@@ -147,7 +148,7 @@ def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: in
     )
     if best["checkpoint"] is not None:
         again = repeating(run.path, read_manifest(run.path))
-        place, checkpoint = typed(f"{run.path}-best"), typed(run.path / best["checkpoint"])
+        place, checkpoint = shell_word(f"{run.path}-best"), shell_word(run.path / best["checkpoint"])
         console.note(f"  {again} max_steps={best['step']} -o {place} --resume {checkpoint}")
 
 
@@ -158,5 +159,5 @@ def _write_card(job: Job, run: RunDir, summary: dict[str, Any]) -> None:
 def next_commands(run: Path, method: str) -> list[str]:
     """What a user would type next."""
     short = str(run) if run.is_absolute() else os.path.relpath(run)
-    path, merged = typed(short), typed(f"{short}-merged")
+    path, merged = shell_word(short), shell_word(f"{short}-merged")
     return [f"tt chat {path}", *([f"tt merge {path} -o {merged}"] if method != "full" else []), f"tt report {path}"]

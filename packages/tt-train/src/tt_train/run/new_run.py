@@ -9,7 +9,7 @@ from pathlib import Path
 from tt_ckpt import files
 from tt_ckpt.shown import listed, plain
 from tt_train.errors import ConfigError
-from tt_train.run.dir import MARKER
+from tt_train.run_files import MARKER
 
 
 def default_name(model: str, method: str) -> str:

@@ -11,10 +11,10 @@ from tt_train.errors import ConfigError, did_you_mean
 from tt_train.job import Job
 from tt_train.redact import redact_data
 from tt_train.registry import imports_of
-from tt_train.run.dir import is_run, list_runs
+from tt_train.run.dir import list_runs
 from tt_train.run.new_run import new_path
 from tt_train.run.saved_state import check_state
-from tt_train.run_files import own_folder, read_manifest
+from tt_train.run_files import FinishedRun, is_run
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
@@ -59,7 +59,7 @@ def find_origin(config: RunConfig, resume: str | Path | None) -> Origin | None:
         path = Path(config.output_dir)
         return Origin(run=path) if is_run(path) else None
     unfinished = (Path(run["path"]) for run in list_runs() if run["state"] not in ("finished", "damaged"))
-    return next((Origin(run=path) for path in unfinished if not changed_keys(saved_config(path), config)), None)
+    return next((Origin(run=path) for path in unfinished if not changed_keys(FinishedRun(path).config, config)), None)
 
 
 def check_destination(config: RunConfig, resume: str | Path | None) -> None:
@@ -82,12 +82,6 @@ def _named(path: Path, output_dir: str | None) -> Origin:
         raise ConfigError([f"--resume: {path} does not exist{did_you_mean(path.name, there)}{known}"])
     in_place = output_dir is None or Path(output_dir).resolve() == run.resolve()
     return Origin(run=run, checkpoint=checkpoint, in_place=in_place)
-
-
-def saved_config(run: Path) -> dict[str, Any]:
-    """The config that a run was started with, as plain data."""
-    found: dict[str, Any] = read_manifest(run).get("config") or {}
-    return found
 
 
 def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
@@ -124,14 +118,14 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def nothing_left(job: Job, run: Path) -> str | None:
     """Why a finished run has no step left to make; None if it has one, or its result is not there."""
-    manifest = read_manifest(run)
-    summary = manifest.get("summary") or {}
-    if manifest.get("state") != "finished" or not any((run / name).is_dir() for name in ("adapter", "model")):
+    finished = FinishedRun(run)
+    summary = finished.manifest.get("summary") or {}
+    if finished.manifest.get("state") != "finished" or not any((run / name).is_dir() for name in ("adapter", "model")):
         return None
     steps, total = summary.get("steps", 0), job.steps_total
     if steps >= total:
         return f"{run} is finished after {steps:,} steps, nothing is left to do; raise max_steps or epochs to continue"
-    if summary.get("stopped_early") and saved_config(run).get("early_stop_after") == job.config.early_stop_after:
+    if summary.get("stopped_early") and finished.config.get("early_stop_after") == job.config.early_stop_after:
         return (
             f"{run} has stopped early after {steps:,} steps, nothing is left to do; raise early_stop_after to continue"
         )
@@ -143,7 +137,7 @@ def read_checkpoint(job: Job, origin: Origin, *, explicit: bool) -> tt_ckpt.Trai
 
     ``explicit``: the user named the run, so that starting anew is not an answer.
     """
-    checkpoints = tt_ckpt.TrainCheckpoint(own_folder(origin.run, "checkpoints"))
+    checkpoints = tt_ckpt.TrainCheckpoint(FinishedRun(origin.run).checkpoints)
     path = origin.checkpoint or checkpoints.latest()
     if path is None:
         _refuse_damaged(origin.run, explicit=explicit)
@@ -173,7 +167,7 @@ def _refuse_damaged(run: Path, *, explicit: bool) -> None:
         if result is not None:
             cure += f"; its result is in {result}: a new run starts from it with {how}"
         raise ConfigError([f"--resume: every checkpoint of {run} is damaged ({', '.join(there)}); {cure}"])
-    if read_manifest(run).get("state") == "finished":
+    if FinishedRun(run).manifest.get("state") == "finished":
         raise ConfigError(
             [f"--resume: {run} is finished and kept no checkpoint; start a new run from its result: {how}"]
         )

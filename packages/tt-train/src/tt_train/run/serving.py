@@ -6,13 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tt_data
 from tt_data.template.instruct import INSTRUCT_TEMPLATES, our_name
 from tt_data.text.load import find_templates, find_tokenizer
-from tt_train.models.origin import Origin
-from tt_train.run_files import read_json, read_manifest
+from tt_train.run_files import TEMPLATE_FILE, read_json
 
-TEMPLATE_FILE = "chat_template.jinja"
 _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
                     "*.model", "tekken.json")  # fmt: skip
@@ -29,28 +26,6 @@ def own_template(tokenizer: Any, template: str | None) -> str | None:
     if template is None or our_name(template) in INSTRUCT_TEMPLATES:
         return None
     return str(tokenizer.templates["default"])
-
-
-def run_template(run: Path | None) -> str | None:
-    """What to give ``tt_data.choose_template`` for a run: its saved template, or the name in its config."""
-    if run is None:
-        return None
-    if (run / TEMPLATE_FILE).is_file():
-        return str(run / TEMPLATE_FILE)
-    data = (read_manifest(run).get("config") or {}).get("data") or {}
-    name = data.get("template")
-    return None if name is None else str(name)
-
-
-def load_tokenizer(origin: Origin) -> Any:
-    """The tokenizer of a run, adapter or model, with the template that it was trained with."""
-    return tt_data.choose_template(tt_data.load_tokenizer(origin.places), run_template(origin.run))
-
-
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end an answer, of those that the model can say: files also state some that have no embedding."""
-    rows = model.model.embed_tokens.num_embeddings
-    return [index for index in tokenizer.eos_ids if 0 <= index < rows]
 
 
 def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, source: Path | None) -> Files:

@@ -21,9 +21,9 @@ from tt_train.run.environment import collect, command_line
 from tt_train.run.finish import data_facts, precision, result_bytes
 from tt_train.run.git import git_state
 from tt_train.run.new_run import new_path, probe_writable
-from tt_train.run.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint, saved_config
-from tt_train.run.serving import TEMPLATE_FILE, own_template
-from tt_train.run_files import read_manifest, read_rows
+from tt_train.run.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint
+from tt_train.run.serving import own_template
+from tt_train.run_files import TEMPLATE_FILE, FinishedRun, read_rows
 
 
 def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:
@@ -34,8 +34,8 @@ def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir
     origin = find_origin(job.config, resume)
     if origin is None:
         return _new_run(job), None
-    manifest = read_manifest(origin.run)
-    if changed := changed_keys(saved_config(origin.run), job.config) + changed_imports(manifest, job.config):
+    before = FinishedRun(origin.run)
+    if changed := changed_keys(before.config, job.config) + changed_imports(before.manifest, job.config):
         raise ConfigError(
             [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
         )
