@@ -1,5 +1,6 @@
 """A new user's slips, in options, words, files and names: one line, the nearest valid one, the cure, exit 2."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,30 @@ def test_an_empty_word_is_a_variable_that_is_not_set(tt, words):
     answer = tt(*words)
     assert (answer.code, answer.err.count("\n")) == (2, 1)
     assert "an empty word (a shell variable that is not set?)" in answer.err
+
+
+@pytest.mark.parametrize(("words", "suggested"), [
+    (["my rows.yaml"], ["tt", "run", "my rows.yaml"]),
+    (["run", "sft", "my.yaml dir/my run.yaml"], ["--config", "my.yaml dir/my run.yaml"]),
+    (["run", "sft", "my rows.jsonl"], ["data.train=my rows.jsonl"]),
+    (["run", "sft", "--train", "my rows.jsonl"], ["data.train=my rows.jsonl"]),
+    (["run", "sft", "--config", "my recipe.py"], ["tt", "run", "my recipe.py"]),
+    (["run", "my rows.jsonl"], ["tt", "data", "show", "my rows.jsonl", "--tokenizer", "MODEL"]),
+    (["run", "my recipe.py"], ["tt", "cp", "sft", "my recipe.py"]),
+    (["run", "my model"], ["tt", "run", "sft", "model.path=my model"]),
+    (["cp", "sft", "my model/config.json"], ["tt", "cp", "-f", "sft", "my model/config.json"]),
+    (["data", "show", "my rows.jsonl", "batch_size=2"], ["tt", "data", "show", "sft", "data.train=my rows.jsonl"]),
+    (["data", "show", "my rows.jsonl", "my model"], ["--tokenizer", "my model"]),
+    (["run", "sft", "model.path=my run", "data.train=x.jsonl"], ["tt", "merge", "HERE/my run", "-o", "DIR"]),
+    (["verify", "my run"], ["tt", "merge", "my run", "-o", "DIR"]),
+])  # fmt: skip
+def test_a_path_with_a_space_is_quoted_once_in_a_suggested_command(tt, tmp_path, monkeypatch, words, suggested):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "my model" / "config.json").write_text("{}")
+    (tmp_path / "my run" / "adapter").mkdir(parents=True)
+    (tmp_path / "my run" / "config.yaml").write_text("recipe: sft\n")
+    (tmp_path / "my run" / "manifest.json").write_text("{}")
+    answer = tt(*words)
+    assert answer.code == 2, answer.err
+    assert shlex.join(word.replace("HERE", str(tmp_path)) for word in suggested) in answer.err

@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from tt_cli import terminal
 from tt_cli.names import config_keys
-from tt_train.errors import did_you_mean
+from tt_train.errors import did_you_mean, shell_word
 from tt_train.keys.foreign import FOREIGN
 from tt_train.redact import redact_data, redact_said
 from tt_train.registry import RECIPES
@@ -65,7 +65,7 @@ class LazyGroup(click.Group):
             if name == "help":
                 hint = f"; the help is {ctx.command_path} --help"
             elif "run" in self.table and (name in RECIPES or name.endswith((".yaml", ".yml", ".py"))):
-                hint = f"; did you mean tt run {name}?"
+                hint = f"; did you mean tt run {shell_word(name)}?"
             elif ELSEWHERE.get(name.lower()) in self.table:
                 hint = f"; did you mean {ELSEWHERE[name.lower()]!r}?"
             raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{hint}", ctx)
@@ -143,7 +143,7 @@ class ConfigVerb(Verb):
             value = value or _value_after(given[index + 1 :])
             hint = nearest_option(name, self) or _key_hint(name, value)
             if value.endswith((".yaml", ".yml")):
-                hint = f"; did you mean --config {value}?"
+                hint = f"; did you mean --config {shell_word(value)}?"
             raise click.UsageError(f"no option {name}{hint}", ctx) from None
 
 
@@ -208,7 +208,7 @@ def _key_hint(name: str, value: str) -> str:
     home = next((key for key in keys if homes and key.startswith(f"{homes[0]}.")), homes[0] if homes else None)
     if home is None:
         return f"; a config key is written {word or 'key'}={value}"
-    return f"; did you mean {home}={value}?{f' ({note})' if note else ''}"
+    return f"; did you mean {shell_word(f'{home}={value}')}?{f' ({note})' if note else ''}"
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

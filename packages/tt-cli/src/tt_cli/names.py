@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from tt_train import registry
-from tt_train.errors import did_you_mean
+from tt_train.errors import did_you_mean, shell_word
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -58,14 +58,16 @@ def _refuse_name(word: str, what: str) -> None:
     if "=" in word:
         return
     if word.endswith((".yaml", ".yml")) or word in registry.config_names():
-        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {word}?")
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {shell_word(word)}?")
     if word in registry.RECIPES:
-        cure = "the recipe is given already" if what in registry.RECIPES else f"write {word} --config {what}"
+        cure = (
+            "the recipe is given already" if what in registry.RECIPES else f"write {word} --config {shell_word(what)}"
+        )
         raise click.UsageError(f"'{word}' is not KEY=VALUE; {cure}")
     if word.lower().endswith((".jsonl", ".json", ".csv", ".parquet")):
-        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean data.train={word}?")
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean {shell_word(f'data.train={word}')}?")
     if os.path.isfile(f"{word}/config.json"):  # noqa: PTH113
-        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean model.path={word}?")
+        raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean {shell_word(f'model.path={word}')}?")
 
 
 def refuse_run(name: str) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import importlib.abc
 import importlib.util
 import os
-import shlex
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from tt_train.config import RunConfig, SFTConfig
-from tt_train.errors import ConfigError, did_you_mean
+from tt_train.errors import ConfigError, did_you_mean, shell_word
 from tt_train.keys.text import read_text
 from tt_train.redact import redact
 from tt_train.registry import finding_modules_here
@@ -43,7 +42,7 @@ def load_recipe_file(path: Path, allow_import: Sequence[str] = ()) -> RecipeFile
     """
     if not os.path.lexists(path):
         near = did_you_mean(str(path), [str(file) for file in path.parent.glob("*.py")] if path.parent.is_dir() else [])
-        cure = near or f"; tt cp sft {path} makes one"
+        cure = near or f"; tt cp sft {shell_word(path)} makes one"
         raise ConfigError([f"{path}: no such recipe file (looked in {Path.cwd()}){cure}"])
     text = read_text(path, "recipe file")
     if redact(text) != text:
@@ -132,9 +131,9 @@ def copy_of(config: RunConfig) -> RecipeFile | None:
 
 def repeating(run: Path, manifest: Mapping[str, Any]) -> str:
     """What a user types to run the config of a run directory again: its recipe file and what it may import included."""
-    config, name = shlex.quote(str(run / "config.yaml")), str(manifest.get("recipe"))
-    recipe = f"{shlex.quote(str(run / Path(name).name))} --config {config}" if name.endswith(".py") else config
-    allowed = [f" --allow-import {shlex.quote(module)}" for module in sorted(manifest.get("imports") or {})]
+    config, name = shell_word(run / "config.yaml"), str(manifest.get("recipe"))
+    recipe = f"{shell_word(run / Path(name).name)} --config {config}" if name.endswith(".py") else config
+    allowed = [f" --allow-import {shell_word(module)}" for module in sorted(manifest.get("imports") or {})]
     return f"tt run {recipe}{''.join(allowed)}"
 
 
@@ -146,8 +145,8 @@ def check_recipe(said: str, sha256: str | None, where: str, file: Path | None, t
     """
     name = Path(said).name
     beside = file.parent / name if file is not None else Path(name)
-    command = f"tt run {shlex.quote(str(beside if beside.is_file() else name))}"
-    command += f" --config {shlex.quote(str(file))}" if file is not None else ""
+    command = f"tt run {shell_word(beside if beside.is_file() else name)}"
+    command += f" --config {shell_word(file)}" if file is not None else ""
     mark = f" (sha256 {sha256[:12]})" if sha256 else ""
     if isinstance(typed, RecipeFile) and typed.name == name:
         if sha256 not in (None, typed.sha256):

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tt_train.errors import ConfigError, did_you_mean
+from tt_train.errors import ConfigError, did_you_mean, shell_word
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -76,9 +76,9 @@ def find_config(name: str | Path) -> Path:
     if "://" in text:
         raise ConfigError([f"{name}: an address, not a file; download it, look at it, and name the file"])
     if path.suffix == ".py":
-        raise ConfigError([f"{name}: a recipe file, not a config; tt run {name} ..."])
+        raise ConfigError([f"{name}: a recipe file, not a config; tt run {shell_word(name)} ..."])
     if path.name.lower().endswith((".jsonl", ".csv", ".parquet", ".gz", ".zst")):
-        raise ConfigError([f"{name}: a file of rows, not a config; tt data show {name} --tokenizer MODEL"])
+        raise ConfigError([f"{name}: a file of rows, not a config; tt data show {shell_word(name)} --tokenizer MODEL"])
     if os.path.isfile(text):  # noqa: PTH113  (False for a name too long to be one)
         return path
     if text in config_names():
@@ -105,7 +105,7 @@ def _in_folder(folder: Path) -> str:
     if (folder / "config.yaml").is_file():
         return f"give the config in it, {folder / 'config.yaml'}"
     if (folder / "config.json").is_file():
-        return f"a model is named by a key: tt run sft model.path={folder}"
+        return f"a model is named by a key: tt run sft {shell_word(f'model.path={folder}')}"
     files = sorted(file.name for kind in ("*.yaml", "*.yml", "*.py") for file in folder.glob(kind))
     return f"name a file in it, such as {folder / files[0]}" if files else "give a YAML file or a registered name"
 

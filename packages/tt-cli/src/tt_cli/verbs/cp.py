@@ -8,6 +8,7 @@ import click
 from tt_cli.group import Verb
 from tt_cli.names import complete_runnable, path_of
 from tt_cli.terminal import answer
+from tt_train.errors import shell_word
 
 
 @click.command("cp", cls=Verb)
@@ -37,7 +38,9 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
     if target.exists() and target.samefile(source):
         raise ValueError(f"{target} is the file to copy itself; name another file")
     if os.path.lexists(target) and not force:
-        raise FileExistsError(f"{target} exists; name another file, or replace it: tt cp -f {name} {destination}")
+        raise FileExistsError(
+            f"{target} exists; name another file, or replace it: tt cp -f {name} {shell_word(destination)}"
+        )
     target.write_bytes(source.read_bytes())
     answer(target)
 

@@ -11,6 +11,7 @@ from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
 from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
 from tt_cli.ranges import COUNT
 from tt_cli.terminal import say
+from tt_train.errors import shell_word
 
 
 @click.command("show", cls=ConfigVerb)
@@ -60,8 +61,10 @@ def command(
         if overrides or config_file:
             given = overrides[0] if overrides else "--config"
             if "=" not in given and overrides:
-                raise click.UsageError(f"a second source, '{given}'; did you mean --tokenizer {given}?")
-            raise click.UsageError(f"{given} belongs to a recipe: tt data show sft data.train={what} KEY=VALUE")
+                raise click.UsageError(f"a second source, '{given}'; did you mean --tokenizer {shell_word(given)}?")
+            raise click.UsageError(
+                f"{given} belongs to a recipe: tt data show sft {shell_word(f'data.train={what}')} KEY=VALUE"
+            )
         refuse_run(what)
         whole = options["packing"] or options["streaming"]
         dataset = _rows_of_data(what, limit=None if whole else limit, **options)

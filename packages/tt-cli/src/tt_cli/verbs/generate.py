@@ -8,6 +8,7 @@ import click
 from tt_cli.basing import base_option
 from tt_cli.group import Verb, json_option, print_json
 from tt_cli.talk import Sampling, Speaker, check_text, read_prompt, sampling_options, show_answer
+from tt_train.errors import shell_word
 
 
 @click.command("generate", cls=Verb)
@@ -63,6 +64,6 @@ def _asked(model: str | None, question: str | None, prompt: str | None) -> tuple
     if text is None:
         text = "" if sys.stdin.isatty() else read_prompt().rstrip("\n")
         if not text:
-            asked = f"tt generate {model or 'RUN'}"
+            asked = f"tt generate {shell_word(model) if model else 'RUN'}"
             raise click.UsageError(f'no prompt: {asked} "TEXT", or -p TEXT, or pipe it in')
     return model, check_text(text, "the prompt")
