@@ -156,8 +156,7 @@ def test_nothing_can_run_code_from_a_file(package):
 
 # Python itself, by its full path, with nothing of the working folder or (-I) of the environment on its path
 STARTS_PROGRAMS = {
-    "tt_data.template.chat_template": "the process that renders templates",
-    "tt_data.text.trial": "the process that tries a tokenizer's files",
+    "tt_data.template.sandbox": "the processes that render templates and try a tokenizer's files",
     "tt_peft.expressions": "the process that matches expressions of files",
 }
 

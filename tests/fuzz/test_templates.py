@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import CHAT_TEMPLATES, TemplateError, load_dataset, load_tokenizer
-from tt_data.template.builtin import with_named_template
+from tt_data import CHAT_TEMPLATES, TemplateError, choose_template, load_dataset, load_tokenizer
 
 SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>"]
 TURNS = [
@@ -56,7 +55,7 @@ def test_any_template_renders_or_is_one_of_our_errors(tokenizer: Any, fuzz: Any)
 
 @pytest.mark.parametrize("name", sorted(CHAT_TEMPLATES))
 def test_any_messages_render_or_are_one_of_our_errors(tokenizer: Any, fuzz: Any, name: str) -> None:
-    chosen = with_named_template(tokenizer, name)
+    chosen = choose_template(tokenizer, name)
 
     def read(row: object) -> None:
         if not isinstance(row, dict):

@@ -30,7 +30,7 @@ from tt_data import cache as cache_files
 from tt_data.rows import schemas
 from tt_data.rows.examples import Completion
 from tt_data.store import write_numbers
-from tt_data.template import instruct
+from tt_data.template import prompts
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": f"hello {i}"}], "completion": [{"role": "assistant", "content": "the cat"}],
@@ -135,7 +135,7 @@ def test_a_registered_function_that_changes_makes_the_rows_again(chatml: Any, wr
             register_schema(schema)
             assert texts() == answer + "<|im_end|>"
     finally:
-        instruct.INSTRUCT_TEMPLATES.pop("quiz", None)
+        prompts.INSTRUCT_TEMPLATES.pop("quiz", None)
         schemas.SCHEMAS.clear()
         schemas.SCHEMAS.update(ours)
     assert len(list((tmp_path / "cache").iterdir())) == 4

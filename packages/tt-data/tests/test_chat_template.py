@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, TemplateError, load_dataset, load_tokenizer
-from tt_data.encode import mask_messages
+from tt_data.messages import mask_messages
 from tt_data.rows.conversations import read_messages
 
 TEMPLATES = Path(__file__).parent / "templates"

@@ -20,7 +20,7 @@ from tt_data import (
     validate_messages,
 )
 from tt_data.messages import normal_role
-from tt_data.template.instruct import INSTRUCT_TEMPLATES, get_instruct_template
+from tt_data.template.prompts import INSTRUCT_TEMPLATES, get_instruct_template
 
 U, A, S, T = (partial(Message, role) for role in ("user", "assistant", "system", "tool"))
 

@@ -11,7 +11,7 @@ import jinja2
 import pytest
 
 from tt_data import load_dataset, load_tokenizer
-from tt_data.encode import mask_messages
+from tt_data.messages import mask_messages
 from tt_data.rows.conversations import read_messages
 
 TOKENS = re.compile(r"<\|[\w.\- ]+\|>|<\uff5c[^\uff5c]+\uff5c>|<(?:bos|eos|end_of_turn|start_of_turn)>")

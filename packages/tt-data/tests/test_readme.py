@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tt_data.rows import schemas
-from tt_data.template import instruct
+from tt_data.template import prompts
 
 
 def test_examples_of_the_readme_run(
@@ -33,7 +33,7 @@ def test_examples_of_the_readme_run(
         for example in examples:
             exec(compile(example, "README.md", "exec"), namespace)
     finally:
-        instruct.INSTRUCT_TEMPLATES.pop("quiz", None)
+        prompts.INSTRUCT_TEMPLATES.pop("quiz", None)
     printed = capsys.readouterr().out
     for line in re.findall(r"^# +(.*)$", examples[0], flags=re.MULTILINE):
         assert line in printed

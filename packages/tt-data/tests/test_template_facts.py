@@ -127,7 +127,7 @@ def test_blanks_at_the_end_of_a_prompt_are_the_models(chatml: Any) -> None:
 @pytest.mark.parametrize("template", ["GrammarErrorCorrectionTemplate", "grammar", "torchtune.data.SummarizeTemplate"])
 @pytest.mark.parametrize("answer", ["the cat", "42", " blank first"])
 def test_instruct_prompts_are_trained_as_they_are_asked(chatml: Any, llama: Any, template: str, answer: str) -> None:
-    from tt_data.template.instruct import get_instruct_template
+    from tt_data.template.prompts import get_instruct_template
 
     row = {"sentence": "hello", "dialogue": "hello", "output": answer}
     for tokenizer in (chatml, llama):
@@ -147,8 +147,7 @@ def test_a_prompt_that_makes_one_token_with_its_completion_is_told(chatml: Any) 
 
 @pytest.mark.parametrize("name", ["Llama2ChatFormat", "torchtune.data.ChatMLFormat", "MistralChatFormat"])
 def test_torchtunes_names_are_taken_for_chat_templates(llama: Any, llama_dir: Path, name: str) -> None:
-    from tt_data.template.chat_formats import get_chat_format
-    from tt_data.template.instruct import our_name
+    from tt_data.template.prompts import get_chat_format, our_name
 
     ours = our_name(name)
     assert (

@@ -104,7 +104,7 @@ def test_a_large_template_is_refused_before_it_is_read(chatml: Any) -> None:
 
 
 def test_the_rendering_process_sees_no_token_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_data.text.trial import bare_environment
+    from tt_data.template.sandbox import bare_environment
 
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("WANDB_API_KEY", "canary")

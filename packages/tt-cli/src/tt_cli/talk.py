@@ -75,7 +75,7 @@ class Speaker:
             raise ValueError(f"{self.path} has no chat template, so it reads no system message; leave --system out")
         text = messages[-1]["content"]
         if self.form != "text":
-            from tt_data.template.instruct import get_instruct_template
+            from tt_data.template.prompts import get_instruct_template
 
             template = get_instruct_template(self.form)
             text = template.format({template.columns[0]: text})

@@ -22,23 +22,25 @@ from tt_data.packing import PackedDataset, pack
 from tt_data.report import summary_lines
 from tt_data.rows.conversations import sharegpt_to_llama2_messages
 from tt_data.rows.known_datasets import DATASETS, NamedDataset, register_dataset
-from tt_data.rows.readers import choose_template
 from tt_data.rows.schemas import Schema, register_schema
 from tt_data.show import as_text, show, stats, stats_as_text
 from tt_data.stream.mix import PackedMix
 from tt_data.stream.packed import PackedStream
 from tt_data.stream.shuffled import StreamDataset
-from tt_data.template.builtin import CHAT_TEMPLATES, register_chat_template
-from tt_data.template.chat_formats import ChatMLFormat, Llama2ChatFormat, MistralChatFormat
 from tt_data.template.chat_template import TemplateError
-from tt_data.template.instruct import (
+from tt_data.template.prompts import (
     AlpacaInstructTemplate,
+    ChatMLFormat,
     GrammarErrorCorrectionTemplate,
     InstructTemplate,
+    Llama2ChatFormat,
+    MistralChatFormat,
     StackExchangedPairedTemplate,
     SummarizeTemplate,
     register_instruct_template,
 )
+from tt_data.template.sources import CHAT_TEMPLATES, register_chat_template
+from tt_data.text.choose import choose_template
 from tt_data.text.load import load_tokenizer
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.views import MixedDataset

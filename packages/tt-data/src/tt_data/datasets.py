@@ -12,9 +12,8 @@ from functools import partial, wraps
 from inspect import signature
 from typing import Any, ParamSpec
 
-from tt_data.encode import TrainOn
 from tt_data.load import AnyDataset, _Loader
-from tt_data.messages import Message
+from tt_data.messages import Message, TrainOn
 from tt_data.rows.columns import Columns
 from tt_data.rows.converters import read_chat
 from tt_data.rows.examples import BadRowError, Conversation, Turns
@@ -23,8 +22,7 @@ from tt_data.rows.known_datasets import DATASETS
 from tt_data.rows.readers import InstructReader, Read
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import as_files
-from tt_data.template.chat_formats import get_chat_format
-from tt_data.template.instruct import InstructTemplate, get_instruct_template
+from tt_data.template.prompts import InstructTemplate, get_chat_format, get_instruct_template
 from tt_data.text.tokenizer import Tokenizer
 
 Row = Mapping[str, Any]

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, get_args
 
-from tt_data.messages import Message, roles_of, validate_messages
+from tt_data.messages import TrainOn, mask_messages, roles_of, validate_messages
 from tt_data.rows.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.template.chat_template import TemplateError
 from tt_data.template.spans import BLANKS, Encoded, Rendered, Span, check_unicode, join_spans
 from tt_data.text.tokenizer import Tokenizer
 
-TrainOn = Literal["assistant", "last", "all"]
 _PROMPT_MERGES = (
     "the end of the prompt and the beginning of the completion make one token, so that what is trained is not what "
     "inference asks for; end the prompt where a word ends"
 )
 Unit = Conversation | Turns | Completion | Text | Tokens
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
-
-
-def check_train_on(train_on: str) -> None:
-    """Raise ValueError unless ``train_on`` is one of its three values."""
-    if train_on not in get_args(TrainOn):
-        raise ValueError(f"train_on must be one of {', '.join(get_args(TrainOn))}, got {train_on!r}")
 
 
 def encode_examples(
@@ -128,17 +120,6 @@ def _refuse_half_pairs(text: str) -> None:
         check_unicode(text)
     except ValueError as error:
         raise BadRowError("not text", str(error)) from None
-
-
-def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:
-    """The messages, with those masked that ``train_on`` leaves out. A message that is masked already stays so."""
-    if train_on == "all":
-        return list(messages)
-    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
-    kept = {last} if train_on == "last" else {i for i, m in enumerate(messages) if m.role == "assistant"}
-    return [
-        message if i in kept or message.masked else replace(message, masked=True) for i, message in enumerate(messages)
-    ]
 
 
 def _document(unit: Text | Completion, train_on: TrainOn, tokenizer: Tokenizer) -> Rendered:

@@ -11,18 +11,19 @@ from typing import Any
 from tt_data import cache
 from tt_data.builder import build, fingerprint_of
 from tt_data.dataset import TokenDataset
-from tt_data.encode import TrainOn
+from tt_data.messages import TrainOn
 from tt_data.packing import PackedDataset
 from tt_data.report import refuse_dropped
 from tt_data.rows.hub import Part
 from tt_data.rows.known_datasets import DATASETS
-from tt_data.rows.readers import Read, tokenizer_for
-from tt_data.rows.settings import OnBadRow, Settings, SpecialTokensInText
+from tt_data.rows.readers import Read
+from tt_data.rows.settings import OnBadRow, Settings
 from tt_data.rows.sources import NO_PART, as_files, files_left_out, is_hub_id, open_sources
 from tt_data.stream.mix import PackedMix
 from tt_data.stream.packed import PackedStream
 from tt_data.stream.raw import RawStream, hub_stream, to_stream
 from tt_data.stream.shuffled import StreamDataset
+from tt_data.text.choose import SpecialTokensInText, choose_template
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.views import MixedDataset, quotas_of
 from tt_data.wording import visible
@@ -141,7 +142,7 @@ class _Loader:
 
     def _load(self, source: Any, limit: int | None) -> TokenDataset | PackedDataset:
         source, settings, part = self._resolve(source)
-        tokenizer = tokenizer_for(self.tokenizer, settings)
+        tokenizer = choose_template(self.tokenizer, settings.template, special_tokens=settings.special_tokens)
         sources = open_sources(source, part)
         known = self.read_row is None and limit is None
         fingerprint = fingerprint_of(sources, tokenizer, settings) if known else None
@@ -180,7 +181,8 @@ class _Loader:
         left_out = [file for source, _, part in resolved for file in files_left_out(source, part)]
         return StreamDataset(
             [self._streams(source, part) for source, _, part in resolved],
-            tokenizer_for(self.tokenizer, settings), settings, buffer=self.buffer, weights=weights,
+            choose_template(self.tokenizer, settings.template, special_tokens=settings.special_tokens), settings,
+            buffer=self.buffer, weights=weights,
             read=self.read_row, schema=self.schema, files_left_out=left_out,
         )  # fmt: skip
 

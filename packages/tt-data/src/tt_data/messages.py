@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
+TrainOn = Literal["assistant", "last", "all"]  # which turns of a conversation give loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPELLINGS = {
     "human": "user",
@@ -109,3 +110,14 @@ def _misplaced(message: Message, last: str | None, i: int) -> str | None:
     if role == "tool" and last not in ("assistant", "tool"):
         return "a tool answer without an assistant turn before it"
     return None
+
+
+def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:
+    """The messages, with those masked that ``train_on`` leaves out. A message that is masked already stays so."""
+    if train_on == "all":
+        return list(messages)
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    kept = {last} if train_on == "last" else {i for i, m in enumerate(messages) if m.role == "assistant"}
+    return [
+        message if i in kept or message.masked else replace(message, masked=True) for i, message in enumerate(messages)
+    ]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tt_data.encode import Parts, encode_examples, ends_turn, mask_messages
-from tt_data.messages import Message
+from tt_data.encode import Parts, encode_examples, ends_turn
+from tt_data.messages import Message, mask_messages
 from tt_data.report import Tally
 from tt_data.rows.columns import TrackedRow, is_empty
 from tt_data.rows.examples import (

@@ -14,8 +14,8 @@ from tt_data.rows.examples import BadRowError, Completion, Example, Pair
 from tt_data.rows.pairs import read_pair_of_texts
 from tt_data.rows.schemas import OUR_READERS, SCHEMAS, Schema, detect_schema
 from tt_data.rows.settings import Settings
-from tt_data.template.builtin import CHAT_TEMPLATES, with_named_template
-from tt_data.template.instruct import INSTRUCT_TEMPLATES, InstructTemplate, our_name
+from tt_data.template.prompts import INSTRUCT_TEMPLATES, InstructTemplate
+from tt_data.template.sources import CHAT_TEMPLATES
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import names_of
 
@@ -38,22 +38,6 @@ def _code_of(function: Callable[..., Any]) -> str:
     except (OSError, TypeError):  # typed into an interpreter, or no plain function
         code = getattr(function, "__code__", None)
         return repr(function) if code is None else f"{code.co_code.hex()} {code.co_names}"
-
-
-def choose_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
-    """``tokenizer`` with the chat template of that name; instruct templates change rows, not the tokenizer."""
-    if template is None or our_name(template) in INSTRUCT_TEMPLATES:
-        return tokenizer
-    try:
-        return with_named_template(tokenizer, template)
-    except ValueError as error:
-        raise ValueError(str(error).replace(" or a .jinja", f", {', '.join(INSTRUCT_TEMPLATES)} or a .jinja")) from None
-
-
-def tokenizer_for(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
-    """``tokenizer`` as the settings want it: with their template, and special tokens in text as they say."""
-    chosen = choose_template(tokenizer, settings.template)
-    return chosen.with_special_tokens_in_text() if settings.special_tokens == "tokens" else chosen
 
 
 def choose_schema(row: Mapping[str, Any], tokenizer: Tokenizer, settings: Settings, *, where: str) -> Schema:

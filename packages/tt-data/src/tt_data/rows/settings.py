@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
-from tt_data.encode import TrainOn, check_train_on
-from tt_data.template.instruct import our_name
+from tt_data.messages import TrainOn
+from tt_data.template.prompts import our_name
+from tt_data.text.choose import SpecialTokensInText
 
 OnBadRow = Literal["drop", "error"]
-SpecialTokensInText = Literal["text", "tokens"]  # what those that are typed in data become
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Settings:
     max_dropped_share: float | None = None  # of the rows: more bad ones than that are an error; duplicates do not count
 
     def __post_init__(self) -> None:
-        check_train_on(self.train_on)
+        if self.train_on not in get_args(TrainOn):
+            raise ValueError(f"train_on must be one of {', '.join(get_args(TrainOn))}, got {self.train_on!r}")
         if self.template is not None:
             object.__setattr__(self, "template", our_name(self.template))
         if self.special_tokens not in ("text", "tokens"):

@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from tt_data.messages import Message
-from tt_data.text.trial import bare_environment
+from tt_data.template.sandbox import HAS_LIMITS, Process, start
 from tt_data.wording import visible
 
 MAX_TEMPLATE_BYTES = 64 * 1024
@@ -24,7 +21,7 @@ _OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # of a conversation: what
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
 _SECONDS_PER_PAIR = 6e-5
 _SECONDS_PER_CHARACTER = 1e-6
-_SLACK_SECONDS = 60.0 if find_spec("resource") else 5.0  # of wall time, if the system does not end what hangs
+_SLACK_SECONDS = 60.0 if HAS_LIMITS else 5.0  # of wall time, if the system does not end what hangs
 _USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
 _OTHER = "name another one (template=chatml, llama3, ...)"
 _KILLED = "rendering used more time or memory than it may"
@@ -107,7 +104,7 @@ class ChatTemplate:
             "source": source, "variables": dict(variables or {}), "special": list(special), "ends": list(ends),
         }  # fmt: skip
         self._spent, self._rendered = 0.0, 0
-        self._process: subprocess.Popen[str] | None = None
+        self._process: Process | None = None
         self._owner = 0
         self._facts: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -183,11 +180,7 @@ class ChatTemplate:
     def _start(self) -> None:
         if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
             return
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "tt_data.template.worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, encoding="utf-8", errors="surrogatepass", env=bare_environment(),
-        )  # fmt: skip
+        self._process = start("tt_data.template.worker")
         self._owner = os.getpid()
         weakref.finalize(self, _stop, self._process, self._owner)
         self._facts = {}
@@ -212,9 +205,9 @@ class ChatTemplate:
         armed = time.monotonic()
         timer = _kill_after(allowed, process)
         try:
-            process.stdin.write(f"[{','.join(job.line(len(self.source)) for job in jobs)}]\n")
+            process.stdin.write(f"[{','.join(job.line(len(self.source)) for job in jobs)}]\n".encode())
             process.stdin.flush()
-            while len(answers) < len(jobs) and (line := process.stdout.readline()).endswith("\n"):
+            while len(answers) < len(jobs) and (line := process.stdout.readline()).endswith(b"\n"):
                 answers.append(json.loads(line))
                 self._account(jobs[len(answers) - 1], answers[-1])
                 if (now := time.monotonic()) - armed > 1:
@@ -246,7 +239,7 @@ class ChatTemplate:
         self._spent, self._rendered = 0.0, 0
 
 
-def _kill_after(seconds: float, process: subprocess.Popen[str]) -> threading.Timer:
+def _kill_after(seconds: float, process: Process) -> threading.Timer:
     timer = threading.Timer(seconds, process.kill)
     timer.daemon = True
     timer.start()
@@ -267,7 +260,7 @@ def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
         yield request
 
 
-def _stop(process: subprocess.Popen[str], owner: int) -> None:
+def _stop(process: Process, owner: int) -> None:
     if owner != os.getpid():  # a forked child holds a copy of the pipes, but the process is not its own
         return
     process.kill()

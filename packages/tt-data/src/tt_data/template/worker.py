@@ -6,10 +6,7 @@ on its memory, on the time of each rendering, an empty environment, and its pare
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
-import math
 import re
 import secrets
 import signal
@@ -27,10 +24,9 @@ import jinja2.sandbox
 
 from tt_data.template.facts import study
 from tt_data.template.forms import MessageForms
+from tt_data.template.sandbox import limit_cpu, limit_memory
 from tt_data.template.spans import alternatives
 from tt_data.template.turns import AmbiguousTemplateError, turn_spans
-
-resource = importlib.import_module("resource") if importlib.util.find_spec("resource") else None  # not on Windows
 
 _MEMORY_LIMIT = 1 << 30
 _FIRST_SECONDS, _SECONDS_PER_MESSAGE = 1.0, 2e-3  # of CPU time, for a conversation's first rendering
@@ -232,23 +228,12 @@ def _limit_time(seconds: float) -> None:
     """Raise _TooLong after so much CPU time; the system ends a process that hangs a little later. 0: no limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
-    if resource is not None:
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        last = math.ceil(time.process_time() + seconds + _SLACK_SECONDS)
-        resource.setrlimit(resource.RLIMIT_CPU, (last if seconds else hard, hard))
-
-
-def _limit_memory() -> None:
-    if resource is None:  # the parent's time limit remains
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    limit = _MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(_MEMORY_LIMIT, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    limit_cpu(seconds + _SLACK_SECONDS if seconds else 0)
 
 
 def main() -> None:
     """Read a set-up line, then lists of jobs; write a line for each."""
-    _limit_memory()
+    limit_memory(_MEMORY_LIMIT)
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, _alarm)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_data.files import decode_text, json_kind, read_bytes, read_object
-from tt_data.template.builtin import with_named_template
-from tt_data.template.files import find_chat_template
+from tt_data.template.sources import find_templates, named_template
 from tt_data.text.backend import Backend
 from tt_data.text.json_checks import MAX_ID
 from tt_data.text.json_file import MAX_BYTES, JsonTokenizer
@@ -45,7 +44,7 @@ def load_tokenizer(
     root = None if file in paths else directory  # a file that the user names may be a link
     tokenizer = _build(file, root, directory, config, folders, text_specials)
     if template is not None:
-        return with_named_template(tokenizer, template)
+        return tokenizer.with_template(*named_template(template, tokenizer.token_id))
     return tokenizer
 
 
@@ -208,12 +207,6 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
             raise _wrong(file, f"{key}.{digits}", "a text, or an object with content", token)
         added[content] = int(digits)
     return added
-
-
-def find_templates(folders: Sequence[Path]) -> tuple[dict[str, str], str]:
-    """The chat templates of the first folder that has any, and the file they came from."""
-    found = (find_chat_template(folder, read_object(folder / "tokenizer_config.json")) for folder in folders)
-    return next((pair for pair in found if pair[0]), ({}, str(folders[-1] / "tokenizer_config.json")))
 
 
 def _generation_eos(folders: Sequence[Path]) -> tuple[int, ...]:

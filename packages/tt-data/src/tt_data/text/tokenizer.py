@@ -148,7 +148,9 @@ class Tokenizer:
         return self._template(None).notes if self.has_chat_template else []
 
     def with_template(self, templates: Mapping[str, str], name: str) -> Tokenizer:
-        """A copy with other chat templates (``default`` and, where tools need another, ``tool_use``)."""
+        """A copy with other chat templates (``default`` and, if tools need another, ``tool_use``)."""
+        if templates == self.templates and name == self._template_name:
+            return self  # and its process
         other = copy.copy(self)
         other.templates, other._template_name, other._compiled = dict(templates), name, {}
         other._eos_ids = None

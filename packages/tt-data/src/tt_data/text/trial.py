@@ -1,19 +1,20 @@
-"""A tokenizer file tried out in a process of its own: ``python trial.py json`` reads the file from stdin.
+"""A tokenizer file tried out in a process of its own: ``python -m tt_data.text.trial json`` reads it from stdin.
 
 The libraries that read tokenizer files are Rust and C++: on a hostile file they abort, take all memory, or never come
-back, and Python cannot stop them. Whatever is not of a shape known to be harmless loads and encodes here first, under
-limits. The program imports nothing of ours, so that it starts quickly.
+back, and Python cannot stop them. Every file whose shape is not known to be harmless is loaded and used here first,
+under limits.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from tt_data.template.sandbox import limit_cpu, limit_memory, run
+from tt_data.wording import visible
 
 _LOAD_SECONDS, _ENCODE_SECONDS = 3, 3  # of CPU time; and a second for each 10 MB of the file
 _WALL_SECONDS = 30  # if the system knows no limit on CPU time, or is very busy
@@ -29,35 +30,19 @@ _MOST_IDS = 20  # for a byte of text
 def try_out(kind: str, data: bytes, name: str, letters: str = "") -> None:
     """Raise ValueError if the library cannot load ``data`` (``kind``: json or sentencepiece) and encode and decode with
     it in little time and memory. ``letters``: characters of which it may treat long runs in a way of its own."""
-    command = [sys.executable, "-P", __file__, kind, letters]
-    try:
-        done = subprocess.run(
-            command, input=data, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=bare_environment(),
-            timeout=_WALL_SECONDS, check=False,
-        )  # fmt: skip
-        said, status = done.stdout, done.returncode
-    except subprocess.TimeoutExpired as late:
-        said, status = late.stdout or b"", -9
+    said, status = run("tt_data.text.trial", kind, letters, data=data, seconds=_WALL_SECONDS)
     lines = [json.loads(line) for line in said.decode("utf-8", "replace").splitlines() if line.endswith("}")]
     facts: dict[str, str] = {"stage": "is started"}
     for line in lines:
         facts |= line
     if "done" in facts:
         return
-    from tt_data.wording import visible  # here: the program does without
-
     why = visible(facts.get("error", "")) or ("too much time" if status in (-24, -9) else "too much memory, or a crash")
     if facts["stage"] == _LOADED and "error" in facts:
         raise ValueError(f"{name}: not a {_FILES[kind]} ({why}); download the file again")
     raise ValueError(
         f"{name}: this {_FILES[kind]} fails when it {facts['stage']} ({why}); download it again, or do not trust it"
     )
-
-
-def bare_environment() -> dict[str, str]:
-    """What a process that works on untrusted files may see of ours: no tokens, no keys."""
-    kept = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "TZ", "LD_LIBRARY_PATH") if key in os.environ}
-    return {**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"}
 
 
 # ---- in the process ----------------------------------------------------------------------------------------------
@@ -69,12 +54,12 @@ def main(kind: str, letters: str) -> None:
     """Try out the file on stdin; a line of JSON for each stage."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     data = sys.stdin.buffer.read()
-    _limit_memory(_MEMORY + 10 * len(data))
+    limit_memory(_MEMORY + 10 * len(data))
     _say(stage=_LOADED)
-    _limit_time(_LOAD_SECONDS + len(data) // 10_000_000)
+    limit_cpu(_LOAD_SECONDS + len(data) // 10_000_000)
     try:
         encode, decode = _read_json(data) if kind == "json" else _read_sentencepiece(data)
-        _limit_time(_ENCODE_SECONDS)
+        limit_cpu(_ENCODE_SECONDS)
         for text in probes(letters):
             _say(stage=f"encodes {text[:12]!a}... ({len(text)} characters)")
             ids = encode(text)
@@ -131,25 +116,6 @@ def _read_sentencepiece(data: bytes) -> Codec:
 def _say(**facts: object) -> None:
     sys.stdout.write(json.dumps(facts) + "\n")
     sys.stdout.flush()
-
-
-def _limit_memory(limit: int) -> None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _limit_time(seconds: int) -> None:
-    try:
-        import resource
-    except ImportError:
-        return
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds, hard))
 
 
 if __name__ == "__main__":

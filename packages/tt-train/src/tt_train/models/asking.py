@@ -14,7 +14,7 @@ def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
 
 def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:
     """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
-    from tt_data.template.instruct import INSTRUCT_TEMPLATES, our_name
+    from tt_data.template.prompts import INSTRUCT_TEMPLATES, our_name
 
     if template is not None and our_name(template) in INSTRUCT_TEMPLATES:
         return our_name(template)

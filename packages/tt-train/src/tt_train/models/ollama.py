@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tt_data.template.instruct import get_instruct_template
+from tt_data.template.prompts import get_instruct_template
 from tt_train.errors import ConfigError
 from tt_train.models.go_template import ollama_prompt
 from tt_train.models.modelfile import MARK, is_stop, parameters, quoted, stops

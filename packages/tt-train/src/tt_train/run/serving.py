@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.template.instruct import INSTRUCT_TEMPLATES, our_name
-from tt_data.text.load import find_templates, find_tokenizer
+from tt_data.template.prompts import INSTRUCT_TEMPLATES, our_name
+from tt_data.template.sources import find_templates
+from tt_data.text.load import find_tokenizer
 from tt_train.run_files import TEMPLATE_FILE, read_json
 
 _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")

@@ -1,14 +1,17 @@
-"""Chat templates for models that bring none."""
+"""Where chat templates come from: built in, registered, a ``.jinja`` file, or the directory of a model."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from tt_data.template.files import read_template
-from tt_data.template.instruct import our_name
-from tt_data.text.tokenizer import Tokenizer
+from tt_data.files import inside, read_object, read_text
+from tt_data.template.prompts import our_name
 
+_MAX_BYTES = 1 << 20  # of a file; a template that is too large is refused when it is used
 _MERGE_SYSTEM = (
     "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}"
     "{%- set messages = messages[1:] -%}{%- else -%}{%- set system = '' -%}{%- endif -%}"
@@ -60,24 +63,24 @@ CHAT_TEMPLATES = {
 _END_TOKENS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 
 
-def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
-    """``tokenizer`` with a built-in or registered chat template, or that of a ``.jinja`` file.
+def named_template(name: str, knows: Callable[[str], object]) -> tuple[dict[str, str], str]:
+    """The built-in or registered template of that name, or that of a ``.jinja`` file; and what to call it in messages.
 
-    Where the model does not know the token with which a built-in template ends a turn, its eos token follows the text
-    of that token, so that there is something to stop at. Raises ValueError with the nearest name, or FileNotFoundError.
+    ``knows`` gives the id of a token, or None. If the model does not know the token that ends the turns of a built-in
+    template, its eos token follows the text of that token, so that generation stops. Raises ValueError with the nearest
+    name, or FileNotFoundError.
     """
     name = our_name(name)
     if name in CHAT_TEMPLATES:
         source = CHAT_TEMPLATES[name]
-        if name in _END_TOKENS and tokenizer.token_id(_END_TOKENS[name]) is None:
+        if name in _END_TOKENS and knows(_END_TOKENS[name]) is None:
             source = source.replace("set turn_end = ''", "set turn_end = eos_token", 1)
-        return tokenizer.with_template({"default": source}, f"built-in template {name}")
+        return {"default": source}, f"built-in template {name}"
     path = Path(name)
     if path.suffix in (".jinja", ".jinja2", ".j2"):
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such template file (looked from {Path.cwd()})")
-        source = read_template(path.resolve())  # named by the user: wherever it leads
-        return tokenizer.with_template({"default": source}, str(path))
+        return {"default": read_template(path.resolve())}, str(path)  # named by the user: it may be a link
     near = get_close_matches(name, CHAT_TEMPLATES, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"unknown template {name!r}, expected one of {', '.join(CHAT_TEMPLATES)} or a .jinja file{hint}")
@@ -86,3 +89,58 @@ def with_named_template(tokenizer: Tokenizer, name: str) -> Tokenizer:
 def register_chat_template(name: str, source: str) -> None:
     """Make a Jinja chat template known by ``name``."""
     CHAT_TEMPLATES[name] = source
+
+
+def find_templates(folders: Sequence[Path]) -> tuple[dict[str, str], str]:
+    """The chat templates of the first folder that has any, and the file they came from."""
+    found = (_find_in(folder, read_object(folder / "tokenizer_config.json")) for folder in folders)
+    return next((pair for pair in found if pair[0]), ({}, str(folders[-1] / "tokenizer_config.json")))
+
+
+def _find_in(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """The templates of a model directory by name (``default``, ``tool_use``, ...), and the file they came from.
+
+    ``chat_template.jinja`` and ``additional_chat_templates/`` go before ``tokenizer_config.json``, as in transformers.
+    """
+    file, folder = directory / "chat_template.jinja", directory / "additional_chat_templates"
+    templates: dict[str, str] = {}
+    if os.path.lexists(file):
+        templates["default"] = read_template(file, directory)
+    if os.path.lexists(folder) and not inside(folder, directory).is_dir():
+        raise ValueError(f"{folder}: expected a folder of .jinja files")
+    for extra in sorted(folder.glob("*.jinja")):
+        templates[extra.stem] = read_template(extra, directory)
+    if templates:
+        return templates, str(file)
+    source, origin = config.get("chat_template"), directory / "tokenizer_config.json"
+    legacy = directory / "chat_template.json"
+    if source is None and os.path.lexists(legacy):
+        source, origin = read_object(legacy).get("chat_template"), legacy
+        if source is None:
+            raise ValueError(f"{legacy}: expected the key chat_template; add it, or remove the file")
+    return _of_config(source, origin), str(origin)
+
+
+def _of_config(source: Any, origin: Path) -> dict[str, str]:
+    if source is None:
+        return {}
+    if isinstance(source, str):
+        return {"default": source}
+    try:
+        found = {entry["name"]: entry["template"] for entry in source if entry["template"].strip()}
+    except (TypeError, LookupError, AttributeError):
+        found = {None: None}
+    if not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ValueError(
+            f"{origin}: chat_template must be text, or a list of objects with name and template; correct it, or name a "
+            "template (data.template=chatml, llama3, ...)"
+        )
+    return found
+
+
+def read_template(path: Path, root: Path | None = None) -> str:
+    """The text of a .jinja file of the folder ``root``. Raises ValueError if it is no text, empty or too large."""
+    text = read_text(path, root, limit=_MAX_BYTES)
+    if not text.strip():
+        raise ValueError(f"{path}: an empty template, which would write nothing of a conversation; remove the file")
+    return text
