@@ -7,7 +7,9 @@ import click
 import pytest
 
 from tt_cli import errors
-from tt_cli.group import Invocation, Verb, json_option, pass_invocation, print_json
+from tt_cli.group import Invocation, Verb, pass_invocation
+from tt_cli.options import json_option
+from tt_cli.terminal import print_json
 from tt_train.errors import ConfigError, Interrupted, TrainingError
 
 

@@ -1,21 +1,98 @@
-"""What a run shows on a terminal: facts before step 1, a progress bar with the whole run's ETA, a table at the end."""
+"""What is drawn on a terminal with rich: the progress of a run, bars, rows in colour.
+
+Nothing is read as markup, control characters are shown as escapes, and secrets are blanked.
+"""
 
 import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
+import click
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.file_proxy import FileProxy
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from tt_cli.drawing import Bars, Terminal, literal
-from tt_cli.marking import mark, shorten
-from tt_train.redact import redact
+from tt_cli.terminal import Door
+from tt_train.redact import redact, redact_said
 from tt_train.run import console as plain
-from tt_train.run.console import RunFacts
+from tt_train.run.console import MARKS, RunFacts
 from tt_train.visible import visible
 
+Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained
 SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample
+
+
+class Terminal(Console):
+    """A rich console on a stream. Names such as ``[red]`` and ``:smile:`` are shown as they are."""
+
+    def __init__(self, stream: TextIO, *, width: int | None = None, force_terminal: bool | None = None) -> None:
+        raw = stream.raw if isinstance(stream, Door) else stream
+        super().__init__(
+            file=raw, width=width, force_terminal=force_terminal, highlight=False, markup=False, emoji=False
+        )
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+
+def literal(text: str, style: str = "") -> Text:
+    """Text as it is, without secrets; rich would leave out its control characters without a word."""
+    return Text(visible(redact(text)), style=style)
+
+
+class Bars(Progress):
+    """Progress bars. What others write while they are drawn goes above them, through the door."""
+
+    def __init__(self, *columns: str | ProgressColumn, terminal: Terminal, transient: bool = False) -> None:
+        super().__init__(
+            *columns,
+            console=terminal,
+            transient=transient,
+            expand=not transient,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),  # a pipe gets its answer, bars or not
+        )
+
+    def start(self) -> None:
+        super().start()
+        if isinstance(sys.stdout, FileProxy):
+            sys.stdout = cast(TextIO, Door(cast(TextIO, sys.stdout), answers=True))
+        if isinstance(sys.stderr, FileProxy):
+            sys.stderr = cast(TextIO, Door(cast(TextIO, sys.stderr), answers=False))
+
+
+@contextmanager
+def byte_progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Gives ``progress(bytes done, bytes in all)`` for what runs inside; None if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, terminal=Terminal(sys.stderr), transient=True) as bar:
+        task = bar.add_task(visible(label), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class LineConsole(plain.Console):
@@ -156,3 +233,40 @@ def _model(facts: RunFacts) -> str:
     return (
         f"{facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %, {facts.method})"
     )
+
+
+def mark(pieces: Pieces, *, color: bool) -> str:
+    """The row as text. Adjacent pieces of one kind share their marks."""
+    open_mark, close_mark = MARKS
+    shown = []
+    for piece, trained in _joined(pieces):
+        text = redact_said(piece)
+        if not trained:
+            shown.append(visible(text))
+        elif color:
+            # Line by line, so that a pager which resets the colour at line ends shows all of it.
+            shown.append("\n".join(click.style(line, fg="green") if line else "" for line in visible(text).split("\n")))
+        else:
+            shown.append(f"{open_mark}{visible(text)}{close_mark}")
+    return "".join(shown)
+
+
+def shorten(pieces: Pieces, *, limit: int) -> list[tuple[str, bool]]:
+    """``pieces`` with at most ``limit`` characters in each run of one kind: its start and its end."""
+    half = limit // 2
+
+    def cut(text: str) -> str:
+        left_out = f" [... {len(text) - 2 * half} characters ...] "
+        return text if len(text) <= limit else text[:half] + left_out + text[-half:]
+
+    return [(cut(text), trained) for text, trained in _joined(pieces)]
+
+
+def _joined(pieces: Pieces) -> list[tuple[str, bool]]:
+    joined: list[tuple[str, bool]] = []
+    for text, trained in pieces:
+        if joined and joined[-1][1] == trained:
+            joined[-1] = (joined[-1][0] + text, trained)
+        else:
+            joined.append((text, trained))
+    return joined

@@ -20,8 +20,8 @@ from typing import Any
 
 import click
 
-from tt_cli.group import Invocation, nearest_option, wants_color
-from tt_cli.terminal import OutputLost, guarded, say
+from tt_cli.group import Invocation, nearest_option
+from tt_cli.terminal import OutputLost, guarded, say, wants_color
 from tt_train.errors import Interrupted, TrainingError, did_you_mean
 from tt_train.redact import redact
 from tt_train.visible import visible

@@ -1,22 +1,18 @@
 """The two click classes of ``tt``: a group that imports a verb when it is asked for, and a verb."""
 
 import importlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
-from tt_cli import terminal
 from tt_cli.names import config_keys
 from tt_train.errors import did_you_mean, shell_word
 from tt_train.keys.foreign import FOREIGN
-from tt_train.redact import redact_data, redact_said
 from tt_train.registry import RECIPES
 
 # what other tools call these verbs
@@ -145,36 +141,6 @@ class ConfigVerb(Verb):
             if value.endswith((".yaml", ".yml")):
                 hint = f"; did you mean --config {shell_word(value)}?"
             raise click.UsageError(f"no option {name}{hint}", ctx) from None
-
-
-def json_option(function: Function) -> Function:
-    """The ``--json`` flag, given to the verb as ``as_json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Answer as one JSON object.")(function)
-
-
-def print_json(answer: Mapping[str, Any], *, said: Mapping[str, Any] | None = None) -> None:
-    """Print ``answer`` as the verb's one JSON object; ``ok`` says that there were no mistakes.
-
-    ``said``: more entries, which are the text of rows or of a model.
-    """
-    blanked = {"ok": True, **redact_data(dict(answer)), **_said(said or {})}
-    text = json.dumps(blanked, indent=2, default=str)
-    click.echo(text) if said is None else terminal.answer(text)
-
-
-def _said(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact_said(value)
-    if isinstance(value, dict):
-        return {key: _said(item) for key, item in value.items()}
-    return [_said(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def wants_color(stream: TextIO) -> bool:
-    """Whether to colour what is written to ``stream``: a terminal, unless NO_COLOR; or FORCE_COLOR."""
-    if os.environ.get("NO_COLOR"):
-        return False
-    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
 def _help_when_alone() -> None:

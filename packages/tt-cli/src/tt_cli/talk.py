@@ -4,16 +4,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from tt_cli.basing import tell
-from tt_cli.ranges import AT_LEAST_ONE, SEED, TOKENS, FiniteRange
-from tt_cli.terminal import answer
+from tt_cli.terminal import answer, tell
 from tt_train.models.asking import prompt_form, trained_on
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Messages = list[dict[str, str]]
 LONGEST = 1 << 20  # bytes of a prompt: a hundred pages, more than most models read
 
@@ -27,22 +24,6 @@ class Sampling:
     top_k: int | None
     top_p: float | None
     seed: int | None
-
-
-def sampling_options(function: Function) -> Function:
-    """``--max-new-tokens``, ``--temperature``, ``--top-k``, ``--top-p`` and ``--seed``."""
-    share = FiniteRange(0, 1, min_open=True)
-    heat = FiniteRange(0, 100)
-    options = [
-        click.option("--max-new-tokens", type=TOKENS, metavar="N", default=512, show_default=True, help="At the most."),
-        click.option("--temperature", type=heat, metavar="T", default=0.0, show_default=True, help="0: the likeliest."),
-        click.option("--top-k", type=AT_LEAST_ONE, metavar="K", help="Draw from the K likeliest tokens only."),
-        click.option("--top-p", type=share, metavar="P", help="Draw from the likeliest that add up to P only."),
-        click.option("--seed", type=SEED, metavar="N", help="Draw the same again."),
-    ]
-    for option in reversed(options):
-        function = option(function)
-    return function
 
 
 class Speaker:

@@ -5,14 +5,15 @@ pass: those of rich, whose text is spelt out before it is drawn, and those given
 """
 
 import errno
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from tt_train.redact import redact, redact_known, redact_said
+from tt_train.redact import redact, redact_data, redact_known, redact_said
 from tt_train.visible import visible
 
 _COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text
@@ -145,11 +146,41 @@ def say(text: object = "", *, err: bool = False, nl: bool = True, styled: bool =
     door.flush()
 
 
+def tell(text: str) -> None:
+    """A line on stderr about what was loaded or written."""
+    say(text, err=True)
+
+
 def answer(text: object, *, nl: bool = True) -> None:
     """What a script reads of stdout, such as a path or generated text: in a pipe or a file exactly this."""
     door = _door(sys.stdout, answers=True)
     door.write_exact(f"{text}\n" if nl else str(text))
     door.flush()
+
+
+def print_json(facts: Mapping[str, Any], *, said: Mapping[str, Any] | None = None) -> None:
+    """Print ``facts`` as the verb's one JSON object; ``ok`` says that there were no mistakes.
+
+    ``said``: more entries, which are the text of rows or of a model.
+    """
+    blanked = {"ok": True, **redact_data(dict(facts)), **_said(said or {})}
+    text = json.dumps(blanked, indent=2, default=str)
+    say(text) if said is None else answer(text)
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact_said(value)
+    if isinstance(value, dict):
+        return {key: _said(item) for key, item in value.items()}
+    return [_said(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Whether to colour what is written to ``stream``: a terminal, unless NO_COLOR; or FORCE_COLOR."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
 
 
 def open_closed_streams() -> None:

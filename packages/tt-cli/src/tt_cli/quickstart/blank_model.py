@@ -1,4 +1,7 @@
-"""The blank model, as a Hugging Face directory to pretrain: a tokenizer trained on the rows, and random weights."""
+"""The blank model, as a Hugging Face directory to pretrain: a tokenizer trained on the rows, and random weights.
+
+Apart from the story, whose readers may skip how it is made.
+"""
 
 import json
 from collections.abc import Iterable

@@ -7,8 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tt_cli.console import LineConsole, TerminalConsole
-from tt_cli.drawing import Terminal, literal
+from tt_cli.console import LineConsole, Terminal, TerminalConsole, literal
 from tt_cli.terminal import say
 from tt_train.run.console import RunFacts
 

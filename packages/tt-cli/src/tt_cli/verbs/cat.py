@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import click
 
-from tt_cli.group import ConfigVerb, json_option, print_json
-from tt_cli.names import complete_keys, complete_runnable, composed
-from tt_cli.terminal import answer
+from tt_cli.group import ConfigVerb
+from tt_cli.names import composed
+from tt_cli.options import config_words, json_option
+from tt_cli.terminal import answer, print_json
 
 
 @click.command("cat", cls=ConfigVerb)
-@click.argument("what", metavar="RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
-@click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
-@click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
+@config_words()
 @json_option
 def command(
     what: str, overrides: tuple[str, ...], config_file: str | None, allow_import: tuple[str, ...], as_json: bool

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import click
 
-from tt_cli.basing import base_option
 from tt_cli.group import Verb
-from tt_cli.talk import Messages, Sampling, Speaker, check_text, read_prompts, sampling_options
+from tt_cli.options import base_option, sampling_options
+from tt_cli.talk import Messages, Sampling, Speaker, check_text, read_prompts
 from tt_cli.terminal import answer, say
 from tt_train.errors import did_you_mean
 

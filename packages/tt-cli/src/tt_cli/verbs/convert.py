@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json
-from tt_cli.terminal import answer
+from tt_cli.group import Verb
+from tt_cli.options import dtype_option, json_option, torch_dtype
+from tt_cli.terminal import answer, print_json
 
 
 @click.command("convert", cls=Verb)
@@ -22,11 +23,7 @@ from tt_cli.terminal import answer
 )
 @click.option("--allow-pickle", is_flag=True, help="Read .pth, .pt and .bin files, which can hold code, restrictedly.")
 @click.option("--config", help="A directory with the config.json or params.json that SOURCE lacks, or a tokenizer.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Cast the weights. Default: as they are; fp32 for a GGUF file with quantized tensors.",
-)
+@dtype_option("as in SOURCE; fp32 for a GGUF file with quantized tensors")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of hf files.")
 @click.option(
     "--num-parts", type=click.IntRange(1, 1024), default=1, show_default=True, help="Model-parallel parts of meta."
@@ -51,12 +48,10 @@ def command(
 
     What was written is read back and compared.
     """
-    import torch
 
     import tt_ckpt
-    from tt_cli.byte_progress import byte_progress
+    from tt_cli.console import byte_progress
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     with byte_progress(f"{source} to {target}") as progress:
         done = tt_ckpt.convert(
             source,
@@ -64,7 +59,7 @@ def command(
             target,  # type: ignore[arg-type]
             allow_pickle=allow_pickle,
             config=config,
-            dtype=dtypes[dtype] if dtype else None,
+            dtype=torch_dtype(dtype),
             max_shard_size=max_shard_size,
             num_parts=num_parts,
             overwrite=overwrite,

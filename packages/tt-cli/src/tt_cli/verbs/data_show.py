@@ -7,18 +7,16 @@ from typing import Any
 
 import click
 
-from tt_cli.group import ConfigVerb, json_option, print_json, wants_color
-from tt_cli.names import complete_keys, complete_runnable, composed, refuse_run, runnable_names
-from tt_cli.ranges import COUNT
-from tt_cli.terminal import say
+from tt_cli.group import ConfigVerb
+from tt_cli.names import composed, refuse_run, runnable_names
+from tt_cli.options import COUNT, config_words, json_option
+from tt_cli.terminal import print_json, say, wants_color
 from tt_train.errors import shell_word
 
 
 @click.command("show", cls=ConfigVerb)
-@click.argument("what", metavar="DATA|RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
+@config_words("DATA|RECIPE|CONFIG|FILE.py")
 @click.option("--tokenizer", metavar="MODEL", type=click.Path(), help="A directory, hub id or file.")
-@click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
 @click.option("-n", "--num", type=COUNT, default=3, show_default=True, help="How many rows.")
 @click.option("--start", type=COUNT, default=0, show_default=True, help="The first row shown.")
 @click.option("--stats", is_flag=True, help="Lengths, the share trained and what was dropped, instead of rows.")
@@ -31,7 +29,6 @@ from tt_train.errors import shell_word
 @click.option("--special-tokens", type=click.Choice(["text", "tokens"]), help="What those typed in rows become.")
 @click.option("--split", metavar="NAME", help="Of a hub data set or folder.")
 @click.option("--streaming", is_flag=True, help="Read no further than the rows shown.")
-@click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @json_option
 def command(
     what: str,

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json
-from tt_cli.terminal import answer
+from tt_cli.group import Verb
+from tt_cli.options import json_option
+from tt_cli.terminal import answer, print_json
 
 
 @click.command("download", cls=Verb)

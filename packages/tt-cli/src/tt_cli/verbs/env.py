@@ -5,7 +5,9 @@ from typing import Any
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json
+from tt_cli.group import Verb
+from tt_cli.options import json_option
+from tt_cli.terminal import print_json
 
 
 @click.command("env", cls=Verb)

@@ -4,21 +4,16 @@ from pathlib import Path
 
 import click
 
-from tt_cli.basing import base_option, tell
-from tt_cli.destination import chosen_output, takes_output
-from tt_cli.group import Verb, json_option, print_json
-from tt_cli.terminal import answer
+from tt_cli.group import Verb
+from tt_cli.options import base_option, chosen_output, dtype_option, json_option, output_option, torch_dtype
+from tt_cli.terminal import answer, print_json, tell
 
 
 @click.command("export", cls=Verb)
 @click.argument("run", type=click.Path())
-@takes_output("The directory to write.")
+@output_option("The directory to write.")
 @click.option("--to", "target", default="hf", show_default=True, help="hf (vLLM, llama.cpp, transformers) or ollama.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Data type of the weights written; default: each as in the files of the base.",
-)
+@dtype_option("each as in the files of the base")
 @base_option
 @click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
 @json_option
@@ -34,16 +29,13 @@ def command(
 ) -> None:
     """Write RUN, a run, adapter or model, for another program; adapters are merged."""
     target_folder = chosen_output(output_word, output)
-    import torch
-
     from tt_train.models.export import export
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     done = export(
         run,
         target_folder,
         to=target,
-        dtype=dtypes[dtype] if dtype else None,
+        dtype=torch_dtype(dtype),
         base=base or None,
         dry_run=dry_run,
         tell=tell,

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import click
 
-from tt_cli.basing import base_option
-from tt_cli.group import Verb, json_option, print_json
-from tt_cli.talk import Sampling, Speaker, check_text, read_prompt, sampling_options, show_answer
+from tt_cli.group import Verb
+from tt_cli.options import base_option, json_option, sampling_options
+from tt_cli.talk import Sampling, Speaker, check_text, read_prompt, show_answer
+from tt_cli.terminal import print_json
 from tt_train.errors import shell_word
 
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json, wants_color
-from tt_cli.terminal import say
+from tt_cli.group import Verb
+from tt_cli.options import json_option
+from tt_cli.terminal import print_json, say, wants_color
 from tt_train import registry
 
 KINDS = ("recipes", "configs", "models", "runs")

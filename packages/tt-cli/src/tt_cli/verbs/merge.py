@@ -4,20 +4,15 @@ from pathlib import Path
 
 import click
 
-from tt_cli.basing import base_option, tell
-from tt_cli.destination import chosen_output, takes_output
-from tt_cli.group import Verb, json_option, print_json
-from tt_cli.terminal import answer
+from tt_cli.group import Verb
+from tt_cli.options import base_option, chosen_output, dtype_option, json_option, output_option, torch_dtype
+from tt_cli.terminal import answer, print_json, tell
 
 
 @click.command("merge", cls=Verb)
 @click.argument("run", type=click.Path())
-@takes_output("The model directory to write.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Data type of the weights written; default: each as in the files of the base.",
-)
+@output_option("The model directory to write.")
+@dtype_option("each as in the files of the base")
 @base_option
 @click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
 @json_option
@@ -32,14 +27,10 @@ def command(
 ) -> None:
     """Write RUN as one Hugging Face model directory, its adapter merged into the weights."""
     target_folder = chosen_output(output_word, output)
-    import torch
-
     from tt_train.models.export import export
 
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    written = export(
-        run, target_folder, dtype=dtypes[dtype] if dtype else None, base=base or None, dry_run=dry_run, tell=tell
-    )["path"]
+    done = export(run, target_folder, dtype=torch_dtype(dtype), base=base or None, dry_run=dry_run, tell=tell)
+    written = done["path"]
     if as_json:
         print_json({"model": str(written)})
     else:

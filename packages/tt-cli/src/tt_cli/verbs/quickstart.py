@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from tt_cli.group import Invocation, Verb, json_option, pass_invocation, print_json
-from tt_cli.ranges import SEED
+from tt_cli.group import Invocation, Verb, pass_invocation
+from tt_cli.options import SEED, json_option
+from tt_cli.terminal import print_json
 
 if TYPE_CHECKING:
     from tt_cli.quickstart.commands import Scale

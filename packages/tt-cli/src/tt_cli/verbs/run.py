@@ -6,15 +6,14 @@ from dataclasses import replace
 import click
 
 from tt_cli.group import ConfigVerb, Invocation, pass_invocation
-from tt_cli.names import complete_keys, complete_runnable, composed
+from tt_cli.names import composed
+from tt_cli.options import config_words
 from tt_cli.terminal import answer
 from tt_train.errors import Interrupted
 
 
 @click.command("run", cls=ConfigVerb)
-@click.argument("what", metavar="RECIPE|CONFIG|FILE.py", shell_complete=complete_runnable)
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys)
-@click.option("--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config.")
+@config_words()
 @click.option("-o", "--output-dir", metavar="DIR", type=click.Path(), help="Default: runs/<time>-<model>-<method>.")
 @click.option(
     "--resume",
@@ -23,7 +22,6 @@ from tt_train.errors import Interrupted
     help="Continue a run from its newest checkpoint, or from the one named; with -o, in a new run.",
 )
 @click.option("--dry-run", is_flag=True, help="Load and show everything, and stop before step 1.")
-@click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module.")
 @pass_invocation
 def command(
     invocation: Invocation,

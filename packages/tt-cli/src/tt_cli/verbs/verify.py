@@ -5,8 +5,9 @@ from pathlib import Path
 
 import click
 
-from tt_cli.group import Verb, json_option, print_json
-from tt_cli.ranges import SEED
+from tt_cli.group import Verb
+from tt_cli.options import SEED, json_option
+from tt_cli.terminal import print_json
 
 
 @click.command("verify", cls=Verb)
