@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import tt_models
+from tt_models.cpu import gated, rotate
 from tt_models.masks import block_mask, document_starts, interval_mask
-from tt_models.mlp import gated
 from tt_models.moe import mix
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm
-from tt_models.rope import Rope, rotate
+from tt_models.rope import Rope
 from tt_models.sampling import Sampling, filtered, sample
 
 ROWS = 2**14 + 3  # of 1024: more than 2^24 values

@@ -155,7 +155,7 @@ def test_an_adapter_to_start_from_that_does_not_fit_is_found_before_weights_load
 def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_state_that_does_not_fit_is_said(
     found, words, monkeypatch
 ):
-    monkeypatch.setattr("tt_models.memory.total_memory", lambda device: 30 * 10**9)
+    monkeypatch.setattr("tt_models.limits.total_memory", lambda device: 30 * 10**9)
     folder = next(word.removeprefix("model.path=") for word in words if word.startswith("model.path="))
     huge = ["model.path=null", "model.name=llama3_70b", f"model.tokenizer={folder}"]
     problem = next(one for one in found(*huge) if "weights" in one)
@@ -167,7 +167,7 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
     assert problem.endswith("set adapter.quantize_base=true, lower adapter.rank or take a smaller model")
     problem = next(one for one in found(*huge, *adapter, "adapter.quantize_base=true") if "weights" in one)
     assert "needs 39.5 GB" in problem
-    for module in ("tt_models.memory", "tt_train.inputs.model"):
+    for module in ("tt_models.limits", "tt_train.inputs.model"):
         monkeypatch.setattr(f"{module}.total_memory", lambda device: 300_000)
     job = job_module.assemble(compose("sft", overrides=words))
     assert any("memory: weights, gradients and AdamW's state take about 0.0 GB" in note for note in job.notes)

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tt_models.cpu import linear, rotate
 from tt_models.kv_cache import LayerCache
-from tt_models.linear import linear
 from tt_models.masks import Documents, Mask, flex_attend, interval_mask
-from tt_models.rope import Rope, rotate
+from tt_models.rope import Rope
 
 
 class Attention(nn.Module):

@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig
+from tt_models.cpu import linear, product
 from tt_models.kv_cache import KVCache
-from tt_models.linear import few_rows, is_decoding, linear
 from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask, split_documents
 from tt_models.norm import RMSNorm
 from tt_models.rope import Rope
@@ -209,11 +208,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] to [..., V], in the dtype of ``hidden``."""
-        if self.lm_head is not None:
-            logits = linear(self.lm_head, hidden)
-        else:
-            project = few_rows if is_decoding(hidden, self.output_weight) else F.linear
-            logits = project(hidden, self.output_weight)
+        logits = product(hidden, self.output_weight) if self.lm_head is None else linear(self.lm_head, hidden)
         if self.logit_softcap is not None:
             logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
         return logits

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tt_models.config import ModelConfig
-from tt_models.memory import refuse_too_large
+from tt_models.limits import refuse_too_large
 
 
 class LayerCache:

@@ -1,6 +1,15 @@
-"""What the numbers of a config may be: one table, far above every published model, so that nothing absurd is built."""
+"""What may be built: the limits of a config's numbers, and the memory of the machine.
 
+The limits are far above every published model. A process that runs out of memory is killed without a message, so what
+needs more than the machine has is refused before.
+"""
+
+import re
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from tt_models.shown import shown
 
@@ -53,6 +62,8 @@ LONGEST_LIST = 2**16
 MOST_KEYS = 4096
 LONGEST_KEY = 200
 
+_CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
 
 def out_of_range(name: str, value: Any, limits: tuple[float, float, float]) -> str | None:
     """What is wrong with a number, in words: what was found, what is expected; None if nothing is."""
@@ -68,3 +79,47 @@ def out_of_range(name: str, value: Any, limits: tuple[float, float, float]) -> s
 
 def _number(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def total_memory(device: torch.device) -> int | None:
+    """All bytes that the device has, in use or not (of a CPU with swap, within its control group); None if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type != "cpu":
+        return None
+    try:
+        table = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = {key: int(size) * 1024 for key, size in re.findall(r"^(\w+): +(\d+) kB", table, re.MULTILINE)}
+    if "MemTotal" not in found:
+        return None
+    return min([found["MemTotal"] + found.get("SwapTotal", 0), *_group_limits()])
+
+
+def _group_limits() -> list[int]:
+    limits = []
+    for file in _CONTROL_GROUPS:
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):  # there is none, or it says "max"
+            continue
+    return limits
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What the parameters of a model take, each counted once; on the meta device, what they will take."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def refuse_too_large(what: str, nbytes: int, device: torch.device, cure: str) -> None:
+    """ValueError if ``nbytes`` are more than all that the device has."""
+    total = total_memory(device)
+    if total is not None and nbytes > total:
+        place = "this machine" if device.type == "cpu" else str(device)
+        raise ValueError(f"{what} needs {gigabytes(nbytes)}, {place} has {gigabytes(total)}; {cure}")
+
+
+def gigabytes(nbytes: int) -> str:
+    """In GB of 10**9 bytes, or TB."""
+    return f"{nbytes / 1e12:,.1f} TB" if nbytes >= 1e12 else f"{nbytes / 1e9:.1f} GB"

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tt_models.cpu import gated
 from tt_models.decoder import Decoder
-from tt_models.mlp import ACTIVATIONS, gated
+from tt_models.mlp import ACTIVATIONS
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # router logits [T, X] to weights and experts, [T, K] each
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from tt_models.limits import LONGEST_KEY, LONGEST_LIST, ROPE_LIMIT, ROPE_LIMITS, out_of_range
-from tt_models.rows import BLOCK, is_eager
 from tt_models.shown import listed, shown
 
 # rope_type -> (keys that must be there, keys that may be there)
@@ -219,52 +218,3 @@ def amplitude(scaling: Mapping[str, Any], max_position_embeddings: int) -> float
     if above and below:
         return (0.1 * above * log_factor + 1) / (0.1 * below * log_factor + 1)
     return 0.1 * log_factor + 1
-
-
-def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs ``(x[i], x[i + D / 2])`` of the first D elements of each head by their angle.
-
-    ``cos`` repeats itself in both halves, ``sin`` is negative in the first one.
-    """
-    dim = cos.shape[-1]
-    if dim != x_BHSD.shape[-1]:
-        return torch.cat((rotate(x_BHSD[..., :dim], cos, sin), x_BHSD[..., dim:]), dim=-1)
-    if x_BHSD.numel() <= BLOCK or x_BHSD.device.type != "cpu" or not is_eager(x_BHSD):
-        return x_BHSD * cos + x_BHSD.roll(dim // 2, -1) * sin  # rolling by a half exchanges the pairs
-    if not torch.is_grad_enabled():
-        return rotate_halves(x_BHSD, cos, sin)
-    y: Tensor = Rotate.apply(x_BHSD, cos, sin)  # type: ignore[no-untyped-call]
-    return y
-
-
-def rotate_halves(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same bits as ``rotate``, block by block (``tt_models.rows``)."""
-    y_BHSD = torch.empty_like(x_BHSD)
-    shape = x_BHSD.shape[:1] + cos.shape[1:]
-    columns = max(1, BLOCK // (x_BHSD.shape[1] * x_BHSD.shape[3]))
-    for row in zip(x_BHSD, y_BHSD, cos.expand(shape), sin.expand(shape), strict=True):
-        for x, y, c, s in zip(*(part.split(columns, dim=1) for part in row), strict=True):
-            torch.mul(x, c, out=y)
-            for half, other, sine in zip(y.chunk(2, -1), reversed(x.chunk(2, -1)), s.chunk(2, -1), strict=True):
-                half.add_(other * sine)
-    return y_BHSD
-
-
-class Rotate(torch.autograd.Function):
-    """``rotate_halves``; its gradient is rotated back."""
-
-    @staticmethod
-    def forward(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The shape of ``x``."""
-        return rotate_halves(x_BHSD, cos, sin)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what backward needs."""
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Of ``x``."""
-        cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None

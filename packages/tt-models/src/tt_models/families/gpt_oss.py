@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from tt_models.config import FULL, SLIDING, LayeredConfig, check_experts, sized
 from tt_models.decoder import Block, Decoder
+from tt_models.llama import attention_of, norm_of, rope_of
 from tt_models.moe import grouped_linear, mix
 from tt_models.norm import LateRoundingRMSNorm
-from tt_models.parts import attention_of, norm_of, rope_of
 
 YARN = {
     "rope_type": "yarn",

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from tt_models.config import ModelConfig
 from tt_models.decoder import Block, Decoder
-from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
+from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from tt_models.config import ModelConfig, check_experts
 from tt_models.decoder import Block
+from tt_models.llama import attention_of, norm_of, rope_of
 from tt_models.moe import ExpertNames, Experts, MixtureDecoder, MoE, softmax_then_top_k
-from tt_models.parts import attention_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)

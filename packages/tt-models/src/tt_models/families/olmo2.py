@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import QK_NORM, ModelConfig, sized
+from tt_models.cpu import linear
 from tt_models.decoder import Decoder
-from tt_models.linear import linear
+from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
 from tt_models.norm import LateRoundingRMSNorm
-from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
+from tt_models.cpu import gated, linear
 from tt_models.decoder import Block, Decoder
-from tt_models.linear import linear
-from tt_models.mlp import ACTIVATIONS, gated
-from tt_models.parts import attention_of, norm_of, rope_of
+from tt_models.llama import attention_of, norm_of, rope_of
+from tt_models.mlp import ACTIVATIONS
 from tt_models.shown import shown
 
 

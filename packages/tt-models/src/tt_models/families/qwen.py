@@ -9,9 +9,9 @@ from torch import nn
 
 from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, check_experts, sized
 from tt_models.decoder import Block, Decoder
+from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
 from tt_models.moe import Experts, MixtureDecoder, MoE, softmax_then_top_k
 from tt_models.norm import RMSNorm
-from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)

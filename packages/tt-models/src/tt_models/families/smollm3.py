@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from tt_models.config import FULL, SLIDING, LayeredConfig
 from tt_models.decoder import Block, Decoder
-from tt_models.parts import attention_of, mlp_of, norm_of, rope_of
+from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
 from tt_models.shown import shown
 
 

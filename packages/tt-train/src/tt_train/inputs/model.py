@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tt_models.memory import gigabytes, refuse_too_large, total_memory
+from tt_models.limits import gigabytes, refuse_too_large, total_memory
 from tt_peft import NF4Linear, QLoRALinear
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError

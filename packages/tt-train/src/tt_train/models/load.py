@@ -11,7 +11,7 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_ckpt.shown import plain
-from tt_models.memory import refuse_too_large, weight_bytes
+from tt_models.limits import refuse_too_large, weight_bytes
 from tt_train.errors import ConfigError
 from tt_train.job import DTYPES, lora_config, read_hf_config
 from tt_train.master_weights import join
