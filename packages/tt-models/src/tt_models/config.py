@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, TypeVar
 
-from tt_models.config_keys import fits, has_no_effect, nearest, pop_quantization, refuse_unlike, refuse_wrong_types
+from tt_models.config_keys import (
+    COMPUTED,
+    FIELD_OF,
+    OFF,
+    fits,
+    has_no_effect,
+    nearest,
+    pop_quantization,
+    refuse_unlike,
+    refuse_wrong_types,
+    split_rope_parameters,
+    with_original_length,
+)
 from tt_models.limits import LIMITS, LONGEST_LIST, MOST_EXPERTS, out_of_range
 from tt_models.mlp import ACTIVATIONS
 from tt_models.rope import Rope, check_rope_scaling
@@ -16,6 +28,7 @@ from tt_models.shown import shown
 FULL, SLIDING = "full_attention", "sliding_attention"
 QK_NORM = dict.fromkeys(("use_qk_norm", "qk_norm", "use_qk_layernorm", "qk_layernorm"), (True,))  # see computed
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+WINDOW_KEYS = ("sliding_window", "sliding_window_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +162,36 @@ class ModelConfig:
             if key in names and (value is not None or fits(None, hints[key]))  # null: not set, so the default
         }
         made = cls(**known)
-        refuse_unlike(made, {key: keys[key] for key in keys if key not in names}, names | {*ROPE_KEYS, *cls.aliases})
+        rest = {key: keys[key] for key in keys if key not in names and not made._is_whole_window(key, keys[key])}
+        computed = {key: values for key in rest if (values := made.computed_values(key)) is not None}
+        refuse_unlike(rest, computed, names | {*ROPE_KEYS, *cls.aliases}, model_type=cls.model_type)
         return made
+
+    def computed_values(self, key: str) -> tuple[Any, ...] | None:
+        """The values of ``key``, which is not a field, that say what is computed; None if that is not known."""
+        if key in self.computed:
+            return self.computed[key]
+        if key in FIELD_OF:
+            return (getattr(self, FIELD_OF[key]),)
+        windows = {window for window in self.layer_windows if window and window < self.max_position_embeddings}
+        if key in WINDOW_KEYS:
+            return (min(windows),) if windows else OFF
+        if key == "use_sliding_window":
+            return (bool(windows),)
+        if key == "layer_types":
+            return ([SLIDING if window else FULL for window in self.layer_windows],)
+        if key == "no_rope_layers":
+            return ([1] * self.num_hidden_layers, [])
+        if key == "initial_context_length":
+            original = (self.rope_scaling or {}).get("original_max_position_embeddings", self.max_position_embeddings)
+            return (original,)
+        if key == "attention_multiplier":
+            return (self.head_size**-0.5,)
+        return COMPUTED.get(key)
+
+    def _is_whole_window(self, key: str, value: Any) -> bool:
+        """Whether this is a window that hides nothing."""
+        return key in WINDOW_KEYS and type(value) is int and value >= self.max_position_embeddings
 
     @classmethod
     def complete_rope(cls, keys: dict[str, Any]) -> None:
@@ -254,39 +295,3 @@ def sized(config: C, hidden: int, layers: int, heads: int, kv_heads: int, interm
         "intermediate_size": intermediate,
     }
     return dataclasses.replace(config, **numbers | other)
-
-
-def with_original_length(rope: Mapping[str, Any], beside: Any, longest: Any, *, inner: bool = False) -> dict[str, Any]:
-    """``rope``, or each of its parts by kind of layer, with ``original_max_position_embeddings`` if it needs one."""
-    key = "original_max_position_embeddings"
-    if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope"):
-        if None not in (beside, rope.get(key)) and beside != rope[key]:
-            raise ValueError(
-                f"config.json: {key} is given twice and differently: {shown(beside)} and {shown(rope[key])}"
-            )
-        return {**rope, key: rope.get(key) or beside or longest}
-    parts = {name: part for name, part in rope.items() if isinstance(part, Mapping) and not inner}
-    return {**rope} | {name: with_original_length(part, beside, longest, inner=True) for name, part in parts.items()}
-
-
-def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat ``rope_theta`` and ``rope_scaling`` out of the rope keys of a config.json, refusing contradictions."""
-    thetas = [keys["rope_theta"]] if keys.get("rope_theta") is not None else []
-    scalings = []
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = keys.get(name)
-        if rope is None or rope == {}:
-            continue
-        if not isinstance(rope, Mapping):
-            raise ValueError(f"config.json: {name} must be a mapping, got {shown(rope)}")
-        if rope.get("rope_theta") is not None:
-            thetas.append(rope["rope_theta"])
-        whole_head = rope.get("partial_rotary_factor") == 1
-        without = {"rope_theta", "partial_rotary_factor"} if whole_head else {"rope_theta"}
-        scalings.append(check_rope_scaling({key: value for key, value in rope.items() if key not in without}))
-    for name, found in (("rope_theta", thetas), ("rope_scaling", scalings)):
-        if any(value != found[0] for value in found[1:]):
-            raise ValueError(
-                f"config.json: {name} is given twice and differently: {shown(found[0])} and {shown(found[-1])}"
-            )
-    return ({"rope_theta": thetas[0]} if thetas else {}) | ({"rope_scaling": scalings[0]} if scalings else {})

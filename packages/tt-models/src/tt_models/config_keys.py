@@ -10,13 +10,11 @@ import re
 import types
 import typing
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tt_models.limits import LONGEST_KEY
+from tt_models.rope import check_rope_scaling
 from tt_models.shown import shown
-
-if TYPE_CHECKING:
-    from tt_models.config import ModelConfig
 
 WITHOUT_EFFECT_BY_KIND = {
     "provenance and other software": """
@@ -122,28 +120,6 @@ COMPUTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def computed_values(config: "ModelConfig", key: str) -> tuple[Any, ...] | None:
-    """The values of ``key``, which is not a field, that say what ``config`` computes; None if that is not known."""
-    if key in config.computed:
-        return config.computed[key]
-    if key in FIELD_OF and hasattr(config, FIELD_OF[key]):
-        return (getattr(config, FIELD_OF[key]),)
-    windows = {window for window in config.layer_windows if window and window < config.max_position_embeddings}
-    if key in ("sliding_window", "sliding_window_size"):
-        return (min(windows),) if windows else OFF
-    if key == "use_sliding_window":
-        return (bool(windows),)
-    if key == "layer_types":
-        return (["sliding_attention" if window else "full_attention" for window in config.layer_windows],)
-    if key == "no_rope_layers":
-        return ([1] * config.num_hidden_layers, [])
-    if key == "initial_context_length":
-        return ((config.rope_scaling or {}).get("original_max_position_embeddings", config.max_position_embeddings),)
-    if key == "attention_multiplier":
-        return (config.head_size**-0.5,)
-    return COMPUTED.get(key)
-
-
 def has_no_effect(key: str) -> bool:
     """Whether no value of ``key`` changes the logits."""
     return key in WITHOUT_EFFECT or WITHOUT_EFFECT_LIKE.fullmatch(key) is not None
@@ -154,19 +130,22 @@ def is_off(value: Any) -> bool:
     return value is None or value in (False, 0, "", [], {})
 
 
-def refuse_unlike(config: "ModelConfig", keys: Mapping[str, Any], names: Collection[str]) -> None:
-    """Every one of ``keys``, none of which is a field, must say what is computed; null means that it is not set."""
+def refuse_unlike(
+    keys: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]], names: Collection[str], *, model_type: str
+) -> None:
+    """ValueError unless each of ``keys``, none of which is a field, says what is computed; null means "not set".
+
+    ``computed`` holds the values that say so, for the keys of which this is known; ``names`` are those of the fields.
+    """
     wrong = []
     for key, value in keys.items():
-        values = computed_values(config, key)
+        values = computed.get(key)
         if value is None or (values is not None and any(is_same(value, one) for one in values)):
-            continue
-        if key in ("sliding_window", "sliding_window_size") and is_whole(value, config.max_position_embeddings):
             continue
         close = difflib.get_close_matches(str(key), sorted(names), n=1, cutoff=0.6)
         if values is not None:
             how = "without it" if is_off(values[0]) else f"with {shown(values[0])}"
-            wrong.append(f"{key} = {shown(value)} is not supported, {config.model_type} is computed {how}")
+            wrong.append(f"{key} = {shown(value)} is not supported, {model_type} is computed {how}")
         elif not is_off(value) or difflib.get_close_matches(str(key), names, n=1, cutoff=0.85):
             hint = f", nearest known key {close[0]!r}" if close else ""
             wrong.append(f"unknown key {shown(key)} with value {shown(value)}{hint}")
@@ -184,11 +163,6 @@ def is_same(value: Any, computed: Any) -> bool:
     if isinstance(value, list | tuple) and isinstance(computed, list | tuple):
         return list(value) == list(computed)
     return bool(value == computed) or (is_off(value) and is_off(computed))
-
-
-def is_whole(window: Any, longest: int) -> bool:
-    """Whether a window hides nothing."""
-    return isinstance(window, int) and not isinstance(window, bool) and window >= longest
 
 
 QUANTIZATION = ("quantization_config", "quantization", "compression_config", "quant_config")
@@ -260,3 +234,39 @@ def nearest(word: str, names: Collection[str]) -> str:
     """``word`` quoted, with the closest of ``names`` or all of them."""
     close = difflib.get_close_matches(word[:LONGEST_KEY], sorted(names), n=1, cutoff=0.6)
     return f"{shown(word)}: " + (f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(names))}")
+
+
+def with_original_length(rope: Mapping[str, Any], beside: Any, longest: Any, *, inner: bool = False) -> dict[str, Any]:
+    """``rope``, or each of its parts by kind of layer, with ``original_max_position_embeddings`` if it needs one."""
+    key = "original_max_position_embeddings"
+    if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope"):
+        if None not in (beside, rope.get(key)) and beside != rope[key]:
+            raise ValueError(
+                f"config.json: {key} is given twice and differently: {shown(beside)} and {shown(rope[key])}"
+            )
+        return {**rope, key: rope.get(key) or beside or longest}
+    parts = {name: part for name, part in rope.items() if isinstance(part, Mapping) and not inner}
+    return {**rope} | {name: with_original_length(part, beside, longest, inner=True) for name, part in parts.items()}
+
+
+def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat ``rope_theta`` and ``rope_scaling`` out of the rope keys of a config.json, refusing contradictions."""
+    thetas = [keys["rope_theta"]] if keys.get("rope_theta") is not None else []
+    scalings = []
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = keys.get(name)
+        if rope is None or rope == {}:
+            continue
+        if not isinstance(rope, Mapping):
+            raise ValueError(f"config.json: {name} must be a mapping, got {shown(rope)}")
+        if rope.get("rope_theta") is not None:
+            thetas.append(rope["rope_theta"])
+        whole_head = rope.get("partial_rotary_factor") == 1
+        without = {"rope_theta", "partial_rotary_factor"} if whole_head else {"rope_theta"}
+        scalings.append(check_rope_scaling({key: value for key, value in rope.items() if key not in without}))
+    for name, found in (("rope_theta", thetas), ("rope_scaling", scalings)):
+        if any(value != found[0] for value in found[1:]):
+            raise ValueError(
+                f"config.json: {name} is given twice and differently: {shown(found[0])} and {shown(found[-1])}"
+            )
+    return ({"rope_theta": thetas[0]} if thetas else {}) | ({"rope_scaling": scalings[0]} if scalings else {})

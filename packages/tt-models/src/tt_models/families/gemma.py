@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from tt_models.attention import Attention
-from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, ModelConfig, sized, split_rope_parameters
+from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, ModelConfig, sized
+from tt_models.config_keys import split_rope_parameters
 from tt_models.decoder import Block, Decoder
 from tt_models.llama import attention_of, mlp_of, norm_of, rope_of, scaled_rope
 from tt_models.norm import OffsetRMSNorm
