@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tt_data
-from tt_data.template.spans import Rendered
+from tt_data.template.spans import MarkedText
 
 FOLDER = Path(os.environ.get("TT_TOKENIZERS", ""))
 NAMES = sorted(path.name for path in FOLDER.iterdir()) if "TT_TOKENIZERS" in os.environ else []
@@ -67,7 +67,7 @@ def tokenizer(name, reference):
 
 
 def test_ids_and_texts(tokenizer, reference):
-    for text, row in zip(texts(), tokenizer.encode_rendered([Rendered(t) for t in texts()]), strict=True):
+    for text, row in zip(texts(), tokenizer.encode_texts([MarkedText(t) for t in texts()]), strict=True):
         ids = reference(text, add_special_tokens=False)["input_ids"]
         assert row.ids == ids, text
         for skip in (False, True):

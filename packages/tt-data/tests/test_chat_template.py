@@ -70,7 +70,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> dict[st
 
 def trained_texts(tokenizer: Any, turns: list[dict[str, Any]], tools: Any, train_on: Any = "assistant") -> list[str]:
     """The trained text of a conversation, span by span."""
-    rendered = tokenizer.render_rows([(mask_messages(read_messages(turns), train_on), tools, {})])[0]
+    rendered = tokenizer.render_conversations([(mask_messages(read_messages(turns), train_on), tools, {})])[0]
     if isinstance(rendered, TemplateError):
         raise rendered
     return [rendered.text[a:b] for a, b in rendered.trained]
@@ -93,8 +93,8 @@ def test_text_and_ids_equal_transformers(models: dict[str, Path], style: str, ki
     prompt = reference.apply_chat_template(turns[:-1], tools=tools, tokenize=False, add_generation_prompt=True)
     assert tokenizer.render(turns[:-1], tools, add_generation_prompt=True) == prompt
     assert tokenizer.encode_prompt(turns[:-1], tools) == reference(prompt, add_special_tokens=False)["input_ids"]
-    rendered = tokenizer.render_rows([(mask_messages(read_messages(turns), "all"), tools, {})])[0]
-    assert tokenizer.encode_rendered([rendered])[0].ids == reference(wanted, add_special_tokens=False)["input_ids"]
+    rendered = tokenizer.render_conversations([(mask_messages(read_messages(turns), "all"), tools, {})])[0]
+    assert tokenizer.encode_texts([rendered])[0].ids == reference(wanted, add_special_tokens=False)["input_ids"]
 
 
 def test_generation_masks_equal_transformers(models: dict[str, Path]) -> None:
@@ -145,7 +145,7 @@ def test_the_mask_is_the_answers_with_their_end_token(models: dict[str, Path], s
 def test_what_is_trained_follows_what_inference_renders(models: dict[str, Path], style: str) -> None:
     tokenizer = load_tokenizer(models[style])
     turns, _ = CONVERSATIONS["multi"]
-    rendered = tokenizer.render_rows([(mask_messages(read_messages(turns), "assistant"), None, {})])[0]
+    rendered = tokenizer.render_conversations([(mask_messages(read_messages(turns), "assistant"), None, {})])[0]
     for (start, _), count in zip(rendered.trained, (1, 3, 5), strict=True):
         assert rendered.text[:start] == tokenizer.render(turns[:count], add_generation_prompt=True)
 

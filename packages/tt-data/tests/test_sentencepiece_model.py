@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_tokenizer
-from tt_data.template.spans import Rendered
+from tt_data.template.spans import MarkedText
 
 
 def test_sentencepiece_equals_the_library(sentencepiece_file: Path, random_strings: Any) -> None:
@@ -44,7 +44,7 @@ def test_control_tokens_equal_transformers(sentencepiece_file: Path, tmp_path: P
         "\u65e5\u672c \U0001f986</s>a",
     ):
         assert (
-            tokenizer.encode_rendered([Rendered(text)])[0].ids == reference(text, add_special_tokens=False)["input_ids"]
+            tokenizer.encode_texts([MarkedText(text)])[0].ids == reference(text, add_special_tokens=False)["input_ids"]
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_dataset, load_tokenizer
-from tt_data.template.spans import Rendered
+from tt_data.template.spans import MarkedText
 
 
 @pytest.fixture(params=["chatml_dir", "llama_dir", "unigram_dir"])
@@ -35,7 +35,7 @@ def test_control_tokens_of_a_rendering_equal_transformers(model_dir: Path, rando
     reference = transformers.PreTrainedTokenizerFast.from_pretrained(model_dir)
     tokenizer = load_tokenizer(model_dir)
     texts = random_strings(200, seed=1, extra=["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<think>"] * 2)
-    for text, row in zip(texts, tokenizer.encode_rendered([Rendered(t) for t in texts]), strict=True):
+    for text, row in zip(texts, tokenizer.encode_texts([MarkedText(t) for t in texts]), strict=True):
         assert row.ids == reference(text, add_special_tokens=False)["input_ids"], text
 
 

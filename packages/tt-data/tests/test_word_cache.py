@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from tt_data.template.spans import Rendered
+from tt_data.template.spans import MarkedText
 from tt_data.text.json_file import JsonTokenizer
 from tt_data.text.word_cache import make_word_cache, to_ascii_pattern
 
@@ -68,7 +68,7 @@ def test_ids_and_spans_equal_the_library(name: str) -> None:
     rows = []
     for text in texts(3000, seed=3):
         cuts = sorted(rng.sample(range(len(text) + 1), min(len(text) + 1, rng.choice([0, 2, 4]))))
-        rows.append(Rendered(text, list(zip(cuts[::2], cuts[1::2], strict=False))))
+        rows.append(MarkedText(text, list(zip(cuts[::2], cuts[1::2], strict=False))))
     used = 0
     for row, one, other in zip(rows, cached.encode_batch(rows), plain.encode_batch(rows), strict=True):
         assert one == other, row
@@ -119,5 +119,5 @@ def test_the_cache_stops_growing(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = JsonTokenizer(library(None, texts(50, seed=1)).to_str())
     assert tokenizer._words is not None
     for text in texts(100, seed=4):
-        tokenizer.encode_batch([Rendered(text)])
+        tokenizer.encode_batch([MarkedText(text)])
     assert len(tokenizer._words._words) == 5

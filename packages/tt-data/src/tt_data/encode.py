@@ -8,7 +8,7 @@ from dataclasses import replace
 from tt_data.messages import TrainOn, mask_messages, roles_of, validate_messages
 from tt_data.rows.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.template.chat_template import TemplateError
-from tt_data.template.spans import BLANKS, Encoded, Rendered, Span, check_unicode, join_spans
+from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unicode, join_spans
 from tt_data.text.tokenizer import Tokenizer
 
 _PROMPT_MERGES = (
@@ -24,37 +24,38 @@ def encode_examples(
 ) -> list[Parts | BadRowError]:
     """Each example's parts, or what is wrong with it. The prompt of a compared or judged answer gives no loss."""
     if train_on == "all" and any(isinstance(example, (Pair, Judged)) for example in examples):
-        train_on = "assistant"  # a data set holds no other examples beside these
-    results: list[list[Encoded] | BadRowError] = [[] for _ in examples]
+        train_on = "assistant"  # a data set contains no other examples beside these
+    results: list[list[Encoded] | BadRowError] = []
     units: list[tuple[int, Unit]] = []
     for i, example in enumerate(examples):
+        answer = example.answer if isinstance(example, Judged) else example
+        parts: list[Unit] = [answer.chosen, answer.rejected] if isinstance(answer, Pair) else [answer]
         try:
-            units += [(i, _checked(unit)) for unit in _units(example)]
+            for unit in parts:
+                _check(unit)
         except BadRowError as bad:
-            results[i] = bad
-    units = [(i, unit) for i, unit in units if not isinstance(results[i], BadRowError)]
-    for (i, _), encoded in zip(units, _encode_units([u for _, u in units], tokenizer, train_on), strict=True):
+            results.append(bad)
+            continue
+        results.append([])
+        units += [(i, unit) for unit in parts]
+    for (i, _), encoded in zip(units, _encode([unit for _, unit in units], tokenizer, train_on), strict=True):
         so_far = results[i]
-        if isinstance(so_far, list):
-            if isinstance(encoded, BadRowError):
-                results[i] = encoded
-            else:
-                so_far.append(encoded)
+        if isinstance(encoded, BadRowError) and isinstance(so_far, list):
+            results[i] = encoded
+        elif isinstance(encoded, Encoded) and isinstance(so_far, list):
+            so_far.append(encoded)
     return [result if isinstance(result, BadRowError) else tuple(result) for result in results]
 
 
-def _units(example: Example) -> list[Unit]:
-    if isinstance(example, Pair):
-        return [example.chosen, example.rejected]
-    return [example.answer if isinstance(example, Judged) else example]
-
-
-def _checked(unit: Unit) -> Unit:
-    """``unit``, when its turns make a conversation that ends with an answer. Raises BadRowError."""
-    if isinstance(unit, Turns):
-        for message in unit.messages:
-            _refuse_half_pairs(message.content)
+def _check(unit: Unit) -> None:
+    """Raise BadRowError unless the turns of ``unit`` make a conversation that ends with an answer."""
     if isinstance(unit, (Conversation, Turns)):
+        try:
+            if isinstance(unit, Turns):
+                for message in unit.messages:
+                    check_unicode(message.content)
+        except ValueError as error:
+            raise BadRowError("not text", str(error)) from None
         try:
             validate_messages(unit.messages)
         except ValueError as error:
@@ -63,74 +64,51 @@ def _checked(unit: Unit) -> Unit:
             raise BadRowError(
                 "ends with user", f"the last turn is not the assistant's (roles: {roles_of(unit.messages)})"
             )
-    return unit
 
 
-def _encode_units(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
-    rendered = _render_units(units, tokenizer, train_on)
-    encoded = iter(tokenizer.encode_rendered([row for row in rendered if isinstance(row, Rendered)]))
-    asks = [train_on != "all" and isinstance(row, Rendered) for row in rendered]
-    prompts = tokenizer.encode_rendered(
-        [_prompt_of(u) if a else Rendered("") for u, a in zip(units, asks, strict=True)]
-    )
-    results: list[Encoded | BadRowError] = []
-    for unit, row, prompt in zip(units, rendered, prompts, strict=True):
-        if isinstance(row, BadRowError):
-            results.append(row)
-        elif isinstance(unit, Tokens):
-            results.append(_from_tokens(unit, tokenizer.vocab_size))
-        elif isinstance(unit, Turns):
-            turns = tokenizer.encode_turns(mask_messages(unit.formatted, train_on))
-            spelt = [note for message in unit.messages for note in tokenizer.notes_of(message.content)]
-            results.append(replace(turns, notes=tuple(dict.fromkeys(spelt))))
-        elif isinstance(unit, Conversation):
-            results.append(next(encoded))
-        else:
-            assert row is not None
-            results.append(_with_ends(_from_prompt(next(encoded), prompt.ids), row, tokenizer))
-    return results
-
-
-def _render_units(
-    units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn
-) -> list[Rendered | BadRowError | None]:
-    """The text of each unit, what is wrong with it, or None for one that is encoded otherwise."""
+def _encode(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
     chats = [unit for unit in units if isinstance(unit, Conversation)]
     rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for chat in chats]
-    conversations = iter(tokenizer.render_rows(rows) if rows else ())
-    results: list[Rendered | BadRowError | None] = []
-    for unit in units:
-        if isinstance(unit, (Tokens, Turns)):
-            results.append(None)
+    conversations = iter(tokenizer.render_conversations(rows) if rows else ())
+    texts: dict[int, MarkedText] = {}  # by place in ``units``, as are the prompts
+    prompts: dict[int, MarkedText] = {}
+    results: list[Encoded | BadRowError] = [Encoded([])] * len(units)
+    for i, unit in enumerate(units):
+        if isinstance(unit, Tokens):
+            results[i] = _from_tokens(unit, tokenizer.vocab_size)
             continue
-        row = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on, tokenizer)
-        if isinstance(row, TemplateError):
-            results.append(BadRowError(row.reason, str(row)))
-        else:
-            try:
-                _refuse_half_pairs(row.text)
-                results.append(row)
-            except BadRowError as bad:
-                results.append(bad)
+        if isinstance(unit, Turns):
+            turns = tokenizer.encode_turns(mask_messages(unit.formatted, train_on))
+            spelt = [note for message in unit.messages for note in tokenizer.notes_of(message.content)]
+            results[i] = replace(turns, notes=tuple(dict.fromkeys(spelt)))
+            continue
+        text = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on, tokenizer)
+        if isinstance(text, TemplateError):
+            results[i] = BadRowError(text.reason, str(text))
+            continue
+        try:
+            check_unicode(text.text)
+        except ValueError as error:
+            results[i] = BadRowError("not text", str(error))
+            continue
+        texts[i] = text
+        if isinstance(unit, Completion) and train_on != "all":  # what inference asks with: no blanks at the end
+            prompts[i] = MarkedText(unit.prompt.rstrip(BLANKS), controls=[])
+    encoded = iter(tokenizer.encode_texts([*texts.values(), *prompts.values()]))
+    for i in texts:
+        results[i] = next(encoded)
+    asked = {i: next(encoded).ids for i in prompts}
+    for i, text in texts.items():
+        row = results[i]
+        if isinstance(row, Encoded) and not isinstance(units[i], Conversation):
+            results[i] = _with_ends(_from_prompt(row, asked.get(i, [])), text, tokenizer)
     return results
 
 
-def _refuse_half_pairs(text: str) -> None:
-    try:
-        check_unicode(text)
-    except ValueError as error:
-        raise BadRowError("not text", str(error)) from None
-
-
-def _document(unit: Text | Completion, train_on: TrainOn, tokenizer: Tokenizer) -> Rendered:
+def _document(unit: Text | Completion, train_on: TrainOn, tokenizer: Tokenizer) -> MarkedText:
     text = unit.text if isinstance(unit, Text) else unit.prompt + unit.completion
     start = 0 if isinstance(unit, Text) or train_on == "all" else len(unit.prompt)
-    return Rendered(text, [(start, len(text))], controls=[], notes=tokenizer.notes_of(text))
-
-
-def _prompt_of(unit: Unit) -> Rendered:
-    """What inference asks: the prompt without the blanks at its end, which make one token with the word behind them."""
-    return Rendered(unit.prompt.rstrip(BLANKS) if isinstance(unit, Completion) else "", controls=[])
+    return MarkedText(text, [(start, len(text))], controls=[], notes=tokenizer.notes_of(text))
 
 
 def _from_prompt(row: Encoded, prompt: Sequence[int]) -> Encoded:
@@ -140,7 +118,7 @@ def _from_prompt(row: Encoded, prompt: Sequence[int]) -> Encoded:
     return replace(row, trained=join_spans([(len(prompt), len(row.ids))])) if prompt else row
 
 
-def _with_ends(row: Encoded, document: Rendered, tokenizer: Tokenizer) -> Encoded:
+def _with_ends(row: Encoded, document: MarkedText, tokenizer: Tokenizer) -> Encoded:
     """The document between bos (if this model has it) and eos, which is trained; neither twice, if it holds them."""
     ids, spans = row.ids, row.trained
     if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:

@@ -141,7 +141,7 @@ class RowEncoder:
                 plain = [replace(message, masked=True) for message in part.messages]
                 rows.append((plain, part.tools, part.variables))
                 rows.append(([_without(message, key) for message in plain], part.tools, part.variables))
-        texts = [getattr(row, "text", None) for row in self.tokenizer.render_rows(rows)] if rows else []
+        texts = [getattr(row, "text", None) for row in self.tokenizer.render_conversations(rows)] if rows else []
         for (where, key), one, other in zip(without, texts[::2], texts[1::2], strict=True):
             if one == other and one is not None:  # None: the template fails, which is said of the row
                 self.tally.leave(f"messages.{key}", where)

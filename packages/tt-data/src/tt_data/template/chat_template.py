@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tt_data.messages import Message
@@ -24,7 +24,6 @@ _SECONDS_PER_CHARACTER = 1e-6
 _SLACK_SECONDS = 60.0 if HAS_LIMITS else 5.0  # of wall time, if the system does not end what hangs
 _USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
 _OTHER = "name another one (template=chatml, llama3, ...)"
-_KILLED = "rendering used more time or memory than it may"
 _KILLED_SECONDS = RENDER_SECONDS + 1  # what one counts that did not answer
 _EXTRA_SECONDS = 2.0  # that all conversations together may take more: then the template is given up
 _PAIRS_PER_REQUEST = 10_000
@@ -67,26 +66,15 @@ class TemplateError(ValueError):
 
 
 class Job:
-    """A conversation to render, as the text that goes to the process, and how many messages it has."""
+    """A conversation to render: the text that goes to the process, how many messages it has, and the CPU time that it
+    may take, alone (``seconds``: turns are rendered again and again to find where each ends) or as one of many."""
 
     def __init__(self, content: Mapping[str, Any], messages: int) -> None:
         self.text = json.dumps(content, default=str)
         self.messages = messages
-
-    @property
-    def seconds(self) -> float:
-        """CPU time that it may take: turns are rendered again and again to find where each ends."""
-        return RENDER_SECONDS + _SECONDS_PER_PAIR * self.messages**2
-
-    @property
-    def usual_seconds(self) -> float:
-        """CPU time that it may take if all do."""
-        return _USUAL_SECONDS + _USUAL_PER_PAIR * self.messages**2 + _SECONDS_PER_CHARACTER * len(self.text)
-
-    def line(self, template_size: int) -> str:
-        """What the process reads; a template may write all of its own text, and a multiple of the conversation."""
-        most = min(MAX_OUTPUT_CHARACTERS, _OUTPUT_AT_LEAST + template_size + _OUTPUT_PER_CHARACTER * len(self.text))
-        return f'{{"seconds": {self.seconds}, "most": {most}, "job": {self.text}}}'
+        pairs = messages**2
+        self.seconds = RENDER_SECONDS + _SECONDS_PER_PAIR * pairs
+        self.usual_seconds = _USUAL_SECONDS + _USUAL_PER_PAIR * pairs + _SECONDS_PER_CHARACTER * len(self.text)
 
 
 class ChatTemplate:
@@ -119,34 +107,25 @@ class ChatTemplate:
     @property
     def notes(self) -> list[str]:
         """What is to be known of the template, whatever it is given."""
-        differs = [] if self.keeps_its_prompt else [PROMPT_DIFFERS]
-        return [*differs, DATED] if self._facts["dated"] else differs
-
-    @property
-    def keeps_its_prompt(self) -> bool:
-        """Whether training text begins with what inference begins with."""
         with self._lock:
             self._start()
-            return bool(self._facts["keeps_its_prompt"])
+            differs = [] if self._facts["keeps_its_prompt"] else [PROMPT_DIFFERS]
+            return [*differs, DATED] if self._facts["dated"] else differs
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """Render ``jobs``; each answer has ``text`` or ``error``. If a job says what is trained, it also has ``spans``,
-        ``lost`` (the kinds of things that the text does not hold), ``empty`` (of some turn nothing is left) and
-        ``follows_prompts`` (what is trained follows what inference would ask with)."""
+        """Render ``jobs``; each answer has ``text`` or ``error``. If a job says which messages are ``trained``, its
+        answer also has ``spans``, ``lost`` (the kinds of things that the text does not contain), ``empty`` (nothing is
+        left of some turn) and ``follows_prompts`` (the trained text follows what inference would ask with)."""
         answers: list[dict[str, Any]] = []
         with self._lock:
-            for request in _requests(jobs):
-                left = list(request)
-                while left:
-                    self._start()
-                    found = self._ask(left)
-                    if len(found) < len(left):  # the process died on the next one
-                        found.append(
-                            {"error": "rendering used more time or memory than it may", "cpu": _KILLED_SECONDS}
-                        )
-                        self._account(left[len(found) - 1], found[-1])
-                    answers += found
-                    left = left[len(found) :]
+            while len(answers) < len(jobs):
+                self._start()
+                request = _request(jobs[len(answers) :])
+                found = self._ask(request)
+                if len(found) < len(request):  # the process died on the next one
+                    found.append({"error": "rendering used more time or memory than it may", "cpu": _KILLED_SECONDS})
+                    self._account(request[len(found) - 1], found[-1])
+                answers += found
         return answers
 
     def _account(self, job: Job, answer: Mapping[str, Any]) -> None:
@@ -204,8 +183,13 @@ class ChatTemplate:
         allowed = _SLACK_SECONDS + 2 * max(job.seconds for job in jobs)
         armed = time.monotonic()
         timer = _kill_after(allowed, process)
+        lines: list[str] = []
+        for job in jobs:  # a template may write all of its own text, and a multiple of the conversation
+            most = _OUTPUT_AT_LEAST + len(self.source) + _OUTPUT_PER_CHARACTER * len(job.text)
+            limits = f'"seconds": {job.seconds}, "most": {min(MAX_OUTPUT_CHARACTERS, most)}'
+            lines.append(f'{{{limits}, "job": {job.text}}}')
         try:
-            process.stdin.write(f"[{','.join(job.line(len(self.source)) for job in jobs)}]\n".encode())
+            process.stdin.write(f"[{','.join(lines)}]\n".encode())
             process.stdin.flush()
             while len(answers) < len(jobs) and (line := process.stdout.readline()).endswith(b"\n"):
                 answers.append(json.loads(line))
@@ -246,18 +230,14 @@ def _kill_after(seconds: float, process: Process) -> threading.Timer:
     return timer
 
 
-def _requests(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """Jobs in lists that are answered within about a tenth of a second, in little memory."""
-    request: list[Job] = []
+def _request(jobs: Sequence[Job]) -> Sequence[Job]:
+    """The first of ``jobs``: as many as are answered within about a tenth of a second, in little memory."""
     pairs = characters = 0
-    for job in jobs:
+    for count, job in enumerate(jobs):
         pairs, characters = pairs + job.messages**2, characters + len(job.text)
-        if request and (pairs > _PAIRS_PER_REQUEST or characters > _CHARACTERS_PER_REQUEST):
-            yield request
-            request, pairs, characters = [], job.messages**2, len(job.text)
-        request.append(job)
-    if request:
-        yield request
+        if count and (pairs > _PAIRS_PER_REQUEST or characters > _CHARACTERS_PER_REQUEST):
+            return jobs[:count]
+    return jobs
 
 
 def _stop(process: Process, owner: int) -> None:
@@ -278,10 +258,11 @@ def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:
     return notes if answer.get("follows_prompts", True) else [*notes, PROMPT_DIFFERS]
 
 
-def as_dict(message: Any) -> dict[str, Any]:
+def template_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     """What a template sees of a message: no None values, the reasoning under each of its names."""
-    data = message.to_dict() if isinstance(message, Message) else dict(message)
-    data = {key: value for key, value in data.items() if value is not None}
+    if isinstance(message, Message):
+        message = {"role": message.role, "content": message.content, **message.extra}
+    data = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((data[name] for name in names if data.get(name) is not None), None)
     return data if reasoning is None else {"thinking": reasoning, **data, "reasoning_content": reasoning}

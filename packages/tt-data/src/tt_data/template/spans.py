@@ -12,7 +12,7 @@ BLANKS = " \t"  # at the end of a prompt: part of what follows it, in tokens
 
 
 @dataclass(slots=True)
-class Rendered:
+class MarkedText:
     """``text`` with character spans. ``controls=None``: every control string in it is a control token. ``notes``: see
     ``Encoded``."""
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tt_data.files import json_kind, parse_json
-from tt_data.template.spans import Encoded, Rendered, Span, alternatives, check_unicode, join_spans, substitute
+from tt_data.template.spans import Encoded, MarkedText, Span, alternatives, check_unicode, join_spans, substitute
 from tt_data.text.json_checks import check_tokenizer, first_token, regex_letters
 from tt_data.text.trial import try_out
 from tt_data.text.word_cache import make_word_cache
@@ -81,25 +81,30 @@ class JsonTokenizer:
             raise library_error(error, f"{self._name}: ids from {list(ids[:8])} cannot be decoded") from None
         return text
 
-    def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]:
+    def encode_batch(self, rows: Sequence[MarkedText]) -> list[Encoded]:
         encoded: list[Encoded | None] = [None] * len(rows)
-        typed = [row.controls is not None and self._typed.search(row.text) is not None for row in rows]
-        if self._words:
-            for i, row in enumerate(rows):
+        plain: list[int] = []
+        marked: list[int] = []
+        for i, row in enumerate(rows):
+            if row.controls is not None and self._typed.search(row.text) is not None:
+                marked.append(i)
+                continue
+            if self._words:
                 try:
-                    encoded[i] = None if typed[i] else self._words.encode(row.text, row.trained)
+                    encoded[i] = self._words.encode(row.text, row.trained)
                 except Exception as error:
                     raise self._failure(error, [row.text]) from None
-        left = [i for i, found in enumerate(encoded) if found is None]
-        plain, marked = [i for i in left if not typed[i]], [i for i in left if typed[i]]
-        self._encode_into(encoded, plain, [rows[i] for i in plain], self._tokenizer)
+            if encoded[i] is None:
+                plain.append(i)
+        if plain:
+            self._encode_into(encoded, plain, [rows[i] for i in plain], self._tokenizer)
         if marked:
             tokenizer = self._with_markers()
             self._encode_into(encoded, marked, [self._mark(rows[i]) for i in marked], tokenizer)
         return [row for row in encoded if row is not None]
 
     def _encode_into(
-        self, encoded: list[Encoded | None], places: list[int], rows: list[Rendered], tokenizer: Any
+        self, encoded: list[Encoded | None], places: list[int], rows: list[MarkedText], tokenizer: Any
     ) -> None:
         """Put what the library makes of ``rows`` at ``places``."""
         texts = [row.text for row in rows]
@@ -117,10 +122,10 @@ class JsonTokenizer:
         about = f"{texts[0][:40]!a}" if len(texts) == 1 else f"one of {len(texts)} texts, the first {texts[0][:40]!a}"
         return library_error(error, f"{self._name}: the tokenizers library cannot encode {about}")
 
-    def _mark(self, row: Rendered) -> Rendered:
+    def _mark(self, row: MarkedText) -> MarkedText:
         edits = [(a, b, self._markers[row.text[a:b]]) for a, b in row.controls or ()]
         text, trained = substitute(row.text, edits, row.trained)
-        return Rendered(text, trained)
+        return MarkedText(text, trained)
 
     def _with_markers(self) -> Any:
         if self._marked is None:

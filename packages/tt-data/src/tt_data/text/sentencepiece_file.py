@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 
-from tt_data.template.spans import Encoded, Rendered, Span, alternatives, join_spans
+from tt_data.template.spans import Encoded, MarkedText, Span, alternatives, join_spans
 from tt_data.text.trial import try_out
 from tt_data.wording import said
 
@@ -84,10 +84,10 @@ class SentencePieceTokenizer:
                 run.append(int(index))
         return "".join([*pieces, self._model.decode(run) if run else ""])
 
-    def encode_batch(self, rows: Sequence[Rendered]) -> list[Encoded]:
+    def encode_batch(self, rows: Sequence[MarkedText]) -> list[Encoded]:
         return [self._encode(row) for row in rows]
 
-    def _encode(self, row: Rendered) -> Encoded:
+    def _encode(self, row: MarkedText) -> Encoded:
         spans = self._tokens_in(row)
         ids: list[int] = []
         places: list[Span] = []
@@ -101,7 +101,7 @@ class SentencePieceTokenizer:
             position = end
         return Encoded(ids, _token_spans(places, row.trained))
 
-    def _tokens_in(self, row: Rendered) -> list[Span]:
+    def _tokens_in(self, row: MarkedText) -> list[Span]:
         """Where ``row`` holds added tokens: those that a template put there, and those that may be typed."""
         if row.controls is None:
             return [m.span() for m in self._pattern.finditer(row.text)]

@@ -7,19 +7,13 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from tt_data.template.spans import Rendered, Span, alternatives, substitute
+from tt_data.template.spans import MarkedText, Span, alternatives, substitute
 
 _MOST_NAMED = 3  # in one row: a text about tokenizers would fill the report
-
-
-def new_nonce() -> str:
-    """Letters that no data holds."""
-    return f"q{secrets.token_hex(16)}q"
 
 
 class SpecialTokens:
@@ -73,14 +67,14 @@ class SpecialTokens:
             return text
         return nonce.join(text[a:b] for a, b in pairwise([0, *places, len(text)]))
 
-    def mended(self, text: str, trained: list[Span], nonce: str) -> Rendered:
+    def mended(self, text: str, trained: list[Span], nonce: str) -> MarkedText:
         """A rendering of broken content without the nonces, and with the places of the tokens that were whole in it."""
         controls = [m.span() for m in self._whole.finditer(text)]
         edits = [(m.start(), m.end(), "") for m in re.finditer(nonce, text)]
         clean, moved = substitute(text, edits, [*trained, *controls])
         trained, controls = moved[: len(trained)], moved[len(trained) :]
         seen = [m.span() for m in self._whole.finditer(clean)]
-        return Rendered(clean, trained, None if seen == controls else controls)
+        return MarkedText(clean, trained, None if seen == controls else controls)
 
 
 def _notes(found: set[str]) -> tuple[str, ...]:

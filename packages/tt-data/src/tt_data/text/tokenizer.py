@@ -1,20 +1,22 @@
-"""One ``Tokenizer`` over ``tokenizer.json``, sentencepiece and tiktoken files, with the model's chat template."""
+"""One ``Tokenizer`` over any kind of tokenizer file (``Backend``), with the model's chat template."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from tt_data.messages import Message
-from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, as_dict, notes_of_answer
-from tt_data.template.spans import BLANKS, Encoded, Rendered, Span, check_unicode
+from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, notes_of_answer, template_dict
+from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unicode
 from tt_data.text.backend import Backend
-from tt_data.text.special_tokens import SpecialTokens, new_nonce
+from tt_data.text.special_tokens import SpecialTokens
 
+AnyMessage: TypeAlias = Message | Mapping[str, Any]
+Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 _OPENING, _CLOSING = ("<|", "<\uff5c"), ("|>", "\uff5c>")
 _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|finetune_right_pad|>", "<|padding|>")
 
@@ -22,15 +24,28 @@ _PAD_NAMES = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>", "<|finet
 class Tokenizer:
     """Text and conversations to ids and back. Text is data: a control token typed in it stays text.
 
-    ``bos_id``, ``eos_id`` (None where the model has none), ``pad_id`` (always a valid id), ``vocab_size`` (added tokens
-    included), ``adds_bos`` (whether this model's documents begin with ``bos_id``), ``special_tokens`` (their strings).
+    ``bos_id`` and ``eos_id`` are None if the model has none. ``pad_id`` is always a valid id. ``vocab_size`` includes
+    added tokens. ``adds_bos``: whether this model's documents begin with ``bos_id``. ``special_tokens``: their strings.
+    ``templates``: Jinja sources of chat templates by name, ``default`` among them, or nothing.
     """
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int
+    adds_bos: bool
+    special_tokens: list[str]
+    templates: dict[str, str]
 
     def __init__(
         self, backend: Backend, *, names: Mapping[str, Any], adds_bos: bool, templates: Mapping[str, str] | None = None,
         template_name: str = "chat template", extra_eos_ids: Sequence[int] = (), text_specials: Sequence[str] = (),
         more_specials: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        """``names``: the strings of ``bos_token``, ``eos_token``, ``pad_token``, ..., which chat templates read, too.
+        ``template_name``: where ``templates`` came from, for messages. ``extra_eos_ids``: more ids that end an answer.
+        ``text_specials``: control tokens that text may become. ``more_specials``: added tokens that are special, too.
+        """
         self._backend = backend
         self._names = dict(names)
         self._extra_eos_ids = tuple(extra_eos_ids)
@@ -41,10 +56,12 @@ class Tokenizer:
         self.adds_bos = adds_bos and self.bos_id is not None
         self._compiled: dict[str, ChatTemplate] = {}
         self._eos_ids: tuple[int, ...] | None = None
-        self.special_tokens = self._find_special(more_specials)
+        # what generation_config.json adds must not change token rows, so it is not among these
+        named = [self._names.get(name) for name in ("eos_token", "eot_token")]
+        self._ends = [token for token in named if isinstance(token, str) and backend.token_id(token) is not None]
+        self._enders = self._find_special(more_specials)
         if unknown := [token for token in text_specials if token not in backend.added]:
             raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
-        self._enders = self.special_tokens
         self.special_tokens = [*self._enders, *self._find_markers()]
         self._keep_apart([token for token in self.special_tokens if token not in text_specials])
 
@@ -75,7 +92,7 @@ class Tokenizer:
     def _keep_apart(self, tokens: Sequence[str]) -> None:
         """``tokens`` are made where a template puts them, and never from text that someone typed."""
         self._backend = self._backend.with_control({token: self._backend.added[token] for token in tokens})
-        self._typed = SpecialTokens(tokens)
+        self._apart = SpecialTokens(tokens)
 
     # Text -----------------------------------------------------------------------------------------------------
 
@@ -105,14 +122,14 @@ class Tokenizer:
         return [*start, *self._encode_plain(text.rstrip(BLANKS))]
 
     def _encode_plain(self, text: str) -> list[int]:
-        return self.encode_rendered([Rendered(text, controls=[])])[0].ids
+        return self.encode_texts([MarkedText(text, controls=[])])[0].ids
 
     def _encode_after(self, prefix: str, text: str) -> list[int]:
         before, both = self._encode_plain(prefix), self._encode_plain(prefix + text)
         return both[len(before) :] if both[: len(before)] == before else self._encode_plain(text)
 
-    def encode_rendered(self, rows: Sequence[Rendered]) -> list[Encoded]:
-        """Ids and trained token spans of many texts at once, without tokens at either end."""
+    def encode_texts(self, rows: Sequence[MarkedText]) -> list[Encoded]:
+        """Ids and trained token spans of many texts at once. No bos or eos is added."""
         try:
             encoded = self._backend.encode_batch(rows)
         except Exception:  # each library has its own for text that is not Unicode
@@ -125,7 +142,7 @@ class Tokenizer:
 
     def notes_of(self, text: str) -> tuple[str, ...]:
         """What a report says of the special tokens that ``text`` spells."""
-        return self._typed.notes(text)
+        return self._apart.notes(text)
 
     # Conversations --------------------------------------------------------------------------------------------
 
@@ -137,7 +154,7 @@ class Tokenizer:
     def eos_ids(self) -> tuple[int, ...]:
         """Every id that ends what the model writes: eos, generation_config.json's, the template's end of turn."""
         if self._eos_ids is None:
-            ends = self._template(None).turn_ends if self.has_chat_template else self._end_tokens()
+            ends = self._template(None).turn_ends if self.has_chat_template else self._ends
             ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
             self._eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
         return self._eos_ids
@@ -163,44 +180,63 @@ class Tokenizer:
         return other
 
     def render(
-        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = False, **variables: Any,
-    ) -> str:  # fmt: skip
+        self, messages: Sequence[AnyMessage], tools: Tools = None, add_generation_prompt: bool = False, **variables: Any
+    ) -> str:
         """The conversation as the model's chat template writes it. ``variables`` reach the template
-        (``enable_thinking=False``)."""
-        job = {**self._job(messages, tools, variables), "prompt": add_generation_prompt}
+        (``enable_thinking=False``). Raises TemplateError."""
+        content = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": variables}
         template = self._template(tools)
-        if "error" in (answer := template.run([Job(job, len(messages))])[0]):
+        answer = template.run([Job({**content, "prompt": add_generation_prompt}, len(messages))])[0]
+        if "error" in answer:
             raise template.error(answer)
         return str(answer["text"])
 
-    def encode_prompt(
-        self, messages: Sequence[Message | Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None,
-        **variables: Any,
-    ) -> list[int]:  # fmt: skip
-        """Ids of the conversation up to where the model writes its next turn: without blanks at the end, as
-        ``encode_text_prompt``."""
-        job = {**self._job(messages, tools, variables), "prompt": True}
-        rendered = self._rendered([job], tools)[0]
-        if isinstance(rendered, TemplateError):
-            raise rendered
-        return self.encode_rendered([replace(rendered, text=rendered.text.rstrip(BLANKS))])[0].ids
+    def render_spans(self, messages: Sequence[Message], tools: Tools = None, **variables: Any) -> MarkedText:
+        """The conversation as text, with the characters of the messages that are not ``masked``: an answer from where
+        the generation prompt ends, with its end-of-turn token. Raises TemplateError."""
+        found = self.render_conversations([(messages, tools, variables)])[0]
+        if isinstance(found, TemplateError):
+            raise found
+        return found
 
-    def render_rows(
-        self, rows: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]] | None, Mapping[str, Any]]]
-    ) -> list[Rendered | TemplateError]:
-        """Many (messages, tools, variables), with the unmasked messages trained; or why one failed."""
-        results: list[Rendered | TemplateError] = [Rendered("")] * len(rows)
-        for with_tools in (False, True):
-            places = [i for i, (_, tools, _) in enumerate(rows) if bool(tools) == with_tools]
-            jobs = []
-            for i in places:
-                messages, tools, variables = rows[i]
-                jobs.append({**self._job(messages, tools, variables), "trained": [not m.masked for m in messages]})
-            if jobs:
-                found = self._rendered(jobs, jobs[0].get("tools"))
-                for i, result in zip(places, found, strict=True):
-                    results[i] = result
+    def encode_prompt(self, messages: Sequence[AnyMessage], tools: Tools = None, **variables: Any) -> list[int]:
+        """Ids of the conversation up to where the model writes its next turn: without blanks at the end, as
+        ``encode_text_prompt``. Raises TemplateError."""
+        found = self.render_conversations([(messages, tools, variables)], prompt=True)[0]
+        if isinstance(found, TemplateError):
+            raise found
+        return self.encode_texts([replace(found, text=found.text.rstrip(BLANKS))])[0].ids
+
+    def render_conversations(
+        self, rows: Sequence[tuple[Sequence[AnyMessage], Tools, Mapping[str, Any]]], *, prompt: bool = False
+    ) -> list[MarkedText | TemplateError]:
+        """Many (messages, tools, variables) as ``render_spans``, or why one failed. ``prompt``: with the generation
+        prompt, and nothing trained."""
+        results: list[MarkedText | TemplateError] = [MarkedText("")] * len(rows)
+        sent: dict[bool, list[tuple[int, Job, tuple[str, ...]]]] = {}  # with tools, without
+        nonce = f"q{secrets.token_hex(16)}q"  # letters that no data holds
+        for place, (messages, tools, variables) in enumerate(rows):
+            trained = [isinstance(message, Message) and not message.masked for message in messages]
+            given = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": dict(variables)}
+            content = {**given, "prompt": True} if prompt else {**given, "trained": trained}
+            try:
+                job = Job(content, len(messages))
+                safe, notes = self._apart.broken(content, job.text, nonce)
+                job = job if safe is content else Job(safe, len(messages))
+            except RecursionError:
+                results[place] = TemplateError("messages, tools or variables are nested too deeply to be rendered")
+                continue
+            sent.setdefault(bool(tools), []).append((place, job, notes))
+        for with_tools, jobs in sorted(sent.items()):
+            template = self._template(with_tools)
+            for (place, job, notes), answer in zip(jobs, template.run([job for _, job, _ in jobs]), strict=True):
+                if "error" in answer:
+                    results[place] = template.error(answer, nonce)
+                    continue
+                row = MarkedText(answer["text"], [(a, b) for a, b in answer.get("spans", ())])
+                if nonce in job.text:
+                    row = self._apart.mended(row.text, row.trained, nonce)
+                results[place] = replace(row, notes=(*notes, *notes_of_answer(answer)))
         return results
 
     def tokenize_messages(
@@ -212,17 +248,11 @@ class Tokenizer:
         """
         if not messages:
             raise ValueError("tokenize_messages: an empty list of messages")
-        encoded = self._tokenize_with_template(messages) if self.has_chat_template else self.encode_turns(messages)
+        encoded = self.encode_texts([self.render_spans(messages)])[0] if self.templates else self.encode_turns(messages)
         masked = [True] * len(encoded.ids)
         for start, end in encoded.trained:
             masked[start:end] = [False] * (end - start)
         return encoded.ids[:max_seq_len], masked[:max_seq_len]
-
-    def _tokenize_with_template(self, messages: Sequence[Message]) -> Encoded:
-        rendered = self.render_rows([(messages, None, {})])[0]
-        if isinstance(rendered, TemplateError):
-            raise rendered
-        return self.encode_rendered([rendered])[0]
 
     def encode_turns(self, messages: Sequence[Message]) -> Encoded:
         """Each message by itself: ``<bos> user assistant <eos> <bos> user assistant <eos>``."""
@@ -253,42 +283,10 @@ class Tokenizer:
             raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)[:8]}")
         if name not in self._compiled:
             self._compiled[name] = ChatTemplate(
-                self.templates[name], variables=self._names, special=self._enders, ends=self._end_tokens(),
+                self.templates[name], variables=self._names, special=self._enders, ends=self._ends,
                 name=self._template_name,
             )  # fmt: skip
         return self._compiled[name]
-
-    def _end_tokens(self) -> list[str]:
-        """Those that the tokenizer's files name; what generation_config.json adds must not change token rows."""
-        named = [self._names.get(name) for name in ("eos_token", "eot_token")]
-        return [token for token in named if isinstance(token, str) and self._backend.token_id(token) is not None]
-
-    def _job(self, messages: Sequence[Any], tools: object, variables: Mapping[str, Any]) -> dict[str, Any]:
-        return {"messages": list(map(as_dict, messages)), "tools": tools or None, "extra": dict(variables)}
-
-    def _rendered(self, jobs: Sequence[dict[str, Any]], tools: object) -> list[Rendered | TemplateError]:
-        template, nonce = self._template(tools), new_nonce()
-        results: list[Rendered | TemplateError] = []
-        sent: list[Job] = []
-        spelt: list[tuple[str, ...]] = []
-        places: list[int] = []
-        for place, content in enumerate(jobs):
-            results.append(TemplateError("messages, tools or variables are nested too deeply to be rendered"))
-            with suppress(RecursionError):
-                job = Job(content, len(content["messages"]))
-                safe, notes = self._typed.broken(content, job.text, nonce)
-                sent.append(job if safe is content else Job(safe, job.messages))
-                spelt.append(notes)
-                places.append(place)
-        for place, answer, job, notes in zip(places, template.run(sent), sent, spelt, strict=True):
-            if "error" in answer:
-                results[place] = template.error(answer, nonce)
-                continue
-            row = Rendered(answer["text"], [(a, b) for a, b in answer.get("spans", ())])
-            if nonce in job.text:
-                row = self._typed.mended(row.text, row.trained, nonce)
-            results[place] = replace(row, notes=(*notes, *notes_of_answer(answer)))
-        return results
 
     @property
     def fingerprint(self) -> str:
@@ -298,5 +296,5 @@ class Tokenizer:
             repr(sorted(self._names.items(), key=str)),
             repr(sorted(self.templates.items())),
         ]
-        parts.append(repr((self.special_tokens, self._typed.strings, self.adds_bos, self.bos_id, self.eos_id)))
+        parts.append(repr((self.special_tokens, self._apart.strings, self.adds_bos, self.bos_id, self.eos_id)))
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

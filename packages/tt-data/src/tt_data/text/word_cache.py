@@ -107,32 +107,19 @@ class WordCache:
         """From characters to tokens: to the word first, then within it (a byte is a character here)."""
         ends = list(accumulate(map(len, words)))
         counts = list(accumulate(map(len, parts)))
-        found: list[Span] = []
+        edges: list[int] = []  # the tokens that hold the first and the last character of each span
         word = 0
-        for start, end in spans:
-            if start >= end:
-                continue
-            while ends[word] <= start:
+        for place in chain.from_iterable((start, end - 1) for start, end in spans if start < end):
+            while ends[word] <= place:
                 word += 1
-            first = self._token_at(words, parts, ends, counts, word, start)
-            while ends[word] < end:
-                word += 1
-            last = self._token_at(words, parts, ends, counts, word, end - 1)
-            found.append((first, last + 1))
-        return join_spans(found)
-
-    def _token_at(
-        self, words: list[str], parts: list[tuple[int, ...]], ends: list[int], counts: list[int], word: int, place: int
-    ) -> int:
-        """The token that holds the character at ``place``, in word number ``word``."""
-        token = counts[word] - len(parts[word])
-        reached = ends[word] - len(words[word])
-        for index in parts[word]:
-            reached += self._words.lengths[index]
-            if place < reached:
-                break
-            token += 1
-        return token
+            token, reached = counts[word] - len(parts[word]), ends[word] - len(words[word])
+            for index in parts[word]:
+                reached += self._words.lengths[index]
+                if place < reached:
+                    break
+                token += 1
+            edges.append(token)
+        return join_spans([(first, last + 1) for first, last in zip(edges[::2], edges[1::2], strict=True)])
 
 
 def make_word_cache(tokenizer: Any, data: dict[str, Any]) -> WordCache | None:
