@@ -21,6 +21,7 @@ from tt_data.order import rows_at, steps_per_epoch
 from tt_data.packing import PackedDataset, pack
 from tt_data.report import summary_lines
 from tt_data.rows.conversations import sharegpt_to_llama2_messages
+from tt_data.rows.examples import Completion, Conversation, Judged, Pair, Text, Tokens
 from tt_data.rows.known_datasets import DATASETS, NamedDataset, register_dataset
 from tt_data.rows.schemas import Schema, register_schema
 from tt_data.show import as_text, show, stats, stats_as_text
@@ -40,6 +41,8 @@ from tt_data.template.prompts import (
     register_instruct_template,
 )
 from tt_data.template.sources import CHAT_TEMPLATES, register_chat_template
+from tt_data.template.spans import AddedTokens, Encoded, MarkedText, token_spans
+from tt_data.text.backend import Backend
 from tt_data.text.choose import choose_template
 from tt_data.text.load import load_tokenizer
 from tt_data.text.tokenizer import Tokenizer
@@ -50,7 +53,9 @@ __version__ = "0.1.0"
 __all__ = [
     # text and conversations to ids
     "load_tokenizer", "choose_template", "Tokenizer", "Message", "validate_messages", "sharegpt_to_llama2_messages",
-    "TemplateError",
+    "TemplateError", "MarkedText", "Encoded",
+    # a tokenizer of a different kind
+    "Backend", "AddedTokens", "token_spans",
     # rows to ids and labels
     "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "PackedMix",
     "pack",
@@ -62,6 +67,8 @@ __all__ = [
     "InstructTemplate", "AlpacaInstructTemplate", "GrammarErrorCorrectionTemplate", "SummarizeTemplate",
     "StackExchangedPairedTemplate", "register_instruct_template", "CHAT_TEMPLATES", "register_chat_template",
     "Llama2ChatFormat", "MistralChatFormat", "ChatMLFormat", "Schema", "register_schema",
+    # what a row says
+    "Conversation", "Completion", "Text", "Tokens", "Pair", "Judged",
     # data sets with a name
     "DATASETS", "NamedDataset", "register_dataset", "instruct_dataset", "chat_dataset", "preference_dataset",
     "alpaca_dataset", "alpaca_cleaned_dataset", "grammar_dataset", "samsum_dataset", "slimorca_dataset",

@@ -1,10 +1,10 @@
-"""Text on its way to token ids: which parts are control tokens, and which parts are trained."""
+"""Text and ids with spans: which parts are control tokens, and which parts are trained."""
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 Span = tuple[int, int]
@@ -13,7 +13,8 @@ BLANKS = " \t"  # at the end of a prompt: part of what follows it, in tokens
 
 @dataclass(slots=True)
 class MarkedText:
-    """``text`` with character spans. ``controls=None``: every control string in it is a control token. ``notes``: see
+    """``text`` with spans of characters ``[start, end)``, which ascend. ``trained``: the parts that give loss.
+    ``controls``: the control tokens that a template wrote; None if every control string in it is one. ``notes``: see
     ``Encoded``."""
 
     text: str
@@ -24,12 +25,38 @@ class MarkedText:
 
 @dataclass(slots=True)
 class Encoded:
-    """Token ids, and which of their spans ``[start, end)`` are trained. ``notes``: the kinds of things that the ids do
-    not hold, or hold otherwise than the row; ``Tally.note`` says how they are worded."""
+    """Token ids, and which of their spans ``[start, end)`` are trained. ``notes``: what of the row the ids do not
+    contain, or not as the row has it; ``report["notes"]`` counts them."""
 
     ids: list[int]
     trained: list[Span] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+
+
+class AddedTokens:
+    """Finds the tokens of ``added`` in a text: those of ``control`` only where a template wrote them."""
+
+    def __init__(self, added: Collection[str], control: Collection[str]) -> None:
+        self._any = alternatives(added)
+        self._typed = alternatives(token for token in added if token not in control)
+
+    def spans(self, row: MarkedText) -> list[Span]:
+        """Their characters, ascending."""
+        if row.controls is None:
+            return [match.span() for match in self._any.finditer(row.text)]
+        found: list[Span] = []
+        position = 0
+        for start, end in [*row.controls, (len(row.text), len(row.text))]:
+            found += [match.span() for match in self._typed.finditer(row.text, position, start)]
+            found += [(start, end)] if start < end else []
+            position = end
+        return found
+
+
+def token_spans(characters: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
+    """The tokens that contain a character of each of ``spans``. ``characters``: those of each token, ascending."""
+    starts, ends = [a for a, _ in characters], [b for _, b in characters]
+    return join_spans([(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
 
 
 def substitute(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence[Span]) -> tuple[str, list[Span]]:

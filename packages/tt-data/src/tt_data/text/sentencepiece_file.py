@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 
-from tt_data.template.spans import Encoded, MarkedText, Span, alternatives, join_spans
+from tt_data.template.spans import AddedTokens, Encoded, MarkedText, Span, token_spans
 from tt_data.text.trial import try_out
 from tt_data.wording import said
 
@@ -37,14 +36,14 @@ class SentencePieceTokenizer:
         self.vocab_size = max(size, max(self.added.values(), default=-1) + 1)
         self.prefix_once = prefix_once
         self._names = {index: token for token, index in self.added.items()}
-        self._pattern, self._free = alternatives(self.added), alternatives(())  # _free: tokens in typed text too
+        self._tokens = AddedTokens(self.added, self.control)
         self._newline = self._model.encode("\n")
 
     def with_control(self, control: dict[str, int]) -> SentencePieceTokenizer:
         """One on the same model whose control tokens, never made from text that someone typed, are these."""
         other = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
         other.__dict__.update(self.__dict__, control=control)
-        other._free = alternatives(token for token in self.added if token not in control)
+        other._tokens = AddedTokens(self.added, control)
         return other
 
     def token_id(self, token: str) -> int | None:
@@ -88,7 +87,7 @@ class SentencePieceTokenizer:
         return [self._encode(row) for row in rows]
 
     def _encode(self, row: MarkedText) -> Encoded:
-        spans = self._tokens_in(row)
+        spans = self._tokens.spans(row)
         ids: list[int] = []
         places: list[Span] = []
         position = 0
@@ -99,19 +98,7 @@ class SentencePieceTokenizer:
                 ids.append(self.added[row.text[start:end]])
                 places.append((start, end))
             position = end
-        return Encoded(ids, _token_spans(places, row.trained))
-
-    def _tokens_in(self, row: MarkedText) -> list[Span]:
-        """Where ``row`` holds added tokens: those that a template put there, and those that may be typed."""
-        if row.controls is None:
-            return [m.span() for m in self._pattern.finditer(row.text)]
-        found: list[Span] = []
-        position = 0
-        for start, end in [*row.controls, (len(row.text), len(row.text))]:
-            found += [m.span() for m in self._free.finditer(row.text, position, start)]
-            found += [(start, end)] if start < end else []
-            position = end
-        return found
+        return Encoded(ids, token_spans(places, row.trained))
 
     def _append(self, text: str, offset: int, ids: list[int], places: list[Span]) -> None:
         """Encode plain text at character ``offset``, with the characters of each of its tokens."""
@@ -128,9 +115,3 @@ class SentencePieceTokenizer:
             if offsets[i][0] == offsets[i][1]:
                 offsets[i] = (offsets[i][0], offsets[i + 1][1])
         places += offsets
-
-
-def _token_spans(places: Sequence[Span], spans: Sequence[Span]) -> list[Span]:
-    """The tokens that hold a character of each span."""
-    starts, ends = [a for a, _ in places], [b for _, b in places]  # both ascend
-    return join_spans([(bisect_right(ends, start), bisect_left(starts, end)) for start, end in spans])
