@@ -1,15 +1,20 @@
 """Names, sizes, and config.json read strictly in both generations."""
 
+import ast
 import dataclasses
+import inspect
 import json
+import pickle
 import random
 import string
 
 import pytest
 import torch
+from torch import nn
 
 import tt_models
-from tt_models.auto import FAMILIES
+from tt_models.auto import FAMILIES, Family
+from tt_models.llama import LlamaConfig, llama
 
 LLAMA = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 61}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -251,3 +256,145 @@ def test_any_json_is_read_or_refused_with_a_value_error(model_type):
     for wrong in (None, [], "llama", 3, {"model_type": ["llama"]}, {"model_type": {}}):
         with pytest.raises(ValueError, match="config.json"):
             tt_models.config_from_hf(wrong)
+
+
+def test_a_builder_says_what_it_builds_and_from_which_paper():
+    for name in tt_models.list_models():
+        config, builder = tt_models.get_config(name), getattr(tt_models, name)
+        assert all(f"{number:,}" in builder.__doc__ for number in (config.hidden_size, config.vocab_size)), name
+        assert name in builder.__doc__
+        assert "https://" in builder.__doc__.splitlines()[-1], name
+        assert list(inspect.signature(builder).parameters) == ["device", "dtype"]
+    assert tt_models.smollm2_135m.__name__ == "smollm2_135m"
+    assert pickle.loads(pickle.dumps(tt_models.smollm2_135m)) is tt_models.smollm2_135m
+    model = tt_models.smollm2_135m(device="meta", dtype=torch.bfloat16)
+    assert model.output_weight.is_meta
+    assert model.output_weight.dtype == torch.bfloat16
+
+
+def test_a_type_checker_sees_every_builder_and_no_other_name():
+    root = ast.parse(inspect.getsource(tt_models))
+    (block,) = [node for node in root.body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = [target.id for assignment in block.body for target in assignment.targets]
+    assert sorted(seen) == sorted(tt_models.list_models())
+    assert [node.name for node in block.orelse] == ["__getattr__"]
+    assert "__getattr__" not in [getattr(node, "name", None) for node in root.body]
+    with pytest.raises(AttributeError, match="no attribute 'genrate'"):
+        tt_models.genrate  # noqa: B018
+
+
+class OwnConfig(LlamaConfig):
+    """Of a family that somebody adds."""
+
+    model_type = "own"
+
+
+def built_with(layer, monkeypatch, **settings):
+    """A model of an added family whose final norm is followed by ``layer(hidden_size)``."""
+
+    def own(config):
+        model = llama(config)
+        model.model.norm = nn.Sequential(model.model.norm, layer(config.hidden_size))
+        return model
+
+    monkeypatch.setitem(FAMILIES, "own", Family(OwnConfig, own, {}))
+    numbers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return tt_models.build(OwnConfig(vocab_size=50, **numbers), **settings)
+
+
+class Gain(nn.Module):
+    """A parameter of its own, drawn with the standard deviation of the model."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.gain = nn.Parameter(torch.empty(size))
+
+    def reset_parameters(self, std):
+        nn.init.constant_(self.gain, 1.0 + std)
+
+    def forward(self, x):
+        return x * self.gain
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LayerNorm,
+        nn.RMSNorm,
+        lambda size: nn.GroupNorm(4, size),
+        lambda size: nn.BatchNorm1d(3),
+        lambda size: nn.Conv1d(3, 3, 1),
+        lambda size: nn.Bilinear(size, size, size),
+        lambda size: nn.PReLU(),
+        lambda size: nn.GRU(size, size),
+        lambda size: nn.MultiheadAttention(size, 2),
+        lambda size: nn.EmbeddingBag(7, size),
+        lambda size: nn.Embedding(7, size, padding_idx=1),
+        lambda size: nn.TransformerEncoderLayer(size, 2, 8),
+        Gain,
+    ],
+)
+def test_layers_of_torch_and_of_a_family_itself_are_built_with_their_starting_values(layer, monkeypatch):
+    calls = []
+    real = torch.empty_like
+
+    def with_garbage(*given, **settings):  # what fresh memory may hold
+        calls.append(1)
+        made = real(*given, **settings)
+        return made.fill_(torch.nan) if made.is_floating_point() and not made.is_meta else made
+
+    monkeypatch.setattr(torch, "empty_like", with_garbage)
+    model = built_with(layer, monkeypatch)
+    assert calls
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    meta = built_with(layer, monkeypatch, device="meta")
+    assert {name: tensor.shape for name, tensor in (*meta.named_parameters(), *meta.named_buffers())} == shapes
+    own = model.model.norm[1]
+    if isinstance(own, nn.LayerNorm):
+        assert own.weight.eq(1).all()
+        assert own.bias.eq(0).all()
+    if isinstance(own, nn.LayerNorm | nn.PReLU | Gain):
+        assert model(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+class NothingSet(nn.Module):
+    """A parameter that nobody fills."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))  # on the meta device: the ones are lost
+
+
+class LostBuffer(nn.Module):
+    """A buffer made on the meta device."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("angles", torch.arange(size))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (NothingSet, "model.norm.1.gain has no starting value: NothingSet needs a method reset_parameters"),
+        (LostBuffer, "model.norm.1.angles has no starting value: LostBuffer needs"),
+        (
+            lambda size: nn.ParameterList([torch.ones(size)]),
+            "model.norm.1.0 has no starting value: ParameterList needs",
+        ),
+    ],
+)
+def test_a_tensor_without_a_starting_value_is_refused(layer, message, monkeypatch):
+    with pytest.raises(ValueError, match=message):
+        built_with(layer, monkeypatch)
+    assert built_with(layer, monkeypatch, device="meta").model.norm[1]
+
+
+def test_a_model_is_built_in_inference_mode_too():
+    numbers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    with torch.inference_mode():
+        model = tt_models.build(LlamaConfig(vocab_size=50, **numbers))
+        assert model(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()

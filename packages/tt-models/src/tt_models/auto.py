@@ -1,9 +1,11 @@
 """``model_type`` to family: the one table, and the functions that go through it."""
 
 import difflib
+import functools
 import re
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -131,3 +133,38 @@ def build(
         model.to_empty(device=device)
         init_weights_(model, config.initializer_range)
     return model
+
+
+class Builder(Protocol):
+    """``tt_models.llama3_2_1b`` and every other name of ``list_models``."""
+
+    def __call__(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decoder:
+        """``build`` with the name given."""
+        ...
+
+
+@functools.cache
+def builder(name: str) -> Builder:
+    """The function that builds a named size, with a docstring that says what that is."""
+
+    def build_named(*, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decoder:
+        return build(name, device=device, dtype=dtype)
+
+    config = get_config(name)
+    build_named.__name__ = build_named.__qualname__ = name
+    build_named.__module__ = "tt_models"  # where pickle looks for it
+    build_named.__doc__ = (
+        f"""A {config.model_type} decoder of the published size ``{name}``, with random weights; see ``build``.
+
+{config.num_hidden_layers} layers, hidden_size {config.hidden_size:,}, {config.num_attention_heads} heads of """
+        f"""{config.head_size} ({config.kv_heads} for keys and values), intermediate_size {config.intermediate_size:,},
+vocab_size {config.vocab_size:,}, {config.max_position_embeddings:,} positions.
+
+{source_of(config)}"""
+    )
+    return build_named
+
+
+def source_of(config: ModelConfig) -> str:
+    """The first line of the docstring of a config's module: the models of the family, and where they are published."""
+    return (sys.modules[type(config).__module__].__doc__ or "").partition("\n")[0]

@@ -3,6 +3,7 @@
 B: batch, S: sequence, E: hidden size, V: vocabulary.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +15,6 @@ from tt_models.config import ModelConfig
 from tt_models.cpu import linear, product
 from tt_models.kv_cache import KVCache
 from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask, split_documents
-from tt_models.norm import RMSNorm
 from tt_models.rope import Rope
 
 
@@ -245,17 +245,30 @@ def drop_tied_head(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
         )
 
 
+@torch.no_grad()
 def init_weights_(model: nn.Module, std: float) -> None:
-    """Normal matrices, zero biases, neutral norms, in place, from torch's global random numbers."""
+    """Normal matrices of linear layers and embeddings, zero biases; any other module by its ``reset_parameters``.
+
+    In place, from torch's global generator. A ``reset_parameters`` that takes an argument is given ``std``. ValueError
+    for a parameter or buffer that is left as it was: its memory holds whatever was there before.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    versions = {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                with torch.no_grad():
-                    module.weight[module.padding_idx].zero_()
-        elif isinstance(module, RMSNorm):
-            module.reset_parameters()
-        elif any(True for _ in module.parameters(recurse=False)):
-            module.reset_parameters(std)  # type: ignore[operator]
+                module.weight[module.padding_idx].zero_()
+        else:
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if reset is not None:
+                reset(std) if inspect.signature(reset).parameters else reset()
+    missed = [name for name, version in versions.items() if tensors[name]._version == version]
+    if missed:
+        owner = type(model.get_submodule(missed[0].rpartition(".")[0])).__name__
+        raise ValueError(
+            f"{missed[0]} has no starting value: {owner} needs a method reset_parameters(std), or reset_parameters(), "
+            "that fills it in place"
+        )
