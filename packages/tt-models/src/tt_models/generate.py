@@ -1,28 +1,30 @@
 """Generation: prefill, one token at a time, sampling. B: batch, S: prompt, V: vocabulary."""
 
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
-from tt_models.prompts import (
+from tt_models.sampling import (
     EndIds,
-    Prompts,
-    check_room,
+    Sampling,
     check_seed,
     is_token_id,
-    left_padded,
-    left_padded_positions,
+    is_whole_number,
     numbers_of,
+    sample,
+    seen_tokens,
 )
-from tt_models.sampling import Sampling, sample
 from tt_models.shown import shown
+
+Prompts = Tensor | Sequence[Sequence[int]]
 
 
 def prefill(model: Decoder, input_ids_BS: Tensor, cache: KVCache, position_ids_BS: Tensor | None = None) -> Tensor:
@@ -109,15 +111,67 @@ def steps(
             logits = reread(model, input_ids_BS, cache) if outgrown else decode(model, token, cache)
 
 
-def seen_tokens(input_ids_BS: Tensor, lengths_B: Tensor | None, vocab_size: int) -> Tensor:
-    """bool[B, V]: which tokens stand in each prompt, padding apart."""
-    batch, seq_len = input_ids_BS.shape
-    real = torch.ones_like(input_ids_BS, dtype=torch.int8)
-    if lengths_B is not None:
-        columns = torch.arange(seq_len, device=input_ids_BS.device)
-        real = (columns >= seq_len - lengths_B[:, None]).to(torch.int8)
-    counts = torch.zeros(batch, vocab_size, dtype=torch.int8, device=input_ids_BS.device)
-    return counts.scatter_reduce(1, input_ids_BS, real, "amax").bool()
+def left_padded(
+    prompts: Prompts, prompt_lengths: Tensor | Sequence[int] | None, pad_id: int, model: Decoder
+) -> tuple[Tensor, Tensor | None]:
+    """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
+    weight = model.model.embed_tokens.weight
+    device, vocab_size = weight.device, weight.shape[0]
+    if weight.is_meta:
+        raise ValueError("the model is on the meta device, without weights: load them before it generates")
+    if not isinstance(prompts, Tensor):
+        given: Any = prompts
+        if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):
+            raise ValueError(f"prompts must be lists of token ids, at least one, got {shown(prompts)}")
+        lengths = [len(prompt) if isinstance(prompt, Sequence | Tensor) else 0 for prompt in prompts]
+        if 0 in lengths:
+            wrong = prompts[lengths.index(0)]
+            raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {shown(wrong)}")
+        if len({*lengths}) > 1 and not 0 <= pad_id < vocab_size:
+            raise ValueError(f"pad_id must lie in [0, {vocab_size}) where prompts are padded, got {pad_id}")
+        prompt_lengths = torch.tensor(lengths)
+        for number, prompt in enumerate(prompts):
+            odd = [one for one in prompt if not is_token_id(one)]
+            if odd:
+                raise ValueError(f"prompt {number}: a token id must be a whole number, got {shown(odd[0])}")
+        prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
+    if prompts.dim() != 2 or prompts.numel() == 0:
+        raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
+    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
+        raise ValueError(f"prompts must be integers, the ids of tokens, got {prompts.dtype}")
+    prompts = prompts.long()
+    if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
+        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
+    prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
+    if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
+        return prompts.to(device), None
+    if prompt_lengths.shape != prompts.shape[:1] or not bool(
+        ((prompt_lengths > 0) & (prompt_lengths <= prompts.shape[1])).all()
+    ):
+        raise ValueError(f"prompt_lengths must be {prompts.shape[0]} numbers from 1 to {prompts.shape[1]}")
+    return prompts.to(device), prompt_lengths.to(device)
+
+
+def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Tensor | None:
+    """Position ids of rows padded on the left: each prompt counts from 0, and every padding token is alone."""
+    if lengths_B is None:
+        return None
+    seq_len = input_ids_BS.shape[1]
+    columns = torch.arange(seq_len, device=input_ids_BS.device)
+    return (columns - (seq_len - lengths_B[:, None])).clamp(min=0)
+
+
+def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
+    """ValueError if the text would become longer than the model can read."""
+    if not is_whole_number(max_new_tokens) or not 1 <= max_new_tokens <= 2**31:
+        raise ValueError(f"max_new_tokens must be at least 1 and at most 2**31, got {shown(max_new_tokens)}")
+    longest = model.config.max_position_embeddings
+    scaling = model.config.rope_scaling or {}
+    if seq_len + max_new_tokens - 1 > longest and scaling.get("rope_type") != "dynamic":
+        raise ValueError(
+            f"{seq_len} prompt tokens and max_new_tokens={max_new_tokens} exceed max_position_embeddings {longest}: "
+            f"at most {max(0, longest - seq_len + 1)} new tokens fit"
+        )
 
 
 @overload
@@ -237,13 +291,4 @@ def stream(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
     found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
-    return until_end(found, end_ids)
-
-
-def until_end(found: Iterator[tuple[Tensor, Tensor]], ends: Collection[int]) -> Iterator[int]:
-    """The tokens as numbers, up to an end id."""
-    for token, _ in found:
-        number = int(token[0])
-        if number in ends:
-            return
-        yield number
+    return itertools.takewhile(lambda number: number not in end_ids, (int(token[0]) for token, _ in found))

@@ -1,11 +1,16 @@
-"""From logits to a token. B: batch, V: vocabulary."""
+"""From logits to a token, and what a caller says about it: settings, seed, end ids. B: batch, V: vocabulary."""
 
+import operator
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from tt_models.shown import shown
+
+EndIds = int | Collection[int] | Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,35 @@ def is_whole_number(value: object) -> bool:
 def is_number(value: object) -> bool:
     """An int or float, of numpy too; no bool."""
     return is_whole_number(value) or isinstance(value, float) or type(value).__module__ == "numpy"
+
+
+def is_token_id(value: Any) -> bool:
+    """A whole number, of numpy or torch too, that a tensor holds."""
+    try:
+        return not isinstance(value, bool) and -(2**63) <= operator.index(value) < 2**63
+    except TypeError:
+        return False
+
+
+def check_seed(seed: Any) -> None:
+    """ValueError for what torch takes for no seed."""
+    if seed is not None and (not is_whole_number(seed) or not 0 <= seed < 2**64):
+        raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, or None, got {shown(seed)}")
+
+
+def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
+    """One id or several, None for none, as plain numbers; ValueError for what no token of the model is."""
+    if eos_ids is None:
+        return []
+    ids: Any = eos_ids
+    several = ids.dim() > 0 if isinstance(ids, Tensor) else isinstance(ids, Collection) and not isinstance(ids, str)
+    given: list[Any] = [*ids] if several else [ids]
+    wrong = [one for one in given if not is_token_id(one) or not 0 <= operator.index(one) < vocab_size]
+    if wrong:
+        raise ValueError(
+            f"eos_ids: {shown(wrong[0])} is not a token of the model, whose ids are 0 to {vocab_size - 1}; leave it out"
+        )
+    return [operator.index(one) for one in given]
 
 
 def sample(
@@ -93,3 +127,14 @@ def keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     ahead = probabilities.cumsum(dim=-1) - probabilities  # of the tokens more probable than this one
     ordered = ordered.masked_fill(ahead >= top_p, -torch.inf)
     return torch.empty_like(logits_BV).scatter_(-1, index, ordered)
+
+
+def seen_tokens(input_ids_BS: Tensor, lengths_B: Tensor | None, vocab_size: int) -> Tensor:
+    """bool[B, V]: which tokens stand in each prompt, padding apart."""
+    batch, seq_len = input_ids_BS.shape
+    real = torch.ones_like(input_ids_BS, dtype=torch.int8)
+    if lengths_B is not None:
+        columns = torch.arange(seq_len, device=input_ids_BS.device)
+        real = (columns >= seq_len - lengths_B[:, None]).to(torch.int8)
+    counts = torch.zeros(batch, vocab_size, dtype=torch.int8, device=input_ids_BS.device)
+    return counts.scatter_reduce(1, input_ids_BS, real, "amax").bool()
