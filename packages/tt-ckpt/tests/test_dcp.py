@@ -37,6 +37,17 @@ def test_tensors_are_read_and_nothing_else(folder):
     assert list(found.below("b.")) == ["c", "n"]
 
 
+def test_members_of_an_enum_are_read_in_either_form_that_python_writes(tmp_path, monkeypatch):
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    for name, form in (("name", lambda self, _: (getattr, (type(self), self.name))),
+                       ("value", lambda self, _: (type(self), (self.value,)))):  # fmt: skip
+        monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", form)
+        found = DistributedFolder(save(tmp_path / name, {"a": torch.arange(6.0)}))
+        assert (b"getattr" in (tmp_path / name / ".metadata").read_bytes()) == (name == "name")
+        assert torch.equal(found["a"], torch.arange(6.0))
+
+
 def save_on_rank(rank, store, path):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))

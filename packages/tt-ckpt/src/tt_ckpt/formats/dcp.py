@@ -30,6 +30,7 @@ _CALLED = {
     f"{_CHECKPOINT}filesystem._StorageInfo", "torch.serialization._get_layout", "torch.Size",
     "collections.OrderedDict", "pathlib.PosixPath", "pathlib._local.PosixPath", "pathlib.WindowsPath",
     "pathlib._local.WindowsPath",
+    "builtins.getattr",  # how Python 3.11.0 to 3.11.3 write a member of an enum; a record like the others, not called
 }  # fmt: skip
 _DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 
