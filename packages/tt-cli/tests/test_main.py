@@ -9,14 +9,14 @@ import click
 import pytest
 
 import tt_cli
-from tt_cli.main import VERBS
+from tt_cli.main import cli
 
 LIGHT = [line.split() for line in ("--help", "--version", "ls", "ls --json", "run --help", "data --help")]
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", cli.table)
 def test_every_row_of_the_table_is_a_command_of_that_name(verb):
-    command = importlib.import_module(VERBS[verb][0]).command
+    command = importlib.import_module(cli.table[verb][0]).command
     assert isinstance(command, click.Command)
     assert command.name == verb
 
@@ -49,7 +49,7 @@ def test_alone_it_prints_its_help_on_stdout(tt):
     answer = tt()
     assert answer.code == 0
     assert answer.err == ""
-    assert all(verb in answer.out for verb in VERBS)
+    assert all(verb in answer.out for verb in cli.table)
 
 
 def test_version(tt):

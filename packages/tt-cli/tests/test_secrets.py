@@ -121,9 +121,9 @@ def test_no_answer_of_a_verb_shows_a_secret(tt, folder, words):
 
 
 def test_every_verb_is_asked():
-    from tt_cli.main import VERBS
+    from tt_cli.main import cli
 
-    assert {words[0] for words in QUESTIONS} >= set(VERBS)
+    assert {words[0] for words in QUESTIONS} >= set(cli.table)
 
 
 def test_a_run_and_all_that_is_made_of_it_hold_no_secret(tt, folder, model_dir, rows_file):

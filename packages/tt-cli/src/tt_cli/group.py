@@ -37,11 +37,15 @@ pass_invocation = click.make_pass_decorator(Invocation, ensure=True)
 
 
 class LazyGroup(click.Group):
-    """A click group over a table ``name -> (module, help)``; a module is imported when its verb runs."""
+    """A click group over ``section -> verb -> (module, help)``; a module is imported when its verb runs."""
 
-    def __init__(self, name: str, *, table: Mapping[str, tuple[str, str]], help: str, **settings: Any) -> None:
-        super().__init__(name, help=help, invoke_without_command=True, callback=_help_when_alone, **settings)
-        self.table = table
+    def __init__(
+        self, name: str, *, sections: Mapping[str, Mapping[str, tuple[str, str]]], help: str, **more: Any
+    ) -> None:
+        super().__init__(name, help=help, invoke_without_command=True, callback=_help_when_alone, **more)
+        self.subcommand_metavar = "VERB [ARGS]..."
+        self.sections = sections
+        self.table = {verb: row for table in sections.values() for verb, row in table.items()}
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.table)
@@ -68,8 +72,10 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl([(name, help) for name, (_, help) in self.table.items()])
+        width = max(map(len, self.table))
+        for title, table in self.sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), help) for name, (_, help) in table.items()])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         verbs = [CompletionItem(n, help=help) for n, (_, help) in self.table.items() if n.startswith(incomplete)]
@@ -77,10 +83,14 @@ class LazyGroup(click.Group):
 
 
 class Verb(click.Command):
-    """A command with ``-v``, and, when it takes ``--json``, one that also fails in JSON."""
+    """A command with ``-v`` and examples; if it takes ``--json``, it also fails in JSON.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    ``examples``: commands as a user types them, shown under the options. A test runs every one.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.examples = examples
         self.params.append(
             click.Option(
                 ["-v", "--verbose"],
@@ -88,7 +98,7 @@ class Verb(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_set_verbose,
-                help="Show tracebacks.",
+                help="Show the traceback of an error.",
             )
         )
 
@@ -107,6 +117,13 @@ class Verb(click.Command):
         except click.BadOptionUsage as error:
             error.ctx = error.ctx or ctx
             raise
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        if not self.examples:
+            return
+        with formatter.section("Examples"):
+            for line in self.examples:  # not wrapped, so that it can be copied
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
     def _refuse_half_option(self, ctx: click.Context, word: str) -> None:
         """``--resume=`` of a shell variable that is not set, and ``-o=DIR``, whose value would be ``=DIR``."""

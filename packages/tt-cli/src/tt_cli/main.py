@@ -9,30 +9,40 @@ from tt_cli import __version__, errors
 from tt_cli.group import LazyGroup
 from tt_cli.terminal import open_closed_streams
 
-# verb -> module that holds it as `command`, its line in `tt --help`
-VERBS: dict[str, tuple[str, str]] = {
-    "quickstart": ("tt_cli.verbs.quickstart", "The whole story in two minutes on a CPU: no model, no network."),
-    "run": ("tt_cli.verbs.run", "Train: a recipe, a config or your own recipe file."),
-    "chat": ("tt_cli.verbs.chat", "Talk to the newest run, or to a run or model that you name."),
-    "generate": ("tt_cli.verbs.generate", "Answer one prompt with a run or a model."),
-    "merge": ("tt_cli.verbs.merge", "Write a run as one Hugging Face model, adapter merged."),
-    "export": ("tt_cli.verbs.export", "Write a run for vLLM, llama.cpp or Ollama, with the commands to run it."),
-    "convert": ("tt_cli.verbs.convert", "A model directory from Hugging Face, Meta or torchtune to another of them."),
-    "verify": ("tt_cli.verbs.verify", "Certify that a model is here what it is in transformers."),
-    "download": ("tt_cli.verbs.download", "Fetch a model from the hub, checked by hash."),
-    "upload": ("tt_cli.verbs.upload", "Send a model or adapter to the hub, with a model card."),
-    "report": ("tt_cli.verbs.report", "One HTML page and PNG about a run, or comparing several."),
-    "ls": ("tt_cli.verbs.ls", "List recipes and configs, models, or runs."),
-    "cat": ("tt_cli.verbs.cat", "Show a config with every default filled in."),
-    "cp": ("tt_cli.verbs.cp", "Copy a recipe or config, to edit it."),
-    "validate": ("tt_cli.verbs.validate", "Check a config, its model and its data, before weights load."),
-    "data": ("tt_cli.verbs.data", "Look at rows as the model sees them."),
-    "env": ("tt_cli.verbs.env", "Versions and devices, for a bug report."),
+# section of `tt --help` -> verb -> module that holds it as `command`, its line of help
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "Start": {
+        "quickstart": ("tt_cli.verbs.quickstart", "Try everything on made-up data: no model, no network, a CPU."),
+        "ls": ("tt_cli.verbs.ls", "List recipes, configs, models or runs."),
+        "cat": ("tt_cli.verbs.cat", "Show a config with every default filled in."),
+        "cp": ("tt_cli.verbs.cp", "Copy a recipe or config to edit it."),
+    },
+    "Train": {
+        "data": ("tt_cli.verbs.data", "Show rows as the model sees them (tt data show)."),
+        "validate": ("tt_cli.verbs.validate", "Check a config, its model and its rows without loading weights."),
+        "run": ("tt_cli.verbs.run", "Train with a recipe, a config or your own recipe file."),
+        "report": ("tt_cli.verbs.report", "Write an HTML page and a PNG about one run or several."),
+    },
+    "Use a model": {
+        "chat": ("tt_cli.verbs.chat", "Chat with the newest run, or with any run or model."),
+        "generate": ("tt_cli.verbs.generate", "Answer one prompt with a run or a model."),
+        "merge": ("tt_cli.verbs.merge", "Write a run as one Hugging Face model, adapter merged."),
+        "export": ("tt_cli.verbs.export", "Write a run for vLLM, llama.cpp or Ollama."),
+    },
+    "Model files": {
+        "download": ("tt_cli.verbs.download", "Download a model from the hub, checked by hash."),
+        "upload": ("tt_cli.verbs.upload", "Upload a model or adapter to the hub, with a model card."),
+        "convert": ("tt_cli.verbs.convert", "Convert a model to Hugging Face, Meta or torchtune files."),
+        "verify": ("tt_cli.verbs.verify", "Compare a model with the same model in transformers."),
+    },
+    "Diagnose": {
+        "env": ("tt_cli.verbs.env", "Show versions and devices, for a bug report."),
+    },
 }
 
 cli = LazyGroup(
     "tt",
-    table=VERBS,
+    sections=SECTIONS,
     help="Fine-tune, evaluate and run open language models with plain PyTorch.\n\n"
     "Start with `tt quickstart`, or with\n\n"
     "  tt run sft model.path=MODEL data.train=rows.jsonl adapter.rank=8",

@@ -14,21 +14,28 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# a number outside its bounds is refused before anything is loaded
-COUNT = click.IntRange(0, 10**9)
-AT_LEAST_ONE = click.IntRange(1, 10**9)
-TOKENS = click.IntRange(1, 2**24)
-SEED = click.IntRange(0, 2**64 - 1)  # torch's
 
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer releases of click only
+    """A finite number within bounds. The help does not list them: most are only what a machine can hold."""
 
-class FiniteRange(click.FloatRange):
-    """A range without nan, which compares as neither below nor above a bound."""
+    name = "number"
+
+    def __init__(self, bounds: click.IntRange | click.FloatRange) -> None:
+        self.bounds = bounds
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
+        number = self.bounds.convert(value, param, ctx)
+        if not math.isfinite(number):  # nan compares as neither below nor above a bound
             self.fail(f"{value} is not a finite number; write a decimal number such as 0.7", param, ctx)
         return number
+
+
+COUNT = Number(click.IntRange(0, 10**9))
+AT_LEAST_ONE = Number(click.IntRange(1, 10**9))
+TOKENS = Number(click.IntRange(1, 2**24))
+SEED = Number(click.IntRange(0, 2**64 - 1))  # torch's
+SHARE = Number(click.FloatRange(0, 1, min_open=True))
+TEMPERATURE = Number(click.FloatRange(0, 100))
 
 
 def _all_of(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:
@@ -48,15 +55,24 @@ def config_words(metavar: str = "RECIPE|CONFIG|FILE.py") -> Callable[[Function],
         click.argument("what", metavar=metavar, shell_complete=complete_runnable),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys),
         click.option(
-            "--config", "config_file", metavar="CONFIG", type=click.Path(), help="A YAML file or registered config."
+            "--config",
+            "config_file",
+            metavar="CONFIG",
+            type=click.Path(),
+            help="YAML file, or name of a config that comes with tt (`tt ls configs`).",
         ),
-        click.option("--allow-import", multiple=True, metavar="PKG.MOD", help="Accept components from this module."),
+        click.option(
+            "--allow-import",
+            multiple=True,
+            metavar="PKG.MOD",
+            help="Allow the config to use components of this module. Can be repeated.",
+        ),
     )
 
 
 def json_option(function: Function) -> Function:
     """``--json``, given to the verb as ``as_json``."""
-    return click.option("--json", "as_json", is_flag=True, help="Answer as one JSON object.")(function)
+    return click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object.")(function)
 
 
 def base_option(function: Function) -> Function:
@@ -65,18 +81,16 @@ def base_option(function: Function) -> Function:
         "--base",
         multiple=True,
         metavar="DIR|nf4|dense",
-        help="Where the base of an adapter is, if it has moved; nf4 or dense: in 4 bits, or as its files have it "
-        "(default: as in training). Both may be given.",
+        show_default="as in training",
+        help="Base model of the adapter: the directory that it has moved to, or how to load it (nf4: in 4 bits; dense: "
+        "as its files store it). Can be given twice, for both.",
     )(function)
 
 
 def dtype_option(default: str) -> Callable[[Function], Function]:
     """``--dtype``; ``default`` says what is written without it."""
-    return click.option(
-        "--dtype",
-        type=click.Choice(["fp32", "bf16", "fp16"]),
-        help=f"Data type of the weights written; default: {default}.",
-    )
+    kinds = click.Choice(["fp32", "bf16", "fp16"])
+    return click.option("--dtype", type=kinds, show_default=default, help="Data type of the weights written.")
 
 
 def torch_dtype(name: str | None) -> "torch.dtype | None":
@@ -90,7 +104,7 @@ def output_option(help: str) -> Callable[[Function], Function]:
     """The argument ``OUTPUT`` and the option ``-o``, of which exactly one must be given: see ``chosen_output``."""
     return _all_of(
         click.argument("output_word", metavar="[OUTPUT]", required=False, type=click.Path(path_type=Path)),
-        click.option("-o", "--output", type=click.Path(path_type=Path), help=help),
+        click.option("-o", "--output", metavar="DIR", type=click.Path(path_type=Path), help=help),
     )
 
 
@@ -108,12 +122,29 @@ def chosen_output(word: Path | None, option: Path | None) -> Path:
 
 def sampling_options(function: Function) -> Function:
     """``--max-new-tokens``, ``--temperature``, ``--top-k``, ``--top-p`` and ``--seed``: the fields of ``Sampling``."""
-    share = FiniteRange(0, 1, min_open=True)
-    heat = FiniteRange(0, 100)
     return _all_of(
-        click.option("--max-new-tokens", type=TOKENS, metavar="N", default=512, show_default=True, help="At the most."),
-        click.option("--temperature", type=heat, metavar="T", default=0.0, show_default=True, help="0: the likeliest."),
-        click.option("--top-k", type=AT_LEAST_ONE, metavar="K", help="Draw from the K likeliest tokens only."),
-        click.option("--top-p", type=share, metavar="P", help="Draw from the likeliest that add up to P only."),
-        click.option("--seed", type=SEED, metavar="N", help="Draw the same again."),
+        click.option(
+            "--max-new-tokens",
+            type=TOKENS,
+            metavar="N",
+            default=512,
+            show_default=True,
+            help="Maximum number of new tokens.",
+        ),
+        click.option(
+            "--temperature",
+            type=TEMPERATURE,
+            metavar="T",
+            default=0.0,
+            show_default=True,
+            help="Sampling temperature; 0 always takes the likeliest token.",
+        ),
+        click.option("--top-k", type=AT_LEAST_ONE, metavar="K", help="Sample from the K likeliest tokens only."),
+        click.option(
+            "--top-p",
+            type=SHARE,
+            metavar="P",
+            help="Sample from the likeliest tokens that have probability P together.",
+        ),
+        click.option("--seed", type=SEED, metavar="N", help="Random seed; the same seed gives the same answer."),
     )(function)

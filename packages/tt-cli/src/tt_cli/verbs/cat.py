@@ -10,13 +10,21 @@ from tt_cli.options import config_words, json_option
 from tt_cli.terminal import answer, print_json
 
 
-@click.command("cat", cls=ConfigVerb)
+@click.command(
+    "cat",
+    cls=ConfigVerb,
+    examples=[
+        "tt cat sft",
+        "tt cat sft model.path=Qwen/Qwen3-0.6B data.train=rows.jsonl adapter.rank=8",
+        "tt cat my.yaml optimizer.lr=1e-4 --json",
+    ],
+)
 @config_words()
 @json_option
 def command(
     what: str, overrides: tuple[str, ...], config_file: str | None, allow_import: tuple[str, ...], as_json: bool
 ) -> None:
-    """Show a config with overrides and every default filled in."""
+    """Show a config as a run would use it: with its overrides and every default filled in."""
     config = composed(what, config_file, overrides, allow_import, complete=False)
     from tt_train.config import to_dict, to_yaml
 

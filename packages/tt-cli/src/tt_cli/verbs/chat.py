@@ -12,21 +12,32 @@ from tt_cli.terminal import answer, say
 from tt_train.errors import did_you_mean
 
 COMMANDS = {
-    "/exit": "leave (Ctrl-D does, too)",
+    "/exit": "leave the chat, as Ctrl-D does",
     "/reset": "forget the conversation",
-    "/system": "TEXT: start over with this system message; alone: with none",
-    "/help": "these lines",
+    "/system": "TEXT: start over with this system message, or without one if TEXT is left out",
+    "/help": "show these lines",
 }
 
 
-@click.command("chat", cls=Verb)
+@click.command(
+    "chat",
+    cls=Verb,
+    examples=[
+        "tt chat",
+        'echo "What is a fjord?" | tt chat runs/first',
+        'tt chat Qwen/Qwen3-0.6B --system "Answer in one sentence." --temperature 0.7',
+    ],
+)
 @click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
-@click.option("--system", metavar="TEXT", help="A system message to begin with.")
-@click.option("--no-adapter", is_flag=True, help="Talk to the base model of a run.")
+@click.option("--system", metavar="TEXT", help="System message to start the conversation with.")
+@click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option
 @sampling_options
 def command(model: str | None, system: str | None, no_adapter: bool, base: tuple[str, ...], **sampling: object) -> None:
-    """Talk to RUN or MODEL (default: the newest run). Prompts are lines of standard input."""
+    """Chat with RUN or MODEL (default: the newest run).
+
+    Each line of standard input is a prompt. /help lists the commands of the conversation.
+    """
     speaker = Speaker(model, adapter=not no_adapter, base=base)
     settings = Sampling(**sampling)  # type: ignore[arg-type]
     interactive = sys.stdin.isatty()

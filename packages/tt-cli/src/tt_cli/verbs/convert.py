@@ -6,11 +6,19 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
-from tt_cli.options import dtype_option, json_option, torch_dtype
+from tt_cli.options import Number, dtype_option, json_option, torch_dtype
 from tt_cli.terminal import answer, print_json
 
 
-@click.command("convert", cls=Verb)
+@click.command(
+    "convert",
+    cls=Verb,
+    examples=[
+        "tt convert meta-llama/Llama-3.2-1B llama-torchtune --to torchtune",
+        "tt convert llama-meta llama-hf --allow-pickle --dtype bf16",
+        "tt convert merged merged-meta --to meta --dry-run",
+    ],
+)
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.option(
@@ -19,17 +27,32 @@ from tt_cli.terminal import answer, print_json
     default="hf",
     show_default=True,
     type=click.Choice(["hf", "meta", "torchtune"]),
-    help="The format to write.",
+    help="Format to write.",
 )
-@click.option("--allow-pickle", is_flag=True, help="Read .pth, .pt and .bin files, which can hold code, restrictedly.")
-@click.option("--config", help="A directory with the config.json or params.json that SOURCE lacks, or a tokenizer.")
-@dtype_option("as in SOURCE; fp32 for a GGUF file with quantized tensors")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Of hf files.")
 @click.option(
-    "--num-parts", type=click.IntRange(1, 1024), default=1, show_default=True, help="Model-parallel parts of meta."
+    "--allow-pickle",
+    is_flag=True,
+    help="Also read .pth, .pt and .bin files. They can contain code, which is never run.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace what DESTINATION holds, once the new files are whole.")
-@click.option("--dry-run", is_flag=True, help="Read and check SOURCE, and say what would be written.")
+@click.option(
+    "--config",
+    metavar="DIR",
+    help="Directory with the config.json, params.json or tokenizer that SOURCE lacks.",
+)
+@dtype_option("as in SOURCE; fp32 for a quantized GGUF file")
+@click.option(
+    "--max-shard-size", metavar="SIZE", default="5GB", show_default=True, help="Maximum size of each hf file."
+)
+@click.option(
+    "--num-parts",
+    type=Number(click.IntRange(1, 1024)),
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="Number of model-parallel files for --to meta.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the files in DESTINATION once the new ones are complete.")
+@click.option("--dry-run", is_flag=True, help="Check SOURCE, print what would be written, and write nothing.")
 @json_option
 def command(
     source: str,
@@ -44,9 +67,9 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write the model of SOURCE, a directory, hub id or GGUF file, to DESTINATION in another format.
+    """Write the model SOURCE to the directory DESTINATION in another format, read it back and compare.
 
-    What was written is read back and compared.
+    SOURCE is a model directory, a hub id or a GGUF file.
     """
 
     import tt_ckpt

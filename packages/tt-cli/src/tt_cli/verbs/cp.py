@@ -11,16 +11,23 @@ from tt_cli.terminal import answer
 from tt_train.errors import shell_word
 
 
-@click.command("cp", cls=Verb)
+@click.command(
+    "cp",
+    cls=Verb,
+    examples=[
+        "tt cp sft my_sft.py",
+        "tt cp smollm2/135m_lora configs/ --make-parents",
+    ],
+)
 @click.argument("name", shell_complete=complete_runnable)
-@click.argument("destination", metavar="DEST", type=click.Path())
-@click.option("-n", "--no-clobber", is_flag=True, help="Leave a file that exists as it is.")
-@click.option("-f", "--force", is_flag=True, help="Replace a file that exists.")
-@click.option("--make-parents", is_flag=True, help="Create the folders that DEST needs.")
+@click.argument("destination", type=click.Path())
+@click.option("-n", "--no-clobber", is_flag=True, help="Keep an existing file, and exit with 0.")
+@click.option("-f", "--force", is_flag=True, help="Replace an existing file.")
+@click.option("--make-parents", is_flag=True, help="Create the missing folders of DESTINATION.")
 def command(name: str, destination: str, no_clobber: bool, force: bool, make_parents: bool) -> None:
-    """Copy the recipe or config NAME to DEST, a file or a folder, and print where it went.
+    """Copy the recipe or config NAME to DESTINATION, a file or a folder, and print the path of the copy.
 
-    A DEST without a suffix gets the one of what is copied; a DEST with one keeps it. A file that exists stays.
+    A name without a suffix gets .py for a recipe and .yaml for a config. An existing file is an error.
     """
     if no_clobber and force:
         raise click.UsageError("-n keeps a file and -f replaces it: give one of the two", click.get_current_context())

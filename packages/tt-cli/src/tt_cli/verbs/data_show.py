@@ -9,26 +9,65 @@ import click
 
 from tt_cli.group import ConfigVerb
 from tt_cli.names import composed, refuse_run, runnable_names
-from tt_cli.options import COUNT, config_words, json_option
+from tt_cli.options import COUNT, Number, config_words, json_option
 from tt_cli.terminal import print_json, say, wants_color
 from tt_train.errors import shell_word
 
 
-@click.command("show", cls=ConfigVerb)
+@click.command(
+    "show",
+    cls=ConfigVerb,
+    examples=[
+        "tt data show rows.jsonl --tokenizer Qwen/Qwen3-0.6B -n 1",
+        "tt data show rows.jsonl --tokenizer Qwen/Qwen3-0.6B --stats",
+        "tt data show my.yaml data.max_seq_len=512",
+    ],
+)
 @config_words("DATA|RECIPE|CONFIG|FILE.py")
-@click.option("--tokenizer", metavar="MODEL", type=click.Path(), help="A directory, hub id or file.")
-@click.option("-n", "--num", type=COUNT, default=3, show_default=True, help="How many rows.")
-@click.option("--start", type=COUNT, default=0, show_default=True, help="The first row shown.")
-@click.option("--stats", is_flag=True, help="Lengths, the share trained and what was dropped, instead of rows.")
-@click.option("--column", "columns", multiple=True, metavar="OURS=THEIRS", help="Name a column, such as messages=conv.")
-@click.option("--train-on", type=click.Choice(["assistant", "last", "all"]), help="Default: assistant.")
-@click.option("--max-seq-len", type=click.IntRange(2, 2**24), help="Cut rows there.")
-@click.option("--packing", is_flag=True, help="Rows packed up to --max-seq-len.")
-@click.option("--template", metavar="NAME", help="A registered template; default: the model's own.")
-@click.option("--schema", metavar="NAME", help="What the rows are, if their columns fit several: openai, alpaca, ...")
-@click.option("--special-tokens", type=click.Choice(["text", "tokens"]), help="What those typed in rows become.")
-@click.option("--split", metavar="NAME", help="Of a hub data set or folder.")
-@click.option("--streaming", is_flag=True, help="Read no further than the rows shown.")
+@click.option(
+    "--tokenizer", metavar="MODEL", type=click.Path(), help="Model whose tokenizer to use: a directory, hub id or file."
+)
+@click.option("-n", "--num", type=COUNT, metavar="N", default=3, show_default=True, help="Number of rows.")
+@click.option(
+    "--start", type=COUNT, metavar="N", default=0, show_default=True, help="First row to show, counted from 0."
+)
+@click.option(
+    "--stats",
+    is_flag=True,
+    help="Show lengths, the share of trained tokens and the rows that were dropped, instead of rows.",
+)
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="OURS=THEIRS",
+    help="Say which column of the rows is which, as in messages=conv. Can be repeated.",
+)
+@click.option(
+    "--train-on", type=click.Choice(["assistant", "last", "all"]), show_default="assistant", help="Turns to train on."
+)
+@click.option(
+    "--max-seq-len",
+    type=Number(click.IntRange(2, 2**24)),
+    metavar="N",
+    help="Maximum number of tokens of a row; longer rows are cut.",
+)
+@click.option("--packing", is_flag=True, help="Pack several rows into each sequence of --max-seq-len tokens.")
+@click.option("--template", metavar="NAME", show_default="the model's own", help="Name of a template.")
+@click.option(
+    "--schema",
+    metavar="NAME",
+    show_default="detected",
+    help="Format of the rows if their columns fit several, such as openai or alpaca.",
+)
+@click.option(
+    "--special-tokens",
+    type=click.Choice(["text", "tokens"]),
+    show_default="text",
+    help="What special tokens typed in rows become.",
+)
+@click.option("--split", metavar="NAME", help="Split of a hub data set or folder.")
+@click.option("--streaming", is_flag=True, help="Read the rows as a stream, no further than the rows shown.")
 @json_option
 def command(
     what: str,
@@ -43,9 +82,9 @@ def command(
 ) -> None:
     """Show rows of DATA (a file, folder or hub id) as the model named by --tokenizer sees them.
 
-    A recipe, a config or a recipe file shows the rows of its data.train as its run would see them; options count as
-    overrides. Trained text is green, or between marks if there is no colour. Only the rows that are shown are read, and
-    the summary is about them; --stats reads all rows.
+    For a recipe, a config or a recipe file, show the rows of data.train as its run would see them; options override the
+    config. Trained text is green, or between marks if there is no colour. Only the shown rows are read and summarized;
+    --stats reads all rows.
     """
     import tt_data
 

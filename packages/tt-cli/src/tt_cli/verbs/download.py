@@ -10,21 +10,40 @@ from tt_cli.options import json_option
 from tt_cli.terminal import answer, print_json
 
 
-@click.command("download", cls=Verb)
-@click.argument("repo")
-@click.option("--revision", help="Branch, tag or commit.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="A directory; default: the hub's cache.")
-@click.option(
-    "--allow", multiple=True, metavar="PATTERN", help="Fetch these files only; safetensors, json ... by default."
+@click.command(
+    "download",
+    cls=Verb,
+    examples=[
+        "tt download Qwen/Qwen3-0.6B",
+        "tt download Qwen/Qwen3-0.6B -o qwen --revision main",
+        'tt download Qwen/Qwen3-0.6B --allow "*.json"',
+    ],
 )
-@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave these files out.")
+@click.argument("repo")
+@click.option("--revision", metavar="NAME", show_default="main", help="Branch, tag or commit to download.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    show_default="the hub's cache",
+    help="Directory to download to.",
+)
+@click.option(
+    "--allow",
+    multiple=True,
+    metavar="PATTERN",
+    show_default="model, tokenizer and config files",
+    help="Download only files that match. Can be repeated.",
+)
+@click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out files that match. Can be repeated.")
 @json_option
 def command(
     repo: str, revision: str | None, output: Path | None, allow: tuple[str, ...], ignore: tuple[str, ...], as_json: bool
 ) -> None:
-    """Fetch REPO and print where it is; the same command resumes what was interrupted.
+    """Download the hub repository REPO and print its directory. The same command resumes an interrupted download.
 
-    The token is read from HF_TOKEN or from `hf auth login`; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured.
+    The token is read from HF_TOKEN or from `hf auth login`. HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE work as usual.
     """
     from tt_ckpt.hub import download as hub
 

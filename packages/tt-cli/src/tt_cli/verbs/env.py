@@ -10,7 +10,14 @@ from tt_cli.options import json_option
 from tt_cli.terminal import print_json
 
 
-@click.command("env", cls=Verb)
+@click.command(
+    "env",
+    cls=Verb,
+    examples=[
+        "tt env",
+        "tt env --json",
+    ],
+)
 @json_option
 def command(as_json: bool) -> None:
     """Show versions and devices, for a bug report."""

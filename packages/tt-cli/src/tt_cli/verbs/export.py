@@ -9,13 +9,27 @@ from tt_cli.options import base_option, chosen_output, dtype_option, json_option
 from tt_cli.terminal import answer, print_json, tell
 
 
-@click.command("export", cls=Verb)
+@click.command(
+    "export",
+    cls=Verb,
+    examples=[
+        "tt export runs/first -o for-vllm",
+        "tt export runs/first -o for-ollama --to ollama",
+    ],
+)
 @click.argument("run", type=click.Path())
-@output_option("The directory to write.")
-@click.option("--to", "target", default="hf", show_default=True, help="hf (vLLM, llama.cpp, transformers) or ollama.")
-@dtype_option("each as in the files of the base")
+@output_option("Directory to write.")
+@click.option(
+    "--to",
+    "target",
+    metavar="hf|ollama",
+    default="hf",
+    show_default=True,
+    help="Program to write for: hf is what vLLM, llama.cpp and transformers read.",
+)
+@dtype_option("that of each tensor in the base")
 @base_option
-@click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
 @json_option
 def command(
     run: str,
@@ -27,7 +41,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write RUN, a run, adapter or model, for another program; adapters are merged."""
+    """Write RUN, a run, adapter or model, for another program, and print the commands to run it there.
+
+    Adapters are merged. The directory is OUTPUT or -o DIR.
+    """
     target_folder = chosen_output(output_word, output)
     from tt_train.models.export import export
 

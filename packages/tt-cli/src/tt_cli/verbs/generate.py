@@ -12,13 +12,23 @@ from tt_cli.terminal import print_json
 from tt_train.errors import shell_word
 
 
-@click.command("generate", cls=Verb)
+@click.command(
+    "generate",
+    cls=Verb,
+    examples=[
+        'tt generate runs/first "What is a fjord?"',
+        'tt generate Qwen/Qwen3-0.6B -p "What is a fjord?" --max-new-tokens 64 --json',
+        'echo "Once upon a time" | tt generate --raw --temperature 0.8',
+    ],
+)
 @click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
 @click.argument("question", required=False, metavar="[PROMPT]")
-@click.option("-p", "--prompt", metavar="TEXT", help="What to answer, like PROMPT; default: standard input.")
-@click.option("--system", metavar="TEXT", help="A system message before it.")
-@click.option("--raw", is_flag=True, help="Continue TEXT as it stands, in no template.")
-@click.option("--no-adapter", is_flag=True, help="Ask the base model of a run.")
+@click.option(
+    "-p", "--prompt", metavar="TEXT", show_default="standard input", help="Prompt to answer, the same as PROMPT."
+)
+@click.option("--system", metavar="TEXT", help="System message before the prompt.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a template.")
+@click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option
 @sampling_options
 @json_option

@@ -14,11 +14,19 @@ from tt_train import registry
 KINDS = ("recipes", "configs", "models", "runs")
 
 
-@click.command("ls", cls=Verb)
+@click.command(
+    "ls",
+    cls=Verb,
+    examples=[
+        "tt ls",
+        "tt ls runs",
+        "tt ls configs --json",
+    ],
+)
 @click.argument("kind", required=False, type=click.Choice(KINDS))
 @json_option
 def command(kind: str | None, as_json: bool) -> None:
-    """List recipes and configs, or what is named."""
+    """List recipes and configs, or one kind of thing; runs are those in ./runs, newest first."""
     found = {name: _LISTS[name]() for name in ((kind,) if kind else ("recipes", "configs"))}
     if as_json:
         print_json(found)

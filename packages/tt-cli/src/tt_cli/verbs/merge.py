@@ -9,12 +9,19 @@ from tt_cli.options import base_option, chosen_output, dtype_option, json_option
 from tt_cli.terminal import answer, print_json, tell
 
 
-@click.command("merge", cls=Verb)
+@click.command(
+    "merge",
+    cls=Verb,
+    examples=[
+        "tt merge runs/first -o merged",
+        "tt merge runs/first merged-bf16 --dtype bf16 --json",
+    ],
+)
 @click.argument("run", type=click.Path())
-@output_option("The model directory to write.")
-@dtype_option("each as in the files of the base")
+@output_option("Model directory to write.")
+@dtype_option("that of each tensor in the base")
 @base_option
-@click.option("--dry-run", is_flag=True, help="Find out whether it can be done, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
 @json_option
 def command(
     run: str,
@@ -25,7 +32,10 @@ def command(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Write RUN as one Hugging Face model directory, its adapter merged into the weights."""
+    """Write RUN as one Hugging Face model directory, with its adapter merged into the weights.
+
+    The directory is OUTPUT or -o DIR.
+    """
     target_folder = chosen_output(output_word, output)
     from tt_train.models.export import export
 

@@ -18,15 +18,31 @@ if TYPE_CHECKING:
 THREADS = 1  # two are up to twice as fast on idle cores, but several times slower on busy ones, and sum otherwise
 
 
-@click.command("quickstart", cls=Verb)
-@click.option("-o", "--output-dir", type=click.Path(path_type=Path), metavar="DIR", help="Default: ./tt-quickstart.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of rows and weights.")
+@click.command(
+    "quickstart",
+    cls=Verb,
+    examples=[
+        "tt quickstart",
+        "tt quickstart -o my-quickstart --seed 1",
+    ],
+)
+@click.option(
+    "-o",
+    "--output-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    show_default="./tt-quickstart",
+    help="New directory to write.",
+)
+@click.option(
+    "--seed", type=SEED, metavar="N", default=0, show_default=True, help="Random seed of the rows and the weights."
+)
 @json_option
 @pass_invocation
 def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json: bool) -> int:
-    """Make rows, a tokenizer and a small base model, fine-tune it on a task that it cannot do, and score it.
+    """Make rows, a tokenizer and a small base model, fine-tune the model on a task that is new to it, and score it.
 
-    Takes about a minute on one CPU core. Exit code 1 if the task was not learned.
+    Takes about a minute on one CPU core. The exit code is 1 if the model did not learn the task.
     """
     from tt_cli.errors import DONE, FAILED
     from tt_cli.quickstart.commands import Scale

@@ -9,12 +9,26 @@ from tt_cli.options import json_option
 from tt_cli.terminal import answer, print_json
 
 
-@click.command("report", cls=Verb)
+@click.command(
+    "report",
+    cls=Verb,
+    examples=[
+        "tt report",
+        "tt report runs/first runs/second -o comparison.html",
+    ],
+)
 @click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: report.html in the first run.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    show_default="report.html in the first run",
+    help="HTML page to write; the PNG is written beside it.",
+)
 @json_option
 def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
-    """Write a self-contained HTML page and a PNG about RUN (default: the newest), or comparing several."""
+    """Write a self-contained HTML page and a PNG about RUN (default: the newest run), or comparing several runs."""
     from tt_train.report import write_report
     from tt_train.run.dir import find_run
 

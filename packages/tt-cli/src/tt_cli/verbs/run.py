@@ -12,16 +12,32 @@ from tt_cli.terminal import answer
 from tt_train.errors import Interrupted
 
 
-@click.command("run", cls=ConfigVerb)
+@click.command(
+    "run",
+    cls=ConfigVerb,
+    examples=[
+        "tt run sft model.path=Qwen/Qwen3-0.6B data.train=rows.jsonl adapter.rank=8",
+        "tt run my_sft.py --config my.yaml optimizer.lr=1e-4 -o runs/mine",
+        "tt run runs/first/config.yaml -o runs/first --resume auto",
+    ],
+)
 @config_words()
-@click.option("-o", "--output-dir", metavar="DIR", type=click.Path(), help="Default: runs/<time>-<model>-<method>.")
+@click.option(
+    "-o",
+    "--output-dir",
+    metavar="DIR",
+    type=click.Path(),
+    show_default="runs/<time>-<model>-<method>",
+    help="Run directory to write.",
+)
 @click.option(
     "--resume",
     metavar="auto|PATH",
     type=click.Path(),
-    help="Continue a run from its newest checkpoint, or from the one named; with -o, in a new run.",
+    help="Continue a run: auto takes the newest checkpoint of the run at -o or of this config; PATH is a run or one of "
+    "its checkpoints. PATH with -o starts a new run from there.",
 )
-@click.option("--dry-run", is_flag=True, help="Load and show everything, and stop before step 1.")
+@click.option("--dry-run", is_flag=True, help="Load everything, print what would be trained, and stop before step 1.")
 @pass_invocation
 def command(
     invocation: Invocation,
@@ -33,9 +49,10 @@ def command(
     dry_run: bool,
     allow_import: tuple[str, ...],
 ) -> None:
-    """Train; the last line of stdout is the run directory.
+    """Train a model with a recipe, a config or your own recipe file.
 
-    Words such as optimizer.lr=1e-4 override the config; adapter.rank=8 switches LoRA on, adapter=null off.
+    KEY=VALUE words such as optimizer.lr=1e-4 override the config. adapter.rank=8 trains LoRA; adapter=null trains the
+    whole model. The last line of stdout is the run directory.
     """
     config = composed(what, config_file, overrides, allow_import)
     from tt_train.keys.paths import home

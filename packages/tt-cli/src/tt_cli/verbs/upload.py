@@ -10,22 +10,28 @@ from tt_cli.options import json_option
 from tt_cli.terminal import print_json
 
 
-@click.command("upload", cls=Verb)
+@click.command(
+    "upload",
+    cls=Verb,
+    examples=[
+        "tt upload runs/first my-name/my-model --dry-run",
+        "tt upload merged my-name/my-model --public",
+    ],
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo")
-@click.option("--public", is_flag=True, help="A repository made by this is private otherwise.")
-@click.option("--revision", help="The branch to commit to.")
-@click.option("--message", default="Upload with tt", show_default=True, help="Commit message.")
-@click.option("--dry-run", is_flag=True, help="Show which files would go, and send nothing.")
+@click.option("--public", is_flag=True, help="Make a new repository public. [default: private]")
+@click.option("--revision", metavar="NAME", show_default="main", help="Branch to commit to.")
+@click.option("--message", metavar="TEXT", default="Upload with tt", show_default=True, help="Commit message.")
+@click.option("--dry-run", is_flag=True, help="List the files that would be sent, and send nothing.")
 @json_option
 def command(
     path: Path, repo: str, public: bool, revision: str | None, message: str, dry_run: bool, as_json: bool
 ) -> None:
-    """Commit the model or adapter at PATH to REPO, with a model card; what has arrived is compared by hash.
+    """Upload the model or adapter at PATH to the hub repository REPO, with a model card, and compare hashes.
 
-    Only the files of a model are sent; the others are named. A link or a secret in one of them is refused.
-
-    A run directory stands for its adapter or its model. The token is read from HF_TOKEN or from `hf auth login`.
+    PATH may be a run directory: its adapter or model is sent. Only the files of a model are sent; the others are
+    listed. A link, or a file with a secret in it, is refused. The token is read from HF_TOKEN or from `hf auth login`.
     """
     from tt_ckpt.hub.upload import upload
     from tt_train.run.dir import results_of

@@ -8,13 +8,20 @@ from tt_cli.options import config_words, json_option
 from tt_cli.terminal import print_json
 
 
-@click.command("validate", cls=ConfigVerb)
+@click.command(
+    "validate",
+    cls=ConfigVerb,
+    examples=[
+        "tt validate sft model.path=Qwen/Qwen3-0.6B data.train=rows.jsonl",
+        "tt validate my.yaml adapter.rank=16 --json",
+    ],
+)
 @config_words()
 @json_option
 def command(
     what: str, overrides: tuple[str, ...], config_file: str | None, allow_import: tuple[str, ...], as_json: bool
 ) -> None:
-    """Check a config with overrides: keys, paths, columns, shapes, devices, loggers; all that needs no weights."""
+    """Check everything about a config that needs no weights: keys, paths, columns, shapes, devices and loggers."""
     config = composed(what, config_file, overrides, allow_import)
     from tt_train.validate import check
 

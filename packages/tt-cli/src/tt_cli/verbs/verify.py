@@ -10,17 +10,26 @@ from tt_cli.options import SEED, json_option
 from tt_cli.terminal import print_json
 
 
-@click.command("verify", cls=Verb)
+@click.command(
+    "verify",
+    cls=Verb,
+    examples=[
+        "tt verify Qwen/Qwen3-0.6B",
+        "tt verify merged -o certificate.json",
+    ],
+)
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Also write the certificate to this file.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the random tokens.")
+@click.option(
+    "-o", "--output", metavar="FILE", type=click.Path(path_type=Path), help="Also write the certificate to this file."
+)
+@click.option("--seed", type=SEED, metavar="N", default=0, show_default=True, help="Random seed of the test tokens.")
 @json_option
 @click.pass_context
 def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_json: bool) -> None:
     """Compare MODEL with transformers: logits, gradients, cached decoding, and the directory written back.
 
-    Both compute in fp32 and are compared with transformers in fp64; MODEL is equal if its errors are about those that
-    transformers makes itself. Needs transformers. Exits with 1 if an error is above its limit.
+    Both compute in fp32, and both are compared with transformers in fp64. MODEL is equal if its errors are about as
+    small as those of transformers. The exit code is 1 if an error is above its limit. Needs transformers.
     """
     from tt_train.models.verify import verify
     from tt_train.redact import redact_data
