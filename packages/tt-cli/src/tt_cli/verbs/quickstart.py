@@ -42,7 +42,7 @@ THREADS = 1  # two are up to twice as fast on idle cores, but several times slow
 def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json: bool) -> int:
     """Make rows, a tokenizer and a small base model, fine-tune the model on a task that is new to it, and score it.
 
-    Takes about a minute on one CPU core. The exit code is 1 if the model did not learn the task.
+    Takes one to two minutes on one CPU core. The exit code is 1 if the model did not learn the task.
     """
     from tt_cli.errors import DONE, FAILED
     from tt_cli.quickstart.commands import Scale
