@@ -133,7 +133,7 @@ for version in PYTHONS:
 @nox.session(requires=["build"])
 @nox.parametrize("package", list(PACKAGES))
 def wheel(session: nox.Session, package: str) -> None:
-    """A built wheel and its siblings with only what they declare: its tests, from another folder."""
+    """A built wheel and its siblings with only what they declare, no extras: its tests, from another folder."""
     install(session, *wheels(package), "pytest")
     away = Path(session.create_tmp()) / package
     shutil.rmtree(away, ignore_errors=True)

@@ -32,7 +32,7 @@ OPTIONAL: dict[str, set[str]] = {
     "tt_models": {"transformers"},  # tt_models.parity compares with it
     "tt_data": {"tiktoken", "zstandard", "compression"},  # compression.zstd of Python 3.14, zstandard before it
     "tt_ckpt": {"gguf"},  # of its extra
-    "tt_train": {"wandb", "tensorboard"},
+    "tt_train": {"wandb", "tensorboard", "matplotlib"},  # matplotlib of its extra
 }
 
 
@@ -112,7 +112,7 @@ def test_what_is_imported_is_declared(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_optional_is_imported_where_it_is_used(package):
     for name, tree in modules(package):
-        early = tops(imported(tree, at_import_time=True)) & (OPTIONAL.get(package, set()) | {"matplotlib"})
+        early = tops(imported(tree, at_import_time=True)) & OPTIONAL.get(package, set())
         assert not early, f"{name} imports {sorted(early)} when it is imported itself"
 
 

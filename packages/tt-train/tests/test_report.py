@@ -5,10 +5,12 @@ import math
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
 from tt_train.report import write_report
+from tt_train.report.figure import _figure
 from tt_train.report.read import differences, flatten, read_run, read_runs, smooth, thin
 from tt_train.report.sections import yaml_lines
 from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline, is_expected
@@ -50,6 +52,11 @@ def data_of(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page).group(1))
 
 
+HAS_MATPLOTLIB = find_spec("matplotlib") is not None
+needs_matplotlib = pytest.mark.skipif(not HAS_MATPLOTLIB, reason="the PNG needs tt-train[report]")
+
+
+@needs_matplotlib
 def test_a_run_gets_a_page_and_a_picture_in_its_directory(make_run):
     run = make_run()
     html, png = write_report([run])
@@ -157,7 +164,7 @@ def test_the_page_asks_for_nothing(make_run):
 )
 def test_odd_rows_still_give_a_report(make_run, records):
     html, png = write_report([make_run(records=records), make_run("other")])
-    assert png.stat().st_size > 1000
+    assert png is None or png.stat().st_size > 1000
     assert "NaN" not in html.read_text().split('id="data">')[1].split("</script>")[0]
 
 
@@ -428,6 +435,49 @@ def test_numbers_are_written_for_people():
         "2 h 14 min",
     ]
     assert [as_percent(x) for x in (None, 0.0042, 0.125, 1)] == ["\u2013", "0.42 %", "12 %", "100 %"]
+
+
+def test_without_matplotlib_the_page_is_written_and_says_why_there_is_no_picture(make_run, monkeypatch):
+    run = make_run()
+    (run / "report.png").write_text("of an older report")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # what import finds is that there is none
+    assert write_report([run]) == (run / "report.html", None)
+    assert not (run / "report.png").exists()
+    page = (run / "report.html").read_text()
+    assert "needs matplotlib; pip install &quot;tt-train[report]&quot;" in page
+    assert "The PNG beside this page" not in page
+
+
+def test_a_metric_that_nobody_knows_gets_a_chart_a_column_and_a_panel(make_run):
+    known = make_run("known")
+    records = [row | {"rewards/margin": 0.5 - row["step"], "kept": True} for row in rows(12)]
+    records[3] |= {'<b>&"': 2.0, "smooth": 7, "constructor": 1.0}
+    named = make_run("named", records=records)
+    page = page_of(known, named)
+    data = data_of(page)
+    charts = {chart["title"]: chart for chart in data["charts"]}
+    assert list(charts)[:5] == ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory"]
+    assert set(charts) - set(list(charts)[:5]) == {"rewards/margin", '<b>&"', "smooth", "constructor"}
+    chart = charts["rewards/margin"]
+    assert chart["zero"] is False
+    columns = {run["name"]: run["columns"] for run in data["runs"]}
+    assert columns["named"][chart["series"][0]["key"]][:2] == [-0.5, -1.5]
+    assert chart["series"][0]["key"] not in columns["known"]
+    assert columns["named"]["smooth"][3] != 7  # that of the loss, a key of ours
+    assert charts["smooth"]["series"][0] == {"key": "metric smooth", "label": "smooth", "width": 1.6, "opacity": 1,
+                                             "sparse": True}  # fmt: skip
+    assert "<td>-11.5</td>" in page
+    assert '<th scope="col">rewards/margin</th>' in page
+    assert "<b>&" not in page
+    panels = [axes.get_title(loc="left") for axes in _figure(read_runs([known, named])).axes] if HAS_MATPLOTLIB else []
+    assert not panels or "rewards/margin" in panels
+
+
+def test_more_metrics_than_a_page_can_show_are_counted_among_what_is_left_out(make_run):
+    run = make_run(records=[row | {f"metric_{index}": 1.0 for index in range(60)} for row in rows(3)])
+    page = page_of(run)
+    assert len(data_of(page)["charts"]) == 55
+    assert "left out: metric &#x27;metric_50&#x27; and later ones" in page
 
 
 def test_matplotlib_and_torch_are_not_loaded_with_the_module():

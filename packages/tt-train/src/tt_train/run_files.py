@@ -16,11 +16,11 @@ import yaml
 
 from tt_ckpt import files
 from tt_ckpt.shown import plain, quoted
+from tt_train.series import SERIES
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
 
-NUMBERS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eval_loss")
 MARKER = "config.yaml"
 TEMPLATE_FILE = "chat_template.jinja"
 CURE = "restore it from a copy, or start a new run"
@@ -217,7 +217,7 @@ def read_rows(path: Path, problems: list[str] | None = None) -> Iterator[dict[st
         if type(step) is not int or not 0 <= step < _LAST_STEP:
             told.append(f"{path.name}: a row left out (its step is {quoted(step)})")
             continue
-        for key in NUMBERS:
+        for key in SERIES:
             value = row.get(key)
             if value is not None and number(value) is None:
                 told.append(f"step {step}: {key} was {quoted(value)}")

@@ -34,6 +34,6 @@ def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
 
     html, png = write_report([find_run(run) for run in runs or (None,)], output)
     if as_json:
-        print_json({"html": str(html), "png": str(png)})
+        print_json({"html": str(html), "png": None if png is None else str(png)})
     else:
-        answer(f"{html}\n{png}")
+        answer(str(html) if png is None else f"{html}\n{png}")

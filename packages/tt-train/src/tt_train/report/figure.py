@@ -11,22 +11,16 @@ from typing import TYPE_CHECKING, Any
 from tt_train.redact import redact
 from tt_train.report.read import Run, smooth
 from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline
+from tt_train.series import charts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NO_PICTURE = 'the report has no PNG: it needs matplotlib; pip install "tt-train[report]"'
 GENERATOR = "tt report"  # in every page and picture, so that no other file is taken for one
 COLOURS = ("#2f5fd0", "#d9622b", "#16876b", "#a8429b", "#b38600", "#2492b8", "#c2405a", "#6b6f78")
 INK, SOFT, GRID = "#1b1d21", "#5c626c", "#e8e8e4"
-
-
-PANELS = {
-    "lr": "Learning rate",
-    "grad_norm": "Gradient norm",
-    "tokens_per_s": "Tokens per second",
-    "memory_gib": "Peak memory, GiB",
-}
 
 
 def picture(runs: Sequence[Run]) -> bytes:
@@ -46,20 +40,27 @@ def _figure(runs: Sequence[Run]) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.6), dpi=130, facecolor="white")
+    others = {one.name: one for run in runs for one in run.others}.values()
+    panels = [one for series in charts(others).values() for one in series if one.panel]
+    rows = -(-len(panels) // 4)
+    height = 7.6 + 2.6 * (rows - 1)  # in inches
+    scale = 7.6 / height
+    figure = Figure(figsize=(12, height), dpi=130, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 4, height_ratios=(1.75, 1), hspace=0.32, wspace=0.3)
-    grid.update(left=0.055, right=0.98, top=0.855, bottom=0.075)
+    grid = figure.add_gridspec(1 + rows, 4, height_ratios=(1.75, *[1] * rows), hspace=0.32, wspace=0.3)
+    grid.update(left=0.055, right=0.98, top=1 - 0.145 * scale, bottom=0.075 * scale)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    figure.text(0.055, 0.945, _plain(title), fontsize=17, fontweight="bold", color=INK)
-    figure.text(0.055, 0.908, _plain(_summary(runs)), fontsize=10.5, color=SOFT)
+    figure.text(0.055, 1 - 0.055 * scale, _plain(title), fontsize=17, fontweight="bold", color=INK)
+    figure.text(0.055, 1 - 0.092 * scale, _plain(_summary(runs)), fontsize=10.5, color=SOFT)
     _draw_loss(figure.add_subplot(grid[0, :]), runs)
-    for column, (key, name) in enumerate(PANELS.items()):
-        axes = figure.add_subplot(grid[1, column])
+    for place, series in enumerate(panels):
+        axes = figure.add_subplot(grid[1 + place // 4, place % 4])
         for index, run in enumerate(runs):
-            _line(axes, run, run.column(key), color=COLOURS[index % len(COLOURS)], linewidth=1.4)
-        _dress(axes, name)
-        axes.set_ylim(0, 1.06 * max((value for run in runs for value in run.figures(key)), default=1.0) or 1.0)
+            _line(axes, run, run.column(series.name), color=COLOURS[index % len(COLOURS)], linewidth=1.4)
+        _dress(axes, _plain(series.panel))
+        if series.from_zero:
+            highest = max((value for run in runs for value in run.figures(series.name)), default=1.0)
+            axes.set_ylim(0, 1.06 * highest or 1.0)
     return figure
 
 

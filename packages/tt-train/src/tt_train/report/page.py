@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from tt_train.redact import redact
+from tt_train.report.figure import NO_PICTURE
 from tt_train.report.headline import method_words
 from tt_train.report.read import Run, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
 from tt_train.report.sections import config_section, manifest_section, reproduce_section
 from tt_train.report.summary import as_figure, at
 from tt_train.report.tiles import comparison, tiles
-from tt_train.run_files import NUMBERS
+from tt_train.series import SERIES, Series, charts
 
 BUCKETS = 300  # of the rows drawn: each keeps the lowest and the highest of every curve
 TABLE_ROWS = 30
@@ -24,38 +25,12 @@ NOTICES = 6
 SMOOTHED = 8  # rows from which on a smoothed curve says more than the curve
 
 Chart = dict[str, Any]
-CHARTS: list[Chart] = [
-    {
-        "name": "loss",
-        "title": "Loss",
-        "unit": "mean per trained token",
-        "zero": False,
-        "series": [
-            {"key": "loss", "label": "train", "width": 1.2, "opacity": 0.35, "faint": True},
-            {"key": "smooth", "label": "train, smoothed", "width": 2.2, "opacity": 1},
-            {"key": "eval_loss", "label": "held-out", "width": 1.6, "opacity": 1, "sparse": True},
-        ],
-    },
-    *(
-        {
-            "name": name,
-            "title": title,
-            "unit": unit,
-            "zero": True,
-            "series": [{"key": name, "label": label, "width": 1.8}],
-        }
-        for name, title, unit, label in (
-            ("lr", "Learning rate", "", "learning rate"),
-            ("grad_norm", "Gradient norm", "before clipping", "gradient norm"),
-            ("tokens_per_s", "Throughput", "tokens per second", "tokens per second"),
-            ("memory_gib", "Memory", "peak GiB", "GiB"),
-        )
-    ),
-]
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[Run], *, has_picture: bool = True) -> str:
     """The whole page. Every text that comes from a run is escaped; secrets are blanked."""
+    others = list({one.name: one for run in runs for one in run.others}.values())
+    drawn = [_chart(series) for series in charts(others).values()]
     folder = files("tt_train.report")
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -65,16 +40,16 @@ def page(runs: Sequence[Run]) -> str:
         "title": html_text(_title(runs)),
         "eyebrow": "Fine-tuning report" if len(runs) == 1 else "Comparison",
         "facts": "".join(f"<span>{html_text(text)}</span>" for text in _facts(runs)),
-        "notices": _notices(runs),
+        "notices": _notices(runs, has_picture),
         "headline": tiles(runs[0]) if len(runs) == 1 else comparison(runs),
-        "charts": _charts(data),
+        "charts": _charts(drawn, data, has_picture),
         "thinned": "Long runs are drawn by the lowest and highest of every stretch." if thinned else "",
-        "table": "".join(_table(run, several=len(runs) > 1) for run in runs if run.rows),
+        "table": "".join(_table(run, others, several=len(runs) > 1) for run in runs if run.rows),
         "samples": samples_section(runs),
         "config": config_section(runs),
         "reproduce": reproduce_section(runs),
         "manifest": manifest_section(runs),
-        "data": _json({"runs": data, "charts": CHARTS}),
+        "data": _json({"runs": data, "charts": drawn}),
     }
     slots = {name: redact(text) for name, text in slots.items()}
     slots["style"] = (folder / "report.css").read_text(encoding="utf-8")
@@ -122,10 +97,11 @@ def _device(run: Run) -> str:
     return str(names[int(index)] if index.isdigit() and int(index) < len(names) else names[0])
 
 
-def _notices(runs: Sequence[Run]) -> str:
+def _notices(runs: Sequence[Run], has_picture: bool) -> str:
     """What was wrong with the run directories, said once and not hidden."""
     problems = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
     problems += [f"{run.name}: no step was recorded" for run in runs if not run.rows]
+    problems += [] if has_picture else [NO_PICTURE]
     if not problems:
         return ""
     more = [f"and {len(problems) - NOTICES:,} more like these"] if len(problems) > NOTICES else []
@@ -135,11 +111,11 @@ def _notices(runs: Sequence[Run]) -> str:
 
 def _data(run: Run, index: int) -> dict[str, Any]:
     """The columns that the script draws, without the rows that nobody could tell apart."""
-    columns = {name: run.column(name) for name in NUMBERS}
+    columns = {series.key: run.column(series.name) for series in (*SERIES.values(), *run.others) if series.on_page}
     if len(run.rows) > SMOOTHED:
         columns["smooth"] = smooth(columns["loss"])
-    drawn = [name for name in ("loss", "eval_loss", "grad_norm", "tokens_per_s") if name in columns]
-    rows = thin([columns[name] for name in drawn], buckets=BUCKETS)
+    spiky = [columns[name] for name in ("loss", "eval_loss", "grad_norm", "tokens_per_s")]
+    rows = thin([*spiky, *(columns[series.key] for series in run.others)], buckets=BUCKETS)
     kept = {name: [_rounded(values[row]) for row in rows] for name, values in columns.items()}
     kept = {name: values for name, values in kept.items() if any(value is not None for value in values)}
     return {"name": run.name, "colour": index % COLOURS, "columns": kept}
@@ -155,7 +131,21 @@ def _json(data: dict[str, Any]) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _charts(data: Sequence[dict[str, Any]]) -> str:
+def _chart(series: Sequence[Series]) -> Chart:
+    """What the script draws: where the loss is in it, with a smoothed curve."""
+    first, lines = series[0], []
+    for one in series:
+        line: dict[str, Any] = {"key": one.key, "label": one.label, "width": 1.8}
+        if one.name == "loss":
+            line |= {"width": 1.2, "opacity": 0.35, "faint": True}
+            lines += [line, {"key": "smooth", "label": "train, smoothed", "width": 2.2, "opacity": 1}]
+            continue
+        line |= {"width": 1.6, "opacity": 1, "sparse": True} if one.dashed else {}
+        lines.append(line)
+    return {"name": first.chart, "title": first.title, "unit": first.unit, "zero": first.from_zero, "series": lines}
+
+
+def _charts(drawn: Sequence[Chart], data: Sequence[dict[str, Any]], has_picture: bool) -> str:
     """An empty frame for each chart; the script draws into it."""
     legend = {
         "loss": '<i class="raw"></i>train',
@@ -164,36 +154,32 @@ def _charts(data: Sequence[dict[str, Any]]) -> str:
     }
     shown = [f"<span>{text}</span>" for key, text in legend.items() if any(key in one["columns"] for one in data)]
     figures = ""
-    for chart in CHARTS:
-        label = f"{chart['title']} over the run"
+    for chart in drawn:
+        title, label = html_text(chart["title"]), html_text(f"{chart['title']} over the run")
         wide = len(chart["series"]) > 1
         unit = f'<span class="unit">{chart["unit"]}</span>' if chart["unit"] else ""
         legends = f'<div class="legend">{"".join(shown)}</div>' if wide else ""
         figures += (
-            f'<figure class="chart card{" wide" * wide}" data-chart="{chart["name"]}" data-label="{label}">'
-            f"<figcaption><h3>{chart['title']}{unit}</h3>{legends}</figcaption>"
+            f'<figure class="chart card{" wide" * wide}" data-chart="{html_text(chart["name"])}" data-label="{label}">'
+            f"<figcaption><h3>{title}{unit}</h3>{legends}</figcaption>"
             f'<div class="plot" tabindex="0" role="group" aria-label="{label}; arrow keys read it off"></div></figure>'
         )
-    missing = "The curves need JavaScript. The PNG beside this page shows the same, and so does the table below."
+    missing = "The curves need JavaScript. "
+    missing += "The PNG beside this page shows the same, and so does" if has_picture else "The same figures are in"
+    missing += " the table below."
     return f'<div class="charts">{figures}</div><noscript><p class="note">{missing}</p></noscript>'
 
 
-def _table(run: Run, *, several: bool) -> str:
+def _table(run: Run, others: Sequence[Series], *, several: bool) -> str:
     """The curves as text, at evenly spaced steps."""
-    columns = {
-        "step": "step",
-        "loss": "train loss",
-        "eval_loss": "held-out",
-        "lr": "learning rate",
-        "grad_norm": "gradient norm",
-        "tokens_per_s": "tokens/s",
-        "memory_gib": "GiB",
-    }
+    columns = [SERIES["step"], *(series for chart in charts(others).values() for series in chart)]
     stride = max(1, -(-len(run.rows) // TABLE_ROWS))
     last = len(run.rows) - 1
     shown = [row for index, row in enumerate(run.rows) if index % stride == 0 or index == last]
-    head = "".join(f'<th scope="col">{title}</th>' for title in columns.values())
-    body = "".join("<tr>" + "".join(f"<td>{as_figure(row[key])}</td>" for key in columns) + "</tr>" for row in shown)
+    head = "".join(f'<th scope="col">{html_text(series.column)}</th>' for series in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{as_figure(row.get(series.name))}</td>" for series in columns) + "</tr>" for row in shown
+    )
     of = f" of {html_text(run.name)}" if several else ""
     return (
         f'<details><summary>Figures{of} as a table</summary><div class="card scroll" tabindex="0">'

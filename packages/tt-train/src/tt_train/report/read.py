@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.shown import plain, quoted
-from tt_train.run_files import NUMBERS, FinishedRun, json_lines, number
+from tt_train.run_files import FinishedRun, json_lines, number
+from tt_train.series import MOST_OTHERS, SERIES, Series, other_series
 from tt_train.visible import visible
 
 Row = dict[str, float | None]
@@ -20,6 +21,7 @@ class Run:
     path: Path
     name: str
     rows: list[Row]
+    others: list[Series] = field(default_factory=list)  # metrics that SERIES does not know
     config: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -50,26 +52,46 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, *, name: str) -> Run:
     problems: list[str] = []
     rows: dict[float, Row] = {}
+    others: dict[str, int] = {}  # metric: rows that have it
+    left_out: set[str] = set()  # the first of more
     for record in json_lines(path / "metrics.jsonl", problems):
-        row = {key: number(record.get(key)) for key in NUMBERS}
+        metrics = _other_metrics(record, others, left_out)
+        row = {key: number(record.get(key)) for key in (*SERIES, *metrics)}
         step = row["step"]
         if step is not None:
             rows[step] = row  # a resumed run writes a step again: the later row is the one that counts
             problems.extend(
                 f"step {step:g}: {key} was {quoted(record[key])}"
-                for key in ("loss", "grad_norm", "eval_loss")
+                for key in ("loss", "grad_norm", "eval_loss", *metrics)
                 if row[key] is None and record.get(key) is not None
             )
+    for key in left_out:
+        problems.append(f"metrics.jsonl: left out: metric {key!r:.100} and later ones, after {MOST_OTHERS} others")
     run = FinishedRun(path)
     return Run(
         path=path,
         name=name,
         rows=[rows[step] for step in sorted(rows)],
+        others=[other_series(key, dashed=2 * count < len(rows)) for key, count in others.items()],
         config=_unless_damaged("config.yaml", run.config_file, path, problems),
         manifest=_unless_damaged("manifest.json", lambda: run.manifest, path, problems),
         samples=[record for record in json_lines(path / "samples.jsonl", problems) if "prompt" in record],
         problems=problems,
     )
+
+
+def _other_metrics(record: dict[str, Any], known: dict[str, int], left_out: set[str]) -> list[str]:
+    """The numbers of a row that SERIES does not know: counted in ``known``, or, if there are too many, left out."""
+    found = []
+    for key, value in record.items():
+        if key in SERIES or type(value) not in (int, float):
+            continue
+        if key in known or len(known) < MOST_OTHERS:
+            known[key] = known.get(key, 0) + 1
+            found.append(key)
+        else:
+            left_out.update([] if left_out else [key])
+    return found
 
 
 def smooth(values: Sequence[float | None]) -> list[float | None]:

@@ -10,12 +10,13 @@ from tt_train.report.read import read_runs
 from tt_train.run_files import naming
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path]:
+def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path | None]:
     """Write the report of one run, or of several compared, and return its HTML page and its PNG.
 
-    The page is a single file that loads nothing from anywhere. ``output`` is the page's name (``*.html``; the picture
-    lies beside it) or a folder. By default a run's report lies in its directory as ``report.html``, and a comparison
-    beside the first run as ``comparison.html``.
+    The page is a single self-contained file. ``output`` is the page's name (``*.html``; the picture is beside it) or a
+    folder. By default a run's report is in its directory as ``report.html``, and a comparison beside the first run as
+    ``comparison.html``. The PNG needs matplotlib, of the extra ``tt-train[report]``; without it there is none (None),
+    and the page says so.
 
     An older report is replaced, any other file is not. Raises FileExistsError for one, and FileNotFoundError for a
     directory without metrics.jsonl. A cut last line, rows without a figure, and a
@@ -30,10 +31,20 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     for path in (html, png) if html.parent not in paths else ():  # a run's own report is the run's to replace
         if os.path.lexists(path) and not _is_ours(path):
             raise FileExistsError(f"{path} exists and is not a report of tt; name another page with -o, or remove it")
+    try:
+        drawn = picture(read)
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        drawn = None
     html.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in ((html, page(read).encode("utf-8", "backslashreplace")), (png, picture(read))):
-        with naming(path):
-            files.replace_bytes(path, content)
+    with naming(html):
+        files.replace_bytes(html, page(read, has_picture=drawn is not None).encode("utf-8", "backslashreplace"))
+    if drawn is None:
+        png.unlink(missing_ok=True)  # of an older report
+        return html, None
+    with naming(png):
+        files.replace_bytes(png, drawn)
     return html, png
 
 

@@ -16,6 +16,7 @@ from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.recipe_file import repeating
 from tt_train.report import write_report
+from tt_train.report.figure import NO_PICTURE
 from tt_train.report.headline import part_name, tokens_per_second, training_loss
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console
@@ -42,7 +43,7 @@ def finish(job: Job, run: RunDir, watch: Watch) -> None:
     summary = _summary(job, run, state)
     run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
-    _or_warn(console, "the report", lambda: write_report([run.path]))
+    _or_warn(console, "the report", lambda: _write_report(run, console))
     console.end({**summary, "next": next_commands(run.path, job.method)})
     if best := _best(run, state):
         _tell_best(console, run, best, steps=state.step)
@@ -150,6 +151,11 @@ def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: in
         again = repeating(run.path, read_manifest(run.path))
         place, checkpoint = shell_word(f"{run.path}-best"), shell_word(run.path / best["checkpoint"])
         console.note(f"  {again} max_steps={best['step']} -o {place} --resume {checkpoint}")
+
+
+def _write_report(run: RunDir, console: Console) -> None:
+    if write_report([run.path])[1] is None:
+        console.note(NO_PICTURE)
 
 
 def _write_card(job: Job, run: RunDir, summary: dict[str, Any]) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tt_ckpt.shown import plain, quoted
 from tt_train.errors import ConfigError
-from tt_train.run_files import NUMBERS, number
+from tt_train.run_files import number
+from tt_train.series import SERIES
 
 _COUNTS = ("step", "tokens", "evaluations_since_best", "judged", "steps_total")
 _CURE = "choose another checkpoint, or start a new run"
@@ -25,7 +26,7 @@ def check_state(path: Path, step: int, state: Any) -> None:
         "elapsed_s": (number(state.get("elapsed_s")) or 0.0) >= 0 and number(state.get("elapsed_s")) is not None,
         "data": isinstance(state.get("data"), str),
         "best": best is None or (isinstance(best, dict) and _is_best(best)),
-        "row": row is None or (isinstance(row, dict) and all(_is_figure(row.get(key)) for key in NUMBERS)),
+        "row": row is None or (isinstance(row, dict) and all(_is_figure(row.get(key)) for key in SERIES)),
     }
     for key, is_sound in sound.items():
         if not is_sound:

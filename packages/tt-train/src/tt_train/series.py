@@ -1,0 +1,78 @@
+"""Which figures a row of metrics.jsonl has, and how the report shows them: one table for reading, drawing and listing.
+
+A row may have more: an objective or a logger may name metrics of its own. Each of those gets a chart of its own.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tt_train.visible import visible
+
+MOST_OTHERS = 50  # metrics beside the table that are shown
+LONGEST_NAME = 60  # characters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Series:
+    """``chart``: the one that the figure is drawn in, its own or another's; None: it is not drawn."""
+
+    name: str
+    title: str = ""
+    unit: str = ""
+    chart: str | None = None
+    label: str = ""  # beside a value
+    column: str = ""  # of the table of figures
+    panel: str = ""  # title in the picture
+    from_zero: bool = True
+    dashed: bool = False  # measured at some steps only
+    on_page: bool = True
+
+    @property
+    def key(self) -> str:
+        """The name in the data of the page, which no other name and no word of JavaScript can be."""
+        return self.name if self.name in SERIES else f"metric {self.name}"
+
+
+_TABLE = (
+    Series(name="step", column="step"),
+    Series(name="epoch"),
+    Series(name="loss", chart="loss", title="Loss", unit="mean per trained token", label="train", column="train loss",
+           from_zero=False),
+    Series(name="lr", chart="lr", title="Learning rate", label="learning rate", column="learning rate",
+           panel="Learning rate"),
+    Series(name="grad_norm", chart="grad_norm", title="Gradient norm", unit="before clipping", label="gradient norm",
+           column="gradient norm", panel="Gradient norm"),
+    Series(name="tokens"),
+    Series(name="tokens_per_s", chart="tokens_per_s", title="Throughput", unit="tokens per second",
+           label="tokens per second", column="tokens/s", panel="Tokens per second"),
+    Series(name="memory_gib", chart="memory_gib", title="Memory", unit="peak GiB", label="GiB", column="GiB",
+           panel="Peak memory, GiB"),
+    Series(name="elapsed_s"),
+    Series(name="eta_s", on_page=False),  # an estimate, out of date with the next row
+    Series(name="eval_loss", chart="loss", label="held-out", column="held-out", dashed=True),
+)  # fmt: skip
+SERIES = {one.name: one for one in _TABLE}
+
+
+def other_series(name: str, *, dashed: bool) -> Series:
+    """A metric that the table does not know: it gets a chart with its name as the title."""
+    text = visible(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}...")
+    return Series(
+        name=name,
+        chart=f"metric {name}",
+        title=text,
+        label=text,
+        column=text,
+        panel=text[:32],
+        from_zero=False,
+        dashed=dashed,
+    )
+
+
+def charts(others: Iterable[Series] = ()) -> dict[str, list[Series]]:
+    """The charts in their order, each with its series."""
+    found: dict[str, list[Series]] = {}
+    for series in (*_TABLE, *others):
+        if series.chart is not None:
+            found.setdefault(series.chart, []).append(series)
+    return found
