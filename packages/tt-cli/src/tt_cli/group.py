@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from tt_cli.names import config_keys
-from tt_train.errors import did_you_mean, shell_word
+from tt_train.errors import closest, did_you_mean, shell_word
 from tt_train.keys.foreign import FOREIGN
 from tt_train.registry import RECIPES
 
@@ -174,8 +173,8 @@ def _value_after(words: Sequence[str]) -> str:
 def nearest_option(name: str, command: click.Command) -> str:
     """``; did you mean '--resume'?``; the dashes that all options share say nothing."""
     known = {option.lstrip("-"): option for param in command.params for option in param.opts}
-    near = did_you_mean(name.lstrip("-"), [word for word in known if len(word) > 1])
-    return near.replace("'", "'--", 1) if near else ""
+    near = closest(name.lstrip("-"), [word for word in known if len(word) > 1])
+    return f"; did you mean '--{near}'?" if near else ""
 
 
 def _key_hint(name: str, value: str) -> str:
@@ -184,14 +183,14 @@ def _key_hint(name: str, value: str) -> str:
     ours, note = FOREIGN.get(word.lower(), (None, ""))
     if ours == "":
         return f"; tt has no such key: {note}"
-    homes = [ours] if ours else [key for key in keys if word in (key, key.rsplit(".", 1)[-1])]
-    if not homes:
-        close = get_close_matches(word, [key.rsplit(".", 1)[-1] for key in keys], n=1)
-        homes = [key for key in keys if close and key.rsplit(".", 1)[-1] == close[0]]
-    home = next((key for key in keys if homes and key.startswith(f"{homes[0]}.")), homes[0] if homes else None)
-    if home is None:
+    last_parts = {key: key.rsplit(".", 1)[-1] for key in keys}
+    meant = ours or next((key for key in keys if word in (key, last_parts[key])), None)
+    if meant is None and (close := closest(word, last_parts.values())):
+        meant = next(key for key in keys if last_parts[key] == close)
+    if meant is None:
         return f"; a config key is written {word or 'key'}={value}"
-    return f"; did you mean {shell_word(f'{home}={value}')}?{f' ({note})' if note else ''}"
+    key = next((key for key in keys if key.startswith(f"{meant}.")), meant)  # of a section: its first key
+    return f"; did you mean {shell_word(f'{key}={value}')}?{f' ({note})' if note else ''}"
 
 
 def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

@@ -1,9 +1,8 @@
 """Recipes, configs and their keys by name: looked up, and completed in the shell. Imports no torch."""
 
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from click.shell_completion import CompletionItem
@@ -85,19 +84,13 @@ def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: 
 
 
 def config_keys() -> list[str]:
-    """Every key that a config may have, dotted."""
-    from tt_train.config import AdapterSection, SFTConfig, to_dict
+    """Every key that a config may have, dotted; not the hash of a recipe file, which a run writes."""
+    from tt_train.config import SFTConfig
+    from tt_train.keys.schema import all_keys
 
-    return list(_dotted(to_dict(SFTConfig(adapter=AdapterSection()))))
+    return [key for key in all_keys(SFTConfig) if key != "recipe_sha256"]
 
 
 def complete_keys(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Keys of a config, to which the user adds ``=value``."""
     return [CompletionItem(key) for key in config_keys() if key.startswith(incomplete)]
-
-
-def _dotted(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in values.items():
-        yield prefix + name
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{name}.")

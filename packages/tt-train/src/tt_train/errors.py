@@ -48,14 +48,19 @@ def one_line(text: str) -> str:
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
-def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """``; did you mean 'x'?`` for the closest known word, else the empty string."""
+def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word that ``word`` is most like, if it is like one at all; capitals and dashes do not count."""
     if len(word) > 200:
-        return ""
-    known = list(known)
+        return None
     folded = {name.lower().replace("-", "_"): name for name in known}
     close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=cutoff)
-    return f"; did you mean {folded[close[0]]!r}?" if close else ""
+    return folded[close[0]] if close else None
+
+
+def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
+    """``; did you mean 'x'?`` for the closest known word, else the empty string."""
+    close = closest(word, known, cutoff=cutoff)
+    return "" if close is None else f"; did you mean {close!r}?"
 
 
 def shell_word(text: str | Path) -> str:

@@ -6,7 +6,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from tt_train.errors import did_you_mean
+from tt_train.errors import closest
 from tt_train.keys.foreign import FOREIGN, foreign_key
 
 
@@ -72,17 +72,15 @@ def unknown_key(schema: type, key: str) -> str:
     if said := foreign_key(key):
         return f"unknown key; {said}"
     keys = list(all_keys(schema))
-    hint = did_you_mean(key, keys)
-    last = key.rsplit(".", 1)[-1]
-    homes = [known for known in keys if known.rsplit(".", 1)[-1] == last]
-    if not homes and not hint:
-        close = did_you_mean(last, [known.rsplit(".", 1)[-1] for known in keys])
-        homes = [known for known in keys if close and known.rsplit(".", 1)[-1] in close.split("'")]
-    ours = did_you_mean(last, [known.rsplit(".", 1)[-1] for known in keys], cutoff=0.8)
-    if not homes and not ours and (theirs := did_you_mean(last, FOREIGN, cutoff=0.8)):
-        return f"unknown key; {foreign_key(theirs.split(chr(39))[1])}"  # learing_rate
-    cure = f"; did you mean {homes[0]!r}?" if homes else hint or "; tt cat sft shows every key"
-    return f"unknown key{cure}"
+    homes: dict[str, str] = {}  # the last part of a key -> the first key that ends with it
+    for known in keys:
+        homes.setdefault(known.rsplit(".", 1)[-1], known)
+    last, near = key.rsplit(".", 1)[-1], closest(key, keys)
+    home = homes.get(last) or (None if near else homes.get(closest(last, homes) or ""))
+    if home is None and closest(last, homes, cutoff=0.8) is None and (theirs := closest(last, FOREIGN, cutoff=0.8)):
+        return f"unknown key; {foreign_key(theirs)}"  # learing_rate
+    meant = home or near
+    return f"unknown key; did you mean {meant!r}?" if meant else "unknown key; tt cat sft shows every key"
 
 
 def default_of(schema: type, key: str) -> Any:
