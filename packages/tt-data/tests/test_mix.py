@@ -11,7 +11,7 @@ import pytest
 
 from tt_data import batches, load_dataset, steps_per_epoch
 from tt_data.loader import Steps
-from tt_data.views import interleave, quotas_of
+from tt_data.order import interleave, quotas_of
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tt_data.dataset import TokenStore, read_numbers, write_numbers
 from tt_data.order import Permutation, rows_at
 from tt_data.row_encoder import cut
-from tt_data.store import TokenStore, read_numbers, write_numbers
 from tt_data.stream.packed import PackedStream
 from tt_data.template.spans import Encoded
 
@@ -40,9 +40,9 @@ def store(tmp_path: Path) -> TokenStore:
 def test_rows_behind_the_2_31st_token_are_read_from_their_place(store: TokenStore) -> None:
     assert len(store) == 3
     assert [store.length(i) for i in range(3)] == [5, BEYOND - 5, 4]
-    assert store.get_ids(0) == [0, 0, 0, 1, 2]
-    assert store.get_ids(2) == [0, 0, 5, 6]
-    assert store.get_spans(2) == [(0, 4)]
+    assert store.get(0).ids == [0, 0, 0, 1, 2]
+    assert store.get(2).ids == [0, 0, 5, 6]
+    assert store.get(2).trained == [(0, 4)]
     assert store.ids[BEYOND - 1] == 4
 
 
@@ -50,7 +50,7 @@ def test_places_are_64_bits_while_rows_are_made() -> None:
     store = TokenStore()
     assert (store.id_ends.itemsize, store.span_ends.itemsize) == (8, 8)  # type: ignore[union-attr]
     store.append(Encoded([2**31 - 1], [(0, 1)]))  # the largest id that there can be
-    assert store.get_ids(0) == [2**31 - 1]
+    assert store.get(0).ids == [2**31 - 1]
 
 
 def test_files_above_2_gib_of_other_columns_are_mapped(tmp_path: Path) -> None:

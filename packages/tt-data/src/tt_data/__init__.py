@@ -1,7 +1,6 @@
 """From any rows to exactly the right labels: tokenizers, chat templates, masks, packing, resumable order."""
 
-from tt_data.collate import IGNORE_INDEX, collate, padded_collate, padded_collate_dpo
-from tt_data.dataset import TokenDataset
+from tt_data.dataset import IGNORE_INDEX, Dataset, Row, TokenDataset
 from tt_data.datasets import (
     alpaca_cleaned_dataset,
     alpaca_dataset,
@@ -15,19 +14,19 @@ from tt_data.datasets import (
     stack_exchanged_paired_dataset,
 )
 from tt_data.load import load_dataset
-from tt_data.loader import batches
+from tt_data.loader import Batch, batches, collate, padded_collate, padded_collate_dpo
 from tt_data.messages import Message, validate_messages
 from tt_data.order import rows_at, steps_per_epoch
-from tt_data.packing import PackedDataset, pack
-from tt_data.report import summary_lines
+from tt_data.packing import pack
+from tt_data.report import Report, summary_lines
 from tt_data.rows.conversations import sharegpt_to_llama2_messages
 from tt_data.rows.examples import Completion, Conversation, Judged, Pair, Text, Tokens
 from tt_data.rows.known_datasets import DATASETS, NamedDataset, register_dataset
 from tt_data.rows.schemas import Schema, register_schema
 from tt_data.show import as_text, show, stats, stats_as_text
-from tt_data.stream.mix import PackedMix
-from tt_data.stream.packed import PackedStream
+from tt_data.stream.packed import PackedMix, PackedStream
 from tt_data.stream.shuffled import StreamDataset
+from tt_data.stream.stream import Stream
 from tt_data.template.chat_template import TemplateError
 from tt_data.template.prompts import (
     AlpacaInstructTemplate,
@@ -46,7 +45,7 @@ from tt_data.text.backend import Backend
 from tt_data.text.choose import choose_template
 from tt_data.text.load import load_tokenizer
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.views import MixedDataset
+from tt_data.views import MixedDataset, PackedDataset, Subset
 
 __version__ = "0.1.0"
 
@@ -57,10 +56,10 @@ __all__ = [
     # a tokenizer of a different kind
     "Backend", "AddedTokens", "token_spans",
     # rows to ids and labels
-    "load_dataset", "TokenDataset", "PackedDataset", "MixedDataset", "StreamDataset", "PackedStream", "PackedMix",
-    "pack",
+    "load_dataset", "Dataset", "TokenDataset", "PackedDataset", "MixedDataset", "Subset", "Stream", "StreamDataset",
+    "PackedStream", "PackedMix", "Row", "Report", "pack",
     # ids and labels to batches
-    "batches", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
+    "batches", "Batch", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
     # looking at them
     "show", "stats", "as_text", "stats_as_text", "summary_lines",
     # templates, formats and kinds of rows

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
-from tt_data.dataset import TokenDataset
-from tt_data.processes import encode_here, encode_in_processes
+from tt_data.dataset import TokenDataset, TokenStore
+from tt_data.processes import map_in_processes
 from tt_data.report import DUPLICATE, Tally
-from tt_data.row_encoder import TokenRow
-from tt_data.rows.examples import BadRowError
+from tt_data.row_encoder import Batch, TokenRow, encode_rows
+from tt_data.rows.examples import BadRowError, Kind
 from tt_data.rows.readers import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source, quick_digest
-from tt_data.store import TokenStore
 from tt_data.text.tokenizer import Tokenizer
+from tt_data.wording import said
 
+Encoded = tuple[list[TokenRow], Tally]
 _BATCH = 512
 _MOST_BAD = 100_000  # rows at the beginning of which none can be used
 
@@ -45,22 +48,32 @@ def build(
     """
     builder = _Builder(sources, tokenizer, settings, limit)
     for number, source in enumerate(sources):
-        if builder.is_full():
+        if not builder.wanted(1):
             builder.partial = True
             break
         builder.read(number, source, read, schema, num_workers=num_workers, timeout_s=timeout_s)
     builder.refuse_bad()
-    return builder.dataset(fingerprint or fingerprint_of(sources, tokenizer, settings, limit))
+    counts = builder.tally.report()
+    if builder.partial:
+        counts |= {"partial": True, "read": builder.tally.seen}
+    return TokenDataset(
+        tokenizer, schema="+".join(builder.schemas), stores=builder.stores, names=[source.name for source in sources],
+        places=builder.places, truncated=builder.truncated,
+        desirable=builder.desirable if builder.kind == "judged" else None, counts=counts,
+        fingerprint=fingerprint or fingerprint_of(sources, tokenizer, settings, limit),
+    )  # fmt: skip
 
 
 class _Builder:
+    """The rows that have been kept so far, and what has been counted."""
+
     def __init__(self, sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, limit: int | None) -> None:
         self.sources, self.tokenizer, self.settings, self.limit = sources, tokenizer, settings, limit
         self.partial = False  # whether there is more than was read
         self.tally = Tally()
         self.digests: dict[int, set[bytes]] = {}  # of the first, second, ... time that a source is given
         self.schemas: dict[str, str] = {}  # used as an ordered set: schema -> the first source of its kind
-        self.kind: str | None = None
+        self.kind: Kind | None = None
         self.stores = [TokenStore()]
         self.places, self.truncated, self.desirable = array("q"), array("b"), array("b")
 
@@ -75,34 +88,28 @@ class _Builder:
             found = choose_schema(first[1], self.tokenizer, self.settings, where=f"{source.name}:{first[0]}")
             read, schema = found.read, found.name
         self.schemas.setdefault(schema, source.name)
-        batches = batched(chain([first], rows), self._batch_size)
-        if num_workers and self.limit is None:
-            encoded = encode_in_processes(
-                source.name, batches, read, self.tokenizer, self.settings, num_workers=num_workers, timeout_s=timeout_s
-            )
-        else:
-            encoded = encode_here(source.name, batches, read, self.tokenizer, self.settings)
-        for kept, tally in encoded:
-            self.tally.add(tally)
-            for row in kept:
-                self._keep(number, row)
-            if self.tally.seen > _MOST_BAD and not len(self.stores[0]):
-                self.refuse_bad()  # before an endless source is read to its end
-            if self.is_full():
-                self.partial = _has_more(rows)
-                break
+        given_before = [earlier.name for earlier in self.sources[:number]].count(source.name)
+        digests = self.digests.setdefault(given_before, set())  # a file that is named twice is meant twice
+        encode = partial(encode_rows, source.name, read=read, tokenizer=self.tokenizer, settings=self.settings)
+        batches = batched(chain([first], rows), lambda: self.wanted(_BATCH))
+        num_workers = 0 if self.limit is not None else num_workers
+        with closing(_encoded(encode, batches, source.name, num_workers=num_workers, timeout_s=timeout_s)) as encoded:
+            for kept, tally in encoded:
+                self.tally.add(tally)
+                for row in kept:
+                    self._keep(number, row, digests)
+                if self.tally.seen > _MOST_BAD and not len(self.stores[0]):
+                    self.refuse_bad()  # before an endless source is read to its end
+                if not self.wanted(1):
+                    self.partial = _has_more(rows)
+                    break
 
-    def _batch_size(self) -> int:
-        """No more rows at once than are still wanted."""
-        return _BATCH if self.limit is None else min(_BATCH, self.limit - len(self.stores[0]))
+    def wanted(self, most: int) -> int:
+        """How many rows, of ``most``, are still wanted."""
+        return most if self.limit is None else min(most, self.limit - len(self.stores[0]))
 
-    def is_full(self) -> bool:
-        """Whether all rows that are wanted are there."""
-        return self.limit is not None and len(self.stores[0]) >= self.limit
-
-    def _keep(self, number: int, row: TokenRow) -> None:
+    def _keep(self, number: int, row: TokenRow, digests: set[bytes]) -> None:
         if self.settings.drop_duplicates:
-            digests = self.digests.setdefault(self._times_given(number), set())
             if row.digest in digests:
                 where = f"{self.sources[number].name}:{row.line}"
                 self.tally.drop(where, BadRowError(DUPLICATE, "the same as an earlier row"))
@@ -122,10 +129,6 @@ class _Builder:
         if row.kind == "judged":
             self.desirable.append(row.desirable)
 
-    def _times_given(self, number: int) -> int:
-        """How often a source was given before: a file that is named twice is meant twice."""
-        return [source.name for source in self.sources[:number]].count(self.sources[number].name)
-
     def refuse_bad(self) -> None:
         tally, kept = self.tally, len(self.stores[0])
         bad = tally.dropped.total()
@@ -143,14 +146,33 @@ class _Builder:
             f"{names}: {bad} of {tally.seen} rows are bad ({tally.summary()}), {what}: {'; '.join(tally.problems[:3])}"
         )
 
-    def dataset(self, fingerprint: str) -> TokenDataset:
-        return TokenDataset(
-            self.tokenizer, schema="+".join(self.schemas), stores=self.stores,
-            names=[source.name for source in self.sources], places=self.places, truncated=self.truncated,
-            desirable=self.desirable if self.kind == "judged" else None,
-            report={**self.tally.report(), **({"partial": True, "read": self.tally.seen} if self.partial else {})},
-            fingerprint=fingerprint,
-        )  # fmt: skip
+
+def _encoded(
+    encode: Callable[[Batch], Encoded], batches: Iterator[Batch], name: str, *, num_workers: int, timeout_s: float
+) -> Generator[Encoded, None, None]:
+    """``encode(batch)`` for each of ``batches``, here or in processes. A RuntimeError of a process names its rows."""
+    if not num_workers:
+        yield from map(encode, batches)
+        return
+
+    def rows_of(batch: Batch) -> str:
+        return f"rows {name}:{batch[0][0]} to {name}:{batch[-1][0]}"
+
+    def work(batch: Batch) -> Encoded:
+        try:
+            return encode(batch)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"{rows_of(batch)}: {type(error).__name__}: {said(error, 500)}") from None
+
+    def describe(batch: Batch, what: str) -> str:
+        if what == "died":
+            cure = "look for the kernel's out-of-memory killer, or set num_workers: 0"
+            return f"{rows_of(batch)} or the next ones: a process that encodes them died; {cure}"
+        return f"{rows_of(batch)}: a process that encodes them {what}"
+
+    yield from map_in_processes(work, batches, num_workers=num_workers, timeout_s=timeout_s, describe=describe)
 
 
 def _has_more(rows: Iterator[Any]) -> bool:

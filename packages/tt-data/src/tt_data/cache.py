@@ -11,12 +11,11 @@ import sys
 import tempfile
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tt_data.dataset import TokenDataset
+from tt_data.dataset import TokenDataset, TokenStore, read_numbers, write_numbers
 from tt_data.files import open_regular, read_object
-from tt_data.report import summary_lines
-from tt_data.store import TokenStore, read_numbers, write_numbers
+from tt_data.report import Counts, summary_lines
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import visible
 
@@ -108,7 +107,7 @@ def _load(fingerprint: str, tokenizer: Tokenizer, directory: Path) -> TokenDatas
     dataset = TokenDataset(
         tokenizer, schema=meta["schema"], stores=stores, names=meta["names"], places=columns["places"],
         truncated=columns["truncated"], desirable=columns["desirable"] or None, fingerprint=fingerprint,
-        report={key: value for key, value in meta["report"].items() if key not in ("schema", "rows")},
+        counts=cast(Counts, {key: value for key, value in meta["report"].items() if key not in ("schema", "rows")}),
     )  # fmt: skip
     summary_lines(dataset.report)  # an error here is one of meta.json
     return dataset

@@ -1,51 +1,165 @@
-"""What ``load_dataset`` returns: rows of ids and labels, with a report of what became of the source's rows."""
+"""Rows of ids and labels: what ``load_dataset`` returns, in flat arrays, with a report on the source's rows."""
 
 from __future__ import annotations
 
+import mmap
+import os
 from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
-from tt_data.report import with_files
-from tt_data.store import Numbers, TokenStore, labels_of
-from tt_data.template.spans import Encoded
+from tt_data.files import open_regular
+from tt_data.report import Counts, Report, report_of
+from tt_data.rows.examples import Kind
+from tt_data.template.spans import Encoded, Span
 from tt_data.text.tokenizer import Tokenizer
 
-Row = dict[str, Any]
-Piece = tuple[str, bool]
-_SIDES = {"single": ("",), "judged": ("",), "pair": ("chosen_", "rejected_")}
+IGNORE_INDEX = -100
+Numbers: TypeAlias = "array[int] | memoryview[int]"
+Piece = tuple[str, bool]  # text, and whether it is trained
+_SIDES: Mapping[Kind, tuple[str, ...]] = {"single": ("",), "judged": ("",), "pair": ("chosen_", "rejected_")}
+
+
+class Row(TypedDict, total=False):
+    """Token ids and labels (-100: no loss) of one row. Which keys there are follows from the data set: a packed row has
+    ``position_ids``, a preference row has ``chosen_`` and ``rejected_`` of each, a judged one has ``desirable``."""
+
+    input_ids: list[int]
+    labels: list[int]
+    position_ids: list[int]
+    chosen_input_ids: list[int]
+    chosen_labels: list[int]
+    chosen_position_ids: list[int]
+    rejected_input_ids: list[int]
+    rejected_labels: list[int]
+    rejected_position_ids: list[int]
+    desirable: bool
 
 
 class Dataset(Protocol):
-    """Rows that ``batches`` takes, and what a person wants to know of them."""
-
-    tokenizer: Tokenizer
-    pad_id: int
-    schema: str
-    fingerprint: str
+    """Rows with an index: what ``load_dataset`` returns unless it streams. In a mix, row ``i`` depends on the epoch."""
 
     @property
-    def kind(self) -> str: ...  # single | pair | judged
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def schema(self) -> str: ...
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def report(self) -> Report: ...
+    @property
+    def num_rows(self) -> int: ...  # of the source; ``len`` counts packs, if rows are packed
     def __len__(self) -> int: ...
     def __getitem__(self, i: int, /) -> Row: ...
+    def at(self, i: int, epoch: int) -> Row: ...
+    def where(self, i: int, epoch: int = 0) -> str: ...
     def length(self, i: int) -> int: ...
-    def where(self, i: int) -> str: ...
+    def is_truncated(self, i: int) -> bool: ...
     def rendered(self, i: int) -> list[Piece]: ...
     def documents(self, i: int) -> list[list[Piece]]: ...
     def document_names(self, i: int) -> list[str]: ...
-    def is_truncated(self, i: int) -> bool: ...
-    @property
-    def report(self) -> dict[str, Any]: ...
 
 
-def to_row(kind: str, parts: Sequence[Encoded], desirable: bool) -> Row:
+class TokenStore:
+    """Append-only rows; 4 bytes a token, 8 a trained span, whatever the number of rows."""
+
+    ids: Numbers
+    id_ends: Numbers
+    spans: Numbers
+    span_ends: Numbers
+
+    def __init__(self) -> None:
+        self.ids, self.id_ends = array("i"), array("q", [0])
+        self.spans, self.span_ends = array("i"), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self.id_ends) - 1
+
+    def append(self, row: Encoded) -> None:
+        assert isinstance(self.ids, array)
+        assert isinstance(self.id_ends, array)
+        assert isinstance(self.spans, array)
+        assert isinstance(self.span_ends, array)
+        self.ids.extend(row.ids)
+        self.id_ends.append(len(self.ids))
+        for start, end in row.trained:
+            self.spans.append(start)
+            self.spans.append(end)
+        self.span_ends.append(len(self.spans))
+
+    def length(self, i: int) -> int:
+        return int(self.id_ends[i + 1] - self.id_ends[i])
+
+    def get(self, i: int) -> Encoded:
+        ids = self.ids[self.id_ends[i] : self.id_ends[i + 1]].tolist()
+        flat = self.spans[self.span_ends[i] : self.span_ends[i + 1]].tolist()
+        return Encoded(ids, list(zip(flat[::2], flat[1::2], strict=True)))
+
+    def save(self, directory: Path, name: str) -> None:
+        """Four files, ``<name>.ids`` and so on."""
+        for part in _PARTS:
+            write_numbers(directory / f"{name}.{part}", getattr(self, part))
+
+    @classmethod
+    def load(cls, directory: Path, name: str) -> TokenStore:
+        """The rows that ``save`` wrote, mapped."""
+        store = cls()
+        for part, kind in _PARTS.items():
+            setattr(store, part, read_numbers(directory / f"{name}.{part}", kind))
+        for ends, flat in ((store.id_ends, store.ids), (store.span_ends, store.spans)):
+            if ends[0] != 0 or ends[-1] != len(flat) or any(a > b for a, b in pairwise(ends)):
+                raise ValueError(f"{directory / name}: the rows do not follow one another")
+        if len(store.id_ends) != len(store.span_ends):
+            raise ValueError(f"{directory / name}: not as many rows as masks")
+        return store
+
+    def __getstate__(self) -> dict[str, array[int]]:
+        return {part: array(kind, getattr(self, part)) for part, kind in _PARTS.items()}
+
+    def __setstate__(self, state: dict[str, array[int]]) -> None:
+        self.__dict__.update(state)
+
+
+_PARTS = {"ids": "i", "id_ends": "q", "spans": "i", "span_ends": "q"}
+
+
+def write_numbers(path: Path, numbers: Numbers) -> None:
+    """The raw numbers, in this machine's byte order."""
+    with path.open("wb") as stream:
+        stream.write(memoryview(numbers).cast("B"))
+
+
+def read_numbers(path: Path, kind: str) -> Numbers:
+    """The numbers of a file, mapped: they take memory only where they are read."""
+    with open_regular(path) as stream:
+        if os.fstat(stream.fileno()).st_size == 0:
+            return array(kind)
+        mapped = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+        return mapped.cast("i") if kind == "i" else mapped.cast("q") if kind == "q" else mapped.cast("b")
+
+
+def labels_of(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
+    """``ids`` where they are trained, -100 elsewhere."""
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
+    return labels
+
+
+def to_row(kind: Kind, sides: Sequence[Encoded], desirable: bool) -> Row:
     """Ids and labels of one row under the names of its kind."""
-    row: Row = {}
-    for side, part in zip(_SIDES[kind], parts, strict=True):
-        row[f"{side}input_ids"], row[f"{side}labels"] = part.ids, labels_of(part.ids, part.trained)
+    row: dict[str, Any] = {}
+    for name, side in zip(_SIDES[kind], sides, strict=True):
+        row[f"{name}input_ids"], row[f"{name}labels"] = side.ids, labels_of(side.ids, side.trained)
     if kind == "judged":
         row["desirable"] = desirable
-    return row
+    return cast(Row, row)
 
 
 class TokenDataset:
@@ -57,28 +171,38 @@ class TokenDataset:
 
     def __init__(
         self, tokenizer: Tokenizer, *, schema: str, stores: Sequence[TokenStore], names: Sequence[str],
-        places: Numbers, truncated: Numbers, desirable: Numbers | None, report: Mapping[str, Any], fingerprint: str,
+        places: Numbers, truncated: Numbers, desirable: Numbers | None, counts: Counts, fingerprint: str,
     ) -> None:  # fmt: skip
         self.tokenizer, self.schema, self.stores, self.fingerprint = tokenizer, schema, tuple(stores), fingerprint
         self.names, self.places, self.truncated, self.desirable = list(names), places, truncated, desirable
-        self.kind = "pair" if len(self.stores) == 2 else "single" if desirable is None else "judged"
+        self.kind: Kind = "pair" if len(self.stores) == 2 else "single" if desirable is None else "judged"
         self.pad_id = tokenizer.pad_id
-        self._report = dict(report)
+        self._counts = counts
         self.files_left_out: list[str] = []
 
     def __len__(self) -> int:
         return len(self.stores[0])
 
+    @property
+    def num_rows(self) -> int:
+        """The number of rows, as ``len``."""
+        return len(self)
+
     def __getitem__(self, i: int) -> Row:
         i = check_index(i, len(self))
-        parts = [Encoded(store.get_ids(i), store.get_spans(i)) for store in self.stores]
-        return to_row(self.kind, parts, self.desirable is not None and bool(self.desirable[i]))
+        desirable = self.desirable is not None and bool(self.desirable[i])
+        return to_row(self.kind, [store.get(i) for store in self.stores], desirable)
+
+    def at(self, i: int, epoch: int) -> Row:
+        """Row ``i``, which is the same in every epoch."""
+        return self[i]
 
     def length(self, i: int) -> int:
-        """Tokens of row ``i``; of the longer side, where there are two."""
+        """Tokens of row ``i``; of the longer side if there are two."""
+        i = check_index(i, len(self))
         return max(store.length(i) for store in self.stores)
 
-    def where(self, i: int) -> str:
+    def where(self, i: int, epoch: int = 0) -> str:
         """``rows.jsonl:17``: where row ``i`` was read."""
         return f"{self.names[self.places[2 * i]]}:{self.places[2 * i + 1]}"
 
@@ -87,8 +211,9 @@ class TokenDataset:
         return bool(self.truncated[i])
 
     @property
-    def report(self) -> dict[str, Any]:
-        return with_files({"schema": self.schema, "rows": len(self), **self._report}, self.files_left_out)
+    def report(self) -> Report:
+        """What became of the rows of the source; ``summary_lines`` makes text of it."""
+        return report_of(self._counts, schema=self.schema, rows=len(self), left_out=self.files_left_out)
 
     def rendered(self, i: int) -> list[Piece]:
         """Row ``i`` as text pieces and whether each is trained. Control tokens are shown."""
@@ -97,23 +222,22 @@ class TokenDataset:
     def documents(self, i: int) -> list[list[Piece]]:
         """The pieces of each document of row ``i``: one, or the chosen and the rejected answer."""
         i = check_index(i, len(self))
-        return [self._pieces(store, i) for store in self.stores]
+        return [self._pieces(store.get(i)) for store in self.stores]
 
     def document_names(self, i: int) -> list[str]:
         """What to call the documents of row ``i``: where it was read, and which side of a preference it is."""
         return [f"{self.where(i)} {side.rstrip('_')}".rstrip() for side in _SIDES[self.kind]]
 
-    def _pieces(self, store: TokenStore, i: int) -> list[Piece]:
+    def _pieces(self, row: Encoded) -> list[Piece]:
         """Texts between the ends of spans. Decoders treat a beginning otherwise: each is what it adds to the last."""
-        ids, spans = store.get_ids(i), store.get_spans(i)
-        ends = [(end, trained) for span in spans for end, trained in zip(span, (False, True), strict=True)]
+        ends = [(end, trained) for span in row.trained for end, trained in zip(span, (False, True), strict=True)]
         pieces: list[Piece] = []
         last = begin = 0
-        for end, trained in [*ends, (len(ids), False)]:
+        for end, trained in [*ends, (len(row.ids), False)]:
             if end == begin:
                 continue
-            before = self.tokenizer.decode(ids[last:begin], skip_special=False)
-            text = self.tokenizer.decode(ids[last:end], skip_special=False)
+            before = self.tokenizer.decode(row.ids[last:begin], skip_special=False)
+            text = self.tokenizer.decode(row.ids[last:end], skip_special=False)
             if len(text) > len(before):
                 pieces.append((text[len(before) :], trained))
             last, begin = begin, end

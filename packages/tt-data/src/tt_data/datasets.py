@@ -12,7 +12,8 @@ from functools import partial, wraps
 from inspect import signature
 from typing import Any, ParamSpec
 
-from tt_data.load import AnyDataset, _Loader
+from tt_data.dataset import Dataset
+from tt_data.load import Loader
 from tt_data.messages import Message, TrainOn
 from tt_data.rows.columns import Columns
 from tt_data.rows.converters import read_chat
@@ -22,6 +23,7 @@ from tt_data.rows.known_datasets import DATASETS
 from tt_data.rows.readers import InstructReader, Read
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import as_files
+from tt_data.stream.stream import Stream
 from tt_data.template.prompts import InstructTemplate, get_chat_format, get_instruct_template
 from tt_data.text.tokenizer import Tokenizer
 
@@ -32,12 +34,12 @@ _PART = ("split", "data_dir", "data_files", "revision")
 _LOADING = ("streaming", "packing", "seed", "buffer", "cache_dir", "num_workers", "timeout_s", "limit")
 
 
-def refuses_unknown(function: Callable[P, AnyDataset]) -> Callable[P, AnyDataset]:
+def refuses_unknown(function: Callable[P, Dataset | Stream]) -> Callable[P, Dataset | Stream]:
     """``function``, which names a keyword that neither it nor ``load_dataset`` has."""
     known = [name for name in signature(function).parameters if name != "options"] + [*_SETTINGS, *_PART, *_LOADING]
 
     @wraps(function)
-    def checked(*words: P.args, **options: P.kwargs) -> AnyDataset:
+    def checked(*words: P.args, **options: P.kwargs) -> Dataset | Stream:
         for name in options:
             if name not in known:
                 near = get_close_matches(name, known, 1)
@@ -53,7 +55,7 @@ def instruct_dataset(
     tokenizer: Tokenizer, *, source: Any, template: str | InstructTemplate, column_map: Columns | None = None,
     transform: Callable[[Row], Row] | None = None, train_on_input: bool = False, max_seq_len: int | None = None,
     **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """Rows written as a prompt by an instruct template, and their ``output`` column.
 
     ``column_map``: the template's column names (and ``output``) to the rows'. ``transform`` changes each row first.
@@ -70,7 +72,7 @@ def chat_dataset(
     tokenizer: Tokenizer, *, source: Any, conversation_style: str = "sharegpt", chat_format: str | None = None,
     column_map: Columns | None = None, transform: Callable[[Row], Row] | None = None, train_on_input: bool = False,
     max_seq_len: int | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """Conversations. ``chat_format`` writes them as plain text around each turn, which then begins with bos and ends
     with eos; None takes the model's own chat template. ``conversation_style``: sharegpt or openai."""
     if conversation_style not in ("sharegpt", "openai"):
@@ -86,7 +88,7 @@ def chat_dataset(
 def preference_dataset(
     tokenizer: Tokenizer, *, source: Any, template: str | InstructTemplate, column_map: Columns | None = None,
     transform: Callable[[Row], Row] | None = None, max_seq_len: int | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """A prompt by an instruct template with a ``chosen`` and a ``rejected`` answer. The prompt gives no loss."""
     return instruct_dataset(
         tokenizer, source=source, template=template, column_map=column_map, transform=transform,
@@ -98,7 +100,7 @@ def preference_dataset(
 def alpaca_dataset(
     tokenizer: Tokenizer, *, source: Any = "tatsu-lab/alpaca", train_on_input: bool = True, max_seq_len: int = 512,
     column_map: Columns | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """Alpaca: instruction, input, output."""
     return instruct_dataset(
         tokenizer, source=source, template="alpaca", column_map=column_map, train_on_input=train_on_input,
@@ -113,7 +115,7 @@ alpaca_cleaned_dataset = partial(alpaca_dataset, source="yahma/alpaca-cleaned")
 def grammar_dataset(
     tokenizer: Tokenizer, *, source: Any = "liweili/c4_200m", train_on_input: bool = False,
     max_seq_len: int | None = None, column_map: Columns | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """C4-200M: ``input`` with mistakes, ``output`` without."""
     columns = {**DATASETS["grammar"].columns, **(column_map or {})}
     return instruct_dataset(
@@ -126,7 +128,7 @@ def grammar_dataset(
 def samsum_dataset(
     tokenizer: Tokenizer, *, source: Any = "Samsung/samsum", train_on_input: bool = False,
     max_seq_len: int | None = None, column_map: Columns | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """SAMSum: ``dialogue`` and ``summary``."""
     columns = {**DATASETS["samsum"].columns, **(column_map or {})}
     return instruct_dataset(
@@ -139,7 +141,7 @@ def samsum_dataset(
 def slimorca_dataset(
     tokenizer: Tokenizer, *, source: Any = "Open-Orca/SlimOrca-Dedup", max_seq_len: int = 1024,
     train_on_input: bool = False, chat_format: str | None = "llama2", column_map: Columns | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """SlimOrca: sharegpt conversations in the Llama-2 format. Raises ValueError for ``max_seq_len`` under 4."""
     if max_seq_len < 4:
         raise ValueError(f"max_seq_len must be at least 4 for slimorca, got {max_seq_len}")
@@ -153,7 +155,7 @@ def slimorca_dataset(
 def stack_exchange_paired_dataset(
     tokenizer: Tokenizer, *, source: Any = "lvwerra/stack-exchange-paired", max_seq_len: int | None = 1024,
     column_map: Columns | None = None, **options: Any,
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     """StackExchange: ``question`` with a better (``response_j``) and a worse (``response_k``) answer."""
     columns = {**DATASETS["stack_exchange_paired"].columns, **(column_map or {})}
     return preference_dataset(
@@ -172,7 +174,7 @@ stack_exchanged_paired_dataset = stack_exchange_paired_dataset
 def _load(
     tokenizer: Tokenizer, source: Any, read: Read, schema: str, column_map: Columns | None, train_on_input: bool,
     max_seq_len: int | None, options: dict[str, Any],
-) -> AnyDataset:  # fmt: skip
+) -> Dataset | Stream:  # fmt: skip
     train_on: TrainOn = "all" if train_on_input else "assistant"
     streaming = options.pop("streaming", False)
     kept = {key: options.pop(key) for key in _SETTINGS if key in options}
@@ -185,7 +187,7 @@ def _load(
                 source, part = known.source, part.over(known.part)
                 break
     source, part = as_files(source, part)
-    loader = _Loader(tokenizer, settings, read=read, schema=schema, part=part, **options)
+    loader = Loader(tokenizer=tokenizer, settings=settings, read=read, schema=schema, part=part, **options)
     return loader.stream(source) if streaming else loader.load(source)
 
 

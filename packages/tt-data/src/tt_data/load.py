@@ -3,42 +3,107 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypedDict, Unpack, overload
 
 from tt_data import cache
 from tt_data.builder import build, fingerprint_of
-from tt_data.dataset import TokenDataset
+from tt_data.dataset import Dataset, TokenDataset
 from tt_data.messages import TrainOn
-from tt_data.packing import PackedDataset
+from tt_data.order import quotas_of
 from tt_data.report import refuse_dropped
 from tt_data.rows.hub import Part
 from tt_data.rows.known_datasets import DATASETS
 from tt_data.rows.readers import Read
 from tt_data.rows.settings import OnBadRow, Settings
 from tt_data.rows.sources import NO_PART, as_files, files_left_out, is_hub_id, open_sources
-from tt_data.stream.mix import PackedMix
-from tt_data.stream.packed import PackedStream
+from tt_data.stream.packed import PackedMix, PackedStream
 from tt_data.stream.raw import RawStream, hub_stream, to_stream
 from tt_data.stream.shuffled import StreamDataset
+from tt_data.stream.stream import Stream
 from tt_data.text.choose import SpecialTokensInText, choose_template
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.views import MixedDataset, quotas_of
+from tt_data.views import MixedDataset, PackedDataset
 from tt_data.wording import visible
 
-AnyDataset = TokenDataset | PackedDataset | MixedDataset | StreamDataset | PackedStream | PackedMix
+
+class Frame(Protocol):
+    """A pandas DataFrame."""
+
+    def iterrows(self) -> Any: ...
+
+
+Source = str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]] | Frame
+Mix = Mapping[Any, float]  # a Source that is a str or a Path, and its weight
+
+
+class LoadOptions(TypedDict, total=False):
+    """The arguments of ``load_dataset`` that do not decide what kind of data set it returns."""
+
+    columns: Mapping[str, str] | None
+    train_on: TrainOn
+    max_seq_len: int | None
+    split: str | None
+    seed: int
+    template: str | None
+    schema: str | None
+    on_bad_row: OnBadRow
+    special_tokens: SpecialTokensInText
+    drop_duplicates: bool
+    max_dropped_share: float | None
+    buffer: int
+    cache_dir: str | Path | None
+    num_workers: int
+    timeout_s: float
+    data_dir: str | None
+    data_files: Any
+    revision: str | None
+    limit: int | None
+
+
+@overload
+def load_dataset(
+    source: Mix, tokenizer: Tokenizer, *, packing: bool = ..., streaming: Literal[False] = ...,
+    **options: Unpack[LoadOptions],
+) -> MixedDataset: ...  # fmt: skip
+@overload
+def load_dataset(
+    source: Source, tokenizer: Tokenizer, *, packing: Literal[False] = ..., streaming: Literal[False] = ...,
+    **options: Unpack[LoadOptions],
+) -> TokenDataset: ...  # fmt: skip
+@overload
+def load_dataset(
+    source: Source, tokenizer: Tokenizer, *, packing: Literal[True], streaming: Literal[False] = ...,
+    **options: Unpack[LoadOptions],
+) -> PackedDataset: ...  # fmt: skip
+@overload
+def load_dataset(
+    source: Source | Mix, tokenizer: Tokenizer, *, packing: Literal[False] = ..., streaming: Literal[True],
+    **options: Unpack[LoadOptions],
+) -> StreamDataset: ...  # fmt: skip
+@overload
+def load_dataset(
+    source: Source | Mix, tokenizer: Tokenizer, *, packing: bool = ..., streaming: Literal[True],
+    **options: Unpack[LoadOptions],
+) -> Stream: ...  # fmt: skip
+@overload
+def load_dataset(
+    source: Source | Mix, tokenizer: Tokenizer, *, packing: bool = ..., streaming: bool = ...,
+    **options: Unpack[LoadOptions],
+) -> Dataset | Stream: ...  # fmt: skip
 
 
 def load_dataset(
-    source: Any, tokenizer: Tokenizer, *, columns: Mapping[str, str] | None = None, train_on: TrainOn = "assistant",
-    max_seq_len: int | None = None, packing: bool = False, split: str | None = None, seed: int = 0,
-    streaming: bool = False, template: str | None = None, schema: str | None = None, on_bad_row: OnBadRow = "drop",
-    special_tokens: SpecialTokensInText = "text", drop_duplicates: bool = True, max_dropped_share: float | None = None,
-    buffer: int = 10_000, cache_dir: str | Path | None = None, num_workers: int = 0, timeout_s: float = 300.0,
-    data_dir: str | None = None, data_files: Any = None, revision: str | None = None, limit: int | None = None,
-) -> Any:  # fmt: skip
+    source: Source | Mix, tokenizer: Tokenizer, *, columns: Mapping[str, str] | None = None,
+    train_on: TrainOn = "assistant", max_seq_len: int | None = None, packing: bool = False, split: str | None = None,
+    seed: int = 0, streaming: bool = False, template: str | None = None, schema: str | None = None,
+    on_bad_row: OnBadRow = "drop", special_tokens: SpecialTokensInText = "text", drop_duplicates: bool = True,
+    max_dropped_share: float | None = None, buffer: int = 10_000, cache_dir: str | Path | None = None,
+    num_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None, data_files: Any = None,
+    revision: str | None = None, limit: int | None = None,
+) -> Dataset | Stream:  # fmt: skip
     """Token rows of a file, several files, a directory, a hub id, a registered name, rows in memory, or
     ``{source: weight}`` of these.
 
@@ -66,8 +131,8 @@ def load_dataset(
         on_bad_row=on_bad_row, special_tokens=special_tokens, drop_duplicates=drop_duplicates and not streaming,
         max_dropped_share=max_dropped_share,
     )  # fmt: skip
-    loader = _Loader(
-        tokenizer, settings, packing=packing, seed=seed, buffer=buffer, limit=limit,
+    loader = Loader(
+        tokenizer=tokenizer, settings=settings, packing=packing, seed=seed, buffer=buffer, limit=limit,
         part=Part(split=split, data_dir=data_dir, data_files=data_files, revision=revision),
         cache_dir=None if cache_dir is None else Path(cache_dir), num_workers=num_workers, timeout_s=timeout_s,
     )  # fmt: skip
@@ -110,48 +175,49 @@ def _check_types(**values: Any) -> None:
             raise ValueError(f"{name} must be {wanted}, got {visible(repr(value), 80)}")
 
 
-class _Loader:
-    """The arguments of ``load_dataset`` that all of a mix's sources share."""
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """The arguments of ``load_dataset`` that all of a mix's sources share. ``read`` (named ``schema``): how rows are
+    read, whatever their columns are."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, settings: Settings, *, packing: bool = False, part: Part = NO_PART,
-        seed: int = 0, buffer: int = 10_000, cache_dir: Path | None = None, read: Read | None = None, schema: str = "",
-        num_workers: int = 0, timeout_s: float = 300.0, limit: int | None = None,
-    ) -> None:  # fmt: skip
-        if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-        if timeout_s <= 0:
-            raise ValueError(f"timeout_s must be positive, got {timeout_s}")
-        if packing and settings.max_seq_len is None:
+    tokenizer: Tokenizer
+    settings: Settings
+    packing: bool = False
+    part: Part = NO_PART
+    seed: int = 0
+    buffer: int = 10_000
+    cache_dir: Path | None = None
+    read: Read | None = None
+    schema: str = ""
+    num_workers: int = 0
+    timeout_s: float = 300.0
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        if self.timeout_s <= 0:
+            raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
+        if self.packing and self.settings.max_seq_len is None:
             raise ValueError("packing needs max_seq_len: the length of a packed row")
-        if limit is not None and (limit < 1 or packing):
-            raise ValueError(f"limit must be at least 1 and not with packing, which needs all rows; got {limit}")
-        self.tokenizer, self.settings, self.packing, self.part = tokenizer, settings, packing, part
-        self.seed, self.buffer, self.cache_dir, self.read_row, self.schema = seed, buffer, cache_dir, read, schema
-        self.num_workers, self.timeout_s, self.limit = num_workers, timeout_s, limit
+        if self.limit is not None and (self.limit < 1 or self.packing):
+            raise ValueError(f"limit must be at least 1 and not with packing, which needs all rows; got {self.limit}")
 
-    def load(self, source: Any) -> TokenDataset | PackedDataset | MixedDataset:
+    def load(self, source: Source | Mix) -> TokenDataset | PackedDataset | MixedDataset:
+        """All rows of a source, or of several in turn."""
         if isinstance(source, Mapping):
-            names, weights = list(_weights_of(source)), list(source.values())
-            quotas = quotas_of(weights)
-            rounds = None if self.limit is None else -(-self.limit // sum(quotas))
-            limits = [None if rounds is None else rounds * quota for quota in quotas]
-            parts = [self._load(name, limit) for name, limit in zip(names, limits, strict=True)]
-            return MixedDataset(parts, weights, names=names, seed=self.seed)
-        return self._load(source, self.limit)
-
-    def _load(self, source: Any, limit: int | None) -> TokenDataset | PackedDataset:
-        source, settings, part = self._resolve(source)
+            return self._mixed(source)
+        source, settings, part = self._resolved(source)
         tokenizer = choose_template(self.tokenizer, settings.template, special_tokens=settings.special_tokens)
         sources = open_sources(source, part)
-        known = self.read_row is None and limit is None
+        known = self.read is None and self.limit is None
         fingerprint = fingerprint_of(sources, tokenizer, settings) if known else None
         cache_dir = self.cache_dir if known else None
         rows = cache.load(str(fingerprint), tokenizer, cache_dir) if cache_dir is not None else None
         if rows is None:
             rows = build(
-                sources, tokenizer, settings, read=self.read_row, schema=self.schema, fingerprint=fingerprint,
-                num_workers=self.num_workers, timeout_s=self.timeout_s, limit=limit,
+                sources, tokenizer, settings, read=self.read, schema=self.schema, fingerprint=fingerprint,
+                num_workers=self.num_workers, timeout_s=self.timeout_s, limit=self.limit,
             )  # fmt: skip
             if cache_dir is not None:
                 cache.save(rows, cache_dir)
@@ -161,18 +227,27 @@ class _Loader:
             return PackedDataset(rows, max_seq_len=settings.max_seq_len, seed=self.seed)
         return rows
 
-    def stream(self, source: Any) -> StreamDataset | PackedStream | PackedMix:
+    def _mixed(self, source: Mix) -> MixedDataset:
+        names, weights = _weighted(source)
+        quotas = quotas_of(weights)
+        rounds = None if self.limit is None else -(-self.limit // sum(quotas))
+        limits = [None if rounds is None else rounds * quota for quota in quotas]
+        parts = [replace(self, limit=limit).load(name) for name, limit in zip(names, limits, strict=True)]
+        return MixedDataset(parts, weights, names=names, seed=self.seed)
+
+    def stream(self, source: Source | Mix) -> StreamDataset | PackedStream | PackedMix:
+        """The rows of a source, or of several in turn, as they are needed."""
         if isinstance(source, Mapping):
-            names, weights = list(_weights_of(source)), list(source.values())
+            names, weights = _weighted(source)
             return PackedMix([self._packed(n) for n in names], weights) if self.packing else self._rows(names, weights)
         return self._packed(source) if self.packing else self._rows([source])
 
-    def _packed(self, source: Any) -> PackedStream:
+    def _packed(self, source: Source) -> PackedStream:
         assert self.settings.max_seq_len is not None
         return PackedStream(self._rows([source]), max_seq_len=self.settings.max_seq_len, index_dir=self.cache_dir)
 
-    def _rows(self, sources: list[Any], weights: list[float] | None = None) -> StreamDataset:
-        resolved = [self._resolve(source) for source in sources]
+    def _rows(self, sources: Sequence[Source], weights: list[float] | None = None) -> StreamDataset:
+        resolved = [self._resolved(source) for source in sources]
         settings = resolved[0][1]
         if any(other != settings for _, other, _ in resolved):
             raise ValueError(
@@ -180,19 +255,12 @@ class _Loader:
             )
         left_out = [file for source, _, part in resolved for file in files_left_out(source, part)]
         return StreamDataset(
-            [self._streams(source, part) for source, _, part in resolved],
+            [_streams(source, part) for source, _, part in resolved],
             choose_template(self.tokenizer, settings.template, special_tokens=settings.special_tokens), settings,
-            buffer=self.buffer, weights=weights,
-            read=self.read_row, schema=self.schema, files_left_out=left_out,
+            buffer=self.buffer, weights=weights, read=self.read, schema=self.schema, files_left_out=left_out,
         )  # fmt: skip
 
-    @staticmethod
-    def _streams(source: Any, part: Part) -> list[RawStream]:
-        if is_hub_id(source):
-            return [hub_stream(source, part)]
-        return [to_stream(found) for found in open_sources(source, part)]
-
-    def _resolve(self, source: Any) -> tuple[Any, Settings, Part]:
+    def _resolved(self, source: Source) -> tuple[Source, Settings, Part]:
         """A registered name's source, columns, template and part, if the arguments do not name others."""
         named = DATASETS.get(source) if isinstance(source, str) and not os.path.lexists(source) else None
         if named is None:
@@ -206,7 +274,13 @@ class _Loader:
         return named.source, settings, self.part.over(named.part)
 
 
-def _weights_of(source: Mapping[Any, float]) -> Mapping[Any, float]:
+def _streams(source: Source, part: Part) -> list[RawStream]:
+    if is_hub_id(source):
+        return [hub_stream(str(source), part)]
+    return [to_stream(found) for found in open_sources(source, part)]
+
+
+def _weighted(source: Mix) -> tuple[list[Any], list[float]]:
     if not source:
         raise ValueError("data source: an empty mix, expected {source: weight}")
-    return source
+    return list(source), list(source.values())

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from math import gcd, lcm
 
 _ROUNDS = 6
+_FINEST = 1000  # rows of a round of a mix
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -76,6 +80,11 @@ class Permutation:
         return left << half | right
 
 
+def hash_of(*numbers: int) -> int:
+    """One seed of several numbers."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+
+
 def place_in_mix(place: int, size: int, *, first: int, window: range | None, key: tuple[int, ...]) -> int:
     """Which of the ``size`` rows of a block comes at ``place`` in it, for a source that runs on over epochs.
 
@@ -88,3 +97,24 @@ def place_in_mix(place: int, size: int, *, first: int, window: range | None, key
         return order(place)
     low, high = max(0, window.start - first), min(size, window.stop - first)
     return order(low + Permutation(high - low, (*key, window.start))(place - low))
+
+
+def quotas_of(weights: Sequence[float]) -> list[int]:
+    """Whole numbers in the proportion of ``weights`` (to a thousandth). Raises ValueError for a wrong one."""
+    for weight in weights:
+        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < float("inf"):
+            raise ValueError(f"a weight must be a positive number, got {weight!r}")
+    shares = [Fraction(weight / sum(weights)).limit_denominator(_FINEST) for weight in weights]
+    shares = [max(share, Fraction(1, _FINEST)) for share in shares]
+    whole = lcm(*(share.denominator for share in shares))
+    if whole > _FINEST:
+        whole = _FINEST
+    quotas = [max(1, round(share * whole)) for share in shares]
+    common = gcd(*quotas)
+    return [quota // common for quota in quotas]
+
+
+def interleave(quotas: Sequence[int]) -> list[int]:
+    """The sources of one round, each as often as its quota, spread evenly."""
+    places = [((2 * k + 1) / (2 * quota), i) for i, quota in enumerate(quotas) for k in range(quota)]
+    return [i for _, i in sorted(places)]

@@ -5,14 +5,12 @@ https://en.wikipedia.org/wiki/Best-fit_bin_packing. Only lengths are needed; a p
 
 from __future__ import annotations
 
-import hashlib
-from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from tt_data.dataset import Piece, Row, TokenDataset, check_index
+from tt_data.dataset import IGNORE_INDEX, Row
 from tt_data.order import Permutation
-from tt_data.store import IGNORE_INDEX
+from tt_data.rows.examples import Kind
 
 _SIDES = ("", "chosen_", "rejected_")
 
@@ -52,77 +50,22 @@ def pack(lengths: Sequence[int], max_seq_len: int, *, seed: int = 0) -> list[lis
 
 def join_documents(rows: Sequence[Row]) -> Row:
     """One row of many: ``position_ids`` restart at 0 with every document, whose first label is -100."""
-    packed: Row = {}
+    parts, packed = cast(Sequence[dict[str, Any]], rows), dict[str, Any]()
     for side in _SIDES:
-        if f"{side}input_ids" not in rows[0]:
+        if f"{side}input_ids" not in parts[0]:
             continue
         ids: list[int] = []
         labels: list[int] = []
         positions: list[int] = []
-        for row in rows:
+        for row in parts:
             ids += row[f"{side}input_ids"]
             labels += [IGNORE_INDEX, *row[f"{side}labels"][1:]]
             positions += range(len(row[f"{side}input_ids"]))
         packed |= {f"{side}input_ids": ids, f"{side}labels": labels, f"{side}position_ids": positions}
-    return packed
+    return cast(Row, packed)
 
 
-def refuse_judged(kind: str) -> None:
+def refuse_judged(kind: Kind) -> None:
     """Raise ValueError for judged answers: a pack holds several, but one judgement."""
     if kind == "judged":
         raise ValueError("packing: unpaired preference rows have a label each, a pack has none; leave packing off")
-
-
-class PackedDataset:
-    """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``rows``."""
-
-    def __init__(self, rows: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
-        refuse_judged(rows.kind)
-        self.rows, self.max_seq_len = rows, max_seq_len
-        self.tokenizer, self.pad_id, self.schema, self.kind = rows.tokenizer, rows.pad_id, rows.schema, rows.kind
-        lengths = [rows.length(i) for i in range(len(rows))]
-        self._flat, self._ends = array("q"), array("q", [0])
-        for members in pack(lengths, max_seq_len, seed=seed):
-            self._flat.extend(members)
-            self._ends.append(len(self._flat))
-        self.efficiency = sum(lengths) / (len(self) * max_seq_len)
-        self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len} {seed}".encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def members(self, i: int) -> list[int]:
-        """The rows that pack ``i`` is made of."""
-        i = check_index(i, len(self))
-        return self._flat[self._ends[i] : self._ends[i + 1]].tolist()
-
-    def __getitem__(self, i: int) -> Row:
-        return join_documents([self.rows[row] for row in self.members(i)])
-
-    def length(self, i: int) -> int:
-        """Tokens of pack ``i``."""
-        return sum(self.rows.length(row) for row in self.members(i))
-
-    def where(self, i: int) -> str:
-        """Where the rows of pack ``i`` were read."""
-        return ", ".join(self.rows.where(row) for row in self.members(i))
-
-    def is_truncated(self, i: int) -> bool:
-        """Whether a row of pack ``i`` was cut at ``max_seq_len``."""
-        return any(self.rows.is_truncated(row) for row in self.members(i))
-
-    @property
-    def report(self) -> dict[str, Any]:
-        return {**self.rows.report, "packs": len(self), "efficiency": round(self.efficiency, 4)}
-
-    def rendered(self, i: int) -> list[Piece]:
-        """Pack ``i`` as text pieces and whether each is trained."""
-        return [piece for document in self.documents(i) for piece in document]
-
-    def documents(self, i: int) -> list[list[Piece]]:
-        """The pieces of each document of pack ``i``."""
-        return [document for row in self.members(i) for document in self.rows.documents(row)]
-
-    def document_names(self, i: int) -> list[str]:
-        """Where each document of pack ``i`` was read."""
-        return [name for row in self.members(i) for name in self.rows.document_names(row)]

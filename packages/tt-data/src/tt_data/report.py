@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from tt_data.rows.examples import BadRowError
-from tt_data.wording import visible
+from tt_data.wording import counted, visible
 
 MAX_PROBLEMS = 20
 DUPLICATE = "duplicate"  # a reason for leaving a row out that is no fault of the row
 _FILES = 10  # that are named in a note
+
+
+class Counts(TypedDict):
+    """What became of the rows of a source that were read: ``dropped`` by reason, the first ``problems`` with places."""
+
+    dropped: dict[str, int]
+    truncated: int
+    no_end_token: int
+    problems: list[str]
+    notes: list[str]
+    form: str  # chat, text, or chat+text
+    partial: NotRequired[bool]  # whether there are more rows than the ``read`` ones
+    read: NotRequired[int]
+
+
+class Share(TypedDict):
+    """The rows of one source of a mix, and how many of them an epoch holds."""
+
+    rows: int
+    per_epoch: int
+
+
+class Report(Counts):
+    """The report of a data set, as plain data for JSON; ``summary_lines`` makes text of it."""
+
+    schema: str
+    rows: int
+    files_left_out: NotRequired[list[str]]
+    streaming: NotRequired[bool]
+    packs: NotRequired[int]
+    efficiency: NotRequired[float]  # share of the places of all packs that hold a token
+    sources: NotRequired[dict[Any, Share]]  # of a mix
 
 
 @dataclass
@@ -76,8 +108,8 @@ class Tally:
     def summary(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
 
-    def report(self) -> dict[str, Any]:
-        """The counts as plain data, for JSON and for ``summary_lines``."""
+    def report(self) -> Counts:
+        """The counts as plain data."""
         return {
             "dropped": dict(self.dropped),
             "truncated": self.truncated,
@@ -86,7 +118,7 @@ class Tally:
             "notes": [
                 *self._unread_note(),
                 *sorted(
-                    f"{kind} ({_rows(count)}, the first at {where})" if count else kind
+                    f"{kind} ({counted(count, 'row')}, the first at {where})" if count else kind
                     for kind, (count, where) in self.notes.items()
                 ),
             ],
@@ -98,7 +130,7 @@ class Tally:
         if not self.unread:
             return []
         named = [
-            f"{visible(column, 80)!r} ({_rows(count)}{hint and '; '}{hint})"
+            f"{visible(column, 80)!r} ({counted(count, 'row')}{hint and '; '}{hint})"
             for column, (count, _) in sorted(self.unread.items(), key=lambda item: -item[1][0])
             for hint in (self.hints.get(column, ""),)
         ]
@@ -111,13 +143,12 @@ def _count(counts: dict[str, tuple[int, str]], key: str, count: int, where: str)
     counts[key] = (before + count, first)
 
 
-def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) -> dict[str, Any]:
+def add_reports(reports: Sequence[Report], schema: str, rows: int) -> Report:
     """One report of several: counts added up, problems one after the other."""
     dropped: Counter[str] = Counter()
     for report in reports:
         dropped.update(report["dropped"])
-    left_out = [file for report in reports for file in report.get("files_left_out", ())]
-    return {
+    total: Report = {
         "schema": schema,
         "rows": rows,
         "dropped": dict(dropped),
@@ -126,36 +157,35 @@ def add_reports(reports: Sequence[Mapping[str, Any]], schema: str, rows: int) ->
         "problems": [problem for report in reports for problem in report["problems"]],
         "notes": sorted({note for report in reports for note in report["notes"]}),
         "form": "+".join(sorted({form for report in reports for form in report["form"].split("+") if form})),
-        **({"files_left_out": left_out} if left_out else {}),
-        **_read_in_part(reports),
     }
+    if left_out := [file for report in reports for file in report.get("files_left_out", ())]:
+        total["files_left_out"] = left_out
+    if any(report.get("partial") for report in reports):
+        total["partial"] = True
+        total["read"] = sum(report["read"] if report.get("partial") else _seen(report) for report in reports)
+    return total
 
 
-def _read_in_part(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if not any(report.get("partial") for report in reports):
-        return {}
-    read = [report["read"] if report.get("partial") else _seen(report) for report in reports]
-    return {"partial": True, "read": sum(read)}
+def _seen(report: Report) -> int:
+    return report["rows"] + sum(report["dropped"].values())
 
 
-def _seen(report: Mapping[str, Any]) -> int:
-    kept: int = report["rows"]
-    dropped: Mapping[str, int] = report["dropped"]
-    return kept + sum(dropped.values())
-
-
-def with_files(report: Mapping[str, Any], left_out: Sequence[str]) -> dict[str, Any]:
+def report_of(
+    counts: Counts, *, schema: str, rows: int, left_out: Sequence[str] = (), streaming: bool = False
+) -> Report:
     """The report of a data set, with the files of its directories that are not read."""
-    report = dict(report)
-    notes = list(report.pop("notes"))
+    notes = list(counts["notes"])
     if left_out:
         more = f" and {len(left_out) - _FILES} more" if len(left_out) > _FILES else ""
-        count = f"{len(left_out):,} file{'' if len(left_out) == 1 else 's'}"
+        count = counted(len(left_out), "file")
         notes.append(f"{count} of the directory not read: {', '.join(left_out[:_FILES])}{more}")
-    return {**report, "notes": notes, "files_left_out": list(left_out)}
+    report = {"schema": schema, "rows": rows, **{key: value for key, value in counts.items() if key != "notes"}}
+    if streaming:
+        report["streaming"] = True
+    return cast(Report, {**report, "notes": notes, "files_left_out": list(left_out)})
 
 
-def refuse_dropped(report: Mapping[str, Any], share: float | None, *, name: str) -> None:
+def refuse_dropped(report: Report, share: float | None, *, name: str) -> None:
     """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
     dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
     bad = sum(dropped.values())
@@ -168,7 +198,7 @@ def refuse_dropped(report: Mapping[str, Any], share: float | None, *, name: str)
         )
 
 
-def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
+def summary_lines(report: Report, *, problems: int = 3) -> list[str]:
     """A data set's report for people: one line about all rows, then a line for each thing that should be known.
 
     The first line counts the rows, those that were dropped (by reason) and those that were cut. The others name rows
@@ -176,15 +206,15 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
     dropped rows with their places. ``tt data show``, ``tt validate`` and ``tt run`` print the same.
     """
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
-    so_far = f" (first {_rows(report['read'])} read)" if report.get("partial") else ""
+    so_far = f" (first {counted(report['read'], 'row')} read)" if report.get("partial") else ""
     so_far = " read so far" if report.get("streaming") and not so_far else so_far
-    lines = [
-        f"{report['rows']:,} {report['schema']} rows{so_far}; dropped: {dropped}; truncated: {report['truncated']:,}"
-    ]
+    rows = counted(report["rows"], f"{report['schema']} row")
+    lines = [f"{rows}{so_far}; dropped: {dropped}; truncated: {report['truncated']:,}"]
     if report.get("no_end_token"):
+        endless = counted(report["no_end_token"], "row")
         lines.append(
-            f"no end token behind the last trained text of {_rows(report['no_end_token'])}: the model does not learn "
-            "to stop there; use a template (template=chatml, ...) that ends its turns with a special token"
+            f"no end token behind the last trained text of {endless}: the model does not learn to stop there; use "
+            "a template (template=chatml, ...) that ends its turns with a special token"
         )
     if report.get("form") == "chat+text":
         lines.append("some rows are written by the chat template, others as plain text: the model learns both forms")
@@ -192,9 +222,5 @@ def summary_lines(report: Mapping[str, Any], *, problems: int = 3) -> list[str]:
     lines += [*report.get("notes", []), *named]
     more = sum(report["dropped"].values()) - len(named)
     if named and more > 0:
-        lines.append(f"and {_rows(more)} more dropped; tt data show --stats names the first {MAX_PROBLEMS}")
+        lines.append(f"and {counted(more, 'row')} more dropped; tt data show --stats names the first {MAX_PROBLEMS}")
     return lines
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row{'' if count == 1 else 's'}"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tt_data.dataset import IGNORE_INDEX, labels_of
 from tt_data.encode import Parts, encode_examples, ends_turn
 from tt_data.messages import Message, mask_messages
 from tt_data.report import Tally
@@ -17,6 +18,7 @@ from tt_data.rows.examples import (
     Conversation,
     Example,
     Judged,
+    Kind,
     Pair,
     Turns,
     is_chat,
@@ -27,11 +29,11 @@ from tt_data.rows.examples import (
 from tt_data.rows.readers import Read, tracks
 from tt_data.rows.schemas import hint_for_unread
 from tt_data.rows.settings import Settings
-from tt_data.store import IGNORE_INDEX, labels_of
 from tt_data.template.spans import Encoded
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import said
 
+Batch = Sequence[tuple[int, Mapping[str, Any]]]  # line and row
 _ALL = "train_on=all trains all turns but those with weight: 0"
 _TRAINED = {
     "assistant": f"train_on=assistant trains the assistant's turns; {_ALL}",
@@ -46,7 +48,7 @@ class TokenRow:
     """One row that is kept: one part, or the chosen and the rejected one."""
 
     line: int
-    kind: str  # single | pair | judged
+    kind: Kind
     parts: Sequence[Encoded]
     truncated: bool = False
     no_end: bool = False
@@ -54,14 +56,22 @@ class TokenRow:
     digest: bytes = b""  # of the row before it was cut, to find duplicates
 
 
-class RowEncoder:
-    """Encodes batches of ``(line, row)``; bad rows go into ``tally``."""
+def encode_rows(
+    name: str, batch: Batch, *, read: Read, tokenizer: Tokenizer, settings: Settings
+) -> tuple[list[TokenRow], Tally]:
+    """The rows of ``batch`` that can be learned from, and what was counted of all.
 
+    Raises ValueError if a setting is at fault, not a row.
+    """
+    encoder = _RowEncoder(tokenizer, settings, Tally())
+    return encoder.encode(name, batch, read), encoder.tally
+
+
+class _RowEncoder:
     def __init__(self, tokenizer: Tokenizer, settings: Settings, tally: Tally) -> None:
         self.tokenizer, self.settings, self.tally = tokenizer, settings, tally
 
-    def encode(self, name: str, batch: Sequence[tuple[int, Mapping[str, Any]]], read: Read) -> list[TokenRow]:
-        """The rows of ``batch`` that can be learned from. Raises ValueError where a setting is at fault, not a row."""
+    def encode(self, name: str, batch: Batch, read: Read) -> list[TokenRow]:
         examples: list[tuple[int, Example]] = []
         tracked = tracks(read)
         for line, row in batch:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
-from tt_data.dataset import Dataset, Piece
-from tt_data.store import IGNORE_INDEX
+from tt_data.dataset import IGNORE_INDEX, Dataset, Piece
 from tt_data.template.spans import Span
 from tt_data.text.special_tokens import typed_spans
 
@@ -24,7 +23,7 @@ def show(dataset: Dataset, *, rows: Sequence[int] | None = None, limit: int = 3)
 
 
 def _sample(dataset: Dataset, i: int) -> dict[str, Any]:
-    row = dataset[i]
+    row = cast(Mapping[str, Any], dataset[i])
     labels = [label for key in row if key.endswith("labels") for label in row[key]]
     documents, typed = dataset.documents(i), _typed_in(dataset, row)
     return {
@@ -105,7 +104,7 @@ def stats(dataset: Dataset, *, bins: int = 10) -> dict[str, Any]:
     lengths: list[int] = []
     trained = 0
     for i in range(len(dataset)):
-        row = dataset[i]
+        row = cast(Mapping[str, Any], dataset[i])
         labels = [row[key] for key in row if key.endswith("labels")]
         lengths.append(sum(map(len, labels)))
         trained += sum(len(part) - part.count(IGNORE_INDEX) for part in labels)

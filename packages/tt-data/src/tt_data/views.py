@@ -1,47 +1,146 @@
-"""Several data sets in given shares, resumable: which row comes where is a pure function of (epoch, index)."""
+"""Data sets made of the rows of others: some of them, several in one row, or those of several data sets in turn."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
-from fractions import Fraction
-from math import gcd, lcm
-from typing import Any
 
-from tt_data.dataset import Dataset, Piece, Row, check_index
-from tt_data.order import Permutation
-from tt_data.report import add_reports
-
-_FINEST = 1000
+from tt_data.dataset import Dataset, Piece, Row, TokenDataset, check_index
+from tt_data.order import Permutation, interleave, quotas_of
+from tt_data.packing import join_documents, pack, refuse_judged
+from tt_data.report import Report, add_reports
 
 
-def quotas_of(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in the proportion of ``weights`` (to a thousandth). Raises ValueError for a wrong one."""
-    for weight in weights:
-        if not isinstance(weight, (int, float)) or isinstance(weight, bool) or not 0 < weight < float("inf"):
-            raise ValueError(f"a weight must be a positive number, got {weight!r}")
-    shares = [Fraction(weight / sum(weights)).limit_denominator(_FINEST) for weight in weights]
-    shares = [max(share, Fraction(1, _FINEST)) for share in shares]
-    whole = lcm(*(share.denominator for share in shares))
-    if whole > _FINEST:
-        whole = _FINEST
-    quotas = [max(1, round(share * whole)) for share in shares]
-    common = gcd(*quotas)
-    return [quota // common for quota in quotas]
+class View(ABC):
+    """A data set whose rows are rows of other data sets. ``members_of`` is all that a view says about its rows."""
+
+    def __init__(self, like: Dataset, *, schema: str, fingerprint: str) -> None:
+        self.tokenizer, self.pad_id, self.kind = like.tokenizer, like.pad_id, like.kind
+        self.schema, self.fingerprint = schema, fingerprint
+
+    @abstractmethod
+    def members_of(self, i: int, epoch: int = 0) -> list[tuple[Dataset, int]]:
+        """The rows that make up row ``i`` of an epoch. Raises IndexError for a row that there is not."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def report(self) -> Report: ...
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows, as ``len``."""
+        return len(self)
+
+    def __getitem__(self, i: int) -> Row:
+        return self.at(i, 0)
+
+    def at(self, i: int, epoch: int) -> Row:
+        """Row ``i`` of an epoch."""
+        ((part, row),) = self.members_of(i, epoch)
+        return part[row]
+
+    def where(self, i: int, epoch: int = 0) -> str:
+        """Where row ``i`` of an epoch was read."""
+        return ", ".join(part.where(row) for part, row in self.members_of(i, epoch))
+
+    def length(self, i: int) -> int:
+        """Tokens of row ``i``; of the longer side if there are two."""
+        return sum(part.length(row) for part, row in self.members_of(i))
+
+    def is_truncated(self, i: int) -> bool:
+        """Whether something in row ``i`` was cut at ``max_seq_len``."""
+        return any(part.is_truncated(row) for part, row in self.members_of(i))
+
+    def rendered(self, i: int) -> list[Piece]:
+        """Row ``i`` as text pieces and whether each is trained."""
+        return [piece for document in self.documents(i) for piece in document]
+
+    def documents(self, i: int) -> list[list[Piece]]:
+        """The pieces of each document of row ``i``."""
+        return [document for part, row in self.members_of(i) for document in part.documents(row)]
+
+    def document_names(self, i: int) -> list[str]:
+        """Where each document of row ``i`` was read."""
+        return [name for part, row in self.members_of(i) for name in part.document_names(row)]
 
 
-def interleave(quotas: Sequence[int]) -> list[int]:
-    """The sources of one round, each as often as its quota, spread evenly."""
-    places = [((2 * k + 1) / (2 * quota), i) for i, quota in enumerate(quotas) for k in range(quota)]
-    return [i for _, i in sorted(places)]
+class Subset(View):
+    """The rows of ``dataset`` at ``indices``. A subset of a mix holds the rows of its first epoch in every epoch."""
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int]) -> None:
+        super().__init__(dataset, schema=dataset.schema, fingerprint=dataset.fingerprint)
+        self.dataset, self.indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def members_of(self, i: int, epoch: int = 0) -> list[tuple[Dataset, int]]:
+        return [(self.dataset, self.indices[check_index(i, len(self))])]
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the source, of which a pack holds several."""
+        packs = self.dataset
+        return sum(len(packs.members(i)) for i in self.indices) if isinstance(packs, PackedDataset) else len(self)
+
+    @property
+    def report(self) -> Report:
+        """That of the whole data set."""
+        return self.dataset.report
 
 
-class MixedDataset:
+class PackedDataset(View):
+    """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``rows``."""
+
+    def __init__(self, rows: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
+        refuse_judged(rows.kind)
+        content = f"{rows.fingerprint} packed {max_seq_len} {seed}"
+        super().__init__(rows, schema=rows.schema, fingerprint=hashlib.sha256(content.encode()).hexdigest())
+        self.rows, self.max_seq_len = rows, max_seq_len
+        lengths = [rows.length(i) for i in range(len(rows))]
+        self._flat, self._ends = array("q"), array("q", [0])
+        for members in pack(lengths, max_seq_len, seed=seed):
+            self._flat.extend(members)
+            self._ends.append(len(self._flat))
+        self.efficiency = sum(lengths) / (len(self) * max_seq_len)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows in all packs."""
+        return len(self.rows)
+
+    def members(self, i: int) -> list[int]:
+        """The rows that pack ``i`` is made of."""
+        i = check_index(i, len(self))
+        return self._flat[self._ends[i] : self._ends[i + 1]].tolist()
+
+    def members_of(self, i: int, epoch: int = 0) -> list[tuple[Dataset, int]]:
+        return [(self.rows, row) for row in self.members(i)]
+
+    def at(self, i: int, epoch: int) -> Row:
+        """Pack ``i``, which is the same in every epoch."""
+        return join_documents([self.rows[row] for row in self.members(i)])
+
+    @property
+    def report(self) -> Report:
+        """That of the rows, with the number of ``packs`` and how full they are."""
+        return {**self.rows.report, "packs": len(self), "efficiency": round(self.efficiency, 4)}
+
+
+class MixedDataset(View):
     """Rows of several data sets, each as often as its weight says.
 
     A round holds every data set's quota of rows. An epoch is as many rounds as the first data set to run out of rows
-    has, so no row comes twice in it; the others go on where they stopped in the next epoch. With packing, the shares
-    are of packed rows, that is of tokens.
+    has, so no row comes twice in it; the others continue where they stopped in the next epoch. With packing, the shares
+    are of packed rows, that is of tokens. Which row comes where is a pure function of (epoch, index).
     """
 
     def __init__(
@@ -61,10 +160,9 @@ class MixedDataset:
         for name, part in zip(names, parts, strict=True):
             if part[0].keys() != parts[0][0].keys():
                 raise ValueError(f"{name}: {part.schema} rows cannot be mixed with {parts[0].schema} rows")
-        self.tokenizer, self.pad_id, self.kind = parts[0].tokenizer, parts[0].pad_id, parts[0].kind
-        self.schema = "+".join(dict.fromkeys(part.schema for part in parts))
+        schema = "+".join(dict.fromkeys(part.schema for part in parts))
         content = f"{[part.fingerprint for part in parts]} {self.quotas} {seed}"
-        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        super().__init__(parts[0], schema=schema, fingerprint=hashlib.sha256(content.encode()).hexdigest())
 
     def __len__(self) -> int:
         return self._rounds * len(self._round)
@@ -78,48 +176,16 @@ class MixedDataset:
         # The same order in every turn: an epoch holds the end of one and the beginning of the next, with no row twice.
         return source, Permutation(len(self.parts[source]), (self.seed, source))(place)
 
-    def at(self, i: int, epoch: int) -> Row:
-        """Row ``i`` of an epoch."""
+    def members_of(self, i: int, epoch: int = 0) -> list[tuple[Dataset, int]]:
         source, row = self.source_of(i, epoch)
-        return self.parts[source][row]
-
-    def __getitem__(self, i: int) -> Row:
-        return self.at(i, 0)
-
-    def _part(self, i: int) -> tuple[Dataset, int]:
-        source, row = self.source_of(i)
-        return self.parts[source], row
-
-    def length(self, i: int) -> int:
-        part, row = self._part(i)
-        return part.length(row)
-
-    def where(self, i: int, epoch: int = 0) -> str:
-        """Where row ``i`` of an epoch was read."""
-        source, row = self.source_of(i, epoch)
-        return self.parts[source].where(row)
-
-    def rendered(self, i: int) -> list[Piece]:
-        part, row = self._part(i)
-        return part.rendered(row)
-
-    def documents(self, i: int) -> list[list[Piece]]:
-        part, row = self._part(i)
-        return part.documents(row)
-
-    def document_names(self, i: int) -> list[str]:
-        part, row = self._part(i)
-        return part.document_names(row)
-
-    def is_truncated(self, i: int) -> bool:
-        part, row = self._part(i)
-        return part.is_truncated(row)
+        return [(self.parts[source], row)]
 
     @property
-    def report(self) -> dict[str, Any]:
-        return add_reports([part.report for part in self.parts], self.schema, len(self)) | {
-            "sources": {
-                name: {"rows": len(part), "per_epoch": self._rounds * quota}
-                for name, part, quota in zip(self.names, self.parts, self.quotas, strict=True)
-            }
+    def report(self) -> Report:
+        """Those of all ``sources``, added up, and how many rows of each an epoch holds."""
+        report = add_reports([part.report for part in self.parts], self.schema, len(self))
+        report["sources"] = {
+            name: {"rows": len(part), "per_epoch": self._rounds * quota}
+            for name, part, quota in zip(self.names, self.parts, self.quotas, strict=True)
         }
+        return report

@@ -25,3 +25,8 @@ def names_of(names: Iterable[object]) -> str:
     first = [repr(visible(str(name), 60)) for name in islice(iterator, _NAMES)]
     more = sum(1 for _ in iterator)
     return (", ".join(first) or "none") + (f" and {more:,} more" if more else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 row``, ``1,200 rows``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

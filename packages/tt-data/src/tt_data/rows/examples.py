@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tt_data.messages import Message
 from tt_data.wording import visible
@@ -68,10 +68,11 @@ class Judged:
     desirable: bool
 
 
+Kind = Literal["single", "pair", "judged"]
 Example = Conversation | Turns | Completion | Text | Tokens | Pair | Judged
 
 
-def kind_of(example: Example) -> str:
+def kind_of(example: Example) -> Kind:
     """What a row of it holds: ``single``, ``pair`` (chosen and rejected) or ``judged``."""
     return "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
 

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.dataset import Row, to_row
+from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
 from tt_data.files import read_object, write_bytes
-from tt_data.order import Permutation, steps_per_epoch
+from tt_data.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
 from tt_data.packing import join_documents, pack, refuse_judged
-from tt_data.report import Tally
+from tt_data.report import Report, Tally, add_reports
 from tt_data.row_encoder import TokenRow
-from tt_data.store import TokenStore
+from tt_data.rows.examples import Kind
 from tt_data.stream.shuffled import StreamDataset
-from tt_data.template.spans import Encoded
+from tt_data.stream.stream import Stream
 
 _log = logging.getLogger(__name__)
 _MAX_INDEX = 64 << 20  # bytes of the file that keeps the counts
@@ -29,7 +29,7 @@ class _Packs:
     """The documents of one block, in flat arrays, and which of them make up each pack."""
 
     def __init__(self, rows: Sequence[TokenRow], max_seq_len: int, *, seed: int) -> None:
-        self.kind = rows[0].kind if rows else "single"
+        self.kind: Kind = rows[0].kind if rows else "single"
         refuse_judged(self.kind)
         self.stores = [TokenStore() for _ in (rows[0].parts if rows else ())]
         for row in rows:
@@ -43,11 +43,11 @@ class _Packs:
         return len(self.members)
 
     def row(self, number: int) -> Row:
-        parts = [[Encoded(s.get_ids(i), s.get_spans(i)) for s in self.stores] for i in self.members[number]]
-        return join_documents([to_row(self.kind, part, False) for part in parts])
+        rows = [[store.get(i) for store in self.stores] for i in self.members[number]]
+        return join_documents([to_row(self.kind, sides, False) for sides in rows])
 
 
-class PackedStream:
+class PackedStream(Stream):
     """Packs of whole documents, each from one block of the stream, for ``batches``.
 
     How many packs a block gives follows from its lengths alone. These counts are all that resuming needs; they are
@@ -59,7 +59,7 @@ class PackedStream:
         assert len(rows.blocks) == 1, "PackedMix packs several"
         self.rows, self.max_seq_len = rows, max_seq_len
         self.tokenizer, self.pad_id, self.schema, self.names = rows.tokenizer, rows.pad_id, rows.schema, rows.names
-        self.kind = rows.kind
+        self._kind = rows.kind
         self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len}".encode()).hexdigest()
         self.index_file = index_dir and index_dir / f"{self.fingerprint[:40]}-packs.json"
         self.counts: list[int] = []  # packs of each block
@@ -68,6 +68,11 @@ class PackedStream:
         self._starts = [0]  # how many packs come before each block, and in all
         self._kept: dict[tuple[int, int, int], _Packs] = {}
         self._read_index()
+
+    @property
+    def kind(self) -> Kind:
+        """What a pack holds: ``single`` or ``pair``."""
+        return self._kind
 
     def _read_index(self) -> None:
         if self.index_file is None or not self.index_file.is_file():
@@ -148,13 +153,9 @@ class PackedStream:
         epoch, within = divmod(step, steps_per_epoch(self.num_packs, batch_size))
         return epoch, range(within * batch_size, min((within + 1) * batch_size, self.num_packs))
 
-    def rows_of_step(
-        self, step: int, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool
-    ) -> tuple[list[Row], int]:
-        """This rank's packs of a step, and how many a rank has at most in it."""
-        epoch, places = self.locate(step, batch_size, seed=seed)
-        rows = [self._pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places[rank::world_size]]
-        return rows, len(places[0::world_size])
+    def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
+        """The packs at some places of an epoch."""
+        return [self._pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places]
 
     def take_news(self, worker: int) -> News | None:
         """What a worker has counted; every one counts the same, so the first one tells."""
@@ -172,21 +173,120 @@ class PackedStream:
         """Two padding tokens in the shape of a pack."""
         return join_documents([self.rows.blank()])
 
-    def rendered(self, i: int) -> list[tuple[str, bool]]:
-        """Document ``i`` of the stream as text pieces and whether each is trained."""
-        return self.rows.rendered(i)
+    def head(self, rows: int = 16) -> TokenDataset:
+        """The first rows that can be used, not packed, as a data set of their own, to look at."""
+        return self.rows.head(rows)
 
-    def head_report(self) -> dict[str, Any]:
+    def head_report(self) -> Report:
         """What becomes of the first rows, as ``StreamDataset.head_report`` says."""
         return self.rows.head_report()
 
     @property
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         full = self.num_packs * self.max_seq_len
-        efficiency = {"efficiency": round(sum(self.tokens) / full, 4)} if full else {}
-        return {**self.rows.report, "packs": self.num_packs, **efficiency}
+        report: Report = {**self.rows.report, "packs": self.num_packs}
+        return {**report, "efficiency": round(sum(self.tokens) / full, 4)} if full else report
 
 
-def hash_of(*numbers: int) -> int:
-    """One seed of several numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little")
+class PackedMix(Stream):
+    """Rounds that hold every stream's quota of packs, for ``batches``.
+
+    An epoch is as many rounds as the first stream to run out of packs has; the others go on where they stopped in the
+    next epoch. No stream is read further than a step needs, so the first batch does not wait for the last row.
+    """
+
+    def __init__(self, parts: Sequence[PackedStream], weights: Sequence[float]) -> None:
+        self.parts, self.quotas = list(parts), quotas_of(weights)
+        self._round = interleave(self.quotas)
+        self._nth = [self._round[:slot].count(source) for slot, source in enumerate(self._round)]
+        self._rounds: int | None = None  # of an epoch, once the end has been seen
+        self.tokenizer, self.pad_id = parts[0].tokenizer, parts[0].pad_id
+        self.schema = "+".join(dict.fromkeys(part.schema for part in parts))
+        self.names = [name for part in parts for name in part.names]
+        content = f"{[part.fingerprint for part in parts]} {self.quotas}"
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def kind(self) -> Kind:
+        """What a pack holds: ``single`` or ``pair``."""
+        return self.parts[0].kind
+
+    def _has(self, rounds: int, seed: int) -> bool:
+        return all(
+            part.has(rounds * quota, seed=hash_of(seed, source))
+            for source, (part, quota) in enumerate(zip(self.parts, self.quotas, strict=True))
+        )
+
+    def _count_rounds(self, seed: int) -> int:
+        """Once a stream has ended: the rounds that it, and all others, have."""
+        rounds = min(
+            part.num_packs // quota for part, quota in zip(self.parts, self.quotas, strict=True) if part.complete
+        )
+        while not self._has(rounds, seed):  # another one ends even earlier
+            rounds = min(part.num_packs // q for part, q in zip(self.parts, self.quotas, strict=True) if part.complete)
+        if rounds == 0:
+            raise ValueError(f"the mix {self.quotas} has no whole round of packs; round the weights")
+        return rounds
+
+    def locate(self, step: int, batch_size: int, *, seed: int) -> tuple[int, range]:
+        """The epoch of a step and its places in it."""
+        if self._rounds is None:
+            if self._has(-(-(step + 1) * batch_size // len(self._round)), seed):
+                return 0, range(step * batch_size, (step + 1) * batch_size)
+            self._rounds = self._count_rounds(seed)
+        rows = self._rounds * len(self._round)
+        epoch, within = divmod(step, steps_per_epoch(rows, batch_size))
+        return epoch, range(within * batch_size, min((within + 1) * batch_size, rows))
+
+    def pack_at(self, epoch: int, place: int, *, seed: int, shuffle: bool) -> Row:
+        """The pack at a place of an epoch."""
+        which, slot = divmod(place, len(self._round))
+        source = self._round[slot]
+        part, quota, seed = self.parts[source], self.quotas[source], hash_of(seed, source)
+        rounds = self._rounds or 0  # unknown in the first epoch, where it does not matter
+        nth = (epoch * rounds + which) * quota + self._nth[slot]
+        turn, place = (0, nth) if part.has(nth + 1, seed=seed) else divmod(nth, part.num_packs)
+        block, within = part.find(place)
+        packs = part.packs_of(block, seed=seed, count=turn == 0)  # the same packs in every turn, in another order
+        if shuffle:
+            window = range(epoch * rounds * quota, (epoch + 1) * rounds * quota) if epoch else None
+            within = place_in_mix(within, len(packs), first=nth - within, window=window, key=(seed, block))
+        return packs.row(within)
+
+    def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
+        """The packs at some places of an epoch."""
+        rows = [self.pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places]
+        if any(row.keys() != rows[0].keys() for row in rows):
+            raise ValueError(f"{', '.join(self.names[:3])}: preference rows cannot be mixed with other rows")
+        return rows
+
+    def take_news(self, worker: int) -> list[Any] | None:
+        """What a worker has counted; every one counts the same, so the first one tells."""
+        news = [part.take_news(worker) for part in self.parts]
+        return news if worker == 0 else None
+
+    def add_news(self, news: list[Any]) -> None:
+        for part, told in zip(self.parts, news, strict=True):
+            part.add_news(told)
+
+    def blank(self) -> Row:
+        """Two padding tokens in the shape of a pack."""
+        return self.parts[0].blank()
+
+    def head(self, rows: int = 16) -> TokenDataset:
+        """The first rows as a data set of their own, to look at."""
+        return self.parts[0].head(rows)
+
+    def head_report(self) -> Report:
+        """What becomes of the first rows of every stream."""
+        reports = [part.head_report() for part in self.parts]
+        total = add_reports(reports, self.schema, sum(report["rows"] for report in reports))
+        return {**total, "streaming": True}
+
+    @property
+    def report(self) -> Report:
+        reports = [part.report for part in self.parts]
+        packs, tokens = sum(part.num_packs for part in self.parts), sum(sum(part.tokens) for part in self.parts)
+        total = add_reports(reports, self.schema, sum(report["rows"] for report in reports))
+        total = {**total, "streaming": True, "packs": packs}
+        return {**total, "efficiency": round(tokens / (packs * self.parts[0].max_seq_len), 4)} if packs else total

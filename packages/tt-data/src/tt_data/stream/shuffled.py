@@ -15,18 +15,18 @@ from itertools import islice
 from typing import Any
 
 from tt_data.builder import batched, build
-from tt_data.dataset import Piece, Row, TokenDataset, to_row
-from tt_data.order import Permutation, place_in_mix, steps_per_epoch
-from tt_data.report import Tally, refuse_dropped, with_files
-from tt_data.row_encoder import RowEncoder, TokenRow
-from tt_data.rows.examples import kind_of
+from tt_data.dataset import Row, TokenDataset, to_row
+from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
+from tt_data.report import Counts, Report, Tally, refuse_dropped, report_of
+from tt_data.row_encoder import TokenRow, encode_rows
+from tt_data.rows.examples import Kind, kind_of
 from tt_data.rows.readers import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source
 from tt_data.stream.raw import Raw, RawStream
+from tt_data.stream.stream import Stream
 from tt_data.template.spans import Encoded
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.views import interleave, quotas_of
 
 _ENOUGH = 200  # rows of a stream, from which the share of bad ones is judged
 Place = tuple[int, int, Any]  # which stream, line, raw row
@@ -82,7 +82,7 @@ class Blocks:
             start = 0
 
 
-class StreamDataset:
+class StreamDataset(Stream):
     """Rows for ``batches``, encoded as they are needed.
 
     Steps count the rows of the source: a step that holds a bad row is short of it. Duplicates are kept.
@@ -101,18 +101,19 @@ class StreamDataset:
         self.quotas = quotas_of(weights) if weights else [1]
         self._round = interleave(self.quotas)
         self.tally, self.files_left_out = Tally(), list(files_left_out)
-        self._kind: str | None = None
+        self._kind: Kind | None = None
         self._given, self._given_schema = read, schema
         self._readers: dict[str, tuple[Read, str]] = {}
         for stream in (stream for group in groups for stream in group):
             self._readers[stream.name] = (read, schema) if read else self._reader_of(stream)
+        self.names = list(self._readers)
         self.schema = "+".join(dict.fromkeys(name for _, name in self._readers.values()))
         content = [stream.digest() for group in groups for stream in group]
         parts = (*content, tokenizer.fingerprint, settings_key(settings), f"{self.quotas} {buffer}")
         self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Kind:
         """What a row holds (``single``, ``pair`` or ``judged``), from the first one that can be read."""
         if self._kind is None:
             stream = self.blocks[0].streams[0]
@@ -136,7 +137,7 @@ class StreamDataset:
             return self.blocks[0].count()
         return min(b.count() // q for b, q in zip(self.blocks, self.quotas, strict=True)) * len(self._round)
 
-    def locate(self, step: int, batch_size: int) -> tuple[int, range]:
+    def locate(self, step: int, batch_size: int, *, seed: int = 0) -> tuple[int, range]:
         """The epoch of a step and its places; the end of the stream is looked for no further than the step reaches."""
         if len(self.blocks) == 1 and self.blocks[0].total is None:
             places = range(step * batch_size, (step + 1) * batch_size)
@@ -179,15 +180,18 @@ class StreamDataset:
         return encoded
 
     def _encode(self, rows: Sequence[tuple[RawStream, int, Any]], tally: Tally) -> list[TokenRow]:
-        encoder = RowEncoder(self.tokenizer, self.settings, tally)
-        before, encoded = tally.dropped.total(), []
+        before, encoded = tally.dropped.total(), list[TokenRow]()
         by_name: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
         for stream, line, raw in rows:
             row = stream.parse(line, raw)
             if row is not None:
                 by_name.setdefault(stream.name, []).append((line, row))
         for name, present in by_name.items():
-            encoded += encoder.encode(name, present, self._readers[name][0])
+            kept, counts = encode_rows(
+                name, present, read=self._readers[name][0], tokenizer=self.tokenizer, settings=self.settings
+            )
+            encoded += kept
+            tally.add(counts)
         for token_row in encoded:
             self._kind = self._kind or token_row.kind
             if token_row.kind != self._kind:
@@ -200,19 +204,10 @@ class StreamDataset:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
         return encoded
 
-    def rows_of_step(
-        self, step: int, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool
-    ) -> tuple[list[Row], int]:
-        """This rank's token rows of a step, and how many rows a rank has at most in it."""
-        epoch, places = self.locate(step, batch_size)
-        mine = [self.raw_row(epoch, place, seed=seed, shuffle=shuffle) for place in places[rank::world_size]]
-        rows = [to_row(row.kind, row.parts, row.desirable) for row in self.encode(mine, count=epoch == 0)]
-        return rows, len(places[0::world_size])
-
-    @property
-    def names(self) -> list[str]:
-        """The files, or the data set of the hub, that are read."""
-        return list(self._readers)
+    def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
+        """The rows at some places of an epoch; none for a place whose row is bad."""
+        raw = [self.raw_row(epoch, place, seed=seed, shuffle=shuffle) for place in places]
+        return [to_row(row.kind, row.parts, row.desirable) for row in self.encode(raw, count=epoch == 0)]
 
     def take_news(self, worker: int) -> Tally:
         """What a worker has counted since it was last asked, for ``add_news`` in the process that holds the report."""
@@ -244,7 +239,7 @@ class StreamDataset:
         first.files_left_out = self.files_left_out
         return first
 
-    def head_report(self, *, rows: int = 256, seconds: float = 3.0) -> dict[str, Any]:
+    def head_report(self, *, rows: int = 256, seconds: float = 3.0) -> Report:
         """What becomes of the first ``rows`` of each source, or of those that ``seconds`` are enough for.
 
         Raises ValueError if none of them can be used, or if the settings refuse so many bad ones.
@@ -258,23 +253,23 @@ class StreamDataset:
                     break
             whole = whole and next(source, None) is None
         name = ", ".join(self.names[:3]) + ("" if whole else f" (the first {tally.seen} rows)")
-        report = {"schema": self.schema, "rows": tally.seen - tally.dropped.total(), **tally.report()}
-        report |= {} if whole else {"partial": True, "read": tally.seen}
+        counts = tally.report()
+        if not whole:
+            counts |= {"partial": True, "read": tally.seen}
+        report = self._report(tally, counts)
         if not report["rows"]:
             raise ValueError(f"{name}: none can be used ({tally.summary()}): {'; '.join(tally.problems[:3])}")
         if whole or tally.seen >= _ENOUGH:
             refuse_dropped(report, self.settings.max_dropped_share, name=name)
-        return with_files({**report, "streaming": True}, self.files_left_out)
-
-    def rendered(self, i: int) -> list[Piece]:
-        """Row ``i`` of the stream as text pieces and whether each is trained."""
-        return self.head(max(16, 2 * i)).rendered(i)
+        return report
 
     @property
-    def report(self) -> dict[str, Any]:
-        kept = self.tally.seen - self.tally.dropped.total()
-        report = {"schema": self.schema, "rows": kept, **self.tally.report(), "streaming": True}
-        return with_files(report, self.files_left_out)
+    def report(self) -> Report:
+        return self._report(self.tally, self.tally.report())
+
+    def _report(self, tally: Tally, counts: Counts) -> Report:
+        kept = tally.seen - tally.dropped.total()
+        return report_of(counts, schema=self.schema, rows=kept, left_out=self.files_left_out, streaming=True)
 
 
 def _parsed_rows(stream: RawStream) -> Iterator[Raw]:
