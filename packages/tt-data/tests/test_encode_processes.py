@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -77,3 +78,41 @@ def test_a_setting_at_fault_is_a_value_error(chatml: Any, make_chat_rows: Any) -
 def test_wrong_numbers_are_refused(chatml: Any, options: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         load_dataset([{"text": "a"}], chatml, **options)
+
+
+class Slow(Sequence[dict[str, str]]):
+    """Rows of which one takes a minute when it is read to be encoded (before, it is read for the fingerprint)."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe, self.times = pipe, 0
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def __getitem__(self, i: Any) -> Any:
+        if i == len(self):
+            raise IndexError(i)
+        self.times += i == 5000
+        if i == 5000 and self.times == 2:
+            os.write(self.pipe, b"ready")
+            time.sleep(60)
+        return {"text": f"{i}"}
+
+
+def test_processes_end_when_their_parent_is_killed(chatml: Any) -> None:
+    """Two that wait for rows: neither stays behind."""
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        os.close(reading)
+        load_dataset(Slow(writing), chatml, num_workers=2)
+        os._exit(0)
+    os.close(writing)  # the parent and its processes hold the other end, until the last of them is gone
+    try:
+        assert os.read(reading, 5) == b"ready"
+    finally:
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+    assert select.select([reading], [], [], 30)[0], "a process is still there after 30 s"
+    assert os.read(reading, 1) == b""
+    os.close(reading)

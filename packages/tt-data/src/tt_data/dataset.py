@@ -204,11 +204,12 @@ class TokenDataset:
 
     def where(self, i: int, epoch: int = 0) -> str:
         """``rows.jsonl:17``: where row ``i`` was read."""
+        i = check_index(i, len(self))
         return f"{self.names[self.places[2 * i]]}:{self.places[2 * i + 1]}"
 
     def is_truncated(self, i: int) -> bool:
         """Whether row ``i`` was cut at ``max_seq_len``."""
-        return bool(self.truncated[i])
+        return bool(self.truncated[check_index(i, len(self))])
 
     @property
     def report(self) -> Report:

@@ -16,7 +16,7 @@ from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError, shell_word
 from tt_train.inputs import components
 from tt_train.inputs.model import check_memory
-from tt_train.inputs.rows import Subset, count_rows, hold_out, kind_mistakes, sequence_length, training_rows
+from tt_train.inputs.rows import count_rows, hold_out, kind_mistakes, sequence_length, training_rows
 from tt_train.keys.mistakes import refuse_mistakes
 from tt_train.optim import schedule_notes
 from tt_train.recipes._headers import check_headers
@@ -35,9 +35,9 @@ class Job:
     hf_config: dict[str, Any]
     lora: tt_peft.LoRAConfig | None
     tokenizer: Any
-    train: Any
-    held_out: Any | None
-    head: dict[str, Any] | None  # the report of a stream's first rows
+    train: tt_data.Dataset | tt_data.Stream
+    held_out: tt_data.Dataset | None
+    head: tt_data.Report | None  # the report of a stream's first rows
     device: torch.device
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Job:
     @property
     def num_rows(self) -> int | None:
         """Sequences of an epoch, packs if rows are packed; a stream does not know."""
-        return len(self.train) if hasattr(self.train, "__len__") else None
+        return None if isinstance(self.train, tt_data.Stream) else len(self.train)
 
     @property
     def row_count(self) -> str:
@@ -74,39 +74,36 @@ class Job:
         first, *rest = tt_data.summary_lines(self.data_report)
         if self.held_out is None:
             return [first, *rest]
-        if isinstance(self.held_out, Subset):  # a share of the rows that the first line counts
+        if isinstance(self.held_out, tt_data.Subset):  # a share of the rows that the first line counts
             return [f"{first}; held out: {count_rows(self.held_out):,} of them", *rest]
         held_out, *others = tt_data.summary_lines(self.held_out.report)
         return [f"{first}; held out: {held_out}", *rest, *(f"held out: {line}" for line in others)]
 
     @property
-    def data_report(self) -> dict[str, Any]:
+    def data_report(self) -> tt_data.Report:
         """What became of the rows; of a stream, what becomes of its first ones."""
-        report: dict[str, Any] = self.train.report if self.head is None else self.head
-        return report
+        return self.train.report if self.head is None else self.head
 
     @property
     def steps_per_epoch(self) -> int | None:
         return tt_data.steps_per_epoch(self.num_rows, self.config.batch_size) if self.num_rows else None
 
     @property
-    def rows_to_show(self) -> Any:
+    def rows_to_show(self) -> tt_data.Dataset:
         """A data set with an index to take prompts from: what is held out, else what trains."""
-        if self.held_out is not None or self.num_rows is not None:
-            return self.train if self.held_out is None else self.held_out
-        stream = getattr(self.train, "rows", self.train)  # a packed stream's own
-        return stream.head()
+        if self.held_out is not None:
+            return self.held_out
+        return self.train.head() if isinstance(self.train, tt_data.Stream) else self.train
 
     def rows_of(self, step: int) -> str:
         """For people: the rows that step ``step`` (counted from 1) is made of."""
         config = self.config
-        if self.num_rows is None:
+        if isinstance(self.train, tt_data.Stream):
             return f"the rows from {(step - 1) * config.batch_size} on"
         order: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "shuffle": config.data.shuffle}
-        rows = tt_data.rows_at(step - 1, num_rows=self.num_rows, **order)
+        rows = tt_data.rows_at(step - 1, num_rows=len(self.train), **order)
         epoch = (step - 1) // (self.steps_per_epoch or 1)
-        mixed = isinstance(self.train, tt_data.MixedDataset)  # whose rows are others in every epoch
-        places = [self.train.where(row, epoch) if mixed else self.train.where(row) for row in rows[:8]]
+        places = [self.train.where(row, epoch) for row in rows[:8]]
         return f"{', '.join(places)}{' ...' if len(rows) > 8 else ''}"
 
     @property
@@ -144,7 +141,7 @@ def assemble(config: RunConfig) -> Job:
             train, held_out = parts or (train, None)
         for key, found in (("data.train", train), ("data.eval", held_out)):
             problems += kind_mistakes(config, key, found)
-    head = _collect(problems, "data.train", getattr(train, "head_report", lambda: None))
+    head = _collect(problems, "data.train", lambda: train.head_report() if isinstance(train, tt_data.Stream) else None)
     if config.early_stop_after and not config.eval_every:
         problems.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
     for key in ("eval_every", "early_stop_after"):
@@ -156,6 +153,7 @@ def assemble(config: RunConfig) -> Job:
         raise ConfigError(problems)
     assert hf_config is not None
     assert device is not None
+    assert train is not None
     job = Job(
         config=config,
         model_path=model_path,

@@ -7,43 +7,14 @@ from typing import Any
 import torch
 
 import tt_data
+from tt_data import Dataset, Stream, Subset
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError
 
 
-class Subset:
-    """Rows of a dataset chosen by index; what else the dataset knows is passed on."""
-
-    def __init__(self, dataset: Any, indices: list[int]) -> None:
-        self.dataset, self.indices = dataset, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        row: dict[str, Any] = self.dataset[self.indices[index]]
-        return row
-
-    def rendered(self, index: int) -> list[tuple[str, bool]]:
-        pieces: list[tuple[str, bool]] = self.dataset.rendered(self.indices[index])
-        return pieces
-
-    def where(self, index: int) -> str:
-        place: str = self.dataset.where(self.indices[index])
-        return place
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("dataset", "at"):  # a mix may not turn: it would meet the held-out
-            raise AttributeError(name)
-        return getattr(self.dataset, name)
-
-
-def count_rows(rows: Any) -> int | None:
+def count_rows(rows: Dataset | Stream) -> int | None:
     """Rows of a data set, also if it packs them; None for a stream."""
-    if not hasattr(rows, "__len__"):
-        return None
-    packs, chosen = (rows.dataset, rows.indices) if isinstance(rows, Subset) else (rows, range(len(rows)))
-    return sum(len(packs.members(index)) for index in chosen) if hasattr(packs, "members") else len(rows)
+    return None if isinstance(rows, Stream) else rows.num_rows
 
 
 def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> int:
@@ -54,7 +25,7 @@ def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def kind_mistakes(config: RunConfig, key: str, rows: Any) -> list[str]:
+def kind_mistakes(config: RunConfig, key: str, rows: Dataset | Stream | None) -> list[str]:
     """Preference rows for a recipe of single answers, or the reverse."""
     wanted = type(config).ROWS
     if rows is None or rows.kind == wanted:
@@ -71,7 +42,7 @@ _KINDS = {
 }  # fmt: skip
 
 
-def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options: Any) -> Any:
+def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options: Any) -> Dataset | Stream:
     """The rows of ``data.train``, all read or as a stream; ``options`` of ``load_dataset`` over those of the config."""
     part = {key: getattr(config.data, key) for key in ("data_dir", "data_files", "revision")}
     streaming = config.data.streaming
@@ -80,7 +51,7 @@ def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options
 
 def read_rows(
     config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False, **options: Any
-) -> Any:
+) -> Dataset | Stream:
     """The rows of ``source`` as token ids and labels."""
     keys = ("train_on", "packing", "split", "template", "schema", "on_bad_row", "special_tokens", "drop_duplicates",
             "max_dropped_share")  # fmt: skip
@@ -88,7 +59,8 @@ def read_rows(
     given |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
     given |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
     given["num_workers"] = 0 if streaming else config.data.num_workers
-    return tt_data.load_dataset(source, tokenizer, **given | options)
+    rows: Dataset | Stream = tt_data.load_dataset(source, tokenizer, **given | options)
+    return rows
 
 
 def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
