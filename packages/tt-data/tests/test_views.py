@@ -20,9 +20,9 @@ def views(chatml: Any, write_jsonl: Any, make_chat_rows: Any) -> dict[str, View]
     pairs = [{"prompt": "a ", "chosen": f"{'the cat ' * i}b", "rejected": f"c{i}"} for i in range(1, 9)]
     rows = [write_jsonl(make_chat_rows(20)[i::2], f"{name}.jsonl") for i, name in enumerate("ab")]
     whole = load_dataset(rows[0], chatml, max_seq_len=24)
-    mix = load_dataset({path: 0.5 for path in rows}, chatml, max_seq_len=24)
+    mix = load_dataset(dict.fromkeys(rows, 0.5), chatml, max_seq_len=24)
     packed = load_dataset(rows, chatml, max_seq_len=64, packing=True)
-    packs = load_dataset({path: 0.5 for path in rows}, chatml, max_seq_len=64, packing=True)
+    packs = load_dataset(dict.fromkeys(rows, 0.5), chatml, max_seq_len=64, packing=True)
     return {
         "subset": Subset(whole, [7, 2, 5]),
         "subset of pairs": Subset(load_dataset(pairs, chatml), [3, 0]),
