@@ -5,7 +5,7 @@ from torch import nn
 
 import tt_peft
 from tt_peft import LoRAConfig, LoRALinear, apply_lora_, lora
-from tt_peft.fused import fused_lora
+from tt_peft.lora import fused_lora
 from tt_peft.nf4 import dequantize, to_nf4
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import tt_peft
 from tt_peft import LoRAConfig
-from tt_peft.adapter_files.fingerprint import base_parameters
+from tt_peft.adapter_files.checks import base_parameters
 from tt_peft.adapter_files.state import entries
 
 ROWS = 2**22 + 3  # of 4 values: above 2**24
@@ -39,7 +39,7 @@ def test_everything_that_counts_or_shapes_works_on_a_model_with_tensors_above_2_
         "up_proj.bias": 1024,
         "experts.up": 3 * (2**15 + 1) * 2**15,
     }
-    assert tt_peft.adapter_files.fingerprint.fingerprint(model)["parameters"] == sum(sizes.values())
+    assert tt_peft.adapter_files.checks.fingerprint(model)["parameters"] == sum(sizes.values())
     trained = {name: list(p.shape) for name, p in tt_peft.adapter_parameters(model).items()}
     assert trained["embed_tokens.adapters.default.lora_A"] == [2, HUGE]
     assert trained["lm_head.adapters.default.weight"] == [HUGE, 1024]

@@ -2,14 +2,12 @@
 
 from tt_peft.adapter_files.folder import load_adapter, save_adapter
 from tt_peft.adapter_files.state import adapter_state_dict, load_adapter_state_
-from tt_peft.apply import apply_lora_
+from tt_peft.apply import apply_lora_, init_adapter_
 from tt_peft.config import LoRAConfig
 from tt_peft.dora import DoRALinear, QDoRALinear
-from tt_peft.initial import init_adapter_
 from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.merge import LayerLoss, MergeReport, merge_lora_, unmerge_lora_
 from tt_peft.nf4 import NF4Linear, to_nf4
-from tt_peft.optim import lora_plus_groups
 from tt_peft.quantize import dequantize_, quantize_nf4_
 from tt_peft.switch import (
     active_adapters,
@@ -17,6 +15,7 @@ from tt_peft.switch import (
     adapter_names,
     adapter_parameters,
     disable_adapter,
+    lora_plus_groups,
     remove_adapter_,
     set_adapter_,
 )

@@ -1,17 +1,30 @@
-"""Give a model adapters, in place."""
+"""Give a model adapters, in place, and the adapters their starting values.
+
+PiSSA: https://arxiv.org/abs/2404.02948.
+"""
 
 import re
 import warnings
 from collections.abc import Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from tt_peft.config import LoRAConfig
 from tt_peft.dora import DoRALinear, QDoRALinear
-from tt_peft.full_modules import SavedModule, save_module_
-from tt_peft.initial import init_adapter_
+from tt_peft.full_modules import SavedModule, copy_from_base_, save_module_
 from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
-from tt_peft.lowrank import AdapterModule, LowRankSpec
+from tt_peft.lowrank import (
+    AdapterModule,
+    LowRank,
+    LowRankSpec,
+    assign_,
+    low_ranks,
+    normal,
+    principal_factors,
+    row_norms,
+    whole,
+)
 from tt_peft.merge import keep_merged_
 from tt_peft.modules import (
     all_modules,
@@ -26,11 +39,11 @@ from tt_peft.modules import (
     tied_embedding,
 )
 from tt_peft.names import layers_of, owner_of
-from tt_peft.nf4 import NF4Base
+from tt_peft.nf4 import NF4Base, dense, is_nf4
 from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.shown import shown
 from tt_peft.stacked import stack_lora_
-from tt_peft.switch import adapter_names, set_adapter_
+from tt_peft.switch import adapter_names, modules_of, set_adapter_
 
 
 def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default") -> list[str]:
@@ -48,7 +61,8 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
         raise ValueError(f"adapter name {shown(adapter)} is not valid: use letters, digits, - and _")
     if adapter in adapter_names(model):
         raise ValueError(f"the model already has an adapter {adapter!r}: give the new one another name")
-    names, saved, stacked = target_names(model, config), saved_names(model, config), stacked_names(model, config)
+    names, stacked = target_names(model, config), stacked_names(model, config)
+    saved = select_modules(model, config.modules_to_save, what="modules_to_save")
     _check(model, config, names, saved)
     to_quantize = quantizable_names(model, skip=config.quantize_skip, saved=saved) if config.quantize_base else []
     modules = all_modules(model)
@@ -58,8 +72,8 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
         save_module_(modules[name], adapter, dtype=config.dtype)
     for name in names:
         _adapt_(modules[name], config).add_adapter_(adapter, spec_of(name, config))
-    for owner, locals_ in _by_owner(stacked).items():
-        specs = {x: spec_of(f"{owner}.{x}" if owner else x, config) for x in locals_}
+    for owner in dict.fromkeys(name.rpartition(".")[0] for name in stacked):
+        specs = {name.rpartition(".")[2]: spec_of(name, config) for name in stacked if name.rpartition(".")[0] == owner}
         stack_lora_(modules[owner], adapter, specs)
     for name in to_quantize:
         quantize_linear_(modules[name], name=f"{name}.weight")
@@ -90,23 +104,11 @@ def target_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     return chosen
 
 
-def saved_names(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Names of the modules that are trained in full."""
-    return select_modules(model, config.modules_to_save, what="modules_to_save")
-
-
 def stacked_names(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Names of the stacked parameters that ``config`` targets."""
     named = ((owner, *each) for owner, m in all_modules(model).items() for each in m.named_parameters(recurse=False))
     names = [f"{owner}.{local}" if owner else local for owner, local, p in named if p.dim() == 3]
     return select(config.target_parameters, names, what="target_parameters")
-
-
-def _by_owner(parameters: Sequence[str]) -> dict[str, list[str]]:
-    owners: dict[str, list[str]] = {}
-    for owner, _, local in (name.rpartition(".") for name in parameters):
-        owners.setdefault(owner, []).append(local)
-    return owners
 
 
 def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Sequence[str]) -> None:
@@ -171,3 +173,67 @@ def spec_of(name: str, config: LoRAConfig) -> LowRankSpec:
     rank = config.ranks.get(name, config.rank)
     alpha = config.alphas.get(name, config.alpha)
     return LowRankSpec(rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha), config=config)
+
+
+def init_adapter_(model: nn.Module, adapter: str = "default") -> None:
+    """Set the starting values of an adapter; parameters on the meta device are made where their base weight is.
+
+    ``apply_lora_`` does this by itself, except on a model on the meta device: there, load the base weights first and
+    call this then. The values depend on torch's global generator alone (``torch.manual_seed``): not on device, dtype
+    or sharding.
+    """
+    for name, module in modules_of(model, adapter).items():
+        materialise_(name, module, adapter)
+        if isinstance(module, SavedModule):
+            copy_from_base_(module, adapter)
+        for low_rank in low_ranks(module, adapter).values():
+            start_(name, module, low_rank)
+
+
+def materialise_(name: str, module: AdapterModule, adapter: str) -> None:
+    """Give an adapter on the meta device memory on its base's device."""
+    part = module.adapters[adapter]
+    if any(p.is_meta for p in part.parameters()):
+        base = next(p for p in module.parameters(recurse=False)) if not isinstance(module, SavedModule) else None
+        base = base if base is not None else next(iter(module.parameters()))
+        if base.is_meta:
+            raise ValueError(f"{name} is on the meta device: load the base weights before the adapter's values")
+        part.to_empty(device=base.device)
+
+
+@torch.no_grad()
+def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
+    """Set the values of one pair of factors (and DoRA's magnitude: the norms of the base's rows)."""
+    init = low_rank.spec.config.init
+    if init == "loftq" and is_nf4(module.get_parameter("weight")):
+        if not low_rank.started:
+            raise ValueError(
+                f"{name} was NF4 before: init='loftq' needs the dense weight, so quantize with this adapter"
+            )
+        return
+    values = _special_start(module, low_rank)
+    if values is None:
+        low_rank.reset_parameters()
+    else:
+        assign_(low_rank.lora_A, values[0])
+        assign_(low_rank.lora_B, values[1])
+        if low_rank.start_A is not None and low_rank.start_B is not None:
+            assign_(low_rank.start_A, values[0])
+            assign_(low_rank.start_B, values[1])
+    if low_rank.lora_magnitude_vector is not None:
+        weight = whole(dense(module.get_parameter("weight")))
+        assign_(low_rank.lora_magnitude_vector, row_norms(weight, low_rank))
+    low_rank.started = True
+
+
+def _special_start(module: AdapterModule, low_rank: LowRank) -> tuple[Tensor, Tensor] | None:
+    """A and B where they do not start as usual."""
+    shape_A, shape_B = low_rank.lora_A.shape, low_rank.lora_B.shape
+    config, rank = low_rank.spec.config, low_rank.spec.rank
+    if isinstance(module, LoRAEmbedding):
+        return torch.zeros(shape_A), normal(shape_B, 1.0)
+    if config.init == "gaussian":
+        return normal(shape_A, 1.0 / rank), torch.zeros(shape_B)
+    if config.init in ("pissa", "loftq") and isinstance(module, LoRALinear):
+        return principal_factors(whole(dense(module.weight)), rank, low_rank.spec.scaling)
+    return None

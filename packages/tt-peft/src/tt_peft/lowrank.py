@@ -1,9 +1,10 @@
 """The two factors of an adapter, and a module that owns some."""
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from tt_peft.config import LoRAConfig
 from tt_peft.nf4 import dense
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _EXACT_SVD = 2048  # above this size of the smaller side, a randomised SVD: an exact one takes minutes
 
@@ -169,18 +173,22 @@ def start_from_loss_(adapter: LowRank, weight: Tensor, quantized: Tensor) -> Non
 @torch.no_grad()
 def assign_(parameter: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into a parameter that may be sharded; then rank 0's value counts."""
-    mesh = getattr(parameter, "device_mesh", None)
-    if mesh is not None:
+    if is_sharded(parameter):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
     parameter.copy_(value)
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether a tensor is a DTensor; nobody has one where ``torch.distributed.tensor`` was not loaded."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (every rank must call); any other as it is."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def uniform(shape: Sequence[int], bound: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tt_peft.dora import DoRALinear
 from tt_peft.full_modules import SavedModule, own_parameters
 from tt_peft.lora import LoRAEmbedding
-from tt_peft.lowrank import AdapterModule, LowRank, low_ranks, row_norms
+from tt_peft.lowrank import AdapterModule, LowRank, is_sharded, low_ranks, row_norms
 from tt_peft.modules import own_modules
 from tt_peft.nf4 import NF4Linear, dense, is_nf4
 from tt_peft.stacked import StackedLoRA
@@ -211,7 +211,7 @@ def _with_adapters(module: AdapterModule, local: str, base: Tensor) -> Tensor:
     for low_rank in _active(module, local):
         delta = _delta(module, low_rank)
         if low_rank.lora_magnitude_vector is not None:
-            if hasattr(base, "device_mesh"):
+            if is_sharded(base):
                 raise ValueError("DoRA of a sharded model cannot be merged: load the adapter into a whole one")
             ratio = (low_rank.lora_magnitude_vector.float() / row_norms(base, low_rank))[:, None]
             delta = (ratio - 1) * base + ratio * delta

@@ -67,17 +67,14 @@ def nearest(target: str, names: Iterable[str], *, limit: int = 12) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that computes what torch's does, or one of ours."""
+    """A linear layer that computes what torch's does, or one of ours.
+
+    Not the output projection of ``nn.MultiheadAttention``, which is never called: an adapter there would do nothing.
+    """
     if isinstance(module, LoRALinear | NF4Linear):
         return True
-    return (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not _is_attention_part(module)
-    )
-
-
-def _is_attention_part(module: nn.Module) -> bool:
-    """``nn.MultiheadAttention`` never calls its output projection: an adapter there would do nothing."""
-    return isinstance(module, NonDynamicallyQuantizableLinear)
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    return plain and not isinstance(module, NonDynamicallyQuantizableLinear)
 
 
 def check_plain_weight(name: str, module: nn.Module) -> None:

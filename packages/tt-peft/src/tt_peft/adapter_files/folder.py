@@ -21,18 +21,18 @@ from tt_peft.adapter_files.checks import (
     check_ranks,
     check_same,
     check_targets,
+    fingerprint,
     precise,
 )
 from tt_peft.adapter_files.embeddings import take_embeddings
 from tt_peft.adapter_files.files import HEADER_BYTES, read_json, read_start, write
-from tt_peft.adapter_files.fingerprint import encode, fingerprint
 from tt_peft.adapter_files.peft_config import Members, config_from_peft, config_to_peft
 from tt_peft.adapter_files.state import adapter_state_dict, entries, load_adapter_state_
 from tt_peft.apply import apply_lora_
 from tt_peft.config import LoRAConfig
 from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRAEmbedding, LoRALinear
-from tt_peft.lowrank import low_ranks, whole
+from tt_peft.lowrank import is_sharded, low_ranks, whole
 from tt_peft.modules import output_projection_names, own_modules, tied_embedding
 from tt_peft.shown import listed, plain, shown
 from tt_peft.stacked import StackedLoRA
@@ -67,14 +67,15 @@ def save_adapter(
     folder = Path(path)
     base_model = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     state = adapter_state_dict(model, adapter)
-    sharded = any(hasattr(tensor, "device_mesh") for tensor in state.values())
+    sharded = any(is_sharded(tensor) for tensor in state.values())
     tensors = {_PREFIX + key: _for_file(tensor) for key, tensor in without_start(state).items()}
     if sharded and torch.distributed.get_rank() != 0:
         return folder
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{plain(folder)}: a file is there; choose another folder for the adapter")
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    metadata = {"format": "pt", BASE_KEY: encode({"base_model": base_model, **fingerprint(model)})}
+    base = json.dumps({"base_model": base_model, **fingerprint(model)}, separators=(",", ":"), sort_keys=True)
+    metadata = {"format": "pt", BASE_KEY: base}
     write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
     settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)
     write(folder / CONFIG_FILE, (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode())
@@ -197,7 +198,12 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
         pickled = os.path.lexists(Path(folder) / "adapter_model.bin")
         why = ": adapter_model.bin is a pickle, which can run code; save it again with safe_serialization=True"
         raise FileNotFoundError(f"{plain(file)} not found{why if pickled else '; save the adapter again'}")
-    check_header(file)
+    start, size = read_start(file), file.stat().st_size
+    length = int.from_bytes(start[:8], "little")
+    if len(start) > 8 and start[8:9] == b"{" and HEADER_BYTES < length < size:
+        raise ValueError(
+            f"{plain(file)}: its header has {length:,} bytes, expected at most {HEADER_BYTES:,}; save the adapter again"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             keys = list(opened.keys())
@@ -207,21 +213,10 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
             tensors = {k: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
             return _saved_once(tensors), opened.metadata() or {}
     except (SafetensorError, RuntimeError, OSError) as error:
-        size = file.stat().st_size
         raise ValueError(
             f"{plain(file)} is damaged or not a safetensors file ({size:,} bytes): {plain(error)}; download it again, "
             "or save the adapter again"
         ) from None
-
-
-def check_header(file: Path) -> None:
-    """ValueError for what is not a regular file with the beginning of safetensors."""
-    start, size = read_start(file), file.stat().st_size
-    length = int.from_bytes(start[:8], "little")
-    if len(start) > 8 and start[8:9] == b"{" and HEADER_BYTES < length < size:
-        raise ValueError(
-            f"{plain(file)}: its header has {length:,} bytes, expected at most {HEADER_BYTES:,}; save the adapter again"
-        )
 
 
 def check_names(keys: Sequence[str], file: Path) -> None:

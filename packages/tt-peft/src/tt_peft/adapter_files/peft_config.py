@@ -57,10 +57,6 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
 
 
-def _is_whole(value: Any) -> bool:
-    return type(value) is int
-
-
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
@@ -68,9 +64,9 @@ def _is_number(value: Any) -> bool:
 # What is read: key -> what its value must be, unless it is null or absent. Ranges are those of LoRAConfig.
 _READ: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "base_model_name_or_path": ("a name or a path", lambda value: isinstance(value, str)),
-    "r": (f"a whole number from 1 to {MOST_RANK}", lambda value: _is_whole(value) and 0 < value <= MOST_RANK),
+    "r": (f"a whole number from 1 to {MOST_RANK}", lambda value: type(value) is int and 0 < value <= MOST_RANK),
     "lora_alpha": (f"a positive number up to {MOST_ALPHA}", is_alpha),
-    "lora_dropout": ("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "lora_dropout": ("a number from 0 to below 1", lambda value: type(value) in (int, float) and 0 <= value < 1),
     "init_lora_weights": ("true, false or a name", lambda value: isinstance(value, bool | str)),
     "target_modules": ("a list of names, or an expression", lambda value: isinstance(value, str) or _is_names(value)),
     "exclude_modules": ("a list of names, or an expression", lambda value: isinstance(value, str) or _is_names(value)),
@@ -78,12 +74,12 @@ _READ: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "target_parameters": ("a list of names", _is_names),
     "layers_to_transform": (
         "a whole number or a list of them",
-        lambda value: _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value))),
+        lambda value: type(value) is int or (isinstance(value, list) and all(type(one) is int for one in value)),
     ),
     "layers_pattern": ("a name or a list of names", lambda value: isinstance(value, str) or _is_names(value)),
     "rank_pattern": (
         f"names with whole numbers from 1 to {MOST_RANK}",
-        lambda value: isinstance(value, dict) and all(_is_whole(n) and 0 < n <= MOST_RANK for n in value.values()),
+        lambda value: isinstance(value, dict) and all(type(n) is int and 0 < n <= MOST_RANK for n in value.values()),
     ),
     "alpha_pattern": (
         f"names with positive numbers up to {MOST_ALPHA}",
@@ -190,7 +186,14 @@ def _endings(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
     """Read PEFT's JSON object; whatever we do not compute is a ValueError that names it."""
     place = plain(file)
-    _check_kind(settings, place)
+    kind = settings.get("peft_type")
+    if kind is None:
+        raise ValueError(
+            f"{place} has no peft_type: not an adapter that PEFT wrote (it holds: {listed(settings, 6) or 'nothing'}); "
+            "convert it to PEFT's"
+        )
+    if kind != "LORA":
+        raise ValueError(f"{place}: peft_type is {shown(kind)}; only 'LORA' is supported; {_MERGE}")
     for key, accepted in _NEUTRAL.items():
         if key in settings and settings[key] not in accepted:
             raise ValueError(
@@ -227,17 +230,6 @@ def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{place}: {error}") from None
-
-
-def _check_kind(settings: dict[str, Any], place: str) -> None:
-    kind = settings.get("peft_type")
-    if kind is None:
-        raise ValueError(
-            f"{place} has no peft_type: not an adapter that PEFT wrote (it holds: {listed(settings, 6) or 'nothing'}); "
-            "convert it to PEFT's"
-        )
-    if kind != "LORA":
-        raise ValueError(f"{place}: peft_type is {shown(kind)}; only 'LORA' is supported; {_MERGE}")
 
 
 def _instead(value: Any) -> str:

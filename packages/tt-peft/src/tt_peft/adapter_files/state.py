@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tt_peft.apply import materialise_
 from tt_peft.full_modules import SavedModule
-from tt_peft.initial import materialise_
 from tt_peft.lora import LoRAEmbedding
-from tt_peft.lowrank import AdapterModule, assign_, low_ranks
+from tt_peft.lowrank import AdapterModule, assign_, is_sharded, low_ranks
 from tt_peft.stacked import StackedLoRA
 from tt_peft.switch import modules_of
 
@@ -75,7 +75,7 @@ def load_adapter_state_(model: nn.Module, state: Mapping[str, Tensor], *, adapte
             low_rank.started = True
     for entry in entries(model, adapter):
         given = state[entry.key]
-        if hasattr(given, "device_mesh"):
+        if is_sharded(given):
             entry.parameter.copy_(given)
         else:
             assign_(entry.parameter, entry.from_file(given))

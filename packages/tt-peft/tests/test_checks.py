@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import tt_peft
-from tt_peft.adapter_files.fingerprint import fingerprint
+from tt_peft.adapter_files.checks import fingerprint
 
 
 def _expanded(*shape: int) -> nn.Parameter:
