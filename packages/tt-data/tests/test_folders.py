@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tt_data import batches, load_dataset, summary_lines
-from tt_data.rows import compressed
+from tt_data.rows import data_files
 from tt_data.rows.json_files import read_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(30)]
@@ -54,7 +54,7 @@ def test_zstd_without_its_package_is_refused_with_the_cure(
     (tmp_path / "rows.jsonl.zst").write_bytes(b"")
     (tmp_path / "part.jsonl").write_bytes(LINES)
     (tmp_path / "rows.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    monkeypatch.setattr(compressed, "find_spec", lambda name: None)
+    monkeypatch.setattr(data_files, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"rows.jsonl.zst: compressed by zstd, .*pip install zstandard"):
         load_dataset(tmp_path, chatml)
 

@@ -24,7 +24,7 @@ from tt_data import load_dataset
 from tt_data.builder import build
 from tt_data.rows import tables
 from tt_data.rows.conversations import read_messages
-from tt_data.rows.lines import MAX_LINE
+from tt_data.rows.data_files import MAX_LINE
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source
 

@@ -21,7 +21,7 @@ from tt_data.packing import pack
 from tt_data.report import Report, summary_lines
 from tt_data.rows.conversations import sharegpt_to_llama2_messages
 from tt_data.rows.examples import Completion, Conversation, Judged, Pair, Text, Tokens
-from tt_data.rows.known_datasets import DATASETS, NamedDataset, register_dataset
+from tt_data.rows.hub import DATASETS, NamedDataset, register_dataset
 from tt_data.rows.schemas import Schema, register_schema
 from tt_data.show import as_text, show, stats, stats_as_text
 from tt_data.stream.packed import PackedMix, PackedStream

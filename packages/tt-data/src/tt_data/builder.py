@@ -15,7 +15,7 @@ from tt_data.processes import map_in_processes
 from tt_data.report import DUPLICATE, Tally
 from tt_data.row_encoder import Batch, TokenRow, encode_rows
 from tt_data.rows.examples import BadRowError, Kind
-from tt_data.rows.readers import Read, choose_schema, settings_key
+from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source, quick_digest
 from tt_data.text.tokenizer import Tokenizer

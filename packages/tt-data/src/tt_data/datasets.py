@@ -16,11 +16,10 @@ from tt_data.dataset import Dataset
 from tt_data.load import Loader
 from tt_data.messages import Message, TrainOn
 from tt_data.rows.columns import Columns
-from tt_data.rows.converters import read_chat
+from tt_data.rows.converters import InstructReader, read_chat
 from tt_data.rows.examples import BadRowError, Conversation, Turns
-from tt_data.rows.hub import Part
-from tt_data.rows.known_datasets import DATASETS
-from tt_data.rows.readers import InstructReader, Read
+from tt_data.rows.hub import DATASETS, Part
+from tt_data.rows.schemas import Read
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import as_files
 from tt_data.stream.stream import Stream

@@ -14,9 +14,8 @@ from tt_data.dataset import Dataset, TokenDataset
 from tt_data.messages import TrainOn
 from tt_data.order import quotas_of
 from tt_data.report import refuse_dropped
-from tt_data.rows.hub import Part
-from tt_data.rows.known_datasets import DATASETS
-from tt_data.rows.readers import Read
+from tt_data.rows.hub import DATASETS, Part
+from tt_data.rows.schemas import Read
 from tt_data.rows.settings import OnBadRow, Settings
 from tt_data.rows.sources import NO_PART, as_files, files_left_out, is_hub_id, open_sources
 from tt_data.stream.packed import PackedMix, PackedStream

@@ -26,8 +26,7 @@ from tt_data.rows.examples import (
     mistake_in,
     notes_of,
 )
-from tt_data.rows.readers import Read, tracks
-from tt_data.rows.schemas import hint_for_unread
+from tt_data.rows.schemas import Read, hint_for_unread, tracks
 from tt_data.rows.settings import Settings
 from tt_data.template.spans import Encoded
 from tt_data.text.tokenizer import Tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 from tt_data.messages import Message, normal_role
 from tt_data.rows.examples import BadRowError
-from tt_data.rows.lines import load_json
+from tt_data.rows.json_files import load_json
 from tt_data.wording import names_of
 
 _MOST_TURNS = 1000  # finding what is trained takes their square

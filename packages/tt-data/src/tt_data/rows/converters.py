@@ -6,13 +6,15 @@ Columns are given by our names; ``columns`` says what the row calls them. What a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tt_data.messages import Message
 from tt_data.rows.columns import Columns, Row, as_text, cell, find, numbers, optional, text, turns_or_text
 from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools
-from tt_data.rows.examples import BadRowError, Completion, Conversation, Judged, Text, Tokens
+from tt_data.rows.examples import BadRowError, Completion, Conversation, Judged, Pair, Text, Tokens
+from tt_data.template.prompts import InstructTemplate
+from tt_data.wording import names_of
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM = ("system", "system_prompt")
@@ -228,3 +230,39 @@ def refuse_without_end(messages: Sequence[Message]) -> None:
     """Raise BadRowError unless the assistant has the last word."""
     if messages[-1].role != "assistant":
         raise BadRowError("ends with user", f"the answer ends with a {messages[-1].role} turn, expected assistant")
+
+
+@dataclass(frozen=True)
+class InstructReader:
+    """Rows as the template's prompt and the ``output`` (``response``, ``completion``) column, or the two answers of
+    preference rows."""
+
+    template: InstructTemplate
+
+    def __call__(self, row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
+        cells: dict[str, Any] = {}
+        for column in self.template.columns:
+            names = INPUT if column == "input" else (column,)
+            name = find(row, columns, *names) or columns.get(column, column)
+            cells[name] = row.get(name)
+            _refuse_structure(name, cells[name])
+            columns = {**columns, column: name}
+        needed = (columns[c] for c in self.template.columns if c not in self.template.optional)
+        missing = next((name for name in needed if cells[name] is None), None)
+        if missing is not None:
+            raise BadRowError("missing column", f"no column {missing!r}, the row has {names_of(row)}")
+        prompt = self.template.format(cells, columns)
+        if find(row, columns, "chosen"):
+            chosen, rejected = (_answer(row, columns, name) for name in ("chosen", "rejected"))
+            return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
+        return Completion(prompt, _answer(row, columns, *OUTPUT, *COMPLETION))
+
+
+def _refuse_structure(name: str, value: Any) -> None:
+    """Lists and objects are not text, though they could be written as some."""
+    if value is not None:
+        as_text(value, name, may_be_empty=True)
+
+
+def _answer(row: Mapping[str, Any], columns: Columns, *names: str) -> str:
+    return as_text(cell(row, columns, *names), find(row, columns, *names) or names[0])

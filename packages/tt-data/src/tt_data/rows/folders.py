@@ -10,7 +10,7 @@ from itertools import islice, takewhile
 from pathlib import Path
 
 from tt_data.files import inside, regular
-from tt_data.rows.compressed import compression, is_unread
+from tt_data.rows.data_files import compression, is_unread
 from tt_data.rows.json_files import READERS, file_kind
 from tt_data.wording import visible
 

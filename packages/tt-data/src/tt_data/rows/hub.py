@@ -6,14 +6,13 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tt_data.rows.endpoint import PUBLIC_HUB, check_endpoint, without_password
 from tt_data.rows.json_files import file_kind, read_rows
-from tt_data.rows.missing_values import without_nulls
-from tt_data.rows.tables import Placed
+from tt_data.rows.tables import Placed, without_nulls
 
 _REVISION = re.compile(r"[\w][\w./+=#@-]{0,249}", re.ASCII)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")
@@ -42,6 +41,44 @@ class Part:
 
 def _first(one: Any, other: Any) -> Any:
     return other if one is None else one
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """Where a data set is, how its columns are called, and the template of rows that have no schema of their own.
+    ``split``, ``data_dir``, ``data_files`` and ``revision`` say which part of it, if the caller does not."""
+
+    source: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    template: str | None = None
+    split: str | None = "train"
+    data_dir: str | None = None
+    data_files: Any = None
+    revision: str | None = None
+
+    @property
+    def part(self) -> Part:
+        return Part(split=self.split, data_dir=self.data_dir, data_files=self.data_files, revision=self.revision)
+
+
+DATASETS: dict[str, NamedDataset] = {
+    "alpaca": NamedDataset("tatsu-lab/alpaca"),
+    "alpaca_cleaned": NamedDataset("yahma/alpaca-cleaned"),
+    "grammar": NamedDataset("liweili/c4_200m", {"sentence": "input"}, "grammar"),
+    "samsum": NamedDataset("Samsung/samsum", {"output": "summary"}, "summarize"),
+    "slimorca": NamedDataset("Open-Orca/SlimOrca-Dedup"),
+    "stack_exchange_paired": NamedDataset(
+        "lvwerra/stack-exchange-paired",
+        {"prompt": "question", "chosen": "response_j", "rejected": "response_k"},
+        "stack_exchange_paired",
+        data_dir="data/rl",  # the other folders hold rows for supervised training and for a reward model
+    ),
+}
+
+
+def register_dataset(name: str, dataset: NamedDataset) -> None:
+    """Make a data set known by ``name``."""
+    DATASETS[name] = dataset
 
 
 def open_hub(name: str, part: Part, *, streaming: bool = False) -> Any:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tt_data.rows.compressed import UNPACKED, compression
-from tt_data.rows.lines import (
+from tt_data.rows.data_files import (
     MAX_COLUMNS,
     MAX_LINE,
+    UNPACKED,
     begin,
     check_columns,
+    compression,
     data_error,
-    decode_json,
-    json_error,
     lines_of,
-    load_json,
     open_data,
     size_on_disk,
 )
 from tt_data.rows.tables import Placed, Row, read_arrow, read_csv, read_parquet
+from tt_data.wording import names_of
 
+MAX_DEPTH = 100  # of lists and objects in each other
 _BLANK = re.compile(r"[ \t\r\n]*")
 _HEAD = 1 << 16
 _MAX_DOCUMENT = 4 << 30  # bytes of a file that is read at once
@@ -190,3 +191,88 @@ READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
 }
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------------
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON allows a key twice, and the first value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {names_of([twice])} is there twice")
+    return found
+
+
+def _constant(name: str) -> float | None:
+    """NaN is how pandas writes what is missing."""
+    return None if name == "NaN" else float(name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=_constant)
+
+
+def decode_json(text: str, start: int = 0) -> tuple[Any, int]:
+    """The JSON value in ``text`` from ``start`` on, and where it ends. Raises JSONDecodeError, or ValueError for what
+    Python or the readers of rows cannot take."""
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except (RecursionError, ValueError) as error:
+        raise _explained(error) from None
+    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
+        refuse_deep(value)
+    return value, end
+
+
+def load_json(text: str) -> Any:
+    """The value that is all of ``text``; of a key given twice the last one counts. Raises ValueError."""
+    try:
+        value = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise _explained(error) from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        refuse_deep(value)
+    return value
+
+
+_DEEP = f"lists and objects more than {MAX_DEPTH} deep in each other"
+
+
+def _explained(error: Exception) -> ValueError:
+    if isinstance(error, RecursionError):
+        return ValueError(_DEEP)
+    if isinstance(error, json.JSONDecodeError):
+        return error
+    said = str(error).partition("; use sys")[0]  # of a number with more digits than Python reads
+    return ValueError(f"{said}; write it as text" if said.startswith("Exceeds") else said)
+
+
+def refuse_deep(value: Any) -> None:
+    """Raise ValueError for a value deeper than ``MAX_DEPTH``."""
+    if _depth(value) > MAX_DEPTH:
+        raise ValueError(_DEEP)
+
+
+def _depth(value: Any) -> int:
+    """How deep lists and objects are in each other; just over ``MAX_DEPTH`` for what is deeper."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
+            if isinstance(item, (dict, list))
+        ]
+    return depth
+
+
+def json_error(path: Path, line: int, error: ValueError) -> ValueError:
+    """A row that ``decode_json`` refused, with its place. Of a JSONDecodeError ``line`` is that before its text."""
+    if not isinstance(error, json.JSONDecodeError):
+        return data_error(path, line or None, f"broken JSON ({error}){'' if ';' in str(error) else '; correct it'}")
+    around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
+    cure = "write a row per line" if error.msg == "Extra data" else "correct it"
+    place = f"{line + error.lineno - 1}:{error.colno}"
+    return data_error(path, place, f"broken JSON ({error.msg}) near {around!r}; {cure}")

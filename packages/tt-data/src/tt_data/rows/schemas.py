@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
+from typing import Any
 
 from tt_data.messages import is_role
-from tt_data.rows.columns import Columns, Row, find
+from tt_data.rows.columns import Columns, Row, find, optional
 from tt_data.rows.conversations import as_turns, messages_or_text
 from tt_data.rows.converters import (
     ADDED,
@@ -16,18 +19,26 @@ from tt_data.rows.converters import (
     INPUT,
     LABEL,
     OUTPUT,
+    InstructReader,
     judgement,
     read_alpaca,
     read_chat,
     read_completion,
     read_judged,
+    read_plain_completion,
     read_text,
     read_tokens,
 )
-from tt_data.rows.examples import Example
-from tt_data.rows.pairs import QUESTIONS, read_pair
+from tt_data.rows.examples import Completion, Example, Pair
+from tt_data.rows.pairs import QUESTIONS, read_pair, read_pair_of_texts
+from tt_data.rows.settings import Settings
+from tt_data.template.prompts import INSTRUCT_TEMPLATES
+from tt_data.template.sources import CHAT_TEMPLATES
+from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import names_of, visible
 
+Read = Callable[[Row, Columns], Example]
+_NEED_TEMPLATE = ("openai", "sharegpt")
 _LONGEST = 60  # characters of a name that is compared with others
 _TREE = ("parent_id", "message_tree_id")  # OpenAssistant's: a row is one message of a tree
 # What people call our columns, for suggestions.
@@ -61,7 +72,7 @@ class Schema:
 
     name: str
     columns: tuple[tuple[str, ...], ...]
-    read: Callable[[Row, Columns], Example]
+    read: Read
     values: Callable[[Row, Columns], bool] = lambda row, columns: True
 
     def matches(self, row: Row, columns: Columns) -> bool:
@@ -102,7 +113,8 @@ SCHEMAS: dict[str, Schema] = {
 }
 _OPTIONAL = (*INPUT, *ADDED, *QUESTIONS, "labels", "attention_mask", "position_ids", "seq_lengths", "completion_mask",
              "assistant_masks", "loss_mask")  # fmt: skip
-OUR_READERS = frozenset(schema.read for schema in SCHEMAS.values())  # which say what they have read
+_OURS: tuple[object, ...] = (*SCHEMAS.values(), *INSTRUCT_TEMPLATES.values())
+_OUR_READERS = frozenset(schema.read for schema in SCHEMAS.values())  # which say what they have read
 
 
 def register_schema(schema: Schema) -> None:
@@ -188,3 +200,74 @@ def hint_for_unread(column: str, row: Row, columns: Columns, read: object) -> st
     free = [name for name in known if name not in row]
     near = () if column in known else get_close_matches(column[:_LONGEST], free, 1, 0.75)
     return f"did you mean columns={{{near[0]!r}: {visible(column, 60)!r}}}?" if near else ""
+
+
+# ---- the schema of a source --------------------------------------------------------------------------------------
+
+
+def _read_alpaca_as_text(row: Row, columns: Columns) -> Completion | Pair:
+    return InstructReader(INSTRUCT_TEMPLATES["alpaca"])(row, columns)
+
+
+def _read_pair_as_text(row: Row, columns: Columns) -> Completion | Pair:
+    """Text answers to an instruction are written like alpaca's."""
+    is_alpaca = find(row, columns, "instruction") and not optional(row, columns, "prompt")
+    return _read_alpaca_as_text(row, columns) if is_alpaca else read_pair_of_texts(row, columns)
+
+
+_WITHOUT_TEMPLATE: Mapping[str, Read] = {
+    "alpaca": _read_alpaca_as_text,
+    "preference": _read_pair_as_text,
+    "prompt_completion": read_plain_completion,
+}
+
+
+def choose_schema(row: Row, tokenizer: Tokenizer, settings: Settings, *, where: str) -> Schema:
+    """The schema of a source, from its first row: what the settings name, else what its columns are.
+
+    Instruction rows of a model without a chat template are written with the alpaca template. Raises ValueError.
+    """
+    if settings.template in INSTRUCT_TEMPLATES:
+        return Schema(f"instruct:{settings.template}", (), InstructReader(INSTRUCT_TEMPLATES[settings.template]))
+    if settings.schema is not None:
+        schema = _named_schema(settings.schema)
+    else:
+        schema = detect_schema(row, settings.columns, where=where)
+    if tokenizer.has_chat_template:
+        return schema
+    if schema.name in _NEED_TEMPLATE:
+        raise ValueError(
+            f"{where}: {schema.name} rows need a chat template and this model has none; "
+            f"name one with template=... ({', '.join(CHAT_TEMPLATES)})"
+        )
+    return replace(schema, read=_WITHOUT_TEMPLATE.get(schema.name, schema.read))
+
+
+def _named_schema(name: str) -> Schema:
+    if name in SCHEMAS:
+        return SCHEMAS[name]
+    near = get_close_matches(name, SCHEMAS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown schema {name!r}, expected one of {', '.join(SCHEMAS)}{hint}")
+
+
+def tracks(read: Read) -> bool:
+    """Whether ``read`` shows, by what it looks at, which columns it reads: ours do; what a user registers may not."""
+    return read in _OUR_READERS or read in _WITHOUT_TEMPLATE.values() or isinstance(read, InstructReader)
+
+
+def settings_key(settings: Settings) -> str:
+    """The settings as text, for a fingerprint, with the code of what a user has registered and may be at work."""
+    template = INSTRUCT_TEMPLATES.get(settings.template or "")
+    functions: list[Callable[..., Any]] = [template.write] if template is not None and template not in _OURS else []
+    functions += [schema.read for schema in SCHEMAS.values() if schema not in _OURS]
+    changing = {key: value for key, value in asdict(settings).items() if key != "max_dropped_share"}
+    return "\0".join([json.dumps(changing, sort_keys=True), *map(_code_of, functions)])
+
+
+def _code_of(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):  # typed into an interpreter, or no plain function
+        code = getattr(function, "__code__", None)
+        return repr(function) if code is None else f"{code.co_code.hex()} {code.co_names}"

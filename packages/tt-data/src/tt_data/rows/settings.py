@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from tt_data.messages import TrainOn
@@ -41,8 +40,3 @@ class Settings:
             raise ValueError(f"max_seq_len must be at least 2, got {self.max_seq_len}")
         if self.max_dropped_share is not None and not 0 <= self.max_dropped_share <= 1:
             raise ValueError(f"max_dropped_share must be between 0 and 1, got {self.max_dropped_share}")
-
-    def key(self) -> str:
-        """The settings that change rows, as text, for a fingerprint."""
-        changing = {key: value for key, value in asdict(self).items() if key != "max_dropped_share"}
-        return json.dumps(changing, sort_keys=True)

@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tt_data.files import open_regular, stand_in
-from tt_data.rows.compressed import compression, is_unread
+from tt_data.rows.data_files import compression, is_unread
 from tt_data.rows.folders import left_out, local_files, matching, refuse_links_out, refuse_outside
-from tt_data.rows.hub import HUB_ID, Part, open_hub, rows_from
-from tt_data.rows.json_files import READERS, file_kind, read_rows
-from tt_data.rows.known_datasets import DATASETS
-from tt_data.rows.lines import refuse_deep
-from tt_data.rows.missing_values import null_for_nan, without_nulls
-from tt_data.rows.tables import Placed
+from tt_data.rows.hub import DATASETS, HUB_ID, Part, open_hub, rows_from
+from tt_data.rows.json_files import READERS, file_kind, read_rows, refuse_deep
+from tt_data.rows.tables import Placed, null_for_nan, without_nulls
 from tt_data.wording import visible
 
 NO_PART = Part()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import io
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.rows.lines import MAX_LINE, begin, check_columns, data_error, open_data, size_on_disk
-from tt_data.rows.missing_values import without_nulls
+from tt_data.rows.data_files import MAX_LINE, begin, check_columns, data_error, open_data, size_on_disk
 from tt_data.wording import said, visible
 
 Row = dict[str, Any]
@@ -131,3 +130,27 @@ def _not_whole(path: Path, kind: str, error: Exception) -> Exception:
     if type(error) is ValueError and str(error).startswith(f"{visible(str(path))}: "):
         return error
     return data_error(path, None, f"not a whole {kind} file ({said(error)}); write or download it again")
+
+
+# ---- missing values ----------------------------------------------------------------------------------------------
+
+
+def without_nulls(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a columnar file, whose objects all have the same keys, as it was before: a key that an object below the
+    columns has no value for was not there (an argument that only another tool takes). NaN is null."""
+    return {name: _without_nulls(value) for name, value in row.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else null_for_nan(value)
+
+
+def null_for_nan(value: Any) -> Any:
+    """``value`` with None for every NaN in it, which is how pandas writes what is missing."""
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, dict):
+        return {key: null_for_nan(item) for key, item in value.items()}
+    return [null_for_nan(item) for item in value] if isinstance(value, list) else value

@@ -10,10 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tt_data.rows.compressed import compression
+from tt_data.rows.data_files import begin, compression, lines_of, open_data
 from tt_data.rows.hub import Part, open_hub, rows_from
 from tt_data.rows.json_files import file_kind, is_one_document, parse_line
-from tt_data.rows.lines import begin, lines_of, open_data
 from tt_data.rows.sources import Source, quick_digest
 from tt_data.rows.tables import Row, read_parquet
 

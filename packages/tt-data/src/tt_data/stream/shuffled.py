@@ -20,7 +20,7 @@ from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, step
 from tt_data.report import Counts, Report, Tally, refuse_dropped, report_of
 from tt_data.row_encoder import TokenRow, encode_rows
 from tt_data.rows.examples import Kind, kind_of
-from tt_data.rows.readers import Read, choose_schema, settings_key
+from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source
 from tt_data.stream.raw import Raw, RawStream
