@@ -12,7 +12,6 @@ from tt_data.dataset import IGNORE_INDEX, labels_of
 from tt_data.encode import Parts, encode_examples, ends_turn
 from tt_data.messages import Message, mask_messages
 from tt_data.report import Tally
-from tt_data.rows.columns import TrackedRow, is_empty
 from tt_data.rows.examples import (
     BadRowError,
     Conversation,
@@ -20,8 +19,10 @@ from tt_data.rows.examples import (
     Judged,
     Kind,
     Pair,
+    TrackedRow,
     Turns,
     is_chat,
+    is_empty,
     kind_of,
     mistake_in,
     notes_of,

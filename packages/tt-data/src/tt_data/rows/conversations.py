@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from tt_data.messages import Message, normal_role
-from tt_data.rows.examples import BadRowError
+from tt_data.rows.examples import BadRowError, Columns, Row, cell
 from tt_data.rows.json_files import load_json
 from tt_data.wording import names_of
 
@@ -80,6 +80,11 @@ def messages_or_text(value: Any) -> Any:
         return as_turns(load_json(value)) or value
     except ValueError:
         return value
+
+
+def turns_or_text(row: Row, columns: Columns, *names: str) -> Any:
+    """The turns (as a list) or the value of the first of these columns. Raises BadRowError if the row has none."""
+    return messages_or_text(cell(row, columns, *names))
 
 
 def _by_turn(value: Any) -> Any:

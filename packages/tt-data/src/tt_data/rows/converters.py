@@ -10,9 +10,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tt_data.messages import Message
-from tt_data.rows.columns import Columns, Row, as_text, cell, find, numbers, optional, text, turns_or_text
-from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools
-from tt_data.rows.examples import BadRowError, Completion, Conversation, Judged, Pair, Text, Tokens
+from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools, turns_or_text
+from tt_data.rows.examples import (
+    BadRowError,
+    Columns,
+    Completion,
+    Conversation,
+    Judged,
+    Pair,
+    Row,
+    Text,
+    Tokens,
+    as_text,
+    cell,
+    find,
+    numbers,
+    optional,
+    text,
+)
 from tt_data.template.prompts import InstructTemplate
 from tt_data.wording import names_of
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tt_data.messages import Message
-from tt_data.rows.columns import Columns, Row, TrackedRow, as_text, find, optional, text, turns_or_text
-from tt_data.rows.conversations import messages_or_text
+from tt_data.rows.conversations import messages_or_text, turns_or_text
 from tt_data.rows.converters import (
     ADDED,
     CHAT_COLUMNS,
@@ -18,7 +17,19 @@ from tt_data.rows.converters import (
     refuse_without_end,
     turns_of,
 )
-from tt_data.rows.examples import BadRowError, Completion, Conversation, Pair
+from tt_data.rows.examples import (
+    BadRowError,
+    Columns,
+    Completion,
+    Conversation,
+    Pair,
+    Row,
+    TrackedRow,
+    as_text,
+    find,
+    optional,
+    text,
+)
 from tt_data.wording import names_of
 
 QUESTIONS = ("question", "query", "input")  # a user's words; instruction may have an input
