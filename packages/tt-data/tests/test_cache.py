@@ -28,8 +28,8 @@ from tt_data import (
 )
 from tt_data import cache as cache_files
 from tt_data.dataset import write_numbers
+from tt_data.examples import Completion
 from tt_data.rows import schemas
-from tt_data.rows.examples import Completion
 from tt_data.template import prompts
 
 ROWS: list[dict[str, Any]] = [

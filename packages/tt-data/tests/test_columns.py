@@ -17,8 +17,8 @@ from tt_data import (
     load_dataset,
     register_schema,
 )
+from tt_data.examples import Completion, Text
 from tt_data.rows import schemas
-from tt_data.rows.examples import Completion, Text
 
 U, A = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "red"}
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tt_data import Schema, load_dataset, register_schema
+from tt_data.examples import Completion
 from tt_data.rows import schemas
-from tt_data.rows.examples import Completion
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tt_data import load_dataset, load_tokenizer
+from tt_data.examples import BadRowError
 from tt_data.rows.conversations import read_messages
-from tt_data.rows.examples import BadRowError
 from tt_data.rows.json_files import read_rows
 
 SCRAPS: list[Any] = [

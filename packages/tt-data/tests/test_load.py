@@ -270,8 +270,8 @@ def test_rows_can_be_indexed_like_a_list(chatml: Any) -> None:
 
 def test_user_functions_can_be_registered(chatml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from tt_data import Schema, register_schema
+    from tt_data.examples import Completion
     from tt_data.rows import schemas
-    from tt_data.rows.examples import Completion
 
     monkeypatch.setattr(schemas, "SCHEMAS", dict(schemas.SCHEMAS))
     register_schema(Schema("quiz", (("q",), ("a",)), lambda row, columns: Completion(f"Q: {row['q']} ", row["a"])))

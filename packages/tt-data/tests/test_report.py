@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tt_data import load_dataset, summary_lines
+from tt_data.examples import BadRowError
 from tt_data.report import Tally
-from tt_data.rows.examples import BadRowError
 
 NO_END = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
 

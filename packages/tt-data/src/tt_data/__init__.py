@@ -13,6 +13,7 @@ from tt_data.datasets import (
     stack_exchange_paired_dataset,
     stack_exchanged_paired_dataset,
 )
+from tt_data.examples import Completion, Conversation, Judged, Pair, Text, Tokens
 from tt_data.load import load_dataset
 from tt_data.loader import Batch, batches, collate, padded_collate, padded_collate_dpo
 from tt_data.messages import Message, validate_messages
@@ -20,7 +21,6 @@ from tt_data.order import rows_at, steps_per_epoch
 from tt_data.packing import pack
 from tt_data.report import Report, summary_lines
 from tt_data.rows.conversations import sharegpt_to_llama2_messages
-from tt_data.rows.examples import Completion, Conversation, Judged, Pair, Text, Tokens
 from tt_data.rows.hub import DATASETS, NamedDataset, register_dataset
 from tt_data.rows.schemas import Schema, register_schema
 from tt_data.show import as_text, show, stats, stats_as_text

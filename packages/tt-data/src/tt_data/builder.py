@@ -11,10 +11,10 @@ from itertools import chain, islice
 from typing import Any
 
 from tt_data.dataset import TokenDataset, TokenStore
+from tt_data.examples import BadRowError, Kind
 from tt_data.processes import map_in_processes
 from tt_data.report import DUPLICATE, Tally
 from tt_data.row_encoder import Batch, TokenRow, encode_rows
-from tt_data.rows.examples import BadRowError, Kind
 from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source, quick_digest

@@ -10,9 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
+from tt_data.examples import Kind
 from tt_data.files import open_regular
 from tt_data.report import Counts, Report, report_of
-from tt_data.rows.examples import Kind
 from tt_data.template.spans import Encoded, Span
 from tt_data.text.tokenizer import Tokenizer
 

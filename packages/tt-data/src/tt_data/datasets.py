@@ -13,10 +13,10 @@ from inspect import signature
 from typing import Any, ParamSpec
 
 from tt_data.dataset import Dataset
+from tt_data.examples import BadRowError, Columns, Conversation, Turns
 from tt_data.load import Loader
 from tt_data.messages import Message, TrainOn
 from tt_data.rows.converters import InstructReader, read_chat
-from tt_data.rows.examples import BadRowError, Columns, Conversation, Turns
 from tt_data.rows.hub import DATASETS, Part
 from tt_data.rows.schemas import Read
 from tt_data.rows.settings import Settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.messages import TrainOn, mask_messages, roles_of, validate_messages
-from tt_data.rows.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
 from tt_data.template.chat_template import TemplateError
 from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unicode, join_spans
 from tt_data.text.tokenizer import Tokenizer

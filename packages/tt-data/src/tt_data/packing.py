@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from tt_data.dataset import IGNORE_INDEX, Row
+from tt_data.examples import Kind
 from tt_data.order import Permutation
-from tt_data.rows.examples import Kind
 
 _SIDES = ("", "chosen_", "rejected_")
 

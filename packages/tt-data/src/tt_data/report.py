@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict, cast
 
-from tt_data.rows.examples import BadRowError
+from tt_data.examples import BadRowError
 from tt_data.wording import counted, visible
 
 MAX_PROBLEMS = 20

@@ -10,9 +10,7 @@ from typing import Any
 
 from tt_data.dataset import IGNORE_INDEX, labels_of
 from tt_data.encode import Parts, encode_examples, ends_turn
-from tt_data.messages import Message, mask_messages
-from tt_data.report import Tally
-from tt_data.rows.examples import (
+from tt_data.examples import (
     BadRowError,
     Conversation,
     Example,
@@ -27,6 +25,8 @@ from tt_data.rows.examples import (
     mistake_in,
     notes_of,
 )
+from tt_data.messages import Message, mask_messages
+from tt_data.report import Tally
 from tt_data.rows.schemas import Read, hint_for_unread, tracks
 from tt_data.rows.settings import Settings
 from tt_data.template.spans import Encoded

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from tt_data.examples import BadRowError, Columns, Row, cell
 from tt_data.messages import Message, normal_role
-from tt_data.rows.examples import BadRowError, Columns, Row, cell
 from tt_data.rows.json_files import load_json
 from tt_data.wording import names_of
 

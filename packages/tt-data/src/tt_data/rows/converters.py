@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tt_data.messages import Message
-from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools, turns_or_text
-from tt_data.rows.examples import (
+from tt_data.examples import (
     BadRowError,
     Columns,
     Completion,
@@ -28,6 +26,8 @@ from tt_data.rows.examples import (
     optional,
     text,
 )
+from tt_data.messages import Message
+from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools, turns_or_text
 from tt_data.template.prompts import InstructTemplate
 from tt_data.wording import names_of
 

@@ -6,18 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tt_data.messages import Message
-from tt_data.rows.conversations import messages_or_text, turns_or_text
-from tt_data.rows.converters import (
-    ADDED,
-    CHAT_COLUMNS,
-    answered,
-    has_turns_before,
-    instruction_of,
-    refuse_without_end,
-    turns_of,
-)
-from tt_data.rows.examples import (
+from tt_data.examples import (
     BadRowError,
     Columns,
     Completion,
@@ -29,6 +18,17 @@ from tt_data.rows.examples import (
     find,
     optional,
     text,
+)
+from tt_data.messages import Message
+from tt_data.rows.conversations import messages_or_text, turns_or_text
+from tt_data.rows.converters import (
+    ADDED,
+    CHAT_COLUMNS,
+    answered,
+    has_turns_before,
+    instruction_of,
+    refuse_without_end,
+    turns_of,
 )
 from tt_data.wording import names_of
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from tt_data.examples import Columns, Completion, Example, Pair, Row, find, optional
 from tt_data.messages import is_role
 from tt_data.rows.conversations import as_turns, messages_or_text
 from tt_data.rows.converters import (
@@ -28,7 +29,6 @@ from tt_data.rows.converters import (
     read_text,
     read_tokens,
 )
-from tt_data.rows.examples import Columns, Completion, Example, Pair, Row, find, optional
 from tt_data.rows.pairs import QUESTIONS, read_pair, read_pair_of_texts
 from tt_data.rows.settings import Settings
 from tt_data.template.prompts import INSTRUCT_TEMPLATES

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
+from tt_data.examples import Kind
 from tt_data.files import read_object, write_bytes
 from tt_data.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
 from tt_data.packing import join_documents, pack, refuse_judged
 from tt_data.report import Report, Tally, add_reports
 from tt_data.row_encoder import TokenRow
-from tt_data.rows.examples import Kind
 from tt_data.stream.shuffled import StreamDataset
 from tt_data.stream.stream import Stream
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from tt_data.builder import batched, build
 from tt_data.dataset import Row, TokenDataset, to_row
+from tt_data.examples import Kind, kind_of
 from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
 from tt_data.report import Counts, Report, Tally, refuse_dropped, report_of
 from tt_data.row_encoder import TokenRow, encode_rows
-from tt_data.rows.examples import Kind, kind_of
 from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tt_data.dataset import Piece, Row, TokenDataset
+from tt_data.examples import Kind
 from tt_data.report import Report
-from tt_data.rows.examples import Kind
 from tt_data.text.tokenizer import Tokenizer
 
 

@@ -1,4 +1,4 @@
-"""A row and its cells by our column names; and what it says: a conversation, a prompt with a completion, text, or ids."""
+"""A row, its cells by our column names, and what it says: a conversation, a prompt and its completion, text, or ids."""
 
 from __future__ import annotations
 
