@@ -55,6 +55,7 @@ SLIPS = [
     ("train sft", "did you mean 'run'?"),
     ("run https://x.org/c.yaml", "an address, not a file; download it"),
     ("chat runs/eno", "runs/eno: no such run; did you mean 'runs/one'?"),
+    ("chat run/one", "run/one: no such run; did you mean 'runs/one'?"),
     ("generate runs/absent hello", "runs/absent: no such run; did you mean 'runs/one'?; tt ls runs lists them"),
     ("merge one out", "one: no such run; did you mean 'runs/one'?"),
     ("report runs/oen", "did you mean 'runs/one'?"),

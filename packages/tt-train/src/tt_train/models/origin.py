@@ -10,7 +10,7 @@ import tt_ckpt
 import tt_data
 from tt_ckpt.shown import quoted
 from tt_models.config_keys import pop_quantization
-from tt_train.errors import ConfigError, did_you_mean
+from tt_train.errors import ConfigError, closest, did_you_mean
 from tt_train.run_files import FinishedRun, is_run, read_json
 
 NF4, DENSE = "nf4", "dense"
@@ -165,16 +165,20 @@ def _own_model(path: str) -> str:
 
 
 def refuse_absent_run(path: Path, *, root: str | Path = "runs") -> None:
-    """ConfigError if nothing is at ``path``, and it is beside runs, under ``root``, or called nearly like a run."""
+    """ConfigError if nothing is at ``path``, and it is beside runs, under ``root``, or called nearly like a run.
+
+    ``run/one`` is like the run ``runs/one``, so the hub is not asked for it.
+    """
     if path.exists():
         return
-    has_folder = len(path.parts) > 1
-    runs = _runs_in(path.parent) if has_folder else _runs_in(Path(root))
-    is_beside = has_folder and (bool(runs) or path.parent == Path(root))
-    if has_folder and not is_beside:
+    in_folder, folder, home = len(path.parts) > 1, path.parent, Path(root)
+    is_beside = in_folder and (folder == home or bool(_runs_in(folder)))
+    is_misspelt = in_folder and not is_beside and not folder.exists() and closest(str(folder), [str(home)], cutoff=0.8)
+    if in_folder and not is_beside and not is_misspelt:
         return
-    exact = [run for run in runs if Path(run).name == str(path)]
-    near = f"; did you mean {exact[0]!r}?" if exact else did_you_mean(str(path), runs)
+    runs = _runs_in(folder if is_beside else home)
+    exact = next((run for run in runs if Path(run).name == str(path)), None)
+    near = f"; did you mean {exact!r}?" if exact else did_you_mean(str(path), runs, cutoff=0.8 if is_misspelt else 0.6)
     if near or is_beside:
         raise ConfigError([f"{path}: no such run{near}; tt ls runs lists them"])
 
