@@ -33,7 +33,7 @@ _LOADING = ("streaming", "packing", "seed", "buffer", "cache_dir", "num_workers"
 
 
 def refuses_unknown(function: Callable[P, Dataset | Stream]) -> Callable[P, Dataset | Stream]:
-    """``function``, which names a keyword that neither it nor ``load_dataset`` has."""
+    """``function``, with an error that names a keyword that neither it nor ``load_dataset`` has."""
     known = [name for name in signature(function).parameters if name != "options"] + [*_SETTINGS, *_PART, *_LOADING]
 
     @wraps(function)
@@ -196,7 +196,7 @@ def _transformed(read: Read, transform: Callable[[Row], Row] | None) -> Read:
 
 
 def _formatted(name: str) -> Read:
-    """Conversations as messages whose text holds the format."""
+    """Conversations as messages whose text contains the format."""
     chat_format = get_chat_format(name)
 
     def read(row: Row, columns: Columns) -> Turns:

@@ -12,8 +12,8 @@ from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unic
 from tt_data.text.tokenizer import Tokenizer
 
 _PROMPT_MERGES = (
-    "the end of the prompt and the beginning of the completion make one token, so that what is trained is not what "
-    "inference asks for; end the prompt where a word ends"
+    "the end of the prompt and the beginning of the completion make one token, so the trained text does not follow what "
+    "inference asks with; end the prompt at the end of a word"
 )
 Unit = Conversation | Turns | Completion | Text | Tokens
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
@@ -112,14 +112,14 @@ def _document(unit: Text | Completion, train_on: TrainOn, tokenizer: Tokenizer) 
 
 
 def _from_prompt(row: Encoded, prompt: Sequence[int]) -> Encoded:
-    """``row`` trained from where the ids of its prompt end, so that it is trained as it is asked."""
+    """``row`` trained from the end of its prompt's ids, so that training and inference begin alike."""
     if row.ids[: len(prompt)] != prompt:
         return replace(row, notes=(*row.notes, _PROMPT_MERGES))
     return replace(row, trained=join_spans([(len(prompt), len(row.ids))])) if prompt else row
 
 
 def _with_ends(row: Encoded, document: MarkedText, tokenizer: Tokenizer) -> Encoded:
-    """The document between bos (if this model has it) and eos, which is trained; neither twice, if it holds them."""
+    """The document between bos (if this model adds it) and eos, which is trained. None of them is added twice."""
     ids, spans = row.ids, row.trained
     if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         whole = bool(document.trained) and document.trained[0][0] == 0

@@ -1,4 +1,4 @@
-"""A conversation is a list of ``Message``; ``validate_messages`` says whether a model can learn from it."""
+"""A conversation is a list of ``Message``. ``validate_messages`` checks that a model can learn from it."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _OPENS_REPLY = ("user", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. ``masked`` turns give no loss; ``extra`` holds what templates also read (``tool_calls``,
-    ``reasoning_content``, ``name``, ...). ``asked``: the row says itself that the turn is trained, which is reported if
-    it is not."""
+    """One turn. ``masked`` turns give no loss. ``extra``: what templates also read (``tool_calls``,
+    ``reasoning_content``, ``name``, ...). ``asked``: the row itself says that the turn is trained; it is reported if
+    the turn is not."""
 
     role: str
     content: str
@@ -52,7 +52,7 @@ class Message:
 
 
 def unknown_role(role: object) -> str:
-    """The sentence for a role that is none of ``ROLES``, with the nearest one."""
+    """The message for a role that is not one of ``ROLES``, with the nearest one."""
     role = role if len(str(role)) < 80 else f"{str(role)[:80]}..."
     known = _SPELLINGS.get(str(role).lower())
     if known is None:
@@ -63,7 +63,7 @@ def unknown_role(role: object) -> str:
 
 
 def normal_role(role: object) -> str:
-    """``role`` in our spelling (sharegpt's human and gpt, Llama's ipython, ...). Raises ValueError when unknown."""
+    """``role`` in our spelling (sharegpt's human and gpt, Llama's ipython, ...). Raises ValueError if it is unknown."""
     name = str(role).strip().lower() if isinstance(role, str) else str(role)
     name = _SPELLINGS.get(name, name)
     if name not in ROLES:
@@ -77,7 +77,7 @@ def is_role(name: object) -> bool:
 
 
 def roles_of(messages: Sequence[Message]) -> str:
-    """``user, assistant, user`` (shortened), to show a conversation's shape in an error."""
+    """``user, assistant, user`` (shortened), to show the shape of a conversation in an error."""
     names = [message.role for message in messages[:8]]
     return ", ".join(names) + (", ..." if len(messages) > 8 else "")
 
@@ -113,7 +113,7 @@ def _misplaced(message: Message, last: str | None, i: int) -> str | None:
 
 
 def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:
-    """The messages, with those masked that ``train_on`` leaves out. A message that is masked already stays so."""
+    """The messages; those that ``train_on`` leaves out are masked. A message that is already masked stays masked."""
     if train_on == "all":
         return list(messages)
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)

@@ -1,4 +1,4 @@
-"""A chat template, rendered in a process of its own (``render_worker``)."""
+"""A chat template that is rendered in its own process (``worker``), under limits on time, memory and output."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from tt_data.wording import visible
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
-_OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # of a conversation: what a template may write of it
+_OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = (
+    32,
+    1 << 15,
+)  # of text that a template may write, per character of a conversation
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
 _SECONDS_PER_PAIR = 6e-5
 _SECONDS_PER_CHARACTER = 1e-6
 _SLACK_SECONDS = 60.0 if HAS_LIMITS else 5.0  # of wall time, if the system does not end what hangs
 _USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
 _OTHER = "name another one (template=chatml, llama3, ...)"
-_KILLED_SECONDS = RENDER_SECONDS + 1  # what one counts that did not answer
-_EXTRA_SECONDS = 2.0  # that all conversations together may take more: then the template is given up
+_KILLED_SECONDS = RENDER_SECONDS + 1  # counted for a conversation that the process did not answer
+_EXTRA_SECONDS = 2.0  # that all conversations together may take beyond the usual; then the template is given up
 _PAIRS_PER_REQUEST = 10_000
 _CHARACTERS_PER_REQUEST = 4_000_000
 
@@ -42,13 +45,13 @@ _EMPTY_TURN = "the chat template leaves nothing of some turns but their end, so 
 
 PROMPT_DIFFERS = (
     "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
-    "deletes): what is trained is not quite what inference asks for"
+    "deletes): the trained text does not quite follow what inference asks with"
 )
 
 
 DATED = (
-    "the chat template writes the date of today: the same rows make other ids on another day, and the model is asked "
-    "with another date than it was trained with"
+    "the chat template writes the date of today: the same rows give different ids on a different day, and the model "
+    "is asked with a different date than it was trained with"
 )
 
 
@@ -106,7 +109,7 @@ class ChatTemplate:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be known of the template, whatever it is given."""
+        """What a report says of the template itself."""
         with self._lock:
             self._start()
             differs = [] if self._facts["keeps_its_prompt"] else [PROMPT_DIFFERS]
@@ -129,8 +132,8 @@ class ChatTemplate:
         return answers
 
     def _account(self, job: Job, answer: Mapping[str, Any]) -> None:
-        """Count what a conversation took. Raises TemplateError once all take far more than conversations usually do:
-        each may be within its limit, and a million of them take days."""
+        """Count the time of a conversation. Raises TemplateError once all of them together take far more than usual:
+        each may be within its limit while a million of them take days."""
         self._spent += answer["cpu"] - job.usual_seconds / (4 if "error" in answer else 1)
         self._rendered += 1
         if self._spent > _EXTRA_SECONDS:
@@ -142,7 +145,7 @@ class ChatTemplate:
         self._spent = max(self._spent, -_EXTRA_SECONDS * 4)
 
     def error(self, answer: Mapping[str, Any], nonce: str = "") -> TemplateError:
-        """The exception for an answer that is one: which template, which line, what. ``nonce`` is taken out."""
+        """The exception for an answer with an error: which template, which line, what. ``nonce`` is taken out."""
         line, text = answer.get("line"), visible(str(answer["error"]))
         where = f"{self.name}{f', line {line}' if line else ''}"
         said = f"{where}: {text.replace(nonce, '') if nonce else text}"
@@ -174,7 +177,7 @@ class ChatTemplate:
         self._facts = answers[0]
 
     def _ask(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """The answers; fewer if the process died on a job, or had to be killed."""
+        """The answers: fewer than ``jobs`` if the process died on one or had to be killed."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -241,7 +244,7 @@ def _request(jobs: Sequence[Job]) -> Sequence[Job]:
 
 
 def _stop(process: Process, owner: int) -> None:
-    if owner != os.getpid():  # a forked child holds a copy of the pipes, but the process is not its own
+    if owner != os.getpid():  # a forked child has a copy of the pipes, but not the process
         return
     process.kill()
     process.wait()
@@ -252,7 +255,7 @@ def _stop(process: Process, owner: int) -> None:
 
 
 def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:
-    """What a report says of a rendering that does not hold all of its conversation."""
+    """What a report says of a text that does not contain all of its conversation."""
     notes = [f"the chat template does not write {_LOST[kind]}" for kind in answer.get("lost", ())]
     notes += [_EMPTY_TURN] if answer.get("empty") else []
     return notes if answer.get("follows_prompts", True) else [*notes, PROMPT_DIFFERS]

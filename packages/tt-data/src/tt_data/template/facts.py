@@ -1,4 +1,4 @@
-"""What is found out about a chat template once, by rendering made-up conversations: how it opens and ends turns."""
+"""How a chat template opens and ends turns: found once, by rendering made-up conversations."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FIRST_LINE = re.compile(r"[^\n]*\n*")
 
 @dataclass(frozen=True)
 class Facts:
-    """``ends``: the special tokens that end an assistant turn. ``headers``: those that open one, which end none.
-    ``header``: the text that opens an answer. ``tail``: what stands behind every conversation though nobody asked for a
-    generation prompt. ``keeps_its_prompt``: whether training text begins with what inference begins with."""
+    """``ends``: the special tokens that end an assistant turn. ``headers``: those that open one and never end one.
+    ``header``: the text that opens an answer. ``tail``: the text that follows every conversation although no
+    generation prompt was asked for. ``keeps_its_prompt``: whether training and inference begin with the same text."""
 
     ends: tuple[str, ...]
     headers: frozenset[str]
@@ -31,7 +31,7 @@ class Facts:
 
 
 def study(render: Render, special: re.Pattern[str] | None, named_ends: Sequence[str]) -> Facts:
-    """The facts of a template. ``special`` finds special tokens; ``named_ends`` end turns by the tokenizer's word."""
+    """The facts of a template. ``special`` finds special tokens; ``named_ends`` end turns by the tokenizer's files."""
     asked, unasked = _try(render, [_ASK], True), _try(render, [_ASK], False)
     answered, longer = _try(render, [_ASK, _TELL], False), _try(render, [_ASK, _TELL, _ASK_MORE], False)
     keeps = not asked or not answered or answered.startswith(asked)
@@ -45,7 +45,9 @@ def study(render: Render, special: re.Pattern[str] | None, named_ends: Sequence[
     ends = _ends(special, headers, behind, between)
     tail = "" if prompt else _from_header(special, headers, behind)
     header = prompt
-    if not prompt and not tail and answered.startswith(unasked):  # no generation prompt: the answer brings its header
+    if (
+        not prompt and not tail and answered.startswith(unasked)
+    ):  # no generation prompt: the header comes with the answer
         header = _from_header(special, headers, answered[len(unasked) : answered.index(_ANSWER)])
     has_ends = bool(_run(special, headers, behind))
     ends += [end for end in _call_ends(render, special, headers, has_ends=has_ends) if end not in ends]
@@ -54,7 +56,7 @@ def study(render: Render, special: re.Pattern[str] | None, named_ends: Sequence[
 
 
 def shared_length(one: str, other: str) -> int:
-    """How many characters both texts begin with."""
+    """The number of characters with which both texts begin."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -66,7 +68,7 @@ def shared_length(one: str, other: str) -> int:
 
 
 def _try(render: Render, conversation: Messages, prompt: bool) -> str:
-    """A template may refuse a conversation that ends with the user, calls, or all of them: then it is not known."""
+    """The text; "" if the template refuses it: some refuse a conversation that ends with the user, or calls."""
     try:
         return render(conversation, prompt)
     except Exception:
@@ -81,7 +83,7 @@ def _headers(special: re.Pattern[str], prompt: str, before: str, between: str, b
     alike = shared_length(before[::-1], between[::-1])
     if alike < len(between):
         return set(special.findall(between[len(between) - alike :]))
-    same = behind[: shared_length(behind, between)]  # up to where it says whose turn it is
+    same = behind[: shared_length(behind, between)]  # up to the name of the role
     return set() if same == behind else set(special.findall(same)[-1:])
 
 
@@ -107,9 +109,9 @@ def _run(special: re.Pattern[str], headers: set[str], text: str) -> list[str]:
 
 
 def _call_ends(render: Render, special: re.Pattern[str], headers: set[str], *, has_ends: bool) -> list[str]:
-    """The special token that ends a turn with calls, if it is not that of words: what stands last behind two of them.
+    """The special token that ends a turn with calls, if it differs from that of words: the last one behind two calls.
 
-    Of a template whose turns have none (``has_ends`` is false): the role token that follows a call.
+    If no token ends the template's turns (``has_ends`` is false): the role token that follows a call.
     """
     calls = [
         {"id": f"abcdefgh{i}", "type": "function", "function": {"name": "f", "arguments": {"q": _ANSWER}}} for i in "12"
@@ -135,6 +137,6 @@ def _from_header(special: re.Pattern[str], headers: set[str], text: str) -> str:
 
 
 def _first_line(header: str) -> str:
-    """Without what a template writes for the model behind its header, such as an opened thought."""
+    """Without what a template writes for the model after its header, such as an opened thought."""
     match = _FIRST_LINE.match(header)
     return match.group().partition("<think>")[0] if match else ""

@@ -1,4 +1,8 @@
-"""Marks behind every part of a conversation: those that a rendering lacks say what a chat template does not write."""
+"""What of a conversation a chat template does not write.
+
+It is found by rendering: every part of the conversation gets a mark, and the marks that are not in the text say what is
+left out.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+Messages = list[dict[str, Any]]
+TextWith = Callable[[int, Any], str | None]
+Write = Callable[[Messages, Any, Any], str]  # (messages, tools, the template's other variables) -> text
+
 REASONING = ("reasoning_content", "thinking", "reasoning")
+SHORT = 12  # characters: a shorter text is easily found in one that does not contain it
 _STEM = "".join(str(secrets.randbelow(10)) for _ in range(18))  # digits: the same in capitals and inside JSON
 
 
 @dataclass
 class Losses:
-    """What a rendering does not hold: ``kinds`` by name, and the messages of which nothing is left."""
+    """What a text does not contain: ``kinds`` by name, and the messages of which nothing is left (``empty``)."""
 
     kinds: list[str] = field(default_factory=list)
     empty: list[int] = field(default_factory=list)
@@ -54,11 +63,11 @@ def other_form(arguments: Any) -> Any:
 
 
 class Marks:
-    """Numbered strings put behind every part of a conversation, and the kind of thing that each stands for."""
+    """Numbered strings, one behind every part of a conversation, and the kind of each part."""
 
     def __init__(self) -> None:
         self._given: list[tuple[str, str, int]] = []  # mark, kind, message
-        self._enclosed: list[str] = []  # what stands where a call's JSON text was put into one more pair of braces
+        self._enclosed: list[str] = []  # the text if a template put a call's JSON text into a second pair of braces
 
     def new(self, kind: str, message: int) -> str:
         mark = f"{_STEM}{len(self._given):06d}"
@@ -92,7 +101,7 @@ class Marks:
         ]  # fmt: skip
 
     def _call(self, call: dict[str, Any], i: int) -> dict[str, Any]:
-        """The mark is an argument more, and follows each; of a call without arguments it follows the name."""
+        """The mark is one more argument, and it follows each argument. Without arguments it follows the name."""
         function = call.get("function", call)
         arguments = function.get("arguments")
         given = other_form(arguments) if isinstance(arguments, str) else arguments
@@ -121,14 +130,58 @@ class Marks:
         return marked
 
     def missing_in(self, text: str) -> Losses:
-        """A call whose JSON text was written as a JSON string (escaped once more), or into braces, is a lost one."""
-        spoilt = any(enclosed in text for enclosed in self._enclosed)
+        """A call is also left out if its JSON text was escaped once more, or put into a second pair of braces."""
+        doubled = any(enclosed in text for enclosed in self._enclosed)
         lost = [
             (kind, i)
             for mark, kind, i in self._given
-            if mark not in text or (kind == "tool calls" and (spoilt or f'\\"{mark}' in text))
+            if mark not in text or (kind == "tool calls" and (doubled or f'\\"{mark}' in text))
         ]
         parts = [i for _, _, i in self._given if i >= 0]
         gone = [i for _, i in lost]
         empty = [i for i in dict.fromkeys(parts) if gone.count(i) == parts.count(i)]
         return Losses(list(dict.fromkeys(kind for kind, _ in lost)), empty)
+
+
+def left_out(write: Write, messages: Messages, tools: Any, extra: Any) -> Losses | None:
+    """What the template does not write of a conversation; None if it fails on it with marks."""
+    marks = Marks()
+    marked = [marks.message(i, message) for i, message in enumerate(messages)]
+    try:
+        losses = marks.missing_in(write(marked, marks.tools(tools), extra))
+    except Exception:
+        return None
+
+    def text_with(i: int, content: Any) -> str | None:
+        """The conversation with other content in turn ``i``; None if the template fails on it."""
+        try:
+            return write([*messages[:i], {**messages[i], "content": content}, *messages[i + 1 :]], tools, extra)
+        except Exception:
+            return None
+
+    losses.empty = [i for i in losses.empty if not _writes_words(messages[i], i, text_with)]
+    if "reasoning" not in losses.kinds and any(_drops_thought(m, i, text_with) for i, m in enumerate(messages)):
+        losses.kinds.append("reasoning")
+    return losses
+
+
+def _writes_words(message: dict[str, Any], i: int, text_with: TextWith) -> bool:
+    """Whether something of a turn is written although the mark at its end is not: the template cuts it."""
+    if not text_of(message.get("content")).strip():
+        return False
+    mark = Marks().new("words", i)
+    text = text_with(i, like(message["content"], mark))
+    return text is not None and mark[:SHORT] in text
+
+
+def _drops_thought(message: dict[str, Any], i: int, text_with: TextWith) -> bool:
+    """A thought at the beginning of an answer's words may be cut off: a mark at their end does not show it."""
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str):
+        return False
+    thought, closed, _ = content.partition("</think>")
+    if not closed or not thought.replace("<think>", "").strip():
+        return False
+    mark = Marks().new("reasoning", i)
+    text = text_with(i, content.replace(closed, mark + closed, 1))
+    return text is not None and mark not in text

@@ -87,12 +87,12 @@ def get_instruct_template(name: str) -> InstructTemplate:
 
 
 def register_instruct_template(name: str, template: InstructTemplate) -> None:
-    """Make ``template`` known by ``name``."""
+    """Register ``template`` under ``name``."""
     INSTRUCT_TEMPLATES[name] = template
 
 
 class Llama2ChatFormat:
-    """``[INST] <<SYS>>...<</SYS>> user [/INST] assistant``; the system text stands in the first user turn only."""
+    """``[INST] <<SYS>>...<</SYS>> user [/INST] assistant``; the system text is in the first user turn only."""
 
     @classmethod
     def format(cls, messages: Sequence[Message]) -> list[Message]:
@@ -111,7 +111,7 @@ class Llama2ChatFormat:
 
 
 class MistralChatFormat:
-    """``[INST] user [/INST] assistant``; knows no system message."""
+    """``[INST] user [/INST] assistant``, without a system message."""
 
     @classmethod
     def format(cls, messages: Sequence[Message]) -> list[Message]:

@@ -87,7 +87,7 @@ def named_template(name: str, knows: Callable[[str], object]) -> tuple[dict[str,
 
 
 def register_chat_template(name: str, source: str) -> None:
-    """Make a Jinja chat template known by ``name``."""
+    """Register a Jinja chat template under ``name``."""
     CHAT_TEMPLATES[name] = source
 
 
@@ -139,7 +139,7 @@ def _of_config(source: Any, origin: Path) -> dict[str, str]:
 
 
 def read_template(path: Path, root: Path | None = None) -> str:
-    """The text of a .jinja file of the folder ``root``. Raises ValueError if it is no text, empty or too large."""
+    """The text of a .jinja file of the folder ``root``. Raises ValueError if it is not text, empty or too large."""
     text = read_text(path, root, limit=_MAX_BYTES)
     if not text.strip():
         raise ValueError(f"{path}: an empty template, which would write nothing of a conversation; remove the file")

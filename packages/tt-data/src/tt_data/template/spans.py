@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 Span = tuple[int, int]
-BLANKS = " \t"  # at the end of a prompt: part of what follows it, in tokens
+BLANKS = " \t"  # at the end of a prompt they make one token with the word that follows
 
 
 @dataclass(slots=True)
@@ -76,17 +76,17 @@ def substitute(text: str, edits: Sequence[tuple[int, int, str]], spans: Sequence
 
 
 def alternatives(strings: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of ``strings``, the longest first; nothing where there are none."""
+    """A pattern that finds any of ``strings``, the longest first. It finds nothing if there are none."""
     ordered = sorted(set(filter(None, strings)))
     try:
         return re.compile(_branches(ordered, 0, len(ordered), 0) or r"(?!)")
-    except RecursionError:  # each the beginning of the next one, hundreds of times
+    except RecursionError:  # hundreds of strings, each the beginning of the next
         return re.compile("|".join(map(re.escape, sorted(ordered, key=len, reverse=True))))
 
 
 def _branches(ordered: Sequence[str], low: int, high: int, depth: int) -> str:
-    """The pattern of what follows the first ``depth`` characters, which ``ordered[low:high]`` share: a tree, which
-    takes a time that does not grow with the number of strings."""
+    """The pattern of what follows the first ``depth`` characters, which ``ordered[low:high]`` share. It is a tree, so
+    that the time of a search does not grow with the number of strings."""
     ends_here = len(ordered[low]) == depth if low < high else False
     low += ends_here
     parts: list[str] = []
@@ -117,7 +117,7 @@ def join_spans(spans: Sequence[Span]) -> list[Span]:
 
 
 def check_unicode(text: str) -> None:
-    """Raise ValueError for text that cannot be written as UTF-8 (JSON may hold halves of surrogate pairs)."""
+    """Raise ValueError for text that cannot be written as UTF-8 (JSON may contain halves of surrogate pairs)."""
     if not text.isascii():
         try:
             text.encode()

@@ -1,14 +1,16 @@
-"""Which characters of a rendered conversation are trained, for any chat template.
+"""Which characters of a conversation's text are trained, for any chat template.
 
-A turn starts where the template's generation prompt for it ends, and it ends after its end-of-turn token. Both places
-are found by rendering the conversation up to that turn. A template that writes earlier turns otherwise once the
-conversation continues is compared with itself, on the same conversation with other words in one turn; if that does not
-show where a turn is, the conversation is refused instead of masked wrongly.
+A template may say so itself with ``{% generation %}`` blocks. For any other, a turn starts where the template's
+generation prompt for it ends, and it ends after its end-of-turn token. Both places are found by rendering the
+conversation up to that turn. A template that writes earlier turns differently once the conversation continues is
+compared with itself, on the same conversation with other words in one turn. If that does not show where a turn is, the
+conversation is refused instead of masked wrongly.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -18,18 +20,58 @@ from tt_data.template.left_out import REASONING, like, text_of
 from tt_data.template.spans import BLANKS, Span
 
 _PROBES = ("0probe", "1probe")
+BLOCK_START, BLOCK_END = (secrets.token_hex(12) for _ in range(2))  # in the text, at the edges of a block
+BLOCK_EDGES = re.compile(f"{BLOCK_START}|{BLOCK_END}")
 
 
 class AmbiguousTemplateError(ValueError):
     """The template does not show where a turn begins or ends."""
 
 
+def generation_spans(
+    raw: str, full: str, messages: Messages, trained: Sequence[bool], *, facts: Facts, empty: Sequence[int] = ()
+) -> list[Span] | None:
+    """The trained spans of ``full``: the blocks that the template marks in ``raw``, each with its end-of-turn token.
+    None if there are none, or not one for each assistant turn, or if more than assistant turns are trained."""
+    answers = [message["role"] == "assistant" for message in messages]
+    if any(wanted and not answer for wanted, answer in zip(trained, answers, strict=True)):
+        return None
+    flags = [trained[i] and i not in empty for i, answer in enumerate(answers) if answer]
+    blocks: list[list[int]] = []
+    length = position = 0
+    for match in BLOCK_EDGES.finditer(raw):
+        length += match.start() - position
+        position = match.end()
+        if match.group() == BLOCK_START:
+            blocks.append([length, length])
+        else:
+            blocks[-1][1] = length
+    if not blocks:
+        return None
+    if len(flags) != len(blocks):
+        if not all(flags):
+            return None
+        flags = [True] * len(blocks)
+    return [_block(full, facts, start, end) for (start, end), wanted in zip(blocks, flags, strict=True) if wanted]
+
+
+def _block(full: str, facts: Facts, start: int, end: int) -> Span:
+    """Without the header of its turn, or the end of a header, which inference writes; with its end-of-turn token."""
+    header = facts.header
+    place = full.find(header, max(0, start - len(header)), end) if header else -1
+    if 0 <= place <= start:
+        start = max(start, place + len(header))
+    if any(full.endswith(token, 0, end) or full[:end].rstrip().endswith(token) for token in facts.ends):
+        return start, end
+    return start, next((end + len(token) for token in facts.ends if full.startswith(token, end)), end)
+
+
 def turn_spans(
     render: Render, messages: Messages, trained: Sequence[bool], full: str, *, special: re.Pattern[str] | None,
     facts: Facts, empty: Sequence[int] = (),
 ) -> tuple[list[Span], bool]:  # fmt: skip
-    """The trained spans of ``full``, the conversation's text: the turns whose flag is set, but for the ``empty``
-    answers, of which the template leaves nothing. And whether all of them follow what inference would ask with.
+    """The trained spans of ``full``, the conversation's text: the turns whose flag is set, except the ``empty``
+    answers, of which the template leaves nothing. Also whether all of them follow what inference would ask with.
 
     ``special`` matches the tokenizer's special tokens. Raises AmbiguousTemplateError.
     """
@@ -37,7 +79,7 @@ def turn_spans(
     if all(trained):
         cuts = [(0, 0)]
         for i in empty:
-            with suppress(AmbiguousTemplateError):  # all is wanted: what cannot be told apart stays in
+            with suppress(AmbiguousTemplateError):  # everything is trained, so a turn that cannot be found stays
                 cuts.append(finder.turn(i))
         return [(end, start) for (_, end), (start, _) in pairwise([*cuts, (len(finder.body), 0)])], True
     spans: list[Span] = []
@@ -68,7 +110,7 @@ class _Finder:
         return start, self.end(i, start)
 
     def boundary(self, i: int) -> int:
-        """Where message ``i`` begins: the length of what comes before it."""
+        """The place where message ``i`` begins: the length of the text before it."""
         if i == len(self.messages):
             return len(self.body)
         before = self._upto(i)
@@ -82,9 +124,9 @@ class _Finder:
         return self._rendered[i]
 
     def start(self, i: int) -> int:
-        """Where the model's own text begins in turn ``i``: after the generation prompt, never with a header.
+        """The place where the model's own text begins in turn ``i``: after the generation prompt and any header.
 
-        The blanks with which a prompt ends are the model's own: they make one token with the word behind them.
+        Blanks at the end of a prompt belong to the model's text: they make one token with the word that follows.
         """
         prompt = self.render(self.messages[:i], True)
         follows = self.full.startswith(prompt)
@@ -96,11 +138,11 @@ class _Finder:
         return len(self.full[:start].rstrip(BLANKS))
 
     def _where_answers_differ(self, i: int) -> int:
-        """The generation prompt is not what training text holds there (DeepSeek-R1 opens a <think> that it later
-        deletes): the turn starts where two different answers begin to differ."""
+        """The training text does not contain the generation prompt (DeepSeek-R1 opens a <think> that it later deletes):
+        the turn starts at the first difference between two answers."""
         ways: list[Callable[[int, str], Messages]] = [self._with, self._with_call]
         if not text_of(self.messages[i].get("content")).strip():
-            ways.reverse()  # a call without words differs in its name: words may be written elsewhere, or not at all
+            ways.reverse()  # a call without words differs in its name; its words may be anywhere, or nowhere
         for other in ways:
             one, two = self._others(i, other)
             place = shared_length(one, two)
@@ -115,34 +157,33 @@ class _Finder:
         raise self._ambiguous(i)
 
     def _behind_last(self, i: int) -> int:
-        """Where the message before turn ``i`` ends, its closing marks included, in a text that rewrites what is
-        before it."""
+        """The end of the message before turn ``i``, with its closing tokens, in a text that rewrites earlier turns."""
         other = self._with(i - 1, _PROBES[0])
         whole = shared_length(self.render(other, False), self.full)
         short = shared_length(self.render(other[:i], False), self._upto(i))
         return whole + shared_length(self._upto(i)[short:], self.full[whole:])
 
     def _others(self, i: int, other: Callable[[int, str], Messages]) -> list[str]:
-        """The conversation with each of two other turns ``i``; twice nothing if the template refuses them."""
+        """The conversation with each of two other turns ``i``; both "" if the template refuses them."""
         try:
             return [self.render(other(i, probe), False) for probe in _PROBES]
         except Exception:  # some take no words beside a call
             return ["", ""]
 
     def _lowest(self, i: int) -> int:
-        """A place before turn ``i``, not before the words of the turn that it answers."""
+        """A place before turn ``i`` and behind the words of the turn that it answers."""
         before = self._upto(i)
         if self.full.startswith(before):
             return len(before)
         return shared_length(self.render(self._with(i - 1, _PROBES[0]), False), self.full)
 
     def end(self, i: int, start: int) -> int:
-        """Where turn ``i`` ends: after its end-of-turn token, without the template's white space behind it."""
+        """The end of turn ``i``: after its end-of-turn token, without the white space that the template adds."""
         through = self.body if i + 1 == len(self.messages) else self._upto(i + 1)
         if self.full.startswith(through) and len(through) > start:
             return self._after_end_token(start, len(through))
-        # The last turn is rendered otherwise than an earlier one (Qwen3's thinking, Phi-3's final token): compare
-        # with the same conversation in which the next turn says something else.
+        # The template writes the last turn differently from an earlier one (Qwen3's thinking, Phi-3's final token):
+        # compare with the same conversation in which the next turn has other words.
         if i + 1 < len(self.messages):
             other = self.render(self._with(i + 1, _PROBES[0]), False)
             limit = shared_length(other, self.full)
@@ -153,9 +194,9 @@ class _Finder:
         raise self._ambiguous(i)
 
     def _after_end_token(self, start: int, stop: int) -> int:
-        """``stop``, or the end of the end-of-turn token in the run of special tokens just before ``stop``.
+        """``stop``, or the end of the end-of-turn token among the special tokens just before ``stop``.
 
-        Turns without one may end with the token that opens the next turn (GLM's ``<|user|>``).
+        A turn without one may end with the token that opens the next turn (GLM's ``<|user|>``).
         """
         if self.special is None:
             return stop
@@ -176,7 +217,7 @@ class _Finder:
         return kept[-1] if kept else run[0].start() if run else stop
 
     def _with(self, i: int, words: str) -> Messages:
-        """The conversation with other words, and another thought where there is one, in its turn ``i``."""
+        """The conversation with other words in its turn ``i``, and another thought if it has one."""
         message = {key: words if key in REASONING else value for key, value in self.messages[i].items()}
         message["content"] = like(message.get("content"), words)
         return [*self.messages[:i], message, *self.messages[i + 1 :]]

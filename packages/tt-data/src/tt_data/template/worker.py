@@ -1,14 +1,13 @@
 """The process in which chat templates run: ``python -m tt_data.template.worker``, JSON lines in and out.
 
-A chat template comes with the model and is not trusted. It runs in Jinja's immutable sandbox; this process has a limit
-on its memory, on the time of each rendering, an empty environment, and its parent kills it when it does not answer.
+A chat template comes with the model and is not trusted. It runs in Jinja's immutable sandbox. This process has limits
+on its memory and on the time of each rendering, and an empty environment; its parent kills it if it does not answer.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import secrets
 import signal
 import sys
 import time
@@ -26,18 +25,23 @@ from tt_data.template.facts import study
 from tt_data.template.forms import MessageForms
 from tt_data.template.sandbox import limit_cpu, limit_memory
 from tt_data.template.spans import alternatives
-from tt_data.template.turns import AmbiguousTemplateError, turn_spans
+from tt_data.template.turns import (
+    BLOCK_EDGES,
+    BLOCK_END,
+    BLOCK_START,
+    AmbiguousTemplateError,
+    generation_spans,
+    turn_spans,
+)
 
 _MEMORY_LIMIT = 1 << 30
 _FIRST_SECONDS, _SECONDS_PER_MESSAGE = 1.0, 2e-3  # of CPU time, for a conversation's first rendering
 _SLACK_SECONDS = 0.5
 _STUDY_CHARACTERS = 1 << 20
-_OPEN, _CLOSE = (secrets.token_hex(12) for _ in range(2))
-_MARKS = re.compile(f"{_OPEN}|{_CLOSE}")
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}``: what the model writes, enclosed in two marks."""
+    """``{% generation %} ... {% endgeneration %}``: what the model writes, between BLOCK_START and BLOCK_END."""
 
     tags = {"generation"}  # noqa: RUF012  jinja's own attribute
 
@@ -48,7 +52,7 @@ class _Generation(jinja2.ext.Extension):
 
     @staticmethod
     def _mark(caller: Any) -> str:
-        return f"{_OPEN}{caller()}{_CLOSE}"
+        return f"{BLOCK_START}{caller()}{BLOCK_END}"
 
 
 def _raise_exception(message: str) -> None:
@@ -106,11 +110,11 @@ class _Template:
 
     def render(self, messages: list[dict[str, Any]], prompt: bool, tools: Any = None, extra: Any = None) -> str:
         text = self.raw(messages, prompt, tools, extra)
-        return _MARKS.sub("", text) if self.has_generation else text
+        return BLOCK_EDGES.sub("", text) if self.has_generation else text
 
     def answer(self, job: dict[str, Any], seconds: float = 0, most: int = _STUDY_CHARACTERS) -> dict[str, Any]:
-        """The text of a conversation; where it says what is trained, the spans of that and what is lost. ``seconds``:
-        of CPU time for all of it; the first rendering has a small part of that."""
+        """The text of a conversation; if the job says which messages are trained, also their spans, and what the text
+        leaves out. ``seconds``: of CPU time for all of it, a small part of which is for the first rendering."""
         self.most = most
         _limit_time(min(seconds, _FIRST_SECONDS + _SECONDS_PER_MESSAGE * len(job["messages"])))
         tools, extra = job.get("tools"), job.get("extra")
@@ -119,11 +123,11 @@ class _Template:
             return {"text": self.render(messages, job["prompt"], tools, extra)}
         raw = self.raw(messages, False, tools, extra)
         _limit_time(seconds)
-        text = _MARKS.sub("", raw)
+        text = BLOCK_EDGES.sub("", raw)
         losses = self.forms.losses(messages, extra, text) if losses is None else losses
         trained = job["trained"]
         empty = [i for i in losses.empty if trained[i] and messages[i]["role"] == "assistant"]
-        spans = self._generation_spans(raw, text, messages, trained, empty) if self.has_generation else None
+        spans = generation_spans(raw, text, messages, trained, facts=self.facts, empty=empty)
         follows = True
         if spans is None:
             spans, follows = turn_spans(
@@ -149,51 +153,9 @@ class _Template:
             return False
         return True
 
-    def _generation_spans(
-        self, raw: str, text: str, messages: list[dict[str, Any]], trained: list[bool], empty: list[int]
-    ) -> list[tuple[int, int]] | None:
-        """The blocks that the template itself marks; None when they are not one for each assistant turn, or when more
-        than assistant turns are trained."""
-        assistant = [message["role"] == "assistant" for message in messages]
-        if any(wanted and not answers for wanted, answers in zip(trained, assistant, strict=True)):
-            return None
-        flags = [trained[i] and i not in empty for i, answers in enumerate(assistant) if answers]
-        blocks: list[list[int]] = []
-        length = position = 0
-        for match in _MARKS.finditer(raw):
-            length += match.start() - position
-            position = match.end()
-            if match.group() == _OPEN:
-                blocks.append([length, length])
-            else:
-                blocks[-1][1] = length
-        if len(flags) != len(blocks):
-            if all(flags) and blocks:
-                flags = [True] * len(blocks)
-            else:
-                return None
-        return [
-            (self._behind_header(text, a, b), self._with_end(text, b))
-            for (a, b), wanted in zip(blocks, flags, strict=True)
-            if wanted
-        ]
-
-    def _behind_header(self, full: str, start: int, end: int) -> int:
-        """A block that holds the header of its turn, or the end of it, begins behind it: inference writes it."""
-        header = self.facts.header
-        place = full.find(header, max(0, start - len(header)), end) if header else -1
-        return max(start, place + len(header)) if 0 <= place <= start else start
-
-    def _with_end(self, full: str, end: int) -> int:
-        """A block that stops just before the end-of-turn token takes it in: it must be trained."""
-        ends = self.facts.ends
-        if any(full.endswith(token, 0, end) or full[:end].rstrip().endswith(token) for token in ends):
-            return end
-        return next((end + len(token) for token in ends if full.startswith(token, end)), end)
-
 
 def _refused_role(template: _Template, job: dict[str, Any]) -> str:
-    """``system`` (or ``developer``) if a conversation begins with such a message and the template takes none."""
+    """``system`` (or ``developer``) if the conversation begins with such a message and the template refuses these."""
     role = (job.get("messages") or [{}])[0].get("role")
     return role if role in ("system", "developer") and template.refuses(role) else ""
 
@@ -213,11 +175,11 @@ def _failure(error: BaseException) -> dict[str, Any]:
 
 
 class _TooMuchError(ValueError):
-    """More text than a conversation of its size can make."""
+    """More text than a conversation of this size gives."""
 
 
 class _TooLong(BaseException):
-    """Not an Exception: nothing on the way may catch it."""
+    """Not an Exception, so that nothing on the way catches it."""
 
 
 def _alarm(signum: int, frame: FrameType | None) -> None:
@@ -232,7 +194,7 @@ def _limit_time(seconds: float) -> None:
 
 
 def main() -> None:
-    """Read a set-up line, then lists of jobs; write a line for each."""
+    """Read a line that sets the template up, then lists of jobs; write a line for each."""
     limit_memory(_MEMORY_LIMIT)
     if hasattr(signal, "SIGPROF"):
         signal.signal(signal.SIGPROF, _alarm)

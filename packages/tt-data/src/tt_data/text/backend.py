@@ -32,6 +32,6 @@ class Backend(Protocol):
         """The text of ``ids``, without added tokens if ``skip_special``."""
 
     def encode_batch(self, rows: Sequence[MarkedText]) -> list[Encoded]:
-        """The ids of each text, nothing before or after them, and the tokens that hold a character of each span in
-        ``trained`` (``token_spans`` gives these). Control tokens are made where ``controls`` says, or, if that is None,
-        wherever the text spells one."""
+        """The ids of each text, with nothing before or after them, and the tokens that contain a character of each span
+        in ``trained`` (``token_spans`` finds these). Control tokens come from the spans of ``controls`` alone; if that
+        is None, from any text that spells one (``AddedTokens`` finds both)."""

@@ -23,8 +23,8 @@ _MAX_CONTAINERS = 4_000_000  # lists and objects in it: each takes 30 times its 
 class JsonTokenizer:
     """Encodes with the library; text that merely looks like a control token goes through a copy that knows none.
 
-    In that copy every control token is spelt as a marker that nobody can have typed, so that markers stand where a
-    template put control tokens, and the typed ones are plain text. Ids, merges and white space handling are the same.
+    In that copy every control token is spelt as a marker that nobody can have typed. Markers replace the control tokens
+    of the template, so that typed ones are plain text. Ids, merges and the treatment of white space are the same.
     """
 
     def __init__(self, source: str, *, name: str = "tokenizer.json") -> None:
@@ -173,7 +173,7 @@ def _warn_of_other_ids(tokens: Sequence[dict[str, Any]], added: dict[int, Any], 
 
 
 def _rename_tokens(source: str, names: dict[str, str]) -> str:
-    """A tokenizer.json in which the tokens of ``names`` are spelt otherwise, with the same ids."""
+    """A tokenizer.json in which the tokens of ``names`` have other spellings and the same ids."""
     data = json.loads(source)
     for token in data["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
@@ -189,7 +189,7 @@ def _rename_tokens(source: str, names: dict[str, str]) -> str:
 
 
 def _token_spans(encoding: Any, spans: Sequence[Span], count: int) -> list[Span]:
-    """The tokens that hold a character of each span."""
+    """The tokens that contain a character of each span."""
     found: list[Span] = []
     for start, end in spans:
         first = next((t for t in map(encoding.char_to_token, range(start, end)) if t is not None), None)

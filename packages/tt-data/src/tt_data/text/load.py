@@ -31,7 +31,7 @@ def load_tokenizer(
     Of several paths, nearest first (an adapter's folder, then its base): the tokenizer, the chat template and the
     tokens that end a turn (generation_config.json) are each taken from the first that has them.
     ``template``: a built-in chat template's name or a ``.jinja`` file instead of the model's own. ``text_specials``:
-    control tokens that become their id also where they stand in data. Raises FileNotFoundError or ValueError.
+    control tokens that become their id also in data. Raises FileNotFoundError or ValueError.
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(place) for place in path]
     directory, file = find_tokenizer(paths)
@@ -188,7 +188,7 @@ def _sentencepiece_names(backend: Any) -> dict[str, str]:
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens that the sentencepiece model does not hold, with their ids."""
+    """Tokens that are not in the sentencepiece model, with their ids."""
     file = directory / "added_tokens.json"
     added: dict[str, int] = {}
     for token, index in read_object(file).items():

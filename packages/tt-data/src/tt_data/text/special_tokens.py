@@ -1,6 +1,6 @@
 """Special tokens that somebody typed into data: found, and kept apart from those that a chat template writes.
 
-They are broken by a nonce on their way through the template, so that afterwards the whole ones are the template's own.
+A nonce breaks them on their way through the template, so that every whole one in its text is the template's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MOST_NAMED = 3  # in one row: a text about tokenizers would fill the report
 
 
 class SpecialTokens:
-    """The strings of a tokenizer that are tokens only where a template puts them."""
+    """The strings of a tokenizer that are tokens only if a template writes them."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         known = self.strings = [text for text in strings if text]
@@ -25,7 +25,7 @@ class SpecialTokens:
         self._longest = max(map(len, self._beginnings), default=0)
         self._whole = alternatives(known)
         firsts = {json.dumps(token[0])[1:-1] for token in known}
-        self._suspect = alternatives(firsts)  # in a conversation's JSON: one that may need breaking
+        self._suspect = alternatives(firsts)  # in the JSON of a conversation: it may have to be broken
 
     def notes(self, text: str) -> tuple[str, ...]:
         """What a report says of the special tokens that ``text`` spells."""
@@ -33,14 +33,14 @@ class SpecialTokens:
 
     def broken(self, content: Any, written: str, nonce: str) -> tuple[Any, tuple[str, ...]]:
         """``content`` (``written`` as JSON) with every such string in it broken by ``nonce``, and what to say of them;
-        the same object where there is none."""
+        the same object if there is none."""
         if not self._suspect.search(written):
             return content, ()
         found: set[str] = set()
         return self._broken(content, nonce, found), _notes(found)
 
     def _broken(self, value: Any, nonce: str, found: set[str]) -> Any:
-        """A string that ends like the beginning of a special token is broken too: the template may write the rest."""
+        """A string whose end may begin a special token is broken, too: the template may write the rest of it."""
         if isinstance(value, str):
             return self._broken_text(value, nonce, found)
         if isinstance(value, Mapping):
@@ -68,7 +68,7 @@ class SpecialTokens:
         return nonce.join(text[a:b] for a, b in pairwise([0, *places, len(text)]))
 
     def mended(self, text: str, trained: list[Span], nonce: str) -> MarkedText:
-        """A rendering of broken content without the nonces, and with the places of the tokens that were whole in it."""
+        """The text of broken content without the nonces, and with the places of the tokens that were whole in it."""
         controls = [m.span() for m in self._whole.finditer(text)]
         edits = [(m.start(), m.end(), "") for m in re.finditer(nonce, text)]
         clean, moved = substitute(text, edits, [*trained, *controls])
@@ -94,7 +94,7 @@ def typed_spans(tokenizer: Any, ids: Sequence[int]) -> list[Span]:
     spans: list[Span] = []
     position = 0
     for before, place in pairwise([-1, *places, len(ids)]):
-        head = special[ids[before]] if before >= 0 else ""  # decoders treat a beginning otherwise
+        head = special[ids[before]] if before >= 0 else ""  # decoders treat the beginning of a text differently
         run = tokenizer.decode(ids[max(before, 0) : place], skip_special=False)[len(head) :]
         position += len(head)
         spans += [(position + match.start(), position + match.end()) for match in pattern.finditer(run)]

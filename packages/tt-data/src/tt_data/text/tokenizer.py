@@ -78,19 +78,19 @@ class Tokenizer:
         return next((i for i in [*candidates, self.eos_id] if i is not None and 0 <= i < self.vocab_size), 0)
 
     def _find_special(self, more: Sequence[str]) -> list[str]:
-        """The tokens flagged special, and those that the tokenizer's own files name as such."""
+        """The tokens that are flagged special, and those that the tokenizer's own files call special."""
         named = [token for key, token in self._names.items() if key.endswith("_token") and isinstance(token, str)]
         known = [token for token in (*named, *more) if token in self._backend.added]
         return [token for token in dict.fromkeys([*self._backend.control, *known]) if token]
 
     def _find_markers(self) -> list[str]:
-        """Tokens that a template opens turns with though no flag says so (DeepSeek's ``<\uff5cUser\uff5c>``)."""
+        """Tokens with which a template opens turns although no flag says so (DeepSeek's ``<\uff5cUser\uff5c>``)."""
         sources, known = "".join(self.templates.values()), set(self._enders)
         spelt = [t for t in self._backend.added if t[:2] in _OPENING and t[-2:] in _CLOSING and t not in known]
         return [token for token in spelt if token in sources]
 
     def _keep_apart(self, tokens: Sequence[str]) -> None:
-        """``tokens`` are made where a template puts them, and never from text that someone typed."""
+        """``tokens`` are made if a template writes them, and never from text that someone typed."""
         self._backend = self._backend.with_control({token: self._backend.added[token] for token in tokens})
         self._apart = SpecialTokens(tokens)
 
@@ -101,7 +101,7 @@ class Tokenizer:
         prefix: str | None = None,
     ) -> list[int]:  # fmt: skip
         """Ids of ``text``. ``trim_leading_whitespace`` leaves out the white space that sentencepiece puts before a text
-        (by encoding it behind ``prefix``, a newline unless given)."""
+        (the text is encoded behind ``prefix``, a newline unless given)."""
         ids = self._encode_after(prefix or "\n", text) if trim_leading_whitespace else self._encode_plain(text)
         start = [self.bos_id] if add_bos and self.bos_id is not None else []
         end = [self.eos_id] if add_eos and self.eos_id is not None else []
@@ -116,8 +116,8 @@ class Tokenizer:
         return self._backend.token_id(token)
 
     def encode_text_prompt(self, text: str) -> list[int]:
-        """Ids of the beginning of a document that the model continues. Blanks at its end are left to the model: they
-        make one token with the word behind them, and were trained so."""
+        """Ids of the beginning of a document that the model continues. Blanks at its end are left to the model: in
+        training they made one token with the word that follows."""
         start = [self.bos_id] if self.adds_bos and self.bos_id is not None else []
         return [*start, *self._encode_plain(text.rstrip(BLANKS))]
 
@@ -192,15 +192,15 @@ class Tokenizer:
         return str(answer["text"])
 
     def render_spans(self, messages: Sequence[Message], tools: Tools = None, **variables: Any) -> MarkedText:
-        """The conversation as text, with the characters of the messages that are not ``masked``: an answer from where
-        the generation prompt ends, with its end-of-turn token. Raises TemplateError."""
+        """The conversation as text, with the spans of the messages that are not ``masked``: an answer from the end of
+        the generation prompt, with its end-of-turn token. Raises TemplateError."""
         found = self.render_conversations([(messages, tools, variables)])[0]
         if isinstance(found, TemplateError):
             raise found
         return found
 
     def encode_prompt(self, messages: Sequence[AnyMessage], tools: Tools = None, **variables: Any) -> list[int]:
-        """Ids of the conversation up to where the model writes its next turn: without blanks at the end, as
+        """Ids of the conversation up to the turn that the model writes next, without blanks at the end as in
         ``encode_text_prompt``. Raises TemplateError."""
         found = self.render_conversations([(messages, tools, variables)], prompt=True)[0]
         if isinstance(found, TemplateError):
@@ -214,7 +214,7 @@ class Tokenizer:
         prompt, and nothing trained."""
         results: list[MarkedText | TemplateError] = [MarkedText("")] * len(rows)
         sent: dict[bool, list[tuple[int, Job, tuple[str, ...]]]] = {}  # with tools, without
-        nonce = f"q{secrets.token_hex(16)}q"  # letters that no data holds
+        nonce = f"q{secrets.token_hex(16)}q"  # letters that no data contains
         for place, (messages, tools, variables) in enumerate(rows):
             trained = [isinstance(message, Message) and not message.masked for message in messages]
             given = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": dict(variables)}
@@ -242,9 +242,9 @@ class Tokenizer:
     def tokenize_messages(
         self, messages: Sequence[Message], max_seq_len: int | None = None
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and for each whether it is masked (no loss). A cut is a prefix: no end is made up.
+        """Ids of a conversation, and for each whether it is masked (no loss). A cut is a prefix: no end is added to it.
 
-        Without a chat template: each message by itself, bos before each turn, eos after each assistant message.
+        Without a chat template: each message on its own, bos before each turn, eos after each assistant message.
         """
         if not messages:
             raise ValueError("tokenize_messages: an empty list of messages")
@@ -255,7 +255,7 @@ class Tokenizer:
         return encoded.ids[:max_seq_len], masked[:max_seq_len]
 
     def encode_turns(self, messages: Sequence[Message]) -> Encoded:
-        """Each message by itself: ``<bos> user assistant <eos> <bos> user assistant <eos>``."""
+        """Each message on its own: ``<bos> user assistant <eos> <bos> user assistant <eos>``."""
         ids: list[int] = []
         trained: list[Span] = []
         opens, spaced = True, False

@@ -1,4 +1,4 @@
-"""A tokenizer file tried out in a process of its own: ``python -m tt_data.text.trial json`` reads it from stdin.
+"""A tokenizer file tried out in its own process: ``python -m tt_data.text.trial json`` reads it from stdin.
 
 The libraries that read tokenizer files are Rust and C++: on a hostile file they abort, take all memory, or never come
 back, and Python cannot stop them. Every file whose shape is not known to be harmless is loaded and used here first,
@@ -17,7 +17,7 @@ from tt_data.template.sandbox import limit_cpu, limit_memory, run
 from tt_data.wording import visible
 
 _LOAD_SECONDS, _ENCODE_SECONDS = 3, 3  # of CPU time; and a second for each 10 MB of the file
-_WALL_SECONDS = 30  # if the system knows no limit on CPU time, or is very busy
+_WALL_SECONDS = 30  # if the system has no limit on CPU time, or is very busy
 _MEMORY = 1 << 30  # and ten times the size of the file
 _LONG, _SHORT = 50_000, 3_000
 _DIGITS = 15_000  # in a row: public tokenizers group them from the right, in a time that grows with their square
@@ -29,7 +29,7 @@ _MOST_IDS = 20  # for a byte of text
 
 def try_out(kind: str, data: bytes, name: str, letters: str = "") -> None:
     """Raise ValueError if the library cannot load ``data`` (``kind``: json or sentencepiece) and encode and decode with
-    it in little time and memory. ``letters``: characters of which it may treat long runs in a way of its own."""
+    it in little time and memory. ``letters``: characters of which it may treat long runs specially."""
     said, status = run("tt_data.text.trial", kind, letters, data=data, seconds=_WALL_SECONDS)
     lines = [json.loads(line) for line in said.decode("utf-8", "replace").splitlines() if line.endswith("}")]
     facts: dict[str, str] = {"stage": "is started"}
@@ -67,14 +67,14 @@ def main(kind: str, letters: str) -> None:
                 raise ValueError(f"it makes {len(ids)} ids of it")
             _say(stage=f"decodes {len(ids)} ids")
             decode(ids[:1000])
-    except BaseException as error:  # a panic of Rust is no Exception
+    except BaseException as error:  # a panic of Rust is not an Exception
         _say(error=" ".join(f"{error}".split())[:200] or "it fails")
         return
     _say(done=True)
 
 
 def probes(letters: str) -> Iterator[str]:
-    """Texts that a tokenizer must stand: all characters, and long runs, at whose end a match may fail."""
+    """Texts that a tokenizer must survive: all characters, and long runs that a match may fail at the end of."""
     yield "Hello world, 123!\n\tna\u00efve \u65e5\u672c\u8a9e \U0001f986\u200d"
     yield from ("", "\0", " ", "\u0301")
     yield "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x1FC00)]))

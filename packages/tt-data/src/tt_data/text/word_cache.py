@@ -1,7 +1,7 @@
 """ASCII text through a byte-level BPE, each distinct word once: several times faster than the library, the same ids.
 
-Byte-level BPE splits text into words by a regular expression and merges within each word alone, so that a word's ids
-do not depend on where it stands. Whatever is not plain ASCII, and every tokenizer of another kind, goes to the library.
+Byte-level BPE splits text into words by a regular expression and merges within each word alone, so the ids of a word do
+not depend on its place. Text that is not plain ASCII, and every other kind of tokenizer, goes to the library.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from tt_data.template.spans import Encoded, Span, join_spans
 
 _MAX_WORDS = 200_000
-_MAX_LETTERS = 100  # of a word that is kept: what is longer hardly comes twice
+_MAX_LETTERS = 100  # of a word that is kept: a longer one hardly comes twice
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _NUMBERS = (r"\p{N}{1,3}", r"\p{N}")
 _LINES = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -28,8 +28,8 @@ _DEEPSEEK = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"| ?[\p{P}\p{S}]+[\r\n]*" + _LINES
 )
-# The splitting expressions of public models. They take a time that grows with the text, whatever the text is; another
-# one may backtrack, and Python's engine has no limit to that.
+# The splitting expressions of public models. Their time grows with the length of the text and nothing else; another one
+# may backtrack, which Python's engine does not limit.
 KNOWN_PATTERNS = frozenset(
     (
         _GPT2,
@@ -56,7 +56,7 @@ def byte_letters() -> dict[int, str]:
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """The ids of words, made by the model when first asked for; ``lengths``: how many characters each id stands for."""
+    """The ids of words, made by the model when they are first asked for. ``lengths``: the characters of each id."""
 
     def __init__(self, model: Any, added: dict[str, int]) -> None:
         super().__init__({token: (index,) for token, index in added.items()})
@@ -73,7 +73,7 @@ class _Words(dict[str, tuple[int, ...]]):
 
 
 class WordCache:
-    """Encodes ASCII text; ``encode`` gives None for text that the library must see."""
+    """Encodes ASCII text. ``encode`` gives None for text that the library must encode."""
 
     def __init__(self, tokenizer: Any, pattern: re.Pattern[str], added: dict[str, int]) -> None:
         self._words = _Words(tokenizer.model, added)
@@ -82,7 +82,7 @@ class WordCache:
         self._split = re.compile(f"({'|'.join(map(re.escape, ordered))})") if ordered else None
 
     def encode(self, text: str, spans: Sequence[Span]) -> Encoded | None:
-        """Ids, and the tokens that hold a character of each span."""
+        """Ids, and the tokens that contain a character of each span."""
         if not text.isascii() or _CONTROLS.search(text):
             return None
         pieces = self._split.split(text) if self._split else [text]
@@ -107,7 +107,7 @@ class WordCache:
         """From characters to tokens: to the word first, then within it (a byte is a character here)."""
         ends = list(accumulate(map(len, words)))
         counts = list(accumulate(map(len, parts)))
-        edges: list[int] = []  # the tokens that hold the first and the last character of each span
+        edges: list[int] = []  # the tokens of the first and the last character of each span
         word = 0
         for place in chain.from_iterable((start, end - 1) for start, end in spans if start < end):
             while ends[word] <= place:
@@ -123,7 +123,7 @@ class WordCache:
 
 
 def make_word_cache(tokenizer: Any, data: dict[str, Any]) -> WordCache | None:
-    """A cache for a tokenizer whose file holds ``data``: byte-level BPE with one splitting pattern, else None."""
+    """A cache for the tokenizer of a file with ``data``, if it is a byte-level BPE with a known pattern, else None."""
     model = data["model"]
     plain = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
     if model.get("type") != "BPE" or any(model.get(key) for key in plain) or model.get("byte_fallback"):
@@ -139,12 +139,12 @@ def make_word_cache(tokenizer: Any, data: dict[str, Any]) -> WordCache | None:
 
 
 def _is_identity(normalizer: Any) -> bool:
-    """Whether ASCII text comes out as it went in."""
+    """Whether ASCII text comes out unchanged."""
     return normalizer is None or normalizer.get("type") in ("NFC", "NFKC", "NFD", "NFKD")
 
 
 def _splitting_pattern(pre_tokenizer: Any) -> re.Pattern[str] | None:
-    """The expression that cuts text into words, for ASCII; None where there is more to it."""
+    """The expression that splits ASCII text into words; None if the file has another one, or more steps."""
     if not isinstance(pre_tokenizer, dict):
         return None
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
@@ -161,7 +161,7 @@ def _splitting_pattern(pre_tokenizer: Any) -> re.Pattern[str] | None:
 
 
 def to_ascii_pattern(pattern: str) -> re.Pattern[str] | None:
-    """A pattern that matches in ASCII what ``pattern`` (with Unicode classes) does; None where that is not certain."""
+    """A pattern that matches in ASCII what ``pattern`` (with Unicode classes) does; None if that is not certain."""
     written: list[str] = []
     inside = False
     for part in re.findall(r"\\p\{\w+\}|\\.|.", pattern, re.DOTALL):
