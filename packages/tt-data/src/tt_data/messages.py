@@ -27,7 +27,6 @@ _SPELLINGS = {
     "tool_response": "tool",
     "tool_result": "tool",
 }
-_OPENS_REPLY = ("user", "tool")
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,27 +88,22 @@ def validate_messages(messages: Sequence[Message]) -> None:
         raise ValueError(f"a conversation needs at least 2 messages, got {len(messages)}")
     last = None
     for i, message in enumerate(messages):
-        problem = _misplaced(message, last, i)
-        if message.role == "system" and any(earlier.role == "system" for earlier in messages[:i]):
+        role, problem = message.role, ""
+        if role == "system" and any(earlier.role == "system" for earlier in messages[:i]):
             problem = "a second system message"
+        elif role in ("system", "developer") and i > 0 and last not in ("system", "developer"):
+            problem = f"{role} must come first, found"
+        elif role == "assistant" and last not in ("user", "tool"):
+            problem = "two assistant turns in a row" if last == "assistant" else "assistant before any user turn"
+        elif role == "user" and last == "user":
+            problem = "two user turns in a row"
+        elif role == "tool" and last not in ("assistant", "tool"):
+            problem = "a tool answer without an assistant turn before it"
         if problem:
             raise ValueError(f"{problem} at message {i} (roles: {roles_of(messages)})")
-        if message.role not in ("assistant", "tool") and not message.content.strip():
-            raise ValueError(f"the {message.role} message {i} is empty")
-        last = message.role
-
-
-def _misplaced(message: Message, last: str | None, i: int) -> str | None:
-    role = message.role
-    if role in ("system", "developer") and i > 0 and last not in ("system", "developer"):
-        return f"{role} must come first, found"
-    if role == "assistant" and last not in _OPENS_REPLY:
-        return "two assistant turns in a row" if last == "assistant" else "assistant before any user turn"
-    if role == "user" and last == "user":
-        return "two user turns in a row"
-    if role == "tool" and last not in ("assistant", "tool"):
-        return "a tool answer without an assistant turn before it"
-    return None
+        if role not in ("assistant", "tool") and not message.content.strip():
+            raise ValueError(f"the {role} message {i} is empty")
+        last = role
 
 
 def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Message]:
