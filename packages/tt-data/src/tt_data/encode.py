@@ -1,4 +1,4 @@
-"""Examples to token ids and trained spans, a batch of rows at a time."""
+"""Examples to token ids and trained spans, a batch at a time."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _with_ends(row: Encoded, document: MarkedText, tokenizer: Tokenizer) -> Enco
 
 
 def ends_turn(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a model that learned to write ``ids`` has learned to stop: white space may follow the end token."""
+    """Whether a model that learns to write ``ids`` learns to stop: only white space may follow the end token."""
     for index in reversed(ids):
         if index == tokenizer.eos_id or index in tokenizer.eos_ids:
             return True

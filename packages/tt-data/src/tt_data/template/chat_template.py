@@ -17,10 +17,7 @@ from tt_data.wording import visible
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
-_OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = (
-    32,
-    1 << 15,
-)  # of text that a template may write, per character of a conversation
+_OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # characters that a template may write of a conversation
 RENDER_SECONDS = 1.0  # of CPU time for one conversation, and for each pair of its messages
 _SECONDS_PER_PAIR = 6e-5
 _SECONDS_PER_CHARACTER = 1e-6
@@ -56,7 +53,7 @@ DATED = (
 
 
 class TemplateError(ValueError):
-    """The chat template refused a conversation, failed, or went over a limit.
+    """The chat template refused a conversation, failed, or exceeded a limit.
 
     ``reason``: the short name that reports count; ``ambiguous template`` for one that renders, but does not show which
     of the text is trained.
@@ -70,7 +67,7 @@ class TemplateError(ValueError):
 
 class Job:
     """A conversation to render: the text that goes to the process, how many messages it has, and the CPU time that it
-    may take, alone (``seconds``: turns are rendered again and again to find where each ends) or as one of many."""
+    may take: alone (``seconds``; turns are rendered again and again to find their ends) or as one of many."""
 
     def __init__(self, content: Mapping[str, Any], messages: int) -> None:
         self.text = json.dumps(content, default=str)

@@ -15,14 +15,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class InstructTemplate:
-    """A prompt written from the ``columns`` of a row. ``format(row, column_map)`` reads mapped columns instead."""
+    """A prompt written from the ``columns`` of a row. ``format(row, column_map)`` reads the mapped columns."""
 
     columns: tuple[str, ...]
     write: Callable[[Mapping[str, str]], str]
     optional: tuple[str, ...] = ()
 
     def format(self, sample: Row, column_map: Mapping[str, str] | None = None) -> str:
-        """The prompt. Raises ValueError for a column that the row lacks."""
+        """The prompt. Raises ValueError for a column that is not in the row."""
         names = {column: (column_map or {}).get(column, column) for column in self.columns}
         missing = [name for column, name in names.items() if column not in self.optional and sample.get(name) is None]
         if missing:

@@ -64,7 +64,7 @@ _END_TOKENS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of
 
 
 def named_template(name: str, knows: Callable[[str], object]) -> tuple[dict[str, str], str]:
-    """The built-in or registered template of that name, or that of a ``.jinja`` file; and what to call it in messages.
+    """The built-in or registered template of that name, or that of a ``.jinja`` file; and its name in messages.
 
     ``knows`` gives the id of a token, or None. If the model does not know the token that ends the turns of a built-in
     template, its eos token follows the text of that token, so that generation stops. Raises ValueError with the nearest

@@ -56,7 +56,7 @@ def generation_spans(
 
 
 def _block(full: str, facts: Facts, start: int, end: int) -> Span:
-    """Without the header of its turn, or the end of a header, which inference writes; with its end-of-turn token."""
+    """A block without the header of its turn, which inference writes, and with its end-of-turn token."""
     header = facts.header
     place = full.find(header, max(0, start - len(header)), end) if header else -1
     if 0 <= place <= start:
@@ -223,7 +223,7 @@ class _Finder:
         return [*self.messages[:i], message, *self.messages[i + 1 :]]
 
     def _with_call(self, i: int, name: str) -> Messages:
-        """The conversation with calls of another function in its turn ``i``."""
+        """The conversation with calls of a different function in its turn ``i``."""
         message = dict(self.messages[i])
         message["tool_calls"] = [
             {**call, "function": {**call["function"], "name": name}} if "function" in call else {**call, "name": name}

@@ -76,7 +76,7 @@ def make_environment() -> jinja2.Environment:
 
 
 class _Template:
-    """One compiled template and what it is rendered with."""
+    """One compiled template with its variables."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self.dated = False

@@ -1,4 +1,4 @@
-"""What a tokenizer.json must be, checked before the library reads it, and whether it is known to be harmless."""
+"""Checks of a tokenizer.json before the library reads it, and whether everything in it is known to be harmless."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _check_lengths(tokens: Any) -> None:
 
 
 def _is_harmless(step: Any, part: str) -> bool:
-    """Whether a step of the pipeline can neither fail nor take more than a time that grows with the text."""
+    """Whether a step of the pipeline cannot fail, and its time grows with the length of the text and nothing else."""
     if step is None:
         return True
     kind = step.get("type") if isinstance(step, dict) else None
@@ -161,7 +161,7 @@ def _is_harmless(step: Any, part: str) -> bool:
 
 
 def regex_letters(data: Mapping[str, Any]) -> str:
-    """The characters that the regular expressions of a tokenizer.json spell out: runs of them are worth trying."""
+    """The characters that occur in the regular expressions of a tokenizer.json: long runs of them are tried out."""
     found: set[str] = set()
     left: list[Any] = [data.get(part) for part in _PARTS]
     while left:
@@ -192,6 +192,6 @@ def first_token(processor: Any) -> int | None:
             index = processor["cls"][1]
         else:
             return None
-    except (LookupError, TypeError):  # nothing comes first, or nothing that is whole
+    except (LookupError, TypeError):  # there is no first token, or the processor is broken
         return None
     return index if _is_id(index) else None

@@ -21,7 +21,7 @@ _MAX_CONTAINERS = 4_000_000  # lists and objects in it: each takes 30 times its 
 
 
 class JsonTokenizer:
-    """Encodes with the library; text that merely looks like a control token goes through a copy that knows none.
+    """Encodes with the library; text that merely looks like a control token goes through a copy without them.
 
     In that copy every control token is spelt as a marker that nobody can have typed. Markers replace the control tokens
     of the template, so that typed ones are plain text. Ids, merges and the treatment of white space are the same.
@@ -55,14 +55,14 @@ class JsonTokenizer:
         self._words = make_word_cache(self._tokenizer, data)
 
     def with_control(self, control: dict[str, int]) -> JsonTokenizer:
-        """One on the same vocabulary whose control tokens, never made from text that someone typed, are these."""
+        """The same vocabulary with other control tokens, which typed text never becomes."""
         other = JsonTokenizer.__new__(JsonTokenizer)
         other.__dict__.update(self.__dict__, control=control, _marked=None, _typed=alternatives(control))
         return other
 
     def token_id(self, token: str) -> int | None:
         if not token.isascii() and any("\ud800" <= letter <= "\udfff" for letter in token):
-            return None  # half of a pair: no token is that
+            return None  # half of a surrogate pair is not a token
         index: int | None = self._tokenizer.token_to_id(token)
         return index
 
@@ -106,7 +106,7 @@ class JsonTokenizer:
     def _encode_into(
         self, encoded: list[Encoded | None], places: list[int], rows: list[MarkedText], tokenizer: Any
     ) -> None:
-        """Put what the library makes of ``rows`` at ``places``."""
+        """Encode ``rows`` with the library and put the results at ``places``."""
         texts = [row.text for row in rows]
         try:
             found = tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -154,14 +154,14 @@ def _parse(source: str, name: str) -> dict[str, Any]:
 
 
 def library_error(error: BaseException, about: str) -> BaseException:
-    """What to raise for an error of the tokenizers library: a panic of Rust is neither an Exception nor one line."""
+    """The error to raise for one of the tokenizers library: a panic of Rust is not an Exception, and has many lines."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error  # an interrupt
     return ValueError(f"{about} ({said(error)}); download the file again, or do not trust it")
 
 
 def _warn_of_other_ids(tokens: Sequence[dict[str, Any]], added: dict[int, Any], name: str) -> None:
-    """The library gives a token that the model's vocabulary lacks the next free id, whatever the file says."""
+    """Warn about ids: a token that is not in the model's vocabulary gets the next free one, whatever the file says."""
     found = {token.content: index for index, token in added.items()}
     for token in tokens:
         if found.get(token["content"], token["id"]) != token["id"]:

@@ -49,7 +49,7 @@ def load_tokenizer(
 
 
 def find_tokenizer(paths: Sequence[Path]) -> tuple[Path, Path]:
-    """Folder and tokenizer file of the first path that has one. FileNotFoundError for the last if none does."""
+    """The folder and tokenizer file of the first path that has one. If none has, FileNotFoundError names the last."""
     for place in paths:
         files = [place / name for name in _FILES] if place.is_dir() else [place]
         found = next((file for file in files if os.path.lexists(file)), None)
@@ -138,7 +138,7 @@ def _flag(directory: Path, config: Mapping[str, Any], key: str, *, default: bool
 
 
 def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """bos_token, eos_token, ... as strings; what tokenizer_config.json says goes before special_tokens_map.json."""
+    """bos_token, eos_token, ... as strings; tokenizer_config.json counts more than special_tokens_map.json."""
     names: dict[str, Any] = {}
     for file, source in _special_sources(directory, config):
         extra = source.get("extra_special_tokens")
@@ -154,13 +154,13 @@ def _token_names(directory: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _special_sources(directory: Path, config: Mapping[str, Any]) -> list[tuple[Path, Mapping[str, Any]]]:
-    """Where special tokens are named, the file that counts most last."""
+    """The files that name special tokens; the last one counts most."""
     older = directory / "special_tokens_map.json"
     return [(older, read_object(older)), (directory / "tokenizer_config.json", config)]
 
 
 def _more_specials(directory: Path, config: Mapping[str, Any]) -> list[str]:
-    """The tokens without a name of their own that the files call special, a user's own among them."""
+    """The tokens without a name that the files call special, among them those that a user added."""
     found: list[str] = []
     for file, source in _special_sources(directory, config):
         for key in ("additional_special_tokens", "extra_special_tokens"):
@@ -182,9 +182,9 @@ def _content_of(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _sentencepiece_names(backend: Any) -> dict[str, str]:
-    ids: Mapping[str, int] = backend.special_ids()
-    return {f"{name}_token": backend.token(index) for name, index in ids.items() if index >= 0}
+def _sentencepiece_names(backend: SentencePieceTokenizer) -> dict[str, str]:
+    tokens = {f"{name}_token": backend.token(index) for name, index in backend.special_ids().items() if index >= 0}
+    return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
@@ -210,7 +210,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _generation_eos(folders: Sequence[Path]) -> tuple[int, ...]:
-    """The ids that end a text, as the nearest file states them."""
+    """The ids that end a text, from the nearest file that states any."""
     for file in (folder / name for folder in folders for name in ("generation_config.json", "config.json")):
         stated = read_object(file).get("eos_token_id")
         if stated is not None:

@@ -10,7 +10,7 @@ from tt_data.wording import said
 
 
 class SentencePieceTokenizer:
-    """Encodes the text between control tokens piece by piece; control tokens are put in by id.
+    """Encodes the text between control tokens piece by piece, and adds control tokens by their ids.
 
     ``prefix_once``: only the beginning of a text gets sentencepiece's dummy prefix, not what follows each control token
     (Hugging Face's files, unless they say ``"legacy": true``).
@@ -40,7 +40,7 @@ class SentencePieceTokenizer:
         self._newline = self._model.encode("\n")
 
     def with_control(self, control: dict[str, int]) -> SentencePieceTokenizer:
-        """One on the same model whose control tokens, never made from text that someone typed, are these."""
+        """The same model with other control tokens, which typed text never becomes."""
         other = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
         other.__dict__.update(self.__dict__, control=control)
         other._tokens = AddedTokens(self.added, control)
@@ -58,7 +58,7 @@ class SentencePieceTokenizer:
         return str(self._model.id_to_piece(index)) if index < self._model.get_piece_size() else None
 
     def special_ids(self) -> dict[str, int]:
-        """bos, eos, pad and unk as the model itself says (-1: none)."""
+        """The ids of bos, eos, pad and unk in the model itself (-1: none)."""
         model = self._model
         return {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
 
@@ -69,7 +69,7 @@ class SentencePieceTokenizer:
         return f"{digest} {sorted(self.added.items())} {self.prefix_once}"
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """As sentencepiece does: an unknown piece is " \u2047 ", and an id outside of the vocabulary an IndexError."""
+        """As sentencepiece: an unknown piece is " \u2047 ", and an id outside of the vocabulary an IndexError."""
         pieces: list[str] = []
         run: list[int] = []
         unknown = self._model.unk_id()

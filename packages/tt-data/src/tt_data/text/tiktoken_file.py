@@ -39,7 +39,7 @@ def read_tiktoken(data: bytes, name: str) -> JsonTokenizer:
 
 
 class _UnmadeError(Exception):
-    """A token that no merges give."""
+    """No merges give a token."""
 
 
 def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
@@ -68,7 +68,7 @@ def _read_ranks(data: bytes, name: str) -> dict[bytes, int]:
 
 
 def _as_tokenizer_json(ranks: dict[bytes, int]) -> dict[str, object]:
-    """The same merges as a byte-level BPE: a token's parts are those that it merges from last."""
+    """The same merges as a byte-level BPE: each token is merged from the two parts that its last merge joins."""
     letters = byte_letters()
     spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = []
@@ -93,7 +93,7 @@ def _as_tokenizer_json(ranks: dict[bytes, int]) -> dict[str, object]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts left of ``token`` when only merges of a lower rank have been done."""
+    """The two parts of ``token`` that are left after all merges of a lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts))]

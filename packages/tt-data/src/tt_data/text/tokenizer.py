@@ -152,7 +152,7 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every id that ends what the model writes: eos, generation_config.json's, the template's end of turn."""
+        """Every id that ends an answer: eos, those of generation_config.json, the template's end of turn."""
         if self._eos_ids is None:
             ends = self._template(None).turn_ends if self.has_chat_template else self._ends
             ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
@@ -174,7 +174,7 @@ class Tokenizer:
         return other
 
     def with_special_tokens_in_text(self) -> Tokenizer:
-        """A copy for which a special token that is typed in text is that token."""
+        """A copy that reads a special token typed in text as that token."""
         other = copy.copy(self)
         other._keep_apart([])
         return other
