@@ -1,4 +1,4 @@
-"""The chat templates that come with the package."""
+"""Which chat template a tokenizer gets, and those that come with the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import CHAT_TEMPLATES, load_dataset, load_tokenizer, register_chat_template
+from tt_data import CHAT_TEMPLATES, choose_template, load_dataset, load_tokenizer, register_chat_template
 
 TURNS = [
     {"role": "system", "content": "be nice"}, {"role": "user", "content": "hello"},
@@ -82,3 +82,13 @@ def test_templates_come_from_files_and_from_people(llama: Any, llama_dir: Path, 
         load_tokenizer(llama_dir, template="mien")
     with pytest.raises(FileNotFoundError, match="no such template file"):
         load_tokenizer(llama_dir, template="nowhere.jinja")
+
+
+def test_a_template_that_is_chosen_again_keeps_its_process(chatml: Any) -> None:
+    chosen = choose_template(chatml, "llama3")
+    assert chosen is not chatml
+    assert choose_template(chosen, "llama3") is chosen
+    assert choose_template(chosen, None) is chosen
+    assert choose_template(chosen, "alpaca") is chosen  # an instruct template changes rows, not the tokenizer
+    in_text = choose_template(chosen, "llama3", special_tokens="tokens")
+    assert in_text._template(None) is chosen._template(None)
