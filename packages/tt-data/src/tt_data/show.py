@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from tt_data.dataset import IGNORE_INDEX, Dataset, Piece
+from tt_data.report import Report
 from tt_data.template.spans import Span
 from tt_data.text.special_tokens import typed_spans
 
@@ -16,13 +17,55 @@ _OPEN_TYPED, _CLOSE_TYPED = "\u2039", "\u203a"
 _WIDEST = 40  # characters of a bar
 
 
-def show(dataset: Dataset, *, rows: Sequence[int] | None = None, limit: int = 3) -> list[dict[str, Any]]:
+class Sample(TypedDict):
+    """A row for people: its place, its counts, and its documents, each named and as (text, trained)."""
+
+    index: int
+    where: str
+    tokens: int
+    trained: int
+    truncated: bool
+    names: list[str]
+    documents: list[list[Piece]]
+    typed: NotRequired[list[list[Span]]]  # of each document: where it spells a special token without being one
+
+
+class Bin(TypedDict("Bin", {"from": int})):
+    """The number of rows whose length is in ``[from, to)``."""
+
+    to: int
+    count: int
+
+
+class Lengths(TypedDict):
+    """Lengths of rows in tokens."""
+
+    min: int
+    mean: float
+    p50: int
+    p90: int
+    p99: int
+    max: int
+    histogram: list[Bin]
+
+
+class Stats(Report):
+    """A report with the lengths of the rows and the share of tokens that is trained."""
+
+    fingerprint: str
+    tokens: int
+    trained_tokens: int
+    share_trained: float
+    lengths: Lengths
+
+
+def show(dataset: Dataset, *, rows: Sequence[int] | None = None, limit: int = 3) -> list[Sample]:
     """The first ``limit`` rows, or ``rows``: place, counts, and the documents, each named and as (text, trained)."""
     indices = list(range(min(limit, len(dataset)))) if rows is None else list(rows)
     return [_sample(dataset, i) for i in indices]
 
 
-def _sample(dataset: Dataset, i: int) -> dict[str, Any]:
+def _sample(dataset: Dataset, i: int) -> Sample:
     row = cast(Mapping[str, Any], dataset[i])
     labels = [label for key in row if key.endswith("labels") for label in row[key]]
     documents, typed = dataset.documents(i), _typed_in(dataset, row)
@@ -50,7 +93,7 @@ def _typed_in(dataset: Dataset, row: Mapping[str, Any]) -> dict[str, list[Span]]
     return found
 
 
-def as_text(sample: Mapping[str, Any], *, color: bool = False) -> str:
+def as_text(sample: Sample, *, color: bool = False) -> str:
     """A sample of ``show`` for a terminal: trained text in green, or between marks where there is no colour.
 
     A line before each document of a pack, and of a preference row, names it. Text that spells a special token, but is
@@ -97,7 +140,7 @@ def _drawn(text: str, trained: bool, typed: bool, color: bool) -> str:
     return "\n".join(f"{codes}{line}{_PLAIN}" if line and codes else line for line in text.split("\n"))
 
 
-def stats(dataset: Dataset, *, bins: int = 10) -> dict[str, Any]:
+def stats(dataset: Dataset, *, bins: int = 10) -> Stats:
     """Lengths (quantiles and a histogram of ``bins``), the share of tokens that is trained, and the report's counts."""
     if bins <= 0:
         raise ValueError(f"bins must be positive, got {bins}")
@@ -128,7 +171,7 @@ def stats(dataset: Dataset, *, bins: int = 10) -> dict[str, Any]:
     }
 
 
-def _histogram(lengths: Sequence[int], bins: int) -> list[dict[str, int]]:
+def _histogram(lengths: Sequence[int], bins: int) -> list[Bin]:
     """Equal ranges ``[from, to)`` over the lengths, with how many fall into each."""
     low, high = lengths[0], lengths[-1] + 1
     width = max(1, -(-(high - low) // bins))
@@ -138,7 +181,7 @@ def _histogram(lengths: Sequence[int], bins: int) -> list[dict[str, int]]:
     return [{"from": low + i * width, "to": low + (i + 1) * width, "count": count} for i, count in enumerate(counts)]
 
 
-def stats_as_text(figures: Mapping[str, Any]) -> str:
+def stats_as_text(figures: Stats) -> str:
     """The answer of ``stats`` for a terminal, the histogram as bars, and every problem."""
     lengths, histogram = figures["lengths"], figures["lengths"]["histogram"]
     quantiles = ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "p50", "mean", "p90", "p99", "max"))
