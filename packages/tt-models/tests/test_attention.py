@@ -14,8 +14,8 @@ from tt_models.rope import Rope
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_attention_heads": 5}, "hidden_size 16 is not a multiple of num_attention_heads 5"),
-        ({"dropout": 1.5}, "dropout must lie in"),
-        ({"dropout": -0.1}, "dropout must lie in"),
+        ({"dropout": 1.5}, "dropout must be in"),
+        ({"dropout": -0.1}, "dropout must be in"),
     ],
 )
 def test_what_cannot_be_built_is_refused(arguments, message):

@@ -24,8 +24,8 @@ class Attention(nn.Module):
     ``head_dim ** -0.5``); ``softcap`` bounds them by ``softcap * tanh(score / softcap)``; ``sinks`` adds a learned
     score per head that takes part in the softmax and mixes nothing in; ``dropout`` of the weights, in training only.
 
-    ``rope`` and ``window`` tell the decoder which tables and mask its layers share; ``forward`` rotates and hides only
-    by what it is given.
+    ``rope`` and ``window`` are for the decoder, which makes the tables and masks that layers share; ``forward`` uses
+    the ``rope`` and ``mask`` that it is given.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, S, E] to the same shape.
 
-        ``rope``: cos and sin; ``mask``: True where a query sees a key, None: each sees itself and all before it;
-        ``cache`` holds ``length`` columns already.
+        ``rope``: cos and sin. ``mask``: True where a query sees a key; None: each sees itself and all before it.
+        ``cache``: holds ``length`` columns already.
         """
         q, k, v = (heads.transpose(1, 2) for heads in self.project(x_BSE))
         if rope is not None:
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         return linear(self.o_proj, mixed.transpose(1, 2).flatten(2))
 
     def reset_parameters(self, std: float) -> None:
-        """The sinks; everything else belongs to submodules."""
+        """The sinks; all other parameters belong to submodules."""
         if self.sinks is not None:
             nn.init.normal_(self.sinks, std=std)
 
@@ -131,7 +131,7 @@ def attend(
 def attend_each_document(
     q_BHSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, documents: Documents, **settings: Any
 ) -> Tensor:
-    """The same for packed rows on a CPU, where the work is that of the documents and not of the row."""
+    """The same for packed rows on a CPU: the cost is that of the documents, not of the whole row."""
     rows = []
     for index, lengths in enumerate(documents.lengths):
         parts = []
@@ -155,7 +155,7 @@ def plain_attend(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """What SDPA cannot do: softmax in fp32 over bounded scores, and over a sink."""
+    """Attention that SDPA does not have: softmax in fp32 over bounded scores, and over a sink."""
     batch, heads, queries, _ = q_BHSD.shape
     kv_heads, keys = k_BNKD.shape[1:3]
     q_BNGD = q_BHSD.reshape(batch, kv_heads, heads // kv_heads * queries, -1)  # the queries of a group share their keys
@@ -174,10 +174,10 @@ def plain_attend(
 
 
 def check_heads(hidden_size: int, heads: int, kv_heads: int, head_dim: int | None, dropout: float) -> None:
-    """ValueError for what cannot be built."""
+    """ValueError for numbers of heads that do not fit."""
     if kv_heads <= 0 or heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     if head_dim is None and hidden_size % heads:
         raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}: give head_dim")
     if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")

@@ -1,4 +1,4 @@
-"""``model_type`` to family: the one table, and the functions that go through it."""
+"""The table of families, and the functions that use it: from a name or a ``config.json`` to a decoder."""
 
 import difflib
 import functools
@@ -18,11 +18,11 @@ from tt_models.families import gemma, gpt_oss, mistral, mixtral, olmo2, phi, qwe
 from tt_models.limits import LONGEST_KEY, MOST_KEYS, refuse_too_large, weight_bytes
 from tt_models.shown import shown
 
-CURE = re.compile(r"\b(take|set|remove|choose|write|did you mean)\b")  # a message that says what to do
+CURE = re.compile(r"\b(take|set|remove|choose|write|did you mean)\b")  # a message that contains a cure
 
 
 class Family(NamedTuple):
-    """A config class, what builds a decoder from it, and the published sizes."""
+    """A config class, the function that builds a decoder from it, and the published sizes."""
 
     config: type[ModelConfig]
     decoder: Callable[[Any], Decoder]
@@ -47,7 +47,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def list_models() -> list[str]:
-    """The names that ``build`` and ``get_config`` know, family by family."""
+    """The names that ``build`` and ``get_config`` take, family by family."""
     return [name for family in FAMILIES.values() for name in family.sizes]
 
 
@@ -64,8 +64,8 @@ def get_config(name: str) -> ModelConfig:
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The configuration in a ``config.json`` of either generation (``rope_theta`` or ``rope_parameters``).
 
-    What the reference defaults is defaulted alike. ValueError for a ``model_type``, a rope type, or a key that may
-    change the maths and is not known.
+    Defaults are those of the reference. ValueError for an unknown ``model_type``, rope type, or key that may change the
+    maths.
     """
     if not isinstance(config, Mapping):
         raise ValueError(f"config.json must be a mapping, got {type(config).__name__}")
@@ -83,7 +83,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     if model_type not in FAMILIES and isinstance(inner, str) and inner in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {shown(model_type)} reads more than text; only its text_config "
+            f"config.json: model_type {shown(model_type)} is not text only; only its text_config "
             f"({inner!r}) can be read, take a text-only model"
         )
     if model_type not in FAMILIES:
@@ -102,7 +102,7 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A ``config.json`` that transformers reads; rope is written in both generations' spelling."""
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"config_to_hf takes a config, as config_from_hf gives it, not {type(config).__name__}")
+        raise ValueError(f"config_to_hf takes a config, as config_from_hf returns it, not {type(config).__name__}")
     return config.to_hf()
 
 
@@ -117,7 +117,7 @@ def build(
     config = get_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     if not isinstance(config, ModelConfig) or config.model_type not in FAMILIES:
         raise ValueError(
-            f"build takes a name, or a config of a family as config_from_hf gives it, not {type(config).__name__}"
+            f"build takes a name, or a config of a family as config_from_hf returns it, not {type(config).__name__}"
         )
     try:
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -145,7 +145,7 @@ class Builder(Protocol):
 
 @functools.cache
 def builder(name: str) -> Builder:
-    """The function that builds a named size, with a docstring that says what that is."""
+    """The function that builds a named size; its docstring contains the shape and the source."""
 
     def build_named(*, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Decoder:
         return build(name, device=device, dtype=dtype)

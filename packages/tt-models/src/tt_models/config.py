@@ -39,7 +39,7 @@ class ModelConfig:
     architecture: ClassVar[str] = ""
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings in config.json -> field
     written: ClassVar[Mapping[str, Any]] = {}  # keys that the reference reads and that have one value here
-    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys that are no fields -> the values that are computed
+    computed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}  # keys that are not fields -> the values that are computed
 
     vocab_size: int = 32000
     hidden_size: int = 4096
@@ -71,7 +71,7 @@ class ModelConfig:
         self._fill("head_dim", self.hidden_size // self.num_attention_heads)
         self._fill("rope_scaling", check_rope_scaling(self.rope_scaling))
         self._check()
-        Rope(  # what its formulas cannot take is said now, before weights are loaded
+        Rope(  # refuses what its formulas cannot take, before weights are loaded
             self.rotated_dim,
             theta=self.rope_theta,
             scaling=self.rope_scaling,
@@ -79,7 +79,7 @@ class ModelConfig:
         )
 
     def _fill(self, name: str, value: Any) -> None:
-        """Set a field of this frozen object where it is None, or where ``value`` is its normal form."""
+        """Set a field of this frozen object if it is None, or if ``value`` is its normal form."""
         if getattr(self, name) is None or name == "rope_scaling":
             object.__setattr__(self, name, value)
 
@@ -111,23 +111,23 @@ class ModelConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {nearest(self.hidden_act, ACTIVATIONS)}")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id {self.pad_token_id} lies outside of vocab_size {self.vocab_size}")
+            raise ValueError(f"pad_token_id {self.pad_token_id} is outside of vocab_size {self.vocab_size}")
 
     @property
     def kv_heads(self) -> int:
-        """``num_key_value_heads`` as the int that it is once the config is made."""
+        """``num_key_value_heads``, which is an int once the config is made."""
         assert self.num_key_value_heads is not None
         return self.num_key_value_heads
 
     @property
     def head_size(self) -> int:
-        """``head_dim`` as the int that it is once the config is made."""
+        """``head_dim``, which is an int once the config is made."""
         assert self.head_dim is not None
         return self.head_dim
 
     @property
     def rotated_dim(self) -> int:
-        """How many elements of a head the rotary positions turn."""
+        """How many elements of a head are rotated."""
         return self.head_size
 
     @property
@@ -195,7 +195,7 @@ class ModelConfig:
 
     @classmethod
     def complete_rope(cls, keys: dict[str, Any]) -> None:
-        """Give a rope that lacks it the original context length: the one beside it, else the longest."""
+        """Give a rope without an original context length the one beside it in the file, else the longest."""
         beside = None
         if "original_max_position_embeddings" not in cls.__dataclass_fields__:
             beside = keys.pop("original_max_position_embeddings", None)
@@ -269,7 +269,7 @@ class LayeredConfig(ModelConfig):
 
 
 def check_experts(config: Any, num_experts: int) -> None:
-    """ValueError if a token cannot have so many experts, or a model."""
+    """ValueError if a token, or a model, cannot have that many experts."""
     if config.num_experts_per_tok > num_experts:
         raise ValueError(
             f"num_experts_per_tok must be between 1 and the {num_experts} experts, got {config.num_experts_per_tok}"

@@ -1,8 +1,8 @@
-"""Keys of ``config.json`` that are not fields of a config: which are passed over, and which must agree.
+"""Keys of ``config.json`` that are not fields of a config: which are ignored, and which must agree.
 
-Passed over: what leaves the logits as they are (provenance, settings for generation, training and serving, other
-heads), and a feature that is switched off. A key that changes the maths must have the value that is computed here. Any
-other key is refused: it is a typing mistake, or belongs to an architecture that is not the one of ``model_type``.
+Ignored: keys that do not change the logits (provenance, settings for generation, training and serving, other heads),
+and a feature that is switched off. A key that changes the maths must have the value that is computed here. Any other
+key is refused: it is a typo, or belongs to a different architecture than that of ``model_type``.
 """
 
 import difflib
@@ -82,12 +82,12 @@ SAME_AS = {
 FIELD_OF = {other: name for name, others in SAME_AS.items() for other in others.split()}
 SAME_WORD = {"swiglu": "silu", "swish": "silu", "geglu": "gelu"}
 
-# Keys that change the maths in general, with the values that say what is computed here.
+# Keys that change the maths in general, with the values that mean what is computed here.
 OFF = (False, 0, None)
 COMPUTED: dict[str, tuple[Any, ...]] = {
     name: values
     for names, values in {
-        # biases, and what is learned beside the usual weights
+        # biases, and what is learned in addition to the usual weights
         "add_bias_linear add_qkv_bias attention_bias attention_out_bias attention_output_bias attn_bias bias ffn_bias "
         "lm_head_bias mlp_bias norm_bias o_bias o_proj_bias out_bias qkv_bias use_bias use_mlp_bias use_qkv_bias": OFF,
         "attention_sink attn_gate attn_output_gate qk_layernorm qk_norm use_attention_sinks use_qk_layernorm "
@@ -126,16 +126,16 @@ def has_no_effect(key: str) -> bool:
 
 
 def is_off(value: Any) -> bool:
-    """Whether a feature of this value is switched off: null, false, zero, nothing in it."""
+    """Whether this value switches a feature off: null, false, zero, or empty."""
     return value is None or value in (False, 0, "", [], {})
 
 
 def refuse_unlike(
     keys: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]], names: Collection[str], *, model_type: str
 ) -> None:
-    """ValueError unless each of ``keys``, none of which is a field, says what is computed; null means "not set".
+    """ValueError unless each of ``keys``, none of which is a field, means what is computed; null means "not set".
 
-    ``computed`` holds the values that say so, for the keys of which this is known; ``names`` are those of the fields.
+    ``computed`` holds the values that do, for the keys of which they are known; ``names`` are the names of the fields.
     """
     wrong = []
     for key, value in keys.items():
@@ -157,7 +157,7 @@ def refuse_unlike(
 
 
 def is_same(value: Any, computed: Any) -> bool:
-    """Whether a value of a file says ``computed``: off is off, and some words have others."""
+    """Whether a value of a file means ``computed``: all ways to say "off" are equal, and some words have synonyms."""
     if isinstance(value, str):
         return computed in (value, SAME_WORD.get(value))
     if isinstance(value, list | tuple) and isinstance(computed, list | tuple):
@@ -183,7 +183,7 @@ def pop_quantization(keys: dict[str, Any]) -> None:
 
 
 def is_unquantized(settings: Mapping[str, Any]) -> bool:
-    """Whether bitsandbytes was configured and not used, as some tools leave it behind."""
+    """Whether bitsandbytes is configured but not used, as some tools leave it."""
     return settings.get("quant_method") in (None, "bitsandbytes") and not any(
         settings.get(name, name not in settings) for name in ("load_in_4bit", "load_in_8bit")
     )
@@ -214,12 +214,12 @@ def instead(value: Any, accepted: Collection[Any]) -> str:
 
 
 def several(wrong: Collection[str], count: int = 5) -> str:
-    """The first of many mistakes, and how many there are more."""
+    """The first mistakes of many, and how many more there are."""
     return "; ".join([*wrong][:count]) + (f"; and {len(wrong) - count:,} more" if len(wrong) > count else "")
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether ``value``, out of a JSON file, may be taken for ``kind``."""
+    """Whether ``value``, out of a JSON file, may be used as ``kind``."""
     if isinstance(kind, types.UnionType):
         return any(fits(value, one) for one in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:

@@ -62,7 +62,7 @@ class Stack(nn.Module):
         self, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """[B, S, E], after the final norm."""
-        if len(self.layers) != len(self.windows):  # somebody took layers away
+        if len(self.layers) != len(self.windows):  # layers were removed
             self.read_layers()
         length = self.check_length(input_ids_BS, cache)
         x_BSE = self.embed_tokens(input_ids_BS)
@@ -82,7 +82,7 @@ class Stack(nn.Module):
         return self.norm(x_BSE)  # type: ignore[no-any-return]
 
     def check_length(self, input_ids_BS: Tensor, cache: KVCache | None) -> int:
-        """How many tokens came before; ValueError where there are too many."""
+        """How many tokens came before; ValueError if there are too many."""
         if input_ids_BS.dim() != 2 or 0 in input_ids_BS.shape:
             shape = list(input_ids_BS.shape)
             raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {shape}")
@@ -124,7 +124,7 @@ class Stack(nn.Module):
         return {rope: None if rope is None else rope.tables(positions, dtype, lengths) for rope in set(self.ropes)}
 
     def mask(self, window: int | None, x_BSE: Tensor, starts: Tensor | None, cache: KVCache | None) -> Mask:
-        """The mask that layers with this window share; None where the causal flag says all."""
+        """The mask that layers with this window share; None if SDPA's causal flag is enough."""
         length, seq_len, device = 0 if cache is None else cache.length, x_BSE.shape[1], x_BSE.device
         num_keys = length + seq_len
         keys = None
@@ -145,7 +145,7 @@ class Stack(nn.Module):
         return interval_mask(starts, queries, queries if keys is None else keys, window)
 
     def is_compiled(self) -> bool:
-        """Whether lists of lengths would be compiled into the blocks, again and again."""
+        """Whether lists of lengths would be compiled into the blocks, each time anew."""
         blocks = any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self.layers)
         return blocks or torch.compiler.is_compiling()
 
@@ -223,16 +223,16 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits [B, S, V].
 
-        ``position_ids`` [B, S] are needed where several documents share a row: a position that does not go on by one
-        begins a document, and no token sees another document. With a ``cache`` the tokens go on from those in it.
-        ``logits_dtype`` asks for another dtype than the model computes in.
+        ``position_ids`` [B, S] are needed if several documents share a row: a position that is not one more than the
+        last begins a document, and no token sees another document. With a ``cache`` the tokens continue those in it.
+        ``logits_dtype`` asks for a different dtype than the model computes in.
         """
         logits = self.logits(self.hidden_states(input_ids, position_ids, cache))
         return logits if logits_dtype is None else logits.to(logits_dtype)
 
 
 def drop_tied_head(module: nn.Module, state_dict: dict[str, Any], prefix: str, *lists: Any) -> None:
-    """Tied models have no ``lm_head.weight``; files may repeat it, not hold another one: transformers unties then."""
+    """Tied models have no ``lm_head.weight``. A file may repeat the embedding: else transformers unties."""
     head = state_dict.pop(f"{prefix}lm_head.weight", None)
     embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
     if head is None or embedding is None or head is embedding or head.is_meta or embedding.is_meta:
@@ -240,8 +240,8 @@ def drop_tied_head(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
     if head.shape != embedding.shape or not torch.equal(head, embedding.to(head)):
         errors: list[str] = lists[-1]
         errors.append(
-            f"{prefix}lm_head.weight is another one than {prefix}model.embed_tokens.weight, but the config ties them: "
-            "set tie_word_embeddings to false in it, or take the head out of the file"
+            f"{prefix}lm_head.weight differs from {prefix}model.embed_tokens.weight, but the config ties them: "
+            "set tie_word_embeddings to false in it, or remove the head from the file"
         )
 
 

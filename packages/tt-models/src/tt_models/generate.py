@@ -1,4 +1,4 @@
-"""Generation: prefill, one token at a time, sampling. B: batch, S: prompt, V: vocabulary."""
+"""Generation: read the prompts, then one token at a time. B: batch, S: prompt, V: vocabulary."""
 
 import functools
 import itertools
@@ -28,12 +28,12 @@ Prompts = Tensor | Sequence[Sequence[int]]
 
 
 def prefill(model: Decoder, input_ids_BS: Tensor, cache: KVCache, position_ids_BS: Tensor | None = None) -> Tensor:
-    """Read prompts into the cache; the logits of what comes next, [B, V]."""
+    """Read prompts into the cache; the logits of the next token, [B, V]."""
     return model.logits(model.hidden_states(input_ids_BS, position_ids_BS, cache)[:, -1])
 
 
 def decode_one_token(model: Decoder, token_B: Tensor, cache: KVCache) -> Tensor:
-    """Read one more token of each row; the logits of what comes next, [B, V]."""
+    """Read one more token of each row; the logits of the next token, [B, V]."""
     return model.logits(model.hidden_states(token_B[:, None], None, cache)[:, -1])
 
 
@@ -44,7 +44,7 @@ def compiled_decode_one_token() -> Callable[[Decoder, Tensor, KVCache], Tensor]:
 
 
 def reread(model: Decoder, input_ids_BS: Tensor, cache: KVCache) -> Tensor:
-    """Read everything once more, because longer documents are rotated differently; the next logits, [B, V]."""
+    """Read everything again, because longer documents are rotated differently; the next logits, [B, V]."""
     first = cache.first
     cache.reset()
     if first is None:
@@ -59,7 +59,7 @@ _READERS: dict[nn.Module, int] = {}  # modules in training mode -> how many gene
 
 @contextmanager
 def evaluating(modules: Collection[nn.Module]) -> Iterator[None]:
-    """No dropout inside. What is in training mode is so again once the last thread that generates with it has left."""
+    """No dropout inside. Modules return to training mode when the last thread that generates with them has left."""
     with _LOCK:
         held = [module for module in modules if module.training or module in _READERS]
         for module in held:
@@ -114,7 +114,7 @@ def steps(
 def left_padded(
     prompts: Prompts, prompt_lengths: Tensor | Sequence[int] | None, pad_id: int, model: Decoder
 ) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor [B, S] on the model's device, and their lengths where they differ; ValueError if wrong."""
+    """Prompts as one tensor [B, S] on the model's device, and their lengths if they differ; ValueError if invalid."""
     weight = model.model.embed_tokens.weight
     device, vocab_size = weight.device, weight.shape[0]
     if weight.is_meta:
@@ -128,7 +128,7 @@ def left_padded(
             wrong = prompts[lengths.index(0)]
             raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {shown(wrong)}")
         if len({*lengths}) > 1 and not 0 <= pad_id < vocab_size:
-            raise ValueError(f"pad_id must lie in [0, {vocab_size}) where prompts are padded, got {pad_id}")
+            raise ValueError(f"pad_id must be in [0, {vocab_size}) if prompts are padded, got {pad_id}")
         prompt_lengths = torch.tensor(lengths)
         for number, prompt in enumerate(prompts):
             odd = [one for one in prompt if not is_token_id(one)]
@@ -141,7 +141,7 @@ def left_padded(
         raise ValueError(f"prompts must be integers, the ids of tokens, got {prompts.dtype}")
     prompts = prompts.long()
     if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
-        raise ValueError(f"token ids must lie in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
+        raise ValueError(f"token ids must be in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
     prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
         return prompts.to(device), None
@@ -233,11 +233,11 @@ def generate(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Continue prompts: [B, S] to [B, S + n], prompts included, n up to ``max_new_tokens``.
 
-    ``input_ids`` may be lists of unequal length; as a tensor, rows of unequal length are padded on the left and give
-    their ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row ends with
+    ``input_ids`` may be lists of unequal length; rows of unequal length in a tensor are padded on the left and need
+    ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row ends with
     one of ``eos_ids`` (an id, several or None; it is kept) and is filled up with ``pad_id`` (default: the first end
     id, else 0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step
-    of one token. ``return_logits`` gives the logits [B, n, V] of each step too.
+    of one token. ``return_logits`` returns the logits [B, n, V] of each step too.
     """
     check_seed(seed)
     end_ids = numbers_of(eos_ids, model.model.embed_tokens.num_embeddings)

@@ -29,7 +29,7 @@ class LayerCache:
         return end - 1 - (end - 1 - slots) % self.capacity
 
     def update(self, keys: Tensor, values: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """Store the new columns, and give all that the new queries may see."""
+        """Store the new columns; return all that the new queries may see."""
         return self._update(self.keys, keys, length), self._update(self.values, values, length)
 
     def _update(self, store: Tensor, new: Tensor, length: int) -> Tensor:
@@ -37,7 +37,7 @@ class LayerCache:
         store = store[:batch]
         if not self.ring or end <= self.capacity:
             store[:, :, length:end] = new.detach()
-            if new.requires_grad:  # what was read before is a constant, what is read now is not
+            if new.requires_grad:  # earlier tokens are constants, the new ones are not
                 return torch.cat((store[:, :, :length], new), dim=2)
             return store[:, :, :end]
         if count == 1:
@@ -51,14 +51,14 @@ class LayerCache:
         seen = torch.cat((store[:, :, before], new), dim=2)
         kept = min(count, self.capacity)
         slots = torch.arange(end - kept, end, device=store.device) % self.capacity
-        store[:, :, slots] = new[:, :, -kept:].detach().to(store.dtype)  # autocast computes in another
+        store[:, :, slots] = new[:, :, -kept:].detach().to(store.dtype)  # autocast computes in a different dtype
         return seen
 
 
 class KVCache:
-    """What a decoder remembers of up to ``batch_size`` sequences of up to ``max_seq_len`` tokens.
+    """Keys and values of up to ``batch_size`` sequences of up to ``max_seq_len`` tokens.
 
-    A layer with a sliding window holds no more than its window. ``reset`` forgets everything, keeping the memory.
+    A layer with a sliding window stores its window only. ``reset`` empties the cache and keeps the memory.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class KVCache:
             keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             self.layers.append(LayerCache(keys, values, ring=columns < max_seq_len))
         self.rows, self.length = 0, 0  # rows in use, columns filled
-        self.first: Tensor | None = None  # [batch], the column where each row's present document began; None: all at 0
+        self.first: Tensor | None = None  # [batch], the column where the current document of each row began; None: 0
 
     def reset(self) -> None:
         """Forget all sequences."""
         self.rows, self.length, self.first = 0, 0, None
 
     def check_room(self, batch: int, seq_len: int) -> None:
-        """ValueError where ``seq_len`` more tokens of ``batch`` rows do not fit."""
+        """ValueError if ``seq_len`` more tokens of ``batch`` rows do not fit."""
         if batch > self.batch_size:
             raise ValueError(f"KVCache was made for {self.batch_size} rows, got {batch}")
         if self.length and batch > self.rows:
@@ -106,7 +106,7 @@ class KVCache:
             )
 
     def check_dtype(self, weight: Tensor) -> None:
-        """ValueError where attention could not read what is stored; autocast takes any dtype."""
+        """ValueError if attention cannot read the stored dtype; autocast takes any."""
         stored = self.layers[0].keys.dtype
         if stored != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise ValueError(
@@ -114,7 +114,7 @@ class KVCache:
             )
 
     def check_layers(self, layers: int) -> None:
-        """ValueError where it is not known which layer has which window."""
+        """ValueError if it is unknown which layer has which window."""
         if layers != len(self.layers) and len({layer.capacity for layer in self.layers}) > 1:
             raise ValueError(
                 f"KVCache was made for {len(self.layers)} layers of several windows, the model has {layers}: "

@@ -66,7 +66,7 @@ _CONTROL_GROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.li
 
 
 def out_of_range(name: str, value: Any, limits: tuple[float, float, float]) -> str | None:
-    """What is wrong with a number, in words: what was found, what is expected; None if nothing is."""
+    """What is wrong with a number, with the range expected; None if nothing is."""
     least, most, published = limits
     if least <= value <= most:
         return None
@@ -82,7 +82,7 @@ def _number(value: float) -> str:
 
 
 def total_memory(device: torch.device) -> int | None:
-    """All bytes that the device has, in use or not (of a CPU with swap, within its control group); None if unknown."""
+    """All memory of a device in bytes, used or free (with swap, within the control group); None if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type != "cpu":
@@ -102,18 +102,18 @@ def _group_limits() -> list[int]:
     for file in _CONTROL_GROUPS:
         try:
             limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # there is none, or it says "max"
+        except (OSError, ValueError):  # it is missing, or "max"
             continue
     return limits
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """What the parameters of a model take, each counted once; on the meta device, what they will take."""
+    """The size of a model's parameters, each counted once; on the meta device, the size that they will have."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def refuse_too_large(what: str, nbytes: int, device: torch.device, cure: str) -> None:
-    """ValueError if ``nbytes`` are more than all that the device has."""
+    """ValueError if ``nbytes`` is more than all memory of the device."""
     total = total_memory(device)
     if total is not None and nbytes > total:
         place = "this machine" if device.type == "cpu" else str(device)

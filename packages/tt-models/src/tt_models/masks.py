@@ -1,6 +1,6 @@
 """Who sees whom. Every query sees an interval of columns: from the start of its document, or of its window, to itself.
 
-A document begins where position ids do not go on by one; left padding is a document that nobody goes on with.
+A document begins at a position id that is not one more than the last; left padding is a document that ends there.
 B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimension, Q, C: blocks of queries, of keys.
 """
 
@@ -19,7 +19,7 @@ SHORTEST = 8  # mean tokens of a document below which one masked product beats a
 
 
 class Documents(NamedTuple):
-    """Rows cut into documents, each of which is attended alone."""
+    """Rows cut into documents; each of them attends to itself only."""
 
     lengths: list[list[int]]  # of the documents of each row
     window: int | None
@@ -31,7 +31,8 @@ Mask: TypeAlias = "Tensor | BlockMask | Documents | None"  # True where a query 
 def document_starts(position_ids_BS: Tensor, *, offset: int = 0, first_B: Tensor | None = None) -> Tensor:
     """The column where each token's document begins, int64[B, S].
 
-    ``offset`` is the column of the first token given, and ``first_B`` where the documents that it may continue began.
+    ``offset`` is the column of the first token given; ``first_B`` are the columns where the documents that it may
+    continue began.
     """
     columns = torch.arange(offset, offset + position_ids_BS.shape[1], device=position_ids_BS.device)
     begins = torch.zeros_like(position_ids_BS, dtype=torch.bool)
@@ -53,7 +54,7 @@ def document_lengths(position_ids_BS: Tensor, starts_BS: Tensor | None, *, offse
 
 
 def split_documents(starts_BS: Tensor, window: int | None) -> Documents | None:
-    """The documents of rows that begin with one; None where there are so many that a mask is better."""
+    """The documents of rows that begin with one; None if there are so many that a mask is faster."""
     batch, seq_len = starts_BS.shape
     begins = [torch.unique_consecutive(row).tolist() for row in starts_BS.unbind(0)]
     if sum(len(row) for row in begins) * SHORTEST > batch * seq_len:
@@ -110,7 +111,7 @@ def ordered_blocks(visible_BQC: Tensor) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Any]:
-    """flex_attention through the compiler, without which it would hold all scores."""
+    """flex_attention through the compiler, without which it would keep all scores."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

@@ -22,7 +22,7 @@ Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # router logits [T, X] to wei
 class Experts(nn.Module):
     """X gated mlps as two stacked weights, ``gate_up_proj`` [X, 2 I, E] and ``down_proj`` [X, E, I].
 
-    Their memory is not initialized: ``build`` and ``reset_parameters`` do that, or a checkpoint.
+    Their memory is not initialized: ``build``, ``reset_parameters`` or a checkpoint fills it.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int, *, activation: str = "silu") -> None:
@@ -37,7 +37,7 @@ class Experts(nn.Module):
         nn.init.normal_(self.down_proj, std=std)
 
     def forward(self, x_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """The weighted sum of what each token's experts make of it, [T, E]."""
+        """The weighted sum of the outputs of each token's experts, [T, E]."""
         return mix(x_TE, weights_TK, experts_TK, self.gate_up_proj.shape[0], self.apply_experts)
 
     def apply_experts(self, x_RE: Tensor, counts_X: Tensor, experts_R: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class MoE(nn.Module):
 
 
 def softmax_then_top_k(logits_TX: Tensor, *, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The most probable experts and their probabilities, which sum to one where ``renormalize``."""
+    """The most probable experts and their probabilities, which sum to one if ``renormalize``."""
     weights, experts = logits_TX.float().softmax(dim=-1).topk(top_k, dim=-1)
     if renormalize:
         weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -77,7 +77,7 @@ def mix(
     num_experts: int,
     apply_experts: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Sort the (token, expert) pairs by expert, let ``apply_experts`` do its work once, and sum up by token."""
+    """Sort the (token, expert) pairs by expert, call ``apply_experts`` once, and sum up by token."""
     order = experts_TK.flatten().argsort(stable=True)
     experts_R = experts_TK.flatten()[order]
     counts_X = torch.zeros(num_experts, dtype=torch.int64, device=x_TE.device)
@@ -88,9 +88,9 @@ def mix(
 
 
 def grouped_linear(x_RE: Tensor, weight_XOE: Tensor, counts_X: Tensor) -> Tensor:
-    """``x W^T``, [R, O], with the weight of the expert whose rows they are; rows are sorted by expert."""
+    """``x W^T``, [R, O], each row with the weight of its expert; rows are sorted by expert."""
     aligned = all(size * x_RE.element_size() % 16 == 0 for size in weight_XOE.shape[1:])  # grouped_mm wants 16 bytes
-    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # where it takes more dtypes
+    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # which takes more dtypes
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if on_cpu else (torch.bfloat16,)
     if aligned and x_RE.dtype == weight_XOE.dtype and x_RE.dtype in dtypes:
         return F.grouped_mm(x_RE, weight_XOE.transpose(1, 2), offs=counts_X.cumsum(0).int())
@@ -135,7 +135,7 @@ def load_balancing_loss(router_logits: Mapping[str, Tensor], *, top_k: int, mask
 
 
 class ExpertNames(NamedTuple):
-    """What the files call the parts of a mixture."""
+    """The names that files have for the parts of a mixture."""
 
     block: str
     gate: str
@@ -144,7 +144,7 @@ class ExpertNames(NamedTuple):
 
 
 class MixtureDecoder(Decoder):
-    """A decoder whose experts are apart in most files, one matrix each, and stacked in memory.
+    """A decoder whose experts are separate matrices in most files, and stacked in memory.
 
     ``load_state_dict`` takes both; the tensors of all files of a model must come together.
     """
@@ -186,7 +186,7 @@ class MixtureDecoder(Decoder):
 
 
 def join_experts(module: MixtureDecoder, state_dict: dict[str, Any], prefix: str, *lists: Any) -> None:
-    """Put the matrices of a file that is loaded into the stacked parameters that they make up."""
+    """Join the matrices of a file that is being loaded into stacked parameters."""
     for name, _ in module.named_parameters():
         keys = [prefix + key for key in module.hf_sources(name)]
         if prefix + name in state_dict or not all(key in state_dict for key in keys):

@@ -1,9 +1,9 @@
-"""Is this decoder the reference? Logits, gradients, packed rows, cached decoding, greedy text, what is written back.
+"""Does this decoder equal its reference? Logits, gradients, packed rows, cached decoding, greedy text, saved files.
 
 The reference is a causal language model of transformers with the same weights. Both are run in fp32 and compared with
-the reference in fp64, the truth. They are equal if this decoder is about as close to the truth as the reference is: how
-far rounding takes a model depends on its size and weights (1e-4 in gradients of a real 135M model). Errors are the
-largest difference over the largest value of the truth. transformers is imported where it is needed and nowhere else.
+the reference in fp64, the truth. They are equal if this decoder is about as close to the truth as the reference is:
+rounding errors depend on the size and weights of a model (1e-4 in gradients of a real 135M model). Errors are the
+largest difference over the largest value of the truth. transformers is imported only in functions that need it.
 """
 
 import logging
@@ -23,14 +23,14 @@ from tt_models.decoder import Decoder
 from tt_models.generate import generate
 from tt_models.kv_cache import KVCache
 
-FACTOR = 8.0  # two right implementations round differently: over all families, up to 2.5 times apart
+FACTOR = 8.0  # two correct implementations round differently: over all families, by up to 2.5 times
 LEAST = 4 * torch.finfo(torch.float32).eps  # an error of the reference below this is luck
 
 
 def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> float:
-    """The largest difference over the largest expected value, or over ``floor`` where that is larger.
+    """The largest difference over the largest expected value, or over ``floor`` if that is larger.
 
-    Infinite where a number is infinite or none: a maximum would pass over nan.
+    Infinite if a number is infinite or nan: a maximum would ignore nan.
     """
     found, expected = found.detach().double().cpu(), expected.detach().double().cpu()
     largest = max(expected.abs().max().item(), floor)
@@ -41,7 +41,7 @@ def relative_error(found: Tensor, expected: Tensor, *, floor: float = 0.0) -> fl
 
 
 class Found(NamedTuple):
-    """What a forward and a backward pass gave."""
+    """The results of a forward and a backward pass."""
 
     logits: Tensor
     gradients: dict[str, Tensor]
@@ -99,7 +99,7 @@ def in_fp64(reference: nn.Module) -> Iterator[nn.Module]:
     config: Any = reference.config
     experts = getattr(config, "_experts_implementation", None)
     if experts is not None:
-        config._experts_implementation = "eager"  # grouped products know no fp64
+        config._experts_implementation = "eager"  # grouped products have no fp64
     try:
         yield reference.double()
     finally:
@@ -124,7 +124,7 @@ def cached_logits(model: Decoder, input_ids: Tensor, *, prompt: int) -> Tensor:
 
 @torch.no_grad()
 def greedy_differences(model: Decoder, truth: nn.Module, prompt: Tensor, *, max_new_tokens: int, slack: float) -> int:
-    """How many tokens of a greedy continuation the truth would not choose.
+    """The number of tokens of a greedy continuation that the truth would not choose.
 
     Two tokens that are closer than ``slack``, as a share of the largest logit, are as good as each other.
     """
@@ -179,7 +179,7 @@ def is_within(certificate: Mapping[str, Mapping[str, float]]) -> bool:
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Neither progress bars nor warnings of other libraries inside: what they would say is measured."""
+    """No progress bars or warnings of other libraries inside: what they would warn of is measured."""
     from transformers.utils import logging as theirs
 
     disabled, bars = logging.root.manager.disable, theirs.is_progress_bar_enabled()
@@ -198,7 +198,7 @@ def without_noise() -> Iterator[None]:
 def load_reference(path: str | Path) -> nn.Module:
     """A directory through transformers, fp32, in evaluation mode; softcaps and sinks need its plain attention.
 
-    Without its settings for generation: a repetition penalty is none of the model's maths.
+    Without its settings for generation: a repetition penalty is not part of the model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -222,12 +222,12 @@ def verify(
     factor: float = FACTOR,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """A certificate, ready for JSON, that a model directory means here what it means to transformers.
+    """Compare a model directory with transformers: a certificate, ready for JSON, that both compute the same.
 
-    ``load`` reads the directory into a decoder in fp32, ``save`` writes one; what is written back must hold the same
-    weights and give the same logits in transformers. ``passed`` is the verdict; ``errors`` are the distances to
+    ``load`` reads the directory into a decoder in fp32, ``save`` writes one; a directory that is saved again must have
+    the same weights and logits in transformers. ``passed`` is the verdict; ``errors`` are the distances to
     transformers in fp64, ``reference_errors`` those of transformers in fp32, ``limits`` are ``factor`` times as large,
-    ``not_reached`` what the compared texts are too short for.
+    ``not_reached`` lists what the compared texts are too short for.
     """
     try:
         import transformers
@@ -257,7 +257,7 @@ def verify(
 
 
 def not_reached(model: Decoder, *, seq_len: int = 24) -> list[str]:
-    """What of a model only shows in longer texts than are compared, in words."""
+    """Parts of a model that only matter in longer texts than are compared, in words."""
     windows = {w for w in model.config.layer_windows if w and seq_len <= w < model.config.max_position_embeddings}
     return [f"the sliding window of {window} tokens: {seq_len} are compared" for window in sorted(windows)]
 
@@ -271,7 +271,7 @@ def installed_version() -> str:
 
 @torch.no_grad()
 def copy_error(copy: nn.Module, reference: nn.Module, *, seed: int = 0) -> float:
-    """The largest error of any tensor of a written model, and of its logits: a config may be written wrong too."""
+    """The largest error of any tensor of a saved model, and of its logits: the config may be wrong too."""
     vocab_size, generator = reference.config.vocab_size, torch.Generator().manual_seed(seed)  # type: ignore[union-attr]
     ids = torch.randint(0, vocab_size, (1, 24), generator=generator)  # type: ignore[arg-type]
     logits = [reference_logits(model, ids, ()) for model in (copy, reference)]
@@ -281,7 +281,7 @@ def copy_error(copy: nn.Module, reference: nn.Module, *, seed: int = 0) -> float
 
 
 def state_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest error of any tensor; infinite where names or shapes differ."""
+    """The largest error of any tensor; infinite if names or shapes differ."""
     if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in expected):
         return float("inf")
     return max(relative_error(found[name], expected[name]) for name in expected)

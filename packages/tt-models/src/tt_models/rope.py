@@ -15,7 +15,7 @@ from torch import Tensor
 from tt_models.limits import LONGEST_KEY, LONGEST_LIST, ROPE_LIMIT, ROPE_LIMITS, out_of_range
 from tt_models.shown import listed, shown
 
-# rope_type -> (keys that must be there, keys that may be there)
+# rope_type -> (required keys, optional keys)
 ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "linear": (frozenset({"factor"}), frozenset()),
     "dynamic": (frozenset({"factor"}), frozenset()),
@@ -33,7 +33,7 @@ ROPE_TYPES: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
 }
 OLD_NAMES = {"su": "longrope"}
-# rope_type -> keys that are passed over: how weights were made, and what the reference of this type does not read
+# rope_type -> keys that are ignored: how weights were made, and what the reference of this type does not read
 WITHOUT_EFFECT = {
     "default": {"original_max_position_embeddings", "mrope_section"},
     "linear": {"original_max_position_embeddings"},
@@ -78,7 +78,7 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
 
 
 def check_rope_numbers(numbers: Mapping[str, Any]) -> None:
-    """ValueError for what the formulas cannot take."""
+    """ValueError for a number that the formulas cannot take."""
     for key, value in numbers.items():
         per_pair = key in ("short_factor", "long_factor")
         values = value if per_pair and isinstance(value, list | tuple) else [value]
@@ -122,7 +122,7 @@ class Rope:
 
     @property
     def original_max_positions(self) -> int:
-        """How many tokens the model saw before its context was extended."""
+        """The length of the context before it was extended."""
         return int(self.scaling.get("original_max_position_embeddings", self.max_position_embeddings))
 
     @property
@@ -144,7 +144,7 @@ class Rope:
         return frequencies
 
     def frequencies(self, lengths_BS: Tensor | None, device: torch.device) -> Tensor:
-        """fp32[D / 2] or [B, 1, S, D / 2], where it depends on the length of each token's document."""
+        """fp32[D / 2], or [B, 1, S, D / 2] if it depends on the length of each token's document."""
         frequencies = self._frequencies.to(device)
         if lengths_BS is None or not self.by_length:
             return frequencies
@@ -160,9 +160,9 @@ class Rope:
     def tables(
         self, position_ids_BS: Tensor, dtype: torch.dtype, lengths_BS: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What ``rotate`` needs, [B, 1, S, D] each: computed in fp32, rounded to ``dtype``.
+        """cos and sin for ``rotate``, [B, 1, S, D] each: computed in fp32, rounded to ``dtype``.
 
-        ``lengths_BS`` says how long each token's document is; it counts only where ``by_length``.
+        ``lengths_BS`` is the length of each token's document; it is used only if ``by_length``.
         """
         angles = position_ids_BS[:, None, :, None].float() * self.frequencies(lengths_BS, position_ids_BS.device)
         cos, sin = angles.cos(), angles.sin()
@@ -190,7 +190,7 @@ def yarn_frequencies(frequencies: Tensor, theta: float, scaling: Mapping[str, An
     dim = 2 * frequencies.numel()
 
     def index_of(turns: float) -> float:
-        """Which frequency, as a real number, makes so many turns in the original context."""
+        """The index, a real number, of the frequency that makes this many turns in the original context."""
         return dim * math.log(scaling["original_max_position_embeddings"] / (turns * 2 * math.pi)) / 2 / math.log(theta)
 
     first, last = index_of(scaling.get("beta_fast", 32.0)), index_of(scaling.get("beta_slow", 1.0))

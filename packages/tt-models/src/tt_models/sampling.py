@@ -1,4 +1,4 @@
-"""From logits to a token, and what a caller says about it: settings, seed, end ids. B: batch, V: vocabulary."""
+"""Sampling: from logits to a token, and the checks of its settings, seed and end ids. B: batch, V: vocabulary."""
 
 import operator
 from collections.abc import Collection
@@ -19,7 +19,7 @@ class Sampling:
 
     repetition_penalty: float = 1.0  # above 1: tokens already seen become less likely, https://arxiv.org/abs/1909.05858
     temperature: float = 1.0  # 0: the most probable token
-    top_k: int | None = None  # only so many tokens
+    top_k: int | None = None  # only this many tokens, the most probable ones
     top_p: float | None = None  # only the most probable ones that together reach it, https://arxiv.org/abs/1904.09751
     min_p: float | None = (
         None  # only those at least so probable as a share of the best, https://arxiv.org/abs/2407.01082
@@ -35,23 +35,23 @@ class Sampling:
         if self.top_k is not None and (not is_whole_number(self.top_k) or self.top_k < 1):
             raise ValueError(f"top_k must be at least 1, or None for all tokens, got {shown(self.top_k)}")
         if self.top_p is not None and (not is_number(self.top_p) or not 0 < self.top_p <= 1):
-            raise ValueError(f"top_p must lie in (0, 1], or be None for all tokens, got {shown(self.top_p)}")
+            raise ValueError(f"top_p must be in (0, 1], or None for all tokens, got {shown(self.top_p)}")
         if self.min_p is not None and (not is_number(self.min_p) or not 0 <= self.min_p <= 1):
-            raise ValueError(f"min_p must lie in [0, 1], or be None for all tokens, got {shown(self.min_p)}")
+            raise ValueError(f"min_p must be in [0, 1], or None for all tokens, got {shown(self.min_p)}")
 
 
 def is_whole_number(value: object) -> bool:
-    """An int, of numpy too; no bool."""
+    """An int, of numpy too, but not a bool."""
     return hasattr(value, "__index__") and not isinstance(value, bool | torch.Tensor)
 
 
 def is_number(value: object) -> bool:
-    """An int or float, of numpy too; no bool."""
+    """An int or float, of numpy too, but not a bool."""
     return is_whole_number(value) or isinstance(value, float) or type(value).__module__ == "numpy"
 
 
 def is_token_id(value: Any) -> bool:
-    """A whole number, of numpy or torch too, that a tensor holds."""
+    """Whether it is a whole number (of numpy or torch too) that fits into a tensor."""
     try:
         return not isinstance(value, bool) and -(2**63) <= operator.index(value) < 2**63
     except TypeError:
@@ -59,13 +59,13 @@ def is_token_id(value: Any) -> bool:
 
 
 def check_seed(seed: Any) -> None:
-    """ValueError for what torch takes for no seed."""
+    """ValueError for a seed that torch does not take."""
     if seed is not None and (not is_whole_number(seed) or not 0 <= seed < 2**64):
         raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, or None, got {shown(seed)}")
 
 
 def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
-    """One id or several, None for none, as plain numbers; ValueError for what no token of the model is."""
+    """One id or several, None for none, as plain numbers; ValueError for an id that the model does not have."""
     if eos_ids is None:
         return []
     ids: Any = eos_ids
@@ -88,7 +88,7 @@ def sample(
     """
     if sampling.repetition_penalty != 1.0 and seen_BV is not None:
         logits_BV = penalize(logits_BV.float(), seen_BV, sampling.repetition_penalty)
-    best_B = logits_BV.max(dim=-1)  # nan where any is nan
+    best_B = logits_BV.max(dim=-1)  # nan if any is nan
     if not bool(best_B.values.isfinite().all()):
         raise ValueError(
             "logits are not finite, no token can be drawn: the weights hold nan or inf, or overflow in this dtype "
@@ -105,7 +105,7 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
 
 
 def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits in fp32 by temperature, minus infinity for every token that must not be drawn."""
+    """Logits in fp32 over the temperature; minus infinity for every token that must not be drawn."""
     logits_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k is not None and sampling.top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(sampling.top_k).values[:, -1:]
@@ -130,7 +130,7 @@ def keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
 
 
 def seen_tokens(input_ids_BS: Tensor, lengths_B: Tensor | None, vocab_size: int) -> Tensor:
-    """bool[B, V]: which tokens stand in each prompt, padding apart."""
+    """bool[B, V]: which tokens each prompt contains, padding excluded."""
     batch, seq_len = input_ids_BS.shape
     real = torch.ones_like(input_ids_BS, dtype=torch.int8)
     if lengths_B is not None:

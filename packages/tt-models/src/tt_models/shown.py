@@ -1,4 +1,4 @@
-"""What comes out of files, in messages: short, on one line, nothing that acts on a terminal."""
+"""Values of files in messages: short, on one line, without control characters."""
 
 from collections.abc import Iterable, Mapping
 

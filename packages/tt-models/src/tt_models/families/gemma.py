@@ -43,7 +43,7 @@ class GemmaConfig(ModelConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """The first files say ``gelu`` and mean its tanh approximation."""
+        """The first published files have ``gelu`` and mean its tanh approximation."""
         return super().from_hf({**config, "hidden_act": TANH_GELU} if config.get("hidden_act") == "gelu" else config)
 
 
@@ -77,7 +77,7 @@ class Gemma2Config(LayeredConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """The reference reads ``hidden_activation`` only: beside it, ``hidden_act`` has no effect."""
+        """The reference reads ``hidden_activation`` only; ``hidden_act`` has no effect."""
         act, config = config.get("hidden_act"), {key: config[key] for key in config if key != "hidden_act"}
         if act not in (None, "gelu", TANH_GELU) and config.get("hidden_activation") is None:
             raise ValueError(

@@ -91,7 +91,7 @@ class BiasedExperts(nn.Module):
             nn.init.zeros_(bias)
 
     def forward(self, x_TE: Tensor, weights_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """The weighted sum of what each token's experts make of it, [T, E]."""
+        """The weighted sum of the outputs of each token's experts, [T, E]."""
         return mix(x_TE, weights_TK, experts_TK, self.gate_up_proj.shape[0], self.apply_experts)
 
     def apply_experts(self, x_RE: Tensor, counts_X: Tensor, experts_R: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Phi3Config(ModelConfig):
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """The original length stands beside the rope, and ``su`` or ``yarn`` say longrope in older files."""
+        """The original length is outside of the rope, and ``su`` or ``yarn`` mean longrope in older files."""
         config, shares = dict(config), {}
         for key in ("rope_scaling", "rope_parameters"):
             rope = config.get(key)

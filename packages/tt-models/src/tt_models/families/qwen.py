@@ -31,11 +31,11 @@ class Qwen2Config(LayeredConfig):
     max_position_embeddings: int = 32768
     sliding_window: int | None = 4096
     use_sliding_window: bool = False
-    max_window_layers: int = 28  # from this layer on the window holds, where it is used
+    max_window_layers: int = 28  # layers from this one on have the window, if it is used
 
     @property
     def window(self) -> int | None:
-        """The window, where it is used."""
+        """The window, if it is used."""
         return self.sliding_window if self.use_sliding_window else None
 
     def usual_layer_types(self) -> tuple[str, ...]:
@@ -73,7 +73,7 @@ class Qwen3MoeConfig(Qwen3Config):
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 768
     norm_topk_prob: bool = False
-    decoder_sparse_step: int = 1  # every so many layers have experts
+    decoder_sparse_step: int = 1  # every n-th layer has experts
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.001
 
@@ -82,7 +82,7 @@ class Qwen3MoeConfig(Qwen3Config):
         check_experts(self, self.num_experts)
 
     def usual_layer_types(self) -> tuple[str, ...]:
-        """The window, where it is used, holds in every layer."""
+        """Every layer has the window, if it is used."""
         return (FULL if self.window is None else SLIDING,) * self.num_hidden_layers
 
     def has_experts(self, layer: int) -> bool:

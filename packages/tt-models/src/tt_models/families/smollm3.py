@@ -24,8 +24,8 @@ class SmolLM3Config(LayeredConfig):
     max_position_embeddings: int = 32768
     tie_word_embeddings: bool = True
     rope_theta: float = 2e6
-    no_rope_layer_interval: int = 4  # one layer in so many has no positions
-    no_rope_layers: tuple[int, ...] | None = None  # per layer, 0 where it has none; None: by the interval
+    no_rope_layer_interval: int = 4  # every n-th layer has no positions
+    no_rope_layers: tuple[int, ...] | None = None  # per layer: 1, or 0 without positions; None: by the interval
     use_sliding_window: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -52,11 +52,11 @@ class SmolLM3Config(LayeredConfig):
 
     @property
     def window(self) -> int | None:
-        """The window, where it is used."""
+        """The window, if it is used."""
         return self.sliding_window if self.use_sliding_window else None
 
     def usual_layer_types(self) -> tuple[str, ...]:
-        """The window, where it is used, holds in layers without positions."""
+        """Layers without positions have the window, if it is used."""
         windowed = self.window is not None
         return tuple(SLIDING if windowed and not has_rope else FULL for has_rope in self.layers_with_rope)
 
