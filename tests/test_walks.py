@@ -50,8 +50,7 @@ def walk_of_a_row(folder: Path) -> list[tuple[str, str]]:
 
 def walk_of_a_merge(folder: Path) -> list[tuple[str, str]]:
     """From the directory of a LoRA run to a model directory."""
-    from tt_train import merge_run
-    from tt_train.config import compose
+    from tt_train import compose, merge_run
     from tt_train.recipes import sft
 
     model = model_folder(folder)
