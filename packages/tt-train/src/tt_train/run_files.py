@@ -5,7 +5,7 @@ Every file is a regular one inside the directory (tt_ckpt.files), of a size that
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,20 +105,18 @@ class FinishedRun:
     @property
     def adapter(self) -> Path | None:
         """The adapter that the run trained; None if it trained a whole model, or has no result yet."""
-        return self._with("adapter", "adapter_config.json")
+        folder = own_folder(self.path, "adapter")
+        return folder if (folder / "adapter_config.json").is_file() else None
 
     @property
     def model(self) -> Path | None:
         """The whole model that the run trained; None if it trained an adapter, or has no result yet."""
-        return self._with("model", "config.json")
+        folder = own_folder(self.path, "model")
+        return folder if (folder / "config.json").is_file() else None
 
     @property
     def checkpoints(self) -> Path:
         return own_folder(self.path, "checkpoints")
-
-    def _with(self, name: str, marker: str) -> Path | None:
-        folder = own_folder(self.path, name)
-        return folder if (folder / marker).is_file() else None
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -153,12 +151,13 @@ def is_plain(value: Any) -> bool:
             return True
         if any(isinstance(item, int) and item.bit_length() > 10_000 for item in level):
             return False
-        level = [child for item in level for child in _children(item)]
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
     return False
-
-
-def _children(item: Any) -> Iterable[Any]:
-    return item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
 
 
 def own_folder(run: Path, name: str) -> Path:

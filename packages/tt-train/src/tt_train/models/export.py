@@ -12,7 +12,7 @@ import tt_ckpt
 import tt_data
 from tt_train.errors import ConfigError, did_you_mean, shell_word
 from tt_train.models.asking import prompt_form, trained_on
-from tt_train.models.merge import merge_run, refuse_full, refuse_small
+from tt_train.models.merge import merge_run, refuse_full
 from tt_train.models.ollama import adds_bos, go_template, notes, ollama_modelfile
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.run.serving import generation_settings
@@ -49,12 +49,9 @@ def export(
     refuse_full(target)
     origin = find_origin(path, base)
     files, first = ollama_files(origin, tell) if to == "ollama" else ({}, None)
-    if dry_run:
-        refuse_small(target, origin, dtype)
-    else:
-        merge_run(path, target, dtype=dtype, base=base, files=files, tell=tell)
-        if first is not None:
-            say_first_token(target, first)
+    merge_run(path, target, dtype=dtype, base=base, files=files, dry_run=dry_run, tell=tell)
+    if first is not None and not dry_run:
+        say_first_token(target, first)
     return {"path": str(target), "to": to, "dry_run": dry_run, "commands": commands(target, to)}
 
 

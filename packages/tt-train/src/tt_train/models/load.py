@@ -2,22 +2,26 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 import tt_ckpt
+import tt_data
 import tt_models
 import tt_peft
 from tt_ckpt.shown import plain
 from tt_models.limits import refuse_too_large, weight_bytes
+from tt_peft.adapter_files.folder import WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 from tt_train.errors import ConfigError
 from tt_train.job import DTYPES, lora_config, read_hf_config
 from tt_train.master_weights import join
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
-from tt_train.models.resized import fit_vocabulary_
 from tt_train.recipe_file import repeating
+
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 
 
 def load(
@@ -28,7 +32,7 @@ def load(
     adapter: bool = True,
     base: Base = None,
     tell: Callable[[str], None] | None = None,
-) -> tuple[tt_models.Decoder, Any]:
+) -> tuple[tt_models.Decoder, tt_data.Tokenizer]:
     """The model at ``path``, in evaluation mode, and its tokenizer (with the template that a run was trained with).
 
     Tokenizer, chat template and generation settings beside a run or adapter go before those of its base.
@@ -57,9 +61,7 @@ def load(
         model = load_base(origin.model, device=device, dtype=dtype)
     tokenizer = load_tokenizer(origin)
     if adapter and origin.adapter is not None:
-        add_adapter_(model, origin)
-    if origin.adapter is not None and adapter:
-        check_tokens(model, tokenizer, origin)
+        add_adapter_(model, tokenizer, origin)
     return model.eval(), tokenizer
 
 
@@ -88,15 +90,14 @@ def saved_dtype(source: Path, device: torch.device) -> torch.dtype:
     return torch.float32 if most == torch.float16 and device.type == "cpu" else most
 
 
-def add_adapter_(model: tt_models.Decoder, origin: Origin) -> None:
-    """Load the adapter of ``origin`` onto its base, in place; the base is resized or quantized as it needs."""
+def add_adapter_(model: tt_models.Decoder, tokenizer: tt_data.Tokenizer, origin: Origin) -> None:
+    """Load the adapter of ``origin`` onto its base, in place; the base is resized or quantized as it needs.
+
+    ConfigError if the tokenizer beside the adapter has tokens for which the model has no embedding then.
+    """
     assert origin.adapter is not None
     fit_vocabulary_(model, origin.adapter)
     tt_peft.load_adapter(model, origin.adapter, quantize_base=origin.nf4)
-
-
-def check_tokens(model: tt_models.Decoder, tokenizer: Any, origin: Origin) -> None:
-    """ConfigError if the tokenizer beside an adapter knows tokens that the model has no embedding for."""
     rows = model.config.vocab_size
     if tokenizer.vocab_size > rows:
         raise ConfigError(
@@ -106,6 +107,56 @@ def check_tokens(model: tt_models.Decoder, tokenizer: Any, origin: Origin) -> No
                 "trained on: --base DIR"
             ]
         )
+
+
+@torch.no_grad()
+def fit_vocabulary_(model: tt_models.Decoder, adapter: Path) -> None:
+    """Give ``model`` the rows that the adapter folder's whole embeddings have more than it, in place.
+
+    The new rows come from the adapter's file; those of a tied model, all of them. Does nothing for an adapter without
+    whole embeddings, or of the model's own size.
+    """
+    file = adapter / WEIGHTS_FILE
+    if not file.is_file():
+        return  # load_adapter says what there is
+    state, _ = read_adapter_weights(adapter)
+    whole: dict[str, torch.Tensor] = {}
+    for name in (_EMBEDDING, _HEAD):
+        for below in ("token_adapter.base_layer.", "base_layer.", "modules_to_save.", ""):  # the later one counts
+            whole |= {name: state[key]} if (key := f"{name}.{below}weight") in state else {}
+    here, tied = model.config.vocab_size, model.config.tie_word_embeddings
+    grown = max((len(tensor) for tensor in whole.values()), default=here)
+    if grown <= here:
+        return
+    names = [_EMBEDDING] if tied else [_EMBEDDING, _HEAD]
+    for name in names:
+        if name not in whole or len(whole[name]) != grown:
+            raise ConfigError(
+                [
+                    f"{file}: its vocabulary was resized from {here} to {grown} rows, but it holds no {name} of that "
+                    "size; give the resized base that it was trained on: --base DIR"
+                ]
+            )
+    if tied and not torch.equal(whole[_EMBEDDING], whole.get(_HEAD, whole[_EMBEDDING])):
+        saved = read_adapter_config(adapter).get("modules_to_save") or ()
+        if not _EMBEDDING.endswith(tuple(saved)):
+            raise ConfigError(
+                [
+                    f"{file}: its vocabulary was resized from {here} to {grown} rows; {_EMBEDDING} and {_HEAD} differ, "
+                    "but the model ties them (tie_word_embeddings); give a base with an output projection of its own: "
+                    "--base DIR"
+                ]
+            )
+        whole[_EMBEDDING] = whole[_HEAD]  # the output projection's; what the embedding learned comes with the adapter
+    for name in names:
+        module = model.get_submodule(name)
+        old = module.get_parameter("weight")
+        new = whole[name].to(old.device, old.dtype, copy=True)
+        if not tied:
+            new[:here] = old  # load_adapter puts the file's in its place, in the file's precision
+        module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", grown)
+    model.config = replace(model.config, vocab_size=grown)
 
 
 def load_stopped(

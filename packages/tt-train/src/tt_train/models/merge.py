@@ -15,7 +15,7 @@ from tt_ckpt.files import TMP_PREFIX, create
 from tt_ckpt.hf.directory import check_room
 from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError
-from tt_train.models.load import add_adapter_, check_tokens, load_stopped, model_config
+from tt_train.models.load import add_adapter_, load_stopped, model_config
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.run.serving import Files, serving_files
 
@@ -27,21 +27,37 @@ def merge_run(
     dtype: torch.dtype | None = None,
     base: Base = None,
     files: Mapping[str, str] | None = None,
+    dry_run: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the merged model of a run or adapter to ``output``, which must be new or empty; returns it.
 
     Each weight is computed in fp32 and rounded once: to ``dtype``, else to the dtype that it has in the base's files.
-    ``base``: as in ``load``. ``files``: more files to write, name to text.
-    What was written is read back and compared before it stands there. ``tell`` hears what merging cost in precision.
+    ``base``: as in ``load``. ``files``: more files to write, name to text. ``dry_run``: check what can be checked
+    before weights are read, and write nothing. ``tell`` receives a sentence on what merging cost in precision.
+    What was written is read back and compared before it appears at ``output``.
+
+    Raises:
+        ConfigError: ``output`` holds files or cannot be written, there is no room for the weights, or a part of the
+            run, its adapter or its base is missing.
     """
     target, origin = Path(output), find_origin(path, base)
     refuse_full(target)
-    refuse_small(target, origin, dtype)
-    model, tokenizer = _as_stored(origin), load_tokenizer(origin)
+    stored = {} if origin.model is None else tt_ckpt.tensor_dtypes(origin.model)
+    model = None
+    if origin.model is not None:
+        model = tt_models.build(model_config(origin.model), device="meta")
+        _refuse_small(target, {name: dtype or stored.get(name, torch.bfloat16) for name in model.state_dict()}, model)
+    if dry_run:
+        return target
+    if model is not None and origin.model is not None:
+        tt_ckpt.load_weights(model, origin.model, device="cpu")  # each tensor in the dtype that its file has
+    if origin.stopped is not None:
+        model = load_stopped(origin, torch.device("cpu"), model=model)
+    assert model is not None  # what is not a stopped run has weights
+    model, tokenizer = model.eval(), load_tokenizer(origin)
     if origin.adapter is not None:
-        add_adapter_(model, origin)
-        check_tokens(model, tokenizer, origin)
+        add_adapter_(model, tokenizer, origin)
     if any(hasattr(module, "adapter_params") for module in model.modules()):
         report = tt_peft.merge_lora_(model, dtype=dtype)
         rounded = any(layer.lost > 0 for layer in report.layers)
@@ -49,36 +65,14 @@ def merge_run(
             tell(f"{report}{'; --dtype fp32 keeps all of it' if rounded else ''}")
             if origin.base_words is not None:
                 tell(origin.base_words)
-    stored = _stored_dtypes(origin)
-    tt_ckpt.save_hf(
-        model,
-        target,
-        config=merged_config(origin, model, tokenizer),
-        source=origin.model,
-        dtype=dtype or stored,
-        files={**merged_files(origin, tokenizer), **(files or {})},
-    )
+    beside: Files = {}
+    if origin.places != (origin.model,):  # the files of a plain model are its own
+        template = None if origin.run is None else origin.run.template
+        beside = serving_files(origin.places, tokenizer, template, origin.model)
+    config = merged_config(origin, model, tokenizer)
+    dtypes = dtype or stored
+    tt_ckpt.save_hf(model, target, config=config, source=origin.model, dtype=dtypes, files={**beside, **(files or {})})
     return target
-
-
-def _as_stored(origin: Origin) -> tt_models.Decoder:
-    """The weights without an adapter, each tensor in the dtype that its file has."""
-    model = None
-    if origin.model is not None:
-        model = tt_models.build(model_config(origin.model), device="meta")
-        tt_ckpt.load_weights(model, origin.model, device="cpu")
-    if origin.stopped is not None:
-        model = load_stopped(origin, torch.device("cpu"), model=model)
-    assert model is not None
-    return model.eval()
-
-
-def merged_files(origin: Origin, tokenizer: Any) -> Files:
-    """The files beside the merged weights; those of a plain model are its own."""
-    if origin.places == (origin.model,):
-        return {}
-    template = None if origin.run is None else origin.run.template
-    return serving_files(origin.places, tokenizer, template, origin.model)
 
 
 def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> dict[str, Any]:
@@ -95,19 +89,10 @@ def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> d
     return config
 
 
-def _stored_dtypes(origin: Origin) -> dict[str, torch.dtype]:
-    return {} if origin.model is None else tt_ckpt.tensor_dtypes(origin.model)
-
-
-def refuse_small(target: Path, origin: Origin, dtype: torch.dtype | None) -> None:
+def _refuse_small(target: Path, dtypes: Mapping[str, torch.dtype], model: tt_models.Decoder) -> None:
     """ConfigError, before any weight is read, if the disk of ``target`` has no room for the merged weights."""
-    if origin.model is None:
-        return  # random weights by a name: save_hf finds out
-    model = tt_models.build(model_config(origin.model), device="meta")
-    stored = _stored_dtypes(origin)
-    sizes = {name: (dtype or stored.get(name, torch.bfloat16)).itemsize for name, _ in model.named_parameters()}
     try:
-        check_room(target, sum(sizes[name] * one.numel() for name, one in model.named_parameters()))
+        check_room(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
     except OSError as error:
         raise ConfigError([f"{plain(target)}: {error.strerror}"]) from error
 

@@ -142,20 +142,15 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
         raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
     if not (found / "config.json").is_file() and not (found / "adapter_config.json").is_file():
         raise ConfigError([f"{file}: names the base model {named}, a directory without config.json; give --base DIR"])
-    if (found / "config.json").is_file() and _is_quantized(tt_ckpt.read_config(found)):
-        raise ConfigError(
-            [f"{file}: names the base model {named}, whose weights are quantized; give the model it was made from: "
-             "--base DIR (with --base nf4 it computes in 4 bits)"]
-        )  # fmt: skip
-    return found
-
-
-def _is_quantized(config: dict[str, Any]) -> bool:
+    config = tt_ckpt.read_config(found) if (found / "config.json").is_file() else {}
     try:
         pop_quantization(config)
     except ValueError:
-        return True
-    return False
+        raise ConfigError(
+            [f"{file}: names the base model {named}, whose weights are quantized; give the model it was made from: "
+             "--base DIR (with --base nf4 it computes in 4 bits)"]
+        ) from None  # fmt: skip
+    return found
 
 
 def _own_model(path: str) -> str:
@@ -187,7 +182,7 @@ def _runs_in(folder: Path) -> list[str]:
     return sorted(os.path.relpath(entry) for entry in folder.iterdir() if is_run(entry)) if folder.is_dir() else []
 
 
-def load_tokenizer(origin: Origin) -> Any:
+def load_tokenizer(origin: Origin) -> tt_data.Tokenizer:
     """The tokenizer of a run, adapter or model, with the template that it was trained with."""
     template = None if origin.run is None else origin.run.template
     return tt_data.choose_template(tt_data.load_tokenizer(origin.places), template)

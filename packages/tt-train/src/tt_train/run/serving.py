@@ -36,7 +36,7 @@ def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, 
     would write on behind them; it is the nearest one byte for byte if it does already.
     """
     folder, file = find_tokenizer(list(places))
-    folders = _folders(places)
+    folders = [place if place.is_dir() else place.parent for place in places]
     files: Files = {}
     if folder != source:
         files |= _group(folder, source, _TOKENIZER_FILES)
@@ -58,12 +58,8 @@ def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, 
 
 def generation_settings(places: Sequence[Path]) -> dict[str, Any]:
     """The nearest generation_config.json; {} if there is none."""
-    files = [folder / _GENERATION for folder in _folders(places)]
+    files = [(place if place.is_dir() else place.parent) / _GENERATION for place in places]
     return next((read_json(file) for file in files if file.is_file()), {})
-
-
-def _folders(places: Sequence[Path]) -> list[Path]:
-    return [place if place.is_dir() else place.parent for place in places]
 
 
 def _template_files(folders: Sequence[Path], tokenizer: Path, source: Path | None, own: str | None) -> Files:
