@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from tt_train.report.headline import last_part, part_name, step_tokens, tokens_per_second, training_loss
 from tt_train.report.read import read_run
-from tt_train.report.summary import headline
+from tt_train.report.summary import headline, last_part, part_name, step_tokens, tokens_per_second, training_loss
 from tt_train.run.dir import list_runs
 
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tt_ckpt import commit
 from tt_train import ConfigError, compose, load
-from tt_train.models.asking import trained_on
 from tt_train.models.merge import merge_run
+from tt_train.models.prompt_form import trained_on
 from tt_train.models.verify import verify
 from tt_train.recipes import sft
 from tt_train.report import write_report

@@ -13,7 +13,7 @@ from tt_train import ConfigError
 from tt_train.composing import compose
 from tt_train.models.export import export, go_template, ollama_modelfile
 from tt_train.models.go_template import ollama_prompt
-from tt_train.models.ollama import notes
+from tt_train.models.modelfile import notes
 from tt_train.recipes import sft
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

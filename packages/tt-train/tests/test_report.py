@@ -484,3 +484,12 @@ def test_matplotlib_and_torch_are_not_loaded_with_the_module():
     code = "import sys, tt_train.report; print('matplotlib' in sys.modules, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.split() == ["False", "False"]
+
+
+def test_a_text_of_several_lines_is_one_line_of_the_config():
+    config = {"model": {"path": "a\nb\u2028c", "dtype": "bf16"}}
+    assert list(yaml_lines(config)) == [
+        ("model", "model:"),
+        ("model.path", r'  path: "a\nb\Lc"'),
+        ("model.dtype", "  dtype: bf16"),
+    ]

@@ -6,9 +6,8 @@ import pytest
 
 from tt_train import compose
 from tt_train.recipes import sft
-from tt_train.report.headline import tokens_per_second, training_loss
 from tt_train.report.read import read_run
-from tt_train.report.summary import headline
+from tt_train.report.summary import headline, tokens_per_second, training_loss
 from tt_train.run.console import Console
 
 

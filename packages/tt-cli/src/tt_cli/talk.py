@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from tt_cli.terminal import answer, tell
-from tt_train.models.asking import prompt_form, trained_on
+from tt_train.models.prompt_form import prompt_form, trained_on
 
 Messages = list[dict[str, str]]
 LONGEST = 1 << 20  # bytes of a prompt: a hundred pages, more than most models read

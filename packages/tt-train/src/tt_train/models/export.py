@@ -11,10 +11,11 @@ import torch
 import tt_ckpt
 import tt_data
 from tt_train.errors import ConfigError, did_you_mean, shell_word
-from tt_train.models.asking import prompt_form, trained_on
 from tt_train.models.merge import merge_run, refuse_full
-from tt_train.models.ollama import adds_bos, go_template, notes, ollama_modelfile
+from tt_train.models.modelfile import notes, ollama_modelfile
+from tt_train.models.ollama import adds_bos, go_template
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
+from tt_train.models.prompt_form import prompt_form, trained_on
 from tt_train.run.serving import generation_settings
 from tt_train.run_files import read_json
 

@@ -1,14 +1,74 @@
-"""Words of a Modelfile, written so that nothing of a model's files becomes another instruction in it."""
+"""A Modelfile for Ollama: a template, stop words and parameters. https://docs.ollama.com/modelfile
+
+No text of a model's files becomes an instruction of its own in it.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
+from tt_data.template.prompts import get_instruct_template
+from tt_train.models.ollama import ANSWER, USER, go_template, literal, render_words
 from tt_train.run_files import number
 
 MARK = '"'
 MAX_NUM_CTX = 8192  # Ollama reserves memory for all of it
 _PARAMETERS = {"temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
                "repetition_penalty": "repeat_penalty"}  # fmt: skip
+
+
+def ollama_modelfile(
+    tokenizer: Any,
+    *,
+    form: str = "chat",
+    config: Mapping[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
+) -> str:
+    """A Modelfile for the folder that it is in.
+
+    ``form``: from ``prompt_form``: ``chat``, ``text`` or the name of an instruct template.
+    ``config`` and ``generation``: what the model's config.json and generation_config.json hold; they give the length
+    of the context (at most ``MAX_NUM_CTX``) and the parameters of sampling.
+
+    Raises:
+        ConfigError: if no Go template renders as the chat template does.
+    """
+    lines = ["FROM ."]
+    if form != "chat":
+        lines.append(f"TEMPLATE {3 * MARK}{text_template(form)}{3 * MARK}")
+    elif tokenizer.has_chat_template:
+        template = go_template(tokenizer)
+        lines += [f"# {note}" for note in notes(tokenizer)]
+        # One with .Messages is in the marks in which Ollama itself writes a text that has none of them.
+        mark = MARK if ".Messages" in template and MARK not in template else 3 * MARK
+        lines.append(f"TEMPLATE {mark}{template}{mark}")
+    lines += [f"PARAMETER stop {quoted(stop)}" for stop in stops(tokenizer)]
+    lines += [f"PARAMETER {name} {value:g}" for name, value in parameters(config or {}, generation or {}).items()]
+    return "\n".join(lines) + "\n"
+
+
+def notes(tokenizer: Any) -> list[str]:
+    """What a Modelfile cannot say of the chat template, one line each."""
+    if not tokenizer.has_chat_template:
+        return []
+    found = []
+    if not all(map(is_stop, stops(tokenizer, written=False))):
+        found.append("a token that ends a turn has line breaks or quotation marks in it; Ollama does not stop at it")
+    if "strftime_now" in str(tokenizer.templates.get("default")):
+        found.append("the chat template writes today's date; the Modelfile keeps the date of this export")
+    if f" {USER} " not in render_words(tokenizer, [f" {USER} "]):
+        found.append("the chat template strips white space around a message; Ollama keeps it")
+    if "0THOUGHT0" not in render_words(tokenizer, [USER, f"<think>\n0THOUGHT0\n</think>\n\n{ANSWER}", "1USER1"]):
+        found.append("the chat template leaves the reasoning of earlier answers out; Ollama keeps it")
+    return found
+
+
+def text_template(form: str) -> str:
+    """Ollama's template of a run on rows that are no chats: the words of its prompts around ``.Prompt``."""
+    before = after = ""
+    if form != "text":
+        instruct = get_instruct_template(form)
+        before, _, after = instruct.format({instruct.columns[0]: USER}).partition(USER)
+    return f"{literal(before)}{{{{ .Prompt }}}}{literal(after.rstrip(' '))}{{{{ .Response }}}}"
 
 
 def quoted(text: str) -> str:

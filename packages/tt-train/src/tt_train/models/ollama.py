@@ -1,77 +1,26 @@
-"""A Modelfile for Ollama: a Go template that renders as the chat template does, stop words, and parameters.
-
-https://docs.ollama.com/modelfile
-"""
+"""The Go template with which Ollama renders a conversation as the model's chat template does."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from tt_data.template.prompts import get_instruct_template
 from tt_train.errors import ConfigError
 from tt_train.models.go_template import ollama_prompt
-from tt_train.models.modelfile import MARK, is_stop, parameters, quoted, stops
 
-_SYSTEM, _USER, _ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes on its own
-_ROLES = {_SYSTEM: "system", _USER: "user", _ANSWER: "assistant"}
-_TURNS = [[_USER], [_USER, _ANSWER, "1USER1"], [_USER, _ANSWER, "1USER1", "1ANSWER1", "2USER2"]]
+_SYSTEM, USER, ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes on its own
+_ROLES = {_SYSTEM: "system", USER: "user", ANSWER: "assistant"}
+_TURNS = [[USER], [USER, ANSWER, "1USER1"], [USER, ANSWER, "1USER1", "1ANSWER1", "2USER2"]]
 _CONVERSATIONS = [opening + turns for turns in _TURNS for opening in ([], [_SYSTEM])]
 
 Conversation = list[dict[str, str]]
 Render = Callable[[list[str]], str]
 
 
-def ollama_modelfile(
-    tokenizer: Any,
-    *,
-    form: str = "chat",
-    config: Mapping[str, Any] | None = None,
-    generation: Mapping[str, Any] | None = None,
-) -> str:
-    """A Modelfile for the folder that it is in.
-
-    ``form``: what ``tt_train.models.asking.prompt_form`` gives: ``chat``, ``text`` or the name of an instruct template.
-    ``config`` and ``generation``: what the model's config.json and generation_config.json hold; they give the length
-    of the context (at most ``MAX_NUM_CTX``) and the parameters of sampling.
-
-    Raises:
-        ConfigError: if no Go template renders as the chat template does.
-    """
-    lines = ["FROM ."]
-    if form != "chat":
-        lines.append(f"TEMPLATE {3 * MARK}{text_template(form)}{3 * MARK}")
-    elif tokenizer.has_chat_template:
-        template = go_template(tokenizer)
-        lines += [f"# {note}" for note in notes(tokenizer)]
-        # One with .Messages is in the marks in which Ollama itself writes a text that has none of them.
-        mark = MARK if ".Messages" in template and MARK not in template else 3 * MARK
-        lines.append(f"TEMPLATE {mark}{template}{mark}")
-    lines += [f"PARAMETER stop {quoted(stop)}" for stop in stops(tokenizer)]
-    lines += [f"PARAMETER {name} {value:g}" for name, value in parameters(config or {}, generation or {}).items()]
-    return "\n".join(lines) + "\n"
-
-
-def notes(tokenizer: Any) -> list[str]:
-    """What a Modelfile cannot say of the chat template, one line each."""
-    if not tokenizer.has_chat_template:
-        return []
-    found = []
-    if not all(map(is_stop, stops(tokenizer, written=False))):
-        found.append("a token that ends a turn has line breaks or quotation marks in it; Ollama does not stop at it")
-    if "strftime_now" in str(tokenizer.templates.get("default")):
-        found.append("the chat template writes today's date; the Modelfile keeps the date of this export")
-    if f" {_USER} " not in _render(tokenizer, [f" {_USER} "]):
-        found.append("the chat template strips white space around a message; Ollama keeps it")
-    if "0THOUGHT0" not in _render(tokenizer, [_USER, f"<think>\n0THOUGHT0\n</think>\n\n{_ANSWER}", "1USER1"]):
-        found.append("the chat template leaves the reasoning of earlier answers out; Ollama keeps it")
-    return found
-
-
 def adds_bos(tokenizer: Any, form: str = "chat") -> bool:
     """Whether the tokenizer, not the template, puts the first token before a prompt."""
     if form != "chat" or not (tokenizer.adds_bos and tokenizer.has_chat_template):
         return bool(tokenizer.adds_bos)
-    return bool(_render(tokenizer, [_USER]).startswith(_bos(tokenizer)))
+    return bool(render_words(tokenizer, [USER]).startswith(_bos(tokenizer)))
 
 
 def go_template(tokenizer: Any) -> str:
@@ -87,7 +36,7 @@ def go_template(tokenizer: Any) -> str:
     start = _bos(tokenizer) if adds_bos(tokenizer) else ""
 
     def render(words: list[str]) -> str:
-        return _render(tokenizer, words).removeprefix(start)
+        return render_words(tokenizer, words).removeprefix(start)
 
     wanted = {}
     for words in _CONVERSATIONS:
@@ -96,7 +45,7 @@ def go_template(tokenizer: Any) -> str:
         except ValueError as error:
             if words[0] != _SYSTEM:
                 raise ConfigError([f"--to ollama: the chat template refuses a plain conversation: {error}"]) from None
-    answered = tokenizer.render(_conversation([_USER, _ANSWER])).partition(_ANSWER)[2]
+    answered = tokenizer.render(_conversation([USER, ANSWER])).partition(ANSWER)[2]
     differs = "its turns are no plain sequence"
     for make in (_sequence, _range):
         template = make(wanted, answered)
@@ -113,16 +62,7 @@ def go_template(tokenizer: Any) -> str:
     )
 
 
-def text_template(form: str) -> str:
-    """Ollama's template of a run on rows that are no chats: the words of its prompts around ``.Prompt``."""
-    before = after = ""
-    if form != "text":
-        instruct = get_instruct_template(form)
-        before, _, after = instruct.format({instruct.columns[0]: _USER}).partition(_USER)
-    return f"{_literal(before)}{{{{ .Prompt }}}}{_literal(after.rstrip(' '))}{{{{ .Response }}}}"
-
-
-def _render(tokenizer: Any, words: Sequence[str]) -> str:
+def render_words(tokenizer: Any, words: Sequence[str]) -> str:
     return str(tokenizer.render(_conversation(words), add_generation_prompt=True))
 
 
@@ -170,7 +110,7 @@ def _gaps(text: str, words: Sequence[str]) -> list[str] | None:
     return [*gaps, text]
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """``text`` as a Go template that writes it."""
     return re.sub(r'\{*"""|\{\{+|\{$', lambda found: f"{{{{ `{found.group()}` }}}}", text)
 
@@ -191,19 +131,19 @@ def _sequence(wanted: Mapping[tuple[str, ...], str], _closing: str) -> str | Non
     if two is None or not two[2].endswith(two[0]):
         return None
     start, asks, answered, _ = two
-    with_system = wanted.get((_SYSTEM, _USER))
+    with_system = wanted.get((_SYSTEM, USER))
     if with_system is None:
         system = _REFUSED
     elif _SYSTEM not in with_system:
         system = ""
     else:
-        parts = _gaps(with_system, [_SYSTEM, _USER])
+        parts = _gaps(with_system, [_SYSTEM, USER])
         if parts is None or not parts[1].endswith(start):
             return None
         before, after = parts[0], parts[1].removesuffix(start)
-        system = _if(".System", f"{_literal(before)}{{{{ .System }}}}{_literal(after)}")
-    turn = _if(".Prompt", f"{_literal(start)}{{{{ .Prompt }}}}{_literal(asks)}")
-    return f"{system}{turn}{{{{ .Response }}}}{_literal(answered.removesuffix(start))}"
+        system = _if(".System", f"{literal(before)}{{{{ .System }}}}{literal(after)}")
+    turn = _if(".Prompt", f"{literal(start)}{{{{ .Prompt }}}}{literal(asks)}")
+    return f"{system}{turn}{{{{ .Response }}}}{literal(answered.removesuffix(start))}"
 
 
 def _range(wanted: Mapping[tuple[str, ...], str], closing: str) -> str | None:
@@ -222,22 +162,22 @@ def _range(wanted: Mapping[tuple[str, ...], str], closing: str) -> str | None:
     head, closes = start.removesuffix(opens), answered.removesuffix(opens)
     folded = ""
     if before is None:
-        head = ("" if (_SYSTEM, _USER) in wanted else _REFUSED) + _literal(head)
+        head = ("" if (_SYSTEM, USER) in wanted else _REFUSED) + literal(head)
     elif in_last:
-        head = _literal(head)
-        folded = f"{_literal(before)}{{{{ $.System }}}}{_literal(after)}"
+        head = literal(head)
+        folded = f"{literal(before)}{{{{ $.System }}}}{literal(after)}"
     else:
         head = _head(head, before, after.removesuffix(opens))
-    asked = _if("$last", _literal(end), _literal(asks)) if not asks.startswith(end) else _literal(end)
-    answers = _literal(asks.removeprefix(end)) if asks.startswith(end) else ""
-    user = f"{_literal(opens)}{_if('and $last $.System', folded)}{{{{ .Content }}}}{asked}"
-    assistant = f"{answers}{{{{ .Content }}}}{_if('not $last', _literal(closes))}"
+    asked = _if("$last", literal(end), literal(asks)) if not asks.startswith(end) else literal(end)
+    answers = literal(asks.removeprefix(end)) if asks.startswith(end) else ""
+    user = f"{literal(opens)}{_if('and $last $.System', folded)}{{{{ .Content }}}}{asked}"
+    assistant = f"{answers}{{{{ .Content }}}}{_if('not $last', literal(closes))}"
     ranged = (
         "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
         f"{{{{ if eq .Role `user` }}}}{user}{{{{ else if eq .Role `assistant` }}}}{assistant}{{{{ end }}}}{{{{ end }}}}"
     )
-    alone = f"{_literal(opens)}{_if('.System', folded)}{{{{ .Prompt }}}}{_literal(end)}{{{{ .Response }}}}"
-    return f"{head}{_if('.Messages', ranged, alone + _literal(closing))}"
+    alone = f"{literal(opens)}{_if('.System', folded)}{{{{ .Prompt }}}}{literal(end)}{{{{ .Response }}}}"
+    return f"{head}{_if('.Messages', ranged, alone + literal(closing))}"
 
 
 def _system_place(wanted: Mapping[tuple[str, ...], str], answered: str) -> tuple[str | None, str, bool] | None:
@@ -245,13 +185,13 @@ def _system_place(wanted: Mapping[tuple[str, ...], str], answered: str) -> tuple
 
     (None, "", False) if the template writes none; None if this is not known.
     """
-    one, two = wanted.get((_SYSTEM, _USER)), wanted.get(tuple(_CONVERSATIONS[3]))
+    one, two = wanted.get((_SYSTEM, USER)), wanted.get(tuple(_CONVERSATIONS[3]))
     if one is None or two is None or _SYSTEM not in one + two:
         return None, "", False
     first = _gaps(two, _CONVERSATIONS[3])
     if first is not None:
         return first[0], first[1], False
-    last = _gaps(two, [_USER, _ANSWER, _SYSTEM, _CONVERSATIONS[2][-1]])
+    last = _gaps(two, [USER, ANSWER, _SYSTEM, _CONVERSATIONS[2][-1]])
     if last is None or not last[2].startswith(answered):
         return None
     return last[2].removeprefix(answered), last[3], True
@@ -262,5 +202,5 @@ def _head(default: str, before: str, after: str) -> str:
     shared = next((text for text in (before, default) if default.startswith(text) and before.startswith(text)), "")
     rest, tail = default.removeprefix(shared), after
     tail = after if after and rest.endswith(after) else ""
-    own = f"{_literal(before.removeprefix(shared))}{{{{ .System }}}}{_literal(after.removesuffix(tail))}"
-    return f"{_literal(shared)}{_if('.System', own, _literal(rest.removesuffix(tail)))}{_literal(tail)}"
+    own = f"{literal(before.removeprefix(shared))}{{{{ .System }}}}{literal(after.removesuffix(tail))}"
+    return f"{literal(shared)}{_if('.System', own, literal(rest.removesuffix(tail)))}{literal(tail)}"

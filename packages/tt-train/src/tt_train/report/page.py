@@ -11,11 +11,10 @@ from typing import Any
 
 from tt_train.redact import redact
 from tt_train.report.figure import NO_PICTURE
-from tt_train.report.headline import method_words
 from tt_train.report.read import Run, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
 from tt_train.report.sections import config_section, manifest_section, reproduce_section
-from tt_train.report.summary import as_figure, at
+from tt_train.report.summary import as_figure, at, method_words
 from tt_train.report.tiles import comparison, tiles
 from tt_train.series import SERIES, Series, charts
 

@@ -100,21 +100,35 @@ def _yaml(config: dict[str, Any], *, changed: Sequence[str]) -> str:
     return f'<pre class="yaml">{lines}</pre>'
 
 
-def yaml_lines(values: dict[str, Any], prefix: str = "", indent: str = "") -> Iterator[tuple[str, str]]:
+class _OneLine(yaml.SafeDumper):
+    """Lists and texts on one line, however long, so that a line of YAML is a key."""
+
+
+def _text_on_one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if text.splitlines() not in ([], [text]) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style)
+
+
+_OneLine.add_representer(list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, True))
+_OneLine.add_representer(str, _text_on_one_line)
+
+
+def _yaml_text(value: Any) -> str:
+    return yaml.dump(value, Dumper=_OneLine, width=1_000_000, allow_unicode=True, sort_keys=False)
+
+
+def yaml_lines(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each line of the YAML with the dotted key that it sets."""
-    for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            yield dotted, f"{indent}{key}:"
-            yield from yaml_lines(value, f"{dotted}.", indent + "  ")
-        else:
-            yield dotted, f"{indent}{key}: {scalar(value)}"
+    keys: list[str] = []
+    for line in _yaml_text(values).splitlines():
+        text = line.lstrip(" ")
+        keys[(len(line) - len(text)) // 2 :] = [text.partition(":")[0]]
+        yield ".".join(keys), line
 
 
 def scalar(value: Any) -> str:
     """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=1_000_000, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
+    return _yaml_text([value])[1:-2]
 
 
 def reproduce_section(runs: Sequence[Run]) -> str:

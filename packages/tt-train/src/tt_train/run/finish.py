@@ -17,7 +17,7 @@ from tt_train.job import Job
 from tt_train.recipe_file import repeating
 from tt_train.report import write_report
 from tt_train.report.figure import NO_PICTURE
-from tt_train.report.headline import part_name, tokens_per_second, training_loss
+from tt_train.report.summary import part_name, tokens_per_second, training_loss
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir

@@ -6,7 +6,7 @@ from typing import Any
 
 from tt_train.config import to_yaml
 from tt_train.job import Job
-from tt_train.report.headline import method_words
+from tt_train.report.summary import method_words
 from tt_train.visible import visible
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -52,7 +52,7 @@ def fenced(text: str, language: str) -> list[str]:
 
 
 def _training_loss(summary: dict[str, Any]) -> str:
-    """As in tt_train.report.headline."""
+    """As in tt_train.report.summary."""
     if summary["loss_last"] is None:
         return "not measured"
     return f"{_figure(summary['loss_last'])} ({summary['loss_over']}; {_figure(summary['loss_first'])} at first)"
