@@ -138,7 +138,7 @@ def test_an_adapter_of_the_output_projection_loads_where_there_is_one_else_the_t
     tt_peft.load_adapter(ours, path)
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
     message = (
-        r"is of an output projection of its own, but the model ties its output projection to model.embed_t.*lm_head"
+        r"belongs to a separate output projection, but the model ties its output projection to model.embed_t.*lm_head"
     )
     with pytest.raises(ValueError, match=message):
         tt_peft.load_adapter(without_lm_head(make_llama(tie_word_embeddings=True)), path)

@@ -49,10 +49,10 @@ from tt_peft.switch import adapter_names, modules_of, set_adapter_
 def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default") -> list[str]:
     """Freeze ``model`` and give every target an adapter, in place. Returns the names of what was adapted.
 
-    The starting values are drawn from torch's global generator; the model computes what it did before. With
+    The starting values are drawn from torch's global generator, and the model computes the same as before. With
     ``quantize_base`` every linear layer becomes NF4, adapted or not, except ``quantize_skip`` and modules trained in
-    full. A second call with another ``adapter`` name adds a second adapter and makes it the active one. What was merged
-    before stays merged: ``unmerge_lora_`` cannot take it out from under a new adapter.
+    full. A second call with a different ``adapter`` name adds a second adapter and makes it the active one. An adapter
+    that was merged before stays merged: ``unmerge_lora_`` cannot undo a merge below a new adapter.
 
     On a model on the meta device nothing is drawn: load the base weights, then call ``init_adapter_`` or
     ``load_adapter``.
@@ -140,7 +140,7 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
 
 
 def _warn_of_tie(model: nn.Module, names: Sequence[str]) -> None:
-    """An embedding and an output projection that share a weight are adapted one by one."""
+    """Warn if an embedding or an output projection is adapted that shares its weight with the other."""
     tied, heads = tied_embedding(model), output_projection_names(model)
     changed = [name for name in names if name == tied or name in heads]
     if tied is not None and changed:
@@ -153,7 +153,7 @@ def _warn_of_tie(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding:
-    """Change the class of a layer; the object, its parameters and its hooks stay."""
+    """Change the class of a layer; the object, its parameters and its hooks stay the same."""
     before = type(module)
     if isinstance(module, nn.Embedding):
         module.__class__ = LoRAEmbedding
@@ -176,11 +176,10 @@ def spec_of(name: str, config: LoRAConfig) -> LowRankSpec:
 
 
 def init_adapter_(model: nn.Module, adapter: str = "default") -> None:
-    """Set the starting values of an adapter; parameters on the meta device are made where their base weight is.
+    """Set the starting values of an adapter; parameters on the meta device move to the device of their base weight.
 
-    ``apply_lora_`` does this by itself, except on a model on the meta device: there, load the base weights first and
-    call this then. The values depend on torch's global generator alone (``torch.manual_seed``): not on device, dtype
-    or sharding.
+    ``apply_lora_`` does this, except for a model on the meta device: load its base weights, then call this. The values
+    depend on torch's global generator alone (``torch.manual_seed``): not on device, dtype or sharding.
     """
     for name, module in modules_of(model, adapter).items():
         materialise_(name, module, adapter)
@@ -227,7 +226,7 @@ def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
 
 
 def _special_start(module: AdapterModule, low_rank: LowRank) -> tuple[Tensor, Tensor] | None:
-    """A and B where they do not start as usual."""
+    """The starting values of A and B that are not the usual ones; None for the usual ones."""
     shape_A, shape_B = low_rank.lora_A.shape, low_rank.lora_B.shape
     config, rank = low_rank.spec.config, low_rank.spec.rank
     if isinstance(module, LoRAEmbedding):

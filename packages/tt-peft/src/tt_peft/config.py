@@ -1,4 +1,4 @@
-"""What an adapter is made of: :class:`LoRAConfig`."""
+"""The settings of an adapter: :class:`LoRAConfig`."""
 
 import functools
 import math
@@ -49,9 +49,9 @@ class LoRAConfig:
     quantize_base: bool = False
     quantize_skip: tuple[str, ...] = ("lm_head",)
     dtype: torch.dtype | None = None
-    """dtype of what trains, adapters and ``modules_to_save``, which compute in the base's; None: that of the base.
+    """dtype of the trained parameters: adapters and ``modules_to_save``. They compute in the dtype of the base.
 
-    In fp32 small updates are not lost, whatever the dtype of the base."""
+    None: that of the base. In fp32 small updates are not lost, whatever the dtype of the base."""
 
     def __post_init__(self) -> None:
         self._make_tuples()

@@ -1,8 +1,8 @@
 """Regular expressions out of files, matched in bounded time.
 
-``re`` has no time limit, holds the interpreter's lock, and some expressions backtrack without end. Those that cannot
-(a few repetitions, none inside of another) are matched at once, the rest in a process that is stopped after a while: it
-runs this file, which therefore imports the standard library alone. What matches is what ``re`` says, as in PEFT.
+``re`` has no time limit, holds the interpreter's lock, and some expressions backtrack without end. Those that cannot (a
+few repetitions, none inside of another) are matched at once. The rest is matched in a process that is stopped after a
+while; it runs this file, which therefore imports only the standard library. Matching is that of ``re``, as in PEFT.
 """
 
 import functools
@@ -51,7 +51,7 @@ def _matches(expressions: tuple[str, ...], names: tuple[str, ...], within: str) 
 
 
 def invalid(expression: str, why: str) -> ValueError:
-    from tt_peft.shown import plain, shown  # not where this file runs as a process
+    from tt_peft.shown import plain, shown  # not in the process that runs this file
 
     return ValueError(f"{shown(expression)} is not a valid regular expression: {plain(why)}")
 
@@ -85,7 +85,7 @@ def _found(expressions: Sequence[str], names: Sequence[str], within: str) -> Ite
 
 
 def _found_apart(expressions: Sequence[str], names: Sequence[str], within: str) -> list[Found]:
-    """The same from a process of its own."""
+    """The same in a separate process."""
     from tt_peft.shown import shown
 
     asked = json.dumps([expressions, names, within]).encode()
@@ -113,12 +113,12 @@ def _found_apart(expressions: Sequence[str], names: Sequence[str], within: str) 
 
 
 def _answer() -> None:
-    """What the process does: a line of JSON for each expression, so that a late one is known; a text is an error."""
+    """The process: it prints a line of JSON for each expression, so that a late one is known. A text is an error."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(LIMIT_S), math.ceil(LIMIT_S)))  # should nobody wait for it
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(LIMIT_S), math.ceil(LIMIT_S)))  # if nobody waits for it
     except (ImportError, ValueError, OSError):
         pass  # not on this system
     expressions, names, within = json.load(sys.stdin)

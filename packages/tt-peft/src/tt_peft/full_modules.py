@@ -11,10 +11,10 @@ from tt_peft.lowrank import AdapterModule
 
 
 class SavedModule(AdapterModule):
-    """A module of any class that an active copy of itself stands in for; its own parameters stay as they are.
+    """A module of any class that an active copy of itself replaces; its own parameters do not change.
 
-    The copy may be of a wider dtype than the module (fp32 over bf16: small updates are not lost); it computes in the
-    module's dtype.
+    The copy may have a wider dtype than the module (fp32 over bf16: small updates are not lost); it computes in the
+    dtype of the module.
     """
 
     def add_copy_(self, name: str, original: nn.Module) -> None:
@@ -35,7 +35,7 @@ class SavedModule(AdapterModule):
         return active[-1].weight.to(own.dtype) if active else own
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """By the class it was made of: pickle finds none that is made here by its name."""
+        """By the class that it was made from: pickle cannot find a class that is made at run time."""
         return _blank, (type(self).__bases__[1],), self.__dict__
 
 
@@ -54,7 +54,7 @@ def _saved_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def save_module_(module: nn.Module, adapter: str, *, dtype: torch.dtype | None = None) -> SavedModule:
-    """Give a module a copy of its own, in ``dtype`` (default: the module's), that trains as a part of ``adapter``."""
+    """Give a module a copy of itself, in ``dtype`` (default: the module's), that trains as a part of ``adapter``."""
     if isinstance(module, SavedModule):
         original = copy.deepcopy(next(iter(module.adapters.values())))
         for own, part in zip(own_parameters(module), original.parameters(), strict=True):
@@ -76,7 +76,7 @@ def own_parameters(module: SavedModule) -> list[nn.Parameter]:
 
 
 def copy_from_base_(module: SavedModule, adapter: str) -> None:
-    """Set the copy to the base's values: where the base was loaded after the adapter was applied."""
+    """Set the copy to the values of the base, which was loaded after the adapter was applied."""
     part = module.adapters[adapter]
     for own, parameter in zip(own_parameters(module), part.parameters(), strict=True):
         parameter.data.copy_(own.detach())

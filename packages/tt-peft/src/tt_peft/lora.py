@@ -20,7 +20,7 @@ FUSE_FROM_ROWS = 256  # measured: benchmarks/peft_linear.py
 class LoRALinear(AdapterModule, nn.Linear):
     """``y = W x + b + scaling * B A dropout(x)`` with W and b frozen."""
 
-    fused = True  # the fused function where it is faster and applies; False: never
+    fused = True  # use the fused function if it applies and is faster; False: never
     dora = False
     base_class: type[nn.Module] = nn.Linear
 
@@ -86,8 +86,8 @@ def can_fuse(x: Tensor, adapter: LowRank) -> bool:
 class _FusedLoRA(torch.autograd.Function):
     """``y = W x + b + s B A x``, added up in place.
 
-    Nothing of the size of y is kept, W gets no gradient and, in NF4, is dequantized again in the backward; x gets one
-    only where it needs one.
+    Nothing of the size of y is kept. W gets no gradient and, in NF4, is dequantized again in the backward. x gets a
+    gradient only if it needs one.
     """
 
     @staticmethod

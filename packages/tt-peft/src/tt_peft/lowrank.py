@@ -34,7 +34,7 @@ class LowRank(nn.Module):
 
     ``lora_A`` is [rank, in] and ``lora_B`` [out, rank]; an embedding has [rank, vocab] and [dim, rank]; stacked experts
     have [experts, rank, in] and [experts, out, rank]. DoRA adds ``lora_magnitude_vector`` [out]. PiSSA adds the factors
-    it started from: what they stand for is taken from the base weight without touching it.
+    that it started from: their product is subtracted from the base weight, which itself does not change.
     """
 
     lora_magnitude_vector: nn.Parameter | None
@@ -103,13 +103,13 @@ class AdapterModule(nn.Module):
     disabled: bool
 
     def become_adapted_(self) -> None:
-        """Give a module whose class was just changed the fields of this one."""
+        """Give a module whose class was just changed the fields of this class."""
         self.adapters = nn.ModuleDict()
         self.active = ()
         self.disabled = False
 
     def adapter_params(self) -> list[str]:
-        """Local names of the parameters that are no base weights."""
+        """Local names of the parameters that are not base weights."""
         return [f"adapters.{name}" for name, _ in self.adapters.named_parameters()]
 
     def active_adapters(self) -> list[Any]:
@@ -157,7 +157,7 @@ def principal_factors(matrix: Tensor, rank: int, scaling: float) -> tuple[Tensor
 def start_from_loss_(adapter: LowRank, weight: Tensor, quantized: Tensor) -> None:
     """LoftQ's first step: the factors make up for what quantization took from ``weight``.
 
-    The base stays the NF4 of ``weight``, so that the adapter fits any copy of it. https://arxiv.org/abs/2310.08659
+    The base stays the NF4 of ``weight``, so that the adapter fits any copy of it: https://arxiv.org/abs/2310.08659
     """
     if adapter.lora_A.is_meta:
         adapter.to_empty(device=weight.device)
@@ -181,7 +181,7 @@ def assign_(parameter: Tensor, value: Tensor) -> None:
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is a DTensor; nobody has one where ``torch.distributed.tensor`` was not loaded."""
+    """Whether a tensor is a DTensor; there are none before ``torch.distributed.tensor`` is loaded."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

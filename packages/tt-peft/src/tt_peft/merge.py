@@ -19,7 +19,7 @@ from tt_peft.switch import adapted_modules, clean_name, plain_class, unwrapped
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """What merging one weight cost. ``lost``: the share of the adapter's change that rounding took (0.01 = 1 %)."""
+    """The loss of merging one weight. ``lost``: the share of the adapter's change lost in rounding (0.01 = 1 %)."""
 
     name: str
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class LayerLoss:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What ``merge_lora_`` did; ``str(report)`` is one line for a log."""
+    """The result of ``merge_lora_``; ``str(report)`` is one line for a log."""
 
     layers: tuple[LayerLoss, ...]
     dequantized: tuple[str, ...] = ()
@@ -37,7 +37,7 @@ class MergeReport:
 
     @property
     def worst(self) -> LayerLoss | None:
-        """The weight that rounding cost most."""
+        """The weight that lost most in rounding."""
         return max(self.layers, key=lambda layer: layer.lost, default=None)
 
     @property
@@ -61,7 +61,7 @@ class MergeReport:
 
 @dataclass
 class _Before:
-    """What ``unmerge_lora_`` needs: kept beside the module's parameters, not among them."""
+    """What ``unmerge_lora_`` needs; not among the parameters of the module."""
 
     cls: type[nn.Module]
     fields: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class _Before:
 
 @torch.no_grad()
 def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None, keep_base: bool = False) -> MergeReport:
-    """Add the active adapters to the base weights and take the adapters off, in place.
+    """Add the active adapters to the base weights and remove the adapters, in place.
 
     Computed in fp32 and rounded once, to the weight's dtype or to ``dtype``. NF4 weights become dense. The model's
     modules and parameters are then those that it had before ``apply_lora_``. ``unmerge_lora_`` undoes it, to the last
@@ -133,7 +133,7 @@ def _unmerge_all(model: nn.Module) -> list[str]:
 
 
 def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_base: bool) -> list[LayerLoss]:
-    """Merge one module; nothing of it changes where the result is not finite."""
+    """Merge one module; it stays as it is if the result is not finite."""
     before = _Before(type(module), {key: getattr(module, key) for key in ("adapters", "active", "disabled")})
     if isinstance(module, SavedModule):
         return _merge_saved(name, module, before, dtype)
@@ -255,6 +255,6 @@ def _check_untied(model: nn.Module, modules: dict[str, AdapterModule]) -> None:
         if shared or (tied and isinstance(module, nn.Embedding)):
             with_what = shared[0] if shared else "the output projection"
             raise ValueError(
-                f"{name} shares its weight with {with_what}: merging would change both; keep the adapter apart, "
-                "or give the model weights of its own (tie_word_embeddings=False) before training"
+                f"{name} shares its weight with {with_what}: merging would change both; keep the adapter unmerged, "
+                "or untie the model (tie_word_embeddings=False) before training"
             )

@@ -22,7 +22,7 @@ _LONGEST_NAME = 200  # characters that are compared to find what may have been m
 def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> list[str]:
     """Those of ``names`` that ``targets`` mean, in the order of ``names``.
 
-    A text is an expression for whole names (as in PEFT) or, where it matches none, a name; a list holds names only. A
+    A text is an expression for whole names (as in PEFT) or, if it matches none, a name. A list holds names only. A
     target that means nothing is a ValueError.
     """
     if isinstance(targets, str):
@@ -78,9 +78,9 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def check_plain_weight(name: str, module: nn.Module) -> None:
-    """A weight that is computed from others (parametrizations, weight norm, pruning) is no parameter to build on.
+    """ValueError if a weight or bias is computed from others (parametrizations, weight norm, pruning).
 
-    Nor is a bias: the class of the layer, which computes it, is changed.
+    The class of the layer, which computes it, would be changed.
     """
     for part in ("weight",) if isinstance(module, nn.Embedding) else ("weight", "bias"):
         if part not in module._parameters:
@@ -135,7 +135,7 @@ def output_projection_names(model: nn.Module) -> list[str]:
 
 
 def tied_embedding(model: nn.Module) -> str | None:
-    """The name of the embedding whose weight is the output projection's too; None where there is none."""
+    """The name of the embedding that shares its weight with the output projection; None if there is none."""
     modules, heads = own_modules(model), output_projection_names(model)
     flagged = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
     for name, module in modules.items():
@@ -147,9 +147,9 @@ def tied_embedding(model: nn.Module) -> str | None:
 
 
 def untie(tied: str) -> str:
-    """The tail of an error message: that there is no output projection of its own, and how to get one."""
+    """The end of an error message: the output projection is tied, and how to untie it."""
     return (
-        f"the model ties its output projection to {tied} (tie_word_embeddings): give the base one of its own "
+        f"the model ties its output projection to {tied} (tie_word_embeddings): give the base a separate one "
         f"(tie_word_embeddings=false in config.json, a copy of {tied}.weight as lm_head.weight in the weights)"
     )
 

@@ -25,10 +25,10 @@ _TILE = 32768  # codes of two bytes looked up at a time: 256 kB of weights
 
 @functools.cache
 def nf4_tensor_class() -> Any:
-    """torchao's ``NF4Tensor`` from where this release of torchao keeps it."""
+    """torchao's ``NF4Tensor``, whose path differs between releases."""
     log = logging.getLogger("torchao")
     level = log.level
-    log.setLevel(logging.ERROR)  # it warns about each of its extensions that was built for another Python
+    log.setLevel(logging.ERROR)  # it warns about each of its extensions that was built for a different Python
     try:
         for place in ("torchao.quantization", "torchao.dtypes.nf4tensor", "torchao.dtypes"):
             try:
@@ -131,7 +131,7 @@ def _nearest_table(cls: Any, dtype: torch.dtype) -> Tensor:
 
 
 def copy_nf4(weight: Any) -> Tensor:
-    """The same NF4 matrix in memory of its own."""
+    """A copy of an NF4 matrix."""
     names, context = weight.__tensor_flatten__()
     parts = {name: getattr(weight, name).clone() for name in names}
     return cast(Tensor, type(weight.detach()).__tensor_unflatten__(parts, context, weight.shape, weight.stride()))
@@ -140,7 +140,7 @@ def copy_nf4(weight: Any) -> Tensor:
 def dequantize(weight: Any, *, reuse: bool = False) -> Tensor:
     """The dense matrix of an NF4 weight, in its dtype; equal to torchao's ``get_original_weight``.
 
-    With ``reuse`` it may lie in memory that the next such call on this thread writes to: use it at once.
+    With ``reuse`` it may be in memory that the next such call on this thread overwrites: use it at once.
     """
     dtype, data = weight.nf4.dtype, weight.quantized_data  # of the stored values; ``model.to(dtype)`` changes the other
     groups = weight.quantized_scalers.view(-1, weight.scaler_block_size)
@@ -209,7 +209,7 @@ def _quads(levels: Tensor) -> Tensor:
 
 
 def dense(weight: Tensor, *, reuse: bool = False) -> Tensor:
-    """The matrix itself, dequantized where it is NF4; ``reuse`` as in ``dequantize``."""
+    """The matrix itself, dequantized if it is NF4; ``reuse`` as in ``dequantize``."""
     return dequantize(weight, reuse=reuse) if is_nf4(weight) else weight
 
 
@@ -257,7 +257,7 @@ class NF4Base(nn.Linear):
         self.base_loaded_(tensor)
 
     def base_loaded_(self, tensor: Tensor) -> None:
-        """Called with the dense weight, the last moment at which it is there."""
+        """Called with the dense weight, before it is gone."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -31,8 +31,8 @@ _DENSE: dict[type[nn.Module], type[nn.Module]] = {quantized: plain for plain, qu
 def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> list[str]:
     """Turn the weight of every linear layer into NF4, in place, one at a time. Returns their names.
 
-    ``skip`` holds names or expressions; ``"lm_head"`` means the output projection whatever its name. Routers of experts
-    stay as they are. On a model on the meta device the layers quantize when they are loaded (``load_base_`` or
+    ``skip`` holds names or expressions; ``"lm_head"`` means the output projection, whatever its name. Routers of
+    experts are not quantized. On a model on the meta device the layers quantize when they are loaded (``load_base_`` or
     ``load_state_dict``).
     """
     names, modules = quantizable_names(model, skip=skip), own_modules(model)
@@ -75,7 +75,7 @@ def quantize_linear_(module: nn.Module, *, name: str = "weight") -> None:
 
 @torch.no_grad()
 def dequantize_(model: nn.Module) -> list[str]:
-    """The inverse: every NF4 weight becomes the dense matrix that it stands for. Returns the layers' names."""
+    """The inverse: every NF4 weight becomes the dense matrix that it represents. Returns the names of the layers."""
     done = []
     for name, module in own_modules(model).items():
         if type(module) in _DENSE:

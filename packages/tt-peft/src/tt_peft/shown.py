@@ -1,4 +1,4 @@
-"""What comes out of files, in messages: short, on one line, nothing that acts on a terminal, no password."""
+"""Values of files in messages: short, on one line, without control characters or passwords."""
 
 import re
 from collections.abc import Collection, Mapping

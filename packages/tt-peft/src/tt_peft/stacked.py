@@ -12,8 +12,8 @@ from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec
 class StackedLoRA(AdapterModule):
     """A module of any class with 3-dimensional parameters ``W[e]``; it computes with ``W[e] + scaling * B[e] A[e]``.
 
-    Parameters are [experts, out, in], or [experts, in, out] where the module says ``is_transposed = True``. The sum is
-    formed in full at each forward: any use that the module makes of its weights is covered.
+    Parameters are [experts, out, in], or [experts, in, out] if the module has ``is_transposed = True``. The sum is
+    formed in full at each forward, so that it does not matter how the module uses its weights.
     """
 
     is_transposed: bool
@@ -57,7 +57,7 @@ class StackedLoRA(AdapterModule):
                 del self.__dict__[local]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """By the class it was made of: pickle finds none that is made here by its name."""
+        """By the class that it was made from: pickle cannot find a class that is made at run time."""
         return _blank, (type(self).__bases__[1],), self.__dict__
 
 

@@ -1,4 +1,4 @@
-"""Find, switch and take off the adapters of a model, and the parameters to train.
+"""Find, switch and remove the adapters of a model, and the parameters to train.
 
 LoRA+: https://arxiv.org/abs/2402.12354.
 """
@@ -20,14 +20,14 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_f
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of DDP and of ``torch.compile``: names are counted from it."""
+    """The model inside of DDP and ``torch.compile``, from which names start."""
     while isinstance(model, DataParallel | DistributedDataParallel) or "_orig_mod" in model._modules:
         model = model.get_submodule("_orig_mod" if "_orig_mod" in model._modules else "module")
     return model
 
 
 def clean_name(name: str) -> str:
-    """A name without what wrappers of a part (compile, checkpointing) put into it."""
+    """A name without the parts that wrappers (compile, checkpointing) add."""
     return _WRAPPERS.sub("", name + ".").removesuffix(".")
 
 
@@ -46,7 +46,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def modules_of(model: nn.Module, adapter: str) -> dict[str, AdapterModule]:
-    """The modules that own ``adapter``; a ValueError where there is none."""
+    """The modules that own ``adapter``; ValueError if there are none."""
     modules = adapted_modules(model, adapter)
     if not modules:
         known = ", ".join(adapter_names(model)) or "none"
@@ -63,7 +63,7 @@ def adapter_config(model: nn.Module, adapter: str = "default") -> LoRAConfig:
 
 
 def set_adapter_(model: nn.Module, adapter: str | Sequence[str]) -> None:
-    """Make one adapter the active one, or several, whose changes add up; only the active ones' parameters train."""
+    """Make one adapter active, or several, whose changes add up. Only the parameters of active adapters train."""
     chosen = (adapter,) if isinstance(adapter, str) else tuple(dict.fromkeys(adapter))
     for name in chosen:
         modules_of(model, name)
@@ -75,7 +75,7 @@ def set_adapter_(model: nn.Module, adapter: str | Sequence[str]) -> None:
 
 
 def remove_adapter_(model: nn.Module, adapter: str) -> None:
-    """Take one adapter off, in place; a module without any is of its plain class again (NF4 weights stay NF4)."""
+    """Remove an adapter, in place. A module without adapters gets its plain class back (NF4 weights stay NF4)."""
     for module in modules_of(model, adapter).values():
         del module.adapters[adapter]
         module.active = tuple(name for name in module.active if name != adapter)
@@ -115,7 +115,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base computes: a reference model for free."""
+    """Inside, the model computes what its base computes: a reference model that needs no memory."""
     modules = list(adapted_modules(model).values())
     if not modules:
         raise ValueError("the model has no adapter to disable (after merge_lora_, unmerge_lora_ brings it back)")

@@ -27,7 +27,7 @@ _TENSORS = 12
 def check_base_of(
     model: nn.Module, file: Path, settings: dict[str, Any], metadata: dict[str, str], base_model: str | None
 ) -> None:
-    """``file`` holds the adapter's weights. Whether they were trained on a base such as this model."""
+    """ValueError if the weights in ``file`` were trained on a different base than this model."""
     trained_on = settings.get("base_model_name_or_path")
     trained_on = trained_on if isinstance(trained_on, str) else None  # config_from_peft refuses anything else
     here = base_model or getattr(getattr(model, "config", None), "_name_or_path", None)
@@ -49,9 +49,9 @@ def check_base_of(
 
 
 def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
-    """The config without what means nothing in this model, and ``modules_to_save`` in full names.
+    """The config without names that match nothing in this model, and with ``modules_to_save`` in full names.
 
-    PEFT passes over names that match nothing (its classifiers always have "classifier" and "score" to save), so a
+    PEFT ignores names that match nothing (its classifiers always have "classifier" and "score" to save), so a
     file may hold some; ``check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
     endings, not as whole parts: "norm" means "input_layernorm" too; targets in a saved module get no adapter. The
     weight of a linear layer among ``target_parameters`` (transformers 5 has routers as plain parameters) is that layer.
@@ -95,7 +95,7 @@ def _split_parameters(model: nn.Module, targets: Sequence[str]) -> tuple[list[st
 
 
 def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> LoRAConfig:
-    """The config with a dtype that holds all that the file holds, where the base's own is narrower."""
+    """The config with a dtype that holds the values of the file, if that of the base is narrower."""
     names, modules = {*target_names(model, config), *config.modules_to_save}, own_modules(model)
     owners = names | {name.rpartition(".")[0] for name in stacked_names(model, config)}
     own = {p.dtype for name in owners if name in modules for p in modules[name].parameters()}
@@ -104,7 +104,7 @@ def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> L
 
 
 def check_amount(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
-    """A file may claim any size; no adapter has many times the values of its base."""
+    """ValueError if a file has far more values than the model: an adapter of it cannot."""
     held, base = sum(tensor.numel() for tensor in state.values()), sum(p.numel() for p in model.parameters())
     if held > 8 * base + (1 << 20):
         key = max(state, key=lambda key: state[key].numel())
@@ -134,7 +134,7 @@ def check_finite(state: dict[str, Tensor], file: Path) -> None:
 
 
 def check_ranks(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """Before memory is reserved: the ranks of the config must be those of the tensors."""
+    """ValueError unless the ranks of the config are those of the tensors; checked before memory is reserved."""
     largest = max((max(tensor.shape, default=0) for tensor in state.values()), default=0)
     for name in target_names(model, config) + stacked_names(model, config):
         rank = spec_of(name, config).rank
@@ -148,7 +148,7 @@ def check_ranks(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], 
 
 
 def check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """An adapter file for more or fewer layers than the model has is of another base."""
+    """ValueError if the file is for more or fewer layers than the model has."""
     stacked = {name.rpartition(".")[0] for name in stacked_names(model, config)}
     wanted, saved = {*target_names(model, config), *stacked}, frozenset(config.modules_to_save)
     found = {key.split(".lora_", 1)[0].replace(".base_layer", "") for key in state if ".lora_" in key}
@@ -165,7 +165,7 @@ def check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]
 
 
 def check_same(model: nn.Module, config: LoRAConfig, adapter: str, folder: Path) -> None:
-    """The model's adapter must compute with the numbers that the file's was trained with."""
+    """ValueError unless the adapter of the model has the numbers that the one in the file was trained with."""
     for name, module in modules_of(model, adapter).items():
         for local, low_rank in low_ranks(module, adapter).items():
             own, given = low_rank.spec, spec_of(f"{name}.{local}" if local else name, config)
@@ -217,7 +217,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _sample(tensor: Tensor) -> list[float]:
-    """Evenly spaced values, counted in whole numbers: float32 has no place above 2**24 of its own."""
+    """Evenly spaced values. Places are whole numbers, because float32 is not exact above 2**24."""
     last, count = tensor.numel() - 1, min(_SAMPLES, tensor.numel())
     places = torch.tensor([i * last // max(1, count - 1) for i in range(count)], dtype=torch.long, device=tensor.device)
     chosen = tensor.detach()[torch.unravel_index(places, tensor.shape)]  # no flat copy of a transposed weight
@@ -225,7 +225,7 @@ def _sample(tensor: Tensor) -> list[float]:
 
 
 def difference(saved: dict[str, Any], model: nn.Module) -> str | None:
-    """What tells this model from the base that an adapter was trained on, in words; None when nothing does."""
+    """How this model differs from the base that an adapter was trained on, in words; None if it does not."""
     own, counts = fingerprint(model), [saved.get(key, 0) for key in ("parameters", "tensors")]
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise ValueError("counts must be whole numbers")

@@ -1,7 +1,7 @@
-"""What adapter files of PEFT hold of embeddings and output projections beside low-rank factors.
+"""Weights of embeddings and output projections in adapter files of PEFT, other than low-rank factors.
 
 Copies of the base (of layers with an adapter, of a resized vocabulary), whole layers to use in its place, and single
-rows (``trainable_token_indices``). What the base has already is passed over; the rest becomes ``modules_to_save``.
+rows (``trainable_token_indices``). Weights equal to the base's are ignored; the rest becomes ``modules_to_save``.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from tt_peft.shown import plain, shown
 _PART = 4096  # rows compared at a time, in fp32
 _COPY = ".base_layer"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
-_LOAD_OVER = "another base, or a changed one; load the adapter over the base that it was trained on"
+_LOAD_OVER = "a different base, or a changed one; load the adapter over the base that it was trained on"
 
 
 def take_embeddings(
     model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path, *, check_base: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors without what the base has, and the names of the layers whose whole weight the adapter brings."""
+    """The tensors that the base does not have, and the names of the layers whose whole weight the adapter contains."""
     _check_vocabulary(model, state, file)
     state, tied = _without_base_copies(model, state, file), tied_embedding(model)
     if tied is not None:
@@ -52,7 +52,7 @@ def _check_vocabulary(model: nn.Module, state: dict[str, Tensor], file: Path) ->
 
 
 def _without_base_copies(model: nn.Module, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """PEFT puts the base of adapted embeddings into the file as well; that must be what the model has."""
+    """PEFT also saves the base of adapted embeddings; it must equal that of the model."""
     kept, parameters = {}, dict(model.named_parameters(remove_duplicate=False))
     for key, tensor in state.items():
         owner, found, local = key.rpartition(".base_layer.")
@@ -66,7 +66,7 @@ def _without_base_copies(model: nn.Module, state: dict[str, Tensor], file: Path)
 def _without_tied_head(
     model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path, tied: str
 ) -> dict[str, Tensor]:
-    """An adapter of an output projection that the model does not have apart from its embedding is refused."""
+    """Refuse an adapter of an output projection that the model ties to its embedding."""
     kept, modules, heads = {}, own_modules(model), output_projection_names(model)
     for key, tensor in state.items():
         owner = _owner(key)
@@ -83,14 +83,14 @@ def _without_tied_head(
         if owner in modules:
             kept[key] = tensor
         elif key != f"{owner}.weight" or _changed(modules[tied].get_parameter("weight"), tensor, key, file)[0]:
-            raise ValueError(f"{file.parent}: {key} is of an output projection of its own, but {untie(tied)}")
+            raise ValueError(f"{file.parent}: {key} belongs to a separate output projection, but {untie(tied)}")
     return kept
 
 
 def _rows_as_layers(
     model: nn.Module, state: dict[str, Tensor], settings: dict[str, Any], file: Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Single trained rows become the whole layer, the base's but for them."""
+    """Single trained rows become a whole layer: the base's, with these rows replaced."""
     kept, names, modules = {}, [], own_modules(model)
     for key, tensor in state.items():
         owner = key.removesuffix(_TOKENS)
@@ -169,7 +169,9 @@ def _whole_layers(
                 f"{found}, but {untie(tied)}; or load the adapter over the resized base that it was trained on"
             )
         if check_base and 2 * far > len(tensors[key]):
-            raise ValueError(f"{found}, most of them altogether: another base; pass check_base=False to use the file's")
+            raise ValueError(
+                f"{found}, most of them completely: a different base; pass check_base=False to use the file's"
+            )
         brought.append(owner)
     return state, brought
 
@@ -187,9 +189,9 @@ def _is_head(owner: str) -> bool:
 
 @torch.no_grad()
 def _changed(own: Tensor, given: Tensor, key: str, file: Path) -> tuple[int, int]:
-    """How many rows differ by more than the dtypes do, and how many by half their size; another shape is an error.
+    """How many rows differ by more than the dtypes do, and how many by half their size; a different shape is an error.
 
-    On the meta device nothing is known: every row differs, a little.
+    On the meta device nothing is known: every row counts as slightly different.
     """
     if own.shape != given.shape:
         raise ValueError(

@@ -54,7 +54,7 @@ def _is_cached(target: Path, home: Path) -> bool:
 
 
 def read_start(path: str | Path, root: str | Path | None = None) -> bytes:
-    """The first bytes of a regular file that is neither empty nor what stands for it: a git-lfs pointer, a web page."""
+    """The first bytes of a regular file; ValueError if it is empty or a placeholder: a git-lfs pointer, a web page."""
     with regular(path, root).open("rb") as file:
         start = file.read(1024)
     if not start:
@@ -111,7 +111,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace the file in one step: a reader or a crash sees the old one or the new one. A link is not followed."""
+    """Replace the file in one step: after a crash there is the old one or the new one. A link is not followed."""
     if path.is_dir() and not path.is_symlink():
         raise IsADirectoryError(f"{plain(path)}: a folder is there; remove it, or choose another folder")
     temporary = path.with_name(f".tmp-{secrets.token_hex(8)}")

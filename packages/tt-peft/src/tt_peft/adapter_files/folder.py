@@ -61,7 +61,7 @@ def save_adapter(
     """Write one adapter as a folder that ``peft`` loads. Returns the folder.
 
     ``base_model`` is the name or path of the base model (default: the model's own ``config._name_or_path``, if any).
-    What tells the base from others goes into the file's metadata, so that ``load_adapter`` can refuse another base.
+    A fingerprint of the base goes into the metadata of the file, so that ``load_adapter`` can refuse a different base.
     Of a sharded model every rank must call this; rank 0 writes.
     """
     folder = Path(path)
@@ -83,7 +83,7 @@ def save_adapter(
 
 
 def without_start(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter counted from the untouched base: what PiSSA started from becomes more rank: ``[A; A0] [B, -B0]``."""
+    """An adapter relative to the unchanged base: the start of PiSSA becomes additional rank, ``[A; A0] [B, -B0]``."""
     plain = {key: tensor for key, tensor in state.items() if not key.endswith(_START)}
     for key, start in state.items():
         if key.endswith(_START[0]):
@@ -108,7 +108,7 @@ def _members(model: nn.Module, adapter: str) -> Members:
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
-    """PEFT asks what it wraps as one to generate: a classifier or an encoder of transformers cannot."""
+    """PEFT needs to know whether the model can generate: a classifier or an encoder of transformers cannot."""
     encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
     generates = hasattr(model, "prepare_inputs_for_generation") or not hasattr(model, "get_output_embeddings")
     projects = bool(output_projection_names(model)) or tied_embedding(model) is not None
@@ -126,8 +126,8 @@ def load_adapter(
 ) -> LoRAConfig:
     """Load an adapter folder, ours or one that ``peft`` wrote; returns its config.
 
-    Where the model has no adapter of that name, one is applied as ``adapter_config.json`` says. An adapter of another
-    base (other shapes, other values, or another ``base_model`` name) is a ValueError unless ``check_base=False``.
+    If the model has no adapter of that name, one is applied as ``adapter_config.json`` says. An adapter of a different
+    base (by its shapes, values or ``base_model`` name) is a ValueError unless ``check_base=False``.
     """
     folder, file = Path(path), Path(path) / WEIGHTS_FILE
     settings = read_adapter_config(folder)
@@ -166,7 +166,7 @@ def load_adapter(
 
 
 def _widen_(model: nn.Module, state: dict[str, Tensor], adapter: str) -> None:
-    """An adapter whose dtype no one chose gets one that holds what the file holds."""
+    """An adapter without a chosen dtype gets one that holds the values of the file."""
     for entry in entries(model, adapter):
         if entry.key in state:
             parameter, given = entry.parameter, state[entry.key].dtype
@@ -186,7 +186,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
 
 
 def _plain_key(key: str) -> str:
-    """A key without PEFT's prefix, what compilers and wrappers put into it, and an adapter's name (of a raw dump)."""
+    """A key without PEFT's prefix, the names of wrappers, and the name of an adapter (in a raw dump)."""
     key = clean_name(key.removeprefix("module.")).removeprefix(_PREFIX)
     return _NAMED.sub(r"\1\2", key)
 
@@ -220,7 +220,7 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
 
 
 def check_names(keys: Sequence[str], file: Path) -> None:
-    """Names of tensors are repeated in messages and looked up in the model: short, printable, each once."""
+    """ValueError unless names of tensors, which errors repeat, are short, printable and unique."""
     odd = next((key for key in keys if not key.isprintable() or not 0 < len(key) <= LONGEST_NAME), None)
     if odd is not None:
         raise ValueError(
@@ -237,7 +237,7 @@ def check_names(keys: Sequence[str], file: Path) -> None:
 
 
 def _saved_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of a resized vocabulary PEFT writes each saved module three times; what was trained counts, as when it loads."""
+    """With a resized vocabulary PEFT writes each saved module three times; the trained one counts, as in PEFT."""
     trained = {key: key.replace(".modules_to_save.", ".") for key in tensors if ".modules_to_save." in key}
     before = {key.replace(".modules_to_save.", ".original_module.") for key in trained}
     kept = {key: tensor for key, tensor in tensors.items() if key not in before and key not in trained}
@@ -249,7 +249,7 @@ def _for_file(tensor: Tensor) -> Tensor:
 
 
 def _sorted_header(content: bytes) -> bytes:
-    """safetensors writes metadata in an order of its own at each call; equal adapters should be equal files."""
+    """safetensors writes metadata in a random order; equal adapters should be equal files."""
     size = int.from_bytes(content[:8], "little")
     header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)

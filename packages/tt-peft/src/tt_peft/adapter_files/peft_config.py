@@ -28,7 +28,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "monteclora_config": (None,),
     "megatron_config": (None,),
 }
-# Keys that only say how training began or how PEFT goes about it; what they did is in the tensors.
+# Keys that only say how training began or how PEFT works; their effect is in the tensors.
 _IGNORED = frozenset(
     {
         "alora_invocation_tokens",
@@ -48,7 +48,7 @@ _IGNORED = frozenset(
         "task_type",
     }
 )
-# Starting points after which the base is what it was, and PiSSA, whose change of the base we can repeat.
+# Starting values that leave the base unchanged, and PiSSA, whose change of the base we can repeat.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 _MERGE = "merge the adapter in PEFT (merge_and_unload) and use the result"
 
@@ -158,7 +158,7 @@ def config_to_peft(config: LoRAConfig, members: Members, base_model: str | None)
 
 
 def _exceptions(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """Only where a module differs, under full names: PEFT reads the keys as expressions, so dots are escaped."""
+    """Only modules that differ, under full names: PEFT reads the keys as expressions, so dots are escaped."""
     return {name.replace(".", r"\."): _number(value) for name, value in values.items() if value != default}
 
 
@@ -168,7 +168,7 @@ def _number(value: float) -> float:
 
 
 def compact_names(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
-    """The last parts of ``names`` where these mean the same modules, else ``names`` themselves."""
+    """The last parts of ``names`` if they mean the same modules, else ``names`` themselves."""
     if not names:
         return []
     leaves = sorted({n.rsplit(".", 1)[-1] for n in names})
@@ -184,7 +184,7 @@ def _endings(names: Sequence[str], all_names: Sequence[str]) -> list[str]:
 
 
 def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
-    """Read PEFT's JSON object; whatever we do not compute is a ValueError that names it."""
+    """Read PEFT's JSON object; a feature that we do not compute is a ValueError that names it."""
     place = plain(file)
     kind = settings.get("peft_type")
     if kind is None:
@@ -233,7 +233,7 @@ def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
 
 
 def _instead(value: Any) -> str:
-    """The closest value, where the mistake is one of type."""
+    """The closest valid value, if only the type is wrong."""
     text = value.strip() if isinstance(value, str) else repr(value) if isinstance(value, float) else ""
     whole = re.fullmatch(r"(\d{1,9})(\.0)?", text)
     return f"; write {int(whole[1])}" if whole else "; correct it, or save the adapter again"
