@@ -15,7 +15,7 @@ def show(tt, data, model, *words):
 def test_trained_text_stands_between_marks_in_a_pipe(tt, rows_file, model_dir):
     answer = show(tt, rows_file, model_dir, "-n", "1")
     assert "Repeat the word red.<|im_end|>\n<|im_start|>assistant\n\u27e6red<|im_end|>\u27e7" in answer.out
-    assert "1 alpaca rows (first 1 row read); dropped: none" in answer.err
+    assert "1 alpaca row (first 1 row read); dropped: none" in answer.err
 
 
 def test_trained_text_is_green_where_there_is_colour(tt, rows_file, model_dir, monkeypatch):

@@ -228,7 +228,7 @@ def test_duplicates_are_counted_and_dropped(chatml: Any) -> None:
     rows = [ROWS["openai"], ROWS["openai"], {"messages": [*CHAT, {"role": "user", "content": "x"}, CHAT[1]]}]
     assert load_dataset(rows, chatml).report["dropped"] == {"duplicate": 1}
     assert len(load_dataset(rows, chatml, drop_duplicates=False)) == 3
-    with pytest.raises(ValueError, match=r"1 of 3 rows are bad \(1 duplicate\), on_bad_row is error: rows:1: the same"):
+    with pytest.raises(ValueError, match=r"1 of 3 rows is bad \(1 duplicate\), on_bad_row is error: rows:1: the same"):
         load_dataset(rows, chatml, on_bad_row="error")
 
 

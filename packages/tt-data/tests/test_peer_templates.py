@@ -128,7 +128,7 @@ def tokenizer_refuses(tokenizer: Any, row: dict[str, Any]) -> bool:
     try:
         load_dataset([row], tokenizer)
     except ValueError as refusal:
-        return "1 of 1 rows are bad (1 template)" in str(refusal) or "1 system message refused" in str(refusal)
+        return "1 of 1 row is bad (1 template)" in str(refusal) or "1 system message refused" in str(refusal)
     return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -19,7 +19,7 @@ from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source, quick_digest
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.wording import said
+from tt_data.wording import counted, said
 
 Encoded = tuple[list[TokenRow], Tally]
 _BATCH = 512
@@ -91,7 +91,8 @@ class _Builder:
         given_before = [earlier.name for earlier in self.sources[:number]].count(source.name)
         digests = self.digests.setdefault(given_before, set())  # a file that is named twice is meant twice
         encode = partial(encode_rows, source.name, read=read, tokenizer=self.tokenizer, settings=self.settings)
-        batches = batched(chain([first], rows), lambda: self.wanted(_BATCH))
+        every = chain([first], rows)
+        batches = iter(lambda: list(islice(every, self.wanted(_BATCH))), [])
         num_workers = 0 if self.limit is not None else num_workers
         with closing(_encoded(encode, batches, source.name, num_workers=num_workers, timeout_s=timeout_s)) as encoded:
             for kept, tally in encoded:
@@ -115,7 +116,8 @@ class _Builder:
                 self.tally.drop(where, BadRowError(DUPLICATE, "the same as an earlier row"))
                 return
             digests.add(row.digest)
-        self.tally.keep(truncated=row.truncated, no_end=row.no_end)
+        self.tally.truncated += row.truncated
+        self.tally.no_end += row.no_end
         if self.kind is None:
             self.kind = row.kind
             self.stores = [TokenStore() for _ in row.parts]
@@ -134,16 +136,17 @@ class _Builder:
         bad = tally.dropped.total()
         if not bad or (kept and self.settings.on_bad_row == "drop"):
             return
-        names = ", ".join(source.name for source in self.sources[:3])
+        names, rows = ", ".join(source.name for source in self.sources[:3]), counted(tally.seen, "row")
         hidden = tally.dropped["no trainable token"]
         if hidden and hidden == bad and tally.longest_prompt:
             raise ValueError(
-                f"{names}: {hidden} of {tally.seen} rows have no trainable token at max_seq_len "
+                f"{names}: {hidden} of {rows} {'has' if hidden == 1 else 'have'} no trainable token at max_seq_len "
                 f"{self.settings.max_seq_len} (longest prompt {tally.longest_prompt}); raise max_seq_len"
             )
         what = "on_bad_row is error" if kept else "none can be used"
         raise ValueError(
-            f"{names}: {bad} of {tally.seen} rows are bad ({tally.summary()}), {what}: {'; '.join(tally.problems[:3])}"
+            f"{names}: {bad} of {rows} {'is' if bad == 1 else 'are'} bad ({tally.summary()}), {what}: "
+            f"{'; '.join(tally.problems[:3])}"
         )
 
 
@@ -180,10 +183,3 @@ def _has_more(rows: Iterator[Any]) -> bool:
         return next(rows, None) is not None
     except ValueError:  # what cannot be read is something
         return True
-
-
-def batched(rows: Iterable[Any], size: Callable[[], int]) -> Iterator[list[Any]]:
-    """Lists of ``size()`` rows, the last one shorter."""
-    iterator = iter(rows)
-    while batch := list(islice(iterator, size())):
-        yield batch

@@ -17,7 +17,7 @@ from tt_data.report import refuse_dropped
 from tt_data.rows.hub import DATASETS, Part
 from tt_data.rows.schemas import Read
 from tt_data.rows.settings import OnBadRow, Settings
-from tt_data.rows.sources import NO_PART, as_files, files_left_out, is_hub_id, open_sources
+from tt_data.rows.sources import NO_PART, as_files, is_hub_id, open_sources
 from tt_data.stream.packed import PackedMix, PackedStream
 from tt_data.stream.raw import RawStream, hub_stream, to_stream
 from tt_data.stream.shuffled import StreamDataset
@@ -220,7 +220,7 @@ class Loader:
             )  # fmt: skip
             if cache_dir is not None:
                 cache.save(rows, cache_dir)
-        rows.files_left_out = files_left_out(source, part)
+        rows.files_left_out = [file for found in sources for file in found.beside]
         refuse_dropped(rows.report, settings.max_dropped_share, name=", ".join(rows.names[:3]))
         if self.packing and settings.max_seq_len:
             return PackedDataset(rows, max_seq_len=settings.max_seq_len, seed=self.seed)
@@ -252,11 +252,19 @@ class Loader:
             raise ValueError(
                 "a streamed mix cannot hold data sets that need different templates or columns; leave streaming off"
             )
-        left_out = [file for source, _, part in resolved for file in files_left_out(source, part)]
+        groups: list[list[RawStream]] = []
+        left_out: list[str] = []
+        for source, _, part in resolved:
+            if is_hub_id(source):
+                groups.append([hub_stream(str(source), part)])
+                continue
+            opened = open_sources(source, part)
+            groups.append([to_stream(found) for found in opened])
+            left_out += [file for found in opened for file in found.beside]
+        tokenizer = choose_template(self.tokenizer, settings.template, special_tokens=settings.special_tokens)
         return StreamDataset(
-            [_streams(source, part) for source, _, part in resolved],
-            choose_template(self.tokenizer, settings.template, special_tokens=settings.special_tokens), settings,
-            buffer=self.buffer, weights=weights, read=self.read, schema=self.schema, files_left_out=left_out,
+            groups, tokenizer, settings, buffer=self.buffer, weights=weights, read=self.read, schema=self.schema,
+            files_left_out=left_out,
         )  # fmt: skip
 
     def _resolved(self, source: Source) -> tuple[Source, Settings, Part]:
@@ -271,12 +279,6 @@ class Loader:
             template=self.settings.template or named.template,
         )
         return named.source, settings, self.part.over(named.part)
-
-
-def _streams(source: Source, part: Part) -> list[RawStream]:
-    if is_hub_id(source):
-        return [hub_stream(str(source), part)]
-    return [to_stream(found) for found in open_sources(source, part)]
 
 
 def _weighted(source: Mix) -> tuple[list[Any], list[float]]:

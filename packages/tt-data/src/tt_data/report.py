@@ -72,11 +72,6 @@ class Tally:
         if len(self.problems) < MAX_PROBLEMS:
             self.problems.append(f"{visible(where, 300)}: {bad}")
 
-    def keep(self, *, truncated: bool, no_end: bool) -> None:
-        """Count what is to be known of a row that is kept."""
-        self.truncated += truncated
-        self.no_end += no_end
-
     def note(self, kind: str, where: str = "") -> None:
         """Count a row that is kept although something about it should be known.
 
@@ -116,7 +111,7 @@ class Tally:
             "no_end_token": self.no_end,
             "problems": list(self.problems),
             "notes": [
-                *self._unread_note(),
+                *([self._unread_note()] if self.unread else ()),
                 *sorted(
                     f"{kind} ({counted(count, 'row')}, the first at {where})" if count else kind
                     for kind, (count, where) in self.notes.items()
@@ -125,17 +120,15 @@ class Tally:
             "form": "+".join(sorted(self.forms)),
         }
 
-    def _unread_note(self) -> list[str]:
+    def _unread_note(self) -> str:
         """One line for all columns: data sets have many that nobody needs."""
-        if not self.unread:
-            return []
         named = [
             f"{visible(column, 80)!r} ({counted(count, 'row')}{hint and '; '}{hint})"
             for column, (count, _) in sorted(self.unread.items(), key=lambda item: -item[1][0])
             for hint in (self.hints.get(column, ""),)
         ]
         first = next(iter(self.unread.values()))[1]
-        return [f"columns that are not read: {', '.join(named)}, the first at {first}"]
+        return f"columns that are not read: {', '.join(named)}, the first at {first}"
 
 
 def _count(counts: dict[str, tuple[int, str]], key: str, count: int, where: str) -> None:
@@ -187,10 +180,12 @@ def report_of(
 
 def refuse_dropped(report: Report, share: float | None, *, name: str) -> None:
     """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
+    if share is None:
+        return
     dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
     bad = sum(dropped.values())
     seen = _seen(report)
-    if share is not None and bad > share * seen:
+    if bad > share * seen:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         raise ValueError(
             f"{name}: {bad:,} of {seen:,} rows cannot be used ({reasons}), max_dropped_share allows {share:.0%}: "

@@ -25,7 +25,7 @@ from tt_data.examples import (
     mistake_in,
     notes_of,
 )
-from tt_data.messages import Message, mask_messages
+from tt_data.messages import Message, TrainOn, mask_messages
 from tt_data.report import Tally
 from tt_data.rows.schemas import Read, hint_for_unread, tracks
 from tt_data.rows.settings import Settings
@@ -63,121 +63,114 @@ def encode_rows(
 
     Raises ValueError if a setting is at fault, not a row.
     """
-    encoder = _RowEncoder(tokenizer, settings, Tally())
-    return encoder.encode(name, batch, read), encoder.tally
-
-
-class _RowEncoder:
-    def __init__(self, tokenizer: Tokenizer, settings: Settings, tally: Tally) -> None:
-        self.tokenizer, self.settings, self.tally = tokenizer, settings, tally
-
-    def encode(self, name: str, batch: Batch, read: Read) -> list[TokenRow]:
-        examples: list[tuple[int, Example]] = []
-        tracked = tracks(read)
-        for line, row in batch:
-            self.tally.seen += 1
-            where = f"{name}:{line}"
-            try:
-                examples.append((line, self._read(where, TrackedRow(row) if tracked else row, read)))
-            except BadRowError as bad:
-                self.tally.drop(where, bad)
-        forms = {"chat" if is_chat(example) else "text" for _, example in examples}
-        self.tally.forms |= forms
-        for note in self.tokenizer.template_notes if "chat" in forms else ():
-            self.tally.note(note)
-        self._leave_unwritten(name, examples)
-        encoded = encode_examples([e for _, e in examples], self.tokenizer, train_on=self.settings.train_on)
-        kept: list[TokenRow] = []
-        for (line, example), parts in zip(examples, encoded, strict=True):
-            where = f"{name}:{line}"
-            try:
-                kept.append(self._finish(where, line, example, parts))
-            except BadRowError as bad:
-                self.tally.drop(where, bad)
-                continue
-            noted = (
-                *notes_of(example),
-                *self._not_trained(example),
-                *(kind for part in kept[-1].parts for kind in part.notes),
-            )
-            for kind in dict.fromkeys(noted):
-                self.tally.note(kind, where)
-        return kept
-
-    def _read(self, where: str, row: Mapping[str, Any], read: Read) -> Example:
-        """What ``read`` makes of a row. Raises BadRowError, and ValueError with the place of a mistake in ``read``."""
-        columns = self.settings.columns
+    tally = Tally()
+    examples: list[tuple[int, Example]] = []
+    tracked = tracks(read)
+    for line, row in batch:
+        tally.seen += 1
+        where = f"{name}:{line}"
         try:
-            example = read(row, columns)
-            mistake = mistake_in(example)
-        except BadRowError:
-            raise
-        except Exception as error:
-            what = f"{type(error).__name__}: {said(error, 500)}"
-            raise ValueError(f"{where}: the converter of these rows failed: {what}") from error
-        if mistake:
-            raise ValueError(f"{where}: the converter of these rows is wrong: {mistake}")
-        for column in row.unread() if isinstance(row, TrackedRow) else ():
-            if column not in self.tally.unread:
-                self.tally.hints[column] = hint_for_unread(column, row, columns, read)
-            self.tally.leave(column, where)
-        return example
+            examples.append((line, _read(where, TrackedRow(row) if tracked else row, read, settings, tally)))
+        except BadRowError as bad:
+            tally.drop(where, bad)
+    forms = {"chat" if is_chat(example) else "text" for _, example in examples}
+    tally.forms |= forms
+    for note in tokenizer.template_notes if "chat" in forms else ():
+        tally.note(note)
+    _leave_unwritten(name, examples, tokenizer, tally)
+    encoded = encode_examples([e for _, e in examples], tokenizer, train_on=settings.train_on)
+    kept: list[TokenRow] = []
+    for (line, example), parts in zip(examples, encoded, strict=True):
+        where = f"{name}:{line}"
+        try:
+            kept.append(_finish(line, example, parts, tokenizer, settings, tally))
+        except BadRowError as bad:
+            tally.drop(where, bad)
+            continue
+        noted = (
+            *notes_of(example),
+            *_not_trained(example, settings.train_on),
+            *(kind for part in kept[-1].parts for kind in part.notes),
+        )
+        for kind in dict.fromkeys(noted):
+            tally.note(kind, where)
+    return kept, tally
 
-    def _not_trained(self, example: Example) -> tuple[str, ...]:
-        """A note if a message says itself that it is trained, and ``train_on`` leaves it out."""
-        train_on = self.settings.train_on
-        for part in _conversations(example):
-            if any(
-                old.asked and new.masked
-                for old, new in zip(part.messages, mask_messages(part.messages, train_on), strict=True)
-            ):
-                return (
-                    f"some messages with weight: 1, train: true or their like are not trained: {_TRAINED[train_on]}",
-                )
-        return ()
 
-    def _leave_unwritten(self, name: str, examples: Sequence[tuple[int, Example]]) -> None:
-        """Count the keys of messages without which the same text is made. ``_SOUGHT`` is looked for in it."""
-        sources = self.tokenizer.templates.values()
-        without: list[tuple[str, str]] = []
-        rows: list[tuple[list[Message], Any, Any]] = []
-        for where, part in ((f"{name}:{line}", part) for line, example in examples for part in _conversations(example)):
-            keys = {key for message in part.messages for key, value in message.extra.items() if not is_empty(value)}
-            for key in sorted(keys if isinstance(part, Turns) else keys - _SOUGHT):
-                if isinstance(part, Turns) or not any(key in source for source in sources):
-                    self.tally.leave(f"messages.{key}", where)
-                    continue
-                without.append((where, key))
-                plain = [replace(message, masked=True) for message in part.messages]
-                rows.append((plain, part.tools, part.variables))
-                rows.append(([_without(message, key) for message in plain], part.tools, part.variables))
-        texts = [getattr(row, "text", None) for row in self.tokenizer.render_conversations(rows)] if rows else []
-        for (where, key), one, other in zip(without, texts[::2], texts[1::2], strict=True):
-            if one == other and one is not None:  # None: the template fails, which is said of the row
-                self.tally.leave(f"messages.{key}", where)
+def _read(where: str, row: Mapping[str, Any], read: Read, settings: Settings, tally: Tally) -> Example:
+    """What ``read`` makes of a row. Raises BadRowError, and ValueError with the place of a mistake in ``read``."""
+    columns = settings.columns
+    try:
+        example = read(row, columns)
+        mistake = mistake_in(example)
+    except BadRowError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {said(error, 500)}"
+        raise ValueError(f"{where}: the converter of these rows failed: {what}") from error
+    if mistake:
+        raise ValueError(f"{where}: the converter of these rows is wrong: {mistake}")
+    for column in row.unread() if isinstance(row, TrackedRow) else ():
+        if column not in tally.unread:
+            tally.hints[column] = hint_for_unread(column, row, columns, read)
+        tally.leave(column, where)
+    return example
 
-    def _finish(self, where: str, line: int, example: Example, parts: Parts | BadRowError) -> TokenRow:
-        if isinstance(parts, BadRowError):
-            raise parts
-        if isinstance(example, Pair):
-            parts = _as_pair(*parts)
-        limit = self.settings.max_seq_len
-        if not all(map(is_trainable, parts)):
-            why = [note for part in parts for note in part.notes] or ["none of its answers is to be trained"]
-            raise BadRowError("no trainable token", f"no trainable token: {'; '.join(dict.fromkeys(why))}")
-        kept = [cut(part, limit) for part in parts]
-        if not all(map(is_trainable, kept)):
-            prompt = max(part.trained[0][0] if part.trained else len(part.ids) for part in parts)
-            self.tally.longest_prompt = max(self.tally.longest_prompt, prompt)
-            raise BadRowError(
-                "no trainable token", f"no trainable token at max_seq_len {limit} (its prompt has {prompt})"
-            )
-        truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
-        no_end = any(not ends_turn(part.ids[a:b], self.tokenizer) for part in parts for a, b in part.trained)
-        kind = kind_of(example)
-        desirable = isinstance(example, Judged) and example.desirable
-        digest = digest_of(parts, desirable) if self.settings.drop_duplicates else b""
-        return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
+
+def _not_trained(example: Example, train_on: TrainOn) -> tuple[str, ...]:
+    """A note if a message says itself that it is trained, and ``train_on`` leaves it out."""
+    for part in _conversations(example):
+        if any(
+            old.asked and new.masked
+            for old, new in zip(part.messages, mask_messages(part.messages, train_on), strict=True)
+        ):
+            return (f"some messages with weight: 1, train: true or their like are not trained: {_TRAINED[train_on]}",)
+    return ()
+
+
+def _leave_unwritten(name: str, examples: Sequence[tuple[int, Example]], tokenizer: Tokenizer, tally: Tally) -> None:
+    """Count the keys of messages without which the same text is made. ``_SOUGHT`` is looked for in it."""
+    sources = tokenizer.templates.values()
+    without: list[tuple[str, str]] = []
+    rows: list[tuple[list[Message], Any, Any]] = []
+    for where, part in ((f"{name}:{line}", part) for line, example in examples for part in _conversations(example)):
+        keys = {key for message in part.messages for key, value in message.extra.items() if not is_empty(value)}
+        for key in sorted(keys if isinstance(part, Turns) else keys - _SOUGHT):
+            if isinstance(part, Turns) or not any(key in source for source in sources):
+                tally.leave(f"messages.{key}", where)
+                continue
+            without.append((where, key))
+            plain = [replace(message, masked=True) for message in part.messages]
+            rows.append((plain, part.tools, part.variables))
+            rows.append(([_without(message, key) for message in plain], part.tools, part.variables))
+    texts = [getattr(row, "text", None) for row in tokenizer.render_conversations(rows)] if rows else []
+    for (where, key), one, other in zip(without, texts[::2], texts[1::2], strict=True):
+        if one == other and one is not None:  # None: the template fails, which is said of the row
+            tally.leave(f"messages.{key}", where)
+
+
+def _finish(
+    line: int, example: Example, parts: Parts | BadRowError, tokenizer: Tokenizer, settings: Settings, tally: Tally
+) -> TokenRow:
+    if isinstance(parts, BadRowError):
+        raise parts
+    if isinstance(example, Pair):
+        parts = _as_pair(*parts)
+    limit = settings.max_seq_len
+    if not all(map(is_trainable, parts)):
+        why = [note for part in parts for note in part.notes] or ["none of its answers is to be trained"]
+        raise BadRowError("no trainable token", f"no trainable token: {'; '.join(dict.fromkeys(why))}")
+    kept = [cut(part, limit) for part in parts]
+    if not all(map(is_trainable, kept)):
+        prompt = max(part.trained[0][0] if part.trained else len(part.ids) for part in parts)
+        tally.longest_prompt = max(tally.longest_prompt, prompt)
+        raise BadRowError("no trainable token", f"no trainable token at max_seq_len {limit} (its prompt has {prompt})")
+    truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
+    no_end = any(not ends_turn(part.ids[a:b], tokenizer) for part in parts for a, b in part.trained)
+    kind = kind_of(example)
+    desirable = isinstance(example, Judged) and example.desirable
+    digest = digest_of(parts, desirable) if settings.drop_duplicates else b""
+    return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
 
 
 def _without(message: Message, key: str) -> Message:

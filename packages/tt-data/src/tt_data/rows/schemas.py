@@ -129,11 +129,6 @@ def known_columns() -> list[str]:
     return sorted({*needed, *_OPTIONAL})
 
 
-def fitting(row: Row, columns: Columns) -> list[Schema]:
-    """The schemas that ``row`` fits, the one that is taken first."""
-    return [schema for schema in SCHEMAS.values() if schema.matches(row, columns)]
-
-
 def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
     """The schema of ``row``. Raises ValueError that names the columns, the known schemas, and the nearest column."""
     unknown = [name for name in columns if name not in known_columns()]
@@ -148,10 +143,10 @@ def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
             near = get_close_matches(theirs, list(row), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{where}: columns maps {name} to {theirs!r}, but the row has [{names_of(row)}]{hint}")
-    found = fitting(row, columns)
-    if not found:
+    found = next((schema for schema in SCHEMAS.values() if schema.matches(row, columns)), None)
+    if found is None:
         raise ValueError(f"{where}: {_no_schema(row, columns)}")
-    return found[0]
+    return found
 
 
 def _no_schema(row: Row, columns: Columns) -> str:
@@ -192,8 +187,12 @@ def _suggestion(row: Row, columns: Columns) -> str:
 
 def hint_for_unread(column: str, row: Row, columns: Columns, read: object) -> str:
     """How to have a column read that ``read`` leaves out: by another schema, or under another name."""
-    for schema in fitting(row, columns):
-        if schema.read != read and any(columns.get(n, n) == column for names in schema.columns for n in names):
+    for schema in SCHEMAS.values():
+        if (
+            schema.read != read
+            and schema.matches(row, columns)
+            and any(columns.get(n, n) == column for names in schema.columns for n in names)
+        ):
             return f"schema={schema.name} reads it"
     known = known_columns()
     free = [name for name in known if name not in row]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -37,6 +37,7 @@ class Source:
     rows: Callable[[], Iterator[Placed]]
     digest: Callable[[], str]
     path: Path | None = None
+    beside: Sequence[str] = ()  # files of the same directory that are not read; of its first source only
 
 
 def is_hub_id(source: object) -> bool:
@@ -49,14 +50,23 @@ def is_hub_id(source: object) -> bool:
 def open_sources(source: Any, part: Part = NO_PART) -> list[Source]:
     """The sources that ``source`` means. Raises FileNotFoundError or ValueError that names what is there instead."""
     if isinstance(source, (str, Path)):
-        return _from_name(source, part)
-    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, Path)) for item in source):
-        return [found for item in source for found in _from_name(item, part)]
-    if isinstance(source, Iterable) and not isinstance(source, (Mapping, bytes)):
+        source = [source]
+    elif not isinstance(source, (list, tuple)) or not source or not all(isinstance(s, (str, Path)) for s in source):
+        if not isinstance(source, Iterable) or isinstance(source, (Mapping, bytes)):
+            kind = type(source).__name__
+            raise ValueError(f"data source: expected a path, a list of paths, a hub id or rows, got {kind}")
         if part.options():
             raise ValueError(f"{', '.join(part.options())}: rows in memory have no such parts; leave it out")
         return [_from_rows(source)]
-    raise ValueError(f"data source: expected a path, a list of paths, a hub id or rows, got {type(source).__name__}")
+    sources: list[Source] = []
+    for name in source:
+        if is_hub_id(name):
+            sources.append(_from_hub(str(name), part))
+            continue
+        folder, files = _files(name, part)
+        beside = left_out(folder, files) if part.data_files is None and folder.is_dir() else ()
+        sources += [_from_file(file, () if number else beside) for number, file in enumerate(files)]
+    return sources
 
 
 def as_files(source: Any, part: Part) -> tuple[Any, Part]:
@@ -66,24 +76,6 @@ def as_files(source: Any, part: Part) -> tuple[Any, Part]:
     files = _data_files(part)
     found = files if part.data_dir is None else [str(Path(part.data_dir) / file) for file in files]
     return (found, Part()) if files else (source, part)
-
-
-def files_left_out(source: Any, part: Part) -> list[str]:
-    """The files in the directories of ``source`` that are not read."""
-    left: list[str] = []
-    if part.data_files is not None:  # the others are not meant
-        return left
-    for item in source if isinstance(source, (list, tuple)) else [source]:
-        if isinstance(item, (str, Path)) and not is_hub_id(item):
-            folder = _folder(item, part)
-            left += left_out(folder, _files(item, part)) if folder.is_dir() else []
-    return left
-
-
-def _from_name(name: str | Path, part: Part) -> list[Source]:
-    if is_hub_id(name):
-        return [_from_hub(str(name), part)]
-    return [_from_file(file) for file in _files(name, part)]
 
 
 def _path(name: str | Path) -> Path:
@@ -139,16 +131,8 @@ def _data_files(part: Part) -> list[str]:
     return [str(file) for file in files]
 
 
-def _folder(name: str | Path, part: Part) -> Path:
-    folder = _path(name)
-    if part.data_dir is not None:
-        refuse_outside("data_dir", part.data_dir)
-        folder = folder / part.data_dir
-    return folder
-
-
-def _files(name: str | Path, part: Part) -> list[Path]:
-    """The local files of ``name``, of which ``part`` may choose some."""
+def _files(name: str | Path, part: Part) -> tuple[Path, list[Path]]:
+    """The file or folder that ``name`` means, and the files in it, of which ``part`` may choose some."""
     path = _path(name)
     if part.revision is not None:
         raise ValueError(f"revision: {name} is on this machine, where it has one state; revisions are of hub data sets")
@@ -157,37 +141,36 @@ def _files(name: str | Path, part: Part) -> list[Path]:
         if not matches:
             raise FileNotFoundError(f"{name}: no file of such a name (looked from {Path.cwd()})")
         refuse_links_out(path, matches)
-        return [file for match in matches for file in local_files(match, part.split)]
-    if part.options() and not path.is_dir():
+        return path, [file for match in matches for file in local_files(match, part.split)]
+    if (part.data_dir is not None or part.data_files is not None) and not path.is_dir():
         local_files(path)  # what it is, if it is not a file
         raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
-    files = _data_files(part)
+    files = [] if part.data_files is None else _data_files(part)
     for file in files:
         refuse_outside("data_files", file)
-    return local_files(_folder(name, part), part.split, files)
+    if part.data_dir is not None:
+        refuse_outside("data_dir", part.data_dir)
+        path = path / part.data_dir
+    return path, local_files(path, part.split, files)
 
 
-def _from_file(path: Path) -> Source:
-    refuse_stand_in(path)
-    if file_kind(path) is None:
-        unpack = "; unpack it first" if is_unread(path) or compression(path) else ""
-        raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}{unpack}")
-    return Source(visible(str(path), 4096), partial(read_rows, path), partial(_file_digest, path), path)
-
-
-def _packed(path: Path) -> BinaryIO:
-    """The bytes of a data file as they are on disk."""
-    return open_regular(Path(os.path.realpath(path)))
-
-
-def refuse_stand_in(path: Path) -> None:
-    """Raise ValueError for an empty file, and for a git-lfs pointer or a web page in the place of data."""
+def _from_file(path: Path, beside: Sequence[str]) -> Source:
+    """Raises ValueError for an empty file, and for a git-lfs pointer or a web page in the place of data."""
     with _packed(path) as stream:
         head = stream.read(_HEAD)
     if not head:
         raise ValueError(f"{path} has 0 rows (0 bytes); give a file with rows")
     if found := stand_in(head):
         raise ValueError(f"{path}: {found}")
+    if file_kind(path) is None:
+        unpack = "; unpack it first" if is_unread(path) or compression(path) else ""
+        raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}{unpack}")
+    return Source(visible(str(path), 4096), partial(read_rows, path), partial(_file_digest, path), path, beside)
+
+
+def _packed(path: Path) -> BinaryIO:
+    """The bytes of a data file as they are on disk."""
+    return open_regular(Path(os.path.realpath(path)))
 
 
 def _file_digest(path: Path) -> str:

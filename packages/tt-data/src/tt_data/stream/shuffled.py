@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from tt_data.builder import batched, build
+from tt_data.builder import build
 from tt_data.dataset import Row, TokenDataset, to_row
 from tt_data.examples import Kind, kind_of
 from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
@@ -199,7 +199,8 @@ class StreamDataset(Stream):
                     f"line {token_row.line}: {token_row.kind} rows cannot be mixed with the {self._kind} rows before "
                     "them"
                 )
-            tally.keep(truncated=token_row.truncated, no_end=token_row.no_end)
+            tally.truncated += token_row.truncated
+            tally.no_end += token_row.no_end
         if self.settings.on_bad_row == "error" and tally.dropped.total() > before:
             raise ValueError(f"on_bad_row is error: {tally.problems[-1]}")
         return encoded
@@ -247,7 +248,8 @@ class StreamDataset(Stream):
         tally, until, whole = Tally(), time.monotonic() + seconds, True
         for blocks in self.blocks:
             source = ((stream, line, raw) for stream in blocks.streams for line, raw in stream.open_at(0))
-            for batch in batched(islice(source, rows), lambda: 16):
+            first = islice(source, rows)
+            while batch := list(islice(first, 16)):
                 self._encode(batch, tally)
                 if time.monotonic() > until:
                     break
