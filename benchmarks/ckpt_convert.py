@@ -57,7 +57,7 @@ def copy_twice_fsync(source: Path, folder: Path) -> None:
     _synced(folder / "back")
 
 
-def ours_load_save(source: Path, folder: Path, copy: bool = True):
+def ours_load_save(source: Path, folder: Path):
     import torch
 
     import tt_ckpt
@@ -66,14 +66,10 @@ def ours_load_save(source: Path, folder: Path, copy: bool = True):
     def run() -> None:
         config = tt_ckpt.read_config(source)
         model = tt_models.build(tt_models.config_from_hf(config), device="meta", dtype=torch.bfloat16)
-        tt_ckpt.load_weights(model, source, copy=copy)
+        tt_ckpt.load_weights(model, source)
         tt_ckpt.save_hf(model, folder / "there", config=config, source=source)
 
     return run
-
-
-def ours_mapped_save(source: Path, folder: Path):
-    return ours_load_save(source, folder, copy=False)
 
 
 def ours_meta(source: Path, folder: Path):
@@ -154,7 +150,6 @@ CONTESTANTS = {
     "copy": copy,
     "copy, fsync": copy_fsync,
     "tt load, save": ours_load_save,
-    "tt load mapped, save": ours_mapped_save,
     "tt convert hf to hf": ours_hf,
     "transformers load, save": transformers_load_save,
     "copy there and back": copy_twice,

@@ -1,4 +1,4 @@
-"""What tt_ckpt reads of a model folder: configs, indexes, params, layouts, GGUF, pickles."""
+"""What tt_ckpt reads of a model folder: configs, indexes, params, GGUF, pickles."""
 
 import io
 import json
@@ -16,8 +16,7 @@ from tt_ckpt.files import read_json
 from tt_ckpt.formats.dcp import DistributedFolder
 from tt_ckpt.formats.pickles import read_pickled
 from tt_ckpt.formats.source import open_model
-from tt_ckpt.hf.layout import read_layout
-from tt_ckpt.hf.shards import find_shards
+from tt_ckpt.hf.stored_tensors import open_tensors
 
 CONFIG = {
     "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_hidden_layers": 1,
@@ -87,22 +86,9 @@ def test_any_index_is_read_or_refused(folder: Path, tmp_path: Path, fuzz: Any) -
 
     def read(value: Any) -> None:
         path.write_bytes(value) if isinstance(value, bytes) else as_json(path, value)
-        find_shards(tmp_path / "sharded")
+        open_tensors(tmp_path / "sharded")
 
     fuzz(read, fuzz.mutated_json(json.loads(whole)) | fuzz.mutated(whole))
-
-
-def test_any_layout_is_used_or_ignored(folder: Path, tmp_path: Path, fuzz: Any) -> None:
-    tt_ckpt.convert(folder, tmp_path / "sharded", max_shard_size="1KB")
-    tt_ckpt.convert(tmp_path / "sharded", tmp_path / "meta", "meta")
-    whole = json.loads((tmp_path / "meta" / "hf_layout.json").read_text())
-
-    def read(value: Any) -> None:
-        as_json(tmp_path / "meta" / "hf_layout.json", value)
-        read_layout(tmp_path / "meta")
-        tt_ckpt.convert(tmp_path / "meta", tmp_path / "out", allow_pickle=True, overwrite=True)
-
-    fuzz(read, fuzz.mutated_json(whole))
 
 
 def test_any_weights_are_opened_or_refused(folder: Path, fuzz: Any) -> None:

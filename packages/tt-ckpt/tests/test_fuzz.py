@@ -10,8 +10,7 @@ import torch
 
 import tt_ckpt
 from tt_ckpt.commit import _digest, encode_json, verify
-from tt_ckpt.hf.layout import read_layout
-from tt_ckpt.hf.shards import find_shards
+from tt_ckpt.hf.stored_tensors import open_tensors
 from tt_ckpt.safe_names import check_basename, safe_file
 
 ODD = [
@@ -85,7 +84,7 @@ def test_indexes(tiny, config, tmp_path):
     results = []
     for _ in range(300):
         path.write_text(json.dumps(mutated(whole, draw)))
-        results.append(attempt(lambda: find_shards(tmp_path / "m")))
+        results.append(attempt(lambda: open_tensors(tmp_path / "m")))
     assert 0 < sum(results) < 200  # a changed total_size does no harm
 
 
@@ -107,22 +106,6 @@ def test_params(model_dir, tmp_path):
     for _ in range(60):
         path.write_text(json.dumps(mutated(whole, draw)))
         attempt(lambda: tt_ckpt.convert(tmp_path / "meta", tmp_path / "out", "hf", allow_pickle=True, overwrite=True))
-
-
-def test_remembered_layouts(tiny, config, tmp_path):
-    tt_ckpt.save_hf(tiny(), tmp_path / "m", config=config(), max_shard_size="40KB")
-    tt_ckpt.convert(tmp_path / "m", tmp_path / "meta", "meta")
-    path, draw = tmp_path / "meta" / "hf_layout.json", random.Random(3)
-    whole = json.loads(path.read_text())
-    for number in range(60):
-        path.write_text(json.dumps(mutated(whole, draw)))
-        read_layout(tmp_path / "meta")  # never an error: a layout that is not sound is none
-        out = tmp_path / f"out{number}"
-        if attempt(lambda out=out: tt_ckpt.convert(tmp_path / "meta", out, "hf", allow_pickle=True)):
-            assert sorted(path.parent for path in out.iterdir()) == [out] * len(list(out.iterdir()))
-            model = tiny(9)
-            tt_ckpt.load_weights(model, out)
-    assert not (tmp_path / "x").exists()
 
 
 def test_manifests(tmp_path):

@@ -385,7 +385,7 @@ def test_parts_that_lie_over_each_other_are_refused(tmp_path):
     chunk = {"file": "g.00000.safetensors", "offsets": [0], "sizes": [2]}
     layout = {"tensors": {"x": {"dtype": "F32", "shape": [4], "chunks": [chunk, chunk]}}}
     (tmp_path / "g.layout.json").write_text(json.dumps(layout))
-    with pytest.raises(ValueError, match=r"g\.layout\.json: damaged: 'x' has parts that do not make it up"):
+    with pytest.raises(ValueError, match=r"g\.layout\.json: damaged: 'x' has parts that do not cover it"):
         Group(tmp_path, "g")
 
 

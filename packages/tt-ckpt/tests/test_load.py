@@ -40,22 +40,6 @@ def test_what_was_loaded_is_no_view_of_the_file(tiny, model_dir):
     assert load_file(source / "model.safetensors")["lm_head.weight"].abs().sum() > 0
 
 
-def test_without_copying_parameters_are_views_of_the_map(tiny, model_dir, equal_models):
-    source = model_dir()
-    before = (source / "model.safetensors").read_bytes()
-    model = tiny(device="meta")
-    tt_ckpt.load_weights(model, source, copy=False)
-    assert equal_models(model, tiny(1))
-    if os.path.exists("/proc/self/maps"):
-        assert str(source) in Path("/proc/self/maps").read_text()
-    with torch.no_grad():
-        model.lm_head.weight.zero_()
-    assert (source / "model.safetensors").read_bytes() == before
-    real = tiny(2)
-    tt_ckpt.load_weights(real, source, copy=False)
-    assert equal_models(real, tiny(1))
-
-
 def test_dtype_decides_for_meta_and_real_models(tiny, model_dir):
     source = model_dir()
     for model in (tiny(device="meta"), tiny(2)):
@@ -156,7 +140,7 @@ def test_adapter_parameters_are_left_alone(tiny, model_dir):
 
 @pytest.mark.parametrize("to", [torch.float64, torch.bfloat16])
 def test_a_tensor_of_many_pieces_is_cast_as_a_whole_is(tmp_path, monkeypatch, to):
-    monkeypatch.setattr("tt_ckpt.hf.placed_file._PIECE", 64)
+    monkeypatch.setattr("tt_ckpt.safetensors_file._CAST_BYTES", 64)
     values = torch.randn(37, 5)
     save_file({"weight": values, "bias": torch.randn(37)}, tmp_path / "model.safetensors")
     with torch.device("meta"):
@@ -226,15 +210,14 @@ class Fused(nn.Module):
         return {"gate.weight": gate, "up.weight": up}
 
 
-@pytest.mark.parametrize("copy", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_a_parameter_that_is_on_disk_as_in_the_model_is_read_so(tmp_path, device, copy):
+def test_a_parameter_that_is_on_disk_as_in_the_model_is_read_so(tmp_path, device):
     """transformers 5 can write the experts of a mixture stacked, as it holds them (save_original_format=False)."""
     whole = torch.randn(8, 4).bfloat16()
     save_file({"gate_up": whole}, tmp_path / "model.safetensors")
     with torch.device(device):
         model = Fused()
-    tt_ckpt.load_weights(model, tmp_path, copy=copy)
+    tt_ckpt.load_weights(model, tmp_path)
     assert torch.equal(model.gate_up.bfloat16(), whole)
     tt_ckpt.save_hf(model, tmp_path / "out", config={}, dtype=tt_ckpt.tensor_dtypes(tmp_path))
     assert tt_ckpt.tensor_dtypes(tmp_path / "out") == {"gate.weight": torch.bfloat16, "up.weight": torch.bfloat16}

@@ -120,7 +120,7 @@ def test_the_feed_forward_rule_gives_the_size_back(hidden, inner):
 def meta_dir(model_dir, tmp_path):
     """A Meta directory as Meta publishes one: no config.json."""
     tt_ckpt.convert(model_dir(vocab_size=64), tmp_path / "meta", "meta", num_parts=2)
-    for name in ("config.json", "hf_layout.json", "tokenizer.json", "generation_config.json"):
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
         (tmp_path / "meta" / name).unlink()
     return tmp_path / "meta"
 

@@ -167,7 +167,7 @@ def test_pickles_are_read_in_the_audited_modules_only():
     """S1, S2, S12: no pickle, eval, exec, shell or unrestricted load anywhere else in the package."""
     banned = ("torch.load", "pickle", "eval", "exec", "os.system", "subprocess", "marshal", "shelve", "cPickle", "dill")
     found = []
-    for file in Path(tt_ckpt.__file__).parent.glob("*.py"):
+    for file in Path(tt_ckpt.__file__).parent.rglob("*.py"):
         for name, keywords in calls(ast.parse(file.read_text())):
             if name == "torch.load":
                 assert keywords["weights_only"] is True

@@ -246,7 +246,7 @@ def test_a_map_of_the_old_weights_survives_overwriting(tiny, tmp_path):
 
 def test_a_model_is_not_saved_beside_an_adapter_that_loaders_would_put_on_top(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="holds an adapter, which transformers would put on top"):
+    with pytest.raises(FileExistsError, match="holds an adapter, which transformers would apply to the model"):
         tt_ckpt.save_hf(tiny(), tmp_path, config={}, overwrite=True)
 
 
@@ -380,7 +380,7 @@ def test_two_that_write_the_same_directory_do_not_mix(tiny, config, tmp_path, mo
         write_config(*args)
 
     monkeypatch.setattr("tt_ckpt.hf.save.write_config", other_comes_first)
-    with pytest.raises(FileExistsError, match=r"model-00001-of-\d+.safetensors has come meanwhile"):
+    with pytest.raises(FileExistsError, match=r"model-00001-of-\d+.safetensors was written meanwhile"):
         tt_ckpt.save_hf(tiny(1), path, config=config())
     found = tiny(3)
     tt_ckpt.load_weights(found, path)
@@ -393,14 +393,14 @@ def test_a_directory_in_place_of_a_file_is_explained_and_left(tiny, config, tmp_
     path = tmp_path / "out"
     (path / name).mkdir(parents=True)
     (path / name / "kept").write_text("mine")
-    with pytest.raises(FileExistsError, match=f"{name}: a directory stands there"):
+    with pytest.raises(FileExistsError, match=f"{name}: a directory is there"):
         tt_ckpt.save_hf(tiny(), path, config=config(), overwrite=True)
     assert list(contents(path)) == [f"{name}/kept"]
 
 
 def test_a_link_to_nothing_is_explained(tiny, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(FileExistsError, match="a link to nothing stands there"):
+    with pytest.raises(FileExistsError, match="a link to nothing is there"):
         tt_ckpt.save_hf(tiny(), tmp_path / "link", config={})
 
 

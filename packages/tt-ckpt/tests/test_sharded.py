@@ -343,9 +343,9 @@ def test_a_background_failure_is_noticed_at_the_next_check(tmp_path, monkeypatch
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr("tt_ckpt.train.tensor_groups.write_tensor_dict", full)
+        patch.setattr("tt_ckpt.train.checkpoint.write_tensor_dict", full)
         checkpoints.save_async(2, tensors=whole(2), state={})
-        while checkpoints._background._thread.is_alive():
+        while not checkpoints._pending.done():
             time.sleep(0.01)
         with pytest.raises(CheckpointNotSaved, match="No space left"):
             checkpoints.check()
@@ -359,9 +359,9 @@ def test_a_background_failure_is_noticed_at_the_next_check(tmp_path, monkeypatch
 
 
 def test_at_most_one_background_save_is_under_way(tmp_path, monkeypatch):
-    from tt_ckpt.train import tensor_groups
+    from tt_ckpt.train import checkpoint
 
-    original, running, most = tensor_groups.write_tensor_dict, [], []
+    original, running, most = checkpoint.write_tensor_dict, [], []
 
     def slow(*args, **kwargs):
         running.append(1)
@@ -371,7 +371,7 @@ def test_at_most_one_background_save_is_under_way(tmp_path, monkeypatch):
         running.pop()
         return result
 
-    monkeypatch.setattr(tensor_groups, "write_tensor_dict", slow)
+    monkeypatch.setattr(checkpoint, "write_tensor_dict", slow)
     checkpoints = TrainCheckpoint(tmp_path / "run")
     for step in (1, 2, 3):
         checkpoints.save_async(step, tensors={"a": {"x": torch.ones(2)}}, state={})

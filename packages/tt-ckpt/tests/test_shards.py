@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tt_ckpt.hf.layout import read_layout
-from tt_ckpt.hf.shards import OpenShards, encode_index, find_shards, format_size, parse_size, read_json, split
+from tt_ckpt.hf.save import encode_index, parse_size, read_layout, split
+from tt_ckpt.hf.stored_tensors import format_size, open_tensors, read_json
 from tt_ckpt.safetensors_file import TensorSpec, spec_of
 
 
@@ -29,7 +29,7 @@ def test_the_split_is_that_of_huggingface_hub(sizes, limit):
     reference = pytest.importorskip("huggingface_hub").split_torch_state_dict_into_shards
     theirs = reference({name: torch.zeros(spec.shape, dtype=torch.uint8) for name, spec in specs(*sizes).items()},
                        max_shard_size=limit, filename_pattern="model{suffix}.safetensors")  # fmt: skip
-    assert split(specs(*sizes), limit) == theirs.filename_to_tensors
+    assert split(specs(*sizes), parse_size(limit)) == theirs.filename_to_tensors
 
 
 def test_the_index_counts_bytes_and_parameters():
@@ -75,10 +75,10 @@ def edit_index(directory, change):
 
 
 def test_shards_are_found_by_their_index(sharded):
-    found = find_shards(sharded)
+    found = open_tensors(sharded)
     assert sorted(found.where) == ["x", "y", "z"]
     assert found.nbytes == 36
-    assert found.spec("z") == spec_of(torch.ones(3))
+    assert found.specs["z"] == spec_of(torch.ones(3))
 
 
 def test_missing_shards_are_listed_with_their_size(sharded):
@@ -86,13 +86,13 @@ def test_missing_shards_are_listed_with_their_size(sharded):
     with pytest.raises(
         FileNotFoundError, match=r"1 of 2 shards missing: model-00002-of-00002.safetensors.*tt download"
     ):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_an_index_that_disagrees_with_the_shards_is_refused(sharded):
     edit_index(sharded, lambda index: index["weight_map"].update(x="model-00002-of-00002.safetensors"))
     with pytest.raises(ValueError, match="names model-.* for 'x', which is in model-00001.*; download both again"):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_the_index_decides_among_copies(sharded):
@@ -102,32 +102,32 @@ def test_the_index_decides_among_copies(sharded):
     for name in ("model.safetensors", "model.fp16.safetensors", "consolidated.safetensors"):
         save_file({"x": torch.zeros(4), "stray": torch.ones(9)}, sharded / name)
     (sharded / "model.fp16.safetensors.index.json").write_text("{}")
-    found = find_shards(sharded)
+    found = open_tensors(sharded)
     assert {key: name[:11] for key, name in found.where.items()} == {
         "x": "model-00001", "y": "model-00001", "z": "model-00002",
     }  # fmt: skip
-    assert torch.equal(OpenShards(found).read("x"), torch.ones(4))
+    assert torch.equal(found["x"], torch.ones(4))
     (sharded / "model-00001-of-00002.safetensors").unlink()
     with pytest.raises(
         FileNotFoundError, match="if model.safetensors is of the whole model and the index is old, remove"
     ):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_a_tensor_that_the_index_does_not_name_is_left_out_and_told(sharded, caplog):
     """Repositories reuse old shards: https://github.com/vllm-project/vllm/pull/54230."""
     edit_index(sharded, lambda index: index["weight_map"].pop("y"))
-    assert sorted(find_shards(sharded).where) == ["x", "z"]
+    assert sorted(open_tensors(sharded).where) == ["x", "z"]
     assert "does not name 1 tensors of its shards (y), which are left out" in caplog.text
 
 
 def test_a_whole_set_of_shards_needs_no_index(sharded):
     (sharded / "model.safetensors.index.json").unlink()
-    assert sorted(find_shards(sharded).where) == ["x", "y", "z"]
+    assert sorted(open_tensors(sharded).where) == ["x", "y", "z"]
     assert read_layout(sharded) is None  # written again, it gets one
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="only model-00001-of-00002.safetensors; .* download the index too"):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_a_stale_index_beside_a_whole_set_is_explained(sharded):
@@ -135,7 +135,7 @@ def test_a_stale_index_beside_a_whole_set_is_explained(sharded):
     with pytest.raises(
         FileNotFoundError, match=r"if model-00001-of-00002.safetensors is of the whole model and the index"
     ):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_copies_without_an_index_to_decide_are_refused(sharded):
@@ -145,7 +145,7 @@ def test_copies_without_an_index_to_decide_are_refused(sharded):
     with pytest.raises(
         ValueError, match=r"'x' is in model-00001.* and in model-00002.*download model.safetensors.index"
     ):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_training_states_of_others_lead_to_what_reads_them(tmp_path):
@@ -154,7 +154,7 @@ def test_training_states_of_others_lead_to_what_reads_them(tmp_path):
     (tmp_path / "fsdp" / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"x")
     for name, cure in (("zero", "zero_to_fp32.py"), ("fsdp", r"tt convert .*fsdp/pytorch_model_fsdp_0 DEST")):
         with pytest.raises(FileNotFoundError, match=cure):
-            find_shards(tmp_path / name)
+            open_tensors(tmp_path / name)
 
 
 @pytest.mark.parametrize("change", [
@@ -167,7 +167,7 @@ def test_training_states_of_others_lead_to_what_reads_them(tmp_path):
 def test_an_index_of_another_form_is_refused(sharded, change):
     edit_index(sharded, change)
     with pytest.raises(ValueError, match="weight_map"):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_an_index_of_another_form_is_refused(sharded, change):
 def test_an_index_that_points_elsewhere_is_refused(sharded, name):
     edit_index(sharded, lambda index: index["weight_map"].update(x=name))
     with pytest.raises(ValueError, match="refused the file name"):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_links_out_of_the_folder_are_refused(sharded, tmp_path_factory):
@@ -185,7 +185,7 @@ def test_links_out_of_the_folder_are_refused(sharded, tmp_path_factory):
     shard.rename(outside)
     shard.symlink_to(outside)
     with pytest.raises(ValueError, match="a link that leaves its folder"):
-        find_shards(sharded)
+        open_tensors(sharded)
 
 
 def test_links_into_the_hub_cache_are_followed(tmp_path):
@@ -194,7 +194,7 @@ def test_links_into_the_hub_cache_are_followed(tmp_path):
     snapshot.mkdir(parents=True)
     save_file({"x": torch.ones(1)}, blobs / ("0" * 64))
     (snapshot / "model.safetensors").symlink_to("../../blobs/" + "0" * 64)
-    assert list(find_shards(snapshot).where) == ["x"]
+    assert list(open_tensors(snapshot).where) == ["x"]
 
 
 @pytest.mark.parametrize(("files", "message"), [
@@ -209,7 +209,7 @@ def test_a_directory_without_weights_is_explained(tmp_path, files, message):
     for name in files:
         (tmp_path / name).write_text("x")
     with pytest.raises(FileNotFoundError, match=message) as caught:
-        find_shards(tmp_path)
+        open_tensors(tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -229,4 +229,4 @@ def test_a_folder_of_runs_in_the_place_of_a_model_is_answered_with_the_runs(tmp_
     (tmp_path / "runs/first").mkdir(parents=True)
     (tmp_path / "runs/first/manifest.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="runs: a folder of runs, not a model; name one of them: .*runs/first$"):
-        find_shards(tmp_path / "runs")
+        open_tensors(tmp_path / "runs")

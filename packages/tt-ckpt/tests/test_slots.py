@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tt_ckpt.hf.parameters import find_slots
+from tt_ckpt.hf.base_tensors import base_tensors
 
 
 class Adapted(nn.Linear):
@@ -17,17 +17,17 @@ class Adapted(nn.Linear):
         return ["adapters.default.weight"]
 
 
-def test_what_adapters_own_is_left_out_however_deep_it_lies():
+def test_what_adapters_own_is_left_out_however_deep_it_is():
     model = nn.Sequential(Adapted(), nn.Linear(2, 1))
-    assert [slot.name for slot in find_slots(model)] == ["0.weight", "1.weight", "1.bias"]
+    assert [base.names[0] for base in base_tensors(model)] == ["0.weight", "1.weight", "1.bias"]
     model[0].adapter_params = list
-    assert "0.adapters.default.weight" in [slot.name for slot in find_slots(model)]
+    assert "0.adapters.default.weight" in [base.names[0] for base in base_tensors(model)]
 
 
-def test_a_tied_tensor_is_one_slot_with_two_names():
+def test_a_tied_tensor_is_one_base_tensor_with_two_names():
     model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     model["b"].weight = model["a"].weight
-    (slot,) = find_slots(model)
-    assert slot.names == ["a.weight", "b.weight"]
-    slot.put(torch.ones(2, 2))
+    (base,) = base_tensors(model)
+    assert base.names == ["a.weight", "b.weight"]
+    base.put(torch.ones(2, 2))
     assert model["a"].weight is model["b"].weight

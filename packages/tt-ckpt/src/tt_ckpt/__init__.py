@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tt_ckpt.formats.convert import Conversion, convert
-    from tt_ckpt.hf.directory import read_config, resolve
-    from tt_ckpt.hf.load import check_weights, load_weights, tensor_dtypes
+    from tt_ckpt.hf.directory import read_config
+    from tt_ckpt.hf.load import check_weights, load_weights
     from tt_ckpt.hf.save import save_hf
+    from tt_ckpt.hf.stored_tensors import StoredTensors, open_tensors, tensor_dtypes
+    from tt_ckpt.hf.verify import Verified, verify_files
     from tt_ckpt.hub.download import Download, download
     from tt_ckpt.hub.upload import Upload, model_card, upload
-    from tt_ckpt.hub.verify import Verified, verify_files
+    from tt_ckpt.model_path import resolve
     from tt_ckpt.redaction import redact
+    from tt_ckpt.safetensors_file import TensorSpec
     from tt_ckpt.train.checkpoint import CheckpointNotSaved, TrainCheckpoint, TrainState
 
 __version__ = "0.1.0"
@@ -20,13 +23,16 @@ _HOMES = {
     "Conversion": "formats.convert",
     "convert": "formats.convert",
     "read_config": "hf.directory",
-    "resolve": "hf.directory",
+    "resolve": "model_path",
     "save_hf": "hf.save",
     "Download": "hub.download",
     "download": "hub.download",
     "check_weights": "hf.load",
     "load_weights": "hf.load",
-    "tensor_dtypes": "hf.load",
+    "StoredTensors": "hf.stored_tensors",
+    "open_tensors": "hf.stored_tensors",
+    "tensor_dtypes": "hf.stored_tensors",
+    "TensorSpec": "safetensors_file",
     "redact": "redaction",
     "CheckpointNotSaved": "train.checkpoint",
     "TrainCheckpoint": "train.checkpoint",
@@ -34,8 +40,8 @@ _HOMES = {
     "Upload": "hub.upload",
     "model_card": "hub.upload",
     "upload": "hub.upload",
-    "Verified": "hub.verify",
-    "verify_files": "hub.verify",
+    "Verified": "hf.verify",
+    "verify_files": "hf.verify",
 }
 
 __all__ = [
@@ -44,6 +50,9 @@ __all__ = [
     "check_weights",
     "load_weights",
     "tensor_dtypes",
+    "open_tensors",
+    "StoredTensors",
+    "TensorSpec",
     "save_hf",
     "convert",
     "Conversion",
@@ -65,6 +74,7 @@ if not TYPE_CHECKING:  # so that a misspelt name is an error to a type checker
 
     def __getattr__(name: str) -> object:
         """Import on first use, so that ``tt_ckpt.files`` comes without torch."""
-        if name in _HOMES:
-            return getattr(importlib.import_module(f"tt_ckpt.{_HOMES[name]}"), name)
-        raise AttributeError(f"module 'tt_ckpt' has no attribute {name!r}")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'tt_ckpt' has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(f"tt_ckpt.{_HOMES[name]}"), name)
+        return value

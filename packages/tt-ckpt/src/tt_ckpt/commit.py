@@ -10,9 +10,9 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any
 
 from tt_ckpt.files import TMP_PREFIX, create, read_bytes, regular, sync
 from tt_ckpt.safe_names import check_basename
@@ -20,42 +20,6 @@ from tt_ckpt.shown import plain, quoted
 
 MANIFEST_NAME = "MANIFEST.json"
 _CURE = "use an older checkpoint"
-_EARLY = 1 << 26  # bytes after which the disk begins
-
-
-class EarlySync:
-    """Brings a file to the disk while more of it is written, so that the last ``sync`` has little left to wait for.
-
-    An error of the disk is raised by the next call, or on leaving the block.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._unsynced = 0
-        self._disk: ThreadPoolExecutor | None = None  # none for a small file
-        self._pending: Future[None] | None = None
-
-    def wrote(self, nbytes: int) -> None:
-        self._unsynced += nbytes
-        if self._unsynced < _EARLY or (self._pending is not None and not self._pending.done()):
-            return
-        self.wait()
-        self._disk = self._disk or ThreadPoolExecutor(1)
-        self._pending = self._disk.submit(os.fsync, self._file.fileno())
-        self._unsynced = 0
-
-    def wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._disk is not None:
-            self._disk.shutdown()
-        if kind is None:
-            self.wait()
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -1,10 +1,11 @@
-"""How a file of a model folder or run directory is opened, and how one is written: one rule, in one place.
+"""How the files of a model folder or run directory are read and written: one rule, in one place.
 
-Reading: regular files inside their folder only. A link must stay inside (or be one of the hub's cache), and a pipe, a
-device or a socket is refused before it is opened. Writing: a new temporary beside the target, then a rename, so that
-nothing is ever written through a link. A folder that the user names may itself be a link.
+Reading: only regular files inside their folder. A link must stay inside it or belong to the hub's cache. Pipes, devices
+and sockets are refused before they are opened, and what an accident leaves in the place of a file (a git-lfs pointer, a
+web page) by its first bytes. Writing: a new temporary file beside the target, then a rename, so that nothing is written
+through a link. A folder that the user names may itself be a link.
 
-Somebody who can swap a folder for a link between the check and the opening is not held off: they own the folder.
+Somebody who can swap a folder for a link between the check and the opening is not stopped: they own the folder.
 """
 
 import errno
@@ -19,9 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TextIO
 
-from tt_ckpt.placeholder import DOWNLOAD, half_fetched, refuse_placeholder
 from tt_ckpt.shown import format_size, plain, quoted
 
+DOWNLOAD = "download it again"
 JSON_BYTES = 32_000_000
 COPY_BYTES = 256_000_000  # the largest file that travels with weights is a tokenizer of some 40 MB
 TMP_PREFIX = ".tmp-"
@@ -34,15 +35,20 @@ _KINDS = {
 }
 _CHUNK = 1 << 22
 _NESTED = 100
+HALF_FETCHED = (".incomplete", ".part", ".crdownload", ".aria2")
+_MAY_BE_PAGES = ("README", "LICENSE", "NOTICE", "USE_POLICY")
+_POINTER = re.compile(rb"version https?://[\w./-]*git-(?:lfs|media)|version https://hawser")
+_PAGE = re.compile(rb"(?is)(?:<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]")
+_ANSWERS = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model ")
 
 
-# ---- where a file is, and what ---------------------------------------------------------------------------------------
+# ---- where a file is, and what it is ---------------------------------------------------------------------------------
 
 
 def inside(path: str | Path, root: str | Path | None = None) -> Path:
-    """The real place of ``path``, which must be in ``root`` (default: its folder) or in the hub cache that root is of.
+    """The real place of ``path``, which must be in ``root`` (default: its folder) or in the hub cache of ``root``.
 
-    FileNotFoundError if there is nothing, ValueError if it is a link that leads elsewhere.
+    FileNotFoundError if nothing is there, ValueError if it is a link that leads elsewhere.
     """
     path = Path(path)
     try:
@@ -82,11 +88,38 @@ def regular(path: str | Path, root: str | Path | None = None) -> Path:
     return path
 
 
+def refuse_placeholder(path: Path, start: bytes) -> None:
+    """ValueError, with the cure, if a file begins as a git-lfs pointer or as a page of a web server does."""
+    if _POINTER.match(start):
+        oid, size = re.search(rb"\noid sha256:([0-9a-f]{12})", start), re.search(rb"\nsize (\d{1,15})\b", start)
+        sized = format_size(int(size[1])) if size else "of unknown size"
+        what = f"oid {f'sha256:{oid[1].decode()}...' if oid else 'unknown'}, {sized}"
+        raise ValueError(f"{plain(path)}: a git-lfs pointer ({what}), not the file itself; run: git lfs pull")
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if path.name.startswith(_MAY_BE_PAGES):
+        return
+    if _PAGE.match(text) or (text.startswith(b"<?xml") and b"<Error>" in text):
+        raise ValueError(
+            f"{plain(path)}: a web page, not the file itself; log in if the repository asks for it, and {DOWNLOAD}"
+        )
+    if len(start) < 500 and text.startswith(_ANSWERS):
+        said = quoted(text.decode("utf-8", "replace").strip())
+        raise ValueError(f"{plain(path)}: the answer of a web server ({said}), not the file itself; {DOWNLOAD}")
+
+
+def half_fetched(path: Path) -> str:
+    """The cure if an interrupted download has left part of the file."""
+    for ending in HALF_FETCHED:
+        if (part := path.with_name(path.name + ending)).is_file():
+            return f", only {plain(part.name)} of an interrupted download; run it again, it resumes"
+    return ""
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_start(path: str | Path, root: str | Path | None = None, *, cure: str = DOWNLOAD) -> bytes:
-    """The first bytes of a regular file that is neither empty nor a placeholder."""
+    """The first 1024 bytes of a regular file that is neither empty nor a placeholder."""
     path = regular(path, root)
     with path.open("rb") as file:
         start = file.read(1024)
@@ -99,13 +132,13 @@ def read_start(path: str | Path, root: str | Path | None = None, *, cure: str = 
 def read_bytes(
     path: str | Path, root: str | Path | None = None, *, limit: int = JSON_BYTES, cure: str = DOWNLOAD
 ) -> bytes:
-    """All of a regular file of at most ``limit`` bytes, not a placeholder; ``cure`` ends what is said of a bad one."""
+    """All bytes of a regular file of at most ``limit`` bytes. ``cure`` ends the message about a bad one."""
     path = regular(path, root)
     with path.open("rb") as file:
         data = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if len(data) > limit:
-        size = format_size(path.stat().st_size)
-        raise ValueError(f"{plain(path)}: {size}, more than {format_size(limit)}, which such a file never has; {cure}")
+        sizes = f"{format_size(path.stat().st_size)}, more than {format_size(limit)}"
+        raise ValueError(f"{plain(path)}: {sizes}, which such a file never has; {cure}")
     refuse_placeholder(path, data[:1024])
     return data
 
@@ -113,7 +146,7 @@ def read_bytes(
 def read_text(
     path: str | Path, root: str | Path | None = None, *, limit: int = JSON_BYTES, cure: str = "save it as UTF-8"
 ) -> str:
-    """The same as text in UTF-8, without a mark at its beginning."""
+    """The same as text in UTF-8, without a byte order mark."""
     data = read_bytes(path, root, limit=limit, cure=cure)
     try:
         return data.decode("utf-8-sig")
@@ -125,27 +158,27 @@ def read_text(
 def read_json(
     path: str | Path, root: str | Path | None = None, *, limit: int = JSON_BYTES, cure: str = DOWNLOAD
 ) -> Any:
-    """A JSON file, or a ValueError as ``file:line:column``. A key that is there twice must have one value."""
+    """The value of a JSON file, or a ValueError with ``file:line:column``. A repeated key must repeat its value."""
     text = read_text(path, root, limit=limit, cure=cure)
-    shown = plain(Path(path))
-    if not text.strip():
-        raise ValueError(f"{shown}: {'0 bytes' if not text else 'only white space'}; {cure}")
-    try:
-        value = json.loads(text, object_pairs_hook=_unambiguous)
-        if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
-        if text.count("[") + text.count("{") > _NESTED and _is_deep(value):
-            raise RecursionError
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{shown}:{error.lineno}:{error.colno}: not valid JSON ({error.msg}); {cure}") from None
-    except RecursionError:
-        raise ValueError(f"{shown}: not valid JSON: nested too deeply; {cure}") from None
-    except UnicodeEncodeError:
-        raise ValueError(f"{shown}: not valid JSON: half of a surrogate pair (\\ud800 to \\udfff); {cure}") from None
-    except ValueError as error:
-        reason = error if isinstance(error, Ambiguous) else "a whole number of thousands of digits"
-        raise ValueError(f"{shown}: not valid JSON: {reason}; {cure}") from None
-    return value
+    place, reason = "", "0 bytes" if not text else "only white space"
+    if text.strip():
+        try:
+            value = json.loads(text, object_pairs_hook=_unambiguous)
+            if "\\ud" in text.lower():
+                json.dumps(value, ensure_ascii=False).encode()
+            if text.count("[") + text.count("{") > _NESTED and _is_deep(value):
+                raise RecursionError
+            return value
+        except json.JSONDecodeError as error:
+            place, reason = f":{error.lineno}:{error.colno}", f"not valid JSON ({error.msg})"
+        except RecursionError:
+            reason = "not valid JSON: nested too deeply"
+        except UnicodeEncodeError:
+            reason = "not valid JSON: half of a surrogate pair (\\ud800 to \\udfff)"
+        except ValueError as error:
+            why = error if isinstance(error, Ambiguous) else "a whole number of thousands of digits"
+            reason = f"not valid JSON: {why}"
+    raise ValueError(f"{plain(Path(path))}{place}: {reason}; {cure}")
 
 
 def _is_deep(value: Any) -> bool:
@@ -153,9 +186,7 @@ def _is_deep(value: Any) -> bool:
     for _ in range(_NESTED):
         held = [one.values() if isinstance(one, dict) else one for one in level]
         level = [inner for one in held for inner in one if isinstance(inner, dict | list)]
-        if not level:
-            return False
-    return True
+    return bool(level)
 
 
 class Ambiguous(ValueError):  # noqa: N818
@@ -175,7 +206,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def create(path: str | Path) -> IO[bytes]:
-    """A new file for writing, mode 0644 less the umask. Never an existing one: somebody may have it mapped."""
+    """A new file for writing, mode 0644 less the umask; FileExistsError if one is there, which may be mapped."""
     return open(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o644))
 
 
@@ -187,9 +218,9 @@ def sync(file: IO[Any]) -> None:
 
 @contextmanager
 def replacing(path: str | Path, root: str | Path | None = None) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of ``path`` when the block ends well; else ``path`` stays as it was.
+    """A file to write, which replaces ``path`` when the block ends without an error; otherwise ``path`` is unchanged.
 
-    A link of that name is replaced, not followed. With ``root`` the folder must be inside it.
+    A link of that name is replaced, not followed. If ``root`` is given, the folder must be inside it.
     """
     path = Path(path)
     if root is not None:
@@ -216,7 +247,7 @@ def replace_text(path: str | Path, text: str, root: str | Path | None = None) ->
 
 
 def appending(path: str | Path, root: str | Path | None = None) -> TextIO:
-    """A regular file, made if there is none, to whose end lines are written; a link or a pipe is a ValueError."""
+    """A regular file, opened for appending and created if need be; ValueError if it is a link or a special file."""
     path = Path(path)
     if root is not None:
         inside(path.parent, root)
@@ -246,29 +277,25 @@ def copy(
     limit: int = COPY_BYTES,
     depth: int = 8,
 ) -> None:
-    """Copy a file or a folder of files to a new place; every file by the rule of ``regular``."""
+    """Copy a file, or a folder of files, to a new place. Every file must pass ``regular``."""
     source, destination = Path(source), Path(destination)
     root = source.parent if root is None else Path(root)
-    if not inside(source, root).is_dir():
-        _copy_file(source, destination, root, limit)
+    if inside(source, root).is_dir():
+        if not depth:
+            raise ValueError(f"{plain(source)}: folders nested too deeply; copy only the files that are needed")
+        destination.mkdir(mode=0o755)
+        for entry in sorted(source.iterdir()):
+            if entry.is_symlink() and entry.is_dir():
+                raise ValueError(f"{plain(entry)}: refused: a link to a folder; copy the folder")
+            copy(entry, destination / entry.name, root, limit=limit, depth=depth - 1)
         return
-    if not depth:
-        raise ValueError(f"{plain(source)}: too many folders in each other; copy what is needed of it")
-    destination.mkdir(mode=0o755)
-    for entry in sorted(source.iterdir()):
-        if entry.is_symlink() and entry.is_dir():
-            raise ValueError(f"{plain(entry)}: refused: a link to a folder; copy the folder")
-        copy(entry, destination / entry.name, root, limit=limit, depth=depth - 1)
-
-
-def _copy_file(source: Path, destination: Path, root: Path, limit: int) -> None:
     with regular(source, root).open("rb") as reader:
         if (size := os.fstat(reader.fileno()).st_size) > limit:
             raise ValueError(f"{plain(source)}: {format_size(size)}, too large to be copied; remove it")
-        start = reader.read(1024)
-        refuse_placeholder(source, start)
+        piece = reader.read(1024)
+        refuse_placeholder(source, piece)
         with create(destination) as writer:
-            while start:
-                writer.write(start)
-                start = reader.read(_CHUNK)
+            while piece:
+                writer.write(piece)
+                piece = reader.read(_CHUNK)
             sync(writer)

@@ -10,7 +10,7 @@ _MAX_NAME = 255
 
 
 def check_basename(name: object, *, where: object) -> str:
-    """``name`` when it is one plain file name, else a ValueError that says where it stood."""
+    """``name`` if it is one plain file name, else a ValueError that says where it was found."""
     bad = (
         not isinstance(name, str)
         or not name
@@ -27,6 +27,6 @@ def check_basename(name: object, *, where: object) -> str:
 
 
 def safe_file(directory: Path, name: object) -> Path:
-    """The path of ``name`` inside ``directory``, by the rule of ``regular`` if it is there."""
+    """The path of ``name`` inside ``directory``; if something is there, it must pass ``regular``."""
     path = directory / check_basename(name, where=directory)
     return regular(path, directory) if os.path.lexists(path) else path

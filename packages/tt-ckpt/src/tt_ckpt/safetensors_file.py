@@ -1,8 +1,8 @@
-"""One safetensors file: a strict header, tensors read through a memory map, tensors written one at a time.
+"""One safetensors file: a strict header, and tensors read and written one at a time.
 
 The format: https://github.com/huggingface/safetensors#format. Headers are checked here before anything is allocated
-(and again by the safetensors library when a file is mapped). Writing is done here because the library's ``save_file``
-wants every tensor at once, does not fsync, and leaves the file with mode 0600.
+(and again by the safetensors library when a file is mapped). Files are written here because the library's ``save_file``
+needs every tensor at once, does not fsync, and leaves the file with mode 0600.
 """
 
 import hashlib
@@ -11,26 +11,24 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import create, regular, sync
-from tt_ckpt.placeholder import DOWNLOAD, refuse_placeholder
+from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
 from tt_ckpt.shown import plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
-_COPY_BYTES = 1 << 24
+_WRITE_BYTES = 1 << 24
+_CAST_BYTES = 1 << 20  # fits into a cache
 
-# In the order in which the safetensors library lays tensors out (widest first), so that our files equal its files.
+# In the order in which the safetensors library writes tensors (widest first), so that our files equal its files.
 DTYPES: dict[str, torch.dtype] = {
     "U64": torch.uint64,
     "I64": torch.int64,
@@ -52,37 +50,33 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """What a header says of one tensor: dtype and shape."""
+    """The dtype and the shape of a tensor."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+    def numel(self) -> int:
+        return math.prod(self.shape)
 
     @property
-    def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The tensors of one file in the order of their bytes, and the file's own text metadata."""
+    """The tensors of one file in the order of their bytes, and the file's text metadata."""
 
     path: Path
-    start: int  # of the data, to which offsets are added
     tensors: dict[str, TensorSpec]
-    offsets: dict[str, int]
+    offsets: dict[str, int]  # in the file
     metadata: dict[str, str] | None
 
 
@@ -92,29 +86,27 @@ def spec_of(tensor: Tensor) -> TensorSpec:
 
 def canonical_order(specs: Mapping[str, TensorSpec]) -> list[str]:
     """The order in which the safetensors library writes: by dtype, then by name."""
-    return sorted(specs, key=lambda name: (_RANK[_NAME_OF[specs[name].dtype]], name))
+    return sorted(specs, key=lambda name: (_RANK[NAMES_OF_DTYPES[specs[name].dtype]], name))
 
 
-# ---- reading ----------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_header(path: str | Path, root: str | Path | None = None) -> Header:
-    """Read and check a safetensors header; a damaged file is a ValueError that names the file and what is wrong."""
+    """Read and check a safetensors header. A damaged file is a ValueError that names the file and what is wrong."""
     path = regular(path, root)
-    shown = plain(path)
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        first = file.read(1024)
-        if not first:
-            raise ValueError(f"{shown}: 0 bytes; {DOWNLOAD}")
-        refuse_placeholder(path, first)
-        if len(first) < 8:
-            raise ValueError(f"{shown}: {size} bytes, too short for a safetensors file; {DOWNLOAD}")
+        size, first = os.fstat(file.fileno()).st_size, file.read(1024)
         length = int.from_bytes(first[:8], "little")
+        if first:
+            refuse_placeholder(path, first)
+        if len(first) < 8:
+            short = f"{size} bytes, too short for a safetensors file" if first else "0 bytes"
+            raise ValueError(f"{plain(path)}: {short}; {DOWNLOAD}")
         if length > MAX_HEADER_BYTES:
-            raise ValueError(f"{shown}: not a safetensors file (its header would be {length} bytes); {DOWNLOAD}")
+            raise ValueError(f"{plain(path)}: not a safetensors file (its header would be {length} bytes); {DOWNLOAD}")
         if 8 + length > size:
-            raise ValueError(f"{shown}: cut short: {size} bytes of at least {8 + length}; {DOWNLOAD}")
+            raise ValueError(f"{plain(path)}: cut short: {size} bytes of at least {8 + length}; {DOWNLOAD}")
         file.seek(8)
         raw = file.read(length)
     try:
@@ -126,7 +118,7 @@ def read_header(path: str | Path, root: str | Path | None = None) -> Header:
         reason = "not UTF-8"
     except ValueError as error:  # our own, or the parser's
         reason = str(error)
-    raise ValueError(f"{shown}: damaged safetensors header: {reason}; {DOWNLOAD}")
+    raise ValueError(f"{plain(path)}: damaged safetensors header: {reason}; {DOWNLOAD}")
 
 
 def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
@@ -149,9 +141,8 @@ def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
         raise ValueError(f"{what}: {size} bytes, its header says {start + position}")
     return Header(
         path=path,
-        start=start,
         tensors={name: spec for name, _, _, spec in spans},
-        offsets={name: begin for name, begin, _, _ in spans},
+        offsets={name: start + begin for name, begin, _, _ in spans},
         metadata=metadata,
     )
 
@@ -170,13 +161,13 @@ def _parse_entry(name: str, entry: Any) -> tuple[str, int, int, TensorSpec]:
 
 
 def are_sizes(value: Any) -> bool:
-    """A few whole numbers, none too large to be counted with."""
+    """Whether ``value`` is a short list of whole numbers that are not too large to count with."""
     few = isinstance(value, list | tuple) and len(value) <= 32
     return few and all(type(size) is int and 0 <= size < 1 << 60 for size in value)
 
 
 def is_shape(value: Any) -> bool:
-    """Sizes whose product torch can count, those of an empty tensor too."""
+    """Whether ``value`` is sizes whose product torch can count, of an empty tensor too."""
     return are_sizes(value) and bool(math.prod(size for size in value if size) < 1 << 60)
 
 
@@ -187,6 +178,38 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in counts if counts[key] > 1)
         raise ValueError(f"{quoted(twice)} is there twice")
     return found
+
+
+def read_tensor(header: Header, name: str, out: Tensor) -> None:
+    """Fill ``out`` with a tensor of the file, cast and moved to another device a piece at a time if need be.
+
+    There is no memory map: no page of the file counts as this process's, and a file that is cut short while it is read
+    is an error, not the end of the process.
+    """
+    spec = header.tensors[name]
+    assert tuple(out.shape) == spec.shape
+    if not out.is_contiguous() or type(out) is not Tensor:
+        whole = torch.empty(spec.shape, dtype=spec.dtype)
+        read_tensor(header, name, whole)
+        out.copy_(whole)
+        return
+    direct = out.dtype == spec.dtype and out.device.type == "cpu"
+    size = max(1, spec.nbytes if direct else min(spec.nbytes, _CAST_BYTES))
+    buffer = flat_bytes(out) if direct else torch.empty(size, dtype=torch.uint8)
+    with header.path.open("rb", buffering=0) as file:
+        file.seek(header.offsets[name])
+        for begin in range(0, spec.nbytes, size):
+            piece = buffer[: min(size, spec.nbytes - begin)]
+            view = memoryview(piece.numpy())  # type: ignore[arg-type]
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{header.path}: cut short while it was read; {DOWNLOAD}")
+                view = view[count:]
+            if not direct:
+                values = piece.view(spec.dtype)
+                first = begin // spec.dtype.itemsize
+                out.view(-1)[first : first + values.numel()].copy_(values)
 
 
 class MappedFile:
@@ -207,30 +230,20 @@ class MappedFile:
             raise ValueError(f"{plain(self.header.path)}: {reason}; {DOWNLOAD}") from None
         return result
 
-    def close(self) -> None:
-        self._file = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-# ---- writing ----------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
-    """Length and JSON of a file that holds ``specs`` in their order, byte for byte as the safetensors library does."""
+    """Length and JSON of a file that holds ``specs`` in their order: the bytes that the safetensors library writes."""
     if "__metadata__" in specs:
         raise ValueError("a tensor cannot be called __metadata__ in a safetensors file")
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     position = 0
     for name, spec in specs.items():
         end = position + spec.nbytes
-        entries[name] = {"dtype": _NAME_OF[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, end]}
+        dtype = NAMES_OF_DTYPES[spec.dtype]
+        entries[name] = {"dtype": dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
@@ -248,51 +261,41 @@ def write_tensors(
 ) -> str | None:
     """Write the tensors ``get(name)``, one at a time and in the order of ``specs``, to a new file, and fsync it.
 
-    Returns the sha256 of the file when ``hashed``. ``progress`` is called with the bytes of each tensor written.
+    Returns the sha256 of the file if ``hashed``. ``progress`` is called with the bytes of each tensor written.
     """
-    digest = hashlib.sha256() if hashed else None
-    with create(path) as file, EarlySync(file) as early:
-        _put(file, [memoryview(encode_header(specs, metadata))], digest, early)
+    header = encode_header(specs, metadata)
+    digest = hashlib.sha256(header) if hashed else None
+    with create(path) as file, ThreadPoolExecutor(1) as hasher:
+        file.write(header)
         for name, spec in specs.items():
             tensor = get(name)
             if spec_of(tensor) != spec:
                 raise ValueError(f"{path}: tensor {name!r} is {spec_of(tensor)}, announced as {spec}")
-            _put(file, byte_views(tensor), digest, early)
+            for piece in byte_views(tensor):
+                hashing = hasher.submit(digest.update, piece) if digest else None
+                file.write(piece)  # hashing takes longer than writing: do both at once
+                if hashing:
+                    hashing.result()
             if progress:
                 progress(spec.nbytes)
-        early.wait()
         sync(file)
     return digest.hexdigest() if digest else None
 
 
 def write_tensor_dict(path: str | Path, tensors: Mapping[str, Tensor], *, hashed: bool = False) -> str | None:
-    """``write_tensors`` for tensors in hand, in the library's order."""
+    """``write_tensors`` for tensors in memory, in the library's order."""
     specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
     ordered = {name: specs[name] for name in canonical_order(specs)}
     return write_tensors(path, ordered, lambda name: tensors[name], metadata={"format": "pt"}, hashed=hashed)
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor: its own memory where it is contiguous on the CPU."""
+    """The bytes of a tensor; no copy if it is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def byte_views(tensor: Tensor) -> Iterable[memoryview]:
-    """The bytes of a tensor, in pieces, copied only if it is not contiguous on the CPU."""
+def byte_views(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces; no copy if it is contiguous on the CPU."""
     flat = flat_bytes(tensor)
-    for start in range(0, flat.numel(), _COPY_BYTES):
-        yield memoryview(flat[start : start + _COPY_BYTES].numpy())  # type: ignore[arg-type]
-
-
-def _put(file: IO[bytes], pieces: Iterable[memoryview], digest: Any, early: EarlySync) -> None:
-    if digest is None:
-        for piece in pieces:
-            file.write(piece)
-            early.wrote(len(piece))
-        return
-    with ThreadPoolExecutor(1) as hasher:  # hashing takes longer than writing: do both at once
-        for piece in pieces:
-            hashed = hasher.submit(digest.update, piece)
-            file.write(piece)
-            early.wrote(len(piece))
-            hashed.result()
+    for start in range(0, flat.numel(), _WRITE_BYTES):
+        yield memoryview(flat[start : start + _WRITE_BYTES].numpy())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What files say, as a message may repeat it: cut short, on one line, with nothing in it that a terminal obeys."""
+"""Text from files as messages show it: short, on one line, without characters that control a terminal."""
 
 import reprlib
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _REPR.maxlong = 40
 
 
 def quoted(value: object) -> str:
-    """``repr`` of a value from a file, of at most 200 characters, all of them printable."""
+    """``repr`` of a value from a file: at most 200 characters, all printable."""
     try:
         text = _REPR.repr(value)
     except (ValueError, RecursionError):  # a whole number of more digits than Python prints
@@ -24,7 +24,7 @@ def quoted(value: object) -> str:
 
 
 def plain(text: object) -> str:
-    """A name or path without quotes if it is short and printable, else ``quoted``; any other value ``quoted``."""
+    """A short printable name, or a path, without quotes; anything else as ``quoted`` shows it."""
     if isinstance(text, PurePath):
         return str(text) if str(text).isprintable() else ascii(str(text))
     if isinstance(text, str) and len(text) <= _LONGEST and text.isprintable():
@@ -33,7 +33,7 @@ def plain(text: object) -> str:
 
 
 def listed(names: Iterable[object], count: int = 3) -> str:
-    """The first few names, and dots if there are more."""
+    """The first ``count`` names, and dots if there are more."""
     held = list(names)
     return ", ".join(map(plain, held[:count])) + (", ..." if len(held) > count else "")
 

@@ -1,4 +1,4 @@
-"""From one format of model directory to another: streamed, read back, and only then there."""
+"""From one format of model directory to another: one tensor at a time, read back before the result appears."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,15 +20,13 @@ from tt_ckpt.hf.directory import (
     check_room,
     copy_companions,
     has_tokenizer,
-    make_tmp,
-    publish,
-    resolve,
+    new_directory,
     write_config,
 )
-from tt_ckpt.hf.layout import choose_layout, read_layout, write_layout
-from tt_ckpt.hf.save import counter, write_shards
-from tt_ckpt.hf.sizes import refuse_missing_layers
+from tt_ckpt.hf.mismatch import refuse_missing_layers
+from tt_ckpt.hf.save import choose_layout, counter, write_shards
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast, compare
+from tt_ckpt.model_path import resolve
 from tt_ckpt.shown import plain, quoted
 
 Format = Literal["hf", "meta", "torchtune"]
@@ -88,22 +86,19 @@ def convert(
     with _of(directory):
         _check_config(weights, directory, to)
     weights = weights if dtype is None else cast(weights, dtype)
-    old = check_destination(target, overwrite=overwrite)
-    check_room(target, weights.nbytes)
     files: list[str] = []
-    if not dry_run:
-        tmp = make_tmp(target)
-        try:
-            advance = counter(progress, 2 * weights.nbytes)
+    if dry_run:
+        check_destination(target, overwrite=overwrite)
+        check_room(target, weights.nbytes)
+    else:
+        with new_directory(target, weights.nbytes, overwrite=overwrite) as tmp:
+            advance = counter(progress, 2 * weights.nbytes) if progress else None
             own = [] if weights.format == "gguf" else [weights.files[0].parent, directory]
             origins = list(dict.fromkeys([*own, *([base] if base else [])]))
             with _of(directory):
                 _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
             compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
             files = commit.list_files(tmp)
-            publish(tmp, target, old, overwrite=overwrite)
-        finally:
-            commit.remove_tree(tmp)
     return Conversion(
         source=str(directory),
         destination=str(target),
@@ -121,7 +116,7 @@ def convert(
 
 
 def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Path, Weights]:
-    """Where the model is, and the model. A GGUF file is one by itself, or alone in a directory."""
+    """The path and the weights of a model. A GGUF file is given itself, or is the only one in a directory."""
     path = Path(source).expanduser()
     file = path if is_gguf(path) else None
     if file is None:
@@ -137,7 +132,7 @@ def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Pa
 
 @contextmanager
 def _of(directory: Path) -> Iterator[None]:
-    """Name the folder of the config.json that an error is about."""
+    """Add the folder to errors about a config.json."""
     try:
         yield
     except ValueError as error:
@@ -147,7 +142,7 @@ def _of(directory: Path) -> Iterator[None]:
 
 
 def _check_config(weights: Weights, directory: Path, to: str) -> None:
-    """A config that does not fit: layers that are not there, a resized embedding, what the format cannot say."""
+    """ValueError if the config does not fit: missing layers, a resized embedding, what the format cannot express."""
     if not weights.config:
         raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
     refuse_missing_layers(directory, weights.config, {name: spec.shape for name, spec in weights.specs.items()})
@@ -169,22 +164,18 @@ def _write(
     *,
     max_shard_size: str | int,
     num_parts: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], None] | None,
 ) -> None:
-    """Into ``tmp``; config, companions and layout from the first of ``origins`` that has them."""
+    """Write the model into ``tmp``, with config, companions and layout from the first of ``origins`` that has them."""
     for name, text in weights.companions.items():
         commit.write_bytes(tmp / name, text.encode())
     configured = next((origin for origin in origins if (origin / "config.json").exists()), None)
     write_config(tmp / "config.json", weights.config, weights.specs, configured)
     for origin in origins:
         copy_companions(origin, tmp)
-    layout = next(filter(None, map(read_layout, origins)), None)
     if to == "hf":
-        write_shards(weights, tmp, choose_layout(layout, weights.specs, max_shard_size), advance)
-        return
-    if to == "meta":
+        write_shards(weights, tmp, choose_layout(origins, weights.specs, max_shard_size), advance)
+    elif to == "meta":
         write_meta(weights, tmp, num_parts=num_parts, progress=advance)
     else:
         write_torchtune(weights, tmp, progress=advance)
-    if layout is not None:
-        write_layout(layout, tmp)

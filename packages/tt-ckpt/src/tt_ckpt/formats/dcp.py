@@ -16,10 +16,10 @@ from torch import Tensor
 from tt_ckpt.files import read_bytes
 from tt_ckpt.formats.pickle_records import MAX_BYTES, Record, read_inert
 from tt_ckpt.formats.pickles import tensor_from_bytes
+from tt_ckpt.ranks import box, is_cover
 from tt_ckpt.safe_names import safe_file
 from tt_ckpt.safetensors_file import DTYPES, TensorSpec, are_sizes, spec_of
 from tt_ckpt.shown import plain, quoted
-from tt_ckpt.train.tensor_groups import is_cover
 
 METADATA_NAME = ".metadata"
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -84,10 +84,7 @@ class DistributedFolder(Mapping[str, Tensor]):
                 raise ValueError(
                     f"{path}: {name} is {spec_of(part)} there, not what {METADATA_NAME} says; copy it again"
                 )
-            box = result
-            for dim, (offset, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
-                box = box.narrow(dim, offset, size)
-            box.copy_(part)
+            box(result, piece.offsets, piece.sizes).copy_(part)
         return result
 
 

@@ -7,7 +7,7 @@ of the family. A number that no loader reads would be lost without a word.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from tt_ckpt.hf.weights import positive
+from tt_ckpt.formats.translation import positive
 from tt_ckpt.shown import plain, quoted
 
 FAMILIES = {"meta": ("llama", "mistral"), "torchtune": ("llama", "mistral", "gemma", "gemma2", "qwen2", "phi3")}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.formats.limits import window_of
-from tt_ckpt.hf.weights import EMBEDDING, number, positive
+from tt_ckpt.formats.translation import number, positive
+from tt_ckpt.hf.weights import EMBEDDING
 from tt_ckpt.safetensors_file import TensorSpec
 from tt_ckpt.shown import plain, quoted
 

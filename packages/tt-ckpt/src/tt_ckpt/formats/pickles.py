@@ -15,10 +15,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from tt_ckpt.commit import EarlySync
-from tt_ckpt.files import create, read_start, sync
+from tt_ckpt.files import DOWNLOAD, create, read_start, sync
 from tt_ckpt.formats.pickle_records import MAX_BYTES, read_inert
-from tt_ckpt.placeholder import DOWNLOAD
 from tt_ckpt.safetensors_file import DTYPES, TensorSpec, byte_views, is_shape, spec_of
 from tt_ckpt.shown import plain, quoted
 
@@ -151,7 +149,7 @@ def write_pickled(
     """Write ``{name: tensor}`` as ``torch.save`` does, but one tensor in memory at a time, and fsync it."""
     # Tensors that give the archive its form. Their memory is reserved but never touched, so there is none behind it.
     hollow = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
-    with create(path) as file, EarlySync(file) as early:
+    with create(path) as file:
         with torch.serialization.skip_data():
             torch.save(hollow, file)
         del hollow
@@ -163,10 +161,8 @@ def write_pickled(
             file.seek(offset)
             for piece in byte_views(tensor):
                 file.write(piece)
-                early.wrote(len(piece))
             if progress:
                 progress(spec.nbytes)
-        early.wait()
         sync(file)
 
 

@@ -4,21 +4,23 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from tt_ckpt.files import inside, read_json
+from tt_ckpt.files import DOWNLOAD, inside, read_json
 from tt_ckpt.formats.dcp import METADATA_NAME, DistributedFolder
 from tt_ckpt.formats.meta import from_meta
 from tt_ckpt.formats.pickles import read_pickled
 from tt_ckpt.formats.torchtune import from_torchtune
+from tt_ckpt.formats.translation import specs_of
 from tt_ckpt.hf.directory import CONFIG_BYTES, read_config
-from tt_ckpt.hf.save import open_hf
-from tt_ckpt.hf.shards import INDEX_NAME, SINGLE_NAME, describe_no_weights, shard_names
-from tt_ckpt.hf.weights import Weights, specs_of, without_copies
-from tt_ckpt.placeholder import DOWNLOAD
+from tt_ckpt.hf.mismatch import WRAPPERS, describe_tie
+from tt_ckpt.hf.save import stored_weights
+from tt_ckpt.hf.stored_tensors import INDEX_NAME, SINGLE_NAME, describe_no_weights, shard_names
+from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, same_bytes
 from tt_ckpt.safe_names import safe_file
 from tt_ckpt.safetensors_file import MappedFile
 from tt_ckpt.shown import listed, plain, quoted
@@ -51,7 +53,7 @@ def open_model(directory: Path, *, allow_pickle: bool = False, config: Path | No
 
 def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool) -> Weights:
     if os.path.lexists(folder / INDEX_NAME) or os.path.lexists(folder / SINGLE_NAME):
-        return open_hf(folder, known.get("config.json", {}))
+        return stored_weights(folder, known.get("config.json", {}))
     if names := _mistral_files(folder):
         opened = [MappedFile(safe_file(folder, name)) for name in names]
         together: dict[str, Tensor] = {}
@@ -166,3 +168,31 @@ def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files
     shown = listed(sorted(keys)) or "none"
     known = "known: Hugging Face, Meta, torchtune"
     raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); {known}; give the files of one model")
+
+
+def without_copies(weights: Weights) -> Weights:
+    """The weights without what the config makes redundant, and without the prefix of a wrapper in the names.
+
+    Left out are the output of a tied model, which must equal the embedding, and the rotary frequencies of old files.
+    """
+    weights = _unwrapped(weights)
+    specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
+    tied = weights.config.get("tie_word_embeddings", weights.family.startswith("gemma"))  # as transformers defaults it
+    if tied and OUTPUT in specs and EMBEDDING in specs:
+        if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
+            shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
+            raise ValueError(describe_tie(weights.files[0].parent, EMBEDDING, OUTPUT, shapes))
+        del specs[OUTPUT]
+    return replace(weights, specs=specs)
+
+
+def _unwrapped(weights: Weights) -> Weights:
+    names = {name: name for name in weights.specs}
+    while names and (prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in names)), "")):
+        names = {name.removeprefix(prefix): key for name, key in names.items()}
+    if odd := next((name for name in names if ".lora_" in name or ".base_layer." in name), ""):
+        raise ValueError(
+            f"{weights.files[0]}: {plain(odd)} belongs to an adapter that was saved with its base; merge it first"
+        )
+    specs = {name: weights.specs[key] for name, key in names.items()}
+    return replace(weights, specs=specs, get=lambda name: weights.get(names[name]))

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.formats.pickles import write_pickled
-from tt_ckpt.formats.rename import Rename
-from tt_ckpt.formats.rotary import to_half_split, to_interleaved
-from tt_ckpt.hf.parameters import meta
-from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, positive, rotated_heads, specs_of
+from tt_ckpt.formats.translation import Rename, positive, rotated_heads, specs_of, to_half_split, to_interleaved
+from tt_ckpt.hf.base_tensors import meta
+from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights
 from tt_ckpt.safetensors_file import spec_of
 from tt_ckpt.shown import quoted
 

@@ -1,32 +1,45 @@
-"""Weights from a Hugging Face directory into a module: lazily, shard by shard, strict about every name and shape."""
+"""Weights from a Hugging Face directory into a module, one tensor at a time. Every name and shape must fit."""
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from tt_ckpt.hf.directory import read_config, resolve
-from tt_ckpt.hf.fill import fill
+from tt_ckpt.hf.base_tensors import BaseTensor, base_tensors, join_sources, meta, sources_of
+from tt_ckpt.hf.directory import read_config
 from tt_ckpt.hf.mismatch import describe_mismatch, describe_tie, refuse_quantized
-from tt_ckpt.hf.parameters import Slot, find_slots, join, meta, sources_of
-from tt_ckpt.hf.shards import OpenShards, Shards, find_shards
+from tt_ckpt.hf.stored_tensors import StoredTensors, open_tensors
 from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, is_finite, num_not_finite
+from tt_ckpt.model_path import resolve
+from tt_ckpt.ranks import box, is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(kw_only=True)
-class Plan:
-    """Which keys fill which slot, and everything that does not fit."""
+@dataclass(frozen=True, kw_only=True)
+class _Fill:
+    """A base tensor of the model, and the stored tensors that fill it."""
 
-    fills: list[tuple[Slot, str, list[str]]] = field(default_factory=list)  # slot, the name of it in use, its keys
-    equal: list[tuple[str, str]] = field(default_factory=list)  # keys of tied tensors, which must agree
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # key, ours, the file's
+    base: BaseTensor
+    name: str  # the one of its names that the files use
+    keys: list[str]
+    stored: Tensor  # on meta: what the files give
+    is_joined: bool  # made of several tensors, or changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    directory: Path
+    tensors: StoredTensors
+    fills: list[_Fill]
+    equal: list[tuple[str, str]]  # names of stored tensors that are tied in the model, and so must be equal
 
 
 def load_weights(
@@ -36,44 +49,42 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     check_finite: bool = True,
-    copy: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Fill every base parameter of ``model`` from the safetensors files of ``path`` (a directory or a hub id).
+    """Fill every base parameter of ``model`` from the safetensors files of ``path``, a directory or a hub id.
 
-    Nothing is copied before every name and shape fits; then one tensor at a time is read, without a memory map.
+    Nothing is copied before every name and shape fits. Then one tensor at a time is read, without a memory map.
     Parameters on the meta device are created on ``device`` (default: the CPU) in ``dtype`` (default: the file's).
-    Others keep their device and dtype unless these are given. Adapter parameters are left alone, and a module with
+    Others keep their device and dtype unless these are given. Adapter parameters are left alone. A module with
     ``load_base_(name, tensor)`` receives its tensors through it, each in memory that the next one overwrites.
-    ``progress(bytes done, bytes in all)`` follows.
-    ``copy=False``: parameters on meta become views of the memory map where dtype and device allow, taking no memory
-    until they are written to; whoever cuts such a file short kills this process (SIGBUS).
+    ``progress(done, total)`` counts bytes.
 
-    Raises FileNotFoundError or ValueError, in one line, for what is missing, unexpected, of another shape, damaged or
-    (with ``check_finite``) not finite.
+    Raises FileNotFoundError or ValueError, in one line, if a tensor is missing, unexpected, damaged, of another shape,
+    or (with ``check_finite``) not finite.
     """
-    directory, shards, plan = _fitting(model, path)
-    _refuse_meta_buffers(model)
-    tensors = OpenShards(shards)
+    plan = _plan(model, path)
+    directory, tensors = plan.directory, plan.tensors
+    persistent = {id(fill.base.tensor) for fill in plan.fills}
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta" and id(buffer) not in persistent:
+            raise ValueError(f"buffer {name} is on the meta device and in no file; build the model on a real device")
     for kept, other in plan.equal:
-        if not torch.equal(tensors[kept], tensors[other]):
-            raise ValueError(describe_tie(directory, kept, other, (shards.spec(kept).shape, shards.spec(other).shape)))
+        if not torch.equal(tensors.mapped(kept), tensors.mapped(other)):
+            shapes = tensors.specs[kept].shape, tensors.specs[other].shape
+            raise ValueError(describe_tie(directory, kept, other, shapes))
     bad: list[str] = []
     casts: dict[tuple[torch.dtype, torch.dtype], int] = {}
     done = 0
-    for slot, name, keys, finished in _by_shard(plan, shards):
-        stored, new = fill(model, tensors, slot, name, keys, dtype=dtype, device=device, copy=copy)
-        if new.dtype != stored:
-            casts[stored, new.dtype] = casts.get((stored, new.dtype), 0) + 1
+    for fill in plan.fills:
+        new = _fill(model, tensors, fill, dtype, device)
+        if new.dtype != fill.stored.dtype:
+            casts[fill.stored.dtype, new.dtype] = casts.get((fill.stored.dtype, new.dtype), 0) + 1
         if check_finite and not is_finite(new):
-            problem = _not_finite(join(model, name, keys, [tensors[key] for key in keys]), new)
-            bad.append(f"{name} ({problem})")
-        done += sum(shards.spec(key).nbytes for key in keys)
+            bad.append(f"{fill.name} ({_not_finite(model, tensors, fill, new)})")
+        done += sum(tensors.specs[key].nbytes for key in fill.keys)
         if progress:
-            progress(done, shards.nbytes)
+            progress(done, tensors.nbytes)
         del new
-        for file in finished:
-            tensors.release(file)
     for (old, new_dtype), count in casts.items():
         logger.info("%s: %d tensors cast from %s to %s", directory, count, old, new_dtype)
     if bad:
@@ -81,112 +92,125 @@ def load_weights(
 
 
 def check_weights(model: nn.Module, path: str | Path) -> None:
-    """ValueError or FileNotFoundError, as of ``load_weights``, if the files of ``path`` do not fit ``model``.
+    """The errors of ``load_weights`` about names and shapes, if the files of ``path`` do not fit ``model``.
 
-    Only headers are read, so that this takes no time; ``model`` may be on the meta device.
+    Only headers are read, which takes no time. ``model`` may be on the meta device.
     """
-    _fitting(model, path)
+    _plan(model, path)
 
 
-def _fitting(model: nn.Module, path: str | Path) -> tuple[Path, Shards, Plan]:
-    """The files, and which of their tensors goes where; an error if a name or a shape does not fit."""
+def _plan(model: nn.Module, path: str | Path) -> _Plan:
+    """Which stored tensors fill which base tensors, in the order of the files; an error if any does not fit."""
     directory = resolve(path)
-    shards = find_shards(directory)
+    tensors = open_tensors(directory)
     config = read_config(directory) if (directory / "config.json").exists() else {}
-    refuse_quantized(directory, config)
-    plan = make_plan(model, shards)
-    if plan.missing or plan.unexpected or plan.shapes:
-        raise ValueError(describe_mismatch(directory, model, plan.missing, plan.unexpected, plan.shapes))
-    _refuse_other_kinds(model, directory, plan, shards)
-    return directory, shards, plan
-
-
-def tensor_dtypes(path: str | Path) -> dict[str, torch.dtype]:
-    """The dtype of every tensor in the safetensors files of a directory or hub id, by its name there.
-
-    Only headers are read. ``save_hf(..., dtype=tensor_dtypes(base))`` writes a changed model as its base was.
-    """
-    shards = find_shards(resolve(path))
-    return {key: shards.spec(key).dtype for key in shards.where}
-
-
-def make_plan(model: nn.Module, shards: Shards) -> Plan:
-    """Match the slots of ``model`` with the keys of the files, without reading a tensor."""
-    plan = Plan()
-    used: set[str] = set()
-    for slot in find_slots(model):
-        found = [(name, keys) for name in slot.names if (keys := _keys_of(model, name, shards))]
+    if config.get("quantization_config") or config.get("quantization"):
+        refuse_quantized(directory, config)
+    specs, used = tensors.specs, set[str]()
+    plan = _Plan(directory=directory, tensors=tensors, fills=[], equal=[])
+    missing: list[str] = []
+    unexpected: list[str] = []
+    shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for base in base_tensors(model):
+        found: list[tuple[str, list[str]]] = []
+        for name in base.names:
+            sources = sources_of(model, name)
+            if all(key in specs for key in sources):
+                found.append((name, sources))
+            elif name in specs:  # transformers 5 can write stacked experts as the model holds them
+                found.append((name, [name]))
         if not found:
-            plan.missing += [key for key in sources_of(model, slot.name) if key not in shards.where]
-            used.update(sources_of(model, slot.name))
+            missing += [key for key in sources_of(model, base.names[0]) if key not in specs]
+            used.update(sources_of(model, base.names[0]))
             continue
         name, keys = found[0]
-        plan.fills.append((slot, name, keys))
         used.update(key for _, others in found for key in others)
-        plan.equal += [pair for _, others in found[1:] for pair in zip(keys, others, strict=True)]
-        plan.shapes += _wrong_shapes(model, slot, name, keys, shards)
-    for key in shards.where:
-        if key in used or key.endswith("rotary_emb.inv_freq"):
-            continue
-        if key == OUTPUT and EMBEDDING in used and EMBEDDING in shards.where:
+        plan.equal.extend(pair for _, others in found[1:] for pair in zip(keys, others, strict=True))
+        parts = [meta(specs[key]) for key in keys]
+        try:
+            stored = join_sources(model, name, keys, parts)
+        except (RuntimeError, ValueError, IndexError):  # parts that do not even fit each other
+            stored = parts[0]
+        if stored.shape != base.tensor.shape:
+            shapes.append((name, tuple(base.tensor.shape), tuple(stored.shape)))
+        is_joined = stored is not parts[0]
+        plan.fills.append(_Fill(base=base, name=name, keys=keys, stored=stored, is_joined=is_joined))
+    for key in specs:
+        if key == OUTPUT and key not in used and EMBEDDING in used and EMBEDDING in specs:
             plan.equal.append((EMBEDDING, OUTPUT))
-        else:
-            plan.unexpected.append(key)
+        elif key not in used and not key.endswith("rotary_emb.inv_freq"):
+            unexpected.append(key)
+    if missing or unexpected or shapes:
+        raise ValueError(describe_mismatch(directory, model, missing, unexpected, shapes))
+    for fill in plan.fills:  # integers are not weights, and an integer buffer holds no fractions: neither is cast
+        ours, theirs = fill.base.tensor.dtype, fill.stored.dtype
+        if ours.is_floating_point != theirs.is_floating_point:
+            kinds = f"the model has {ours}, the file {theirs}, not converted"
+            raise ValueError(f"{directory}: {fill.name}: {kinds}; take the weights of this model")
+    plan.fills.sort(key=lambda fill: max((tensors.where[key], tensors.offset_of(key)) for key in fill.keys))
     return plan
 
 
-def _keys_of(model: nn.Module, name: str, shards: Shards) -> list[str]:
-    """The sources of a parameter; or itself, as transformers 5 can write stacked experts; or nothing."""
-    sources = sources_of(model, name)
-    if all(key in shards.where for key in sources):
-        return sources
-    return [name] if name in shards.where else []
+@torch.no_grad()
+def _fill(
+    model: nn.Module,
+    tensors: StoredTensors,
+    fill: _Fill,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Tensor:
+    """Fill one base tensor. Returns the tensor that it holds then, or that its module was given."""
+    old, keys, stored = fill.base.tensor, fill.keys, fill.stored
+    on_meta = old.device.type == "meta"
+    target_dtype = (dtype or (stored.dtype if on_meta else old.dtype)) if stored.is_floating_point() else stored.dtype
+    home = torch.device(old.device_mesh.device_type if is_dtensor(old) else "cpu")
+    target_device = torch.device(device or (home if on_meta else old.device))
+    module, local = fill.base.places[0]
+    if callable(load_base := getattr(module, "load_base_", None)):
+        if fill.is_joined:
+            tensor = join_sources(model, fill.name, keys, [tensors[key] for key in keys])
+        else:
+            tensor = tensors.borrow(keys[0])
+        given = tensor.to(device=target_device, dtype=dtype or tensor.dtype)
+        load_base(local, given)
+        return given
+    source: Tensor | None = None
+    if is_dtensor(old):  # this rank reads only its part
+        source = _local_part(join_sources(model, fill.name, keys, [tensors.mapped(key) for key in keys]), old)
+    elif fill.is_joined:
+        source = join_sources(model, fill.name, keys, [tensors[key] for key in keys])
+    fits = not on_meta and old.dtype == target_dtype and old.device == target_device
+    if fits:
+        new = old.to_local() if is_dtensor(old) else old.detach()
+    elif source is None:
+        new = torch.empty(stored.shape, dtype=target_dtype, device=target_device)
+    else:
+        new = source.to(device=target_device, dtype=target_dtype, copy=True).contiguous()
+    if source is None:
+        tensors.read_into(keys[0], new)
+    elif fits:
+        new.copy_(source)
+    if not fits:
+        fill.base.put(_like_dtensor(new, old) if is_dtensor(old) else new)
+    return new
 
 
-def _wrong_shapes(
-    model: nn.Module, slot: Slot, name: str, keys: list[str], shards: Shards
-) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    ours = tuple(slot.tensor.shape)
-    parts = [meta(shards.spec(key)) for key in keys]
-    try:
-        theirs = tuple(join(model, name, keys, parts).shape)
-    except (RuntimeError, ValueError, IndexError):  # parts that do not even fit each other
-        theirs = tuple(parts[0].shape)
-    return [] if ours == theirs else [(name, ours, theirs)]
+def _local_part(whole: Tensor, like: "DTensor") -> Tensor:
+    """The part of ``whole`` that this rank holds of ``like``: a view, so that nothing else is read."""
+    (chunk,) = like.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return box(whole, chunk.offsets, chunk.sizes)
 
 
-def _by_shard(plan: Plan, shards: Shards) -> Iterable[tuple[Slot, str, list[str], list[str]]]:
-    """The fills in the order of the files, each with the files that are not needed afterwards."""
-
-    def last_file(fill: tuple[Slot, str, list[str]]) -> tuple[str, int]:
-        return max((shards.where[key], shards.files[shards.where[key]].offsets[key]) for key in fill[2])
-
-    fills = sorted(plan.fills, key=last_file)
-    last_use = {shards.where[key]: i for i, (_, _, keys) in enumerate(fills) for key in keys}
-    for i, (slot, name, keys) in enumerate(fills):
-        yield slot, name, keys, [file for file, last in last_use.items() if last == i]
+def _like_dtensor(local: Tensor, like: "DTensor") -> "DTensor":
+    """A DTensor with the placements of ``like`` and other local values."""
+    return type(like).from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
-def _not_finite(source: Tensor, filled: Tensor) -> str:
+def _not_finite(model: nn.Module, tensors: StoredTensors, fill: _Fill, filled: Tensor) -> str:
     """How many values are NaN or infinite, in words."""
     count = num_not_finite(filled)
-    if is_finite(source):
+    if is_finite(join_sources(model, fill.name, fill.keys, [tensors[key] for key in fill.keys])):
         return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
     return f"{count} of {filled.numel()} values"
-
-
-def _refuse_other_kinds(model: nn.Module, directory: Path, plan: Plan, shards: Shards) -> None:
-    """Whole numbers are no weights, nor are fractions what an integer buffer holds: neither is cast."""
-    for slot, name, keys in plan.fills:
-        ours, theirs = slot.tensor.dtype, join(model, name, keys, [meta(shards.spec(key)) for key in keys]).dtype
-        if ours.is_floating_point != theirs.is_floating_point:
-            raise ValueError(
-                f"{directory}: {name}: the model has {ours}, the file {theirs}, not converted; take its own weights"
-            )
-
-
-def _refuse_meta_buffers(model: nn.Module) -> None:
-    held = {id(slot.tensor) for slot in find_slots(model)}
-    for name, buffer in model.named_buffers():
-        if buffer.device.type == "meta" and id(buffer) not in held:
-            raise ValueError(f"buffer {name} is on the meta device and in no file; build the model on a real device")

@@ -1,18 +1,21 @@
-"""What to tell when the files do not hold the model that the config describes: one line, grouped, with the cause."""
+"""A config, a model and weights that do not fit each other: what is wrong, in one line with the cause."""
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from tt_ckpt.shown import plain
+from tt_ckpt.shown import plain, quoted
 
 _SHOWN = 3
+_TAKE = "take the weights and the config.json of one model"
+_SAVED = "take the config.json that was saved with these weights"
+Shapes = Mapping[str, tuple[int, ...]]
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")  # torch.compile, DDP, FSDP, peft
-# which config field stands behind which dimension of which weight
+# which config field gives which dimension of which weight
 _FIELDS = (
     ("embed_tokens.weight", 0, "vocab_size", "embedding rows"),
     ("lm_head.weight", 0, "vocab_size", "output rows"),
@@ -38,7 +41,7 @@ def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
 
 
 def _is_unused(settings: Mapping[str, Any]) -> bool:
-    """Whether bitsandbytes was configured and both ways of it are off, as some tools leave it behind."""
+    """Whether bitsandbytes is configured with both of its ways off, as some tools leave it behind."""
     bits = [settings.get(name) for name in ("load_in_4bit", "load_in_8bit")]
     return settings.get("quant_method") in (None, "bitsandbytes") and bits == [False, False]
 
@@ -50,7 +53,7 @@ def describe_mismatch(
     unexpected: list[str],
     shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
 ) -> str:
-    """One line: how many tensors are missing, unexpected or of another shape, which, and why if it can be told."""
+    """One line: how many tensors are missing, unexpected or of another shape, which ones, and why if that is clear."""
     parts = []
     if missing:
         parts.append(f"{len(missing)} tensors missing ({_grouped(missing)})")
@@ -64,11 +67,8 @@ def describe_mismatch(
     return f"{directory}: the weights do not fit the model: {'; '.join(parts)}; {cause or _TAKE}"
 
 
-_TAKE = "take the weights and the config.json of one model"
-
-
 def describe_tie(where: Path, kept: str, other: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
-    """One line: two tensors that should be one, how large each is, and what to do."""
+    """One line: two tensors that should be one, their sizes, and the cure."""
     sizes = f"{list(shapes[0])} and {list(shapes[1])}" if shapes[0] != shapes[1] else f"both {list(shapes[0])}"
     cure = "if both were trained, set tie_word_embeddings to false in config.json"
     if shapes[0] != shapes[1]:
@@ -77,7 +77,7 @@ def describe_tie(where: Path, kept: str, other: str, shapes: tuple[tuple[int, ..
 
 
 def _grouped(keys: Iterable[str]) -> str:
-    """``layers.1.*: 9 tensors`` for what belongs to a layer, ``layers.*.x`` for one of each, else the bare name."""
+    """``layers.1.*: 9 tensors`` for the tensors of a layer, ``layers.*.x`` for one of each layer, else the name."""
     parts = {key: re.fullmatch(r"(.*?\blayers)\.(\d+)\.(.*)", key) for key in keys}
     few = len({match[3] for match in parts.values() if match}) < _SHOWN
     groups: dict[str, list[str]] = {}
@@ -123,7 +123,7 @@ def _layers(keys: list[str]) -> set[int]:
 
 
 def _resized(config: Any, name: str, size: int) -> str:
-    """The cure if only the vocabulary, or only the config, was resized."""
+    """The cure if the vocabulary was resized in the weights or in the config only."""
     if name != "vocab_size":
         return ""
     tied = ", which lm_head shares (tie_word_embeddings)" if getattr(config, "tie_word_embeddings", False) else ""
@@ -146,3 +146,57 @@ def _shape_cause(config: Any, key: str, ours: tuple[int, ...], theirs: tuple[int
             if ours[0] != theirs[0] and theirs[0] % width == 0:
                 return f"config.{name}={count} vs {theirs[0] // width} in the file, at {width} per head"
     return ""
+
+
+# ---- sizes that a config states, compared with the weights before anything of such a size is allocated ---------------
+
+
+def num_layers(shapes: Shapes) -> int:
+    """One more than the highest layer number in the names."""
+    return 1 + max(
+        (int(match[1]) for name in shapes if (match := re.search(r"\blayers\.(\d{1,9})\.", name))), default=-1
+    )
+
+
+def _num_experts(shapes: Shapes) -> int:
+    apart = [int(match[1]) for name in shapes if (match := re.search(r"\.experts\.(\d{1,9})\.", name))]
+    stacked = [shape[0] for name, shape in shapes.items() if ".experts." in name and len(shape) == 3]
+    return max([1 + number for number in apart] + stacked, default=0)
+
+
+def _rows(*endings: str) -> Callable[[Shapes], int]:
+    return lambda shapes: max((s[0] for name, s in shapes.items() if name.endswith(endings) and len(s) == 2), default=0)
+
+
+def _width(shapes: Shapes) -> int:
+    return max((s[1] for name, s in shapes.items() if name.endswith("embed_tokens.weight") and len(s) == 2), default=0)
+
+
+# key -> a size larger than in any published model, how to count it in the weights, and what it counts
+SIZES = {
+    "num_hidden_layers": (512, num_layers, "layers"),
+    "vocab_size": (1 << 21, _rows("embed_tokens.weight"), "embedding rows"),
+    "hidden_size": (1 << 16, _width, "numbers in an embedding"),
+    "intermediate_size": (1 << 19, _rows("up_proj.weight", ".w1.weight"), "rows in up_proj"),
+    "moe_intermediate_size": (1 << 19, _rows("up_proj.weight", ".w1.weight"), "rows in up_proj"),
+    "num_attention_heads": (1 << 12, _rows("q_proj.weight", "qkv_proj.weight"), "rows in q_proj"),
+    "num_key_value_heads": (1 << 12, _rows("k_proj.weight", "qkv_proj.weight"), "rows in k_proj"),
+    "head_dim": (1 << 13, _rows("q_proj.weight", "qkv_proj.weight"), "rows in q_proj"),
+    "num_local_experts": (1 << 12, _num_experts, "experts"),
+    "num_experts": (1 << 12, _num_experts, "experts"),
+}
+
+
+def refuse_far(file: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
+    """ValueError for the first size in the config that no published model has, and that the weights do not have."""
+    for key, (limit, count, what) in SIZES.items():
+        stated = config.get(key)
+        if type(stated) is int and stated > limit and 0 < (held := count(shapes)) < stated:
+            raise ValueError(f"{file}: {key} {quoted(stated)}, but the weights have {held} {what}; {_SAVED}")
+
+
+def refuse_missing_layers(file: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
+    """ValueError if the config states more layers than the weights have."""
+    stated, held = config.get("num_hidden_layers"), num_layers(shapes)
+    if type(stated) is int and 0 < held < stated:
+        raise ValueError(f"{file}: num_hidden_layers {quoted(stated)}, but the weights have {held} layers; {_SAVED}")

@@ -1,4 +1,4 @@
-"""A model on its way from one format to another: tensors under Hugging Face names, read when asked for."""
+"""The weights of a model on their way to files: cast, checked for values that are not finite, compared."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,26 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_ckpt.hf.mismatch import WRAPPERS, describe_tie
-from tt_ckpt.safetensors_file import TensorSpec, spec_of
-from tt_ckpt.shown import plain, quoted
+from tt_ckpt.safetensors_file import TensorSpec, flat_bytes, spec_of
+from tt_ckpt.shown import plain
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
-_PIECE = 1 << 17
-_VALUES = 1 << 22
+_WORDS = 1 << 17  # compared at once
+_VALUES = 1 << 22  # summed at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """``specs`` says what there is, in the order in which it is best read; ``get`` reads or computes one tensor."""
+    """The tensors of a model under their Hugging Face names: ``specs`` in the best order to read, ``get`` gives one."""
 
     specs: dict[str, TensorSpec]
     get: Callable[[str], Tensor]
     config: dict[str, Any]
     format: str  # hf, meta, torchtune or gguf
     files: tuple[Path, ...]
-    companions: Mapping[str, str] = field(default_factory=dict)  # files to be written beside the weights: name -> text
+    companions: Mapping[str, str] = field(default_factory=dict)  # files to write beside the weights: name -> text
 
     @property
     def nbytes(self) -> int:
@@ -39,14 +38,8 @@ class Weights:
         return str(self.config.get("model_type", "unknown"))
 
 
-def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
-    """The specs of tensors, without reading any that is read when asked for."""
-    known: dict[str, TensorSpec] | None = getattr(tensors, "specs", None)
-    return known if known is not None else {name: spec_of(tensor) for name, tensor in tensors.items()}
-
-
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The same with floating tensors in ``dtype``."""
+    """The same weights with floating-point tensors in ``dtype``."""
 
     def target(spec: TensorSpec) -> torch.dtype:
         return dtype if spec.dtype.is_floating_point else spec.dtype
@@ -59,7 +52,7 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``; a ValueError where finite values become infinite."""
+    """``tensor`` in ``dtype``; a ValueError if finite values become infinite."""
     result = tensor.to(dtype)
     if result is not tensor and not is_finite(result) and is_finite(tensor):
         count = num_not_finite(result)
@@ -68,12 +61,12 @@ def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """A finite sum proves that every value is: one pass, nothing allocated, several times as fast as a norm in bf16."""
+    """Whether all values are finite. A finite sum proves it, in one pass that allocates nothing."""
     if not tensor.is_floating_point():
         return True
     if tensor.dtype.itemsize > 1 and bool(torch.isfinite(tensor.detach().sum())):  # 8-bit floats cannot be summed
         return True
-    return not any(map(_num_not_finite, _pieces(tensor)))  # or too large to be summed
+    return not any(map(_num_not_finite, _pieces(tensor)))  # or the values are too large to be summed
 
 
 def num_not_finite(tensor: Tensor) -> int:
@@ -82,7 +75,7 @@ def num_not_finite(tensor: Tensor) -> int:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """All values, a few at a time, as floats that can be summed."""
+    """All values, some at a time, as floats that can be summed."""
     flat = tensor.detach().reshape(-1)
     for start in range(0, flat.numel(), _VALUES):
         piece = flat[start : start + _VALUES]
@@ -94,7 +87,7 @@ def _num_not_finite(piece: Tensor) -> int:
 
 
 def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable[[int], None] | None = None) -> None:
-    """Raise ValueError, naming the tensor, unless both hold the same names, shapes, dtypes and bytes."""
+    """ValueError that names the tensor, unless both have the same names, shapes, dtypes and bytes."""
     if written.specs.keys() != meant.specs.keys():
         name = sorted(written.specs.keys() ^ meant.specs.keys())[0]
         what = "extra" if name in written.specs else "missing"
@@ -108,71 +101,12 @@ def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Equality of dtype, shape and every bit (NaN equals the same NaN, 0.0 is not -0.0)."""
+    """Whether dtype, shape and every bit are equal (NaN equals the same NaN, 0.0 is not -0.0)."""
     if spec_of(a) != spec_of(b):
         return False
-    x, y = (tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for tensor in (a, b))
-    words = x.nbytes // 8 * 8  # compared eight bytes at a time: four times as fast
+    x, y = flat_bytes(a).numpy(), flat_bytes(b).numpy()
+    words = x.nbytes // 8 * 8  # compared eight bytes at a time, which is several times as fast
     if not np.array_equal(x[words:], y[words:]):
         return False
     x, y = x[:words].view(np.int64), y[:words].view(np.int64)
-    return all(np.array_equal(x[at : at + _PIECE], y[at : at + _PIECE]) for at in range(0, len(x), _PIECE))
-
-
-# ---- what a config says ----------------------------------------------------------------------------------------------
-
-
-def positive(
-    settings: Mapping[str, Any], key: str, *, default: int | None = None, where: object = "config.json"
-) -> int:
-    """A whole number above 0, or a ValueError that names the key."""
-    value = settings.get(key)
-    if value is None and default is not None:
-        return default
-    if type(value) is not int or not 0 < value < 2**40:
-        raise ValueError(f"{where}: {key}: expected a whole number above 0, found {quoted(value)}")
-    return value
-
-
-def number(
-    settings: Mapping[str, Any], key: str, *, default: float | None = None, where: object = "config.json"
-) -> float:
-    """A finite number above 0, or a ValueError that names the key."""
-    value = settings.get(key)
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
-        raise ValueError(f"{where}: {key}: expected a number above 0, found {quoted(value)}")
-    return float(value)
-
-
-def rotated_heads(config: Mapping[str, Any]) -> dict[str, int]:
-    """How many heads the rows of q_proj and k_proj are."""
-    queries = positive(config, "num_attention_heads")
-    return {"q_proj": queries, "k_proj": positive(config, "num_key_value_heads", default=queries)}
-
-
-def without_copies(weights: Weights) -> Weights:
-    """Leave out what the config makes redundant: the output of a tied model, which must equal the embedding, and the
-    rotary frequencies that old files hold. Names lose the prefix of a wrapper that was saved with the model."""
-    weights = _unwrapped(weights)
-    specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
-    tied = weights.config.get("tie_word_embeddings", weights.family.startswith("gemma"))  # as transformers defaults it
-    if tied and OUTPUT in specs and EMBEDDING in specs:
-        if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
-            shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
-            raise ValueError(describe_tie(weights.files[0].parent, EMBEDDING, OUTPUT, shapes))
-        del specs[OUTPUT]
-    return replace(weights, specs=specs)
-
-
-def _unwrapped(weights: Weights) -> Weights:
-    names = {name: name for name in weights.specs}
-    while names and (prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in names)), "")):
-        names = {name.removeprefix(prefix): key for name, key in names.items()}
-    if odd := next((name for name in names if ".lora_" in name or ".base_layer." in name), ""):
-        raise ValueError(
-            f"{weights.files[0]}: {plain(odd)} belongs to an adapter that was saved with its base; merge it first"
-        )
-    specs = {name: weights.specs[key] for name, key in names.items()}
-    return replace(weights, specs=specs, get=lambda name: weights.get(names[name]))
+    return all(np.array_equal(x[at : at + _WORDS], y[at : at + _WORDS]) for at in range(0, len(x), _WORDS))

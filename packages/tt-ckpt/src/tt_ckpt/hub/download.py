@@ -4,6 +4,7 @@ There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, a
 """
 
 import fnmatch
+import hashlib
 import logging
 import os
 import re
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tt_ckpt import commit
+from tt_ckpt.files import read_text, refuse_placeholder
 from tt_ckpt.hub.endpoint import check_endpoint, check_numbers, limit_bodies
 from tt_ckpt.hub.failures import explained, retrying
 from tt_ckpt.hub.names import check_listing, check_repo_id, check_revision
-from tt_ckpt.hub.verify import content_hash, was_fetched
-from tt_ckpt.placeholder import refuse_placeholder
 from tt_ckpt.shown import format_size, listed, plain
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def download(
                         num_verified=0, seconds=seconds)  # fmt: skip
     until = started + retry_s
     first = started + min(retry_s, FIRST_CONTACT_S)
-    commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
+    sha, remote = retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
     wanted = [file for file in remote if _matches(file.name, allow, ignore)]
     if not wanted:
         there = listed([file.name for file in remote]) or "nothing"
@@ -99,8 +100,8 @@ def download(
     options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
     limit_bodies(max((file.size for file in wanted), default=0) + 1)
     path = Path(retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
-    if output_dir is None and path.name != commit:  # the branch has moved meanwhile: compare with what came
-        commit, remote = retrying(repo_id, until, lambda: _list_files(repo_id, path.name))
+    if output_dir is None and path.name != sha:  # the branch has moved meanwhile: compare with what came
+        sha, remote = retrying(repo_id, until, lambda: _list_files(repo_id, path.name))
         wanted = [file for file in remote if _matches(file.name, allow, ignore)]
     damaged = [file for file in wanted if not _is_whole(path / file.name, file)]
     for file in damaged:
@@ -117,7 +118,7 @@ def download(
     _refuse_placeholders(path, wanted)
     return Download(
         repo_id=repo_id,
-        revision=commit,
+        revision=sha,
         path=str(path),
         files=[file.name for file in wanted],
         num_bytes=sum(file.size for file in wanted),
@@ -258,3 +259,34 @@ def _refuse_placeholders(folder: Path, files: list[_Remote]) -> None:
     for file in files:
         with (folder / file.name).open("rb") as opened:
             refuse_placeholder(folder / file.name, opened.read(1024))
+
+
+# ---- hashes ----------------------------------------------------------------------------------------------------------
+
+
+def was_fetched(directory: Path, name: str) -> bool:
+    """Whether a download put this file into ``directory``, and nobody has written to it since."""
+    try:
+        return (directory / name).stat().st_mtime - 1 <= float(recorded(directory, name)[2])
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def recorded(directory: Path, name: str) -> list[str]:
+    """The commit, hash and time that huggingface_hub noted about a file that it put into a directory, a line each."""
+    try:
+        text = read_text(directory / ".cache/huggingface/download" / f"{name}.metadata", directory, limit=10_000)
+    except (OSError, ValueError):
+        return []
+    return text.splitlines()
+
+
+def content_hash(file: Path, like: str) -> str:
+    """The sha256 of a file, or git's sha1 if ``like`` has the length of one."""
+    if len(like) == 64:
+        return commit.sha256_of(file)
+    digest = hashlib.sha1(b"blob %d\0" % file.stat().st_size, usedforsecurity=False)
+    with file.open("rb") as handle:
+        while piece := handle.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

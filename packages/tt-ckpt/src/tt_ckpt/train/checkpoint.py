@@ -1,30 +1,28 @@
 """Training state on disk: saved whole or not at all, verified when read, never the only copy.
 
-A checkpoint is a folder ``step-000200`` with safetensors files per group of tensors, ``state.json``, whatever files
-the caller adds, and a manifest. There is no pickle in it. Under ``torch.distributed`` every rank makes the same calls;
-each writes and reads the parts that it holds (see ``sharded``), and rank 0 does the rest.
+A checkpoint is a folder ``step-000200`` with safetensors files for each group of tensors, ``state.json``, the files of
+the caller, and a manifest. It has no pickle. Under ``torch.distributed`` every rank makes the same calls: each writes
+and reads the parts that it holds (see ``sharded``), and rank 0 does the rest.
 """
 
 import copy
 import logging
-import platform
 from collections.abc import Callable, Mapping
+from concurrent import futures
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tt_ckpt import commit, ranks
 from tt_ckpt.files import read_json
 from tt_ckpt.safe_names import check_basename
+from tt_ckpt.safetensors_file import write_tensor_dict
 from tt_ckpt.shown import listed, plain
 from tt_ckpt.train import run_folder
-from tt_ckpt.train.background import Background
-from tt_ckpt.train.tensor_groups import Group, Groups, copies, write_groups
+from tt_ckpt.train.tensor_groups import Group, Groups
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ class CheckpointNotSaved(RuntimeError):  # noqa: N818  (the name says what happe
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """What ``restore`` gives. Tensors are views of a memory map, or put together when asked for: copy them."""
+    """A restored checkpoint. Its tensors are read when they are asked for: copy those that must last."""
 
     step: int
     tensors: dict[str, Mapping[str, Tensor]]
@@ -50,7 +48,7 @@ class TrainState:
 
 @dataclass
 class _Save:
-    """One checkpoint on its way."""
+    """A checkpoint that is being saved."""
 
     step: int
     tensors: Groups
@@ -63,7 +61,7 @@ class _Save:
 class TrainCheckpoint:
     """The checkpoints of one run, in ``directory``.
 
-    The newest ``keep_last`` (at least 2) are kept, and those of the steps in ``keep``: the best one, for example.
+    The newest ``keep_last`` (at least 2) are kept, and those of the steps in ``keep``, such as the best one.
     """
 
     def __init__(self, directory: str | Path, *, keep_last: int = 2) -> None:
@@ -72,11 +70,11 @@ class TrainCheckpoint:
         self.directory = Path(directory).expanduser()
         self.keep_last = keep_last
         self.keep: set[int] = set()
-        self._background = Background()
+        self._pending: futures.Future[Path] | None = None
 
     @cached_property
     def _ranks(self) -> ranks.Ranks:
-        return ranks.current()  # collective: made by the first call that is one anyway
+        return ranks.current()  # a collective, so made by the first call that is one anyway
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -91,10 +89,10 @@ class TrainCheckpoint:
     ) -> Path:
         """Write a checkpoint and return its folder once it is on the disk under its final name.
 
-        ``tensors``: group -> named tensors. ``state``: anything JSON (rank 0's counts). ``files``: name -> function
+        ``tensors``: group -> name -> tensor. ``state``: data for JSON (rank 0's is saved). ``files``: name -> function
         that writes that file or folder (called on rank 0). ``info``: further keys of the manifest.
-        On several ranks a plain tensor must be equal wherever its name is used: put the rank into the name otherwise.
-        Raises CheckpointNotSaved, on every rank, with everything cleaned up and older checkpoints as they were.
+        On several ranks a plain tensor must be equal on all ranks that use its name: otherwise put the rank into the
+        name. Raises CheckpointNotSaved on every rank; nothing of it is left, and older checkpoints are unchanged.
         """
         self.wait()
         return self._finish(self._begin(step, tensors, state, files or {}, info or {}))
@@ -108,35 +106,40 @@ class TrainCheckpoint:
         files: Files | None = None,
         info: Mapping[str, Any] | None = None,
     ) -> None:
-        """``save``, of copies made now, in the background. A failure is raised by the next ``check``, ``wait`` or save.
+        """``save`` copies that are made now, in the background. The next ``check``, ``wait`` or save raises a failure.
 
-        At most one is under way: a second call waits for the first.
+        A second call waits until the first save has ended.
         """
         self.wait()
-        saving = self._begin(step, copies(tensors), copy.deepcopy(dict(state)), files or {}, info or {})
-        self._background.start(lambda: self._finish(saving))
+        saving = self._begin(step, _copies(tensors), copy.deepcopy(dict(state)), files or {}, info or {})
+        thread = futures.ThreadPoolExecutor(1, thread_name_prefix="tt-ckpt save")
+        self._pending = thread.submit(self._finish, saving)
+        thread.shutdown(wait=False)
 
     def check(self) -> Path | None:
-        """To be called at every step: the folder of a background save that has just finished, or its failure raised."""
-        return self._background.check()
+        """Call this at every step. Returns the folder of a background save that has ended, or raises its failure."""
+        return self.wait() if self._pending is not None and self._pending.done() else None
 
     def wait(self, timeout: float | None = None) -> Path | None:
-        """Wait for the background save, at most ``timeout`` seconds (then None, and it goes on); raise its failure."""
-        return self._background.wait(timeout)
+        """The same after waiting for the background save; None if it has not ended after ``timeout`` seconds."""
+        if self._pending is None or not futures.wait([self._pending], timeout).done:
+            return None
+        ended, self._pending = self._pending, None
+        return ended.result()
 
     def preflight(self, nbytes: int, *, copies: int | None = None, besides: int = 0) -> None:
         """OSError unless the folder can be written and has room for ``copies`` checkpoints of ``nbytes``.
 
-        To be called before training, not hours into it. ``copies`` is by default ``keep_last`` + 1: one is written
-        before the oldest goes. Those that are there already count. ``besides``: bytes of what else is to be written on
-        the disk, such as the result.
+        Call this before training, not hours into it. The default of ``copies`` is ``keep_last`` + 1: one is written
+        before the oldest is removed. Existing checkpoints count. ``besides``: bytes of other files for the same disk,
+        such as the result.
         """
         run_folder.preflight(self.directory, nbytes, self.keep_last + 1 if copies is None else copies, besides)
 
     def _begin(
         self, step: int, tensors: Groups, state: Mapping[str, Any], files: Files, info: Mapping[str, Any]
     ) -> _Save:
-        """Check, clean up, make the folder, and write what the caller's functions write."""
+        """Check the names, remove leftovers, make the folder and let the caller's functions write."""
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
         for name in (*tensors, *files):
@@ -157,7 +160,7 @@ class TrainCheckpoint:
         return _Save(step=step, tensors=tensors, state=state, info=info, tmp=tmp, destination=destination)
 
     def _finish(self, saving: _Save) -> Path:
-        """Write the tensors and everything after them."""
+        """Write the tensors, the state and the manifest, and give the folder its name."""
         failure: Exception | None = None
         hashes: dict[str, str] = {}
         try:
@@ -165,7 +168,8 @@ class TrainCheckpoint:
             if self._ranks.is_first:
                 commit.write_json(saving.tmp / STATE_NAME, dict(saving.state))
                 commit.fsync_tree(saving.tmp)
-                facts = {**_facts(saving.step, self._ranks.size), "groups": sorted(saving.tensors)}
+                facts = run_folder.manifest_facts(saving.step, self._ranks.size)
+                facts["groups"] = sorted(saving.tensors)
                 commit.write_manifest(saving.tmp, {**saving.info, **facts}, hashes)
                 commit.fsync_dir(saving.tmp)
         except Exception as error:
@@ -183,12 +187,12 @@ class TrainCheckpoint:
         return saving.destination
 
     def _agree(self, destination: Path, tmp: Path | None, failure: Exception | None) -> None:
-        """Raise on every rank what failed on any, after removing what was begun."""
+        """If any rank failed, remove the unfinished checkpoint and raise CheckpointNotSaved on every rank."""
         try:
-            told = self._ranks.gather(None if failure is None else str(failure) or type(failure).__name__)
+            found = self._ranks.gather(None if failure is None else str(failure) or type(failure).__name__)
         except RuntimeError as error:  # a rank has died
-            failure, told = error, [f"lost touch with the other ranks: {error}"]
-        reasons = dict.fromkeys(reason for reason in told if reason is not None)  # each once, by rank
+            failure, found = error, [f"lost touch with the other ranks: {error}"]
+        reasons = dict.fromkeys(reason for reason in found if reason is not None)  # each once, by rank
         if reasons:
             if tmp is not None and self._ranks.is_first:
                 commit.remove_tree(tmp)
@@ -197,15 +201,15 @@ class TrainCheckpoint:
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
     def latest(self, *, hashes: bool = True) -> Path | None:
-        """The newest checkpoint that is whole, or None. A damaged one is skipped with a warning that names the file.
+        """The newest whole checkpoint, or None. A damaged one is skipped, with a warning that names the file.
 
-        ``hashes=False`` compares sizes only: for checkpoints so large that reading them twice hurts.
+        ``hashes=False`` compares sizes only, for checkpoints that are too large to read twice.
         """
         found: Path | None = self._ranks.from_first(self._newest(hashes) if self._ranks.is_first else None)
         return found
 
     def remove_after(self, step: int) -> list[str]:
-        """Remove the checkpoints of later steps, for a run that goes back to ``step``; returns their names."""
+        """Remove the checkpoints of later steps, for a run that returns to ``step``. Returns their names."""
         later = [path for path in run_folder.candidates(self.directory) if run_folder.step_of(path) > step]
         for path in later:
             run_folder.remove(path)
@@ -224,10 +228,10 @@ class TrainCheckpoint:
         return None
 
     def restore(self, path: str | Path | None = None, *, into: Groups | None = None, hashes: bool = True) -> TrainState:
-        """Read a checkpoint: ``path``, which must be whole, or the newest whole one.
+        """Read the checkpoint ``path``, which must be whole, or the newest whole one.
 
-        ``into``: group -> name -> tensor or DTensor, filled in place, whatever number of ranks saved them; names,
-        shapes and dtypes must be as saved. Groups that are not in ``into`` are in the result, whole, read when used.
+        ``into``: group -> name -> tensor or DTensor to fill in place. Any number of ranks may have saved them; names,
+        shapes and dtypes must be as saved. The result has the other groups, whose tensors are read when used.
         """
         found = self.latest(hashes=hashes) if path is None else Path(path)
         if found is None:
@@ -247,7 +251,7 @@ class TrainCheckpoint:
         return TrainState(step=manifest["step"], tensors=groups, state=state, path=found, manifest=manifest)
 
     def _verified(self, path: Path, *, hashes: bool) -> dict[str, Any]:
-        """The manifest, after rank 0 has compared it with the files; the same error on every rank."""
+        """The manifest, which rank 0 has compared with the files; every rank raises the same error."""
         manifest: dict[str, Any] | Exception = {}
         if self._ranks.is_first:
             try:
@@ -263,23 +267,35 @@ class TrainCheckpoint:
         return manifest
 
     def _fill(self, path: Path, into: Groups) -> None:
-        from tt_ckpt.train.sharded import fill
+        from tt_ckpt.train.sharded import read_sharded
 
         failure = None
         try:
-            fill(path, into)
+            read_sharded(path, into)
         except (OSError, ValueError) as error:
             failure = error
-        told = self._ranks.gather(None if failure is None else str(failure))
-        if reasons := [reason for reason in told if reason is not None]:
+        found = self._ranks.gather(None if failure is None else str(failure))
+        if reasons := [reason for reason in found if reason is not None]:
             raise ValueError(reasons[0]) from failure
 
 
-def _facts(step: int, world_size: int) -> dict[str, Any]:
-    return {
-        "format": "tt-ckpt training checkpoint",
-        "version": run_folder.FORMAT_VERSION,
-        "step": step,
-        "world_size": world_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tt_ckpt": version("tt-ckpt")},
-    }
+def _copies(tensors: Groups) -> dict[str, dict[str, Tensor]]:
+    """Copies on the CPU that further training does not change."""
+    from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+    staged: dict[str, dict[str, Tensor]] = BlockingAsyncStager().stage({k: dict(v) for k, v in tensors.items()})
+    return staged
+
+
+def write_groups(folder: Path, tensors: Groups, among: ranks.Ranks) -> dict[str, str]:
+    """Write one file per group, or one per group and rank if tensors are spread over ranks. Returns their sha256."""
+    if among.size > 1 or any(ranks.is_dtensor(tensor) for named in tensors.values() for tensor in named.values()):
+        from tt_ckpt.train.sharded import save_sharded
+
+        return save_sharded(folder, tensors, among)
+    hashes = {}
+    for group, named in tensors.items():
+        digest = write_tensor_dict(folder / f"{group}.safetensors", named, hashed=True)
+        assert digest is not None
+        hashes[f"{group}.safetensors"] = digest
+    return hashes

@@ -1,12 +1,16 @@
-"""The folder that holds a run's checkpoints: which there are, how one appears, which ones go."""
+"""The folder with a run's checkpoints: which there are, giving a new one its name, removing old ones."""
 
 import os
+import platform
 import re
 import secrets
 import shutil
 from collections.abc import Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tt_ckpt import commit
 from tt_ckpt.files import TMP_PREFIX
@@ -29,7 +33,7 @@ def step_of(path: Path) -> int:
 
 
 def candidates(directory: Path) -> list[Path]:
-    """Oldest first. A folder set aside by a replacement that did not finish counts as a checkpoint; a link does not."""
+    """The checkpoints, oldest first. One that an unfinished replacement set aside counts; a link does not."""
     found = []
     for entry in directory.iterdir() if directory.is_dir() else ():
         match = _NAME.fullmatch(entry.name)
@@ -44,18 +48,29 @@ def describe(directory: Path) -> str:
 
 
 def links(directory: Path) -> list[Path]:
-    """What has the name of a checkpoint and is a link, so that it is neither read nor removed."""
+    """Links with the name of a checkpoint, which are neither read nor removed."""
     found = directory.iterdir() if directory.is_dir() else ()
     return sorted(entry for entry in found if entry.is_symlink() and _NAME.fullmatch(entry.name))
 
 
+def manifest_facts(step: int, world_size: int) -> dict[str, Any]:
+    """The keys that every manifest has, beside those of its files and groups."""
+    return {
+        "format": "tt-ckpt training checkpoint",
+        "version": FORMAT_VERSION,
+        "step": step,
+        "world_size": world_size,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "tt_ckpt": version("tt-ckpt")},
+    }
+
+
 def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    """ValueError unless the manifest is of a format that is read here, and says groups and the step of its folder."""
+    """ValueError unless the manifest has a format that is read here, names of groups, and the step of its folder."""
     if manifest.get("version") != FORMAT_VERSION:
         versions = manifest.get("versions")
         wrote = versions.get("tt_ckpt") if isinstance(versions, dict) else None
         found = f"format version {quoted(manifest.get('version'))}, this tt_ckpt reads {FORMAT_VERSION}"
-        raise ValueError(f"{path}: {found}; use tt-ckpt {plain(wrote) if wrote else 'of the time'}")
+        raise ValueError(f"{path}: {found}; use tt-ckpt {plain(wrote) if wrote else 'of that time'}")
     groups, step, where = manifest.get("groups"), manifest.get("step"), path / commit.MANIFEST_NAME
     if not isinstance(groups, list) or not all(isinstance(group, str) for group in groups):
         raise ValueError(f"{where}: damaged: groups: expected a list of names, found {quoted(groups)}; {_CURE}")
@@ -66,7 +81,7 @@ def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def publish(tmp: Path, destination: Path) -> None:
-    """Give a finished folder its name. One of the same step is set aside first, never written over."""
+    """Give a finished folder its name. A checkpoint of the same step is set aside first, never overwritten."""
     aside = None
     if os.path.lexists(destination):
         aside = destination.parent / f"{_ASIDE}{destination.name}-{secrets.token_hex(4)}"
@@ -78,7 +93,7 @@ def publish(tmp: Path, destination: Path) -> None:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """What saves that were killed have left behind."""
+    """Remove the folders that killed saves have left."""
     for entry in directory.glob(f"{TMP_PREFIX}step-*"):
         commit.remove_tree(entry)
     for entry in directory.glob(f"{_ASIDE}step-*"):
@@ -87,9 +102,9 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
-    """Remove what is older than the newest ``keep_last`` whole checkpoints; a damaged one does not count as kept.
+    """Remove checkpoints older than the newest ``keep_last`` whole ones; a damaged one does not count.
 
-    ``kept_names`` stay in any case. The one just saved is among them: after going back by hand it may have the lowest
+    ``kept_names`` always stay. The one just saved is among them: after a return to an older step it may have the lowest
     number.
     """
     found, kept = candidates(directory), 0
@@ -105,26 +120,26 @@ def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
 
 
 def remove(path: Path) -> None:
-    """Take its name away first: a removal that is interrupted leaves no half checkpoint."""
+    """Remove a checkpoint. Its name goes first, so that an interrupted removal leaves no half checkpoint."""
     gone = path.parent / f"{TMP_PREFIX}{path.name}-{secrets.token_hex(4)}"
     try:
         path.rename(gone)
     except OSError:
-        return  # it stays; what counts is on the disk
+        return  # the old one stays, and the new one is saved
     commit.remove_tree(gone)
 
 
 def preflight(directory: Path, nbytes: int, copies: int, besides: int) -> None:
     """OSError unless files can be written and read back here, and there is room for ``copies`` checkpoints.
 
-    A fifth more than ``copies`` times ``nbytes`` and ``besides`` must be free. Existing checkpoints count as copies.
+    1.2 times ``copies * nbytes + besides`` must be free. Existing checkpoints count as copies.
     """
     directory.mkdir(parents=True, exist_ok=True)
     probe = commit.make_tmp(directory / "step-probe")
     try:
         commit.write_bytes(probe / "probe", b"probe")
         if (probe / "probe").read_bytes() != b"probe":
-            raise OSError(f"{directory}: what is written there cannot be read back")
+            raise OSError(f"{directory}: a file that is written there cannot be read back")
     finally:
         commit.remove_tree(probe)
     missing = max(0, copies - len(candidates(directory)))

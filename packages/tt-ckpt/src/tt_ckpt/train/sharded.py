@@ -1,8 +1,8 @@
 """Tensors that are spread over ranks: planned by ``torch.distributed.checkpoint``, stored as safetensors and JSON.
 
-Each rank writes its parts of group ``g`` to ``g.00000.safetensors`` (its rank), and rank 0 writes ``g.layout.json``,
-which says where every part lies in the whole tensor. Any number of ranks can read what any number wrote. DCP's own
-storage would be a pickle; a group in one plain ``g.safetensors`` is read as one part per tensor.
+Each rank writes its parts of group ``g`` to ``g.00000.safetensors`` (the number is its rank), and rank 0 writes
+``g.layout.json``, which says where each part belongs in its tensor. Any number of ranks can read what any number wrote.
+DCP's own storage would be a pickle. A group in one plain ``g.safetensors`` is read as one part per tensor.
 """
 
 from collections.abc import Mapping
@@ -31,21 +31,20 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from tt_ckpt import commit
-from tt_ckpt.ranks import Ranks
-from tt_ckpt.safetensors_file import DTYPES, canonical_order, spec_of, write_tensors
-from tt_ckpt.train.tensor_groups import Group, box, part_key
+from tt_ckpt.ranks import Ranks, box
+from tt_ckpt.safetensors_file import NAMES_OF_DTYPES, canonical_order, spec_of, write_tensors
+from tt_ckpt.train.tensor_groups import Group, part_key
 
 _SEPARATOR = "/"  # in DCP's flat names: group/name
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save_sharded(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], ranks: Ranks) -> dict[str, str]:
-    """Write ``groups`` into ``folder``, every rank its parts. Returns file name -> sha256, on rank 0.
+    """Write ``groups`` into ``folder``, each rank its parts. Returns file name -> sha256, on rank 0.
 
-    A tensor that is no DTensor is taken to be equal on all ranks that have it, and is written by one of them.
+    A tensor that is not a DTensor is taken to be equal on all ranks that have it, and one of them writes it.
     """
     flat = {f"{group}{_SEPARATOR}{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
     writer = SafetensorsWriter(folder, ranks.rank)
@@ -57,7 +56,7 @@ def save_sharded(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], ranks
 
 
 def unwrapped(error: CheckpointException) -> str:
-    """The causes by rank: the first line of a CheckpointException says nothing."""
+    """The causes by rank, which the first line of a CheckpointException leaves out."""
     return "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
 
 
@@ -74,7 +73,7 @@ class SafetensorsWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        return False  # it is given its folder, never chosen by one
+        return False
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         pass
@@ -109,7 +108,7 @@ class SafetensorsWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0: one layout per group."""
+        """Write one layout per group, on rank 0."""
         written = {_key(result.index): result for of_rank in results for result in of_rank}
         layouts: dict[str, dict[str, Any]] = {}
         for fqn, entry in metadata.state_dict_metadata.items():
@@ -122,7 +121,7 @@ class SafetensorsWriter(StorageWriter):
                 file, digest = written[key].storage_data
                 self.hashes[file] = digest
                 chunks.append({"file": file, "offsets": list(chunk.offsets), "sizes": list(chunk.sizes)})
-            dtype = _DTYPE_NAMES[entry.properties.dtype]
+            dtype = NAMES_OF_DTYPES[entry.properties.dtype]
             layouts.setdefault(group, {})[name] = {"dtype": dtype, "shape": list(entry.size), "chunks": chunks}
         for group, tensors in layouts.items():
             commit.write_json(self.folder / f"{group}.layout.json", {"tensors": tensors})
@@ -141,10 +140,10 @@ def _key(index: MetadataIndex) -> str:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def fill(folder: Path, targets: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy the tensors of groups into ``targets`` (group -> name -> tensor or DTensor), each rank what it holds.
+def read_sharded(folder: Path, targets: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy saved tensors into ``targets`` (group -> name -> tensor or DTensor), each rank the parts that it holds.
 
-    Names, shapes and dtypes must be as saved: nothing is cast in silence.
+    Names, shapes and dtypes must be as saved: nothing is cast silently.
     """
     groups = {name: Group(folder, name) for name in targets}
     for name, named in targets.items():
@@ -172,7 +171,7 @@ def fill(folder: Path, targets: Mapping[str, Mapping[str, Tensor]]) -> None:
 
 
 def _metadata(groups: Mapping[str, Group]) -> Metadata:
-    """What DCP's planner wants to know of the files."""
+    """The files as DCP's planner describes them."""
     return Metadata(
         state_dict_metadata={
             f"{group}{_SEPARATOR}{name}": TensorStorageMetadata(

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_ckpt.files import read_start
+from tt_ckpt.files import DOWNLOAD, read_start
 from tt_ckpt.formats.gguf.blocks import PLAIN, can_decode, decode, nearest_kind, quant_sizes, update_hint
-from tt_ckpt.placeholder import DOWNLOAD
 from tt_ckpt.safe_names import safe_file
 from tt_ckpt.shown import listed, quoted
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tt_ckpt.files import DOWNLOAD
 from tt_ckpt.formats.gguf.config import config_of
 from tt_ckpt.formats.gguf.file import GGUF, GGUFTensor, read_gguf, read_rows
 from tt_ckpt.formats.gguf.names import IGNORED, Architecture, architecture_of, check_blocks, rename
 from tt_ckpt.formats.gguf.tokenizer import tokenizer_files
-from tt_ckpt.formats.rotary import to_half_split
-from tt_ckpt.hf.weights import Weights, rotated_heads
-from tt_ckpt.placeholder import DOWNLOAD
+from tt_ckpt.formats.translation import rotated_heads, to_half_split
+from tt_ckpt.hf.weights import Weights
 from tt_ckpt.safetensors_file import TensorSpec
 from tt_ckpt.shown import quoted
 

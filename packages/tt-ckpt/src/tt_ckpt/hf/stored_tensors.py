@@ -1,28 +1,21 @@
-"""Which tensor lies in which file: the shards of a directory, their index, and splitting anew.
-
-The rule for splitting and the index's form are those of huggingface_hub, so that files come out the same.
-"""
+"""The tensors in the safetensors files of a model directory: which there are, in which file, and reading them."""
 
 import difflib
-import json
 import logging
-import math
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tt_ckpt.files import read_json
-from tt_ckpt.hf.placed_file import PlacedFile
-from tt_ckpt.placeholder import DOWNLOAD, HALF_FETCHED, half_fetched
+from tt_ckpt.files import DOWNLOAD, HALF_FETCHED, half_fetched, read_json
+from tt_ckpt.model_path import resolve
 from tt_ckpt.safe_names import check_basename, safe_file
-from tt_ckpt.safetensors_file import Header, MappedFile, TensorSpec, read_header
-from tt_ckpt.shown import UNITS, format_size, listed, quoted
+from tt_ckpt.safetensors_file import Header, MappedFile, read_header, read_tensor
+from tt_ckpt.shown import format_size, listed, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -31,57 +24,108 @@ SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """The weight files of a directory: ``files`` maps names to headers, ``where`` a key to its file's name."""
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a model directory by name, each read into memory of its own when it is asked for.
 
-    directory: Path
-    files: dict[str, Header]
-    where: dict[str, str]
-    index: dict[str, Any] | None
+    ``specs[name]`` has its ``dtype``, ``shape``, ``numel`` and ``nbytes``, ``file_of(name)`` is the file that holds it.
+    Files are opened when a tensor is read and closed again. ``dict(tensors)`` reads the whole model.
+    """
 
-    def spec(self, key: str) -> TensorSpec:
-        return self.files[self.where[key]].tensors[key]
+    def __init__(self, directory: Path, headers: dict[str, Header], where: dict[str, str], *, has_index: bool) -> None:
+        self.directory = directory
+        self.headers = headers  # file name -> header
+        self.where = where  # tensor name -> file name
+        self.has_index = has_index
+        self.specs = {name: headers[file].tensors[name] for name, file in where.items()}
+        self._maps: dict[str, MappedFile] = {}
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec = self.specs[name]
+        out = torch.empty(spec.shape, dtype=spec.dtype)
+        self.read_into(name, out)
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
 
     @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for header in self.files.values() for spec in header.tensors.values())
+        return sum(spec.nbytes for spec in self.specs.values())
+
+    def file_of(self, name: str) -> Path:
+        return self.headers[self.where[name]].path
+
+    def offset_of(self, name: str) -> int:
+        """Where the tensor begins in its file, in bytes."""
+        return self.headers[self.where[name]].offsets[name]
+
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill ``out``, which has the tensor's shape, cast to its dtype and moved to its device."""
+        read_tensor(self.headers[self.where[name]], name, out)
+
+    def borrow(self, name: str) -> Tensor:
+        """The tensor in memory that the next call of ``borrow`` overwrites."""
+        spec = self.specs[name]
+        if self._buffer.numel() < spec.nbytes:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is allocated
+            self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
+        out = self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
+        self.read_into(name, out)
+        return out
+
+    def mapped(self, name: str) -> Tensor:
+        """The tensor as a view of a memory map, which takes no memory. Cutting the file short then ends the process."""
+        file = self.where[name]
+        if file not in self._maps:
+            self._maps[file] = MappedFile(self.headers[file].path, self.headers[file])
+        return self._maps[file].tensor(name)
 
 
-def find_shards(directory: Path) -> Shards:
-    """Read the index and every header of a Hugging Face directory; what is missing or odd is named."""
+def open_tensors(path: str | Path) -> StoredTensors:
+    """The tensors in the safetensors files of a model directory or hub id. Only the index and headers are read.
+
+    FileNotFoundError or ValueError, in one line, for what is missing or damaged. An index decides which tensors there
+    are; those of its files that it does not name are left out, with a warning.
+    """
+    directory = resolve(path)
+    index = None
     if os.path.lexists(directory / INDEX_NAME):
         index = read_json(directory / INDEX_NAME)
         names = _index_files(directory, index)
     elif os.path.lexists(directory / SINGLE_NAME):
-        index, names = None, [SINGLE_NAME]
-    elif whole := _whole_set(directory):  # without its index
-        index, names = None, whole
-    else:
+        names = [SINGLE_NAME]
+    else:  # perhaps a whole set without its index
+        names = _whole_set(directory)
+    if not names:
         raise FileNotFoundError(describe_no_weights(directory))
-    files = {name: read_header(safe_file(directory, name)) for name in names}
-    if index is None:
-        where = _where(directory, files)
-    else:
-        where = index["weight_map"]
-        _check_index(directory, where, files)
-    return Shards(directory=directory, files=files, where=where, index=index)
-
-
-def _where(directory: Path, files: Mapping[str, Header]) -> dict[str, str]:
+    headers = {name: read_header(directory / name, directory) for name in names}
+    if index is not None:
+        _check_index(directory, index["weight_map"], headers)
+        return StoredTensors(directory, headers, index["weight_map"], has_index=True)
     where: dict[str, str] = {}
-    for name, header in files.items():
+    for name, header in headers.items():
         for key in header.tensors:
             if key in where:
-                raise ValueError(
-                    f"{directory}: tensor {quoted(key)} is in {where[key]} and in {name}; download {INDEX_NAME} too"
-                )
+                both = f"{where[key]} and in {name}"
+                raise ValueError(f"{directory}: tensor {quoted(key)} is in {both}; download {INDEX_NAME} too")
             where[key] = name
-    return where
+    return StoredTensors(directory, headers, where, has_index=False)
+
+
+def tensor_dtypes(path: str | Path) -> dict[str, torch.dtype]:
+    """The dtype of every tensor in the safetensors files of a directory or hub id, by its name there.
+
+    Only headers are read. ``save_hf(..., dtype=tensor_dtypes(base))`` writes a model with the dtypes of its base.
+    """
+    return {name: spec.dtype for name, spec in open_tensors(path).specs.items()}
 
 
 def _check_index(directory: Path, where: Mapping[str, str], files: Mapping[str, Header]) -> None:
-    """Every tensor is in the file that the index names. Tensors that it does not name are left out, with a warning."""
+    """ValueError unless every tensor is in the file that the index names; a warning about tensors it does not name."""
     for key, name in where.items():
         if key not in files[name].tensors:
             other = next((file for file, header in files.items() if key in header.tensors), None)
@@ -96,7 +140,7 @@ def _check_index(directory: Path, where: Mapping[str, str], files: Mapping[str, 
 
 
 def _whole_set(directory: Path) -> list[str]:
-    """Shards 1 to N of N, if there is one such set; else nothing."""
+    """The files 1 to N of N, if the directory has exactly one such set; else nothing."""
     sets: dict[str, list[str]] = {}
     for path in sorted(directory.glob("model-*-of-*.safetensors")) if directory.is_dir() else ():
         if match := _SHARD.fullmatch(path.name):
@@ -119,7 +163,7 @@ def _index_files(directory: Path, index: Any) -> list[str]:
 
 
 def shard_names(path: Path, index: Any, ending: str) -> list[str]:
-    """The files that an index names, each a plain name with ``ending``; what is odd is named with its tensor."""
+    """The files that an index names, each a plain name with ``ending``; an error names the tensor of a bad one."""
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f"{path}: expected an object with a weight_map from tensor names to file names; {DOWNLOAD}")
@@ -139,7 +183,7 @@ def shard_names(path: Path, index: Any, ending: str) -> list[str]:
 
 
 def _or_without(directory: Path) -> str:
-    """Another whole model beside a stale index."""
+    """The cure if a whole model is beside a stale index."""
     found = [SINGLE_NAME] if (directory / SINGLE_NAME).is_file() else _whole_set(directory)
     return f"; or, if {found[0]} is of the whole model and the index is old, remove {INDEX_NAME}" if found else ""
 
@@ -189,106 +233,5 @@ def describe_no_weights(directory: Path) -> str:
 
 
 def _fetched_in_part(directory: Path) -> list[str]:
-    """What an interrupted ``tt download -o`` has of the weights."""
+    """The parts of files that an interrupted ``tt download -o`` has left."""
     return sorted(path.name for path in (directory / ".cache/huggingface/download").glob("*.incomplete"))
-
-
-class OpenShards:
-    """The tensors of a directory by key, each file opened when first needed and let go by ``release``.
-
-    ``tensors[key]`` is a view of a memory map; all else is read into memory without one.
-    """
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-        self._mapped: dict[str, MappedFile] = {}
-        self._placed: dict[str, PlacedFile] = {}
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def __getitem__(self, key: str) -> Tensor:
-        name = self.shards.where[key]
-        if name not in self._mapped:
-            header = self.shards.files[name]
-            self._mapped[name] = MappedFile(header.path, header)
-        return self._mapped[name].tensor(key)
-
-    def read_into(self, key: str, out: Tensor) -> None:
-        """Fill ``out``, cast to its dtype and moved to its device a piece at a time where those differ."""
-        self._file_of(key).read_into(key, out)
-
-    def read(self, key: str) -> Tensor:
-        """The tensor in memory of its own."""
-        spec = self.shards.spec(key)
-        out = torch.empty(spec.shape, dtype=spec.dtype)
-        self.read_into(key, out)
-        return out
-
-    def borrow(self, key: str) -> Tensor:
-        """The tensor in memory that the next call of ``borrow`` writes to."""
-        spec = self.shards.spec(key)
-        if self._buffer.numel() < spec.nbytes:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # gone before the larger one comes
-            self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
-        out = self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
-        self.read_into(key, out)
-        return out
-
-    def _file_of(self, key: str) -> PlacedFile:
-        name = self.shards.where[key]
-        if name not in self._placed:
-            self._placed[name] = PlacedFile(self.shards.files[name])
-        return self._placed[name]
-
-    def release(self, name: str) -> None:
-        for held in (self._mapped, self._placed):
-            if name in held:
-                held.pop(name).close()
-
-
-# ---- splitting ---------------------------------------------------------------------------------------------------
-
-
-def parse_size(size: str | int) -> int:
-    """``"5GB"`` -> 5_000_000_000. An integer is a number of bytes."""
-    if isinstance(size, int):
-        number, unit = float(size), 1
-    else:
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT]B)\s*", size, re.IGNORECASE)
-        if match is None or match[1].count(".") > 1:
-            raise ValueError(f"max_shard_size: expected a number with KB, MB, GB or TB such as '5GB', got {size!r}")
-        number, unit = float(match[1]), UNITS[match[2].upper()]
-    if number <= 0 or not math.isfinite(number):
-        raise ValueError(f"max_shard_size: expected more than 0, got {size!r}")
-    return int(number * unit)
-
-
-def split(specs: Mapping[str, TensorSpec], max_shard_size: str | int) -> dict[str, list[str]]:
-    """File name -> keys, filled in the given order; a tensor over the limit has a file of its own."""
-    limit = parse_size(max_shard_size)
-    groups: list[list[str]] = []
-    current: list[str] = []
-    filled = 0
-    for key, spec in specs.items():
-        if spec.nbytes > limit:
-            groups.append([key])
-            continue
-        if filled + spec.nbytes > limit:
-            groups.append(current)
-            current, filled = [], 0
-        current.append(key)
-        filled += spec.nbytes
-    if current:
-        groups.append(current)
-    if len(groups) <= 1:
-        return {SINGLE_NAME: groups[0] if groups else []}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": keys for i, keys in enumerate(groups, 1)}
-
-
-def encode_index(files: Mapping[str, Iterable[str]], specs: Mapping[str, TensorSpec]) -> str:
-    """The text of ``model.safetensors.index.json``, as transformers writes it."""
-    total = {
-        "total_parameters": sum(spec.numel for spec in specs.values()),
-        "total_size": sum(spec.nbytes for spec in specs.values()),
-    }
-    where = {key: name for name, keys in files.items() for key in keys}
-    return json.dumps({"metadata": total, "weight_map": where}, indent=2, sort_keys=True) + "\n"
