@@ -64,7 +64,7 @@ def test_a_file_that_exists_is_replaced_only_when_asked(tt, tmp_path, source, ty
     assert file.read_text() == "a day of work"
     assert tt("cp", "-f", "sft", typed).code == 0
     assert file.read_bytes() == source
-    assert "give one of the two" in tt("cp", "-f", "-n", "sft", typed).err
+    assert "give only one of them" in tt("cp", "-f", "-n", "sft", typed).err
 
 
 def test_no_clobber_also_sees_a_dangling_link(tt, tmp_path):
@@ -109,4 +109,4 @@ def test_an_unknown_name_is_answered_with_the_nearest(tt, tmp_path):
 
 def test_a_missing_destination_is_wrong_use(tt):
     answer = tt("cp", "sft")
-    assert (answer.code, answer.err) == (2, "error: missing argument 'DEST' (see tt cp --help)\n")
+    assert (answer.code, answer.err) == (2, "error: missing argument 'DESTINATION' (see tt cp --help)\n")

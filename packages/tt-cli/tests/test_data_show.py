@@ -171,13 +171,13 @@ CONFUSED = [
     (["rows.jsonl"], "no tokenizer: name the model that will see the rows, as in --tokenizer MODEL"),
     (
         ["rows.jsonl", "data.packing=true"],
-        "data.packing=true belongs to a recipe: tt data show sft data.train=",
+        "data.packing=true needs a recipe: tt data show sft data.train=",
     ),
-    (["rows.jsonl", "--config", "c.yaml"], "--config belongs to a recipe: "),
+    (["rows.jsonl", "--config", "c.yaml"], "--config needs a recipe: "),
     (["nowhere.yaml"], "nowhere.yaml: no such config file"),
     (["nowhere.py"], "nowhere.py: no such recipe file"),
     (["rows.jsonl", "--tokenzier", "m"], "did you mean '--tokenizer'?"),
-    (["run"], "run: a run directory, not rows; give its config, run/config.yaml"),
+    (["run"], "run is a run directory, not rows; give its config, run/config.yaml"),
 ]
 
 

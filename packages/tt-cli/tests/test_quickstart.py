@@ -241,7 +241,7 @@ def test_an_output_that_is_taken_is_refused(tmp_path: Path, kind: str, tt):
         (taken / "mine").write_text("mine")
     answer = tt("quickstart", "-o", str(taken))
     assert answer.code == 2
-    assert answer.err == f"error: {taken}: exists and is not empty; name a new folder with -o DIR\n"
+    assert answer.err == f"error: {taken} exists and is not empty; name a new folder with -o DIR\n"
 
 
 def test_the_held_out_rows_are_scored_with_the_rows_template(told: tuple[Folders, Outcome]):

@@ -158,7 +158,7 @@ def test_the_nearest_recipe_is_suggested(tt, recipe):
 
 def test_a_config_beside_a_config_is_refused(tt, recipe):
     Path("c.yaml").write_text("seed: 1\n")
-    assert "give one of the two" in tt("run", "c.yaml", "--config", "c.yaml").err
+    assert "give only one of the two" in tt("run", "c.yaml", "--config", "c.yaml").err
 
 
 def test_a_recipe_file_that_is_missing_or_has_no_main_is_named(tt, recipe):

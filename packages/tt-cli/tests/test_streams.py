@@ -38,7 +38,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 def test_an_answer_that_the_disk_cannot_hold_is_one_line_and_exit_1(words, unbuffered):
     done = bash(f"{TT} {words} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 1
-    assert done.stderr == "error: standard output: no space left on device; what it got is not complete\n"
+    assert done.stderr == "error: standard output: no space left on device; the output is incomplete\n"
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -77,8 +77,8 @@ def test_a_broken_locale_shows_escapes(locale, tmp_path):
     [
         (b"a\nb\xff", "(0xff) is not UTF-8"),
         (b"\xed\xa0\x80", "(0xed) is not UTF-8"),
-        (b"a" * (LONGEST + 1), "a prompt of more than 1 MiB; shorten it"),
-        (b"a" * 9000, "reads 128 with its answer; shorten it"),
+        (b"a" * (LONGEST + 1), "the prompt is longer than 1 MiB; shorten it"),
+        (b"a" * 9000, "can read 128 with the answer; shorten it"),
     ],
     ids=["not text", "half a character", "a flood", "too long"],
 )
@@ -101,7 +101,7 @@ def test_nul_and_control_characters_in_prompts_are_text(tt, lora_run, monkeypatc
 def test_words_that_are_not_utf_8_are_one_line(tt, lora_run, words):
     done = tt("generate", str(lora_run), *words)
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "is not UTF-8; convert the text, as with iconv" in done.err
+    assert "is not UTF-8; convert the text, for example with iconv" in done.err
 
 
 def test_two_interrupts_are_exit_130_without_a_traceback(lora_run):
@@ -201,7 +201,7 @@ def test_a_broken_pipe_to_a_helper_is_not_taken_for_a_reader_that_has_left(capsy
         (MemoryError(), "out of memory; close other programs, or use a smaller model or fewer tokens"),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"),
-            "out of memory (4096 bytes more were asked for); close other programs",
+            "out of memory (4096 bytes more was requested); close other programs",
         ),
         (RecursionError("maximum recursion depth exceeded"), "something in the input is nested too deeply"),
     ],

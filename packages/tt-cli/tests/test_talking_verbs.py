@@ -48,9 +48,9 @@ def test_an_answer_that_is_cut_says_so_unless_its_length_was_asked_for(tt, lora_
     assert generate(tt, str(lora_run), "red", "--max-new-tokens", "1")["cut"]
     assert tt("generate", str(lora_run), "red", "--max-new-tokens", "1").err == ""
     monkeypatch.setattr("tt_models.stream", lambda *_, max_new_tokens, **__: iter([70] * max_new_tokens))
-    assert "tokens, where the model's context ends)" in tt("generate", str(lora_run), "red").err
+    assert "tokens: the model's context is full)" in tt("generate", str(lora_run), "red").err
     monkeypatch.setattr(Speaker, "prompt_ids", lambda *_: [1] * 127)
-    assert "(cut after 1 tokens, where" in tt("generate", str(lora_run), "red").err
+    assert "(cut after 1 token: the model's context is full)" in tt("generate", str(lora_run), "red").err
     monkeypatch.setattr("tt_models.stream", lambda *_, **__: iter([]))
     assert tt("generate", str(lora_run), "red").err == ""
 
@@ -58,7 +58,7 @@ def test_an_answer_that_is_cut_says_so_unless_its_length_was_asked_for(tt, lora_
 def test_two_prompts_are_one_too_many(tt, lora_run):
     answer = tt("generate", str(lora_run), "red", "-p", "blue")
     assert answer.code == 2
-    assert "two prompts, 'red' and -p 'blue': give one of the two" in answer.err
+    assert "two prompts, 'red' and -p 'blue'; give only one of them" in answer.err
 
 
 def test_without_a_prompt_the_ways_to_give_one_are_named(tt, lora_run, monkeypatch):
@@ -137,13 +137,13 @@ def test_without_its_adapter_a_run_answers_like_its_base(tt, lora_run, model_dir
 def test_raw_and_system_exclude_each_other(tt, lora_run):
     answer = tt("generate", str(lora_run), "-p", "red", "--raw", "--system", "Be brief.")
     assert answer.code == 2
-    assert "give one of the two" in answer.err
+    assert "give only one of them" in answer.err
 
 
 def test_a_prompt_that_does_not_fit_is_one_line(tt, lora_run):
     answer = tt("generate", str(lora_run), "-p", "red " * 200)
     assert answer.code == 2
-    assert "reads 128 with its answer" in answer.err
+    assert "can read 128 with the answer" in answer.err
     assert answer.err.count("\n") == 1
 
 

@@ -35,7 +35,7 @@ SLIPS = [
     ("run lora_dpo_single_device", "no such recipe here: preference tuning is not offered"),
     ("run generate", "it is a verb: tt generate"),
     ("run stf --config c.yaml", "stf: unknown recipe; did you mean 'sft'?"),
-    ("run c.yaml --config c.yaml", "'c.yaml' is a config itself: give one of the two"),
+    ("run c.yaml --config c.yaml", "'c.yaml' is itself a config; give only one of the two"),
     ("run sft c.yaml", "did you mean --config c.yaml?"),
     ("run c.yaml sft", "'sft' is not KEY=VALUE; write sft --config c.yaml"),
     ("run sft sft", "the recipe is given already"),
@@ -47,7 +47,7 @@ SLIPS = [
     ("run sft modelpath=MODEL", "did you mean 'model.path'?"),
     ("run sft batch_size:8", "write batch_size=8"),
     ("run sft optimizer.=3", "optimizer.: unknown key"),
-    ("run sft --resume=", "--resume has no value (a shell variable that is not set?)"),
+    ("run sft --resume=", "--resume has no value (an unset shell variable?)"),
     ("run sft -o=x", "write -o x, without ="),
     ("run sft -o", "option '-o' requires an argument (see tt run --help)"),
     ("sft c.yaml", "did you mean tt run sft?"),
@@ -62,7 +62,7 @@ SLIPS = [
     ("convert smol.ggu out", "did you mean smol.gguf?"),
     ("run sft --config sft", "sft: a recipe, not a config; tt ls configs"),
     ("cat rows.jsonl", "rows.jsonl: a file of rows, not a config; tt data show rows.jsonl"),
-    ("cp c.yaml d.yaml", "it is a file already: copy it with cp"),
+    ("cp c.yaml d.yaml", "this is already a file; copy it with cp"),
     ("data show rows.jsonl --tokenizer MODEL -n x", "'x' is not a valid whole number"),
     ("data show rows.jsonl --tokenizer MODEL --start 100", "--start 100: there are 8 rows, counted from 0"),
     ("data show rows.jsonl --tokenizer MODEL --split trian", "it is one file and has no splits"),
@@ -105,7 +105,7 @@ def test_a_slip_is_one_line_with_the_cure(tt, tmp_path, typed, said):
 def test_an_empty_word_is_a_variable_that_is_not_set(tt, words):
     answer = tt(*words)
     assert (answer.code, answer.err.count("\n")) == (2, 1)
-    assert "an empty word (a shell variable that is not set?)" in answer.err
+    assert "an empty argument (an unset shell variable?)" in answer.err
 
 
 @pytest.mark.parametrize(("words", "suggested"), [

@@ -192,7 +192,7 @@ def lines_of(error: Exception) -> list[str]:
         return [_one_line(f"{name}: {error.strerror[0].lower()}{error.strerror[1:]}")]
     if _is_out_of_memory(error) and not isinstance(error, TrainingError):
         asked = re.search(r"tried to allocate ([\d.]+ ?\w*)", _text(error))
-        more = f" ({asked[1]} more were asked for)" if asked else ""
+        more = f" ({asked[1]} more was requested)" if asked else ""
         return [f"out of memory{more}; close other programs, or use a smaller model or fewer tokens"]
     if isinstance(error, RecursionError):
         return ["something in the input is nested too deeply to be read (RecursionError)"]

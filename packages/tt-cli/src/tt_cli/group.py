@@ -106,9 +106,7 @@ class Verb(click.Command):
         if any("--json" in param.opts for param in self.params):
             ctx.ensure_object(Invocation).json = "--json" in args
         if "" in args and self._names_a_file(args[args.index("") - 1] if args[0] else ""):
-            raise click.UsageError(
-                "an empty word (a shell variable that is not set?); leave it out or give it a value", ctx
-            )
+            raise click.UsageError("an empty argument (an unset shell variable?); leave it out or give it a value", ctx)
         for word in args:
             self._refuse_half_option(ctx, word)
         try:
@@ -131,7 +129,7 @@ class Verb(click.Command):
         if option is None or not isinstance(option.type, click.Path):
             return
         if not value:
-            raise click.UsageError(f"{name} has no value (a shell variable that is not set?); leave it out", ctx)
+            raise click.UsageError(f"{name} has no value (an unset shell variable?); leave it out", ctx)
         if not name.startswith("--"):
             raise click.UsageError(f"{word}: write {name} {value}, without =", ctx)
 

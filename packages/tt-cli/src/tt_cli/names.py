@@ -28,7 +28,7 @@ def path_of(name: str) -> Path:
             continue
     hint = did_you_mean(name, [*registry.RECIPES, *registry.config_names()])
     if Path(name).is_file():
-        hint = "; it is a file already: copy it with cp"
+        hint = "; this is already a file; copy it with cp"
     raise ValueError(f"no recipe or config '{name}'{hint} (`tt ls` lists them)")
 
 
@@ -48,7 +48,9 @@ def composed(
             _refuse_name(word, what)
     is_config = what in registry.config_names() or os.path.isfile(what)  # noqa: PTH113  (a name may be too long)
     if config_file is not None and is_config and not what.endswith(".py"):
-        raise click.UsageError(f"--config belongs to a recipe; '{what}' is a config itself: give one of the two")
+        raise click.UsageError(
+            f"--config goes with a recipe, but '{what}' is itself a config; give only one of the two"
+        )
     return compose(what, config=config_file, overrides=overrides, allow_import=allow_import, complete=complete)
 
 
@@ -74,7 +76,7 @@ def refuse_run(name: str) -> None:
     from tt_train.run_files import is_run
 
     if is_run(Path(name)):
-        raise ValueError(f"{name}: a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
+        raise ValueError(f"{name} is a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
 
 
 def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -112,7 +112,7 @@ def chosen_output(word: Path | None, option: Path | None) -> Path:
     """The one that was given."""
     if word is not None and option is not None:
         raise click.UsageError(
-            f"two outputs, '{word}' and -o {option}: give one of the two", click.get_current_context()
+            f"two outputs, '{word}' and -o {option}; give only one of them", click.get_current_context()
         )
     found = word or option
     if found is None:

@@ -53,7 +53,9 @@ class Speaker:
             ids: list[int] = self.tokenizer.encode_prompt(messages)
             return ids
         if messages[0]["role"] == "system":
-            raise ValueError(f"{self.path} has no chat template, so it reads no system message; leave --system out")
+            raise ValueError(
+                f"{self.path} has no chat template, so it cannot take a system message; leave out --system"
+            )
         text = messages[-1]["content"]
         if self.form != "text":
             from tt_data.template.prompts import get_instruct_template
@@ -73,7 +75,9 @@ class Speaker:
         self.cut = 0
         limit = self.model.config.max_position_embeddings
         if len(ids) >= limit:
-            raise ValueError(f"the prompt has {len(ids)} tokens, {self.path} reads {limit} with its answer; shorten it")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, and {self.path} can read {limit} with the answer; shorten it"
+            )
         tokens = tt_models.stream(
             self.model,
             torch.tensor([list(ids)], device=self.model.output_weight.device),
@@ -96,11 +100,12 @@ class Speaker:
 
     def tell_cut(self, sampling: Sampling) -> None:
         """Say on stderr that the answer was cut, unless its length was asked for."""
+        after = f"cut after {self.cut} token{'s' if self.cut > 1 else ''}"
         asked = click.get_current_context().get_parameter_source("max_new_tokens")
         if self.cut and self.cut < sampling.max_new_tokens:
-            tell(f"(cut after {self.cut} tokens, where the model's context ends)")
+            tell(f"({after}: the model's context is full)")
         elif self.cut and asked == click.core.ParameterSource.DEFAULT:
-            tell(f"(cut after {self.cut} tokens; --max-new-tokens allows more)")
+            tell(f"({after}; --max-new-tokens allows more)")
 
 
 def show_answer(parts: Iterator[str]) -> str:
@@ -138,13 +143,12 @@ def _stdin_bytes(lines: int) -> bytes:
 
 def _decoded(data: bytes, where: str) -> str:
     if len(data) > LONGEST:
-        raise ValueError(f"{where}: a prompt of more than {LONGEST >> 20} MiB; shorten it")
+        raise ValueError(f"{where}: the prompt is longer than {LONGEST >> 20} MiB; shorten it")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {error.start + 1} (0x{data[error.start]:02x}) is not UTF-8; convert the text, as with iconv"
-        ) from None
+        at = f"byte {error.start + 1} (0x{data[error.start]:02x})"
+        raise ValueError(f"{where}: {at} is not UTF-8; convert the text, for example with iconv") from None
 
 
 def check_text(text: str, where: str) -> str:
@@ -153,7 +157,7 @@ def check_text(text: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{where}: character {error.start + 1} is not UTF-8; convert the text, as with iconv"
+            f"{where}: character {error.start + 1} is not UTF-8; convert the text, for example with iconv"
         ) from None
     return text
 

@@ -25,7 +25,7 @@ class OutputLost(Exception):  # noqa: N818  (what a closed pipe means is for the
 
     def __init__(self, error: OSError) -> None:
         self.closed = error.errno == errno.EPIPE
-        super().__init__(f"standard output: {str(error.strerror or error).lower()}; what it got is not complete")
+        super().__init__(f"standard output: {str(error.strerror or error).lower()}; the output is incomplete")
 
 
 class Door:

@@ -139,8 +139,8 @@ def chat_command(folders: Folders, question: str) -> str:
 def go_on(folders: Folders, scale: Scale, question: str, *, seed: int) -> list[str]:
     """What to try next on what the quickstart left; the shell skips what stands behind #."""
     return [
-        typed("tt", "chat", folders.lora_run, "--no-adapter") + "  # the base, which still knows all it knew",
-        run_command(both_words(folders, scale, seed=seed), folders.root / "runs" / "both") + "  # one that knows both",
+        typed("tt", "chat", folders.lora_run, "--no-adapter") + "  # the base model, which has not changed",
+        run_command(both_words(folders, scale, seed=seed), folders.root / "runs" / "both") + "  # an adapter for both",
         typed("tt", "generate", folders.merged, "-p", question),
         typed("tt", "report", folders.lora_run, folders.pretrain_run),
     ]

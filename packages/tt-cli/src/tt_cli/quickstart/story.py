@@ -58,13 +58,12 @@ def tell(root: Path, *, seed: int, scale: Scale, narrator: Narrator) -> Outcome:
     _make_blank(folders, scale, seed, splits, narrator)
     done = [_train("3 Base", folders.pretrain_run, commands.pretrain_words(folders, scale, seed=seed), narrator)]
     before, said_before, _ = _score(folders.base, splits)
-    narrator.fact(
-        f"unseen questions: {percent(_base_mean(before))} of its own kinds, {percent(before[TARGET])} {TARGET}"
-    )
+    own, target = percent(_base_mean(before)), percent(before[TARGET])
+    narrator.fact(f"unseen questions: {own} right on its own tasks, {target} on {TARGET}")
 
     done.append(_train("4 Adapter", folders.lora_run, commands.lora_words(folders, scale, seed=seed), narrator))
     after, said_after, adapted = _score(folders.lora_run, splits)
-    narrator.fact(f"unseen questions: {percent(after[TARGET])} {TARGET}")
+    narrator.fact(f"unseen questions: {percent(after[TARGET])} right on {TARGET}")
 
     question = splits.held_out[0].question
     done.append(commands.chat_command(folders, question))

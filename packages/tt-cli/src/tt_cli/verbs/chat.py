@@ -42,7 +42,9 @@ def command(model: str | None, system: str | None, no_adapter: bool, base: tuple
     settings = Sampling(**sampling)  # type: ignore[arg-type]
     interactive = sys.stdin.isatty()
     if interactive:
-        alone = "" if speaker.form == "chat" else f" (trained on {speaker.form} prompts: each stands alone)"
+        alone = (
+            "" if speaker.form == "chat" else f" (trained on {speaker.form} prompts, so each is answered on its own)"
+        )
         say(f"{speaker.path}{alone}; /help shows commands, /exit leaves", err=True)
     messages = _opening(system)
     for line in _lines(interactive):

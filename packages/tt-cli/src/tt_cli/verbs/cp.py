@@ -30,7 +30,7 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
     A name without a suffix gets .py for a recipe and .yaml for a config. An existing file is an error.
     """
     if no_clobber and force:
-        raise click.UsageError("-n keeps a file and -f replaces it: give one of the two", click.get_current_context())
+        raise click.UsageError("-n keeps a file and -f replaces it; give only one of them", click.get_current_context())
     source = path_of(name)
     target = _target(destination, source)
     if target.is_dir():
@@ -40,10 +40,10 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
             raise FileNotFoundError(f"no folder {target.parent} to copy {name} to; --make-parents creates it")
         target.parent.mkdir(parents=True)
     if no_clobber and os.path.lexists(target):
-        click.echo(f"{target} exists and is left as it is", err=True)
+        click.echo(f"{target} exists and was kept", err=True)
         return
     if target.exists() and target.samefile(source):
-        raise ValueError(f"{target} is the file to copy itself; name another file")
+        raise ValueError(f"{target} is the file to copy; name another file")
     if os.path.lexists(target) and not force:
         raise FileExistsError(
             f"{target} exists; name another file, or replace it: tt cp -f {name} {shell_word(destination)}"

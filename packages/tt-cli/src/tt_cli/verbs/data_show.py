@@ -99,7 +99,7 @@ def command(
             if "=" not in given and overrides:
                 raise click.UsageError(f"a second source, '{given}'; did you mean --tokenizer {shell_word(given)}?")
             raise click.UsageError(
-                f"{given} belongs to a recipe: tt data show sft {shell_word(f'data.train={what}')} KEY=VALUE"
+                f"{given} needs a recipe: tt data show sft {shell_word(f'data.train={what}')} KEY=VALUE"
             )
         refuse_run(what)
         whole = options["packing"] or options["streaming"]
@@ -107,7 +107,7 @@ def command(
         streaming = options["streaming"]
     if streaming:
         if stats or hasattr(dataset, "rows"):
-            raise click.UsageError("--streaming shows the first rows; --stats and --packing need all of them")
+            raise click.UsageError("--stats and --packing need all rows, but --streaming reads only the first ones")
         dataset = dataset.head(max(1, start + num))
     if stats:
         figures = tt_data.stats(dataset)

@@ -40,4 +40,4 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
         elif isinstance(value, list):
             yield prefix + name, ", ".join(map(str, value)) or "none"
         else:
-            yield prefix + name, "not there" if value is None else str(value)
+            yield prefix + name, "none" if value is None else str(value)

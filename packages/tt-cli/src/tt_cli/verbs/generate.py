@@ -46,7 +46,7 @@ def command(
     """Answer one prompt with RUN or MODEL (default: the newest run)."""
     model, text = _asked(model, question, prompt)
     if raw and system is not None:
-        raise click.UsageError("--system needs the chat template, which --raw leaves out: give one of the two")
+        raise click.UsageError("--system needs the chat template, which --raw leaves out; give only one of them")
     messages = _messages(system, text)
     speaker = Speaker(model, adapter=not no_adapter, base=base)
     ids = speaker.raw_ids(text) if raw else speaker.prompt_ids(messages)
@@ -70,7 +70,7 @@ def _asked(model: str | None, question: str | None, prompt: str | None) -> tuple
     if question is None and prompt is None and model is not None and " " in model.strip() and not Path(model).exists():
         model, question = None, model
     if question is not None and prompt is not None:
-        raise click.UsageError(f"two prompts, '{question}' and -p '{prompt}': give one of the two")
+        raise click.UsageError(f"two prompts, '{question}' and -p '{prompt}'; give only one of them")
     text = question if question is not None else prompt
     if text is None:
         text = "" if sys.stdin.isatty() else read_prompt().rstrip("\n")

@@ -65,7 +65,7 @@ def _new_folder(wanted: Path | None) -> Path:
 
     root = wanted or default_root()
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise FileExistsError(f"{root}: exists and is not empty; name a new folder with -o DIR")
+        raise FileExistsError(f"{root} exists and is not empty; name a new folder with -o DIR")
     root.mkdir(parents=True, exist_ok=True)
     return root
 
@@ -96,10 +96,12 @@ def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> Non
     click.echo()
     narrator.show_scores(outcome.before, outcome.after, target=TARGET)
     if any(outcome.after[kind] < score for kind, score in outcome.before.items()):
-        click.echo(f"The adapter saw {TARGET} alone and lost other tasks; the first two commands below keep them.")
+        click.echo(
+            f"The adapter was trained on {TARGET} alone and lost other tasks; the first two commands below keep them."
+        )
     folders = commands.Folders(root)
     narrator.show_commands("What to try next", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
     narrator.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
     for line in outcome.shortfalls:
         click.echo(f"error: {line}", err=True)
-    click.echo(f"\n{'FAILED' if outcome.shortfalls else 'Done'} after {seconds:.0f} s; all of it is in {root}")
+    click.echo(f"\n{'FAILED' if outcome.shortfalls else 'Done'} after {seconds:.0f} s; everything is in {root}")

@@ -43,7 +43,9 @@ def command(
     verb = "would send" if dry_run else "sent"
     click.echo(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)", err=True)
     if done.left_out:
-        click.echo(f"left out {len(done.left_out)}, not files of a model: {_by_ending(done.left_out)}", err=True)
+        click.echo(
+            f"left out {len(done.left_out)}files that are not part of a model: {_by_ending(done.left_out)}", err=True
+        )
     click.echo(done.url or repo)
 
 

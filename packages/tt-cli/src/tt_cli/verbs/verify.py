@@ -47,7 +47,7 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
             numbers = (error, certificate["reference_errors"].get(name), certificate["limits"][name])
             click.echo("  ".join([f"{name:24}", *(f"{_number(number):>12}" for number in numbers)]))
         if not certificate["passed"]:
-            click.echo(f"the gradient that is furthest off: {certificate['worst_gradient']}")
+            click.echo(f"the least accurate gradient: {certificate['worst_gradient']}")
         for part in certificate.get("not_reached", ()):
             click.echo(f"not reached: {part}")
         versions = ", ".join(f"{name} {version}" for name, version in certificate["versions"].items())
