@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tt_data.examples import BadRowError, Completion, Conversation, Example, Judged, Pair, Text, Tokens, Turns
+from tt_data.examples import (
+    Answer,
+    BadRowError,
+    Completion,
+    Conversation,
+    Example,
+    Judged,
+    Pair,
+    Text,
+    Tokens,
+    Turns,
+    answers_of,
+)
 from tt_data.messages import TrainOn, mask_messages, roles_of, validate_messages
 from tt_data.template.chat_template import TemplateError
 from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unicode, join_spans
@@ -15,7 +27,6 @@ _PROMPT_MERGES = (
     "the end of the prompt and the beginning of the completion make one token, so the trained text does not follow "
     "what inference asks with; end the prompt at the end of a word"
 )
-Unit = Conversation | Turns | Completion | Text | Tokens
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
 
 
@@ -26,18 +37,17 @@ def encode_examples(
     if train_on == "all" and any(isinstance(example, (Pair, Judged)) for example in examples):
         train_on = "assistant"  # a data set contains no other examples beside these
     results: list[list[Encoded] | BadRowError] = []
-    units: list[tuple[int, Unit]] = []
+    units: list[tuple[int, Answer]] = []
     for i, example in enumerate(examples):
-        answer = example.answer if isinstance(example, Judged) else example
-        parts: list[Unit] = [answer.chosen, answer.rejected] if isinstance(answer, Pair) else [answer]
+        answers = answers_of(example)
         try:
-            for unit in parts:
-                _check(unit)
+            for answer in answers:
+                _check(answer)
         except BadRowError as bad:
             results.append(bad)
             continue
         results.append([])
-        units += [(i, unit) for unit in parts]
+        units += [(i, answer) for answer in answers]
     for (i, _), encoded in zip(units, _encode([unit for _, unit in units], tokenizer, train_on), strict=True):
         so_far = results[i]
         if isinstance(encoded, BadRowError) and isinstance(so_far, list):
@@ -47,7 +57,7 @@ def encode_examples(
     return [result if isinstance(result, BadRowError) else tuple(result) for result in results]
 
 
-def _check(unit: Unit) -> None:
+def _check(unit: Answer) -> None:
     """Raise BadRowError unless the turns of ``unit`` make a conversation that ends with an answer."""
     if isinstance(unit, (Conversation, Turns)):
         try:
@@ -66,7 +76,7 @@ def _check(unit: Unit) -> None:
             )
 
 
-def _encode(units: Sequence[Unit], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
+def _encode(units: Sequence[Answer], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
     chats = [unit for unit in units if isinstance(unit, Conversation)]
     rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for chat in chats]
     conversations = iter(tokenizer.render_conversations(rows) if rows else ())

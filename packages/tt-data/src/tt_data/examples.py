@@ -74,7 +74,8 @@ class Judged:
 
 
 Kind = Literal["single", "pair", "judged"]
-Example = Conversation | Turns | Completion | Text | Tokens | Pair | Judged
+Answer = Conversation | Turns | Completion | Text | Tokens
+Example = Answer | Pair | Judged
 
 
 def kind_of(example: Example) -> Kind:
@@ -82,42 +83,33 @@ def kind_of(example: Example) -> Kind:
     return "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
 
 
+def answers_of(example: Example) -> Sequence[Answer]:
+    """The two answers of a pair, the one that is judged, or the example itself."""
+    if isinstance(example, Pair):
+        return example.chosen, example.rejected
+    return (example.answer if isinstance(example, Judged) else example,)
+
+
 def mistake_in(example: object) -> str | None:
     """What is wrong with the return value of a converter, None if nothing is."""
-    if isinstance(example, Pair):
-        return mistake_in(example.chosen) or mistake_in(example.rejected)
-    if isinstance(example, Judged):
-        return mistake_in(example.answer)
-    if isinstance(example, (Conversation, Turns)):
-        messages = (*example.messages, *example.formatted) if isinstance(example, Turns) else example.messages
-        wrong = next((message for message in messages if not isinstance(message, Message)), None)
-        return None if wrong is None else f"a message is {type(wrong).__name__}, expected Message"
-    if isinstance(example, (Completion, Text)):
-        texts: tuple[object, ...] = (
-            (example.text,) if isinstance(example, Text) else (example.prompt, example.completion)
-        )
-        found = next((text for text in texts if not isinstance(text, str)), "")
-        return None if isinstance(found, str) else f"a text of {type(example).__name__} is {type(found).__name__}"
-    if isinstance(example, Tokens):
-        return None
-    kinds = ", ".join(kind.__name__ for kind in (Conversation, Completion, Text, Tokens, Pair, Judged))
-    return f"it returned {type(example).__name__}, expected one of {kinds}"
-
-
-def notes_of(example: Example) -> tuple[str, ...]:
-    """What of the row is not in the example."""
-    if isinstance(example, Pair):
-        return (*notes_of(example.chosen), *notes_of(example.rejected))
-    if isinstance(example, Judged):
-        return notes_of(example.answer)
-    return example.notes if isinstance(example, Conversation) else ()
-
-
-def is_chat(example: Example) -> bool:
-    """Whether the chat template makes text of it."""
-    if isinstance(example, Pair):
-        return isinstance(example.chosen, Conversation)
-    return isinstance(example.answer if isinstance(example, Judged) else example, Conversation)
+    answers: Sequence[object] = answers_of(example) if isinstance(example, (Pair, Judged)) else (example,)
+    for answer in answers:
+        if isinstance(answer, (Conversation, Turns)):
+            messages = (*answer.messages, *answer.formatted) if isinstance(answer, Turns) else answer.messages
+            wrong = next((message for message in messages if not isinstance(message, Message)), None)
+            if wrong is not None:
+                return f"a message is {type(wrong).__name__}, expected Message"
+        elif isinstance(answer, (Completion, Text)):
+            texts: tuple[object, ...] = (
+                (answer.text,) if isinstance(answer, Text) else (answer.prompt, answer.completion)
+            )
+            found = next((text for text in texts if not isinstance(text, str)), "")
+            if not isinstance(found, str):
+                return f"a text of {type(answer).__name__} is {type(found).__name__}"
+        elif not isinstance(answer, Tokens):
+            kinds = ", ".join(kind.__name__ for kind in (Conversation, Completion, Text, Tokens, Pair, Judged))
+            return f"it returned {type(answer).__name__}, expected one of {kinds}"
+    return None
 
 
 class BadRowError(ValueError):

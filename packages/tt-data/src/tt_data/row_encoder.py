@@ -19,11 +19,10 @@ from tt_data.examples import (
     Pair,
     TrackedRow,
     Turns,
-    is_chat,
+    answers_of,
     is_empty,
     kind_of,
     mistake_in,
-    notes_of,
 )
 from tt_data.messages import Message, TrainOn, mask_messages
 from tt_data.report import Tally
@@ -64,44 +63,45 @@ def encode_rows(
     Raises ValueError if a setting is at fault, not a row.
     """
     tally = Tally()
-    examples: list[tuple[int, Example]] = []
+    examples: list[tuple[str, int, Example]] = []
     tracked = tracks(read)
     for line, row in batch:
         tally.seen += 1
         where = f"{name}:{line}"
         try:
-            examples.append((line, _read(where, TrackedRow(row) if tracked else row, read, settings, tally)))
+            examples.append((where, line, _read(where, TrackedRow(row) if tracked else row, read, settings, tally)))
         except BadRowError as bad:
             tally.drop(where, bad)
-    forms = {"chat" if is_chat(example) else "text" for _, example in examples}
+    answers = [(where, answer) for where, _, example in examples for answer in answers_of(example)]
+    forms = {"chat" if isinstance(answer, Conversation) else "text" for _, answer in answers}
     tally.forms |= forms
     for note in tokenizer.template_notes if "chat" in forms else ():
         tally.note(note)
-    _leave_unwritten(name, examples, tokenizer, tally)
-    encoded = encode_examples([e for _, e in examples], tokenizer, train_on=settings.train_on)
+    turns = [(where, answer) for where, answer in answers if isinstance(answer, (Conversation, Turns))]
+    if any(message.extra for _, answer in turns for message in answer.messages):
+        _leave_unwritten(turns, tokenizer, tally)
+    encoded = encode_examples([example for *_, example in examples], tokenizer, train_on=settings.train_on)
     kept: list[TokenRow] = []
-    for (line, example), parts in zip(examples, encoded, strict=True):
-        where = f"{name}:{line}"
+    for (where, line, example), parts in zip(examples, encoded, strict=True):
         try:
             kept.append(_finish(line, example, parts, tokenizer, settings, tally))
         except BadRowError as bad:
             tally.drop(where, bad)
             continue
-        noted = (
-            *notes_of(example),
-            *_not_trained(example, settings.train_on),
-            *(kind for part in kept[-1].parts for kind in part.notes),
-        )
-        for kind in dict.fromkeys(noted):
-            tally.note(kind, where)
+        chats = [answer for answer in answers_of(example) if isinstance(answer, (Conversation, Turns))]
+        noted = [note for answer in chats if isinstance(answer, Conversation) for note in answer.notes]
+        if any(message.asked for answer in chats for message in answer.messages):
+            noted += _not_trained(chats, settings.train_on)
+        noted += [note for part in kept[-1].parts for note in part.notes]
+        for note in dict.fromkeys(noted):
+            tally.note(note, where)
     return kept, tally
 
 
 def _read(where: str, row: Mapping[str, Any], read: Read, settings: Settings, tally: Tally) -> Example:
     """What ``read`` makes of a row. Raises BadRowError, and ValueError with the place of a mistake in ``read``."""
-    columns = settings.columns
     try:
-        example = read(row, columns)
+        example = read(row, settings.columns)
         mistake = mistake_in(example)
     except BadRowError:
         raise
@@ -112,28 +112,19 @@ def _read(where: str, row: Mapping[str, Any], read: Read, settings: Settings, ta
         raise ValueError(f"{where}: the converter of these rows is wrong: {mistake}")
     for column in row.unread() if isinstance(row, TrackedRow) else ():
         if column not in tally.unread:
-            tally.hints[column] = hint_for_unread(column, row, columns, read)
+            tally.hints[column] = hint_for_unread(column, row, settings.columns, read)
         tally.leave(column, where)
     return example
 
 
-def _not_trained(example: Example, train_on: TrainOn) -> tuple[str, ...]:
-    """A note if a message says itself that it is trained, and ``train_on`` leaves it out."""
-    for part in _conversations(example):
-        if any(
-            old.asked and new.masked
-            for old, new in zip(part.messages, mask_messages(part.messages, train_on), strict=True)
-        ):
-            return (f"some messages with weight: 1, train: true or their like are not trained: {_TRAINED[train_on]}",)
-    return ()
-
-
-def _leave_unwritten(name: str, examples: Sequence[tuple[int, Example]], tokenizer: Tokenizer, tally: Tally) -> None:
-    """Count the keys of messages without which the same text is made. ``_SOUGHT`` is looked for in it."""
+def _leave_unwritten(
+    turns: Sequence[tuple[str, Conversation | Turns]], tokenizer: Tokenizer, tally: Tally
+) -> None:  # fmt: skip
+    """Count the keys of messages without which the text is the same. Rendering itself finds those of ``_SOUGHT``."""
     sources = tokenizer.templates.values()
     without: list[tuple[str, str]] = []
     rows: list[tuple[list[Message], Any, Any]] = []
-    for where, part in ((f"{name}:{line}", part) for line, example in examples for part in _conversations(example)):
+    for where, part in turns:
         keys = {key for message in part.messages for key, value in message.extra.items() if not is_empty(value)}
         for key in sorted(keys if isinstance(part, Turns) else keys - _SOUGHT):
             if isinstance(part, Turns) or not any(key in source for source in sources):
@@ -149,9 +140,14 @@ def _leave_unwritten(name: str, examples: Sequence[tuple[int, Example]], tokeniz
             tally.leave(f"messages.{key}", where)
 
 
+def _without(message: Message, key: str) -> Message:
+    return replace(message, extra={name: value for name, value in message.extra.items() if name != key})
+
+
 def _finish(
     line: int, example: Example, parts: Parts | BadRowError, tokenizer: Tokenizer, settings: Settings, tally: Tally
 ) -> TokenRow:
+    """The row that is kept. Raises BadRowError if nothing can be learned from it."""
     if isinstance(parts, BadRowError):
         raise parts
     if isinstance(example, Pair):
@@ -160,34 +156,31 @@ def _finish(
     if not all(map(is_trainable, parts)):
         why = [note for part in parts for note in part.notes] or ["none of its answers is to be trained"]
         raise BadRowError("no trainable token", f"no trainable token: {'; '.join(dict.fromkeys(why))}")
-    kept = [cut(part, limit) for part in parts]
+    truncated = limit is not None and any(len(part.ids) > limit for part in parts)
+    kept = [cut(part, limit) for part in parts] if truncated else parts
     if not all(map(is_trainable, kept)):
         prompt = max(part.trained[0][0] if part.trained else len(part.ids) for part in parts)
         tally.longest_prompt = max(tally.longest_prompt, prompt)
         raise BadRowError("no trainable token", f"no trainable token at max_seq_len {limit} (its prompt has {prompt})")
-    truncated = any(len(a.ids) < len(b.ids) for a, b in zip(kept, parts, strict=True))
     no_end = any(not ends_turn(part.ids[a:b], tokenizer) for part in parts for a, b in part.trained)
-    kind = kind_of(example)
     desirable = isinstance(example, Judged) and example.desirable
     digest = digest_of(parts, desirable) if settings.drop_duplicates else b""
-    return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
+    return TokenRow(line, kind_of(example), kept, truncated, no_end, desirable, digest)
 
 
-def _without(message: Message, key: str) -> Message:
-    return replace(message, extra={name: value for name, value in message.extra.items() if name != key})
-
-
-def _conversations(example: Example) -> list[Conversation | Turns]:
-    if isinstance(example, Pair):
-        return [*_conversations(example.chosen), *_conversations(example.rejected)]
-    answer = example.answer if isinstance(example, Judged) else example
-    return [answer] if isinstance(answer, (Conversation, Turns)) else []
+def _not_trained(chats: Sequence[Conversation | Turns], train_on: TrainOn) -> list[str]:
+    """A note if a message says itself that it is trained, and ``train_on`` leaves it out."""
+    for chat in chats:
+        masked = mask_messages(chat.messages, train_on)
+        if any(old.asked and new.masked for old, new in zip(chat.messages, masked, strict=True)):
+            return [f"some messages with weight: 1, train: true or their like are not trained: {_TRAINED[train_on]}"]
+    return []
 
 
 def _as_pair(chosen: Encoded, rejected: Encoded) -> Parts:
     """Both sides with the same masked ids. Raises BadRowError if the prompts differ.
 
-    A token may hold the end of the prompt and the beginning of one answer only: then both answers begin before it.
+    A token may contain the end of the prompt and the beginning of just one answer. Then both answers begin before it.
     """
     if chosen.ids == rejected.ids:
         raise BadRowError(
@@ -210,7 +203,7 @@ def _masked_ids(part: Encoded) -> list[int]:
 
 
 def digest_of(parts: Parts, desirable: bool) -> bytes:
-    """Stands for what a row holds."""
+    """A digest of the contents of a row."""
     total = hashlib.blake2b(bytes([desirable]), digest_size=12)
     for part in parts:
         total.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
@@ -218,7 +211,7 @@ def digest_of(parts: Parts, desirable: bool) -> bytes:
 
 
 def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
-    """The first ``max_seq_len`` tokens; nothing is put at the end."""
+    """The first ``max_seq_len`` tokens; no end is added."""
     if max_seq_len is None or len(row.ids) <= max_seq_len:
         return row
     spans = [(a, min(b, max_seq_len)) for a, b in row.trained if a < max_seq_len]
