@@ -1,6 +1,6 @@
 """Configs, losses, the training step, recipes, run directories and reports."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -40,10 +40,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import on first use: the command line reads names from here without loading torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'tt_train' has no attribute {name!r}")
-    import importlib
+if not TYPE_CHECKING:  # so that a misspelt name is an error to a type checker
 
-    return getattr(importlib.import_module(f"tt_train.{_HOMES[name]}"), name)
+    def __getattr__(name: str) -> object:
+        """Import on first use: the command line reads names from here without loading torch."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'tt_train' has no attribute {name!r}")
+        import importlib
+
+        return getattr(importlib.import_module(f"tt_train.{_HOMES[name]}"), name)

@@ -1,6 +1,6 @@
-"""The files of a run directory, as they are read: anybody may have made them, and a run may have been killed.
+"""Reading the files of a run directory. Anybody may have written them, and the run may have been killed.
 
-Every file is a regular one inside the directory (tt_ckpt.files), of a size that a run gives it.
+Every file must be a regular file inside the directory (tt_ckpt.files), and no larger than a run writes it.
 """
 
 import json
@@ -31,7 +31,7 @@ _LAST_STEP = 1 << 53
 _DEPTH = 50
 _LARGEST = 1e100
 
-# what the keys of manifest.json that are read again must be, if they are there; the rest is only shown
+# types of the keys of manifest.json that are used again; the others are only shown
 _MANIFEST: dict[str, type] = {
     **dict.fromkeys(("state", "extension", "recipe", "method", "base_model", "wandb_id"), str),
     **dict.fromkeys(("config.model.path", "config.model.tokenizer", "config.model.dtype", "config.data.template"), str),
@@ -43,16 +43,16 @@ _MANIFEST: dict[str, type] = {
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run directory, read when it is asked: which config, which base, which result. A stopped run has them as well.
+    """A run directory and what its files say: its config, base, result and checkpoints. The run may be unfinished.
 
-    Every property raises ValueError, with the file, if a file is not as a run writes it.
+    A file is read when it is needed. ValueError names a file that is not as a run writes it.
     """
 
     path: Path
 
     @classmethod
     def at(cls, path: str | Path) -> "FinishedRun | None":
-        """The run directory at ``path``, None if there is none."""
+        """The run directory at ``path``; None if it is not one."""
         return cls(Path(path)) if is_run(Path(path)) else None
 
     @cached_property
@@ -61,17 +61,17 @@ class FinishedRun:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The resolved config as plain data, secrets blanked: manifest.json has a copy of it."""
+        """The resolved config as plain data, with secrets blanked, from the copy in manifest.json."""
         found: dict[str, Any] = self.manifest.get("config") or {}
         return found
 
     def section(self, name: str) -> dict[str, Any]:
-        """A section of the config such as ``model``; {} if the run has none."""
+        """A section of the config such as ``model``; {} if the config does not have it."""
         found: dict[str, Any] = self.config.get(name) or {}
         return found
 
     def config_file(self) -> dict[str, Any]:
-        """The values of config.yaml, unchecked, for showing them. Raises ValueError if it is not a mapping."""
+        """The values of config.yaml, unchecked, to be shown. Raises ValueError if it is not a mapping."""
         try:
             values = yaml.load(files.read_text(self.path / MARKER, limit=_CONFIG_BYTES), _PlainLoader)  # noqa: S506
         except yaml.YAMLError as error:
@@ -83,20 +83,20 @@ class FinishedRun:
         return {str(key): value for key, value in values.items()}
 
     def compose(self, *overrides: str) -> "RunConfig":
-        """config.yaml, checked, with ``overrides``; keys of a recipe file's own are left out. Raises ConfigError."""
+        """config.yaml with ``overrides``, checked, without keys that a recipe file added. Raises ConfigError."""
         from tt_train.composing import compose_run
 
         return compose_run(self.path, overrides)
 
     @property
     def data_report(self) -> dict[str, Any]:
-        """What became of the rows that the run was trained on."""
+        """The report on the rows that the run was trained on."""
         found: dict[str, Any] = (self.manifest.get("data") or {}).get("report") or {}
         return found
 
     @property
     def template(self) -> str | None:
-        """The chat template of its rows, for ``tt_data.choose_template``: the saved file, or the name in its config."""
+        """The template of its rows, for ``tt_data.choose_template``: the saved file, or the name in its config."""
         if (self.path / TEMPLATE_FILE).is_file():
             return str(self.path / TEMPLATE_FILE)
         name = self.section("data").get("template")
@@ -120,7 +120,7 @@ class FinishedRun:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Without aliases: a resolved config has none, and a few lines of them unfold to gigabytes."""
+    """Refuses aliases: a resolved config has none, and a few lines of them can expand to gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -134,7 +134,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from ``path``; ValueError names the file if it is none."""
+    """A JSON object from ``path``; ValueError names the file if it is anything else."""
     value = files.read_json(path, cure=CURE)
     if not isinstance(value, dict):
         raise ValueError(f"{plain(path)}: expected a JSON object, found {type(value).__name__}; {CURE}")
@@ -144,7 +144,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value of a file can be written again: not nested without end, no number of thousands of digits."""
+    """Whether a value of a file can be written again: neither nested too deeply nor a number of thousands of digits."""
     level = [value]
     for _ in range(_DEPTH):
         if not level:
@@ -161,7 +161,7 @@ def is_plain(value: Any) -> bool:
 
 
 def own_folder(run: Path, name: str) -> Path:
-    """The path of a folder of a run, which need not be there; ValueError if it is a link out of the run."""
+    """The path of a folder of a run, whether or not it exists; ValueError if it is a link out of the run."""
     path = run / name
     if os.path.lexists(path):
         files.inside(path)
@@ -185,7 +185,7 @@ _KINDS = {str: "a text", dict: "an object", int: "a whole number"}
 
 
 def json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a ``.jsonl`` file, none if there is no file; a line that is none is left out, with why."""
+    """The JSON objects of a ``.jsonl`` file, if it exists. Any other line is left out, and ``problems`` says why."""
     if not os.path.lexists(path):
         return
     with files.regular(path).open("rb") as file:
@@ -225,7 +225,7 @@ def read_rows(path: Path, problems: list[str] | None = None) -> Iterator[dict[st
 
 
 def number(value: Any) -> float | None:
-    """A finite number of a size that can be drawn; None for everything else."""
+    """``value`` if it is a finite number that can be drawn, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -237,7 +237,7 @@ def number(value: Any) -> float | None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that names no file (a write to a full disk) names ``path``."""
+    """Add ``path`` to an OSError that does not name a file (a write to a full disk)."""
     try:
         yield
     except OSError as error:

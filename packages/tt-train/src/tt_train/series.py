@@ -1,6 +1,6 @@
 """Which figures a row of metrics.jsonl has, and how the report shows them: one table for reading, drawing and listing.
 
-A row may have more: an objective or a logger may name metrics of its own. Each of those gets a chart of its own.
+An objective or a logger may add metrics of its own. The report draws each of them in its own chart.
 """
 
 from collections.abc import Iterable
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 from tt_train.visible import visible
 
-MOST_OTHERS = 50  # metrics beside the table that are shown
+MOST_OTHERS = 50  # metrics that are not in the table: as many are shown
 LONGEST_NAME = 60  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """``chart``: the one that the figure is drawn in, its own or another's; None: it is not drawn."""
+    """``chart``: the name of the chart that shows the figure; None if it is not drawn."""
 
     name: str
     title: str = ""
     unit: str = ""
     chart: str | None = None
-    label: str = ""  # beside a value
-    column: str = ""  # of the table of figures
+    label: str = ""  # next to a value
+    column: str = ""  # heading in the table of figures
     panel: str = ""  # title in the picture
     from_zero: bool = True
     dashed: bool = False  # measured at some steps only
@@ -29,7 +29,7 @@ class Series:
 
     @property
     def key(self) -> str:
-        """The name in the data of the page, which no other name and no word of JavaScript can be."""
+        """The name in the data of the page. It is unique, and never a property that every JavaScript object has."""
         return self.name if self.name in SERIES else f"metric {self.name}"
 
 
@@ -48,7 +48,7 @@ _TABLE = (
     Series(name="memory_gib", chart="memory_gib", title="Memory", unit="peak GiB", label="GiB", column="GiB",
            panel="Peak memory, GiB"),
     Series(name="elapsed_s"),
-    Series(name="eta_s", on_page=False),  # an estimate, out of date with the next row
+    Series(name="eta_s", on_page=False),  # an estimate that the next row replaces
     Series(name="eval_loss", chart="loss", label="held-out", column="held-out", dashed=True),
 )  # fmt: skip
 SERIES = {one.name: one for one in _TABLE}
@@ -70,7 +70,7 @@ def other_series(name: str, *, dashed: bool) -> Series:
 
 
 def charts(others: Iterable[Series] = ()) -> dict[str, list[Series]]:
-    """The charts in their order, each with its series."""
+    """The charts in order, each with its series."""
     found: dict[str, list[Series]] = {}
     for series in (*_TABLE, *others):
         if series.chart is not None:

@@ -64,7 +64,7 @@ def _models() -> list[dict[str, Any]]:
 def _runs() -> list[dict[str, Any]]:
     from tt_train.run.dir import list_runs
 
-    return list_runs("runs")
+    return [dict(run) for run in list_runs("runs")]
 
 
 _LISTS = {"recipes": _recipes, "configs": _configs, "models": _models, "runs": _runs}

@@ -1,10 +1,10 @@
-"""A trained model in the form that another program reads, and the commands to run it there."""
+"""A trained model as another program reads it, and the commands to run it there."""
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
@@ -24,6 +24,15 @@ __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
 FORMATS = ("hf", "ollama")
 
 
+class Exported(TypedDict):
+    """``commands``: what to type to run the model of the folder ``path`` elsewhere."""
+
+    path: str
+    to: str
+    dry_run: bool
+    commands: list[str]
+
+
 def export(
     path: str | Path,
     output: str | Path,
@@ -33,16 +42,15 @@ def export(
     dry_run: bool = False,
     base: Base = None,
     tell: Callable[[str], None] | None = None,
-) -> dict[str, Any]:
-    """Write the model of a run, adapter or directory to ``output``, adapters merged, and say how to run it.
+) -> Exported:
+    """Write the model of a run, adapter or directory to ``output``, with adapters merged, and return how to run it.
 
     ``to``: ``hf`` is a Hugging Face directory, which vLLM, SGLang and llama.cpp's converter read; ``ollama`` adds a
-    Modelfile whose template renders as the model's own. ``base``: as in ``load``. ``tell`` hears what merging cost in
-    precision, and what a Modelfile cannot say.
-    Returns plain data: the path, the format, the commands.
+    Modelfile whose template renders as the model's own. ``base``: as in ``load``. ``tell`` receives sentences on what
+    merging cost in precision and on what a Modelfile cannot express.
 
     Raises:
-        ConfigError: an unknown format, an output that holds files, a template that no Modelfile can express.
+        ConfigError: unknown format; ``output`` is not empty; a template that no Modelfile can express.
     """
     if to not in FORMATS:
         raise ConfigError([f"--to: unknown format {to!r}{did_you_mean(to, FORMATS)}; known: {', '.join(FORMATS)}"])

@@ -35,19 +35,19 @@ def load(
 ) -> tuple[tt_models.Decoder, tt_data.Tokenizer]:
     """The model at ``path``, in evaluation mode, and its tokenizer (with the template that a run was trained with).
 
-    Tokenizer, chat template and generation settings beside a run or adapter go before those of its base.
+    Tokenizer, chat template and generation settings beside a run or adapter take precedence over those of its base.
 
     Args:
         path: a run directory (its model, or its base with its adapter; a stopped run: its newest checkpoint), a
             Hugging Face model directory, a PEFT adapter directory, or a hub id.
         device: the GPU if there is one, else the CPU.
-        dtype: the run's or the files' own by default; fp16 files are fp32 on a CPU.
+        dtype: that of the run or of the files by default; on a CPU, fp16 files become fp32.
         adapter: False gives the base model of a run or adapter.
-        base: where the base is now, ``nf4`` or ``dense``, or both: see ``find_origin``.
-        tell: hears which base computes, if an adapter was trained on 4 bits.
+        base: the directory of a base that has moved, ``nf4`` or ``dense``, or both; see ``find_origin``.
+        tell: receives a sentence on which base computes, if an adapter was trained on 4 bits.
 
     Raises:
-        ConfigError, ValueError, FileNotFoundError: with what is missing and the cure.
+        ConfigError, ValueError, FileNotFoundError: what is missing, and how to fix it.
     """
     origin = find_origin(path, base)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -57,7 +57,7 @@ def load(
     if origin.stopped is not None:
         model = load_stopped(origin, device, dtype=dtype, adapter=adapter)
     else:
-        assert origin.model is not None  # of what is no stopped run there are weights
+        assert origin.model is not None  # only a stopped run may have none
         model = load_base(origin.model, device=device, dtype=dtype)
     tokenizer = load_tokenizer(origin)
     if adapter and origin.adapter is not None:
@@ -84,16 +84,16 @@ def model_config(source: Path) -> tt_models.ModelConfig:
 
 
 def saved_dtype(source: Path, device: torch.device) -> torch.dtype:
-    """The dtype of most tensors in the files; fp16, in which CPUs do not compute well, is fp32 there."""
+    """The dtype of most tensors in the files; on a CPU, fp32 in place of fp16, in which CPUs are slow."""
     counts = Counter(kind for kind in tt_ckpt.tensor_dtypes(source).values() if kind.is_floating_point)
     most = counts.most_common(1)[0][0] if counts else torch.bfloat16
     return torch.float32 if most == torch.float16 and device.type == "cpu" else most
 
 
 def add_adapter_(model: tt_models.Decoder, tokenizer: tt_data.Tokenizer, origin: Origin) -> None:
-    """Load the adapter of ``origin`` onto its base, in place; the base is resized or quantized as it needs.
+    """Load the adapter of ``origin`` onto its base, in place. The base is resized or quantized first if needed.
 
-    ConfigError if the tokenizer beside the adapter has tokens for which the model has no embedding then.
+    ConfigError if the tokenizer beside the adapter has tokens without an embedding.
     """
     assert origin.adapter is not None
     fit_vocabulary_(model, origin.adapter)
@@ -111,14 +111,14 @@ def add_adapter_(model: tt_models.Decoder, tokenizer: tt_data.Tokenizer, origin:
 
 @torch.no_grad()
 def fit_vocabulary_(model: tt_models.Decoder, adapter: Path) -> None:
-    """Give ``model`` the rows that the adapter folder's whole embeddings have more than it, in place.
+    """Resize the vocabulary of ``model`` to that of the whole embeddings in the adapter folder, in place.
 
-    The new rows come from the adapter's file; those of a tied model, all of them. Does nothing for an adapter without
-    whole embeddings, or of the model's own size.
+    The new rows come from the adapter's file; in a tied model, all rows do. Does nothing if the adapter has no whole
+    embeddings, or if they have the size of the model's.
     """
     file = adapter / WEIGHTS_FILE
     if not file.is_file():
-        return  # load_adapter says what there is
+        return  # load_adapter reports what is there
     state, _ = read_adapter_weights(adapter)
     whole: dict[str, torch.Tensor] = {}
     for name in (_EMBEDDING, _HEAD):
@@ -153,7 +153,7 @@ def fit_vocabulary_(model: tt_models.Decoder, adapter: Path) -> None:
         old = module.get_parameter("weight")
         new = whole[name].to(old.device, old.dtype, copy=True)
         if not tied:
-            new[:here] = old  # load_adapter puts the file's in its place, in the file's precision
+            new[:here] = old  # load_adapter replaces them by those of the file, in its precision
         module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
         setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", grown)
     model.config = replace(model.config, vocab_size=grown)
@@ -167,7 +167,7 @@ def load_stopped(
     adapter: bool = True,
     model: tt_models.Decoder | None = None,
 ) -> tt_models.Decoder:
-    """A run without results yet: its newest checkpoint over its base, which ``model`` is if given."""
+    """The model of a run without a result: its newest checkpoint, loaded onto ``model`` or onto the base."""
     run = origin.stopped
     assert run is not None
     checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints)

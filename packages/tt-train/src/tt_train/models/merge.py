@@ -54,7 +54,7 @@ def merge_run(
         tt_ckpt.load_weights(model, origin.model, device="cpu")  # each tensor in the dtype that its file has
     if origin.stopped is not None:
         model = load_stopped(origin, torch.device("cpu"), model=model)
-    assert model is not None  # what is not a stopped run has weights
+    assert model is not None  # only a stopped run may have no weights
     model, tokenizer = model.eval(), load_tokenizer(origin)
     if origin.adapter is not None:
         add_adapter_(model, tokenizer, origin)
@@ -76,7 +76,7 @@ def merge_run(
 
 
 def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> dict[str, Any]:
-    """config.json of the merged model: its vocabulary as large as the weights, its tokens those of the tokenizer."""
+    """config.json of the merged model: the vocabulary size of the weights, the special tokens of the tokenizer."""
     if origin.model is None:
         return tt_models.config_to_hf(model.config)
     config = dict(tt_ckpt.read_config(origin.model))
@@ -90,7 +90,7 @@ def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> d
 
 
 def _refuse_small(target: Path, dtypes: Mapping[str, torch.dtype], model: tt_models.Decoder) -> None:
-    """ConfigError, before any weight is read, if the disk of ``target`` has no room for the merged weights."""
+    """ConfigError if the disk of ``target`` has no room for the merged weights."""
     try:
         check_room(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
     except OSError as error:
@@ -98,10 +98,10 @@ def _refuse_small(target: Path, dtypes: Mapping[str, torch.dtype], model: tt_mod
 
 
 def refuse_full(target: Path) -> None:
-    """ConfigError if ``target`` holds something, or cannot be written; nothing is left there."""
+    """ConfigError if ``target`` is not empty or cannot be written. Nothing is left there."""
     try:
         with suppress(FileNotFoundError):
-            target.lstat()  # too long a name, a file on the way
+            target.lstat()  # raises if a name is too long or a parent is a file
         if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
             raise ConfigError([f"{plain(target)}: exists and is not empty; choose another -o"])
         place = next(place for place in (target, *target.absolute().parents) if place.is_dir())

@@ -1,6 +1,6 @@
 """A Modelfile for Ollama: a template, stop words and parameters. https://docs.ollama.com/modelfile
 
-No text of a model's files becomes an instruction of its own in it.
+No text of a model's files can become an instruction of the Modelfile.
 """
 
 from collections.abc import Mapping
@@ -26,8 +26,8 @@ def ollama_modelfile(
     """A Modelfile for the folder that it is in.
 
     ``form``: from ``prompt_form``: ``chat``, ``text`` or the name of an instruct template.
-    ``config`` and ``generation``: what the model's config.json and generation_config.json hold; they give the length
-    of the context (at most ``MAX_NUM_CTX``) and the parameters of sampling.
+    ``config`` and ``generation``: the contents of config.json and generation_config.json. They give the length of the
+    context (at most ``MAX_NUM_CTX``) and the sampling parameters.
 
     Raises:
         ConfigError: if no Go template renders as the chat template does.
@@ -38,7 +38,7 @@ def ollama_modelfile(
     elif tokenizer.has_chat_template:
         template = go_template(tokenizer)
         lines += [f"# {note}" for note in notes(tokenizer)]
-        # One with .Messages is in the marks in which Ollama itself writes a text that has none of them.
+        # Ollama writes a template with .Messages in single marks if it contains none.
         mark = MARK if ".Messages" in template and MARK not in template else 3 * MARK
         lines.append(f"TEMPLATE {mark}{template}{mark}")
     lines += [f"PARAMETER stop {quoted(stop)}" for stop in stops(tokenizer)]
@@ -47,7 +47,7 @@ def ollama_modelfile(
 
 
 def notes(tokenizer: Any) -> list[str]:
-    """What a Modelfile cannot say of the chat template, one line each."""
+    """What a Modelfile cannot express of the chat template, one line each."""
     if not tokenizer.has_chat_template:
         return []
     found = []
@@ -63,7 +63,7 @@ def notes(tokenizer: Any) -> list[str]:
 
 
 def text_template(form: str) -> str:
-    """Ollama's template of a run on rows that are no chats: the words of its prompts around ``.Prompt``."""
+    """Ollama's template for a run on rows that are not chats: the words of its prompts around ``.Prompt``."""
     before = after = ""
     if form != "text":
         instruct = get_instruct_template(form)
@@ -72,18 +72,18 @@ def text_template(form: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """``text`` of one line between quotation marks, for which Ollama knows no escapes."""
+    """``text`` of one line in quotation marks; Ollama has no escapes for them."""
     mark = 3 * MARK if MARK in text else MARK
     return f"{mark}{text}{mark}"
 
 
 def is_stop(text: str) -> bool:
-    """Whether a Modelfile can name a token; it ends a text at quotation marks before the end of a line."""
+    """Whether a Modelfile can contain a token: Ollama ends a text at three quotation marks or at a line break."""
     return text.isprintable() and 3 * MARK not in text
 
 
 def stops(tokenizer: Any, *, written: bool = True) -> list[str]:
-    """The special tokens that end a turn; a word of the language that does is left to the model's own files."""
+    """The special tokens that end a turn. An ordinary word that ends one is left to the model's files."""
     ends = {index: tokenizer.decode([index], skip_special=False) for index in tokenizer.eos_ids}
     special = [text for index, text in ends.items() if text and not tokenizer.decode([index], skip_special=True)]
     return [text for text in dict.fromkeys(special) if not written or is_stop(text)]
@@ -101,5 +101,5 @@ def parameters(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict
     if generation.get("do_sample") is False:
         found["temperature"] = 0.0
     if generation:
-        found.setdefault("repeat_penalty", 1.0)  # Ollama's own default is another
+        found.setdefault("repeat_penalty", 1.0)  # Ollama's default is different
     return found

@@ -7,7 +7,7 @@ from typing import Any
 from tt_train.errors import ConfigError
 from tt_train.models.go_template import ollama_prompt
 
-_SYSTEM, USER, ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template writes on its own
+_SYSTEM, USER, ANSWER = "0SYSTEM0", "0USER0", "0ANSWER0"  # words that no template contains
 _ROLES = {_SYSTEM: "system", USER: "user", ANSWER: "assistant"}
 _TURNS = [[USER], [USER, ANSWER, "1USER1"], [USER, ANSWER, "1USER1", "1ANSWER1", "2USER2"]]
 _CONVERSATIONS = [opening + turns for turns in _TURNS for opening in ([], [_SYSTEM])]
@@ -24,7 +24,7 @@ def adds_bos(tokenizer: Any, form: str = "chat") -> bool:
 
 
 def go_template(tokenizer: Any) -> str:
-    """Ollama's template: what the chat template writes around the words of each turn, compared with it.
+    """Ollama's template, made of what the chat template writes around each message, and compared with it.
 
     It is a sequence of ``.System``, ``.Prompt`` and ``.Response`` if that is enough, else it ranges over ``.Messages``.
     The first token is left out only if the tokenizer adds it.
@@ -46,7 +46,7 @@ def go_template(tokenizer: Any) -> str:
             if words[0] != _SYSTEM:
                 raise ConfigError([f"--to ollama: the chat template refuses a plain conversation: {error}"]) from None
     answered = tokenizer.render(_conversation([USER, ANSWER])).partition(ANSWER)[2]
-    differs = "its turns are no plain sequence"
+    differs = "its turns are not a plain sequence"
     for make in (_sequence, _range):
         template = make(wanted, answered)
         if template is not None:
@@ -79,7 +79,7 @@ def _role(word: str) -> str:
 
 
 def _difference(template: str, wanted: Mapping[tuple[str, ...], str]) -> str | None:
-    """The first conversation that ``template`` renders otherwise, in words; None if there is none."""
+    """A description of the first conversation that ``template`` renders differently; None if there is none."""
     for words in map(tuple, _CONVERSATIONS):
         try:
             found = ollama_prompt(template, _conversation(words))
@@ -98,7 +98,7 @@ def _difference(template: str, wanted: Mapping[tuple[str, ...], str]) -> str | N
 
 
 def _gaps(text: str, words: Sequence[str]) -> list[str] | None:
-    """The text before, between and behind ``words``; None unless each is there once, in this order."""
+    """The text before, between and after ``words``; None unless each occurs once, in this order."""
     if any(text.count(word) != 1 for word in words):
         return None
     gaps = []
@@ -122,7 +122,7 @@ def _if(condition: str, text: str, otherwise: str = "") -> str:
     return f"{{{{ if {condition} }}}}{text}{otherwise}{{{{ end }}}}"
 
 
-_REFUSED = _if(".System", "{{ slice `no system role` 99 }}")  # an error that shows these words, as Jinja's would
+_REFUSED = _if(".System", "{{ slice `no system role` 99 }}")  # an error that contains these words, as in Jinja
 
 
 def _sequence(wanted: Mapping[tuple[str, ...], str], _closing: str) -> str | None:
@@ -147,7 +147,7 @@ def _sequence(wanted: Mapping[tuple[str, ...], str], _closing: str) -> str | Non
 
 
 def _range(wanted: Mapping[tuple[str, ...], str], closing: str) -> str | None:
-    """A template that ranges over ``.Messages``, and, for programs that do not know them, has one turn without."""
+    """A template that ranges over ``.Messages``, with one turn without them for programs that do not know them."""
     two = _gaps(wanted[tuple(_CONVERSATIONS[2])], _CONVERSATIONS[2])
     if two is None:
         return None
@@ -156,7 +156,7 @@ def _range(wanted: Mapping[tuple[str, ...], str], closing: str) -> str | None:
     if system is None:
         return None
     before, after, in_last = system
-    opens = answered.removeprefix(closing)  # what begins a turn of the user, if it is the same everywhere
+    opens = answered.removeprefix(closing)  # what starts a turn of the user, if it is the same everywhere
     if not all(text.endswith(opens) for text in ([start] if in_last or before is None else [start, after])):
         opens = ""
     head, closes = start.removesuffix(opens), answered.removesuffix(opens)
@@ -183,7 +183,7 @@ def _range(wanted: Mapping[tuple[str, ...], str], closing: str) -> str | None:
 def _system_place(wanted: Mapping[tuple[str, ...], str], answered: str) -> tuple[str | None, str, bool] | None:
     """What is written before and after the system message, and whether it is in the last turn, not the first.
 
-    (None, "", False) if the template writes none; None if this is not known.
+    (None, "", False) if the template writes no system message; None if its place is not known.
     """
     one, two = wanted.get((_SYSTEM, USER)), wanted.get(tuple(_CONVERSATIONS[3]))
     if one is None or two is None or _SYSTEM not in one + two:

@@ -1,4 +1,4 @@
-"""What is behind a path that load, merge or export are given: which base, adapter, tokenizer and template."""
+"""What a path given to load, merge or export means: its base, adapter, tokenizer and template."""
 
 import os
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from tt_train.errors import ConfigError, closest, did_you_mean
 from tt_train.run_files import FinishedRun, is_run, read_json
 
 NF4, DENSE = "nf4", "dense"
-LONGEST_PATH = 1000  # characters of the name of a base
+LONGEST_PATH = 1000  # characters in the name of a base
 Base = str | Path | Sequence[str | Path] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """``model``: the Hugging Face directory with the weights, or those under the adapter; None: random ones by a name.
+    """``model``: the directory with the weights, or with those of the base; None for random weights by a name.
 
-    ``places``: where tokenizer, chat template and generation settings are looked for, nearest first.
+    ``places``: where to look for the tokenizer, chat template and generation settings, nearest first.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Origin:
 
     @property
     def base_words(self) -> str | None:
-        """For people: which base computes, if there is a choice that matters."""
+        """A sentence on which base computes, if there is a choice."""
         if self.nf4 and self.trained_on_nf4:
             return f"base: 4 bits (NF4), as in training; --base {DENSE} takes the weights of its files"
         if self.nf4:
@@ -52,13 +52,13 @@ class Origin:
 
 
 def find_origin(path: str | Path, base: Base = None) -> Origin:
-    """Read what ``path`` is: a run directory, an adapter, a model directory or a hub id.
+    """What ``path`` is: a run directory, an adapter, a model directory or a hub id.
 
-    ``base``: where the base of a run or adapter is now, ``nf4`` or ``dense``, or both; by default the base that the run
-    or adapter names, in 4 bits if a run was trained so.
+    ``base``: the directory of the base of a run or adapter if it has moved, ``nf4`` or ``dense``, or both. The default
+    is the base that the run or adapter names, in 4 bits if the run was trained so.
 
     Raises:
-        ConfigError: a base that is not there, with the file that names it.
+        ConfigError: the base is missing; the message names the file that refers to it.
     """
     folder = Path(path)
     moved, nf4 = _read_base(base)
@@ -154,7 +154,7 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
 
 
 def _own_model(path: str) -> str:
-    """The model of a run that trained a whole one, else ``path``."""
+    """The model of a run that trained a whole model, else ``path``."""
     run = FinishedRun.at(path)
     return path if run is None or run.model is None else str(run.model)
 

@@ -1,4 +1,4 @@
-"""In which words a run is asked: as its rows were written. Imports no torch."""
+"""The form in which a run is prompted: that of its rows. Imports no torch; ``tt chat`` uses it as well."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:
 
 
 def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_template: bool) -> str:
-    """``chat``, ``text`` (as it stands), or the name of an instruct template: what tt_data made of such rows."""
+    """``chat``, ``text`` (unchanged), or the name of an instruct template: the form that tt_data gave such rows."""
     from tt_data.template.prompts import INSTRUCT_TEMPLATES, our_name
 
     if template is not None and our_name(template) in INSTRUCT_TEMPLATES:
@@ -23,4 +23,4 @@ def prompt_form(report: dict[str, Any], template: str | None, *, has_chat_templa
         return "chat"
     if "text" in forms or not has_chat_template:
         return "alpaca" if "alpaca" in schemas else "text"
-    return "chat"  # a model, or a stream of which nothing was read
+    return "chat"  # a model, or a stream of which no row was read

@@ -1,4 +1,4 @@
-"""A certificate that a model directory means here what it means to transformers."""
+"""A certificate that a model directory gives the same results here and in transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from tt_train.run_files import FinishedRun
 
 
 def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:
-    """Compare a Hugging Face directory or hub id with transformers: logits, gradients, decoding, what is written back.
+    """Compare a Hugging Face directory or hub id with transformers.
+
+    Compared are logits, gradients, decoding, and the directory written back.
 
     The certificate is ready for JSON: ``passed``, ``errors`` (relative distances to transformers in fp64),
-    ``reference_errors`` (those of transformers in fp32), ``limits``, ``versions``. What is written back has a
-    config.json of our making, so that this is checked too.
+    ``reference_errors`` (those of transformers in fp32), ``limits``, ``versions``. The directory
+    written back has a config.json of ours, so that this is checked too.
 
     Raises:
         ValueError: if transformers is not installed, or the directory cannot be read.

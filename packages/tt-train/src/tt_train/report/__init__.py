@@ -1,4 +1,4 @@
-"""The report of a run, or of several compared: an HTML page and a picture."""
+"""The report on one run, or a comparison of several: an HTML page and a picture."""
 
 from tt_train.report.write import write_report
 

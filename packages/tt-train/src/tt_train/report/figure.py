@@ -1,4 +1,4 @@
-"""The report as a picture, for a chat or a pull request. matplotlib is imported when one is drawn."""
+"""The report as a picture, for a chat or a pull request. Only drawing imports matplotlib."""
 
 import math
 import warnings
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NO_PICTURE = 'the report has no PNG: it needs matplotlib; pip install "tt-train[report]"'
-GENERATOR = "tt report"  # in every page and picture, so that no other file is taken for one
+GENERATOR = "tt report"  # in every page and picture, so that they can be told from other files
 COLOURS = ("#2f5fd0", "#d9622b", "#16876b", "#a8429b", "#b38600", "#2492b8", "#c2405a", "#6b6f78")
 INK, SOFT, GRID = "#1b1d21", "#5c626c", "#e8e8e4"
 
 
 def picture(runs: Sequence[Run]) -> bytes:
     """A PNG: the loss above, learning rate, gradient norm, throughput and memory below."""
-    with chdir(Path(__file__).parent):  # when imported it reads the matplotlibrc of the working folder
+    with chdir(Path(__file__).parent):  # its import reads the matplotlibrc of the working folder
         import matplotlib
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a character of a run's name that no font has
-        matplotlib.rcdefaults()  # one of the user's may ask for TeX, which is a program, or for fonts of elsewhere
+        warnings.simplefilter("ignore", UserWarning)  # a character in the name of a run that is in no font
+        matplotlib.rcdefaults()  # a matplotlibrc may ask for TeX, which is a program, or for other fonts
         png = BytesIO()
         _figure(runs).savefig(png, format="png", metadata={"Software": GENERATOR})
     return png.getvalue()
@@ -88,7 +88,7 @@ def _draw_loss(axes: "Axes", runs: Sequence[Run]) -> None:
 
 def _line(axes: "Axes", run: Run, values: Sequence[float | None], **style: Any) -> None:
     known = [math.nan if value is None else value for value in values]
-    alone = len(run.figures("step")) < 3  # a line through one point is nothing
+    alone = len(run.figures("step")) < 3  # a line through one point is invisible
     axes.plot(run.figures("step"), known, marker="o" if alone else None, markersize=4, **style)
 
 

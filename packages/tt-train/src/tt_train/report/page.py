@@ -1,4 +1,4 @@
-"""The report as one HTML page that loads nothing: all of it is inline, and its own policy forbids any request."""
+"""The report as a self-contained HTML page: everything is inline, and its policy forbids requests."""
 
 import base64
 import hashlib
@@ -18,10 +18,10 @@ from tt_train.report.summary import as_figure, at, method_words
 from tt_train.report.tiles import comparison, tiles
 from tt_train.series import SERIES, Series, charts
 
-BUCKETS = 300  # of the rows drawn: each keeps the lowest and the highest of every curve
+BUCKETS = 300  # of rows that are drawn; each keeps the lowest and the highest value of every curve
 TABLE_ROWS = 30
 NOTICES = 6
-SMOOTHED = 8  # rows from which on a smoothed curve says more than the curve
+SMOOTHED = 8  # rows; with more of them, a smoothed curve is drawn as well
 
 Chart = dict[str, Any]
 
@@ -63,7 +63,7 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _facts(runs: Sequence[Run]) -> list[str]:
-    """The line under the title: what was trained, how, in what, on what, when; as far as all runs agree."""
+    """The line under the title: model, method, precision, device and start, if all runs agree."""
     facts: list[list[str]] = []
     for run in runs:
         model = str(at(run.manifest, "base_model") or "")
@@ -81,14 +81,14 @@ def _facts(runs: Sequence[Run]) -> list[str]:
 
 
 def _precision(run: Run) -> str:
-    """``bf16``, or what else is which if the forward pass, the trained weights and the result are not all the same."""
+    """``bf16``, or the dtypes of the forward pass, the trained weights and the result if they differ."""
     forward = str(at(run.config, "model.dtype") or "")
     others = [(word, at(run.manifest, f"precision.{word}")) for word in ("trained", "written")]
     return ", ".join([forward, *(f"{word} in {dtype}" for word, dtype in others if dtype and dtype != forward)])
 
 
 def _device(run: Run) -> str:
-    """The name of what the run was computed on, as far as it says so."""
+    """The name of the device that the run used, if the manifest contains it."""
     names = at(run.manifest, "environment.devices")
     kind, _, index = str(at(run.manifest, "device") or ("cuda" if names else "cpu")).partition(":")
     if kind == "cpu" or not isinstance(names, list) or not names:
@@ -97,7 +97,7 @@ def _device(run: Run) -> str:
 
 
 def _notices(runs: Sequence[Run], has_picture: bool) -> str:
-    """What was wrong with the run directories, said once and not hidden."""
+    """What was wrong with the run directories."""
     problems = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
     problems += [f"{run.name}: no step was recorded" for run in runs if not run.rows]
     problems += [] if has_picture else [NO_PICTURE]
@@ -109,7 +109,7 @@ def _notices(runs: Sequence[Run], has_picture: bool) -> str:
 
 
 def _data(run: Run, index: int) -> dict[str, Any]:
-    """The columns that the script draws, without the rows that nobody could tell apart."""
+    """The columns that the script draws, without rows that would make no visible difference."""
     columns = {series.key: run.column(series.name) for series in (*SERIES.values(), *run.others) if series.on_page}
     if len(run.rows) > SMOOTHED:
         columns["smooth"] = smooth(columns["loss"])
@@ -125,13 +125,13 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _json(data: dict[str, Any]) -> str:
-    """JSON that may stand inside a script element: no character of it can close the element."""
+    """JSON for a script element: no character of it can close the element."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _chart(series: Sequence[Series]) -> Chart:
-    """What the script draws: where the loss is in it, with a smoothed curve."""
+    """A chart for the script; the loss comes with a smoothed curve."""
     first, lines = series[0], []
     for one in series:
         line: dict[str, Any] = {"key": one.key, "label": one.label, "width": 1.8}

@@ -1,4 +1,4 @@
-"""What a run directory says, read for the report: rows, samples, manifest and config, whatever state they are in."""
+"""Reading a run directory for the report: rows, samples, manifest and config, in whatever state they are."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ Row = dict[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run. ``rows`` are in the order of their steps, a step once; a figure that is not finite is None."""
+    """One run. ``rows`` are sorted by step, one row for each step. A figure that is not finite is None."""
 
     path: Path
     name: str
@@ -36,7 +36,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Every run, under names that tell them apart. All paths that are no run are named in one error."""
+    """Every run, under names that tell them apart. One error names all paths that are not runs."""
     if not paths:
         raise ValueError("a report needs at least one run directory")
     missing = [plain(path) for path in paths if not os.path.lexists(path / "metrics.jsonl")]
@@ -52,8 +52,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def read_run(path: Path, *, name: str) -> Run:
     problems: list[str] = []
     rows: dict[float, Row] = {}
-    others: dict[str, int] = {}  # metric: rows that have it
-    left_out: set[str] = set()  # the first of more
+    others: dict[str, int] = {}  # metric: number of rows that have it
+    left_out: set[str] = set()  # the first name that is too many
     for record in json_lines(path / "metrics.jsonl", problems):
         metrics = _other_metrics(record, others, left_out)
         row = {key: number(record.get(key)) for key in (*SERIES, *metrics)}
@@ -81,7 +81,7 @@ def read_run(path: Path, *, name: str) -> Run:
 
 
 def _other_metrics(record: dict[str, Any], known: dict[str, int], left_out: set[str]) -> list[str]:
-    """The numbers of a row that SERIES does not know: counted in ``known``, or, if there are too many, left out."""
+    """The metrics of a row that SERIES does not have, counted in ``known``; if there are too many, only some."""
     found = []
     for key, value in record.items():
         if key in SERIES or type(value) not in (int, float):
@@ -97,7 +97,7 @@ def _other_metrics(record: dict[str, Any], known: dict[str, int], left_out: set[
 def smooth(values: Sequence[float | None]) -> list[float | None]:
     """A straight line fitted around each value, its neighbours weighted by e^-distance over a fortieth of the run.
 
-    A line, and not a mean, so that the ends of a falling curve are not bent towards its middle. Gaps stay gaps.
+    A mean would bend the ends of a falling curve towards its middle. Gaps stay gaps.
     """
     behind, ahead = _moments(values), _moments(values[::-1])[::-1]
     return [
@@ -179,7 +179,7 @@ def _section(key: str, sections: set[str]) -> str:
 
 
 def value_at(config: dict[str, Any], key: str) -> tuple[bool, Any]:
-    """Whether a config has a dotted key, and its value: a section is a mapping."""
+    """Whether a config has a dotted key, and its value (a mapping for a section)."""
     value: Any = config
     for part in key.split("."):
         if not isinstance(value, dict) or part not in value:
@@ -189,7 +189,7 @@ def value_at(config: dict[str, Any], key: str) -> tuple[bool, Any]:
 
 
 def _unless_damaged(name: str, read: Callable[[], dict[str, Any]], path: Path, problems: list[str]) -> dict[str, Any]:
-    """What ``read`` reads from a file of the run; {}, with the reason in ``problems``, if it cannot."""
+    """The result of ``read``; {} if the file cannot be read, with the reason in ``problems``."""
     if not os.path.lexists(path / name):
         problems.append(f"{name}: not there")
         return {}

@@ -16,7 +16,7 @@ Samples = list[dict[str, Any]]
 
 
 def samples_section(runs: Sequence[Run]) -> str:
-    """Prompts with their answers: the first and the last of one run, the last of each of several."""
+    """Prompts with answers: the first and the last answer of one run, or the last answer of each of several."""
     grouped = [answers(run) for run in runs]
     prompts = list(dict.fromkeys(prompt for one in grouped for prompt in one))
     if not prompts:
@@ -41,12 +41,12 @@ def dot(index: int) -> str:
 
 
 def html_text(text: str) -> str:
-    """Text of a run as HTML; characters that cannot be seen, or turn the text around, as escapes."""
+    """Text of a run as HTML; invisible characters and those that reverse text are shown as escapes."""
     return escape(visible(text))
 
 
 def clipped(text: str) -> str:
-    """``text``, escaped, and cut where it is very long."""
+    """``text``, escaped, and cut if it is very long."""
     cut = f" [... {len(text) - CHARACTERS:,} more characters]" if len(text) > CHARACTERS else ""
     return html_text(text[:CHARACTERS] + cut)
 
@@ -86,7 +86,7 @@ def _article(sample: dict[str, Any], shown: str, details: str) -> str:
 
 
 def _turns(sample: dict[str, Any]) -> list[tuple[str, str]]:
-    """Role and text of each turn of a prompt; one without a role if the run does not say."""
+    """Role and text of each turn of a prompt. A prompt without turns is one turn without a role."""
     turns = sample.get("turns")
     known = turns if isinstance(turns, list) else []
     found = [(str(one.get("role", "")), str(one.get("content", ""))) for one in known if isinstance(one, dict)]
@@ -96,7 +96,7 @@ def _turns(sample: dict[str, Any]) -> list[tuple[str, str]]:
 def _answer(sample: dict[str, Any], label: str, closed: bool, *, last: bool = False, mark: str = "") -> str:
     expected = is_expected(sample)
     verdict = words = "" if expected is None else "right" if expected else "wrong"
-    if not closed:  # many answers would do: none is wrong
+    if not closed:  # several answers are possible, so no answer is wrong
         verdict, words = ("same", "as expected") if expected else ("", "")
     badge = f'<span class="badge {verdict}">{words}</span>' if verdict else ""
     step = f", step {sample['step']}" if "step" in sample else ""
@@ -109,7 +109,7 @@ def _answer(sample: dict[str, Any], label: str, closed: bool, *, last: bool = Fa
 
 
 def _expected(sample: dict[str, Any], lasts: Samples) -> str:
-    """What was expected, where an answer is not that."""
+    """The expected answer, if an answer differs from it."""
     if all(is_expected(last) is not False for last in lasts):
         return ""
     text = clipped(str(sample.get("expected", "")))

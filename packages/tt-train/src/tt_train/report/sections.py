@@ -40,7 +40,7 @@ def config_section(runs: Sequence[Run]) -> str:
 
 
 def set_keys(config: dict[str, Any]) -> list[str]:
-    """The dotted keys of a config that are not what they are by default; the rank of an adapter always."""
+    """The dotted keys of a config that differ from the default, and always the rank of an adapter."""
     defaults = _defaults(config)
     return [
         key
@@ -59,7 +59,7 @@ def _defaults(config: dict[str, Any]) -> dict[str, Any]:
 def _table_of_keys(
     runs: Sequence[Run], keys: Sequence[str], title: str, nothing: str, *, defaults: dict[str, Any] | None = None
 ) -> str:
-    """A row for each key, a column for each run; with ``defaults``, one more for them."""
+    """A row for each key, a column for each run, and one for ``defaults`` if given."""
     if not keys:
         return f'<p class="note">{nothing}</p>'
     names = [f"{dot(index)}{html_text(run.name)}" for index, run in enumerate(runs)] if defaults is None else ["Value"]
@@ -78,12 +78,12 @@ def _table_of_keys(
 
 
 def _shown(value: Any) -> str:
-    """A value in a cell; of a section, the keys that were set, or that it is absent."""
+    """A value in a cell. For a section: the keys that were set, or "none" if it is absent."""
     if value is None:
         return "none"
     if not isinstance(value, dict) or not value:
         return scalar(value)
-    keys = set_keys({"adapter": value})  # the only section that may be absent; any other is all keys
+    keys = set_keys({"adapter": value})  # the only section that can be absent
     return "\n".join(f"{key.removeprefix('adapter.')}: {scalar(value_at({'adapter': value}, key)[1])}" for key in keys)
 
 
@@ -151,9 +151,9 @@ def reproduce_section(runs: Sequence[Run]) -> str:
 
 
 def made_by(run: Run) -> str | None:
-    """The command that made a run, if it is one of tt: each word quoted, so that a shell runs nothing else.
+    """The command that made a run, if it is a command of tt. Every word is quoted, so a shell runs nothing else.
 
-    Whoever made the run may have written it, for the reader to paste.
+    A stranger may have written it into the manifest for a reader to paste.
     """
     command = run.manifest.get("command")
     try:
@@ -164,18 +164,18 @@ def made_by(run: Run) -> str | None:
 
 
 def _typed(path: Path) -> str:
-    """As one would type it."""
+    """The path as one would type it."""
     return shell_word(_near(path))
 
 
 def _near(path: Path) -> Path:
-    """Relative if the path is below the working directory."""
+    """The path, relative if it is below the working directory."""
     here, absolute = Path.cwd(), path.absolute()
     return absolute.relative_to(here) if absolute.is_relative_to(here) else path
 
 
 def manifest_section(runs: Sequence[Run]) -> str:
-    """What the manifest records, as it is."""
+    """The manifest, unchanged."""
     blocks = ""
     for index, run in enumerate(runs):
         elsewhere = SHOWN_ELSEWHERE if made_by(run) is not None else SHOWN_ELSEWHERE[1:]

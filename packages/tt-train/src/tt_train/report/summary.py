@@ -20,7 +20,7 @@ CLOSED = 24  # characters of an answer to a question that has only one
 
 
 def training_loss(rows: Sequence[Row]) -> float | None:
-    """The mean over the trained tokens of the run's last part, see ``last_part``; None if nothing is known."""
+    """The mean over the trained tokens of the last part of the run (``last_part``); None if there is no loss."""
     rows = _steps(rows)
     begin = len(rows) - len(last_part(rows))
     weighted = [
@@ -33,7 +33,7 @@ def training_loss(rows: Sequence[Row]) -> float | None:
 
 
 def last_part(rows: Sequence[Row]) -> Sequence[Row]:
-    """The steps of the last epoch; in a run of one epoch at most, the last 5 % of its steps, but no fewer than 10."""
+    """The steps of the last epoch; in a run of at most one epoch, the last 5 % of its steps, but at least 10."""
     rows = _steps(rows)
     end = rows[-1].get("epoch") if rows else None
     if end is not None and end > 1:
@@ -51,12 +51,12 @@ def part_name(rows: Sequence[Row]) -> str:
 
 
 def _steps(rows: Sequence[Row]) -> Sequence[Row]:
-    """Without the evaluation before the first step."""
+    """The rows without the evaluation before the first step."""
     return [row for row in rows if row.get("step") != 0]
 
 
 def tokens_per_second(rows: Sequence[Row]) -> float | None:
-    """Trained tokens by the time that the steps took; evaluation, samples and checkpoints are no part of it."""
+    """Trained tokens divided by the time of the steps, without evaluation, samples and checkpoints."""
     total = seconds = 0.0
     for row, tokens in zip(rows, step_tokens(rows), strict=True):
         speed = row.get("tokens_per_s")
@@ -66,7 +66,7 @@ def tokens_per_second(rows: Sequence[Row]) -> float | None:
 
 
 def step_tokens(rows: Sequence[Row]) -> list[float]:
-    """The trained tokens of each step; 1 each where the rows do not say."""
+    """The trained tokens of each step; 1 each if the rows do not contain them."""
     counts = [float(row["tokens"]) for row in rows if row.get("tokens") is not None]
     if len(counts) < len(rows):
         return [1.0] * len(rows)
@@ -77,13 +77,13 @@ def step_tokens(rows: Sequence[Row]) -> list[float]:
 
 
 def method_words(method: str) -> str:
-    """A run's method for people; after QLoRA with the base that it was trained and scored on."""
+    """A run's method for people; for QLoRA, with the base that it was trained and evaluated on."""
     return f"{method} over a base of 4 bits (NF4)" if method == "qlora" else method
 
 
 @dataclass(frozen=True, kw_only=True)
 class Headline:
-    """None where the run does not say."""
+    """A figure is None if the run does not contain it."""
 
     steps: int
     loss_first: float | None
@@ -149,7 +149,7 @@ def headline(run: Run) -> Headline:
 
 
 def at(values: Any, dotted: str) -> Any:
-    """``values["a"]["b"]`` for ``a.b``; None where there is no such thing."""
+    """``values["a"]["b"]`` for ``a.b``; None if there is no such key."""
     for key in dotted.split("."):
         values = values.get(key) if isinstance(values, dict) else None
     return values
@@ -171,14 +171,14 @@ def answers(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def is_expected(sample: dict[str, Any]) -> bool | None:
-    """Whether the answer is the expected one, blanks around it aside; None where nothing is expected."""
+    """Whether the answer is the expected one, apart from blanks around it; None if nothing is expected."""
     if not isinstance(sample.get("expected"), str):
         return None
     return bool(str(sample.get("generation", "")).strip() == sample["expected"].strip())
 
 
 def is_closed(run: Run) -> bool:
-    """Whether the samples ask for one short answer each: only then is another answer wrong."""
+    """Whether every expected answer is short: only then is a different answer wrong."""
     expected = [sample["expected"].strip() for sample in run.samples if isinstance(sample.get("expected"), str)]
     return bool(expected) and all(len(text) <= CLOSED and "\n" not in text for text in expected)
 

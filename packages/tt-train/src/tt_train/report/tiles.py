@@ -1,4 +1,4 @@
-"""The upper part of the report page: a run's headline figures as tiles, those of several runs as a table."""
+"""The upper part of the report page: tiles with the summary of one run, or a table of several."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -8,7 +8,7 @@ from tt_train.report.summary import DASH, Headline, as_count, as_figure, as_perc
 
 
 def tiles(run: Run) -> str:
-    """What one run came to, at a glance."""
+    """The summary of one run at a glance."""
     one = headline(run)
     speed = f"{as_count(one.tokens_per_s)} tokens per second" if one.tokens_per_s else ""
     steps = f"{one.steps:,} step" + "s" * (one.steps != 1)
@@ -84,7 +84,7 @@ PER_TOKEN = ("loss_last", "eval_last", "eval_best", "tokens_per_s")  # another t
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """What several runs came to: a row each, the best of a column set off, what they share said below."""
+    """The summaries of several runs: a row each, the best of a column in bold, what they share below."""
     heads = [headline(run) for run in runs]
     one_tokenizer = len({_tokenizer(run) for run in runs}) == 1
     same, titles = [], ""
@@ -115,5 +115,5 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def _tokenizer(run: Run) -> str:
-    """What tells a run's tokenizer from others; of older runs, the model."""
+    """What identifies the tokenizer of a run; for older runs, the model."""
     return str(run.manifest.get("tokenizer") or run.manifest.get("base_model"))

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from tt_ckpt import commit, files
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
@@ -174,7 +174,19 @@ class _RedactingFormatter(logging.Formatter):
         return visible(redact(super().format(record)))
 
 
-def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
+class ListedRun(TypedDict):
+    """A row of ``tt ls runs``; None if the run does not say. ``loss``: see ``training_loss``."""
+
+    path: str
+    recipe: str | None
+    model: str | None
+    method: str | None
+    state: str | None
+    step: int | None
+    loss: float | None
+
+
+def list_runs(root: str | Path = "runs") -> list[ListedRun]:
     """The runs under ``root``, newest first: path, state, model, last step and training loss.
 
     A run whose files are not as a run writes them has the state ``damaged``.
@@ -185,7 +197,7 @@ def list_runs(root: str | Path = "runs") -> list[dict[str, Any]]:
     return [_describe(path) for path in found]
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> ListedRun:
     manifest: dict[str, Any] = {}
     last: dict[str, Any] = {}
     loss = None

@@ -1,4 +1,4 @@
-"""What is beside the weights so that other programs ask a model as it was trained: the nearest file of each kind."""
+"""The files beside the weights, from which other programs know how to prompt a model as it was trained."""
 
 import fnmatch
 import json
@@ -16,13 +16,13 @@ _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json"
                     "*.model", "tekken.json")  # fmt: skip
 _GENERATION = "generation_config.json"
 
-Files = dict[str, str | Path | None]  # name -> text, a file or folder to copy, or None: not even if the base has it
+Files = dict[str, str | Path | None]  # name -> text, a file or folder to copy, or None: leave out that of the base
 
 
 def own_template(tokenizer: Any, template: str | None) -> str | None:
-    """The Jinja text of ``data.template``; None if a run keeps the model's own, or trains on an instruct template.
+    """The Jinja text of ``data.template``; None if a run keeps the model's own or uses an instruct template.
 
-    ``tokenizer``: the one that ``tt_data.choose_template`` gave.
+    ``tokenizer``: from ``tt_data.choose_template``.
     """
     if template is None or our_name(template) in INSTRUCT_TEMPLATES:
         return None
@@ -30,10 +30,10 @@ def own_template(tokenizer: Any, template: str | None) -> str | None:
 
 
 def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, source: Path | None) -> Files:
-    """Files for ``tt_ckpt.save_hf(files=...)``: of each kind the nearest, instead of those of ``source``.
+    """Files for ``tt_ckpt.save_hf(files=...)``: the nearest of each kind, in place of those of ``source``.
 
-    ``template``: what ``own_template`` takes. generation_config.json holds every token that ends a turn, or a server
-    would write on behind them; it is the nearest one byte for byte if it does already.
+    ``template``: as in ``own_template``. generation_config.json lists every token that ends a turn, or a server would
+    not stop at it. If the nearest one already does, it is copied unchanged.
     """
     folder, file = find_tokenizer(list(places))
     folders = [place if place.is_dir() else place.parent for place in places]
@@ -63,14 +63,14 @@ def generation_settings(places: Sequence[Path]) -> dict[str, Any]:
 
 
 def _template_files(folders: Sequence[Path], tokenizer: Path, source: Path | None, own: str | None) -> Files:
-    """The files of the chat templates, if they are not those that go with the tokenizer's."""
+    """The files of the chat templates, unless they come with the tokenizer's files."""
     nearest = next((folder for folder in folders if find_templates([folder])[0]), None)
     if own is not None:
         return {**_group(None, source, _TEMPLATE_FILES), TEMPLATE_FILE: own}
     if nearest is None or nearest == tokenizer == source:
         return {}
     files = _group(nearest, source, _TEMPLATE_FILES)
-    if nearest != tokenizer and not any(files.values()):  # within a tokenizer_config.json, which stays behind
+    if nearest != tokenizer and not any(files.values()):  # in a tokenizer_config.json that is not copied
         chosen = find_templates([nearest])[0]
         config = tokenizer / "tokenizer_config.json"
         settings = read_json(config) if config.is_file() else {}
@@ -80,7 +80,7 @@ def _template_files(folders: Sequence[Path], tokenizer: Path, source: Path | Non
 
 
 def _group(folder: Path | None, source: Path | None, patterns: Sequence[str]) -> Files:
-    """Entries of ``folder`` that match; those that only ``source`` has are left out: they would say something else."""
+    """Matching entries of ``folder``, and None for those that only ``source`` has: they would contradict them."""
     found = {entry.name: entry for entry in _matching(folder, patterns)}
     return {**dict.fromkeys(entry.name for entry in _matching(source, patterns)), **found}
 
