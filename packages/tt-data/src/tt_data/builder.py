@@ -41,10 +41,10 @@ def build(
     sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, *, read: Read | None = None, schema: str = "",
     fingerprint: str | None = None, num_workers: int = 0, timeout_s: float = 300.0, limit: int | None = None,
 ) -> TokenDataset:  # fmt: skip
-    """Every row of ``sources``, or the first ``limit`` that can be used. ``read`` (named ``schema``) instead of the
-    schema that the columns are.
+    """Every row of ``sources``, or the first ``limit`` that can be used. ``read`` (named ``schema``) replaces the
+    schema that the columns have.
 
-    Raises ValueError for an empty source, for one without a usable row, and for any bad row where the policy says so.
+    Raises ValueError for an empty source, for one without a usable row, and for a bad row if the settings refuse it.
     """
     builder = _Builder(sources, tokenizer, settings, limit)
     for number, source in enumerate(sources):
@@ -89,7 +89,7 @@ class _Builder:
             read, schema = found.read, found.name
         self.schemas.setdefault(schema, source.name)
         given_before = [earlier.name for earlier in self.sources[:number]].count(source.name)
-        digests = self.digests.setdefault(given_before, set())  # a file that is named twice is meant twice
+        digests = self.digests.setdefault(given_before, set())  # a file that is named twice counts twice
         encode = partial(encode_rows, source.name, read=read, tokenizer=self.tokenizer, settings=self.settings)
         every = chain([first], rows)
         batches = iter(lambda: list(islice(every, self.wanted(_BATCH))), [])
@@ -100,7 +100,7 @@ class _Builder:
                 for row in kept:
                     self._keep(number, row, digests)
                 if self.tally.seen > _MOST_BAD and not len(self.stores[0]):
-                    self.refuse_bad()  # before an endless source is read to its end
+                    self.refuse_bad()  # an endless source has no end to wait for
                 if not self.wanted(1):
                     self.partial = _has_more(rows)
                     break

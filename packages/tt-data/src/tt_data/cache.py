@@ -20,7 +20,7 @@ from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import visible
 
 _log = logging.getLogger(__name__)
-_FORMAT = 3  # what a cached data set holds; another number for every change
+_FORMAT = 3  # of a cached data set; every change of it gets a new number
 _MAX_META = 256 << 20  # bytes: it names every source file
 _COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
 
@@ -31,7 +31,7 @@ def cache_key(fingerprint: str) -> str:
 
 
 def save(dataset: TokenDataset, cache_dir: Path) -> None:
-    """Write ``dataset`` under ``cache_dir``: into a folder of its own, renamed once it is whole."""
+    """Write ``dataset`` under ``cache_dir``: into a temporary folder, which is renamed once it is complete."""
     target = cache_dir / cache_key(dataset.fingerprint)
     if target.exists():
         return
@@ -51,7 +51,7 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
         staging.chmod(0o777 & ~_umask())
         staging.replace(target)
     except OSError as error:
-        if not target.exists():  # else another process was faster, which is as good
+        if not target.exists():  # else another process was faster, and the result is the same
             _log.warning("%s: the token cache was not written (%s)", cache_dir, error)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -73,7 +73,7 @@ def _check(meta: dict[str, Any]) -> str:
 
 
 def load(fingerprint: str, tokenizer: Tokenizer, cache_dir: Path) -> TokenDataset | None:
-    """The data set that ``save`` wrote, mapped; None where there is none, or one that is not whole."""
+    """The data set that ``save`` wrote, mapped; None if there is none, or if it is damaged."""
     directory = cache_dir / cache_key(fingerprint)
     if not directory.is_dir() or directory.is_symlink():
         return None

@@ -136,7 +136,7 @@ def write_numbers(path: Path, numbers: Numbers) -> None:
 
 
 def read_numbers(path: Path, kind: str) -> Numbers:
-    """The numbers of a file, mapped: they take memory only where they are read."""
+    """The numbers of a file, mapped: only pages that are read take memory."""
     with open_regular(path) as stream:
         if os.fstat(stream.fileno()).st_size == 0:
             return array(kind)
@@ -145,7 +145,7 @@ def read_numbers(path: Path, kind: str) -> Numbers:
 
 
 def labels_of(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
-    """``ids`` where they are trained, -100 elsewhere."""
+    """``ids`` of trained tokens, -100 for all others."""
     labels = [IGNORE_INDEX] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
@@ -165,8 +165,8 @@ def to_row(kind: Kind, sides: Sequence[Encoded], desirable: bool) -> Row:
 class TokenDataset:
     """``ds[i] -> {"input_ids", "labels"}`` (``chosen_`` and ``rejected_`` of both for preference rows).
 
-    ``report`` says what was found, dropped and cut; ``fingerprint`` changes with the data, the tokenizer, the template
-    and the settings; ``where(i)`` is the file and line of a row.
+    ``report`` counts the rows that were found, dropped and cut. ``fingerprint`` changes with the data, the tokenizer,
+    the template and the settings. ``where(i)`` is the file and line of a row.
     """
 
     def __init__(
@@ -226,11 +226,14 @@ class TokenDataset:
         return [self._pieces(store.get(i)) for store in self.stores]
 
     def document_names(self, i: int) -> list[str]:
-        """What to call the documents of row ``i``: where it was read, and which side of a preference it is."""
+        """A name for each document of row ``i``: where it was read, and the side of a preference row."""
         return [f"{self.where(i)} {side.rstrip('_')}".rstrip() for side in _SIDES[self.kind]]
 
     def _pieces(self, row: Encoded) -> list[Piece]:
-        """Texts between the ends of spans. Decoders treat a beginning otherwise: each is what it adds to the last."""
+        """The texts between the ends of spans.
+
+        Decoders treat the beginning of a text differently, so each piece is decoded together with the one before.
+        """
         ends = [(end, trained) for span in row.trained for end, trained in zip(span, (False, True), strict=True)]
         pieces: list[Piece] = []
         last = begin = 0

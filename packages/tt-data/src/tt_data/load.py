@@ -103,21 +103,33 @@ def load_dataset(
     num_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None, data_files: Any = None,
     revision: str | None = None, limit: int | None = None,
 ) -> Dataset | Stream:  # fmt: skip
-    """Token rows of a file, several files, a directory, a hub id, a registered name, rows in memory, or
-    ``{source: weight}`` of these.
+    """Token ids and labels of the rows of a file, several files, a directory, a hub id, a registered name, rows in
+    memory, or a mix ``{source: weight}`` of these.
 
-    ``columns``: our column name to theirs, where they differ. ``train_on``: which turns give loss. ``template``: a
-    built-in chat or instruct template instead of the model's own. ``schema``: instead of the one that the columns are.
-    ``on_bad_row``: count and drop, or refuse. ``special_tokens``: what ``</s>`` and its like become when they are typed
-    in data: text, or (for a column that is rendered already) tokens. ``drop_duplicates``: of rows that are the same,
-    one is kept; a file that is given twice counts twice. ``max_dropped_share``: more bad rows than that are an error.
-    ``packing``: whole documents together in rows of ``max_seq_len`` (``seed`` decides which). ``streaming``: read while
-    training, shuffled within ``buffer`` rows. ``cache_dir``: where token rows are kept, so that they are made once.
-    ``num_workers``: processes that encode (those of a stream are ``batches``'s); one that does not answer for
-    ``timeout_s`` is an error. ``split``, ``data_dir``, ``data_files`` and ``revision`` are those of
-    ``datasets.load_dataset``; all but the last are for directories, too. ``limit``: read no further than that many
-    usable rows.
-    Raises ValueError or FileNotFoundError, naming the file and line.
+    Rows:
+        columns: our names of columns to the names in the rows, if they differ.
+        schema: the kind of the rows; by default it follows from their columns.
+        template: a built-in chat or instruct template, or a ``.jinja`` file, instead of the model's own template.
+        train_on: the turns that give loss.
+        special_tokens: whether ``</s>`` and similar strings in the rows stay text, or become special tokens (for
+            columns that a template has rendered already).
+        max_seq_len: rows are cut there, in tokens.
+        packing: put whole documents together in rows of ``max_seq_len`` tokens; ``seed`` decides which.
+
+    Bad rows:
+        on_bad_row: count and drop them, or refuse them.
+        max_dropped_share: a larger share of bad rows is an error.
+        drop_duplicates: keep one of several equal rows. A file that is given twice counts twice.
+
+    Reading:
+        split, data_dir, data_files, revision: as in ``datasets.load_dataset``; all but the last work for directories.
+        limit: stop reading after this many usable rows.
+        streaming: read during training, shuffled within ``buffer`` rows.
+        cache_dir: keep token rows there and read them next time.
+        num_workers: processes that encode rows (for a stream: an argument of ``batches``). A process that does not
+            answer within ``timeout_s`` seconds is an error.
+
+    Raises ValueError or FileNotFoundError that names the file and the line.
     """
     _check_types(
         columns=columns, packing=packing, split=split, seed=seed, streaming=streaming, template=template, schema=schema,
@@ -162,7 +174,7 @@ _OPTIONAL = (
 
 
 def _check_types(**values: Any) -> None:
-    """Raise ValueError for an argument of another kind than it must be."""
+    """Raise ValueError for an argument of a wrong type."""
     for name, value in values.items():
         wanted = _WANTED.get(name, "a name")
         fits = isinstance(value, _KINDS[wanted]) and isinstance(value, bool) == (wanted == "true or false")

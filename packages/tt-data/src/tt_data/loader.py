@@ -250,8 +250,8 @@ def _as_tensors(batch: Any) -> Any:
 def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:
     """Pad on the right to the longest row: ``input_ids`` with ``pad_id``, ``labels`` with -100.
 
-    ``position_ids``, where rows are packed, go on counting from 0 over the padding, as one more document that
-    nothing learns from. Preference rows give ``chosen_`` and ``rejected_`` of each; ``desirable`` becomes bools.
+    If rows are packed, ``position_ids`` count from 0 over the padding: it is one more document, without loss.
+    Preference rows give ``chosen_`` and ``rejected_`` of each; ``desirable`` becomes bools.
     """
     import torch
 

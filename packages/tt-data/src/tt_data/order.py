@@ -29,7 +29,7 @@ def rows_at(
 ) -> list[int]:
     """This rank's rows of ``step`` (counted from 0). ``batch_size`` counts the rows of one step over all ranks.
 
-    Every row comes exactly once per epoch, in an order of its own for each epoch; no step holds rows of two epochs.
+    Every row comes exactly once per epoch, in a different order for each epoch; no step holds rows of two epochs.
     """
     _check(num_rows, batch_size)
     if step < 0:
@@ -88,9 +88,9 @@ def hash_of(*numbers: int) -> int:
 def place_in_mix(place: int, size: int, *, first: int, window: range | None, key: tuple[int, ...]) -> int:
     """Which of the ``size`` rows of a block comes at ``place`` in it, for a source that runs on over epochs.
 
-    ``first``: the block's first row, counted over all epochs. ``window``: the rows of this epoch, counted likewise
+    ``first``: the block's first row, counted over all epochs. ``window``: the rows of this epoch, counted the same way
     (None for the first epoch, whose end may not be known yet). An epoch may hold the end of a block and, a turn later,
-    its beginning: so all epochs share one order of the block, and each shuffles only the stretch that is its own.
+    its beginning: so all epochs share one order of the block, and each shuffles only its own stretch of it.
     """
     order = Permutation(size, key)
     if window is None:

@@ -71,7 +71,7 @@ def map_in_processes(
 def _send(task: Task, pipe: Connection, describe: Callable[[Task, str], str]) -> None:
     try:
         pipe.send(task)
-    except OSError:  # the process is gone, which is noticed where its answer is asked for
+    except OSError:  # the process is gone; asking for its answer is the place to notice
         pass
     except Exception as error:  # what cannot be pickled raises errors of all kinds
         raise RuntimeError(describe(task, f"cannot be sent them ({type(error).__name__}: {said(error)})")) from None

@@ -1,4 +1,4 @@
-"""What became of a source's rows: counted while they are read, and the lines that every verb prints of it."""
+"""What became of the rows of a source: the counts, and the lines that every verb prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tt_data.examples import BadRowError
 from tt_data.wording import counted, visible
 
 MAX_PROBLEMS = 20
-DUPLICATE = "duplicate"  # a reason for leaving a row out that is no fault of the row
+DUPLICATE = "duplicate"  # a reason for leaving a row out that is not a fault of the row
 _FILES = 10  # that are named in a note
 
 
@@ -51,7 +51,7 @@ class Report(Counts):
 class Tally:
     """Counts what happens to rows, and keeps the first problems with their places.
 
-    Whatever a row holds and training does not see is either a dropped row (``drop``, by ``BadRowError``) or a note
+    Everything in a row that training does not see is either a dropped row (``drop``, by ``BadRowError``) or a note
     (``note``, which counts the rows of each kind). Both end up in ``report`` and in ``summary_lines``.
     """
 
@@ -73,21 +73,21 @@ class Tally:
             self.problems.append(f"{visible(where, 300)}: {bad}")
 
     def note(self, kind: str, where: str = "") -> None:
-        """Count a row that is kept although something about it should be known.
+        """Count a row that is kept, with something that people should know about it.
 
-        ``kind`` is one sentence that names what is lost and the cure, without values of this row: equal kinds add up,
-        and the report says ``<kind> (12 rows, the first at rows.jsonl:3)``. Without ``where`` (``file:line``) the note
-        is about the template or the source and is said once, uncounted. Code that has no tally (text to ids) puts its
-        kinds into ``Encoded.notes``; they are counted here for the row.
+        ``kind`` is one sentence that names what is lost and the cure, without values of this row. Equal kinds add up:
+        the report says ``<kind> (12 rows, the first at rows.jsonl:3)``. A note without ``where`` (``file:line``) is
+        about the template or the source, and is reported once, without a count. Code without a tally (text to ids)
+        puts its kinds into ``Encoded.notes``, which are counted here for the row.
         """
         _count(self.notes, kind, bool(where), where)
 
     def leave(self, column: str, where: str) -> None:
-        """Count a row that has something in a column that nothing reads."""
+        """Count a row with a value in a column that nothing reads."""
         _count(self.unread, column, 1, where)
 
     def add(self, other: Tally) -> None:
-        """Count what another one counted."""
+        """Add the counts of ``other``."""
         self.seen += other.seen
         self.dropped.update(other.dropped)
         self.truncated += other.truncated

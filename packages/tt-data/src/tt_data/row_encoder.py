@@ -1,4 +1,4 @@
-"""Rows of one source to token rows, a batch at a time, with every row that is left out accounted for."""
+"""Rows of one source to token rows, a batch at a time, with a reason for every row that is left out."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _leave_unwritten(
             rows.append(([_without(message, key) for message in plain], part.tools, part.variables))
     texts = [getattr(row, "text", None) for row in tokenizer.render_conversations(rows)] if rows else []
     for (where, key), one, other in zip(without, texts[::2], texts[1::2], strict=True):
-        if one == other and one is not None:  # None: the template fails, which is said of the row
+        if one == other and one is not None:  # None: the template fails, and the row's own error says so
             tally.leave(f"messages.{key}", where)
 
 
@@ -219,5 +219,5 @@ def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
 
 
 def is_trainable(row: Encoded) -> bool:
-    """Whether some token behind the first is trained (the first one is predicted from nothing)."""
+    """Whether a token after the first is trained (there is nothing to predict the first from)."""
     return any(end > max(start, 1) for start, end in row.trained)

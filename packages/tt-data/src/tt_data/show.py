@@ -1,4 +1,4 @@
-"""What a data set looks like to the model, as plain data: for ``tt data show``, and for people who look."""
+"""A data set as the model sees it, as plain data and as text: for ``tt data show`` and for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sample(TypedDict):
     truncated: bool
     names: list[str]
     documents: list[list[Piece]]
-    typed: NotRequired[list[list[Span]]]  # of each document: where it spells a special token without being one
+    typed: NotRequired[list[list[Span]]]  # of each document: where its text spells a special token but is not one
 
 
 class Bin(TypedDict("Bin", {"from": int})):
@@ -82,7 +82,7 @@ def _sample(dataset: Dataset, i: int) -> Sample:
 
 
 def _typed_in(dataset: Dataset, row: Mapping[str, Any]) -> dict[str, list[Span]]:
-    """By the text of each document: where it spells a special token without being one."""
+    """By the text of each document: where its text spells a special token but is not one."""
     found: dict[str, list[Span]] = {}
     for key in [key for key in row if key.endswith("input_ids")]:
         positions = row.get(key.replace("input_ids", "position_ids"), row.get("position_ids", ()))
@@ -94,10 +94,10 @@ def _typed_in(dataset: Dataset, row: Mapping[str, Any]) -> dict[str, list[Span]]
 
 
 def as_text(sample: Sample, *, color: bool = False) -> str:
-    """A sample of ``show`` for a terminal: trained text in green, or between marks where there is no colour.
+    """A sample of ``show`` for a terminal: trained text in green, or between marks without colour.
 
-    A line before each document of a pack, and of a preference row, names it. Text that spells a special token, but is
-    not one, is inverse, or between marks of its own.
+    Each document of a pack or of a preference row has a line with its name. Text that spells a special token, but is
+    not one, is inverse, or between different marks.
     """
     spans = sample.get("typed") or [[] for _ in sample["documents"]]
     names = sample["names"]
@@ -108,8 +108,8 @@ def as_text(sample: Sample, *, color: bool = False) -> str:
     if len(texts) > 1:
         texts = [f"--- {name} ---\n{text}" for name, text in zip(names, texts, strict=True)]
     legend = "inverse" if color else f"{_OPEN_TYPED}...{_CLOSE_TYPED}"
-    told = [f"({legend}: text that spells a special token; special_tokens=tokens makes it one)"] if any(spans) else []
-    return "\n".join([head, *texts, *told])
+    note = [f"({legend}: text that spells a special token; special_tokens=tokens makes it one)"] if any(spans) else []
+    return "\n".join([head, *texts, *note])
 
 
 def _places(names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets made of the rows of others: some of them, several in one row, or those of several data sets in turn."""
+"""Data sets made of rows of other data sets: a choice of them, several packed in one, or those of several in turn."""
 
 from __future__ import annotations
 

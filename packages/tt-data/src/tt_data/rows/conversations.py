@@ -12,7 +12,7 @@ from tt_data.messages import Message, normal_role
 from tt_data.rows.json_files import load_json
 from tt_data.wording import names_of
 
-_MOST_TURNS = 1000  # finding what is trained takes their square
+_MOST_TURNS = 1000  # finding the trained tokens takes time that grows with their square
 _KNOWN = ("role", "from", "content", "value", "text")
 # Keys that switch the loss of a turn on or off, as tools spell them: True trains, or True masks.
 _TRAINS = (
@@ -53,7 +53,7 @@ def read_messages(turns: Any) -> list[Message]:
     for i, turn in enumerate(turns):
         message = _message(turn, i)
         if message.role == "system" and not message.content.strip() and i == 0 and len(turns) > 1:
-            continue  # it says nothing: the template writes what it writes without one
+            continue  # it is empty: the template writes what it writes without a system message
         if _is_call(turn) and messages and messages[-1].role == "assistant":
             message = _joined(messages.pop(), message, i)
         messages.append(message)
@@ -150,7 +150,7 @@ def _message(turn: Any, i: int) -> Message:
     if older is not None and not extra.get("tool_calls"):
         extra["tool_calls"] = [{"type": "function", "function": older}]
     if not extra.get("tool_calls"):
-        extra.pop("tool_calls", None)  # an empty list is no call
+        extra.pop("tool_calls", None)  # an empty list is not a call
     if name == "tool":
         turn = _with_result_as_text(turn)
     content, parts = _content(turn, i, may_be_null="tool_calls" in extra)

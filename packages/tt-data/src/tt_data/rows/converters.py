@@ -1,6 +1,6 @@
-"""Rows as people have them to ``Example``: how each schema of ``schemas`` reads its columns.
+"""From the columns of a row to an ``Example``: one reader for each schema of ``schemas``.
 
-Columns are given by our names; ``columns`` says what the row calls them. What a reader does not look at is reported.
+Columns have our names; ``columns`` says what the row calls them. Columns that a reader does not look at are reported.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PACKED = "packed rows (several documents in one) are not read; give each docume
 
 
 def read_alpaca(row: Row, columns: Columns) -> Conversation:
-    """instruction, input (context), output: a user turn and its answer, behind the history and the system message."""
+    """instruction, input (context), output: a user turn and its answer, after the system message and the history."""
     user = instruction_of(row, columns)
     answer = text(row, columns, *OUTPUT)
     return conversation(row, columns, [*history(row, columns), Message("user", user), Message("assistant", answer)])
@@ -75,7 +75,7 @@ def conversation(row: Row, columns: Columns, messages: Sequence[Message]) -> Con
 
 
 def has_turns_before(row: Row, columns: Columns) -> bool:
-    """Whether columns beside the prompt hold what comes before it: text alone cannot say it."""
+    """Whether other columns hold turns before the prompt, which plain text cannot express."""
     names = (columns.get(name, name) for name in (*SYSTEM, "history"))
     return any(name in row for name in names)
 
@@ -111,7 +111,7 @@ def tools_of(row: Row, columns: Columns) -> Sequence[Mapping[str, Any]] | None:
 
 
 def _variables(row: Row, columns: Columns) -> Mapping[str, Any]:
-    """What a row says to the chat template itself, such as ``enable_thinking``."""
+    """Variables for the chat template, such as ``enable_thinking``."""
     variables = optional(row, columns, "chat_template_kwargs") or {}
     if not isinstance(variables, Mapping):
         raise BadRowError("wrong type", f"chat_template_kwargs holds {type(variables).__name__}, expected an object")
@@ -157,7 +157,7 @@ def turns_of(value: Sequence[Any], name: str) -> list[Message]:
 
 
 def _overlap(before: Sequence[Message], after: Sequence[Message]) -> int:
-    """How many of the last messages of ``before`` are the first ones of ``after``, which then holds its prompt."""
+    """How many of the last messages of ``before`` are repeated at the start of ``after``."""
     one, other = ([(m.role, m.content.strip()) for m in messages] for messages in (before, after))
     return next((k for k in range(min(len(one), len(other)), 0, -1) if one[-k:] == other[:k]), 0)
 
@@ -211,7 +211,7 @@ def _refuse_packed(row: Row, columns: Columns, ids: Sequence[int], start: int, s
 
 
 def read_judged(row: Row, columns: Columns) -> Judged:
-    """prompt and completion, or turns, and a label that says whether the answer was wanted."""
+    """prompt and completion, or turns, with a label: whether the answer is desirable."""
     label, name = cell(row, columns, *LABEL), find(row, columns, *LABEL)
     if label is None:
         raise BadRowError("null", f"column {name!r} is null")
@@ -224,14 +224,14 @@ def read_judged(row: Row, columns: Columns) -> Judged:
 
 
 def judgement(label: Any) -> bool | None:
-    """What a label says, as JSON, csv (where all is text) and pandas (1.0) write it; None if it says neither."""
+    """A label as true or false, however JSON, csv (text) or pandas (1.0) write it; None if it is neither."""
     if isinstance(label, str):
         return {"true": True, "1": True, "false": False, "0": False}.get(label.strip().lower())
     return bool(label) if isinstance(label, (int, float)) and label in (0, 1) else None
 
 
 def reply_only(answer: Conversation) -> Conversation:
-    """The conversation with loss behind its last user turn only."""
+    """The conversation with loss only after its last user turn."""
     refuse_without_end(answer.messages)
     last = max((i for i, message in enumerate(answer.messages) if message.role == "user"), default=-1)
     messages = [
@@ -274,7 +274,7 @@ class InstructReader:
 
 
 def _refuse_structure(name: str, value: Any) -> None:
-    """Lists and objects are not text, though they could be written as some."""
+    """Raise BadRowError for a list or an object: a prompt needs text."""
     if value is not None:
         as_text(value, name, may_be_empty=True)
 

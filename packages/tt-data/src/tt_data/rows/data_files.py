@@ -25,7 +25,7 @@ UNPACKED = (".parquet", ".arrow")  # compressed inside: never as whole files
 _CHUNK = 1 << 18
 _PACKED_CHUNK = 1 << 12  # which zstd may unpack to 128 MB
 _MEMORY = 1 << 29  # bytes that unpacking may take
-_MAX_EMPTY = 1_000_000  # lines one behind the other
+_MAX_EMPTY = 1_000_000  # lines in a row
 _NO_TEXT = {
     b"\x1f\x8b": "this is compressed by gzip; add .gz to its name",
     b"\xff\xfe": "this is UTF-16 text, expected UTF-8; save it as UTF-8",
@@ -155,9 +155,9 @@ class _Explained(io.RawIOBase):
 
 
 class _Frames:
-    """The frames (streams) of a zstd or xz file, one behind the other, unpacked a little at a time.
+    """The frames (streams) of a zstd or xz file, one after the other, unpacked in small pieces.
 
-    The zstandard package's own reader takes a file that was cut for a whole one; Python's lzma takes any memory.
+    The zstandard package's own reader accepts a file that was cut short, and Python's lzma uses any amount of memory.
     """
 
     def __init__(self, file: BinaryIO, new: Callable[[], Any], error: type[Exception]) -> None:

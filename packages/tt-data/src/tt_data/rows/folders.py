@@ -1,4 +1,4 @@
-"""Which files a path means: the file, or those of a directory and one of its splits."""
+"""The data files that a path means: a file, or those of a directory or of one of its splits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tt_data.wording import visible
 
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
-_MOST, _MANY = 100_000, 2000  # files in a directory; those of it that are compared with a name
+_MOST, _MANY = 100_000, 2000  # limits: files in a directory, and names that a misspelt one is compared with
 
 
 def local_files(path: Path, split: str | None = None, data_files: Sequence[str] = ()) -> list[Path]:
@@ -41,7 +41,7 @@ def local_files(path: Path, split: str | None = None, data_files: Sequence[str] 
 
 
 def _refuse_no_file(path: Path) -> None:
-    """Raise ValueError or FileNotFoundError for a path, named by the user, that is no regular file."""
+    """Raise ValueError or FileNotFoundError if a path that the user named is not a regular file."""
     if path.is_symlink() and not path.exists():
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     if not path.exists():
@@ -58,7 +58,7 @@ def _refuse_no_file(path: Path) -> None:
 
 
 def left_out(path: Path, files: Sequence[Path]) -> list[str]:
-    """The files in a directory that are not among ``files``; what is hidden counts if it could hold rows."""
+    """The files in a directory that are not among ``files``. Hidden files count only if they could hold rows."""
     if not path.is_dir():
         return []
     return [
@@ -69,8 +69,8 @@ def left_out(path: Path, files: Sequence[Path]) -> list[str]:
 
 
 def _inside(path: Path) -> list[Path]:
-    """All that is in a directory but hidden folders and what describes the data set. Links to folders are entries, and
-    not entered."""
+    """All entries of a directory and its folders, except hidden folders and files that describe the data set. Links to
+    folders are listed but not entered."""
     found: list[Path] = []
     for folder, folders, names in os.walk(path):
         links = [name for name in folders if (Path(folder) / name).is_symlink()]
@@ -82,7 +82,7 @@ def _inside(path: Path) -> list[Path]:
 
 
 def matching(path: Path, pattern: str) -> list[Path]:
-    """The files and folders that a pattern means in a folder. Raises ValueError for one that is none."""
+    """The files and folders that a pattern means in a folder. Raises ValueError if it is not a pattern."""
     try:
         return sorted(path.glob(pattern))
     except (ValueError, NotImplementedError, IndexError, re.error) as error:

@@ -22,7 +22,7 @@ _BUILDERS = ("json", "csv", "parquet", "arrow", "text")  # of the datasets libra
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Which part of a source is meant, in the words of ``datasets.load_dataset``; None: what there is."""
+    """The part of a source to read, in the words of ``datasets.load_dataset``. None: not restricted."""
 
     split: str | None = None
     data_dir: str | None = None
@@ -30,12 +30,12 @@ class Part:
     revision: str | None = None
 
     def options(self) -> dict[str, Any]:
-        """What is given besides the split."""
+        """The options that are set, without the split."""
         given = {"data_dir": self.data_dir, "data_files": self.data_files, "revision": self.revision}
         return {name: value for name, value in given.items() if value is not None}
 
     def over(self, other: Part) -> Part:
-        """This part, and what ``other`` says where this one says nothing."""
+        """This part, completed by ``other``."""
         return Part(**{f.name: _first(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
 
@@ -45,7 +45,7 @@ def _first(one: Any, other: Any) -> Any:
 
 @dataclass(frozen=True)
 class NamedDataset:
-    """Where a data set is, how its columns are called, and the template of rows that have no schema of their own.
+    """The place of a data set, the names of its columns, and the template for rows without a schema.
     ``split``, ``data_dir``, ``data_files`` and ``revision`` say which part of it, if the caller does not."""
 
     source: str
@@ -128,7 +128,7 @@ def name_of_split(name: str, splits: Sequence[str]) -> str:
 
 
 def rows_from(name: str, rows: Any, start: int = 0) -> Iterator[Placed]:
-    """Numbered rows. Raises ValueError that names the one behind which reading fails."""
+    """Numbered rows. Raises ValueError that names the row at which reading fails."""
     number = start
     try:
         for number, row in enumerate(rows, start):

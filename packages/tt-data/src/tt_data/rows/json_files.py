@@ -87,7 +87,7 @@ def is_one_document(path: Path) -> bool:
 
 def read_json(path: Path) -> Iterator[Placed]:
     """A list of objects, an object that holds such a list, one object, one conversation, or several of these, one
-    behind the other; or jsonl in a file called .json."""
+    after the other; or jsonl in a file called .json."""
     with open_data(path) as stream:
         first = begin(path, stream.readline(MAX_LINE))
         if first.strip()[:1] not in (b"{", b"[", b""):
@@ -138,7 +138,7 @@ def _blank(text: str, start: int) -> int:
 
 
 def _documents(path: Path) -> list[tuple[int, Any]]:
-    """The JSON values in a file, one behind the other, and the line that each begins at."""
+    """The JSON values in a file, one after the other, each with the line where it begins."""
     text = _document(path)
     found: list[tuple[int, Any]] = []
     start, line = _blank(text, 0), 1 + text.count("\n", 0, _blank(text, 0))

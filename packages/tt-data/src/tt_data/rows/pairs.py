@@ -37,7 +37,7 @@ _MARKER = "\n\nAssistant:"
 
 
 def read_pair(row: Row, columns: Columns) -> Pair:
-    """chosen and rejected, with a prompt or sharing one. Each side gives loss from its first own turn on."""
+    """chosen and rejected, with a prompt or sharing one. Each side gives loss from its first turn that differs."""
     return _read_pair(row, columns, chat=True)
 
 
@@ -106,7 +106,7 @@ def _masked(side: Conversation, shared: int) -> Conversation:
 
 
 def _split_shared_text(row: Row, columns: Columns, chosen: str, rejected: str) -> Pair:
-    """An implicit prompt: what both texts begin with, cut behind its last assistant marker, else behind white space.
+    """The beginning that both texts share is the prompt, up to its last assistant marker, else up to white space.
 
     Without the marker that is a guess, and it is not made if the row has other text that may be the prompt.
     """

@@ -1,4 +1,4 @@
-"""The kinds of rows: which columns each needs, and which one a row is."""
+"""The kinds of rows: the columns that each needs, and which kind a row is."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _ALSO_CALLED: Mapping[str, Sequence[str]] = {
 }
 
 
-# Rows that are not read: the columns that tell them, and what to write instead.
+# Rows that are not read: the columns by which they are recognised, and what to write instead.
 _FOREIGN: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("query", "tools", "answers"),
@@ -93,7 +93,7 @@ def _is_sharegpt(row: Row, columns: Columns) -> bool:
 
 
 def _is_no_message(row: Row, columns: Columns) -> bool:
-    """One message of a conversation, or of a tree of them, is not a text (unless ``columns`` says so)."""
+    """Whether the row is a text, not one message of a conversation or of a tree (``columns`` can name the text)."""
     return "text" in columns or not (any(name in row for name in _TREE) or is_role(row.get("role")))
 
 
@@ -156,9 +156,9 @@ def _no_schema(row: Row, columns: Columns) -> str:
             f"a row is one message here (it has {role!r}), expected a conversation; write each conversation as one row "
             "first (of a tree: from its root to each leaf), or read every message as text with schema=text"
         )
-    for names, told in _FOREIGN:
+    for names, advice in _FOREIGN:
         if all(name in row for name in names):
-            return f"no known schema has the columns [{names_of(row)}]; {told}"
+            return f"no known schema has the columns [{names_of(row)}]; {advice}"
     wanted = "; ".join(f"{s.name}: {' + '.join('/'.join(names) for names in s.columns)}" for s in SCHEMAS.values())
     return f"no known schema has the columns [{names_of(row)}], expected one of ({wanted}){_suggestion(row, columns)}"
 

@@ -1,4 +1,4 @@
-"""What decides the token rows, next to the source and the tokenizer."""
+"""The settings that decide the token rows, beside the source and the tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OnBadRow = Literal["drop", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The arguments of ``load_dataset`` that its fingerprint holds. Raises ValueError for a value that is none."""
+    """The arguments of ``load_dataset`` that its fingerprint covers. Raises ValueError for a wrong value."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
     train_on: TrainOn = "assistant"

@@ -1,4 +1,4 @@
-"""What a ``source`` means: local files, a hub data set, or rows in memory."""
+"""The rows that a ``source`` means: local files, a hub data set, or rows in memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets libra
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read again and again; ``digest`` stands for their content."""
+    """Rows that can be read any number of times; ``digest`` identifies their content."""
 
     name: str
     rows: Callable[[], Iterator[Placed]]
@@ -41,7 +41,7 @@ class Source:
 
 
 def is_hub_id(source: object) -> bool:
-    """Whether ``source`` is meant as a data set of the hub: no file here, and no name that a file would have."""
+    """Whether ``source`` is a data set of the hub: there is no such file, and it does not look like a file's name."""
     if not isinstance(source, str) or HUB_ID.fullmatch(source) is None:
         return False
     return not os.path.lexists(source) and file_kind(Path(source)) is None
@@ -79,7 +79,7 @@ def as_files(source: Any, part: Part) -> tuple[Any, Part]:
 
 
 def _path(name: str | Path) -> Path:
-    """The path that ``name`` means. Raises ValueError or FileNotFoundError for a name that is none."""
+    """The path that ``name`` means. Raises ValueError or FileNotFoundError if there cannot be one."""
     text = str(name)
     if not text.strip() or not ((text.isprintable() and len(text) < _LONGEST) or os.path.lexists(text)):
         raise ValueError(
@@ -109,7 +109,7 @@ def _from_address(text: str) -> str:
 
 
 def _not_a_word(name: str) -> str:
-    """What a bare word is not, and what it may have meant."""
+    """The end of an error about a bare word: what it may have meant."""
     here = sorted(file.name for file in islice(Path.cwd().iterdir(), 10_000) if file.is_dir() or file_kind(file))
     near = [found for found in here if found.lower().startswith(f"{name.lower()}.")]
     near = near[:1] or get_close_matches(name.lower(), [*DATASETS, *here], 1)
@@ -179,7 +179,7 @@ def _file_digest(path: Path) -> str:
 
 
 def quick_digest(path: Path) -> str:
-    """A stand-in for the content of a file too large to read: its size, time, beginning and end."""
+    """Instead of a digest of a whole large file: its size, time, beginning and end."""
     facts = path.stat()
     digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
     with _packed(path) as stream:

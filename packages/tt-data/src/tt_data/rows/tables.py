@@ -61,7 +61,7 @@ def _lines(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _refuse_separator(path: Path, names: Sequence[str], delimiter: str) -> None:
-    """One column whose name holds another separator is a file of another kind."""
+    """Raise ValueError for a single column whose name contains a different separator."""
     others = [mark for mark in (";", "\t", ",", "|") if mark != delimiter and len(names) == 1 and mark in names[0]]
     if others:
         cure = {"\t": "call it .tsv", ",": "call it .csv"}.get(others[0], "save it with commas")

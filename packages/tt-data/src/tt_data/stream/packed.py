@@ -158,7 +158,7 @@ class PackedStream(Stream):
         return [self._pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places]
 
     def take_news(self, worker: int) -> News | None:
-        """What a worker has counted; every one counts the same, so the first one tells."""
+        """What a worker has counted. All count the same, so only the first one reports."""
         news = self.rows.take_news(worker)
         return (news, self.counts, self.tokens, self.complete) if worker == 0 else None
 
@@ -174,7 +174,7 @@ class PackedStream(Stream):
         return join_documents([self.rows.blank()])
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows that can be used, not packed, as a data set of their own, to look at."""
+        """The first rows that can be used, not packed, as a separate data set, to look at."""
         return self.rows.head(rows)
 
     def head_report(self) -> Report:
@@ -191,8 +191,8 @@ class PackedStream(Stream):
 class PackedMix(Stream):
     """Rounds that hold every stream's quota of packs, for ``batches``.
 
-    An epoch is as many rounds as the first stream to run out of packs has; the others go on where they stopped in the
-    next epoch. No stream is read further than a step needs, so the first batch does not wait for the last row.
+    An epoch is as many rounds as the first stream to run out of packs has; the others continue in the next epoch, where
+    they stopped. No stream is read further than a step needs, so the first batch does not wait for the last row.
     """
 
     def __init__(self, parts: Sequence[PackedStream], weights: Sequence[float]) -> None:
@@ -243,7 +243,7 @@ class PackedMix(Stream):
         which, slot = divmod(place, len(self._round))
         source = self._round[slot]
         part, quota, seed = self.parts[source], self.quotas[source], hash_of(seed, source)
-        rounds = self._rounds or 0  # unknown in the first epoch, where it does not matter
+        rounds = self._rounds or 0  # unknown in the first epoch, which does not need it
         nth = (epoch * rounds + which) * quota + self._nth[slot]
         turn, place = (0, nth) if part.has(nth + 1, seed=seed) else divmod(nth, part.num_packs)
         block, within = part.find(place)
@@ -261,20 +261,20 @@ class PackedMix(Stream):
         return rows
 
     def take_news(self, worker: int) -> list[Any] | None:
-        """What a worker has counted; every one counts the same, so the first one tells."""
+        """What a worker has counted. All count the same, so only the first one reports."""
         news = [part.take_news(worker) for part in self.parts]
         return news if worker == 0 else None
 
     def add_news(self, news: list[Any]) -> None:
-        for part, told in zip(self.parts, news, strict=True):
-            part.add_news(told)
+        for part, counted in zip(self.parts, news, strict=True):
+            part.add_news(counted)
 
     def blank(self) -> Row:
         """Two padding tokens in the shape of a pack."""
         return self.parts[0].blank()
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows as a data set of their own, to look at."""
+        """The first rows as a separate data set, to look at."""
         return self.parts[0].head(rows)
 
     def head_report(self) -> Report:

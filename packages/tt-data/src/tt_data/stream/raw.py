@@ -33,7 +33,7 @@ class RawStream:
 
 
 def to_stream(source: Source) -> RawStream:
-    """A source as a stream: jsonl and parquet are entered where asked, others are read up to there."""
+    """A source as a stream: jsonl and parquet are opened at any row, other files are read up to it."""
     path, kind = source.path, source.path and file_kind(source.path)
     if path is not None and kind in (".jsonl", ".ndjson") and not compression(path) and not is_one_document(path):
         lines = _Lines(path)
@@ -110,7 +110,7 @@ def hub_stream(name: str, part: Part) -> RawStream:
 
 
 class _HubRows:
-    """A streamed data set, opened where it is needed: the object of the library need not be sent to a process."""
+    """A streamed data set of the hub. A process opens it again: the object of the library is not sent to it."""
 
     def __init__(self, name: str, part: Part) -> None:
         self.name, self.part = name, part

@@ -1,7 +1,8 @@
-"""Rows read while training goes on: shuffled within a buffer, resumed at any step, in memory that does not grow.
+"""Rows read during training: shuffled within a buffer, resumed at any step, in memory that does not grow.
 
-A stream is cut into blocks of ``buffer`` rows; each block is shuffled by itself. So where a row comes is a function of
-(seed, epoch, place), and a run that starts at step k opens the source in the middle instead of reading up to there.
+A stream is cut into blocks of ``buffer`` rows, and each block is shuffled on its own. So which row comes where is a
+function of (seed, epoch, place), and a run that starts at step k opens the source in the middle instead of reading up
+to there.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Blocks:
         self.total: int | None = None  # rows, once the end has been seen
         self._kept: dict[int, list[Place]] = {}
         self._rows: Iterator[Place] = iter(())
-        self._next = -1  # the block that ``_rows`` stands before
+        self._next = -1  # the block that ``_rows`` begins with
 
     def get(self, number: int) -> list[Place]:
         """Block ``number``; shorter than ``size`` (or empty) at the end."""
@@ -174,7 +175,7 @@ class StreamDataset(Stream):
         return blocks.streams[number], line, raw
 
     def encode(self, rows: Sequence[tuple[RawStream, int, Any]], *, count: bool = True) -> list[TokenRow]:
-        """Token rows of raw ones; ``count`` them in the report. Raises ValueError where bad rows are refused."""
+        """Token rows of raw ones; ``count`` them in the report. Raises ValueError if bad rows are refused."""
         encoded = self._encode(rows, self.tally if count else Tally())
         self._refuse_dropped()
         return encoded
@@ -233,7 +234,7 @@ class StreamDataset(Stream):
         return to_row(self._kind, [Encoded([self.pad_id] * 2)] * sides, False)
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows that can be used, as a data set of their own, to look at."""
+        """The first rows that can be used, as a separate data set, to look at."""
         streams = {stream.name: stream for blocks in self.blocks for stream in blocks.streams}
         sources = [Source(stream.name, partial(_parsed_rows, stream), stream.digest) for stream in streams.values()]
         first = build(sources, self.tokenizer, self.settings, read=self._given, schema=self._given_schema, limit=rows)
@@ -243,7 +244,7 @@ class StreamDataset(Stream):
     def head_report(self, *, rows: int = 256, seconds: float = 3.0) -> Report:
         """What becomes of the first ``rows`` of each source, or of those that ``seconds`` are enough for.
 
-        Raises ValueError if none of them can be used, or if the settings refuse so many bad ones.
+        Raises ValueError if none of them can be used, or if there are more bad rows than the settings allow.
         """
         tally, until, whole = Tally(), time.monotonic() + seconds, True
         for blocks in self.blocks:

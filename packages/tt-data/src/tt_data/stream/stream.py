@@ -1,4 +1,4 @@
-"""What all streams are: rows that ``batches`` asks for by step. There is no length and no index."""
+"""The base of all streams: rows that ``batches`` asks for by step, without a length or an index."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Stream(ABC):
 
     @abstractmethod
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows that can be used, not packed, as a data set of their own, to look at."""
+        """The first rows that can be used, not packed, as a separate data set, to look at."""
 
     @abstractmethod
     def head_report(self) -> Report:
