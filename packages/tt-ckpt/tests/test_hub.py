@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tt_ckpt
 from tt_ckpt.hub.download import FIRST_CONTACT_S
+from tt_ckpt.hub.failures import explained
 
 hub = pytest.importorskip("huggingface_hub")
 CANARY = "hf_CANARYcanaryCANARYcanary123"
@@ -309,6 +310,28 @@ def test_a_password_in_an_endpoint_is_redacted(server, monkeypatch):
     with pytest.raises(ValueError, match="expected https") as caught:
         tt_ckpt.download(REPO)
     assert "pa55word" not in str(caught.value)
+
+
+def test_a_password_in_the_endpoint_reaches_no_report_and_no_log(server, model_dir, monkeypatch, caplog, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", server.url.replace("://", "://joe:pa55word@"))
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    with caplog.at_level(logging.DEBUG, logger="tt.endpoint"):
+        report = tt_ckpt.upload(model_dir(), REPO)
+        found = tt_ckpt.download(REPO)
+    assert report.url == f"{server.url}/{REPO}"
+    said = [str(record.__dict__) for record in caplog.records if record.name.startswith("tt")]
+    assert "pa55word" not in "".join([*said, *capsys.readouterr(), str(report), str(found)])
+
+
+def test_a_failure_of_the_library_that_quotes_the_endpoint_is_redacted(server, monkeypatch):
+    class OtherError(OSError):
+        """Any of the many that a library may raise."""
+
+    failure = explained(OtherError("GET https://joe:pa55word@hub.example/api: refused"), REPO, None)
+    assert str(failure) == "GET https://[redacted]@hub.example/api: refused"
+    assert explained(untouched := OtherError("refused"), REPO, None) is untouched
 
 
 # ---- upload ----------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def check_endpoint() -> None:
     host = check_url("HF_ENDPOINT", constants.ENDPOINT)
     if token() and constants.ENDPOINT.rstrip("/") != PUBLIC_HUB:
         refuse_proxy("HF_ENDPOINT", constants.ENDPOINT)
-        _say_once(f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}", constants.ENDPOINT)
+        _say_once(f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}", host)
     _guard_requests()
 
 

@@ -83,7 +83,8 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
         host = urlsplit(constants.ENDPOINT).hostname
         return ConnectionError(f"{repo_id}: {host}: {_first_line(error)}; run the same command again, it resumes")
     if isinstance(error, OSError | ValueError) and not isinstance(error, errors.HfHubHTTPError):
-        return type(error)(redact(str(error))) if type(error) in (OSError, ValueError) else error
+        text = redact(str(error))
+        return error if text == str(error) else (OSError if isinstance(error, OSError) else ValueError)(text)
     return OSError(f"{repo_id}: {_first_line(error)}")
 
 

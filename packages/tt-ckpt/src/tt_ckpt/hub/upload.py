@@ -128,7 +128,8 @@ def upload(
         operations += [CommitOperationAdd("README.md", card)] if card else []
         try:
             hub = api()
-            url = str(hub.create_repo(repo_id, private=private, exist_ok=True))
+            created = str(hub.create_repo(repo_id, private=private, exist_ok=True))
+            url = re.sub(r"(?<=://)[^/?#]*@", "", created)  # HF_ENDPOINT may have a password
             if card and "README.md" in _names_there(hub, repo_id, revision):  # perhaps a person's: it stays
                 operations.pop()
                 files.remove("README.md")
