@@ -8,8 +8,8 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from tt_data.dataset import IGNORE_INDEX, Dataset, Piece
 from tt_data.report import Report
-from tt_data.template.spans import Span
-from tt_data.text.special_tokens import typed_spans
+from tt_data.template.spans import Span, alternatives
+from tt_data.text.tokenizer import Tokenizer
 
 _COLOR, _INVERSE, _PLAIN = "\x1b[32m", "\x1b[7m", "\x1b[0m"
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
@@ -89,8 +89,26 @@ def _typed_in(dataset: Dataset, row: Mapping[str, Any]) -> dict[str, list[Span]]
         cuts = [place for place, position in enumerate(positions) if position == 0] or [0]
         for start, end in pairwise([*cuts, len(row[key])]):
             ids = list(row[key][start:end])
-            found[dataset.tokenizer.decode(ids, skip_special=False)] = typed_spans(dataset.tokenizer, ids)
+            found[dataset.tokenizer.decode(ids, skip_special=False)] = _typed_spans(dataset.tokenizer, ids)
     return found
+
+
+def _typed_spans(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Span]:
+    """The characters of ``tokenizer.decode(ids, skip_special=False)`` that spell a special token without being one."""
+    special = {tokenizer.token_id(token): token for token in tokenizer.special_tokens}
+    pattern = alternatives(special.values())
+    places = [place for place, index in enumerate(ids) if index in special]
+    if len(pattern.findall(tokenizer.decode(ids, skip_special=False))) <= len(places):
+        return []
+    spans: list[Span] = []
+    position = 0
+    for before, place in pairwise([-1, *places, len(ids)]):
+        head = special[ids[before]] if before >= 0 else ""  # decoders treat the beginning of a text differently
+        run = tokenizer.decode(ids[max(before, 0) : place], skip_special=False)[len(head) :]
+        position += len(head)
+        spans += [(position + match.start(), position + match.end()) for match in pattern.finditer(run)]
+        position += len(run)
+    return spans
 
 
 def as_text(sample: Sample, *, color: bool = False) -> str:

@@ -11,9 +11,8 @@ from typing import Any, TypeAlias
 
 from tt_data.messages import Message
 from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, notes_of_answer, template_dict
-from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unicode
+from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, SpecialTokens, check_unicode
 from tt_data.text.backend import Backend
-from tt_data.text.special_tokens import SpecialTokens
 
 AnyMessage: TypeAlias = Message | Mapping[str, Any]
 Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
