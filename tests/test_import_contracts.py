@@ -36,6 +36,21 @@ OPTIONAL: dict[str, set[str]] = {
 }
 
 
+# Floors of a package, from the ground up: a wing (or a module beside the wings) knows only what is on a floor below it.
+FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "tt_data": (
+        ("wording", "files", "messages", "order", "processes"),
+        ("template",),
+        ("text",),
+        ("examples", "report"),
+        ("rows",),
+        ("dataset", "packing", "views", "encode", "row_encoder", "builder"),
+        ("stream",),
+        ("cache", "loader", "show", "load", "datasets"),
+    ),
+}
+
+
 def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
     """Dotted name and syntax tree of every module of a package."""
     source = ROOT / "packages" / package.replace("_", "-") / "src"
@@ -94,6 +109,34 @@ def test_the_list_of_assembly_modules_is_no_longer_than_it_must_be():
         if len(tops(imported(tree)) & set(LEAVES)) > 1
     }
     assert set(ASSEMBLY) <= joining
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_file_imports_one_that_needs_it(package):
+    """No circle of imports, not even through an import inside a function."""
+    trees = dict(modules(package))
+    left = {name: imported(tree) & trees.keys() - {name, package} for name, tree in trees.items() if name != package}
+    while free := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these files import each other: {sorted(left)}"
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_a_wing_knows_only_the_floors_below_it(package):
+    floor_of = {part: number for number, floor in enumerate(FLOORS[package]) for part in floor}
+    trees = dict(modules(package))
+    known = {name.split(".")[1] for name in trees if name != package}
+    assert known == set(floor_of), "a wing or module without a floor, or a floor without one"
+    for name, tree in trees.items():
+        if name == package:
+            continue
+        part = name.split(".")[1]
+        for other in {found.split(".")[1] for found in imported(tree) & trees.keys() - {package}} - {part}:
+            below = floor_of[other] < floor_of[part]
+            beside = floor_of[other] == floor_of[part] and f"{package}.{part}" in trees and part != other
+            is_wing = any(found.startswith(f"{package}.{other}.") for found in trees)
+            assert below or (beside and not is_wing), f"{name} imports {other}, which is not on a floor below it"
 
 
 @pytest.mark.parametrize("package", PACKAGES)

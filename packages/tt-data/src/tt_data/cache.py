@@ -1,4 +1,7 @@
-"""Token rows on disk, so that the same data, tokenizer, template and settings are encoded once."""
+"""Token rows on disk, so that the same data, tokenizer, template and settings are encoded once.
+
+A file apart from ``load``: who changes the format of the files needs nothing else.
+"""
 
 from __future__ import annotations
 

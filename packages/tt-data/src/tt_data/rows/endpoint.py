@@ -1,4 +1,7 @@
-"""Where requests to the hub go: a token goes to the configured host, encrypted, and nowhere else. As in tt-ckpt."""
+"""Where requests to the hub go: a token goes to the configured host, encrypted, and nowhere else.
+
+A file apart from ``hub``: tt-ckpt has the same rules, and a test compares both.
+"""
 
 import logging
 import os

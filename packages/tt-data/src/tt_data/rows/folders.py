@@ -1,4 +1,7 @@
-"""The data files that a path means: a file, or those of a directory or of one of its splits."""
+"""The data files that a path means: a file, or those of a directory or of one of its splits.
+
+A file apart from ``sources``: most readers never need the rules of folders.
+"""
 
 from __future__ import annotations
 

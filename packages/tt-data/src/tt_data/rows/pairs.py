@@ -1,4 +1,7 @@
-"""Preference rows: one prompt and two answers, however the prompt is given."""
+"""Preference rows: one prompt and two answers, however the prompt is given.
+
+A file apart from ``converters``: only preference training needs it.
+"""
 
 from __future__ import annotations
 
