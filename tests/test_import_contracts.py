@@ -38,6 +38,33 @@ OPTIONAL: dict[str, set[str]] = {
 
 # Floors of a package, from the ground up: a wing (or a module beside the wings) knows only what is on a floor below it.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "tt_models": (
+        ("shown", "cpu", "masks", "sampling", "limits", "norm", "mlp", "rope"),
+        ("config_keys", "config"),
+        ("kv_cache", "attention", "decoder"),
+        ("llama", "moe", "generate", "parity"),
+        ("families",),
+        ("auto",),
+    ),
+    "tt_peft": (
+        ("shown", "nf4", "expressions", "names", "config"),
+        ("lowrank", "lora", "stacked", "full_modules", "dora", "switch", "modules"),
+        ("merge", "quantize", "apply"),
+        ("adapter_files",),
+    ),
+    "tt_ckpt": (
+        ("shown", "redaction", "files", "safe_names", "safetensors_file", "commit", "ranks"),
+        ("hub", "train"),
+        ("model_path",),
+        ("hf",),
+        ("formats",),
+    ),
+    "tt_cli": (
+        ("names", "terminal", "console", "group", "options", "talk"),
+        ("errors", "quickstart"),
+        ("verbs",),
+        ("main", "__main__"),
+    ),
     "tt_data": (
         ("wording", "files", "messages", "order", "processes"),
         ("template",),
