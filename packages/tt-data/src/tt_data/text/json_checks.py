@@ -14,25 +14,12 @@ MAX_ID = (1 << 24) - 1  # of a token: the largest vocabularies have a quarter of
 _MAX_TOKEN = 4096  # characters
 _MAX_ADDED, _MAX_ADDED_TOKEN, _MAX_ADDED_CHARACTERS = 1 << 16, 256, 1_000_000
 _LARGEST = sys.float_info.max  # of a score: NaN and infinity are not below it
-_MAX_WORD = 1000  # characters of a word that WordPiece takes apart, in time that grows with their square
-_HARMLESS = frozenset(
-    (
-        *(
-            "NFC",
-            "NFD",
-            "NFKC",
-            "NFKD",
-            "Lowercase",
-            "StripAccents",
-            "BertNormalizer",
-            "ByteLevel",
-            "Metaspace",
-            "Digits",
-        ),
-        *("Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Punctuation", "UnicodeScripts", "ByteFallback", "Fuse"),
-        "BPEDecoder",
-    )
-)
+_MAX_WORD = 1000  # characters of a word that WordPiece splits, in a time that grows with their square
+_HARMLESS = frozenset((
+    "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "ByteLevel", "Metaspace", "Digits",
+    "Whitespace", "WhitespaceSplit", "BertPreTokenizer", "Punctuation", "UnicodeScripts", "ByteFallback", "Fuse",
+    "BPEDecoder",
+))  # fmt: skip
 _PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 
 

@@ -72,13 +72,9 @@ def _missing(path: Path) -> str:
 
 
 def _build(
-    file: Path,
-    root: Path | None,
-    directory: Path,
-    config: Mapping[str, Any],
-    folders: Sequence[Path],
+    file: Path, root: Path | None, directory: Path, config: Mapping[str, Any], folders: Sequence[Path],
     text_specials: Sequence[str],
-) -> Tokenizer:
+) -> Tokenizer:  # fmt: skip
     names = _token_names(directory, config)
     name = str(file)
     data = read_bytes(file.resolve() if root is None else file, root, limit=MAX_BYTES)
