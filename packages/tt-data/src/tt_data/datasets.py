@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import partial, wraps
 from inspect import signature
 from typing import Any, ParamSpec
@@ -24,6 +23,7 @@ from tt_data.rows.sources import as_files
 from tt_data.stream.stream import Stream
 from tt_data.template.prompts import InstructTemplate, get_chat_format, get_instruct_template
 from tt_data.text.tokenizer import Tokenizer
+from tt_data.wording import did_you_mean
 
 Row = Mapping[str, Any]
 P = ParamSpec("P")
@@ -40,8 +40,7 @@ def refuses_unknown(function: Callable[P, Dataset | Stream]) -> Callable[P, Data
     def checked(*words: P.args, **options: P.kwargs) -> Dataset | Stream:
         for name in options:
             if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else f", expected one of {', '.join(known)}"
+                hint = did_you_mean(name, known) or f", expected one of {', '.join(known)}"
                 raise TypeError(f"{function.__name__}: unknown argument {name!r}{hint}")
         return function(*words, **options)
 

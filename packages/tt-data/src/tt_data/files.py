@@ -8,10 +8,14 @@ import os
 import re
 import secrets
 import stat
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tt_data.wording import nearest
+
 MAX_JSON_BYTES = 32 << 20  # of a config; the largest tokenizer_config.json known has 2 MB
+_MANY = 2000  # names that a misspelt one is compared with
 _AGAIN = "download the file again"
 _HEAD = 1024
 _READ = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -191,3 +195,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def similar_file(path: Path) -> str:
+    """The end of an error about a missing ``path``: the file or folder beside it with the most similar name."""
+    here = [file.name for file in islice(path.parent.iterdir(), _MANY)] if path.parent.is_dir() else []
+    near = nearest(path.name[:200], here)
+    return "" if near is None else f"; did you mean {path.parent / near}?"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from typing import Any, Literal
+
+from tt_data.wording import nearest
 
 TrainOn = Literal["assistant", "last", "all"]  # which turns of a conversation give loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -55,7 +56,7 @@ def unknown_role(role: object) -> str:
     role = role if len(str(role)) < 80 else f"{str(role)[:80]}..."
     known = _SPELLINGS.get(str(role).lower())
     if known is None:
-        known = next(iter(get_close_matches(str(role).lower(), [*ROLES, *_SPELLINGS], 1)), None)
+        known = nearest(str(role).lower(), [*ROLES, *_SPELLINGS])
         known = _SPELLINGS.get(known, known) if known else None
     hint = f"; did you mean {known!r}?" if known else ""
     return f"unknown role {role!r}, expected one of {', '.join(ROLES)}{hint}"

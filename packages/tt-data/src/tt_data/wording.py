@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from itertools import islice
 
 _LONGEST, _NAMES = 500, 20  # characters of a message; names in a list
@@ -30,3 +31,14 @@ def names_of(names: Iterable[object]) -> str:
 def counted(number: int, noun: str) -> str:
     """``1 row``, ``1,200 rows``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of ``known`` that is spelt most like ``name``; None if none is similar."""
+    return next(iter(get_close_matches(name, list(known), 1, cutoff)), None)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about ``name``: the nearest of ``known``, or nothing."""
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean {near!r}?"

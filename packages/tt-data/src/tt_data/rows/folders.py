@@ -8,18 +8,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 
-from tt_data.files import inside, regular
+from tt_data.files import inside, regular, similar_file
 from tt_data.rows.data_files import compression, is_unread
 from tt_data.rows.json_files import READERS, file_kind
-from tt_data.wording import visible
+from tt_data.wording import did_you_mean, visible
 
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 
-_MOST, _MANY = 100_000, 2000  # limits: files in a directory, and names that a misspelt one is compared with
+_MOST = 100_000  # files in a directory
 
 
 def local_files(path: Path, split: str | None = None, data_files: Sequence[str] = ()) -> list[Path]:
@@ -49,7 +48,7 @@ def _refuse_no_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     if not path.exists():
         windows = "; a path is written with / here" if "\\" in str(path) else ""
-        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){windows or _near_file(path)}")
+        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){windows or similar_file(path)}")
     if path.is_fifo():
         cure = f"write it into a file first: cat {path} > rows.jsonl"
         raise ValueError(f"{path}: a pipe, which can be read only once; {cure}")
@@ -128,7 +127,7 @@ def _matching(path: Path, patterns: Sequence[str]) -> list[Path]:
     for pattern in patterns:
         matches = [file for file in matching(path, pattern) if not file.is_dir()] if pattern else []
         if not matches:
-            raise FileNotFoundError(f"{path}: no file {pattern!r} in it{_near_file(path / pattern)}")
+            raise FileNotFoundError(f"{path}: no file {pattern!r} in it{similar_file(path / pattern)}")
         found += matches
     return found
 
@@ -155,8 +154,7 @@ def _of_split(path: Path, files: list[Path], split: str) -> list[Path]:
     chosen = [file for file, name in names.items() if name == split]
     if not chosen:
         known = sorted({name for name in names.values() if name})
-        near = get_close_matches(split, known, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(split, known)
         raise ValueError(f"{path}: no split {split!r}, expected one of {known or 'no splits here'}{hint}")
     return chosen
 
@@ -165,11 +163,3 @@ def _split_of(file: Path) -> str:
     """``train`` for train.jsonl, train-00000-of-00002.parquet and train/x.jsonl."""
     parts = [part.lower() for part in file.parts]
     return parts[0] if len(parts) > 1 and parts[0] != "data" else parts[-1].split(".")[0].split("-0")[0]
-
-
-def _near_file(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    here = [file.name for file in islice(path.parent.iterdir(), _MANY)]
-    near = get_close_matches(path.name[:200], here, 1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""

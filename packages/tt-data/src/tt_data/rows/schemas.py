@@ -6,7 +6,6 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from tt_data.examples import Columns, Completion, Example, Pair, Row, find, optional
@@ -34,7 +33,7 @@ from tt_data.rows.settings import Settings
 from tt_data.template.prompts import INSTRUCT_TEMPLATES
 from tt_data.template.sources import CHAT_TEMPLATES
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.wording import names_of, visible
+from tt_data.wording import did_you_mean, names_of, nearest, visible
 
 Read = Callable[[Row, Columns], Example]
 _NEED_TEMPLATE = ("openai", "sharegpt")
@@ -133,15 +132,13 @@ def detect_schema(row: Row, columns: Columns, *, where: str) -> Schema:
     """The schema of ``row``. Raises ValueError that names the columns, the known schemas, and the nearest column."""
     unknown = [name for name in columns if name not in known_columns()]
     if unknown:
-        near = get_close_matches(unknown[0], known_columns(), 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(unknown[0], known_columns())
         raise ValueError(
             f"columns: tt_data reads no column {unknown[0]!r}, expected one of {', '.join(known_columns())}{hint}"
         )
     for name, theirs in columns.items():
         if theirs not in row:
-            near = get_close_matches(theirs, list(row), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(theirs, list(row))
             raise ValueError(f"{where}: columns maps {name} to {theirs!r}, but the row has [{names_of(row)}]{hint}")
     found = next((schema for schema in SCHEMAS.values() if schema.matches(row, columns)), None)
     if found is None:
@@ -174,7 +171,7 @@ def _suggestion(row: Row, columns: Columns) -> str:
                 continue
             left = [str(name) for name in row if name not in guess.values() and len(str(name)) <= _LONGEST]
             called = next((n for n in left if n.lower() in _ALSO_CALLED.get(names[0], ())), None)
-            near = called or next((n for name in names for n in get_close_matches(name, left, 1, 0.5)), None)
+            near = called or next(filter(None, (nearest(name, left, 0.5) for name in names)), None)
             if near is None:
                 break
             guess[names[0]] = near
@@ -196,8 +193,8 @@ def hint_for_unread(column: str, row: Row, columns: Columns, read: object) -> st
             return f"schema={schema.name} reads it"
     known = known_columns()
     free = [name for name in known if name not in row]
-    near = () if column in known else get_close_matches(column[:_LONGEST], free, 1, 0.75)
-    return f"did you mean columns={{{near[0]!r}: {visible(column, 60)!r}}}?" if near else ""
+    near = None if column in known else nearest(column[:_LONGEST], free, 0.75)
+    return f"did you mean columns={{{near!r}: {visible(column, 60)!r}}}?" if near else ""
 
 
 # ---- the schema of a source --------------------------------------------------------------------------------------
@@ -244,8 +241,7 @@ def choose_schema(row: Row, tokenizer: Tokenizer, settings: Settings, *, where: 
 def _named_schema(name: str) -> Schema:
     if name in SCHEMAS:
         return SCHEMAS[name]
-    near = get_close_matches(name, SCHEMAS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, SCHEMAS)
     raise ValueError(f"unknown schema {name!r}, expected one of {', '.join(SCHEMAS)}{hint}")
 
 

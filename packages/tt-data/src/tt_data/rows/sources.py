@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +19,7 @@ from tt_data.rows.folders import left_out, local_files, matching, refuse_links_o
 from tt_data.rows.hub import DATASETS, HUB_ID, Part, open_hub, rows_from
 from tt_data.rows.json_files import READERS, file_kind, read_rows, refuse_deep
 from tt_data.rows.tables import Placed, null_for_nan, without_nulls
-from tt_data.wording import visible
+from tt_data.wording import nearest, visible
 
 NO_PART = Part()
 _CHUNK, _HEAD = 1 << 20, 1024
@@ -112,8 +111,8 @@ def _not_a_word(name: str) -> str:
     """The end of an error about a bare word: what it may have meant."""
     here = sorted(file.name for file in islice(Path.cwd().iterdir(), 10_000) if file.is_dir() or file_kind(file))
     near = [found for found in here if found.lower().startswith(f"{name.lower()}.")]
-    near = near[:1] or get_close_matches(name.lower(), [*DATASETS, *here], 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    found = near[0] if near else nearest(name.lower(), [*DATASETS, *here])
+    hint = f"; did you mean {found}?" if found else ""
     return f"and not a registered data set ({', '.join(DATASETS)}); data sets of the hub are called org/name{hint}"
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 from tt_data.messages import Message
-from tt_data.wording import names_of
+from tt_data.wording import did_you_mean, names_of
 
 Row = Mapping[str, Any]
 
@@ -81,8 +80,7 @@ def get_instruct_template(name: str) -> InstructTemplate:
     name = our_name(name)
     if name in INSTRUCT_TEMPLATES:
         return INSTRUCT_TEMPLATES[name]
-    near = get_close_matches(name, INSTRUCT_TEMPLATES, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, INSTRUCT_TEMPLATES)
     raise ValueError(f"unknown instruct template {name!r}, expected one of {', '.join(INSTRUCT_TEMPLATES)}{hint}")
 
 
@@ -145,6 +143,5 @@ def get_chat_format(name: str) -> type[Llama2ChatFormat] | type[MistralChatForma
     name = our_name(name)
     if name in CHAT_FORMATS:
         return CHAT_FORMATS[name]  # type: ignore[return-value]
-    near = get_close_matches(name.lower(), CHAT_FORMATS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name.lower(), CHAT_FORMATS)
     raise ValueError(f"unknown chat format {name!r}, expected one of {', '.join(CHAT_FORMATS)}{hint}")

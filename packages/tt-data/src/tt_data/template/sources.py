@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from tt_data.files import inside, read_object, read_text
 from tt_data.template.prompts import our_name
+from tt_data.wording import did_you_mean
 
 _MAX_BYTES = 1 << 20  # of a file; a template that is too large is refused when it is used
 _MERGE_SYSTEM = (
@@ -81,8 +81,7 @@ def named_template(name: str, knows: Callable[[str], object]) -> tuple[dict[str,
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such template file (looked from {Path.cwd()})")
         return {"default": read_template(path.resolve())}, str(path)  # named by the user: it may be a link
-    near = get_close_matches(name, CHAT_TEMPLATES, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, CHAT_TEMPLATES)
     raise ValueError(f"unknown template {name!r}, expected one of {', '.join(CHAT_TEMPLATES)} or a .jinja file{hint}")
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from tt_data.files import decode_text, json_kind, read_bytes, read_object
+from tt_data.files import decode_text, json_kind, read_bytes, read_object, similar_file
 from tt_data.template.sources import find_templates, named_template
 from tt_data.text.backend import Backend
 from tt_data.text.json_checks import MAX_ID
@@ -57,18 +56,13 @@ def find_tokenizer(paths: Sequence[Path]) -> tuple[Path, Path]:
             return (place if place.is_dir() else place.parent), found
     last = paths[-1]
     if not last.is_dir():
-        raise FileNotFoundError(_missing(last))
+        raise FileNotFoundError(
+            f"{last}: no such tokenizer file or model directory (looked from {Path.cwd()}){similar_file(last)}"
+        )
     present = sorted(p.name for p in last.iterdir())[:8]
     raise FileNotFoundError(
         f"{last}: no tokenizer, expected tokenizer.json or tokenizer.model, found {', '.join(present) or 'nothing'}"
     )
-
-
-def _missing(path: Path) -> str:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, siblings, 1)
-    hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-    return f"{path}: no such tokenizer file or model directory (looked from {Path.cwd()}){hint}"
 
 
 def _build(
