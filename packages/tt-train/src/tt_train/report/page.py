@@ -98,9 +98,9 @@ def _device(run: Run) -> str:
 
 def _notices(runs: Sequence[Run], has_picture: bool) -> str:
     """What was wrong with the run directories."""
-    problems = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
+    problems = [] if has_picture else [NO_PICTURE]
+    problems += [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
     problems += [f"{run.name}: no step was recorded" for run in runs if not run.rows]
-    problems += [] if has_picture else [NO_PICTURE]
     if not problems:
         return ""
     more = [f"and {len(problems) - NOTICES:,} more like these"] if len(problems) > NOTICES else []
