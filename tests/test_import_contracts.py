@@ -138,6 +138,15 @@ def test_the_list_of_assembly_modules_is_no_longer_than_it_must_be():
     assert set(ASSEMBLY) <= joining
 
 
+def test_a_copied_recipe_imports_public_modules_only():
+    """``tt cp sft mine.py`` hands the recipe over: what it imports must be there for others, too."""
+    recipes = {name: tree for name, tree in modules("tt_train") if name.startswith("tt_train.recipes")}
+    assert "tt_train.recipes.sft" in recipes
+    for name, tree in recipes.items():
+        private = [word for word in imported(tree) if any(part.startswith("_") for part in word.split("."))]
+        assert not private, f"{name} imports {private}"
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_file_imports_one_that_needs_it(package):
     """No circle of imports, not even through an import inside a function."""

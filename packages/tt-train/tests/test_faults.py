@@ -79,10 +79,10 @@ def failing(target, call, error):
 PLACES = {
     "tt_train.recipes.sft:learning_rate": (1, 2, 3),
     "tt_train.recipes.sft:set_learning_rate": (2,),
-    "tt_train.recipes.sft:to_device": (3, 5),
+    "tt_train.run.loop:to_device": (3, 5),
     "tt_train.recipes.sft:train_step": (1, 2, 3),
     "tt_train.recipes.sft:finish": (1,),
-    "tt_train.run.loop:held_out_loss": (1, 2, 3),
+    "tt_train.run.loop:held_out_figures": (1, 2, 3),
     "tt_train.run.loop:answer": (1, 2, 3),
     "tt_train.run.loop:peak_memory_gib": (1, 3),
     "tt_train.run.finish:write_result": (1,),
@@ -304,7 +304,7 @@ def test_a_worker_that_hangs_ends_the_run_within_its_limit_and_its_rows_are_name
 PHASES = {
     "loading": "tt_train.recipes.sft:load_model",
     "the first step": "tt_train.recipes.sft:train_step",
-    "evaluating": "tt_train.run.loop:held_out_loss",
+    "evaluating": "tt_train.run.loop:held_out_figures",
     "sampling": "tt_train.run.loop:answer",
     "saving": "tt_ckpt:TrainCheckpoint.save",
     "writing the result": "tt_train.run.finish:write_result",

@@ -22,7 +22,7 @@ from tt_train.report.read import read_runs
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir, list_runs, writer_of
 from tt_train.run.lock import RunLock
-from tt_train.run.new_run import new_path, probe_writable
+from tt_train.run.resume import new_path, probe_writable
 from tt_train.run_files import read_json, read_manifest, read_rows
 
 SECRET = "KEEP\n"

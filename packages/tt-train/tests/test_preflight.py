@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from tt_train import ConfigError, compose
-from tt_train import job as job_module
 from tt_train.inputs import components
-from tt_train.validate import check, problems
+from tt_train.job import assemble
+
+
+def problems(config):
+    """A line for each mistake; [] if a run would start."""
+    try:
+        assemble(config)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 @pytest.fixture
@@ -104,17 +112,17 @@ def test_the_largest_seed_trains(words, tmp_path):
 
 
 def test_a_schedule_beyond_the_end_of_the_run_is_in_the_notes_of_validate_and_run(words):
-    job = check(compose("sft", overrides=[*words, "save_every=100"]))
+    job = assemble(compose("sft", overrides=[*words, "save_every=100"]))
     assert [note for note in job.notes if note.startswith("save_every: 100 is beyond the run's 6 steps")]
     with pytest.raises(ConfigError, match="eval_every: set, but there is nothing"):
-        check(compose("sft", overrides=[*words, "eval_every=100"]))
+        assemble(compose("sft", overrides=[*words, "eval_every=100"]))
 
 
 def test_a_rank_above_what_a_layer_holds_is_one_note_and_no_warning_of_python(words, tmp_path, recwarn):
     from tt_train.recipes import sft
 
     config = compose("sft", overrides=[*words, "adapter.rank=1000", "max_steps=1", f"output_dir={tmp_path / 'r'}"])
-    (note,) = [note for note in check(config).notes if "rank 1000" in note]
+    (note,) = [note for note in assemble(config).notes if "rank 1000" in note]
     assert note.endswith("(and 3 more such modules)")
     sft.main(config)
     assert not [warning for warning in recwarn if "rank 1000" in str(warning.message)]
@@ -128,7 +136,7 @@ def test_a_file_in_place_of_the_cache_is_named_and_held_out_rows_have_no_split_o
     for name in ("train", "test"):
         (tmp_path / "rows" / f"{name}.jsonl").write_text(rows_file.read_text())
     more = [f"data.train={tmp_path / 'rows'}", "data.split=test", f"data.eval={rows_file}"]
-    assert len(check(compose("sft", overrides=[*words, *more])).held_out) == 37
+    assert len(assemble(compose("sft", overrides=[*words, *more])).held_out) == 37
 
 
 @pytest.mark.parametrize(
@@ -169,5 +177,5 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
     assert "needs 39.5 GB" in problem
     for module in ("tt_models.limits", "tt_train.inputs.model"):
         monkeypatch.setattr(f"{module}.total_memory", lambda device: 300_000)
-    job = job_module.assemble(compose("sft", overrides=words))
+    job = assemble(compose("sft", overrides=words))
     assert any("memory: weights, gradients and AdamW's state take about 0.0 GB" in note for note in job.notes)

@@ -1,20 +1,27 @@
 """Which rows a recipe takes, and the keys of ``data:`` that decide which are read and dropped."""
 
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from tt_train.composing import compose
-from tt_train.config import RunConfig, SFTConfig, to_dict
+from tt_train.config import SFTConfig
 from tt_train.errors import ConfigError
-from tt_train.job import assemble
+from tt_train.job import assemble, rows_to_train
 from tt_train.keys.paths import absolute
 from tt_train.recipes.sft import main
-from tt_train.validate import check, problems, rows
 
 PAIRS = [{"prompt": f"Say red {i}. ", "chosen": "red", "rejected": "blue"} for i in range(6)]
 TEXTS = [{"prompt": f"Say red {i}. ", "completion": "red"} for i in range(18)]
+
+
+def problems(config):
+    """A line for each mistake; [] if a run would start."""
+    try:
+        assemble(config)
+    except ConfigError as error:
+        return error.problems
+    return []
 
 
 @pytest.fixture
@@ -48,23 +55,15 @@ def test_preference_rows_are_refused_by_sft_before_weights_load(composed, tmp_pa
 
 
 def test_single_answers_are_refused_by_a_recipe_of_pairs(composed):
-    @dataclass
-    class Config(RunConfig):
-        ROWS = "pair"
-
-    def of_pairs(data):
-        plain = composed(data)
-        return Config(**{name: getattr(plain, name) for name in to_dict(plain)})
-
-    assert assemble(of_pairs(PAIRS)).num_rows == 6
-    with pytest.raises(ConfigError, match="prompt_completion rows hold one answer each, .* trains a chosen"):
-        assemble(of_pairs(TEXTS))
+    with pytest.raises(ConfigError, match="hold one answer each, the recipe sft trains a chosen and a rejected"):
+        assemble(composed(TEXTS), rows="pair")
+    assert assemble(composed(PAIRS), rows="pair").num_rows == 6
 
 
 def test_the_schema_chooses_where_the_columns_fit_several(composed):
     data = [{**row, "completion": row["chosen"]} for row in PAIRS]
     assert problems(composed(data)) != []
-    job = check(composed(data, "data.schema=prompt_completion"))
+    job = assemble(composed(data, "data.schema=prompt_completion"))
     assert job.train.schema == "prompt_completion"
     assert "did you mean 'prompt_completion'" in problems(composed(data, "data.schema=prompt_completon"))[0]
 
@@ -77,7 +76,7 @@ def test_a_tenth_of_bad_rows_is_the_most_unless_told(composed):
     assert problems(composed(TEXTS + bad[:2])) == []
     assert problems(composed(TEXTS + bad, "data.max_dropped_share=0.2")) == []
     assert "must be at most 1, got 10" in problems_of_words(composed, "data.max_dropped_share=10")
-    assert len(rows(composed(TEXTS + bad))) == 18  # tt data show shows them all the same
+    assert len(rows_to_train(composed(TEXTS + bad))) == 18  # tt data show shows them all the same
 
 
 def problems_of_words(composed, *words):
@@ -87,10 +86,10 @@ def problems_of_words(composed, *words):
 
 
 def test_duplicates_are_dropped_by_a_key(composed, tmp_path):
-    assert check(composed(TEXTS + TEXTS)).num_rows == 18
-    assert check(composed(TEXTS + TEXTS, "data.drop_duplicates=false")).num_rows == 36
+    assert assemble(composed(TEXTS + TEXTS)).num_rows == 18
+    assert assemble(composed(TEXTS + TEXTS, "data.drop_duplicates=false")).num_rows == 36
     twice = composed(TEXTS, f"data.train=[{tmp_path / 'train.jsonl'}, {tmp_path / 'train.jsonl'}]")
-    assert check(twice).num_rows == 36
+    assert assemble(twice).num_rows == 36
 
 
 def test_parts_of_a_directory_have_keys(composed, tmp_path):
@@ -98,9 +97,9 @@ def test_parts_of_a_directory_have_keys(composed, tmp_path):
     for name in ("a.jsonl", "sub/b.jsonl"):
         (tmp_path / "folder" / name).write_text(json.dumps({"prompt": name, "completion": "red"}) + "\n")
     folder = f"data.train={tmp_path / 'folder'}"
-    assert check(composed(TEXTS, folder)).num_rows == 2
+    assert assemble(composed(TEXTS, folder)).num_rows == 2
     for word in ("data.data_dir=sub", "data.data_files=sub/*", "data.data_files=[sub/b.jsonl]"):
-        job = check(composed(TEXTS, folder, word, eval_rows=TEXTS))  # what is held out is a file of its own
+        job = assemble(composed(TEXTS, folder, word, eval_rows=TEXTS))  # what is held out is a file of its own
         assert [job.train.where(i) for i in range(job.num_rows)] == [f"{tmp_path}/folder/sub/b.jsonl:1"]
     assert "revisions are of hub data sets" in problems(composed(TEXTS, folder, "data.revision=main"))[0]
 
@@ -109,7 +108,7 @@ def test_a_pattern_of_files_is_kept_with_its_folder(composed, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     config = absolute(composed(TEXTS, "data.train=tr*.jsonl"))
     assert config.data.train == f"{tmp_path}/tr*.jsonl"
-    assert check(config).num_rows == 18
+    assert assemble(config).num_rows == 18
     assert absolute(composed(TEXTS, "data.train=no*.jsonl")).data.train == "no*.jsonl"
 
 

@@ -16,6 +16,7 @@ import tt_data
 import tt_models
 from tt_train import ConfigError, Interrupted, TrainingError, compose, load, merge_run
 from tt_train.job import assemble
+from tt_train.losses import Summed, cross_entropy
 from tt_train.recipes import sft
 from tt_train.run.console import Console
 from tt_train.run.dir import find_run, list_runs
@@ -346,7 +347,9 @@ def test_every_key_of_the_adapter_has_an_effect(tmp_path, words, word, plain_cur
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(tmp_path, words, monkeypatch):
-    monkeypatch.setattr(sft, "make_objective", lambda config: lambda model, batch: (model.output_weight.sum() / 0, 4))
+    monkeypatch.setattr(
+        sft, "make_objective", lambda config: lambda model, _: Summed(model.output_weight.sum() / 0, 4, 4)
+    )
     with pytest.raises(TrainingError, match="step 1: loss (inf|-inf|nan)") as stopped:
         run(tmp_path / "a", words)
     assert re.search(r"Look at \S*rows\.jsonl:\d+, ", str(stopped.value))
@@ -355,6 +358,48 @@ def test_a_loss_that_is_not_finite_stops_the_run_or_is_skipped(tmp_path, words, 
     kept = weights(run(tmp_path / "b", words, "on_nonfinite=skip"))
     base, _ = load(words[0].removeprefix("model.path="), device="cpu", dtype=torch.float32)
     assert same(kept, dict(base.named_parameters()))
+
+
+def test_a_streamed_step_of_bad_rows_alone_is_empty_and_the_run_continues(tmp_path, words, rows_file):
+    rows = rows_file.read_text().splitlines(keepends=True)
+    file = tmp_path / "some-bad.jsonl"
+    file.write_text("".join([*rows[:8], *["{}\n"] * 8, *rows[8:24]]))
+    stream = [f"data.train={file}", "data.streaming=true", "data.shuffle=false", "data.max_dropped_share=0.9"]
+    config = compose("sft", overrides=[*words, *stream, "max_steps=4", "batch_size=8", f"output_dir={tmp_path / 'r'}"])
+    console = Silent()
+    path = sft.main(config, console=console)
+    rows = metrics(path)
+    assert [row["loss"] is None for row in rows] == [False, True, False, False]
+    assert rows[0]["tokens"] == rows[1]["tokens"] < rows[2]["tokens"]
+    assert [line for line in console.notes if "step 2: nothing to train on in the rows from 8 on" in line]
+    assert read_json(path / "manifest.json")["state"] == "finished"
+    assert (path / "report.html").is_file()
+
+
+def test_metrics_that_an_objective_names_are_recorded_shown_and_reported(tmp_path, words, monkeypatch):
+    def objective(model, batch):
+        part = cross_entropy(model, batch)
+        return part._replace(metrics={"twice_the_loss": 2 * part.loss})
+
+    monkeypatch.setattr(sft, "make_objective", lambda config: objective)
+    console, heard = Console(), []
+    monkeypatch.setattr(console, "note", heard.append)
+    path = tmp_path / "r"
+    sft.main(compose("sft", overrides=[*words, f"output_dir={path}", "data.eval=0.2"]), console=console)
+    rows = metrics(path)
+    assert all(row["twice_the_loss"] == pytest.approx(2 * row["loss"]) for row in rows if row["step"])
+    assert rows[-1]["eval_twice_the_loss"] == pytest.approx(2 * rows[-1]["eval_loss"])
+    assert f"twice_the_loss {rows[-1]['twice_the_loss']:.4f}" in [line for line in heard if "loss" in line][-2]
+
+
+def test_a_metric_with_the_name_of_a_figure_that_every_run_has_is_refused(tmp_path, words, monkeypatch):
+    def objective(model, batch):
+        part = cross_entropy(model, batch)
+        return part._replace(metrics={"tokens": part.loss})
+
+    monkeypatch.setattr(sft, "make_objective", lambda config: objective)
+    with pytest.raises(TrainingError, match="loss: names the metric tokens, which every run has"):
+        run(tmp_path / "r", words)
 
 
 def test_the_rows_of_a_step_are_named_in_every_epoch_of_a_mix(tmp_path, words, rows_file):

@@ -43,7 +43,7 @@ def held_out(monkeypatch):
 
     def plan(*figures):
         found = iter(figures)
-        monkeypatch.setattr("tt_train.run.loop.held_out_loss", lambda *args, **kwargs: next(found))
+        monkeypatch.setattr("tt_train.run.loop.held_out_figures", lambda *args, **kwargs: {"eval_loss": next(found)})
 
     return plan
 
@@ -54,7 +54,7 @@ def evaluated(path):
 
 def test_the_held_out_loss_before_step_1_is_that_of_the_base(train, tmp_path, model_dir):
     from tt_train import load
-    from tt_train.evaluate import held_out_loss
+    from tt_train.evaluate import held_out_figures
     from tt_train.job import assemble
     from tt_train.losses import cross_entropy
 
@@ -64,7 +64,7 @@ def test_the_held_out_loss_before_step_1_is_that_of_the_base(train, tmp_path, mo
                      f"data.train={read_json(path / 'manifest.json')['config']['data']['train']}"])  # fmt: skip
     model, tokenizer = load(model_dir, device="cpu", dtype=torch.float32)
     options = {"micro_batch_size": 4, "pad_id": tokenizer.pad_id, "device": torch.device("cpu")}
-    expected = held_out_loss(model, assemble(config).held_out, cross_entropy, **options)
+    expected = held_out_figures(model, assemble(config).held_out, cross_entropy, **options)["eval_loss"]
     assert evaluated(path)[0][1] == pytest.approx(expected, rel=1e-6)
 
 
@@ -243,6 +243,7 @@ def test_the_best_is_told_apart_by_its_checkpoint(train, tmp_path):
 
 def test_what_takes_its_time_before_step_1_is_said_before_it_is_done(train, tmp_path, monkeypatch):
     console, heard = Heard(), []
-    monkeypatch.setattr("tt_train.run.loop.held_out_loss", lambda *_, **__: heard.extend(console.said) or 1.0)
+    figures = {"eval_loss": 1.0}
+    monkeypatch.setattr("tt_train.run.loop.held_out_figures", lambda *_, **__: heard.extend(console.said) or figures)
     train(tmp_path / "r", "max_steps=1", "samples.num=2", console=console)
     assert "before step 1: evaluating 7 held-out rows and answering 2 prompts ..." in heard

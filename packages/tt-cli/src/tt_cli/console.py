@@ -146,8 +146,10 @@ class TerminalConsole(LineConsole):
         if self.progress is None:
             return
         speed = row.get("tokens_per_s")  # absent if the run was stopped before it was measured
-        figures = f"loss {row['loss']:.4f}" + (f"  {speed:,.0f} tokens/s" if speed is not None else "")
-        self.progress.update(self.task, completed=row["step"], figures=figures, eta=row.get("eta_s"))
+        figures = [] if row.get("loss") is None else [f"loss {row['loss']:.4f}"]  # None: nothing was trained on
+        figures += plain.named_figures(row)
+        figures += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+        self.progress.update(self.task, completed=row["step"], figures="  ".join(figures), eta=row.get("eta_s"))
         if row.get("eval_loss") is not None:
             self.note(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
 

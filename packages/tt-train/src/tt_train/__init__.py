@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from tt_train.composing import compose
     from tt_train.config import RunConfig
     from tt_train.errors import ConfigError, Interrupted, TrainingError
-    from tt_train.losses import cross_entropy, linear_cross_entropy
+    from tt_train.losses import Summed, cross_entropy, linear_cross_entropy
     from tt_train.models.load import load
     from tt_train.models.merge import merge_run
     from tt_train.step import train_step
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compose": "composing",
     "RunConfig": "config",
+    "Summed": "losses",
     "ConfigError": "errors",
     "Interrupted": "errors",
     "TrainingError": "errors",
@@ -30,6 +31,7 @@ __all__ = [
     "ConfigError",
     "Interrupted",
     "RunConfig",
+    "Summed",
     "TrainingError",
     "compose",
     "cross_entropy",

@@ -1,4 +1,4 @@
-"""The model of a job with its weights and adapter, what the optimizer trains of it, and by which objective."""
+"""The model of a job with its weights and adapter, its optimizer, and its objective."""
 
 import functools
 import warnings
@@ -14,14 +14,14 @@ from tt_train.config import RunConfig
 from tt_train.job import Job
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
-from tt_train.optim import decayed
+from tt_train.optim import MasterWeights, decayed, make_optimizer
 from tt_train.registry import LOSSES, resolve
 
 
-def load_model(job: Job) -> tt_models.Decoder:
+def load_model(job: Job[RunConfig]) -> tt_models.Decoder:
     """The model with its weights and, if the config says so, its adapter; ready to train.
 
-    What trains is fp32: with bf16 as ``model.dtype``, ``make_optimizer(narrow=True)`` makes a full model bf16.
+    Trained weights are fp32. With bf16 as ``model.dtype``, ``build_optimizer`` makes those of a full model bf16.
     """
     torch.manual_seed(job.config.seed)
     adapter = job.config.adapter
@@ -53,8 +53,14 @@ def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:
         tt_peft.apply_lora_(model, lora)
 
 
-def trainable_groups(job: Job, model: tt_models.Decoder) -> list[dict[str, Any]]:
-    """What the optimizer trains: matrices and vectors, or LoRA+'s groups with their share of the learning rate."""
+def build_optimizer(job: Job[RunConfig], model: tt_models.Decoder) -> MasterWeights:
+    """The optimizer that the config names, over the trained parameters of ``model``."""
+    narrow = job.lora is None and job.dtype == torch.bfloat16
+    return make_optimizer(trainable_groups(job, model), job.config.optimizer, narrow=narrow)
+
+
+def trainable_groups(job: Job[RunConfig], model: tt_models.Decoder) -> list[dict[str, Any]]:
+    """The trained parameters: matrices and vectors, or LoRA+'s groups with their share of the learning rate."""
     section, adapter = job.config.optimizer, job.config.adapter
     if adapter is None or adapter.lora_plus_ratio == 1.0:
         return decayed(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -66,7 +72,7 @@ def trainable_groups(job: Job, model: tt_models.Decoder) -> list[dict[str, Any]]
 
 def make_objective(config: RunConfig) -> Objective:
     """The loss that the config names."""
-    objective: Objective = resolve(config.loss.name, LOSSES)
-    if config.loss.label_smoothing:
-        return functools.partial(objective, label_smoothing=config.loss.label_smoothing)  # type: ignore[call-arg]
-    return objective
+    objective = resolve(config.loss.name, LOSSES)
+    options = {"label_smoothing": config.loss.label_smoothing} if config.loss.label_smoothing else {}
+    found: Objective = functools.partial(objective, **options) if options else objective
+    return found

@@ -112,8 +112,6 @@ class SamplesSection:
 class RunConfig:
     """What every recipe has. The ``Config`` of a recipe of one's own extends it: a field is a key."""
 
-    ROWS = "single"  # no key, but what the recipe trains: single | pair (chosen and rejected) | judged
-
     recipe: str = "sft"
     recipe_sha256: str | None = None  # of a recipe file: the text that the config was run by
     model: ModelSection = field(default_factory=ModelSection)

@@ -1,6 +1,7 @@
 """Held-out loss, and prompts answered by the model while it trains."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,8 @@ from torch import nn
 
 import tt_data
 import tt_models
-from tt_train.losses import IGNORE, Objective
+from tt_train.losses import IGNORE, Batch, Objective, Summed
+from tt_train.step import mean_metrics, summed
 
 _ROLES: dict[str, str] = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
@@ -31,25 +33,36 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def held_out_loss(
-    model: nn.Module, dataset: Any, objective: Objective, *, micro_batch_size: int, pad_id: int, device: torch.device
-) -> float:
-    """Mean loss over every trained token of ``dataset``, each row seen once."""
-    total, count = 0.0, 0
-    order = sorted(
-        range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"])
-    )  # like lengths, little padding
+def held_out_figures(
+    model: tt_models.Decoder,
+    dataset: Any,
+    objective: Objective,
+    *,
+    micro_batch_size: int,
+    pad_id: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """``eval_loss``, the mean over every trained token of ``dataset``, each row seen once; nan if there is none.
+
+    Metrics that the objective names are further figures, with ``eval_`` in front of their names.
+    """
+    # rows of similar length share a batch, with little padding
+    order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
+    parts: list[Summed] = []
+    total = 0.0
     with evaluating(model):
         for start in range(0, len(order), micro_batch_size):
             rows = [dataset[index] for index in order[start : start + micro_batch_size]]
-            batch = to_device(tt_data.collate(rows, pad_id=pad_id), device)
-            loss_sum, number = objective(model, batch)
-            total += float(loss_sum)
-            count += number
-    return total / count if count else float("nan")
+            part = summed(objective, model, to_device(tt_data.collate(rows, pad_id=pad_id), device))
+            total += float(part.loss)
+            parts.append(part)
+    count = sum(part.count for part in parts)
+    if not count:
+        return {"eval_loss": math.nan}
+    return {"eval_loss": total / count, **{f"eval_{name}": value for name, value in mean_metrics(parts).items()}}
 
 
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on ``device``."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
@@ -115,12 +128,6 @@ def split_turns(ids: Sequence[int], tokenizer: Any) -> list[dict[str, str]]:
     return turns if any(turn["role"] != "system" for turn in turns) else []
 
 
-def end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that end an answer, of those that the model can say: files also state some that have no embedding."""
-    rows = model.model.embed_tokens.num_embeddings
-    return [index for index in tokenizer.eos_ids if 0 <= index < rows]
-
-
 def answer(
     model: tt_models.Decoder,
     tokenizer: Any,
@@ -140,3 +147,9 @@ def answer(
             kept = {key: item[key] for key in ("prompt", "turns", "expected") if key in item}
             rows.append(kept | {"generation": tokenizer.decode(output)})
     return rows
+
+
+def end_ids(model: tt_models.Decoder, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, of those that the model can say: files also name some that have no embedding."""
+    rows = model.model.embed_tokens.num_embeddings
+    return [index for index in tokenizer.eos_ids if 0 <= index < rows]

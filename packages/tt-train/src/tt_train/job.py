@@ -1,37 +1,44 @@
-"""From a config to what a recipe needs: everything that can be found wrong is, before weights load."""
+"""From a config to what a recipe needs. Every mistake that can be found is, before weights load."""
 
-import re
-import warnings
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import AdapterSection, RunConfig
-from tt_train.errors import ConfigError, shell_word
+from tt_train.config import RunConfig
+from tt_train.errors import ConfigError
 from tt_train.inputs import components
-from tt_train.inputs.model import check_memory
-from tt_train.inputs.rows import count_rows, hold_out, kind_mistakes, sequence_length, training_rows
-from tt_train.keys.mistakes import refuse_mistakes
+from tt_train.inputs.model import check_adapter, check_headers, model_folder, read_hf_config, vocabulary_mistakes
+from tt_train.inputs.rows import (
+    Kind,
+    count_rows,
+    evaluation_mistakes,
+    hold_out,
+    kind_mistakes,
+    sequence_length,
+    training_rows,
+)
+from tt_train.keys.mistakes import missing, refuse_mistakes
+from tt_train.memory import DTYPES
 from tt_train.optim import schedule_notes
-from tt_train.recipes._headers import check_headers
-from tt_train.run_files import FinishedRun, read_json
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+C = TypeVar("C", bound=RunConfig)
+C_co = TypeVar("C_co", bound=RunConfig, covariant=True)
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
-class Job:
+class Job(Generic[C_co]):
     """A config with its files read: tokenizer, rows and shapes, but no weights yet."""
 
-    config: RunConfig
+    config: C_co
     model_path: Path | None  # None: random weights
-    model_config: Any
+    model_config: tt_models.ModelConfig
     hf_config: dict[str, Any]
     lora: tt_peft.LoRAConfig | None
     tokenizer: Any
@@ -114,8 +121,11 @@ class Job:
         return self.config.epochs * self.steps_per_epoch
 
 
-def assemble(config: RunConfig) -> Job:
-    """Read what the config names, all but the weights. ConfigError holds every mistake that was found."""
+def assemble(config: C, *, rows: Kind = "single") -> Job[C]:
+    """Read everything that the config names but the weights. ConfigError holds every mistake that was found.
+
+    ``rows``: what the recipe trains on: ``single`` answers, or ``pair``s of a chosen and a rejected one.
+    """
     refuse_mistakes(config)
     problems: list[str] = []
     notes: list[str] = []
@@ -140,18 +150,13 @@ def assemble(config: RunConfig) -> Job:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
         for key, found in (("data.train", train), ("data.eval", held_out)):
-            problems += kind_mistakes(config, key, found)
+            problems += kind_mistakes(config, key, found, wanted=rows)
     head = _collect(problems, "data.train", lambda: train.head_report() if isinstance(train, tt_data.Stream) else None)
-    if config.early_stop_after and not config.eval_every:
-        problems.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
-    for key in ("eval_every", "early_stop_after"):
-        if getattr(config, key) and config.data.eval is None:
-            problems.append(
-                f"{key}: set, but there is nothing to evaluate on; give data.eval a file or a share such as 0.05"
-            )
+    problems += evaluation_mistakes(config)
     if problems:
         raise ConfigError(problems)
     assert hf_config is not None
+    assert model_config is not None
     assert device is not None
     assert train is not None
     job = Job(
@@ -172,8 +177,8 @@ def assemble(config: RunConfig) -> Job:
     return job
 
 
-def _collect(problems: list[str], key: str, action: Any) -> Any:
-    """``action()``; what is wrong with the user's input becomes a line under ``key``."""
+def _collect(problems: list[str], key: str, action: Callable[[], T]) -> T | None:
+    """``action()``, or None if the user's input is wrong: ``problems`` gets a line for each mistake, under ``key``."""
     try:
         return action()
     except ConfigError as error:
@@ -184,37 +189,6 @@ def _collect(problems: list[str], key: str, action: Any) -> Any:
             f"{key}: {type(error).__name__}"
         ]
     return None
-
-
-def model_folder(config: RunConfig) -> Path | None:
-    """The folder of ``model.path``: itself, a run's full model, or a snapshot of a hub id."""
-    path = config.model.path
-    if path is None:
-        return None
-    if (run := FinishedRun.at(path)) is not None:
-        if run.model is not None:
-            return run.model.resolve()
-        raise ConfigError(
-            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {shell_word(path)} -o DIR"]
-        )
-    return tt_ckpt.resolve(path)
-
-
-def read_hf_config(config: RunConfig, model_path: Path | None) -> dict[str, Any]:
-    """config.json of the model, or of the named size."""
-    if model_path is not None:
-        return tt_ckpt.read_config(model_path)
-    assert config.model.name is not None
-    return tt_models.config_to_hf(tt_models.get_config(config.model.name))
-
-
-def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
-    """The adapter block as tt_peft knows it. A text may be names with commas between; any other is an expression."""
-    targets = section.target_modules
-    if isinstance(targets, str) and re.fullmatch(r"\s*[\w.-]+(\s*,\s*[\w.-]+)+\s*", targets):
-        targets = [name.strip() for name in targets.split(",")]
-    options = {key: value for key, value in asdict(section).items() if key not in ("path", "lora_plus_ratio")}
-    return tt_peft.LoRAConfig(**options | {"target_modules": targets, "dtype": DTYPES[section.dtype]})
 
 
 def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[str]) -> Any:
@@ -229,58 +203,13 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
 
 
-def check_adapter(
-    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str]
-) -> tt_peft.LoRAConfig | None:
-    """The LoRAConfig, if any, tried on a model without memory: a target that matches nothing, and a model that the
-    device cannot hold, are found here."""
-    section, model = config.adapter, tt_models.build(model_config, device="meta")
-    if section is None:
-        check_memory(model, config, device, notes)
-        return None
-    lora = lora_config(section)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        tt_peft.apply_lora_(model, lora)
-    if said:
-        more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
-        notes.append(f"adapter: {said[0].message}{more}")
-    check_memory(model, config, device, notes)
-    if section.path is not None:
-        _try_adapter(model, Path(section.path))
-    return lora
-
-
-def _try_adapter(model: tt_models.Decoder, folder: Path) -> None:
-    """ConfigError, ValueError if the adapter that training starts from does not fit the one of the config."""
-    if not (folder / "adapter_config.json").is_file():
-        near = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else None
-        cure = f"did you mean {near}?" if near else "give the folder of an adapter"
-        raise ConfigError([f"adapter.path: {folder} has no adapter_config.json; {cure}"])
-    settings = read_json(folder / "adapter_config.json")
-    if settings.get("modules_to_save") or settings.get("trainable_token_indices"):
-        return  # these need the weights of the base
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        if own and all(parameter.requires_grad for parameter in own):
-            module.to_empty(device="cpu", recurse=False)
-    tt_peft.load_adapter(model, folder)
-
-
-def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:
-    """Tokens that the embedding has no row for."""
-    if tokenizer.vocab_size <= model_config.vocab_size:
-        return []
-    first, last = model_config.vocab_size, tokenizer.vocab_size - 1
-    return [
-        f"model: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {first}; ids {first} to "
-        f"{last} have no embedding; use the model's own tokenizer"
-    ]
-
-
 def rows_to_train(config: RunConfig, *, limit: int | None = None) -> Any:
-    """The rows of ``data.train`` alone (the first ``limit``), however many are bad, without what else a run needs.
-    ConfigError names every mistake."""
+    """The rows of ``data.train`` (the first ``limit``) as a run would see them, those to be held out included.
+
+    Needs no device and no weights, and takes any number of bad rows. ConfigError names every mistake.
+    """
+    if lacking := [line for line in missing(config) if not line.startswith("max_steps")]:
+        raise ConfigError(lacking)
     problems: list[str] = []
     folder = _collect(problems, "model.path", lambda: model_folder(config))
     tokenizer = read_tokenizer(config, folder, problems)

@@ -1,44 +1,86 @@
-"""Objectives: each takes a model and a micro-batch and gives its *sum* and *how many* it sums; the step divides.
+"""Objectives: each takes a model and a micro-batch and returns *sums*; the step divides them once.
 
 Shapes: B batch, S sequence, N positions (flattened), D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Objective = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, int]]
+from tt_peft.lowrank import AdapterModule
+
+Batch = dict[str, Tensor]  # input_ids, labels and, if documents share rows, position_ids; each [B, S]
+
+
+class CausalLM(Protocol):
+    """What an objective may ask of a model. Every ``tt_models.Decoder`` is one, with and without an adapter."""
+
+    @property
+    def lm_head(self) -> nn.Module | None:
+        """The output projection; None if it is the embeddings."""
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """``c`` of the logits' ``c * tanh(logit / c)``, if they are bounded."""
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, D]: the output projection."""
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+        """[B, S, D] after the final norm."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., V]."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in ``nn.Module``."""
+
+
+class Summed(NamedTuple):
+    """Sums over a micro-batch. The step adds them up and divides by the sum of ``count``.
+
+    loss: a differentiable scalar. count: the number of items that it sums, such as trained tokens or pairs of answers.
+    tokens: trained tokens, which the speed and ``tokens`` of metrics.jsonl count. metrics: further sums by name; their
+    means are figures of the step, in metrics.jsonl, on the console and in the report.
+    """
+
+    loss: Tensor
+    count: int  # type: ignore[assignment]  # a tuple's method, which nobody needs here
+    tokens: int
+    metrics: Mapping[str, Tensor] = MappingProxyType({})
+
+
+Objective = Callable[[CausalLM, Batch], Summed]
 IGNORE = -100
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at a time
 CHUNKS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
 
 
-def cross_entropy(model: nn.Module, batch: dict[str, Tensor], *, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
-    """Next-token cross entropy: position t predicts ``labels[:, t + 1]``; -100 takes no loss.
+def cross_entropy(model: CausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> Summed:
+    """Next-token cross entropy, summed over the trained tokens in fp32.
 
-    Returns:
-        the sum over the trained tokens (fp32, differentiable), and their number.
+    Position t predicts ``labels[:, t + 1]``; -100 takes no loss.
     """
-    hidden_BSD = model.hidden_states(batch["input_ids"], position_ids=batch.get("position_ids"))  # type: ignore[operator]
+    hidden_BSD = model.hidden_states(batch["input_ids"], position_ids=batch.get("position_ids"))
     targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     keep = targets_BS != IGNORE
     hidden_ND, targets_N = hidden_BSD[keep], targets_BS[keep]
     count = targets_N.numel()
-    softcap = getattr(getattr(model, "config", None), "final_logit_softcapping", None)
-    head = getattr(model, "lm_head", None)
-    if head is not None and hasattr(
-        head, "adapter_params"
-    ):  # the projection is adapted: its weight alone is not the output
-        logits_NV = head(hidden_ND).float()
+    softcap = model.logit_softcap
+    if isinstance(model.lm_head, AdapterModule):  # its weight alone is not the output projection
+        logits_NV = model.lm_head(hidden_ND).float()
         if softcap:
             logits_NV = softcap * torch.tanh(logits_NV / softcap)
-        return F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing), count
-    weight_VD: Tensor = model.output_weight  # type: ignore[assignment]
-    options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing, "softcap": softcap}
-    return linear_cross_entropy(hidden_ND, weight_VD, targets_N, **options), count
+        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+    else:
+        options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing, "softcap": softcap}
+        loss = linear_cross_entropy(hidden_ND, model.output_weight, targets_N, **options)
+    return Summed(loss, count, tokens=count)
 
 
 def linear_cross_entropy(

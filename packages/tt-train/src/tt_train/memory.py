@@ -2,20 +2,25 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import resource
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tt_train.errors import TrainingError
+from tt_train.losses import Batch
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # by the names that configs use
 
 
 @contextmanager
-def explaining_memory(batches: Sequence[dict[str, Tensor]], peak_gib: Callable[[], float]) -> Iterator[None]:
-    """Where memory runs out inside, say what was asked of it and which three keys ask for less."""
+def explaining_memory(batches: Sequence[Batch], device: torch.device) -> Iterator[None]:
+    """If memory runs out inside, say what was asked of it and which three keys ask for less."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -25,9 +30,17 @@ def explaining_memory(batches: Sequence[dict[str, Tensor]], peak_gib: Callable[[
         shapes = [tuple(batch["input_ids"].shape) for batch in batches]
         rows, length = max(shapes, key=math.prod)
         raise TrainingError(
-            f"out of memory with {rows} sequences of {length} tokens at a time, {peak_gib():.2f} GiB at most; lower "
-            "micro_batch_size, set activation_checkpointing=true, or lower data.max_seq_len"
+            f"out of memory with {rows} sequences of {length} tokens at a time, {peak_memory_gib(device):.2f} GiB at "
+            "most; lower micro_batch_size, set activation_checkpointing=true, or lower data.max_seq_len"
         ) from error
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory that was in use so far, in GiB: on the GPU, or resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

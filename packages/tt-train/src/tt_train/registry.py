@@ -39,7 +39,7 @@ OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "
 # what other tools call these optimizers
 _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
-LOGGERS = {"tensorboard": "tt_train.run.metrics.TensorBoard", "wandb": "tt_train.run.metrics.WandB"}
+LOGGERS = {"tensorboard": "tt_train.run.loggers.TensorBoard", "wandb": "tt_train.run.loggers.WandB"}
 LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # what must be installed for them
 
 

@@ -146,9 +146,9 @@ def _rows_of_config(
 ) -> tuple[Any, bool]:
     """The rows of ``data.train``, and whether they are a stream."""
     config = composed(what, config_file, words, allow_import, complete=False)
-    from tt_train.validate import rows
+    from tt_train.job import rows_to_train
 
-    return rows(config, limit=limit), config.data.streaming
+    return rows_to_train(config, limit=limit), config.data.streaming
 
 
 def _as_words(options: Mapping[str, Any]) -> list[str]:

@@ -23,9 +23,9 @@ def command(
 ) -> None:
     """Check everything about a config that needs no weights: keys, paths, columns, shapes, devices and loggers."""
     config = composed(what, config_file, overrides, allow_import)
-    from tt_train.validate import check
+    from tt_train.job import assemble
 
-    job = check(config)
+    job = assemble(config)
     if as_json:
         held_out = job.held_out.report if job.held_out else None
         print_json({"config": what, "data": job.data_report, "held_out": held_out, "notes": job.notes})

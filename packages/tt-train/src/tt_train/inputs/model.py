@@ -1,15 +1,95 @@
-"""How much memory a run needs at least, told before anything is loaded."""
+"""The model and adapter that a config names: found, and tried without memory before weights load."""
+
+import re
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+import tt_ckpt
+import tt_models
+import tt_peft
 from tt_models.limits import gigabytes, refuse_too_large, total_memory
 from tt_peft import NF4Linear, QLoRALinear
-from tt_train.config import RunConfig
-from tt_train.errors import ConfigError
+from tt_train.config import AdapterSection, RunConfig
+from tt_train.errors import ConfigError, shell_word
+from tt_train.memory import DTYPES
+from tt_train.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
 STATE_BYTES = 16  # of a value that trains: weight, gradient and AdamW's two moments in fp32
+
+
+def model_folder(config: RunConfig) -> Path | None:
+    """The folder of ``model.path``: itself, a run's full model, or a snapshot of a hub id."""
+    path = config.model.path
+    if path is None:
+        return None
+    if (run := FinishedRun.at(path)) is not None:
+        if run.model is not None:
+            return run.model.resolve()
+        raise ConfigError(
+            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {shell_word(path)} -o DIR"]
+        )
+    return tt_ckpt.resolve(path)
+
+
+def read_hf_config(config: RunConfig, model_path: Path | None) -> dict[str, Any]:
+    """config.json of the model, or of the named size."""
+    if model_path is not None:
+        return tt_ckpt.read_config(model_path)
+    assert config.model.name is not None
+    return tt_models.config_to_hf(tt_models.get_config(config.model.name))
+
+
+def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
+    """The adapter block as tt_peft knows it. A text may be names with commas between; any other is an expression."""
+    targets = section.target_modules
+    if isinstance(targets, str) and re.fullmatch(r"\s*[\w.-]+(\s*,\s*[\w.-]+)+\s*", targets):
+        targets = [name.strip() for name in targets.split(",")]
+    options = {key: value for key, value in asdict(section).items() if key not in ("path", "lora_plus_ratio")}
+    return tt_peft.LoRAConfig(**options | {"target_modules": targets, "dtype": DTYPES[section.dtype]})
+
+
+def check_adapter(
+    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str]
+) -> tt_peft.LoRAConfig | None:
+    """The LoRAConfig, if any, tried on a model without memory: a target that matches nothing, and a model that the
+    device cannot hold, are found here."""
+    section, model = config.adapter, tt_models.build(model_config, device="meta")
+    if section is None:
+        check_memory(model, config, device, notes)
+        return None
+    lora = lora_config(section)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        tt_peft.apply_lora_(model, lora)
+    if said:
+        more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
+        notes.append(f"adapter: {said[0].message}{more}")
+    check_memory(model, config, device, notes)
+    if section.path is not None:
+        _try_adapter(model, Path(section.path))
+    return lora
+
+
+def _try_adapter(model: tt_models.Decoder, folder: Path) -> None:
+    """ConfigError, ValueError if the adapter that training starts from does not fit the one of the config."""
+    if not (folder / "adapter_config.json").is_file():
+        near = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else None
+        cure = f"did you mean {near}?" if near else "give the folder of an adapter"
+        raise ConfigError([f"adapter.path: {folder} has no adapter_config.json; {cure}"])
+    settings = read_json(folder / "adapter_config.json")
+    if settings.get("modules_to_save") or settings.get("trainable_token_indices"):
+        return  # these need the weights of the base
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and all(parameter.requires_grad for parameter in own):
+            module.to_empty(device="cpu", recurse=False)
+    tt_peft.load_adapter(model, folder)
 
 
 def check_memory(model: nn.Module, config: RunConfig, device: torch.device | None, notes: list[str]) -> None:
@@ -43,3 +123,20 @@ def check_memory(model: nn.Module, config: RunConfig, device: torch.device | Non
             f"memory: weights, gradients and AdamW's state take about {gigabytes(about)}, {device} has "
             f"{gigabytes(total)}; {cure}"
         )
+
+
+def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:
+    """Tokens that the embedding has no row for."""
+    if tokenizer.vocab_size <= model_config.vocab_size:
+        return []
+    first, last = model_config.vocab_size, tokenizer.vocab_size - 1
+    return [
+        f"model: the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {first}; ids {first} to "
+        f"{last} have no embedding; use the model's own tokenizer"
+    ]
+
+
+def check_headers(model_config: tt_models.ModelConfig, model_path: Path | None) -> None:
+    """ValueError, FileNotFoundError if names or shapes are not the model's, or a file is not whole."""
+    if model_path is not None:
+        tt_ckpt.check_weights(tt_models.build(model_config, device="meta"), model_path)

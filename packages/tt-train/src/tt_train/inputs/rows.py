@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -10,6 +10,8 @@ import tt_data
 from tt_data import Dataset, Stream, Subset
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError
+
+Kind = Literal["single", "pair", "judged"]  # of rows: what each one holds
 
 
 def count_rows(rows: Dataset | Stream) -> int | None:
@@ -25,9 +27,8 @@ def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
-def kind_mistakes(config: RunConfig, key: str, rows: Dataset | Stream | None) -> list[str]:
+def kind_mistakes(config: RunConfig, key: str, rows: Dataset | Stream | None, *, wanted: Kind) -> list[str]:
     """Preference rows for a recipe of single answers, or the reverse."""
-    wanted = type(config).ROWS
     if rows is None or rows.kind == wanted:
         return []
     return [
@@ -36,10 +37,22 @@ def kind_mistakes(config: RunConfig, key: str, rows: Dataset | Stream | None) ->
     ]
 
 
-_KINDS = {
+_KINDS: dict[str, str] = {
     "single": "one answer each", "pair": "a chosen and a rejected answer (preference)",
     "judged": "an answer and a judgement (unpaired_preference)",
 }  # fmt: skip
+
+
+def evaluation_mistakes(config: RunConfig) -> list[str]:
+    """Keys that need held-out rows, or an evaluation between steps, without them."""
+    found = []
+    if config.early_stop_after and not config.eval_every:
+        found.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
+    for key in ("eval_every", "early_stop_after"):
+        if getattr(config, key) and config.data.eval is None:
+            cure = "give data.eval a file or a share such as 0.05"
+            found.append(f"{key}: set, but there is nothing to evaluate on; {cure}")
+    return found
 
 
 def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options: Any) -> Dataset | Stream:

@@ -62,7 +62,7 @@ def refuse_mistakes(config: RunConfig) -> None:
 
 
 def mistakes(config: RunConfig) -> list[str]:
-    """Values that cannot be meant, one line each; what needs files is checked by tt_train.validate."""
+    """Values that cannot be meant, one line each; tt_train.job checks what needs files."""
     if wrong := _wrong_types(config, type(config), ""):
         return wrong
     plain = to_dict(config)

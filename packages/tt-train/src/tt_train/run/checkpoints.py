@@ -1,7 +1,7 @@
 """The training state of a run, out and back in: weights, optimizer, place in the data, figures so far."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,18 @@ from torch import Tensor
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_ckpt.shown import plain, quoted
+from tt_train.config import RunConfig
 from tt_train.errors import ConfigError, Interrupted
 from tt_train.job import Job
-from tt_train.master_weights import MasterWeights
-from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_entries
+from tt_train.optim import MasterWeights, load_optimizer_tensors_, optimizer_tensors, state_entries
 from tt_train.run.dir import RunDir
-from tt_train.run.saved_state import check_tensors
 from tt_train.run.stop import Stopped
+from tt_train.run_files import number
 from tt_train.step import StepResult
 
+_COUNTS = ("step", "tokens", "evaluations_since_best", "judged", "steps_total")
+_CURE = "choose another checkpoint, or start a new run"
 _SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged")
 
 
@@ -30,7 +33,7 @@ class TrainingState:
     ``step``: the last step whose update is in the weights. ``row``: its figures, until they are recorded.
     """
 
-    def __init__(self, run: RunDir, job: Job, model: tt_models.Decoder, optimizer: MasterWeights) -> None:
+    def __init__(self, run: RunDir, job: Job[RunConfig], model: tt_models.Decoder, optimizer: MasterWeights) -> None:
         self.job, self.model, self.optimizer = job, model, optimizer
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=job.config.keep_last)
@@ -46,12 +49,12 @@ class TrainingState:
 
     # ---- what happens in a run ---------------------------------------------------------------------------------------
 
-    def made(self, step: int, result: StepResult, *, rate: float) -> None:
+    def made(self, step: int, result: StepResult, *, lr: float) -> None:
         """A step was made: to be called at once, so that ``step`` is always that of the weights."""
         self.step, self.saved, self.updates = step, None, self.optimizer.updates
         self.tokens += result.tokens
-        self.row = {"step": step, "epoch": None, "loss": result.loss, "lr": rate, "grad_norm": result.grad_norm,
-                    "tokens": self.tokens}  # fmt: skip
+        self.row = {"step": step, "epoch": None, "loss": result.loss, "lr": lr, "grad_norm": result.grad_norm,
+                    "tokens": self.tokens, **result.metrics}  # fmt: skip
 
     def recorded(self, row: dict[str, Any] | None) -> None:
         """``row``: what metrics.jsonl has of this step; its figures need not be recorded again."""
@@ -232,3 +235,50 @@ class TrainingState:
 def finite_or_none(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- what a checkpoint says, checked before any of it is used: anybody may have written it ----
+
+
+def check_state(path: Path, step: int, state: Any) -> None:
+    """ConfigError unless ``state.json`` of the checkpoint at ``path`` holds what a run saves there."""
+    file = path / "state.json"
+    if not isinstance(state, dict) or "steps_total" not in state:
+        raise ConfigError([f"--resume: {plain(path)} was written by another version of tt-train; {_CURE}"])
+    best, row = state.get("best"), state.get("row")
+    sound = {
+        **{key: type(state.get(key)) is int and 0 <= state[key] < 1 << 53 for key in _COUNTS},
+        "elapsed_s": (number(state.get("elapsed_s")) or 0.0) >= 0 and number(state.get("elapsed_s")) is not None,
+        "data": isinstance(state.get("data"), str),
+        "best": best is None or (isinstance(best, dict) and _is_best(best)),
+        "row": row is None or (isinstance(row, dict) and all(map(_is_figure, row.values()))),
+    }
+    for key, is_sound in sound.items():
+        if not is_sound:
+            raise ConfigError([f"--resume: {plain(file)}: {key}: no run saves {quoted(state.get(key))}; {_CURE}"])
+    if state["step"] != step:
+        raise ConfigError([f"--resume: {plain(file)}: step is {state['step']}, the checkpoint's {step}; {_CURE}"])
+
+
+def _is_best(best: dict[str, Any]) -> bool:
+    return set(best) == {"step", "eval_loss"} and type(best["step"]) is int and number(best["eval_loss"]) is not None
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or number(value) is not None
+
+
+def check_tensors(path: Path, group: str, found: Mapping[str, Tensor] | None, expected: Mapping[str, Tensor]) -> None:
+    """ConfigError unless the tensors of a group are those of the run: the same names and shapes."""
+    where = f"--resume: {plain(path)}: {group}"
+    if found is None:
+        raise ConfigError([f"{where}: not in the checkpoint, which is of another kind of run; {_CURE}"])
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ConfigError([f"{where}: {plain(name)} is missing; {_CURE}"])
+        if found[name].shape != tensor.shape:
+            shapes = f"has shape {list(found[name].shape)}, the run's {list(tensor.shape)}"
+            raise ConfigError([f"{where}: {plain(name)} {shapes}; {_CURE}"])
+    for name in found:
+        if name not in expected:
+            raise ConfigError([f"{where}: {plain(name)} is none that the run trains; {_CURE}"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tt_train.redact import redact
+from tt_train.series import SERIES
 from tt_train.visible import visible
 
 MARKS = ("\u27e6", "\u27e7")  # around trained tokens where there is no colour
@@ -31,6 +32,11 @@ class RunFacts:
 _STEP = [("step", "step", "", ""), ("loss", "loss", ".4f", ""), ("lr", "lr", ".2e", ""),
          ("grad_norm", "grad_norm", ".3f", ""), ("tokens_per_s", "tokens/s", ".0f", ""), ("eta_s", "eta", ".0f", "s"),
          ("eval_loss", "eval_loss", ".4f", "")]  # fmt: skip
+
+
+def named_figures(row: dict[str, Any]) -> list[str]:
+    """The figures of a step that the objective names, such as ``accuracy 0.5000``."""
+    return [f"{key} {value:.4f}" for key, value in row.items() if value is not None and key not in SERIES]
 
 
 def precision_line(facts: RunFacts) -> str:
@@ -68,7 +74,7 @@ class Console:
     def step(self, row: dict[str, Any]) -> None:
         """After a step: ``row`` is its line in metrics.jsonl."""
         shown = [f"{name} {row[key]:{form}}{unit}" for key, name, form, unit in _STEP if row.get(key) is not None]
-        self.note(" ".join(shown))
+        self.note(" ".join([*shown, *named_figures(row)]))
 
     def note(self, text: str) -> None:
         """A fact worth a line."""

@@ -11,6 +11,7 @@ import torch
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_train.config import RunConfig
 from tt_train.errors import shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
@@ -21,7 +22,7 @@ from tt_train.report.summary import part_name, tokens_per_second, training_loss
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
-from tt_train.run.loop import Watch
+from tt_train.run.loop import Metrics
 from tt_train.run.model_card import model_card
 from tt_train.run.serving import own_template, serving_files
 from tt_train.run_files import TEMPLATE_FILE, read_manifest
@@ -30,16 +31,21 @@ _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
 
 
-def finish(job: Job, run: RunDir, watch: Watch) -> None:
+def finish(metrics: Metrics) -> None:
     """Write the result first, and then what may fail after it: the last figures, the card and the report."""
-    state, console = watch.state, watch.console
+    job, run, state, console = metrics.job, metrics.run, metrics.state, metrics.console
+    if state.step < job.steps_total:
+        console.note(
+            f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations without a lower "
+            f"held-out loss than {state.best['eval_loss'] if state.best else float('nan'):.4f}"
+        )
     state.drain(console.warn)
     if job.config.save_last:
         state.tolerate(state.save, console.warn)
     write_result(job, run, state)
     if state.row is not None:
-        watch.record(sample=False)
-        _or_warn(console, "the last samples", lambda: watch.sample(state.step))
+        metrics.record(sample=False)
+        _or_warn(console, "the last samples", metrics.sample)
     summary = _summary(job, run, state)
     run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
@@ -49,7 +55,7 @@ def finish(job: Job, run: RunDir, watch: Watch) -> None:
         _tell_best(console, run, best, steps=state.step)
 
 
-def data_facts(job: Job) -> dict[str, Any]:
+def data_facts(job: Job[RunConfig]) -> dict[str, Any]:
     """What the manifest says of the rows."""
     return {
         "fingerprint": job.train.fingerprint,
@@ -68,7 +74,7 @@ def _or_warn(console: Console, what: str, action: Callable[[], object]) -> None:
         logging.getLogger("tt_train").warning("%s could not be written", what, exc_info=error)
 
 
-def write_result(job: Job, run: RunDir, state: TrainingState) -> None:
+def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None:
     """``adapter/`` or ``model/``, as a whole: what was there before is replaced by a rename."""
     if job.lora is not None:
         with run.replacing("adapter") as part:
@@ -86,13 +92,13 @@ def write_result(job: Job, run: RunDir, state: TrainingState) -> None:
         tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
 
 
-def written_dtypes(job: Job) -> set[torch.dtype]:
+def written_dtypes(job: Job[RunConfig]) -> set[torch.dtype]:
     """Of the floating tensors of a full result: what the base's files have; ``model.dtype`` if there is no base."""
     stored = tt_ckpt.tensor_dtypes(job.model_path).values() if job.model_path else [job.dtype]
     return {dtype for dtype in stored if dtype.is_floating_point}
 
 
-def result_bytes(job: Job, state: TrainingState) -> int:
+def result_bytes(job: Job[RunConfig], state: TrainingState) -> int:
     """The size of the result on the disk."""
     if job.lora is not None:
         return sum(parameter.nbytes for parameter in state.names)
@@ -101,7 +107,7 @@ def result_bytes(job: Job, state: TrainingState) -> int:
     return weights + sum(file.stat().st_size for file in beside if file.is_file() and file.suffix in _BESIDE)
 
 
-def precision(job: Job) -> dict[str, str]:
+def precision(job: Job[RunConfig]) -> dict[str, str]:
     """In which dtype the forward pass runs, the trained weights are kept, and the result is written.
 
     ``merged``: of an adapter, what ``tt merge`` will write, if that is less than what the forward pass runs in.
@@ -114,7 +120,7 @@ def precision(job: Job) -> dict[str, str]:
     return {**facts, "written": job.config.adapter.dtype} | ({"merged": whole} if narrower else {})
 
 
-def _summary(job: Job, run: RunDir, state: TrainingState) -> dict[str, Any]:
+def _summary(job: Job[RunConfig], run: RunDir, state: TrainingState) -> dict[str, Any]:
     rows = run.rows("metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     evaluated = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
@@ -158,7 +164,7 @@ def _write_report(run: RunDir, console: Console) -> None:
         console.note(NO_PICTURE)
 
 
-def _write_card(job: Job, run: RunDir, summary: dict[str, Any]) -> None:
+def _write_card(job: Job[RunConfig], run: RunDir, summary: dict[str, Any]) -> None:
     run.write_text("README.md", model_card(job, read_manifest(run.path), summary))
 
 

@@ -1,88 +1,100 @@
-"""What is measured and written down beside the steps: held-out loss, samples, rows of metrics.jsonl, loggers."""
+"""What every recipe's loop is made of: the steps, what is measured beside them, and what follows each one."""
 
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tt_train.evaluate import answer, held_out_loss, prompts
+import torch
+
+import tt_data
+from tt_train.config import RunConfig
+from tt_train.errors import TrainingError
+from tt_train.evaluate import answer, held_out_figures, to_device
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
-from tt_train.losses import Objective
+from tt_train.losses import Batch, Objective
+from tt_train.memory import peak_memory_gib
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
-from tt_train.run.metrics import peak_memory_gib
+from tt_train.run.loggers import Logger
 from tt_train.run.stop import StopRequest
+from tt_train.series import SERIES
+from tt_train.step import StepResult
 
 log = logging.getLogger("tt_train")
+_KEYS = tuple(name for name in SERIES if name != "eval_loss")  # of every row
 
 
 @dataclass(kw_only=True)
-class Watch:
-    """Everything that ``record`` needs to know. Evaluations and samples may be abandoned when a signal comes."""
+class Metrics:
+    """The figures of a run: measured after each step, and written to metrics.jsonl, the loggers and the console.
 
-    job: Job
+    prompts: what ``tt_train.evaluate.prompts`` gives, to be answered at every evaluation. A signal that comes while
+    held-out rows are evaluated or prompts answered is obeyed at once: that work is made again when the run is resumed.
+    """
+
+    job: Job[RunConfig]
     run: RunDir
     state: TrainingState
     objective: Objective
-    loggers: list[Callable[[dict[str, Any]], None]]
+    prompts: Sequence[dict[str, Any]]
+    loggers: Sequence[Logger]
     console: Console
     stop: StopRequest
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self.first, self.elapsed_before = self.state.step, self.state.elapsed_s
-        config = self.job.config
-        rows, tokenizer = self.job.rows_to_show, self.job.tokenizer
-        self.asked = prompts(rows, tokenizer, num=config.samples.num, max_prompt=config.data.max_seq_len)
+        self.step_began = self.began
 
-    def measure(self, *, tokens: int, seconds: float) -> None:
-        """Add to the figures of the step that was just made what it took: its trained tokens, and its time."""
-        state, per_epoch, now = self.state, self.job.steps_per_epoch, time.perf_counter() - self.began
+    def measure(self, *, tokens: int) -> None:
+        """Add what the step that was just made took: its time, memory, and ``tokens`` per second."""
+        state, per_epoch, now = self.state, self.job.steps_per_epoch, time.perf_counter()
         assert state.row is not None
-        state.elapsed_s = round(self.elapsed_before + now, 3)
+        state.elapsed_s = round(self.elapsed_before + now - self.began, 3)
         state.row |= {
             "epoch": round(state.step / per_epoch, 4) if per_epoch else None,
-            "tokens_per_s": round(tokens / seconds, 2),
+            "tokens_per_s": round(tokens / (now - self.step_began), 2),
             "memory_gib": round(peak_memory_gib(self.job.device), 4),
             "elapsed_s": state.elapsed_s,
-            "eta_s": round(now / (state.step - self.first) * (self.job.steps_total - state.step), 1),
+            "eta_s": round((now - self.began) / (state.step - self.first) * (self.job.steps_total - state.step), 1),
         }
 
     def record(self, *, sample: bool = True) -> bool:
-        """Complete the figures of the step that was made, and write them; whether its held-out loss is the lowest."""
+        """Evaluate and sample if that is due, and write the figures of the step. Returns whether its held-out loss is
+        the lowest so far."""
         state, improved = self.state, False
         assert state.row is not None
         row = dict.fromkeys(_KEYS) | state.row
+        due = is_due(self.job, state.step)
         if state.step == 0:
-            self._tell_what_comes_first(sample)
-        if self.is_due(state.step):
-            row["eval_loss"] = eval_loss = self.evaluate()
-            improved = state.judge(eval_loss)
-        if sample and (self.is_due(state.step) or state.step == 0):
-            self.sample(state.step)
+            self._say_what_comes_first(sample)
+        if due:
+            held_out = self.evaluate()
+            row |= held_out
+            improved = state.judge(held_out["eval_loss"])
+        if sample and (due or state.step == 0):
+            self.sample()
         if state.step > 0:
             self._write(row)
             self.console.step(row)
-            log.info(
-                "step %d loss %.6f grad_norm %.4f",
-                state.step,
-                *(math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm")),
-            )
-        elif "eval_loss" in row:
+            known = (math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm"))
+            log.info("step %d loss %.6f grad_norm %.4f", state.step, *known)
+        elif due:
             self._write(row | {"tokens": 0, "elapsed_s": 0.0})
             self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
         state.row = None
         return improved
 
-    def _tell_what_comes_first(self, sample: bool) -> None:
+    def _say_what_comes_first(self, sample: bool) -> None:
         """What takes its time before step 1, and shows nothing meanwhile."""
         rows = count_rows(self.job.held_out) if self.job.held_out is not None else None
         what = [f"evaluating {rows:,} held-out rows"] if rows is not None else []
-        what += [f"answering {len(self.asked)} prompts"] if sample and self.asked else []
+        what += [f"answering {len(self.prompts)} prompts"] if sample and self.prompts else []
         if what:
             self.console.note(f"before step 1: {' and '.join(what)} ...")
 
@@ -91,30 +103,81 @@ class Watch:
         for logger in self.loggers:
             logger(row)
 
-    def is_due(self, step: int) -> bool:
-        """Whether the held-out rows are evaluated after this step: before the first, every ``eval_every``, and last."""
-        if self.job.held_out is None:
-            return False
-        every = self.job.config.eval_every
-        return step in (0, self.job.steps_total) or (every is not None and step % every == 0)
-
-    def evaluate(self) -> float:
-        """Mean loss over every trained token held out."""
-        config = self.job.config
+    def evaluate(self) -> dict[str, float]:
+        """``eval_loss``, the mean over every trained token held out, and the objective's own figures."""
         with self.stop.at_once():
-            return held_out_loss(
-                self.state.model, self.job.held_out, self.objective, micro_batch_size=config.micro_batch_size,
-                pad_id=self.job.tokenizer.pad_id, device=self.job.device,
+            return held_out_figures(
+                self.state.model, self.job.held_out, self.objective, pad_id=self.job.tokenizer.pad_id,
+                micro_batch_size=self.job.config.micro_batch_size, device=self.job.device,
             )  # fmt: skip
 
-    def sample(self, step: int) -> None:
-        """Answers to a few prompts, into samples.jsonl."""
-        options: dict[str, Any] = {"max_new_tokens": self.job.config.samples.max_new_tokens, "device": self.job.device}
+    def sample(self) -> None:
+        """Answers to the prompts, into samples.jsonl."""
         with self.stop.at_once():
-            rows = answer(self.state.model, self.job.tokenizer, self.asked, **options)
-        self.run.append(
-            "samples.jsonl", *({"step": step, "held_out": self.job.held_out is not None, **row} for row in rows)
-        )
+            rows = answer(
+                self.state.model, self.job.tokenizer, self.prompts, device=self.job.device,
+                max_new_tokens=self.job.config.samples.max_new_tokens,
+            )  # fmt: skip
+        about = {"step": self.state.step, "held_out": self.job.held_out is not None}
+        self.run.append("samples.jsonl", *(about | row for row in rows))
 
 
-_KEYS = ("step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "memory_gib", "elapsed_s", "eta_s")
+def is_due(job: Job[RunConfig], step: int) -> bool:
+    """Whether held-out rows are evaluated after ``step``: before the first, every ``eval_every``, and at the end."""
+    if job.held_out is None:
+        return False
+    every = job.config.eval_every
+    return step in (0, job.steps_total) or (every is not None and step % every == 0)
+
+
+def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
+    """(number, counted from 1; micro-batches on the device) of each step that is left, until the run is complete.
+
+    What was measured before the first of them is recorded first: the evaluation before step 1, or one that a signal
+    cut off. The random numbers of a step, which dropout needs, depend on the seed and its number alone.
+    """
+    job, state, config = metrics.job, metrics.state, metrics.job.config
+    if state.row is not None and not state.complete:
+        metrics.record()
+    batches = tt_data.batches(
+        job.train, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, seed=config.seed,
+        start_step=state.step, num_workers=config.data.num_workers, shuffle=config.data.shuffle,
+        pad_id=job.tokenizer.pad_id, timeout_s=config.data.worker_timeout_s,
+    )  # fmt: skip
+    while not state.complete:
+        metrics.step_began = time.perf_counter()
+        torch.manual_seed((config.seed * 1_000_003 + state.step + 1) % 2**64)
+        yield state.step + 1, [to_device(batch, job.device) for batch in next(batches)]
+
+
+def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) -> None:
+    """Count the step; then record, evaluate, sample and save what is due, and obey a signal.
+
+    The last step is recorded by ``finish``, which writes the result first.
+
+    Raises:
+        TrainingError: the step was not finite, and ``on_nonfinite`` is ``stop``. Stopped: a signal has come.
+    """
+    job, state, console = metrics.job, metrics.state, metrics.console
+    if result.outcome == "not_finite" and job.config.on_nonfinite == "stop":
+        raise TrainingError(_not_finite(step, result, job))
+    if taken := sorted(result.metrics.keys() & SERIES.keys()):
+        raise TrainingError(f"loss: names the metric {taken[0]}, which every run has; give yours a different name")
+    state.made(step, result, lr=lr)
+    if result.outcome == "not_finite":
+        console.warn(f"{_not_finite(step, result, job)}; skipped")
+    elif result.outcome == "empty":
+        console.note(f"step {step}: nothing to train on in {job.rows_of(step)}; the weights were left alone")
+    metrics.measure(tokens=result.tokens)
+    metrics.stop.check()
+    if step < job.steps_total:
+        state.save_if_due(improved=metrics.record(), warn=console.warn)
+        metrics.stop.check()
+
+
+def _not_finite(step: int, result: StepResult, job: Job[RunConfig]) -> str:
+    """What is known about a step whose update would have spoiled the weights."""
+    return (
+        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} (in {result.first_nonfinite}) are not "
+        f"finite; the weights were left alone. Look at {job.rows_of(step)} with tt data show, or lower optimizer.lr"
+    )

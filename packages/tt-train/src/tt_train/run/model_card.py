@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from tt_train.config import to_yaml
+from tt_train.config import RunConfig, to_yaml
 from tt_train.job import Job
 from tt_train.report.summary import method_words
 from tt_train.visible import visible
@@ -13,7 +13,7 @@ _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKUP = re.compile(r"[\\`*\[\]<>|!#&$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|://|@(?=\w)")
 
 
-def model_card(job: Job, manifest: dict[str, Any], summary: dict[str, Any]) -> str:
+def model_card(job: Job[RunConfig], manifest: dict[str, Any], summary: dict[str, Any]) -> str:
     """The card's markdown, with the metadata block of a Hugging Face model card."""
     header = {"library_name": "transformers" if job.lora is None else "peft", "base_model": job.base_model,
               "tags": ["tt", job.config.recipe, job.method]}  # fmt: skip

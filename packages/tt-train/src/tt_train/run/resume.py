@@ -1,20 +1,25 @@
-"""Which run and which checkpoint ``--resume`` means, and whether they fit the config. Nothing is written here."""
+"""Where a run goes: a new directory, or the run and checkpoint that ``--resume`` means, if they fit the config."""
 
 import json
+import os
+import re
+import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tt_ckpt
+from tt_ckpt import files
+from tt_ckpt.shown import listed, plain
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.job import Job
 from tt_train.redact import redact_data
 from tt_train.registry import imports_of
+from tt_train.run.checkpoints import check_state
 from tt_train.run.dir import list_runs
-from tt_train.run.new_run import new_path
-from tt_train.run.saved_state import check_state
-from tt_train.run_files import FinishedRun, is_run
+from tt_train.run_files import MARKER, FinishedRun, is_run
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
@@ -116,7 +121,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return plain
 
 
-def nothing_left(job: Job, run: Path) -> str | None:
+def nothing_left(job: Job[RunConfig], run: Path) -> str | None:
     """Why a finished run has no step left to make; None if it has one, or its result is not there."""
     finished = FinishedRun(run)
     summary = finished.manifest.get("summary") or {}
@@ -132,7 +137,7 @@ def nothing_left(job: Job, run: Path) -> str | None:
     return None
 
 
-def read_checkpoint(job: Job, origin: Origin, *, explicit: bool) -> tt_ckpt.TrainState | None:
+def read_checkpoint(job: Job[RunConfig], origin: Origin, *, explicit: bool) -> tt_ckpt.TrainState | None:
     """The named or newest checkpoint, whole and of this config's rows; None if the run has none to continue from.
 
     ``explicit``: the user named the run, so that starting anew is not an answer.
@@ -173,3 +178,46 @@ def _refuse_damaged(run: Path, *, explicit: bool) -> None:
         )
     if explicit:
         raise ConfigError([f"--resume: {run} has no checkpoint to continue from; start a new run with another -o"])
+
+
+def default_name(model: str, method: str) -> str:
+    """``<time>-<model>-<method>``, safe as a folder's name."""
+    stem = re.sub(r"[^A-Za-z0-9._]+", "-", Path(model).name).strip("-.") or "model"
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{stem}-{method}"
+
+
+def new_path(output_dir: str | None, model: str, method: str, *, root: Path | None = None) -> Path:
+    """Where a new run goes; an ``output_dir`` that already holds something, or cannot be a path, is refused."""
+    if output_dir is None:
+        base = (root or Path("runs")) / default_name(model, method)
+        path, number = base, 2
+        while path.exists():  # two runs within a second
+            path, number = base.with_name(f"{base.name}-{number}"), number + 1
+        return path
+    path = Path(output_dir)
+    if not str(path).isprintable():
+        raise ConfigError([f"output_dir: {plain(path)} holds a character that is not printable; choose another -o"])
+    try:
+        there = sorted(entry.name for entry in path.iterdir()) if os.path.lexists(path) else []
+    except NotADirectoryError:
+        raise ConfigError([f"output_dir: {path} is not a directory; choose another -o"]) from None
+    except OSError as error:
+        raise ConfigError([f"output_dir: {path} cannot be used ({error.strerror}); choose another -o"]) from None
+    if there:
+        cure = "continue with --resume auto, or choose another -o" if MARKER in there else "choose another -o"
+        raise ConfigError([f"output_dir: {path} is not empty (it holds {listed(there, 4)}); {cure}"])
+    return path
+
+
+def probe_writable(path: Path) -> None:
+    """Find out now, not at the first checkpoint, that ``path`` cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f"{files.TMP_PREFIX}{secrets.token_hex(8)}"
+        with files.create(probe) as file:
+            file.write(b"tt")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            [f"output_dir: {path} cannot be written ({error.strerror or error}); choose another -o"]
+        ) from error

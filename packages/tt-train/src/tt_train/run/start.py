@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 import tt_ckpt
-from tt_train.config import to_dict, to_yaml
+from tt_train.config import RunConfig, to_dict, to_yaml
 from tt_train.errors import ConfigError
 from tt_train.job import Job
 from tt_train.optim import rate_change
@@ -17,16 +17,24 @@ from tt_train.registry import imports_of
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console, RunFacts
 from tt_train.run.dir import RunDir
-from tt_train.run.environment import collect, command_line
+from tt_train.run.environment import collect, command_line, git_state
 from tt_train.run.finish import data_facts, precision, result_bytes
-from tt_train.run.git import git_state
-from tt_train.run.new_run import new_path, probe_writable
-from tt_train.run.resume import changed_imports, changed_keys, find_origin, nothing_left, read_checkpoint
+from tt_train.run.resume import (
+    changed_imports,
+    changed_keys,
+    find_origin,
+    new_path,
+    nothing_left,
+    probe_writable,
+    read_checkpoint,
+)
 from tt_train.run.serving import own_template
 from tt_train.run_files import TEMPLATE_FILE, FinishedRun, read_rows
 
 
-def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:
+def start(
+    job: Job[RunConfig], resume: str | Path | None, console: Console
+) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:
     """Open a new run directory, or the one to resume; also gives the checkpoint to restore, None to start anew.
 
     A Path is a run that is finished already. Whatever is refused is refused before anything is written.
@@ -61,7 +69,7 @@ def begin(job: Job, resume: str | Path | None, console: Console) -> tuple[RunDir
     return run, saved
 
 
-def _new_run(job: Job, **more: Any) -> RunDir:
+def _new_run(job: Job[RunConfig], **more: Any) -> RunDir:
     path = new_path(job.config.output_dir, job.base_model, job.method)
     probe_writable(path)
     run = RunDir(path)
@@ -80,8 +88,8 @@ def _new_run(job: Job, **more: Any) -> RunDir:
     return run
 
 
-def before_steps(
-    job: Job, run: RunDir, state: TrainingState, saved: tt_ckpt.TrainState | None, console: Console
+def announce(
+    job: Job[RunConfig], run: RunDir, state: TrainingState, saved: tt_ckpt.TrainState | None, console: Console
 ) -> None:
     """Check the disk, say what is about to happen, and cut the run's files back to the step that it starts from."""
     facts = opening_facts(job, state.model, run.path, state.step)
@@ -101,7 +109,7 @@ def before_steps(
         console.note(f"checkpoints after step {state.step} are made anew: {', '.join(later)} removed")
 
 
-def _manifest(job: Job) -> dict[str, Any]:
+def _manifest(job: Job[RunConfig]) -> dict[str, Any]:
     return {
         "format": 1,
         "state": "running",
@@ -122,7 +130,7 @@ def _manifest(job: Job) -> dict[str, Any]:
     }
 
 
-def opening_facts(job: Job, model: nn.Module, run_path: Path, first: int) -> RunFacts:
+def opening_facts(job: Job[RunConfig], model: nn.Module, run_path: Path, first: int) -> RunFacts:
     """What the console shows before the first step."""
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     return RunFacts(

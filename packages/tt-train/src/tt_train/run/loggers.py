@@ -1,15 +1,12 @@
-"""Where the figures of a run go: metrics.jsonl always, other loggers by name."""
+"""Loggers by name. metrics.jsonl and the console, which every run has, are not among them."""
 
 import os
-import resource
 import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tt_train.config import RunConfig, to_dict
 from tt_train.redact import redact, redact_data
@@ -92,11 +89,3 @@ def _wandb_id(run: RunDir) -> str:
         known = uuid.uuid4().hex[:8]
         run.update_manifest(wandb_id=known)
     return str(known)
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory that was in use so far, in GiB: on the GPU, or resident in this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tt_train.run.environment import collect
-from tt_train.run.git import git_state
+from tt_train.run.environment import collect, git_state
 
 pytestmark = pytest.mark.skipif(shutil.which("git") is None, reason="git is the reference, and not here")
 
@@ -200,3 +199,22 @@ def test_a_work_tree_of_another_user_gives_no_state(repository, monkeypatch):
 def test_the_state_of_this_very_file_is_none_or_a_commit():
     found = git_state(Path(__file__).parent)
     assert found is None or len(found["commit"] or "") in (40, 64)
+
+
+@pytest.mark.parametrize("address", [
+    "https://someone:pass-word@mirror.example", "https://pass-word@mirror.example", "someone:pass-word@mirror.example",
+    "https://someone:pass-@-word@mirror.example", "https://someone:pass-/word@mirror.example",
+    "https://mirror.example?token=pass-word", "https://mirror.example/hub#pass-word",
+])  # fmt: skip
+def test_a_password_in_the_address_of_the_hub_is_not_among_the_facts(monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    shown = collect()["variables"]["HF_ENDPOINT"]
+    assert "pass-" not in shown
+    assert "someone" not in shown
+    assert "[redacted]" in shown
+    assert "mirror.example" in shown
+
+
+def test_the_address_of_the_hub_is_shown_as_it_is(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example:8443/hub")
+    assert collect()["variables"]["HF_ENDPOINT"] == "https://mirror.example:8443/hub"
