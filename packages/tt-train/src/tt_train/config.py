@@ -72,7 +72,7 @@ class DataSection:
 
 @dataclass
 class LossSection:
-    """A registered loss, or with --allow-import the dotted path of a function ``(model, batch) -> (sum, count)``."""
+    """A registered loss, or with --allow-import the dotted path of a function ``(model, batch) -> Summed``."""
 
     name: str = "cross_entropy"
     label_smoothing: float = 0.0
