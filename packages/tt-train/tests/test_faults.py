@@ -222,7 +222,7 @@ def test_a_disk_that_fills_under_the_log_is_an_error_and_no_trace_on_stderr(trai
 def test_too_small_a_disk_is_found_before_step_1(train, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(sft, "run_steps", lambda *args: pytest.fail("a step was made"))
+    monkeypatch.setattr(sft, "steps", lambda *args: pytest.fail("a step was made"))
     with pytest.raises(ConfigError, match=r"output_dir: .* free, 1 checkpoint and the result need .*choose another"):
         train(tmp_path / "r")
 
@@ -288,8 +288,8 @@ def hang_at(dataset, index):
 def test_a_worker_that_hangs_ends_the_run_within_its_limit_and_its_rows_are_named(train, tmp_path, monkeypatch):
     real, path, console = sft.assemble, tmp_path / "r", Heard()
 
-    def assemble(config):
-        job = real(config)
+    def assemble(config, **kwargs):
+        job = real(config, **kwargs)
         hang_at(job.train, tt_data.rows_at(1, num_rows=len(job.train), batch_size=8, seed=0)[0])
         return job
 
