@@ -167,7 +167,7 @@ def _checked(columns: tuple[str, ...]) -> tuple[str, ...]:
     return columns
 
 
-def _with_names(sample: dict[str, Any]) -> dict[str, Any]:
+def _with_names(sample: Mapping[str, Any]) -> dict[str, Any]:
     """The documents of a sample as objects, for JSON."""
     documents = [
         {"name": name, "pieces": [{"text": text, "trained": trained} for text, trained in pieces]}
