@@ -164,7 +164,7 @@ def test_a_hostile_name_writes_nothing_and_is_named(server, repository, tmp_path
 
 @pytest.mark.parametrize(
     ("names", "said"),
-    [(["Config.json"], "one file where case does not count"), (["config.json/x.json"], "is a file and a folder")],
+    [(["Config.json"], "one file on a disk that ignores case"), (["config.json/x.json"], "is a file and a folder")],
 )
 def test_names_that_are_one_place_are_refused(server, repository, tmp_path, names, said):
     server.files |= dict.fromkeys(names, b"{}")

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent: write beside, fsync, list in a manifest, rename; verify when read.
+"""Files and folders that are whole or absent: written under another name, synced, listed in a manifest, renamed.
 
-A folder is prepared under a name of its own (``.tmp-...``), so a crash at any moment leaves either the old state or the
-new one. The manifest lists size and sha256 of every other file and a sha256 of itself.
+A folder is prepared under a temporary name (``.tmp-...``), so a crash at any moment leaves either the old state or the
+new one. The manifest lists the size and sha256 of every other file, and a sha256 of itself.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ def fsync_dir(path: Path) -> None:
 
 
 def fsync_tree(path: Path) -> None:
-    """Every file below ``path``, then every folder, deepest first: also what others have written there."""
+    """Sync every file below ``path``, then every folder, deepest first; also those that others have written."""
     for folder, _, names in os.walk(path, topdown=False):
         for name in names:
             with (Path(folder) / name).open("rb") as file:
@@ -79,20 +79,20 @@ def sha256_of(path: Path) -> str:
 
 
 def list_files(directory: Path) -> list[str]:
-    """Every file below ``directory`` but the manifest, as relative names with forward slashes."""
+    """The relative names, with forward slashes, of all files below ``directory`` except the manifest."""
     found = (path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir())
     return sorted(name for name in found if name != MANIFEST_NAME)
 
 
 def write_manifest(directory: Path, info: Mapping[str, Any], known: Mapping[str, str] | None = None) -> None:
-    """Write MANIFEST.json over all files of ``directory``; ``known`` holds sha256 sums that need not be computed."""
+    """Write MANIFEST.json for all files of ``directory``. ``known`` has sha256 sums that need not be computed."""
     known = known or {}
     files = {}
     if "sha256" in info:
-        raise ValueError("the manifest has a sha256 of its own: give yours another name")
+        raise ValueError("the manifest has a sha256 of its own: use another name")
     for name in list_files(directory):
         path = directory / name
-        if path.is_symlink():  # verify would refuse what was saved
+        if path.is_symlink():  # which verify would refuse
             raise ValueError(f"{path}: a link, which cannot be part of a checkpoint; copy the file")
         files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_of(path)}
     body = json.loads(json.dumps({**info, "files": files}, allow_nan=False))
@@ -104,7 +104,7 @@ def _digest(body: Mapping[str, Any]) -> str:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest when it is whole; otherwise a ValueError or OSError that names it."""
+    """The manifest if it is whole; else a ValueError or OSError that names it."""
     path = directory / MANIFEST_NAME
     try:
         raw = read_bytes(path, directory, cure=_CURE)
@@ -135,9 +135,9 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def verify(directory: Path, *, hashes: bool = True) -> dict[str, Any]:
-    """Compare every file with the manifest: sizes always, contents when ``hashes``. Returns the manifest.
+    """Compare every file with the manifest: sizes, and contents if ``hashes``. Returns the manifest.
 
-    The first file that is missing, changed or not listed is a ValueError that names it.
+    ValueError that names the first file that is missing, changed or not listed.
     """
     manifest = read_manifest(directory)
     entries = manifest["files"]

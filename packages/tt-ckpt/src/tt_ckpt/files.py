@@ -3,9 +3,8 @@
 Reading: only regular files inside their folder. A link must stay inside it or belong to the hub's cache. Pipes, devices
 and sockets are refused before they are opened, and what an accident leaves in the place of a file (a git-lfs pointer, a
 web page) by its first bytes. Writing: a new temporary file beside the target, then a rename, so that nothing is written
-through a link. A folder that the user names may itself be a link.
-
-Somebody who can swap a folder for a link between the check and the opening is not stopped: they own the folder.
+through a link. A folder that the user names may itself be a link. Somebody who can swap a folder for a link between the
+check and the opening is not stopped: they own the folder.
 """
 
 import errno

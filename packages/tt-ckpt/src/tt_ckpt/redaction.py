@@ -1,4 +1,4 @@
-"""Secrets that must not be in any output: by value, in every spelling, and by form. One rule for all output."""
+"""Secrets are removed from all output: known values in every spelling, and text that looks like a secret."""
 
 import base64
 import html
@@ -37,7 +37,7 @@ _FORMS = re.compile(
     r"|-----BEGIN (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----)[\s\S])*(?:-----END [A-Z0-9 ]{1,40}-----)?"
     r"|(?<![\w-])eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}"
 )
-_IN_URL = re.compile(  # what stands before the @ of scheme://user:password@host
+_IN_URL = re.compile(  # the part before the @ of scheme://user:password@host
     r"(?<=:)(?P<slashes>(?:/|\\/){2})(?:[^\s/?#\"'<>@:\\]*:[^\s/?#\"'<>]*|[\w-]{20,})(?=@)"
 )
 _HEADER = re.compile(
@@ -72,31 +72,31 @@ _HINT = re.compile(
 
 
 def redact(text: str) -> str:
-    """``text`` with every secret replaced by ``[redacted]``: what this machine knows, and what looks like one."""
+    """``text`` with ``[redacted]`` for every secret: those of this machine, and text that looks like one."""
     return _redact(text, _known_secrets())
 
 
 def redact_known(text: str) -> str:
-    """``text`` without the secrets of this machine; what only looks like one stays, as in the text of a model."""
+    """``text`` without the secrets of this machine. Text that only looks like one stays, as in a model's answer."""
     known = _known_secrets()
     return _pattern(known).sub(MARK, text) if any(secret in text for secret in known) else text
 
 
 def redact_said(text: str) -> str:
-    """What a row or a model says: without the secrets of this machine and tokens of known forms; all else is text.
+    """The text of a row or a model, without the secrets of this machine and tokens of known forms.
 
-    ``password: x`` stays: it may be what the rows are about.
+    ``password: x`` stays: the rows may be about it.
     """
     return _FORMS.sub(MARK, redact_known(text))
 
 
 def redact_data(value: Any) -> Any:
-    """``redact`` for what becomes JSON or YAML: its texts, and whole values of keys such as ``password``."""
+    """``redact`` for data that becomes JSON or YAML: all text in it, and the values of keys such as ``password``."""
     return _redact_data(value, _known_secrets())
 
 
 def secret_line(text: str) -> int | None:
-    """The number of the first line that has a secret in it, from 1; None if there is none."""
+    """The number, from 1, of the first line with a secret; None if there is none."""
     changed = redact(text)
     if changed == text:
         return None
@@ -105,7 +105,7 @@ def secret_line(text: str) -> int | None:
 
 
 def _redact(text: str, known: tuple[str, ...]) -> str:
-    for _ in range(3):  # what is left may look like a secret in its turn
+    for _ in range(3):  # the result may look like a secret again
         changed = _once(text, known)
         if changed == text:
             break
@@ -176,7 +176,7 @@ _cache: tuple[Any, tuple[str, ...]] = ((), ())
 
 
 def _known_secrets() -> tuple[str, ...]:
-    """The secrets of this environment, in each spelling, longest first: variables, and the files of logins."""
+    """The secrets in variables and login files of this environment, in each spelling, longest first."""
     global _cache
     values = tuple(
         [
@@ -216,7 +216,7 @@ def _secrets(key: tuple[tuple[str, ...], tuple[tuple[str, Any], ...]]) -> set[st
 
 
 def _of_url(url: str) -> set[str]:
-    """User and password of a URL; the password may have any character in it, percent-encoded or not."""
+    """The user and password of a URL. The password may contain any character, percent-encoded or not."""
     rest = url.partition("://")[2]
     user, colon, _ = rest.partition(":")
     ends = [found.start() for found in re.finditer("@", rest)]
@@ -231,7 +231,7 @@ def _of_url(url: str) -> set[str]:
 
 
 def _login_files() -> tuple[str, ...]:
-    """Where huggingface_hub keeps what `hf auth login` was given, and netrc."""
+    """The files in which huggingface_hub keeps tokens of `hf auth login`, and netrc."""
     constants = sys.modules.get("huggingface_hub.constants")
     home = os.environ.get("HF_HOME") or os.path.join(  # noqa: PTH118  (called for every line: no Path)
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),  # noqa: PTH111
@@ -263,7 +263,7 @@ def _of_file(path: Path) -> set[str]:
 
 
 def _spellings(secret: str) -> set[str]:
-    """The secret as it is, and as JSON, Python, YAML, HTML, URLs and base64 write it."""
+    """The secret as it is, and as JSON, Python, YAML, HTML, URLs and base64 spell it."""
     data = secret.encode("utf-8", "surrogateescape")
     quoted = {quote(data, safe=""), quote(data), quote_plus(data)}
     quoted |= {re.sub("%..", lambda found: found[0].lower(), text) for text in quoted}

@@ -1,8 +1,7 @@
 """One safetensors file: a strict header, and tensors read and written one at a time.
 
-The format: https://github.com/huggingface/safetensors#format. Headers are checked here before anything is allocated
-(and again by the safetensors library when a file is mapped). Files are written here because the library's ``save_file``
-needs every tensor at once, does not fsync, and leaves the file with mode 0600.
+The format: https://github.com/huggingface/safetensors#format. Headers are checked here before anything is allocated.
+Files are written here because the library's ``save_file`` needs every tensor at once, and does not fsync.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ FORMATS = ("hf", "meta", "torchtune")
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What a conversion did, or with ``dry_run`` would do. Plain data."""
+    """The result of a conversion, or of its ``dry_run``. Plain data."""
 
     source: str
     destination: str
@@ -67,34 +67,31 @@ def convert(
 ) -> Conversion:
     """Write the model of ``source`` (directory, hub id or GGUF file) to ``destination`` in the format ``to``.
 
-    One tensor at a time goes from the mapped files to the new ones; then everything is read back and compared, and
-    only then does ``destination`` appear. Tokenizer, template and generation files come along; those of a GGUF file
-    are made from it.
+    One tensor at a time is copied from mapped files to the new ones. Everything is read back and compared before
+    ``destination`` appears. Tokenizer, template and generation files are copied; those of a GGUF file are made from it.
 
-    ``allow_pickle``: read ``.pth``, ``.pt`` and ``.bin`` files (restricted unpickler; still only if you trust them).
-    ``config``: a directory with the config.json or params.json that the source lacks; of a GGUF file, the original
-    model's, whose tokenizer is taken instead. ``dtype``: cast floating tensors (default: as they are; those of a GGUF
-    file with quantized tensors are float32). ``max_shard_size``: of hf. ``num_parts``: model-parallel parts of meta.
-    ``progress(done, total)`` counts bytes, each twice: written and read back.
+    ``allow_pickle``: read ``.pth``, ``.pt`` and ``.bin`` files (by a restricted unpickler; still only if you trust
+    them). ``config``: a directory with the config.json or params.json that the source lacks; for a GGUF file, the
+    original model, whose tokenizer is used instead. ``dtype``: cast floating-point tensors (default: unchanged;
+    float32 for a GGUF file with quantized tensors). ``max_shard_size`` is for hf, ``num_parts`` (model-parallel parts)
+    for meta. ``progress(done, total)`` counts bytes, each twice: written and read back.
     """
+    started, target = time.monotonic(), Path(destination).expanduser()
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
-    started = time.monotonic()
-    target = Path(destination).expanduser()
     base = None if config is None else resolve(config)
     directory, weights = _open(source, allow_pickle, base)
-    with _of(directory):
-        _check_config(weights, directory, to)
+    _check_config(weights, directory, to)
     weights = weights if dtype is None else cast(weights, dtype)
-    files: list[str] = []
     if dry_run:
+        files: list[str] = []
         check_destination(target, overwrite=overwrite)
         check_room(target, weights.nbytes)
     else:
         with new_directory(target, weights.nbytes, overwrite=overwrite) as tmp:
             advance = counter(progress, 2 * weights.nbytes) if progress else None
-            own = [] if weights.format == "gguf" else [weights.files[0].parent, directory]
-            origins = list(dict.fromkeys([*own, *([base] if base else [])]))
+            origins = [] if weights.format == "gguf" else [weights.files[0].parent, directory]
+            origins = list(dict.fromkeys(origins + ([base] if base else [])))
             with _of(directory):
                 _write(weights, origins, tmp, to, max_shard_size=max_shard_size, num_parts=num_parts, advance=advance)
             compare(open_model(tmp, allow_pickle=True), weights, where=target, progress=advance)
@@ -147,7 +144,8 @@ def _check_config(weights: Weights, directory: Path, to: str) -> None:
         raise ValueError(f"{directory}: no config.json; give config=DIR of the same model")
     refuse_missing_layers(directory, weights.config, {name: spec.shape for name, spec in weights.specs.items()})
     if to != "hf":
-        refuse_unsaid(weights.config, to)
+        with _of(directory):
+            refuse_unsaid(weights.config, to)
     stated, embedding = weights.config.get("vocab_size"), weights.specs.get(EMBEDDING)
     if stated is not None and embedding is not None and stated != embedding.shape[0]:
         raise ValueError(

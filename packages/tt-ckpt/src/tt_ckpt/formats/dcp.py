@@ -1,4 +1,4 @@
-"""Folders that ``torch.distributed.checkpoint`` wrote with its own storage (``.metadata`` and ``*.distcp``), read-only.
+"""Folders of ``torch.distributed.checkpoint`` with its own storage (``.metadata``, ``*.distcp``), as torchtitan saves.
 
 ``.metadata`` is a pickle, of which the names that occur there are known. It is read as plain records: nothing is
 imported, nothing is called. Entries that are not tensors are pickles too, and are not read at all.
@@ -37,7 +37,7 @@ _DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class _Piece:
-    """A box of a tensor, and the bytes of a file that hold it."""
+    """A box of a tensor, and the bytes of the file that hold it."""
 
     file: str
     start: int
@@ -47,7 +47,7 @@ class _Piece:
 
 
 class DistributedFolder(Mapping[str, Tensor]):
-    """The tensors of such a folder by their full names, each read and put together when asked for."""
+    """The tensors of such a folder by their full names. Each is read and put together when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

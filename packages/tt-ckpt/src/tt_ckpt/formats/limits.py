@@ -1,7 +1,7 @@
-"""What Meta's and torchtune's formats cannot say: refused before anything is written, each by name.
+"""Settings that Meta's and torchtune's formats cannot express: each is refused by name before anything is written.
 
-A format says what its own loader reads: ``params.json`` of Meta and of Mistral, or the arguments of torchtune's builder
-of the family. A number that no loader reads would be lost without a word.
+A format expresses what its own loader reads: ``params.json`` of Meta and of Mistral, or the arguments of torchtune's
+builder of the family. A number that no loader reads would be lost silently.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from tt_ckpt.shown import plain, quoted
 FAMILIES = {"meta": ("llama", "mistral"), "torchtune": ("llama", "mistral", "gemma", "gemma2", "qwen2", "phi3")}
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 _SILU, _GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu")
-# keys that no format has: the value with which they do nothing
+# keys that no format has: the values with which they have no effect
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "mlp_bias": (None, False),
     "partial_rotary_factor": (None, 1, 1.0),
@@ -30,7 +30,7 @@ _SOFTCAPS = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_att
 
 
 def refuse_unsaid(config: Mapping[str, Any], to: str) -> None:
-    """ValueError, in one line, for everything in ``config`` that ``to`` (meta or torchtune) cannot say."""
+    """ValueError, in one line, for every setting in ``config`` that ``to`` (meta or torchtune) cannot express."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES[to]:
         name = {"meta": "Meta"}.get(to, to)
@@ -87,7 +87,7 @@ def _rope(config: Mapping[str, Any], family: str) -> Iterator[str]:
 
 
 def _window(config: Mapping[str, Any], family: str, to: str) -> Iterator[str]:
-    """A window that is shorter than the longest text. Llama has none, and Qwen2's has a key that turns it on."""
+    """A window that is shorter than the longest text. Llama has none; Qwen2 has a key that turns it on."""
     layers = config.get("layer_types") or []
     if not isinstance(layers, list):
         raise ValueError(f"config.json: layer_types: expected a list, found {quoted(layers)}")

@@ -1,6 +1,6 @@
 """Meta's directories: ``consolidated.NN.pth`` (one part per model-parallel rank) with ``params.json``.
 
-Also the form in which Mistral publishes: ``consolidated.safetensors`` with its own ``params.json``.
+Mistral publishes in this form too: ``consolidated.safetensors`` with its own ``params.json``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -52,7 +52,7 @@ def from_meta(
     config: Mapping[str, Any] | None,
     files: Sequence[Path],
 ) -> Weights:
-    """The model in ``parts`` under Hugging Face names. ``config`` (a config.json) wins over ``params``."""
+    """The model in ``parts`` under Hugging Face names. ``config`` (a config.json) takes precedence over ``params``."""
     for file, part in zip(files, parts, strict=True):
         if part.keys() != parts[0].keys():
             odd = sorted(part.keys() ^ parts[0].keys())[0]
@@ -93,7 +93,7 @@ def from_meta(
 def _check_parts(
     parts: Sequence[Mapping[str, Tensor]], keys: Mapping[str, str], hidden: int, files: Sequence[Path]
 ) -> None:
-    """The embedding tells how many parts there must be, and that ``hidden`` is right."""
+    """ValueError if the embedding shows that parts are missing or doubled, or that ``hidden`` is wrong."""
     shape = specs_of(parts[0])[keys[EMBEDDING]].shape if EMBEDDING in keys else ()
     if len(shape) != 2 or shape[1] not in (hidden, hidden / len(parts)):
         expected = (
@@ -153,7 +153,7 @@ def _is_rotated(name: str) -> bool:
 
 
 def _split_dim(name: str, shape: Sequence[int] | None, hidden: int, *, vocab: int = 0) -> int | None:
-    """Along which dimension the parts of a tensor lie; None where each part has it whole."""
+    """The dimension along which a tensor is split into parts; None if each part has all of it."""
     if name.endswith(_SPLIT_ROWS):
         return 0
     if name.endswith(_SPLIT_COLUMNS):
@@ -171,7 +171,7 @@ def _is_tied(
     keys: Mapping[str, str],
     joined: Callable[[str, list[Tensor]], Tensor],
 ) -> bool:
-    """Whether output and embedding are equal: the format has no flag for it."""
+    """Whether output and embedding are equal. The format has no flag for it."""
     if OUTPUT not in keys:
         return True
     embedding, output = (joined(name, [part[keys[name]] for part in parts]) for name in (EMBEDDING, OUTPUT))

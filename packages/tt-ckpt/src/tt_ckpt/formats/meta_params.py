@@ -1,7 +1,7 @@
 """``params.json`` of Meta's and of Mistral's releases, from and to ``config.json``.
 
-What is written has every key that a reader would otherwise default: transformers takes a Mistral without
-``sliding_window`` for one with a window of 4096.
+A config.json that is written has every key for which a reader would otherwise use a default: transformers gives a
+Mistral without ``sliding_window`` a window of 4096.
 """
 
 import difflib
@@ -22,7 +22,7 @@ _READ = (
     "multiple_of", "ffn_dim_multiplier", "sliding_window", "use_scaled_rope", "rope_scaling_factor", "low_freq_factor",
     "high_freq_factor", "max_seq_len", "max_position_embeddings",
 )  # fmt: skip
-# keys that change nothing, and keys that change nothing as long as they have one of these values
+# keys without effect, and keys without effect if they have one of these values
 _NO_EFFECT = ("max_batch_size", "model_parallel_size", "model_type", "flash", "dtype", "tied_embeddings")
 _NEUTRAL: dict[str, tuple[object, ...]] = {"use_biases": (None, False), "causal": (None, True), "moe": (None,)}
 
@@ -73,7 +73,7 @@ def config_from_params(
 
 
 def _refuse_unknown(params: Mapping[str, Any], where: Path) -> None:
-    """What may change the computation and cannot be written into a config.json of these families."""
+    """ValueError for a key that may change the computation and has no place in a config.json of these families."""
     for key, value in params.items():
         if key in _READ or key in _NO_EFFECT or value in _NEUTRAL.get(key, ()):
             continue

@@ -1,7 +1,7 @@
-"""Pickles as plain records: read without importing, making or calling anything that they ask for.
+"""Pickles read as plain records, without importing, creating or calling anything that they ask for.
 
-A machine for the opcodes that torch writes. What the file would call becomes a ``Record``. Each step is counted, so
-that neither memory nor time grow beyond what an honest file of that kind needs.
+A machine for the opcodes that torch writes. Each call in the file becomes a ``Record``. Steps are counted, so that
+neither memory nor time grows beyond the needs of an honest file.
 """
 
 import struct
@@ -22,7 +22,7 @@ class Name(str):
 
 
 class Record:
-    """What ``name`` would make of ``args``; ``state`` is what it would be given then."""
+    """A call of ``name`` with ``args``; ``state`` is what the result would be given afterwards."""
 
     __slots__ = ("args", "name", "state")
 
@@ -37,8 +37,11 @@ class Record:
 
 
 def read_inert(data: bytes, allowed: Callable[[str], bool], called: Callable[[str], bool]) -> Any:
-    """The object in ``data``. A ValueError, without the file's name, if it is damaged, or asks for a name that is not
-    ``allowed``, or calls one that is not ``called``."""
+    """The object in ``data``, with a ``Record`` for each call.
+
+    ValueError, without the file's name, if it is damaged, asks for a name that is not ``allowed``, or calls one that is
+    not ``called``.
+    """
     if len(data) > MAX_BYTES:
         raise ValueError(f"a pickle of {len(data)} bytes")
     try:
@@ -92,7 +95,7 @@ class _Machine:
     def raw(self, form: str) -> None:
         self.stack.append(self.take(self.number(form)))
 
-    # ---- what is made ------------------------------------------------------------------------------------------------
+    # ---- values ------------------------------------------------------------------------------------------------------
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -122,7 +125,7 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if type(target) is Record and target.state is None:
             target.state = state
-        elif type(target) is not dict:  # an ordered one may bring attributes, which nobody reads
+        elif type(target) is not dict:  # an ordered dict may have attributes, which nobody reads
             raise ValueError("it changes what is not its own")
 
     def persistent(self) -> None:
@@ -157,7 +160,7 @@ class _Machine:
         if type(target) is not dict or len(items) % 2:
             raise ValueError("it sets items of what is not a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # a tuple of tuples that are each there twice takes forever to hash
+            # nested tuples with every item twice take forever to hash
             if type(key) not in (str, int, Name, Record):
                 raise ValueError(f"it has the key {quoted(key)}, which is not a name")
             target[key] = value

@@ -1,7 +1,7 @@
 """The only module that reads or writes pickles: ``.pth``, ``.pt`` and ``.bin`` files of tensors.
 
-Reading needs the caller's ``allow_pickle`` and then uses torch's restricted unpickler on memory-mapped files, never
-the full one. What is written holds a dict of tensors and nothing else.
+Reading needs the caller's ``allow_pickle``, and uses torch's restricted unpickler on memory-mapped files, never the
+full one. Files that are written contain a dict of tensors and nothing else.
 """
 
 import io
@@ -23,7 +23,7 @@ from tt_ckpt.shown import plain, quoted
 _MAX_ENTRIES = 100_000
 _DIRECTORY_BYTES = 8_000_000  # of an archive's list of entries, which takes a second to be read
 _CURE = "save the model again as safetensors or as a plain state dict"
-# all that a file of dense tensors calls; torch would make more: tensors of any size, arrays of bytes, sets
+# all that a file of dense tensors calls; torch would allow more: tensors of any size, arrays of bytes, sets
 _CALLED = {
     "collections.OrderedDict",
     "torch.Size",
@@ -36,13 +36,13 @@ _STORAGE = re.compile(r"torch\.(?:storage\.)?[A-Z][A-Za-z0-9]*Storage")
 
 
 class _NotArchive(ValueError):  # noqa: N818
-    """A file of another kind, or a part of one."""
+    """A file of another kind, or part of one."""
 
 
 def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     """The tensors of a file that ``torch.save`` wrote, as views of its memory map.
 
-    Anything but a flat dict of dense tensors is a ValueError, as is a file whose pickle asks for code.
+    ValueError for anything but a flat dict of dense tensors, and for a file whose pickle asks for code.
     """
     if not allow_pickle:
         raise ValueError(f"{path}: a pickle, which can run code when read; if you trust it: --allow-pickle")
@@ -55,7 +55,7 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         raise ValueError(
             f"{path}: not a torch archive ({error}): cut short, or saved before torch 1.6; {DOWNLOAD}, or save it again"
         ) from None
-    except Exception as error:  # torch raises many kinds; none may pass for a model, and no other loader is tried
+    except Exception as error:  # torch raises many kinds, and no other loader is tried
         raise ValueError(f"{path}: refused: not a plain file of tensors ({_reason(error)}); {_CURE}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}; {_CURE}")
@@ -86,7 +86,7 @@ def _is_named(name: str) -> bool:
 
 
 class _Short:
-    """A file of which no more is read at once than ``limit`` bytes."""
+    """A file of which at most ``limit`` bytes are read at once."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.seek, self.tell, self.seekable, self._read = file.seek, file.tell, file.seekable, file.read
@@ -100,8 +100,8 @@ class _Short:
 
 
 def _check_archive(file: IO[bytes]) -> None:
-    """An archive as torch writes it: stored, not compressed, no larger inside than outside, of dense tensors only."""
-    if file.read(4) != b"PK\x03\x04":  # torch takes anything else for what it wrote before 1.6
+    """Refuse an archive that torch does not write: compressed, larger inside than outside, or not of dense tensors."""
+    if file.read(4) != b"PK\x03\x04":  # torch reads anything else as its format before 1.6
         raise _NotArchive("it does not begin as one")
     try:
         short = _Short(file)
@@ -147,7 +147,7 @@ def write_pickled(
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write ``{name: tensor}`` as ``torch.save`` does, but one tensor in memory at a time, and fsync it."""
-    # Tensors that give the archive its form. Their memory is reserved but never touched, so there is none behind it.
+    # Tensors that give the archive its form. Their memory is reserved but never touched, so none is used.
     hollow = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
     with create(path) as file:
         with torch.serialization.skip_data():
@@ -167,7 +167,7 @@ def write_pickled(
 
 
 def _data_offsets(path: Path, count: int) -> list[int]:
-    """Where the bytes of ``<root>/data/0``, ``data/1``, ... begin: torch numbers storages in the order of the dict."""
+    """Where the bytes of ``<root>/data/0``, ``data/1``, ... begin. torch numbers storages in the order of the dict."""
     with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
         entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
         offsets = []

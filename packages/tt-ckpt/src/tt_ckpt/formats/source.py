@@ -1,4 +1,4 @@
-"""What a model directory holds, and its tensors under Hugging Face names, whatever the format."""
+"""A model to convert: which format a directory has, and its tensors under Hugging Face names."""
 
 import os
 import re
@@ -28,7 +28,7 @@ from tt_ckpt.shown import listed, plain, quoted
 MISTRAL_NAME = "consolidated.safetensors"
 _MISTRAL_SHARD = re.compile(r"consolidated-\d{5}-of-(\d{5})\.safetensors")
 PICKLE_INDEX = "pytorch_model.bin.index.json"
-# in the order in which they are looked for; the number in (..) is the epoch, of which the last is taken
+# tried in this order; the number in (..) is the epoch, and the last epoch is used
 _PICKLE_SETS = (
     r"consolidated\.\d\d\.pth",
     r"pytorch_model\.bin",
@@ -42,9 +42,9 @@ _NOT_MODELS = re.compile(r"(adapter|recipe_state|optimizer|scheduler|training_ar
 
 
 def open_model(directory: Path, *, allow_pickle: bool = False, config: Path | None = None) -> Weights:
-    """Find the weights of ``directory``, say which format they are in, and give them under Hugging Face names.
+    """The weights of ``directory``, whatever their format, under Hugging Face names.
 
-    ``config``: a directory with config.json or params.json where the weights' own has none.
+    ``config``: a directory with config.json or params.json, if the directory of the weights has none.
     """
     folder = _newest_epoch(directory)
     known = _read_settings([folder, directory] if config is None else [config, folder])
@@ -75,7 +75,7 @@ def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool)
 
 
 def _mistral_files(folder: Path) -> list[str]:
-    """Mistral's own release: one file, or numbered ones of which none is missing."""
+    """The files of Mistral's own releases: one file, or all of a numbered set."""
     if os.path.lexists(folder / MISTRAL_NAME):
         return [MISTRAL_NAME]
     names = {path.name for path in folder.iterdir()}
@@ -87,7 +87,7 @@ def _mistral_files(folder: Path) -> list[str]:
 
 
 def _newest_epoch(directory: Path) -> Path:
-    """``directory``, or its newest ``epoch_N`` where torchtune 0.5 and later put a model."""
+    """``directory``, or its newest ``epoch_N``, into which torchtune 0.5 and later put a model."""
     epochs = [
         (int(match[1]), entry) for entry in directory.iterdir() if (match := re.fullmatch(r"epoch_(\d+)", entry.name))
     ]
@@ -114,7 +114,7 @@ def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _pickle_files(folder: Path) -> list[str]:
-    """The files that together hold one model."""
+    """The pickled files that together hold one model."""
     if os.path.lexists(folder / PICKLE_INDEX):
         names = shard_names(folder / PICKLE_INDEX, read_json(folder / PICKLE_INDEX), ".bin")
         missing = [name for name in names if not safe_file(folder, name).exists()]
@@ -134,13 +134,13 @@ def _pickle_files(folder: Path) -> list[str]:
 
 
 def _model_of(found: DistributedFolder) -> Mapping[str, Tensor]:
-    """The model in a training state: what is under ``model.``, if the state has such a part."""
+    """The model in a training state: the tensors under ``model.``, if there are any."""
     nested = any(name in found for name in ("model.model.embed_tokens.weight", "model.tok_embeddings.weight"))
     return found.below("model.") if nested else found
 
 
 def _by_names(parts: list[Mapping[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
-    """Tell the format by the tensors' names."""
+    """The weights in the format that the names of the tensors show."""
     config = known.get("config.json")
     keys = parts[0].keys()
     if any(".attention.wq." in key for key in keys):
@@ -160,7 +160,7 @@ def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files
     keys = tensors.keys()
     if any(".attn.q_proj." in key or ".sa_norm." in key for key in keys):
         if config is None:
-            raise ValueError(f"{files[0].parent}: no config.json, which says how many heads there are; give config=DIR")
+            raise ValueError(f"{files[0].parent}: no config.json, which states the number of heads; give config=DIR")
         return from_torchtune(tensors, config=config, files=files)
     if any("embed_tokens" in key or ".self_attn." in key for key in keys):
         specs = specs_of(tensors)

@@ -37,11 +37,11 @@ _TWO_NORMS = _COMMON | {_OURS + "post_attention_layernorm.weight": _THEIRS + "ml
 _FOUR_NORMS = _COMMON | {
     "model.norm.weight": "norm.rms_norm.scale",
     _OURS + "post_attention_layernorm.weight": _THEIRS + "sa_scale.scale",
-    # torchtune exchanges these two (its mlp_norm is the norm before the MLP); its files hold them so, so do ours
+    # torchtune swaps these two (its mlp_norm is the norm before the MLP) in its files, so ours do too
     _OURS + "pre_feedforward_layernorm.weight": _THEIRS + "mlp_scale.scale",
     _OURS + "post_feedforward_layernorm.weight": _THEIRS + "mlp_norm.scale",
 }
-# Hugging Face keys that hold several of torchtune's tensors, row over row
+# Hugging Face keys that hold several of torchtune's tensors, one below the other
 _FUSED = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -50,7 +50,7 @@ _FUSED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """How a family's tensors are called there, whether q and k are interleaved, and which are fused on our side."""
+    """The names of a family's tensors there, whether q and k are interleaved, and which are fused in Hugging Face."""
 
     rename: Rename
     interleaved: bool = True
@@ -111,7 +111,7 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
 
 
 def _group(names: Mapping[str, str], family: Family) -> dict[str, tuple[str, ...]]:
-    """Hugging Face key -> the (unfused) names that make it up."""
+    """Hugging Face key -> the unfused names that make it up."""
     grouped: dict[str, tuple[str, ...]] = {}
     for name in names:
         for fused, pieces in family.fused.items():

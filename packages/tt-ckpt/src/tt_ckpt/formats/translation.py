@@ -31,11 +31,11 @@ class Rename:
         assert len(self._back) == len(self._there), "a table must be one to one"
 
     def there(self, name: str, file: Path | None = None) -> str:
-        """The other format's name; an unknown one is a ValueError with the closest known."""
+        """The other format's name; ValueError with the closest known name if ``name`` is unknown."""
         return self._apply(self._there, name, file)
 
     def back(self, name: str, file: Path | None = None) -> str:
-        """The Hugging Face name; ``file`` is where ``name`` was found."""
+        """The Hugging Face name. ``file`` is the file in which ``name`` was found."""
         return self._apply(self._back, name, file)
 
     def _apply(self, table: Mapping[str, str], name: str, file: Path | None) -> str:

@@ -1,6 +1,6 @@
-"""Models from the hub, through huggingface_hub: its cache, its environment variables, its tokens. Checked by hash.
+"""Models from the hub, through huggingface_hub: its cache, environment variables and tokens. Checked by hash.
 
-There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, and appears in no message.
+There is no argument for a token: it comes from HF_TOKEN or ``hf auth login``, and no message shows it.
 """
 
 import fnmatch
@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ logger = logging.getLogger(__name__)
 WANTED = ("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.jinja", "*merges.txt", "*vocab.txt", "LICENSE*",
           "NOTICE*", "USE_POLICY*", "README.md")  # fmt: skip
 UNWANTED = ("consolidated*", "original/*", "onnx/*", "openvino/*", "*.gguf", "training_args*", "runs/*")
-FIRST_CONTACT_S = 1.0  # for a hub that has not answered at all: perhaps the name is a typo, perhaps there is no network
+FIRST_CONTACT_S = 1.0  # if a hub has not answered at all: the name may be a typo, or there is no network
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
-    """What ``download`` did. Plain data."""
+    """The result of ``download``. Plain data."""
 
     repo_id: str
     revision: str
@@ -45,7 +45,7 @@ class Download:
 
 @dataclass(frozen=True)
 class _Remote:
-    """A file of a repository: its size and hash as the hub states them."""
+    """A file of a repository, with the size and hash that the hub states."""
 
     name: str
     size: int
@@ -64,9 +64,9 @@ def download(
 ) -> Download:
     """Fetch a repository into the hub's cache, or into ``output_dir``, and compare every file with the hub's hash.
 
-    ``revision``: branch, tag or commit. ``allow``, ``ignore``: file name patterns; by default safetensors, JSON,
-    tokenizer and license files. Files that are there already are not fetched again, others of their names are a
-    FileExistsError; interrupted transfers resume; passing failures are retried for ``retry_s`` seconds.
+    ``revision``: branch, tag or commit. ``allow``, ``ignore``: patterns of file names; the default is safetensors,
+    JSON, tokenizer and license files. Files that were fetched before are not fetched again; other files with their
+    names are a FileExistsError. Interrupted transfers resume. Temporary failures are retried for ``retry_s`` seconds.
     """
     started = time.monotonic()
     check_endpoint()
@@ -75,14 +75,7 @@ def download(
     if output_dir is not None:
         _check_target(Path(output_dir))
     if _is_offline():
-        path = snapshot(repo_id, revision=revision)
-        if output_dir is not None:
-            raise FileNotFoundError(f"{repo_id}: HF_HUB_OFFLINE is set: not fetched again; copy it from {path}")
-        names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
-        size = sum((path / name).stat().st_size for name in names)
-        seconds = round(time.monotonic() - started, 3)
-        return Download(repo_id=repo_id, revision=path.name, path=str(path), files=names, num_bytes=size,
-                        num_verified=0, seconds=seconds)  # fmt: skip
+        return _from_cache(repo_id, revision, output_dir)
     until = started + retry_s
     first = started + min(retry_s, FIRST_CONTACT_S)
     sha, remote = retrying(repo_id, until, lambda: _list_files(repo_id, revision), revision, contact=first)
@@ -100,22 +93,15 @@ def download(
     options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
     limit_bodies(max((file.size for file in wanted), default=0) + 1)
     path = Path(retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
-    if output_dir is None and path.name != sha:  # the branch has moved meanwhile: compare with what came
+    if output_dir is None and path.name != sha:  # the branch moved meanwhile: compare with the new commit
         sha, remote = retrying(repo_id, until, lambda: _list_files(repo_id, path.name))
         wanted = [file for file in remote if _matches(file.name, allow, ignore)]
-    damaged = [file for file in wanted if not _is_whole(path / file.name, file)]
-    for file in damaged:
-        logger.warning("%s: %s is damaged (its hash differs from the hub's); fetching it again", repo_id, file.name)
-        _forget(path, file.name)
-    if damaged:
+    if damaged := [file for file in wanted if not _is_whole(path / file.name, file)]:
         again = options | {"allow_patterns": [_literal(file.name) for file in damaged], "force_download": True}
-        retrying(repo_id, until, lambda: _fetch(repo_id, revision, again))  # and not from the cache
-        still = [file.name for file in damaged if not _is_whole(path / file.name, file)]
-        for name in still:
-            _forget(path, name)
-        if still:
-            raise OSError(f"{repo_id}: {', '.join(still)} arrived damaged twice (hash differs); try later")
-    _refuse_placeholders(path, wanted)
+        _replace(repo_id, path, damaged, lambda: retrying(repo_id, until, lambda: _fetch(repo_id, revision, again)))
+    for file in wanted:  # the repository itself may have a git-lfs pointer or a web page in the place of a file
+        with (path / file.name).open("rb") as opened:
+            refuse_placeholder(path / file.name, opened.read(1024))
     return Download(
         repo_id=repo_id,
         revision=sha,
@@ -127,8 +113,32 @@ def download(
     )
 
 
+def _from_cache(repo_id: str, revision: str | None, output_dir: str | Path | None) -> Download:
+    started, path = time.monotonic(), snapshot(repo_id, revision=revision)
+    if output_dir is not None:
+        raise FileNotFoundError(f"{repo_id}: HF_HUB_OFFLINE is set: not fetched again; copy it from {path}")
+    names = [file.relative_to(path).as_posix() for file in sorted(path.rglob("*")) if file.is_file()]
+    size = sum((path / name).stat().st_size for name in names)
+    seconds = round(time.monotonic() - started, 3)
+    return Download(repo_id=repo_id, revision=path.name, path=str(path), files=names, num_bytes=size,
+                    num_verified=0, seconds=seconds)  # fmt: skip
+
+
+def _replace(repo_id: str, path: Path, damaged: list[_Remote], fetch: Callable[[], object]) -> None:
+    """Remove damaged files and fetch them again; OSError, without them, if they are damaged again."""
+    for file in damaged:
+        logger.warning("%s: %s is damaged (its hash differs from the hub's); fetching it again", repo_id, file.name)
+        _forget(path, file.name)
+    fetch()
+    still = [file.name for file in damaged if not _is_whole(path / file.name, file)]
+    for name in still:
+        _forget(path, name)
+    if still:
+        raise OSError(f"{repo_id}: {', '.join(still)} arrived damaged twice (hash differs); try later")
+
+
 def snapshot(repo_id: str, *, revision: str | None = None) -> Path:
-    """The local snapshot of a repository: the cache's where it is whole, else downloaded and verified."""
+    """The local snapshot of a repository: from the cache if it is whole, else downloaded and verified."""
     check_numbers()
     check_repo_id(repo_id)
     check_revision(revision)
@@ -185,7 +195,7 @@ def _matches(name: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
 
 
 def _literal(name: str) -> str:
-    """A pattern that matches this name only."""
+    """A pattern that matches only this name."""
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
@@ -222,7 +232,7 @@ def _refuse_link(folder: Path, path: Path) -> None:
 
 
 def _refuse_own_files(repo_id: str, wanted: list[_Remote], folder: Path) -> None:
-    """A file of the user's own, or one changed since it was fetched, is not replaced; no link is followed."""
+    """FileExistsError if a wanted file is the user's own or was changed since it was fetched; ValueError for a link."""
     for file in wanted:
         record = f".cache/huggingface/download/{file.name}"
         for name in (file.name, f"{record}.metadata", f"{record}.lock"):
@@ -237,7 +247,7 @@ def _refuse_own_files(repo_id: str, wanted: list[_Remote], folder: Path) -> None
 
 
 def _is_whole(path: Path, file: _Remote) -> bool:
-    """Size and hash as the hub states them: sha256 for large files, git's sha1 for the others."""
+    """Whether size and hash are those of the hub: sha256 for large files, git's sha1 for others."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     expected = file.sha256 or file.git_sha1
@@ -245,20 +255,13 @@ def _is_whole(path: Path, file: _Remote) -> bool:
 
 
 def _forget(folder: Path, name: str) -> None:
-    """Remove a file of a snapshot, and the blob of the cache that its link points to: nothing outside the cache."""
+    """Remove a file of a snapshot, and the blob that its link points to if that is in the cache."""
     path = folder / name
     if path.is_symlink():
         blob = path.resolve()
         if folder.parent.name == "snapshots" and blob.parent == folder.parents[1].resolve() / "blobs":
             blob.unlink(missing_ok=True)
     path.unlink(missing_ok=True)
-
-
-def _refuse_placeholders(folder: Path, files: list[_Remote]) -> None:
-    """ValueError if the repository itself has a git-lfs pointer or a web page in the place of a file."""
-    for file in files:
-        with (folder / file.name).open("rb") as opened:
-            refuse_placeholder(folder / file.name, opened.read(1024))
 
 
 # ---- hashes ----------------------------------------------------------------------------------------------------------

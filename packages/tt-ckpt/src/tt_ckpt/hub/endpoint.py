@@ -1,4 +1,4 @@
-"""Where requests to the hub go: a token goes to the configured host, encrypted, and nowhere else."""
+"""Where requests to the hub may go: a token is sent encrypted to the configured host and nowhere else."""
 
 import logging
 import os
@@ -16,17 +16,17 @@ LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?\.?|[0-9a-f:.]+")
 _PLAIN = re.compile(r"[\w.+=:~-]{1,200}", re.ASCII)
 _ANSWER_BYTES = 64_000_000  # of an answer of the API
-_PACKED_BYTES = 1_000_000  # of one that is compressed, though we do not ask for it; it may become 1000 times as much
+_PACKED_BYTES = 1_000_000  # of a compressed answer, which was not asked for and may become 1000 times as large
 _PACKED_FILE_BYTES = 32_000_000
 _ANSWER_S = 60.0
-_SILENCE_S = 30.0  # until an answer begins, and between two pieces of one
+_SILENCE_S = 30.0  # until an answer begins, and between two pieces of it
 
-_said = logging.getLogger("tt.endpoint")  # tt_data has the same logger: what both say is said once
+_said = logging.getLogger("tt.endpoint")  # tt_data uses the same logger, so that a warning of both is shown once
 _body_limit: int | None = None
 
 
 def check_url(variable: str, url: str) -> str:
-    """The host of a URL that secrets are sent to. ValueError if it is malformed, or plain http to another machine."""
+    """The host of a URL that receives secrets. ValueError if it is malformed, or is plain http to another machine."""
     shown = redact(url) if url.isprintable() else ascii(redact(url))
     if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
         raise ValueError(f"{variable}: {shown[:200]!r} is not a URL; expected one such as {PUBLIC_HUB}")
@@ -55,7 +55,7 @@ def refuse_proxy(variable: str, url: str) -> None:
 
 
 def check_numbers() -> None:
-    """Refuse a HF_..._TIMEOUT or HF_..._SIZE that is not a number: imports of the hub fail with it."""
+    """ValueError if a HF_..._TIMEOUT or HF_..._SIZE is not a number, with which importing the hub's library fails."""
     for name, value in os.environ.items():
         if re.fullmatch(r"HF_\w+_(TIMEOUT|SIZE)", name) and not re.fullmatch(r"\s*[0-9]*\.?[0-9]*\s*", value):
             raise ValueError(f"{name}: expected a number, found {value[:40]!a}; set it to one such as 10, or unset it")
@@ -69,12 +69,15 @@ def check_endpoint() -> None:
     host = check_url("HF_ENDPOINT", constants.ENDPOINT)
     if token() and constants.ENDPOINT.rstrip("/") != PUBLIC_HUB:
         refuse_proxy("HF_ENDPOINT", constants.ENDPOINT)
-        _say_once(f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}", host)
+        _say_once(
+            f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}",
+            constants.ENDPOINT.rpartition("@")[2],
+        )
     _guard_requests()
 
 
 def token() -> str | None:
-    """The token that huggingface_hub sends; ValueError if it is none that a request can carry."""
+    """The token that huggingface_hub sends; ValueError if a request cannot carry it."""
     from huggingface_hub import get_token
 
     cure = "set HF_TOKEN again, or run hf auth login"
@@ -105,7 +108,7 @@ def _say_once(text: str, key: str) -> None:
 
 
 def limit_bodies(nbytes: int | None) -> None:
-    """No file that is fetched from now on is larger than this."""
+    """Set the largest size of the files that are fetched from now on."""
     global _body_limit
     _body_limit = nbytes
 
@@ -135,7 +138,7 @@ def _guard_requests() -> None:
 
 
 def _check_request(request: Any) -> None:
-    """The token leaves neither the endpoint, nor, unencrypted, this machine; nothing is waited for without end."""
+    """Remove the token from requests to other hosts, refuse to send it unencrypted, and set timeouts."""
     from huggingface_hub import constants
 
     url, home = request.url, urlsplit(constants.ENDPOINT)
@@ -160,7 +163,7 @@ def _is_home(url: Any, home: Any) -> bool:
 
 
 def _check_response(response: Any) -> None:
-    """What becomes a path of the cache is a plain word; bodies have an end."""
+    """Refuse headers that are not plain words, since they become paths of the cache, and limit the size of bodies."""
     for name in ("etag", "x-linked-etag", "x-repo-commit"):
         value = response.headers.get(name)
         word = "" if value is None else value.removeprefix("W/").strip('"')

@@ -1,4 +1,4 @@
-"""What goes wrong with the hub: tried again while it may pass, else said in one line with the cure."""
+"""Failures of the hub: temporary ones are retried, others are explained in one line with the cure."""
 
 import difflib
 import json
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 def retrying(
     repo_id: str, until: float, action: Callable[[], Any], revision: str | None = None, *, contact: float | None = None
 ) -> Any:
-    """``action()``, again after passing failures with growing pauses while there is time; others are explained.
+    """Call ``action``, again after temporary failures, with growing pauses until ``until``. Others are explained.
 
-    ``contact``: when to give up on a hub that gives no answer at all.
+    ``contact``: the time at which to give up on a hub that has not answered at all.
     """
     pause = 0.5
     while True:
@@ -57,7 +57,7 @@ def _is_passing(error: Exception) -> bool:
 
 
 def explained(error: Exception, repo_id: str, revision: str | None) -> Exception:
-    """The same failure in one line that says what to do."""
+    """The same failure, in one line that says what to do."""
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -93,14 +93,14 @@ def _not_allowed(status: int) -> str:
 
     host = urlsplit(constants.ENDPOINT).hostname
     if not token():
-        return f"{host} wants to know who asks ({status}); run `hf auth login`, or set HF_TOKEN"
+        return f"{host} asks for a login ({status}); run `hf auth login`, or set HF_TOKEN"
     if status == 401:
         return f"{host} does not accept your token ({_source()}; {status}); run `hf auth login`, or set HF_TOKEN"
     return f"your token ({_source()}) does not allow this ({status}); use one with more rights, or another repository"
 
 
 def _source() -> str:
-    """Where the token is from: its name, never its value."""
+    """The source of the token: its name, never its value."""
     names = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
     return next((name for name in names if os.environ.get(name)), "of hf auth login")
 

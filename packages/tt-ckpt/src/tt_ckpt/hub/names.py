@@ -1,4 +1,4 @@
-"""Names of the hub: repository ids and revisions that a user types, file names that a listing gives."""
+"""Names on the hub: repository ids and revisions that a user types, and file names in a listing."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ _OWN = (".git", ".cache")  # folders of git and of huggingface_hub itself
 
 
 def check_repo_id(repo_id: str) -> None:
-    """ValueError, with what may have been meant, if it is not ``name`` or ``org/name``."""
+    """ValueError, with a suggestion, if it is not ``name`` or ``org/name``."""
     bad = not _REPO_ID.fullmatch(repo_id) or ".." in repo_id or "--" in repo_id or len(repo_id) > _LONGEST
     if not bad and not repo_id.endswith(".git"):
         return
@@ -31,7 +31,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_revision(revision: str | None) -> None:
-    """ValueError if it is not the name of a branch, tag or commit; it becomes a path of the cache."""
+    """ValueError if it is not the name of a branch, tag or commit, since it becomes a path of the cache."""
     if revision is None:
         return
     parts = revision.split("/")
@@ -40,7 +40,7 @@ def check_revision(revision: str | None) -> None:
 
 
 def check_listing(repo_id: str, names: Sequence[str]) -> None:
-    """ValueError if the files of a repository would not be plain files of one folder."""
+    """ValueError if the files of a repository would not be plain files in one folder."""
     if len(names) > _MOST_FILES:
         raise ValueError(f"{repo_id}: {len(names)} files, no model has more than {_MOST_FILES}; use hf download")
     seen: dict[str, str] = {}
@@ -53,7 +53,7 @@ def check_listing(repo_id: str, names: Sequence[str]) -> None:
             raise ValueError(f"{repo_id}: refused the file name {quoted(name)}: not a file of a model; report it there")
         other = seen.setdefault(name.casefold(), name)
         if other != name:
-            raise ValueError(f"{repo_id}: {quoted(other)} and {quoted(name)} are one file where case does not count;"
+            raise ValueError(f"{repo_id}: {quoted(other)} and {quoted(name)} are one file on a disk that ignores case;"
                              " fetch one of them with --allow")  # fmt: skip
         folders |= {"/".join(parts[:i]).casefold() for i in range(1, len(parts))}
     if both := sorted(folders & set(seen)):

@@ -1,4 +1,4 @@
-"""Models to the hub: the files that a model has and no others, a model card, no secret; checked by hash."""
+"""Models to the hub: only the files of a model, with a model card and without secrets. Checked by hash."""
 
 import fnmatch
 import json
@@ -75,7 +75,7 @@ library_name: {library}
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """What ``upload`` did, or with ``dry_run`` would do. Plain data."""
+    """The result of ``upload``, or of its ``dry_run``. Plain data."""
 
     repo_id: str
     url: str
@@ -103,9 +103,9 @@ def upload(
     """Commit a model or adapter directory to a repository, which is made (private by default) if it does not exist.
 
     Only the files of a model are sent; ``left_out`` names the others. ``allow``, ``ignore``: patterns of names, each
-    for one folder (``*`` does not match ``/``). A README.md is written if neither the directory nor the repository
-    has one; ``base_model`` is named in it. A secret in any of the files, a link or a special file is a ValueError. What
-    has arrived is compared by hash.
+    for one folder (``*`` does not match ``/``). If neither the directory nor the repository has a README.md, one is
+    written that names ``base_model``. ValueError if a file contains a secret, or is a link or a special file. The files
+    that have arrived are compared by hash.
     """
     started = time.monotonic()
     check_endpoint()
@@ -130,7 +130,7 @@ def upload(
             hub = api()
             created = str(hub.create_repo(repo_id, private=private, exist_ok=True))
             url = re.sub(r"(?<=://)[^/?#]*@", "", created)  # HF_ENDPOINT may have a password
-            if card and "README.md" in _names_there(hub, repo_id, revision):  # perhaps a person's: it stays
+            if card and "README.md" in _names_there(hub, repo_id, revision):  # somebody may have written it: it stays
                 operations.pop()
                 files.remove("README.md")
             done = hub.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -143,7 +143,7 @@ def upload(
 
 
 def _select(folder: Path, allow: Sequence[str], ignore: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The names of the files to send, and of what stays here: files of the folder, and folders as ``name/``."""
+    """The names of the files to send, and of those left out; folders are named ``name/``."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{plain(folder)}: no such directory; give a model or adapter directory")
     places = [folder, *(folder / name for name in _FOLDERS if (folder / name).is_dir())]
@@ -180,7 +180,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _is_cached(file: Path, folder: Path) -> bool:
-    """Whether the file is a link of the hub's cache, which consists of them."""
+    """Whether the file is a link of the hub's cache."""
     snapshot = folder.resolve()
     return snapshot.parent.name == "snapshots" and file.resolve().parent == snapshot.parents[1] / "blobs"
 
@@ -198,7 +198,7 @@ def _indexed(folder: Path) -> set[str] | None:
 
 
 def _refuse_secrets(folder: Path, name: str) -> None:
-    """ValueError with the line of a secret; of weights, the header is read, and must be one."""
+    """ValueError with the line of a secret. Of weights only the header is read, which must be valid."""
     from tt_ckpt.safetensors_file import read_header
 
     file = folder / name
@@ -236,21 +236,21 @@ def _check_arrived(hub: Any, repo_id: str, commit: str, folder: Path, names: Seq
 
 
 def _word(value: Any) -> str:
-    """A name or number of a config, as a card may hold it: nothing that markdown or HTML would read."""
+    """A name or number of a config, if it has no characters that Markdown or HTML would interpret."""
     text = str(value) if isinstance(value, str | int) else ""
     return text if re.fullmatch(r"[\w.-]{1,80}", text, re.ASCII) else "unknown"
 
 
 def model_card(folder: Path, repo_id: str, *, base_model: str | None = None) -> str:
-    """A README.md for the hub: what it is, how large, how to load it."""
+    """A README.md for the hub: what the model is, its size, and how to load it."""
     from tt_ckpt.safetensors_file import read_header
 
     adapter = (folder / "adapter_config.json").is_file()
     config = read_json(folder / ("adapter_config.json" if adapter else "config.json"))
     if not isinstance(config, dict):
-        raise ValueError(f"{folder}: its config is no JSON object, found {type(config).__name__}")
+        raise ValueError(f"{folder}: its config is not a JSON object, found {type(config).__name__}")
     base_model = base_model or (config.get("base_model_name_or_path") if adapter else None)
-    if base_model and not _REPO_ID.fullmatch(str(base_model)):  # a path says nothing to others
+    if base_model and not _REPO_ID.fullmatch(str(base_model)):  # a local path means nothing to others
         base_model = None
     indexed = _indexed(folder)
     files = sorted(indexed or {file.name for file in folder.iterdir() if any(_matches(file.name, p) for p in WEIGHTS)})

@@ -112,8 +112,7 @@ class TrainCheckpoint:
         """
         self.wait()
         saving = self._begin(step, _copies(tensors), copy.deepcopy(dict(state)), files or {}, info or {})
-        thread = futures.ThreadPoolExecutor(1, thread_name_prefix="tt-ckpt save")
-        self._pending = thread.submit(self._finish, saving)
+        self._pending = (thread := futures.ThreadPoolExecutor(1)).submit(self._finish, saving)
         thread.shutdown(wait=False)
 
     def check(self) -> Path | None:

@@ -68,7 +68,10 @@ def check_endpoint() -> None:
     check_url("HF_ENDPOINT", datasets.config.HF_ENDPOINT)
     if _token() and constants.ENDPOINT.rstrip("/") != PUBLIC_HUB:
         refuse_proxy("HF_ENDPOINT", constants.ENDPOINT)
-        _say_once(f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}", host)
+        _say_once(
+            f"your Hugging Face token is sent to {host} (HF_ENDPOINT), not to {PUBLIC_HUB}",
+            constants.ENDPOINT.rpartition("@")[2],
+        )
     _guard_requests()
 
 

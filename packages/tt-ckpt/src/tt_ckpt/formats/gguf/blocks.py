@@ -1,4 +1,4 @@
-"""Blocks of quantized values, as the ``gguf`` package knows them: the only module that imports it."""
+"""Blocks of quantized values, by the ``gguf`` package. A module of its own because no other imports that package."""
 
 import difflib
 from functools import cache

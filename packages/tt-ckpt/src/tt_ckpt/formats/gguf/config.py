@@ -16,12 +16,12 @@ _CLASSES = {
     "qwen3_moe": "Qwen3Moe", "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3", "phi3": "Phi3",
     "olmo2": "Olmo2", "smollm3": "SmolLM3",
 }  # fmt: skip
-# what llama.cpp computes by the number of layers, because no key says it: scores are divided by sqrt(hidden / heads)
+# llama.cpp decides by the number of layers, since no key says it: scores are divided by sqrt(hidden / heads)
 _WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
 _TOKENS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
 _NO_TOKEN = 2**32 - 1
-_NO_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")  # how the file and the weights were made
-# keys that say what is computed anyway, as long as they have one of these values
+_NO_EFFECT = ("tensor_data_layout", "rope.scaling.finetuned")  # about the making of the file and the weights
+# keys without effect if they have one of these values
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention.causal": (True,),
     "pooling_type": (0,),
@@ -36,7 +36,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 class Keys:
-    """The keys of one architecture, checked when read; ``refuse_the_rest`` names what nobody read."""
+    """The keys of one architecture, checked when read; ``refuse_the_rest`` names a key that was not read."""
 
     def __init__(self, gguf: GGUF) -> None:
         self.path, self.prefix = gguf.path, f"{gguf.values.get('general.architecture')}."
@@ -50,7 +50,7 @@ class Keys:
         return self.values.get(key)
 
     def number(self, key: str, default: float | None = None, *, whole: bool = False) -> Any:
-        """A finite number above 0. Some files have one per layer: all must be the same."""
+        """A finite number above 0. Some files have one per layer, which must all be the same."""
         value = self.get(key)
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
@@ -78,7 +78,7 @@ class Keys:
 
 
 def config_of(gguf: GGUF, model_type: str) -> dict[str, Any]:
-    """What the keys and the tensors' names and shapes say, with every number that a reader would default."""
+    """The config by the keys and by the tensors' names and shapes, with every number that a reader would default."""
     keys = Keys(gguf)
     heads, hidden = keys.whole("attention.head_count"), keys.whole("embedding_length")
     head_dim = keys.whole("attention.key_length", keys.whole("rope.dimension_count", -1))
@@ -130,7 +130,7 @@ def _has(gguf: GGUF, local: str) -> bool:
 
 
 def token_id(gguf: GGUF, key: str) -> int | None:
-    """The id of a special token (bos, eos, eot, ...), None if the file names none."""
+    """The id of a special token (bos, eos, eot, ...); None if the file names none."""
     value = gguf.values.get(f"tokenizer.ggml.{key}_token_id")
     if value is None or value == _NO_TOKEN:
         return None
@@ -143,7 +143,7 @@ def token_id(gguf: GGUF, key: str) -> int | None:
 
 
 def _extras(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What only this family's config has."""
+    """The keys that only the config of this family has."""
     kind = config["model_type"]
     if kind.startswith("gemma"):
         return _gemma(keys, config)
@@ -271,8 +271,8 @@ def _llama3_scaling(
 ) -> dict[str, Any]:
     """The numbers of Llama 3.1's rule that give ``factors``, by which llama.cpp divides the frequencies.
 
-    The file holds only the factors, so the context that the rule starts from is found by trying; several that give
-    the same factors are the same model.
+    The file has only the factors, so the original context of the rule is found by trying. Contexts that give the same
+    factors are the same model.
     """
     dim = config["head_dim"]
     frequencies = config["rope_theta"] ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)

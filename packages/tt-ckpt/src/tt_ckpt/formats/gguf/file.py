@@ -1,7 +1,7 @@
-"""One GGUF file (or the parts of a split one): a strict header, tensors read and dequantized a few rows at a time.
+"""One GGUF file, or the parts of a split one: a strict header, and tensors read and dequantized some rows at a time.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is checked here, every count against
-the bytes that are there; the blocks of quantized tensors are decoded by the ``gguf`` package.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is checked here, each count against
+the size of the file. The ``gguf`` package decodes the blocks of quantized tensors.
 """
 
 import math
@@ -35,7 +35,7 @@ _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True, kw_only=True)
 class GGUFTensor:
-    """Where a tensor is and how its rows are stored. ``shape`` is torch's: the innermost dimension last."""
+    """Where a tensor is, and how its rows are stored. ``shape`` has the innermost dimension last, as in torch."""
 
     file: Path
     start: int
@@ -49,7 +49,7 @@ class GGUFTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What holds its values exactly."""
+        """The dtype that holds its values exactly."""
         return PLAIN.get(self.kind, torch.float32)
 
     @property
@@ -67,7 +67,7 @@ class GGUF:
 
 
 def is_gguf(path: Path) -> bool:
-    """A regular file that is a GGUF one, or is called so."""
+    """Whether it is a regular file that begins as a GGUF file or has its suffix."""
     if not path.is_file():
         return False
     if path.suffix == ".gguf":
@@ -113,7 +113,7 @@ def read_gguf(path: Path) -> GGUF:
 
 
 def read_rows(tensor: GGUFTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
-    """Rows of the tensor, seen as a matrix, in ``dtype``: dequantized in fp32 and rounded once, a few at a time."""
+    """Rows of the tensor, as a matrix, in ``dtype``: dequantized in fp32 and rounded once, some at a time."""
     width = tensor.shape[-1]
     out = torch.empty(count, width, dtype=dtype)
     step = max(1, _PIECE // width)
@@ -139,7 +139,7 @@ def _read_into(file: IO[bytes], view: memoryview, path: Path) -> None:
 
 
 class _Reader:
-    """The bytes of a header in their order, none beyond the end of the file."""
+    """Reads the bytes of a header in their order, none beyond the end of the file."""
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
         self.path, self.file, self.size, self.at = path, file, path.stat().st_size, 0
@@ -192,7 +192,7 @@ class _Reader:
         raise ValueError(f"{self.path}: damaged: {what} at byte {self.at}; {DOWNLOAD}")
 
     def announced(self, count: int, width: int) -> None:
-        """Refuse a count that the rest of the file cannot hold, before anything is made for it."""
+        """Refuse a count that the rest of the file cannot hold, before anything is allocated for it."""
         self.entries += count
         if count > (self.size - self.at) // width or self.entries > _MAX_ENTRIES:
             where = f"{count} entries are announced at byte {self.at} of {self.size}"
@@ -200,7 +200,7 @@ class _Reader:
 
 
 def _shortest(value: "np.float32") -> float:
-    """1e-05 for what fp32 holds as 9.999999747378752e-06: the same number in fp32, as the model's config spelt it."""
+    """1e-05 for the fp32 number 9.999999747378752e-06: the same number, as the model's config spelled it."""
     return float(str(value))
 
 
@@ -257,7 +257,7 @@ def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:
 def _place(
     path: Path, infos: Sequence[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
 ) -> dict[str, GGUFTensor]:
-    """Every tensor inside the file, none over another."""
+    """The tensors by name; ValueError unless each is inside the file and none overlaps another."""
     sizes, size = quant_sizes(), path.stat().st_size
     found: dict[str, GGUFTensor] = {}
     end = 0

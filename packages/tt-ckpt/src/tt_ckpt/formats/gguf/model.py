@@ -1,4 +1,4 @@
-"""The model in a GGUF file under Hugging Face names, dequantized when asked for."""
+"""The model in a GGUF file under Hugging Face names. Tensors are dequantized when they are asked for."""
 
 import re
 from pathlib import Path
@@ -24,8 +24,8 @@ _ROTATED = re.compile(r"(q_proj|k_proj)\.(weight|bias)$")
 def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
     """``config.json``, weights and, unless not ``tokenizer``, the tokenizer's files of a GGUF file.
 
-    Tensors come in float32 if any of the file's is quantized, which holds all their values exactly; else in the one
-    dtype of its matrices (norms, which such files have in float32, are rounded to it).
+    Tensors are float32 if any tensor of the file is quantized, which holds all values exactly; else they have the one
+    dtype of the matrices (norms, which such files have in float32, are rounded to it).
     """
     gguf = read_gguf(path)
     kind = gguf.values.get("general.type", "model")
@@ -73,7 +73,7 @@ def _dtype_of(gguf: GGUF) -> torch.dtype:
 def _sources(
     tensors: dict[str, GGUFTensor], names: dict[str, str], experts: int, path: Path
 ) -> dict[str, tuple[str, int, int]]:
-    """Hugging Face key -> the tensor that holds it, its first row there, and how many dimensions fall away."""
+    """Hugging Face key -> the tensor that holds it, its first row there, and the number of dimensions to drop."""
     found: dict[str, tuple[str, int, int]] = {}
     for name, key in names.items():
         if "{}" not in key:

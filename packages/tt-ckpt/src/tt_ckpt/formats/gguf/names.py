@@ -1,4 +1,4 @@
-"""Architectures of GGUF files: what Hugging Face calls their tensors, and how these are changed."""
+"""Architectures of GGUF files: the Hugging Face names of their tensors, and how their values differ."""
 
 import difflib
 import re
@@ -43,7 +43,7 @@ class Architecture:
     model_type: str
     layer: Mapping[str, str] = field(default_factory=lambda: _MATRICES | _NORMS)
     experts: Mapping[str, str] = field(default_factory=dict)
-    biases: tuple[str, ...] = ()  # which may have one
+    biases: tuple[str, ...] = ()  # that may be there
     interleaved: bool = False  # rows of q and k, as Meta has them
     norm_offset: float = 0.0  # added to every norm in the file
 
@@ -99,7 +99,7 @@ def architecture_of(name: object, num_experts: int, path: Path) -> Architecture:
 
 
 def rename(arch: Architecture, name: str, path: Path) -> str:
-    """The Hugging Face name of a tensor; of stacked experts, with ``{}`` for the expert."""
+    """The Hugging Face name of a tensor, with ``{}`` for the expert if experts are stacked."""
     if name in _TOP:
         return _TOP[name]
     if (match := _BLOCK.fullmatch(name)) is not None:
@@ -114,7 +114,7 @@ def rename(arch: Architecture, name: str, path: Path) -> str:
 
 
 def check_blocks(names: Mapping[str, str], num_layers: int, arch: Architecture, path: Path) -> None:
-    """Every block has the same tensors, all that the architecture needs, and there are as many as announced."""
+    """ValueError unless there are ``num_layers`` blocks, each with all tensors of the architecture."""
     blocks: dict[int, set[str]] = {}
     for name in names:
         if (match := _BLOCK.fullmatch(name)) is not None:

@@ -1,4 +1,4 @@
-"""How text is split before merging, by ``tokenizer.ggml.pre`` of a GGUF file.
+"""How text is split before merging, according to ``tokenizer.ggml.pre`` of a GGUF file.
 
 The names are llama.cpp's; the expressions are those of the models' own ``tokenizer.json``.
 """
@@ -37,13 +37,13 @@ SPLITS: dict[str, Sequence[str]] = (
     | {"tekken": (_TEKKEN,), "gpt-4o": (_GPT4O,), "llama4": (_GPT4O,), "deepseek-v3": _DEEPSEEK3}
 )
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "lfm2", "tekken", "gpt-4o")
-COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez", "kormo")  # Qwen's own tokenizer puts text into NFC first
+COMPOSED = ("qwen2", "deepseek-r1-qwen", "megrez", "kormo")  # Qwen's own tokenizer normalizes text to NFC first
 BOS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken")  # unless a key says otherwise
 
 
 def split_name(gguf: GGUF, count: int) -> str:
     pre = gguf.values.get("tokenizer.ggml.pre")
-    if pre is None:  # files from before May 2024 do not say
+    if pre is None:  # not in files from before May 2024
         architecture = gguf.values.get("general.architecture")
         pre = "qwen2" if architecture == "qwen2" else "llama-bpe" if count >= 128_000 else "default"
     known = [*SPLITS, *GPT2, *DIGITS]

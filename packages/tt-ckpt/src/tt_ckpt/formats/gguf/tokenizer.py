@@ -1,6 +1,6 @@
-"""``tokenizer.json`` and what belongs to it from the key-value pairs of a GGUF file.
+"""``tokenizer.json`` and the files beside it, from the key-value pairs of a GGUF file.
 
-The file names how text is split before merging (``tokenizer.ggml.pre``), or that pieces of sentencepiece are merged by
+The file says how text is split before merging (``tokenizer.ggml.pre``), or that pieces of sentencepiece are merged by
 their scores (``tokenizer.ggml.model`` = llama). Tokens keep their numbers.
 """
 
@@ -18,12 +18,12 @@ from tt_ckpt.shown import quoted
 
 _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _SPACE = "\u2581"
-_LONGEST_TOKEN, _MAX_CHARACTERS = 1024, 1 << 24  # far beyond any vocabulary: merges are looked for at each
+_LONGEST_TOKEN, _MAX_CHARACTERS = 1024, 1 << 24  # far beyond any vocabulary: every split of a token is tried as a merge
 _ENDS = ("eos", "eot", "eom")
 
 
 def tokenizer_files(gguf: GGUF, config: dict[str, Any]) -> dict[str, str]:
-    """File name -> text: the tokenizer, its chat template and the ids that end a text; nothing if the file has none."""
+    """File name -> text: the tokenizer, its chat template and the end tokens; only the last if it has no tokenizer."""
     values = gguf.values
     kind = values.get("tokenizer.ggml.model", "none")
     if kind in ("none", "no_vocab") and "tokenizer.ggml.tokens" not in values:
@@ -75,14 +75,14 @@ def _json(value: Any) -> str:
 
 
 def _generation(gguf: GGUF, config: dict[str, Any]) -> dict[str, Any]:
-    """Every token that ends a turn, not only the one that ends a text."""
+    """The special tokens; the end tokens include all that end a turn."""
     ends = [value for value in dict.fromkeys(token_id(gguf, key) for key in _ENDS) if value is not None]
     ids = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config[key] is not None}
     return ids | ({"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {})
 
 
 def _chat_template(gguf: GGUF) -> Any:
-    """The text, or all of them by name if the file has several."""
+    """The chat template, or all by name if the file has several."""
     prefix = "tokenizer.chat_template"
     named = {
         key.removeprefix(f"{prefix}."): value for key, value in gguf.values.items() if key.startswith(f"{prefix}.")
@@ -97,7 +97,7 @@ def _chat_template(gguf: GGUF) -> Any:
 
 
 def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
-    """Texts, types and scores of all tokens; padding that was added at the end falls away."""
+    """The texts, types and scores of all tokens, without the padding at the end."""
     values, path = gguf.values, gguf.path
     tokens = values.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
@@ -152,7 +152,7 @@ def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
 
 
 def _frame(processor: dict[str, Any] | None, frame: list[str | None], ids: dict[str, int]) -> dict[str, Any] | None:
-    """The token before, and the one behind, every text."""
+    """The post-processor that adds the token before and the token after every text."""
     before, after = ([] if one is None else [{"SpecialToken": {"id": one, "type_id": 0}}] for one in frame)
     if not before and not after:
         return processor
@@ -213,7 +213,7 @@ def _two(merge: object, vocab: Collection[str], path: Path) -> list[str]:
 
 
 def _spellings() -> dict[int, str]:
-    """A visible character for each byte, as GPT-2 spells them: itself if it is one, else the next beyond 255."""
+    """A visible character for each byte, as in GPT-2: the byte itself if it is visible, else the next above 255."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
@@ -224,7 +224,7 @@ _SPELT = re.compile(f"[{re.escape(''.join(_SPELLINGS.values()))}]*")
 
 
 def _respelt(token: str, kind: int) -> str:
-    """A plain token that is written out in the file, in the alphabet that the merges use."""
+    """A token in the alphabet that the merges use, if the file has it as plain text."""
     if kind in (_UNKNOWN, _CONTROL, _USER) or _SPELT.fullmatch(token):
         return token
     return "".join(_SPELLINGS[byte] for byte in token.encode())
@@ -234,7 +234,7 @@ def _respelt(token: str, kind: int) -> str:
 
 
 def _sentencepiece(gguf: GGUF, tokens: list[str], types: list[int], scores: list[float]) -> dict[str, Any]:
-    """Pieces merged best score first: https://github.com/google/sentencepiece (BPE)."""
+    """Pieces, merged by the best score first: https://github.com/google/sentencepiece (BPE)."""
     prefix = gguf.values.get("tokenizer.ggml.add_space_prefix", True)
     gemma = str(gguf.values.get("general.architecture")).startswith("gemma")
     spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
@@ -274,7 +274,7 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], types: list[int], scores: list
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
-    """Every way to make a piece of two, the best piece first. (Gemma's pieces are ranked by number, not by score.)"""
+    """Every way to make a piece of two others, the best piece first. Gemma ranks pieces by number, not by score."""
     plain = {token for token, kind in zip(tokens, types, strict=True) if kind in (1, _USER, _UNUSED)}
     found: list[tuple[float, int, int, str]] = []
     for token, score in zip(tokens, scores, strict=True):
