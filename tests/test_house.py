@@ -102,7 +102,7 @@ def test_sibling_requirements_are_ranges_that_hold(package):
         path.name: tomllib.loads((path / "pyproject.toml").read_text())["project"]["version"] for path in PACKAGES
     }
     for line in tomllib.loads((package / "pyproject.toml").read_text())["project"]["dependencies"]:
-        sibling = re.match(r"(tt-\w+)>=(\d+)\.(\d+),<(\d+)\.(\d+)$", line)
+        sibling = re.match(r"(tt-\w+)(?:\[\w+\])?>=(\d+)\.(\d+),<(\d+)\.(\d+)$", line)
         assert bool(sibling) == line.startswith("tt-"), line
         if sibling:
             low, high = (sibling[2], sibling[3]), (sibling[4], sibling[5])
@@ -117,6 +117,8 @@ def test_constraints_pin_what_the_packages_require():
     assert pins["torch"] == "2.13.0"
     known = {re.sub(r"[-_.]+", "-", name).lower() for name in pins}
     for package in PACKAGES:
-        for line in tomllib.loads((package / "pyproject.toml").read_text())["project"]["dependencies"]:
+        project = tomllib.loads((package / "pyproject.toml").read_text())["project"]
+        extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
+        for line in [*project["dependencies"], *extras]:
             name = re.sub(r"[-_.]+", "-", re.split(r"[<>=]", line)[0]).lower()
             assert name.startswith("tt-") or name in known, f"{package.name} requires {line}, which nothing pins"
