@@ -87,7 +87,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         (PAIR, {"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
         (PAIR, {"prompt": "a", "chosen": "b", "rejected": ""}, "column 'rejected' is empty"),
         (PAIR, {"prompt": "a", "chosen": None, "rejected": "b"}, "column 'chosen' is null"),
-        (PAIR, {"chosen": "a ", "rejected": "a b"}, "differ in no answer"),
+        (PAIR, {"chosen": "a ", "rejected": "a b"}, "the answer of chosen or of rejected is empty"),
         ({**JUDGED, "label": True}, {**JUDGED, "label": None}, "column 'label' is null"),
         (
             {"instruction": "a", "output": "b"},
@@ -179,7 +179,9 @@ def test_a_missing_file_names_its_neighbours(chatml: Any, write_jsonl: Callable[
 
 
 def test_an_unknown_hub_id_says_that_neither_is_there(chatml: Any) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nobody/nothing: no such file here .* not to be had from the hub"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nobody/nothing: no such file here .* could not be loaded from the hub"
+    ):
         load_dataset("nobody/nothing", chatml)
 
 

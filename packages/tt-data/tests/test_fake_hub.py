@@ -189,11 +189,11 @@ def test_data_sets_of_the_hub_are_read_and_their_absence_explained(
     answers = ask(hub, chatml_dir, home, list(there))
     assert dict(zip(there, answers, strict=True)) == there
 
-    here = rf"no such file here \(looked from {home}\), and not to be had from the hub"
+    here = rf"no such file here \(looked from {home}\), and it could not be loaded from the hub"
     missing = {
-        "nobody/nothing": rf"nobody/nothing: {here}: there is none of this name, or a private one \(hf auth login",
+        "nobody/nothing": rf"nobody/nothing: {here}: there is no data set with this name, or it is private \(hf auth",
         "gated/rows": rf"gated/rows: a gated data set; ask for access at {hub}/datasets/gated/rows, then log in",
-        "org/configs": "org/configs: holds several data sets; name one of org/configs:main, org/configs:other",
+        "org/configs": "org/configs: contains several data sets; name one of org/configs:main, org/configs:other",
         "org/script": rf"org/script: {here} \(Dataset scripts are no longer supported, but found script.py\)",
         "org/broken": r"train.jsonl:2:10: broken JSON|org/broken: row 0 or a next one cannot be read \(JSON",
     }

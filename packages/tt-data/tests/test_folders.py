@@ -63,7 +63,7 @@ def test_zstd_without_its_package_is_refused_with_the_cure(
 def test_rows_in_another_compression_are_not_skipped(chatml: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / "part-0.jsonl").write_bytes(LINES)
     (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(ValueError, match=f"{name}: rows in a compression that is not read; unpack it"):
+    with pytest.raises(ValueError, match=f"{name}: compressed in a way that is not read; unpack it"):
         load_dataset(tmp_path, chatml)
     assert len(load_dataset(tmp_path, chatml, data_files="part-0.*")) == 30
     with pytest.raises(ValueError, match=f"{name}: unknown kind of file, .*; unpack it first"):
@@ -203,7 +203,7 @@ def test_a_pattern_is_the_files_that_it_matches(chatml: Any, tmp_path: Path) -> 
         for streaming in (False, True):
             dataset = load_dataset(str(tmp_path / pattern), chatml, streaming=streaming)
             assert [Path(name).stem for name in dataset.names] == names
-    with pytest.raises(FileNotFoundError, match=r"x\*.jsonl: no file of such a name"):
+    with pytest.raises(FileNotFoundError, match=r"x\*.jsonl: no file with this name"):
         load_dataset(tmp_path / "x*.jsonl", chatml)
 
 

@@ -251,7 +251,7 @@ def test_a_row_group_far_larger_than_its_file_is_refused(tmp_path: Path, monkeyp
     assert len(list(tables.read_parquet(file))) == 9
     monkeypatch.setattr(tables, "_MAX_UNPACKED", 1000)
     monkeypatch.setattr(tables, "_MAX_RATIO", 20)
-    with pytest.raises(ValueError, match=r"bomb.parquet: rows of [\d,]+ bytes in a file of [\d,]+; write it anew"):
+    with pytest.raises(ValueError, match=r"bomb.parquet: rows of [\d,]+ bytes in a file of [\d,]+; write it again"):
         list(tables.read_parquet(file))
 
 

@@ -61,7 +61,7 @@ NAMES = [
     ("hf://datasets/org/name@main/a.jsonl", "give its id: org/name"), ("s3://b/a.jsonl", "download it"),
     ("a/b/c", "no such file (looked from"), ("../x/y", "no such file (looked from"), ("/nowhere", "no such file"),
     ("C:\\data\\rows.jsonl", "a path is written with / here"), ("~not-a-user/r", "there is no such home folder"),
-    ("*.parquet", "no file of such a name"), ("**x/rows", "not a pattern of files|no file of such a name"),
+    ("*.parquet", "no file with this name"), ("**x/rows", "not a pattern of files|no file with this name"),
     ("x" * 5000, "is not a name of a file"), ("x" * 400, "no such file"),
     ("org/name/extra", "no such file"), ("./text", "no such file"), ("-", "no such file"),
 ]  # fmt: skip
@@ -99,7 +99,7 @@ OUTSIDE = ["../secret.jsonl", "../*.jsonl", "/etc/passwd", "x/../../secret.jsonl
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("key", ["data_files", "data_dir"])
 def test_a_part_of_a_folder_is_inside_of_it(chatml: Any, here: Path, name: Any, key: str) -> None:
-    with pytest.raises(ValueError, match=f"{key}.*(is not inside of the|is not a name or pattern|must be a name)"):
+    with pytest.raises(ValueError, match=f"{key}.*(is not inside the|is not a name or pattern|must be a name)"):
         load_dataset(here, chatml, **{key: name})
 
 

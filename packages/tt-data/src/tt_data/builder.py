@@ -19,7 +19,7 @@ from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source, quick_digest
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.wording import counted, said
+from tt_data.wording import said
 
 Encoded = tuple[list[TokenRow], Tally]
 _BATCH = 512
@@ -136,7 +136,8 @@ class _Builder:
         bad = tally.dropped.total()
         if not bad or (kept and self.settings.on_bad_row == "drop"):
             return
-        names, rows = ", ".join(source.name for source in self.sources[:3]), counted(tally.seen, "row")
+        names = ", ".join(source.name for source in self.sources[:3])
+        rows = f"{tally.seen} row{'' if tally.seen == 1 else 's'}"
         hidden = tally.dropped["no trainable token"]
         if hidden and hidden == bad and tally.longest_prompt:
             raise ValueError(

@@ -219,5 +219,5 @@ def numbers(row: Row, columns: Columns, name: str) -> list[int] | None:
         return None
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_list or not all(isinstance(v, int) or v in (0.0, 1.0) for v in values):
-        raise BadRowError("wrong type", f"column {columns.get(name, name)!r} holds something else than whole numbers")
+        raise BadRowError("wrong type", f"column {columns.get(name, name)!r} is not a list of whole numbers")
     return [int(value) for value in values]

@@ -93,7 +93,7 @@ def history(row: Row, columns: Columns) -> list[Message]:
         isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in found
     )
     if not pairs:
-        raise BadRowError("wrong type", "history holds something else than [[question, answer], ...] or messages")
+        raise BadRowError("wrong type", "history is not [[question, answer], ...] or messages")
     sides = (("user", "question"), ("assistant", "answer"))
     return [
         Message(role, as_text(value, f"history, {name}"))
@@ -174,7 +174,7 @@ def read_tokens(row: Row, columns: Columns) -> Tokens:
     """input_ids, with labels and masks if there are any. Padding is taken off; a packed row is refused."""
     ids = cell(row, columns, "input_ids")
     if not isinstance(ids, Sequence) or isinstance(ids, str) or not all(type(i) is int and i >= 0 for i in ids):
-        raise BadRowError("wrong type", "column 'input_ids' holds something else than a list of ids")
+        raise BadRowError("wrong type", "column 'input_ids' is not a list of ids")
     labels = _as_long(numbers(row, columns, "labels"), ids, "labels") or list(ids)
     if any(label not in (-100, i) for label, i in zip(labels, ids, strict=True)):
         raise BadRowError(
@@ -186,7 +186,7 @@ def read_tokens(row: Row, columns: Columns) -> Tokens:
             labels = [label if keep else -100 for label, keep in zip(labels, mask, strict=True)]
     real = _as_long(numbers(row, columns, "attention_mask"), ids, "attention_mask") or [1] * len(ids)
     if any(value not in (0, 1) for value in real):
-        raise BadRowError("packed", f"attention_mask holds other numbers than 0 and 1; {_PACKED}")
+        raise BadRowError("packed", f"attention_mask contains numbers other than 0 and 1; {_PACKED}")
     start, stop = (real.index(1), len(real) - real[::-1].index(1)) if 1 in real else (0, 0)
     if 0 in real[start:stop]:
         raise BadRowError("hidden tokens", "attention_mask hides tokens between others; only padding can be taken off")

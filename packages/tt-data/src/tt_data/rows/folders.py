@@ -117,7 +117,7 @@ def refuse_outside(key: str, name: str) -> None:
         or "\0" in name
     ):
         raise ValueError(
-            f"{key}: {visible(repr(name), 100)} is not inside of the data set's folder; give its own path as data.train"
+            f"{key}: {visible(repr(name), 100)} is not inside the data set's folder; give its own path as data.train"
         )
 
 
@@ -142,7 +142,7 @@ def _refuse_compressed(path: Path) -> None:
     """Rows that cannot be unpacked here are part of the data: reading on without them would be silent."""
     for file in _inside(path):
         if (compression(file) or is_unread(file)) and file_kind(Path(file.stem)) and not file_kind(file):
-            raise ValueError(f"{file}: rows in a compression that is not read; unpack it, or list the files to read")
+            raise ValueError(f"{file}: compressed in a way that is not read; unpack it, or list the files to read")
 
 
 def _is_hidden(file: Path) -> bool:

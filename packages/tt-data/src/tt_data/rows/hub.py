@@ -148,17 +148,19 @@ def _explain(name: str, repository: str, error: BaseException) -> Exception:
         return ValueError(
             f"{name}: a gated data set; ask for access at {page}, then log in (hf auth login, or HF_TOKEN)"
         )
-    here = f"{name}: no such file here (looked from {Path.cwd()}), and not to be had from the hub"
+    here = f"{name}: no such file here (looked from {Path.cwd()}), and it could not be loaded from the hub"
     if "OfflineModeIsEnabled" in text or "OfflineModeIsEnabled" in kinds:
         return FileNotFoundError(
             f"{here}, which is switched off (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE); not in its cache"
         )
     if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
-        return FileNotFoundError(f"{here}: there is none of this name, or a private one (hf auth login, or HF_TOKEN)")
+        return FileNotFoundError(
+            f"{here}: there is no data set with this name, or it is private (hf auth login, or HF_TOKEN)"
+        )
     if "Config name is missing" in text:
         configs = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
         choice = ", ".join(f"{repository}:{config}" for config in configs)
-        return ValueError(f"{name}: holds several data sets; name one of {choice}")
+        return ValueError(f"{name}: contains several data sets; name one of {choice}")
     if kinds & {"DatasetGenerationError", "DatasetGenerationCastError"}:
         return ValueError(_broken_file(repository) or f"{name}: {_one_line(chain[-1])}")
     if isinstance(error, ValueError):

@@ -123,7 +123,7 @@ def _split_shared_text(row: Row, columns: Columns, chosen: str, rejected: str) -
         _refuse_to_guess(row, columns)
         cut = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared)) + 1
     if not chosen[cut:].strip() or not rejected[cut:].strip():
-        raise BadRowError("empty", "chosen and rejected differ in no answer")
+        raise BadRowError("empty", "the answer of chosen or of rejected is empty")
     return Pair(Completion(chosen[:cut], chosen[cut:]), Completion(chosen[:cut], rejected[cut:]))
 
 

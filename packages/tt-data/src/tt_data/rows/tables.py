@@ -46,7 +46,7 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Placed]:
             raise data_error(path, start, f"broken csv ({error}); {_QUOTE}") from None
 
 
-_QUOTE = "a value with a comma, a quote or a line end stands in quotes"
+_QUOTE = "a value with a comma, a quote or a line end must be in quotes"
 
 
 def _lines(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
@@ -97,7 +97,7 @@ def read_parquet(path: Path, start: int = 0) -> Iterator[Placed]:
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
     if unpacked > max(_MAX_UNPACKED, _MAX_RATIO * size_on_disk(path)):
-        raise data_error(path, None, f"rows of {unpacked:,} bytes in a file of {size_on_disk(path):,}; write it anew")
+        raise data_error(path, None, f"rows of {unpacked:,} bytes in a file of {size_on_disk(path):,}; write it again")
 
 
 def read_arrow(path: Path) -> Iterator[Placed]:
