@@ -248,7 +248,7 @@ def test_names_lose_the_prefix_of_a_wrapper(model_dir, tiny, tmp_path, equal_mod
     source = model_dir()
     weights = load_file(source / "model.safetensors")
     save_file({prefix + name: tensor for name, tensor in weights.items()}, source / "model.safetensors")
-    with pytest.raises(ValueError, match=r"all names begin with .* of a wrapper that was saved too: tt convert"):
+    with pytest.raises(ValueError, match=r"all names begin with .* saved with the model: tt convert"):
         tt_ckpt.load_weights(tiny(), source)
     tt_ckpt.convert(source, tmp_path / "out")
     back = load_file(tmp_path / "out" / "model.safetensors")
@@ -336,7 +336,7 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
      "config.json: tie_word_embeddings false of gemma cannot be said"),
     ({"model_type": "qwen2", "use_sliding_window": True}, {"to": "torchtune"}, "use_sliding_window True cannot"),
     ({"attention_bias": True, "mlp_bias": True}, {"to": "meta"}, "mlp_bias True, attention_bias True cannot be said"),
-    ({"hidden_act": "gelu"}, {"to": "meta"}, "hidden_act gelu cannot be said in the meta format"),
+    ({"hidden_act": "gelu"}, {"to": "meta"}, "hidden_act gelu cannot be expressed in the meta format"),
     ({"head_dim": 16}, {"to": "meta"}, "head_dim 16 beside hidden_size 32 and 4 heads cannot be said"),
     ({"head_dim": 16, "final_logit_softcapping": 30.0}, {"to": "torchtune"},
      "final_logit_softcapping 30.0, head_dim 16"),

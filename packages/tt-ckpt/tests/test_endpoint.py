@@ -154,7 +154,7 @@ def test_another_host_is_named_once_with_the_variable_and_without_the_token(monk
 @pytest.mark.parametrize("token", ["hf_CANARY canary", "hf_CANARY\x01canary", "hf_CANARY\u00e9canary", "a\rb canary"])
 def test_a_token_that_no_request_can_carry_is_refused_without_showing_it(monkeypatch, server, token):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(ValueError, match="token has characters in it that no token has; set HF_TOKEN again") as caught:
+    with pytest.raises(ValueError, match="token contains characters that no token has; set HF_TOKEN again") as caught:
         tt_ckpt.download(REPO)
     assert "CANARY" not in str(caught.value)
     assert server.log == []

@@ -201,7 +201,7 @@ def test_a_vocabulary_that_tokenizer_json_cannot_hold_is_refused(tmp_path):
     tokens, types, merges, _ = byte_level(as_gpt2())
     for i, (change, words) in enumerate(
         [
-            ({"tokens": [*tokens[:-1], tokens[0]]}, "is there twice"),
+            ({"tokens": [*tokens[:-1], tokens[0]]}, "appears twice"),
             ({"types": types[:-1]}, f"token_type: expected {len(tokens)} numbers"),
             ({"merges": [*merges, "no such"]}, "'no such' does not make a token of two"),
             ({"tokens": [*tokens, "more"], "types": [*types, 1], "vocab_size": 3}, "vocab_size does not fit"),

@@ -79,7 +79,7 @@ def test_what_is_in_the_cache_needs_no_network(server, repository, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert tt_ckpt.resolve(REPO) == path
     assert tt_ckpt.download(REPO).path == str(path)
-    with pytest.raises(FileNotFoundError, match=r"not \(wholly\) in the cache, and HF_HUB_OFFLINE.*someone/some-model"):
+    with pytest.raises(FileNotFoundError, match=r"not completely in the cache, and HF_HUB_OFFLINE.*someone/some-model"):
         tt_ckpt.resolve("someone/some-modell")
 
 

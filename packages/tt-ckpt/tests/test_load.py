@@ -323,7 +323,7 @@ def test_single_tensors_of_layers_are_named_and_no_number_of_layers_is_blamed(ti
         ),
         (
             {"num_hidden_layers": 2},
-            r"9 unexpected \(model.layers.2.\*: 9 tensors\).*num_hidden_layers=2, the files hold 3",
+            r"9 unexpected \(model.layers.2.\*: 9 tensors\).*num_hidden_layers=2, the files contain 3",
         ),
         ({"vocab_size": 64}, r"config.vocab_size=64 vs embedding rows 65: set vocab_size to 65 in config.json"),
         ({"num_key_value_heads": 4}, r"6 of another shape.*config.num_key_value_heads=4 vs 2"),

@@ -198,5 +198,5 @@ def test_the_same_part_twice_is_noticed(model_dir, tmp_path):
     part = (tmp_path / "meta" / "consolidated.00.pth").read_bytes()
     (tmp_path / "meta" / "consolidated.01.pth").unlink()
     (tmp_path / "meta" / "consolidated.01.pth").write_bytes(part)
-    with pytest.raises(ValueError, match=r"consolidated.01.pth: holds the same part as consolidated.00.pth"):
+    with pytest.raises(ValueError, match=r"consolidated.01.pth: contains the same part as consolidated.00.pth"):
         tt_ckpt.convert(tmp_path / "meta", tmp_path / "out", "hf", allow_pickle=True)

@@ -246,7 +246,7 @@ def test_a_map_of_the_old_weights_survives_overwriting(tiny, tmp_path):
 
 def test_a_model_is_not_saved_beside_an_adapter_that_loaders_would_put_on_top(tiny, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileExistsError, match="holds an adapter, which transformers would apply to the model"):
+    with pytest.raises(FileExistsError, match="contains an adapter, which transformers would apply to the model"):
         tt_ckpt.save_hf(tiny(), tmp_path, config={}, overwrite=True)
 
 
@@ -310,7 +310,7 @@ def test_a_config_is_read_or_explained(model_dir, tmp_path, config):
         tt_ckpt.read_config(source)
     (source / "config.json").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"config.json: missing; the directory holds generation_config.json, model"
+        FileNotFoundError, match=r"config.json: missing; the directory contains generation_config.json, model"
     ):
         tt_ckpt.read_config(source)
 

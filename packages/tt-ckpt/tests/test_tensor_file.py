@@ -150,7 +150,7 @@ GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": {**GOOD, "data_offsets": [4, 12]}}, "expected 0 to 8"),
         ({"a": {**GOOD, "data_offsets": [0, 8, 16]}}, "data_offsets"),
         ({"a": GOOD, "b": GOOD}, "expected 8 to 16"),
-        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "shape": [2]}}', "'shape' is there twice"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], "shape": [2]}}', "'shape' appears twice"),
         (b'{"__metadata__": {"x": 1}}', "must map text to text"),
         (b'{"__metadata__": ["x"]}', "must map text to text"),
     ],
@@ -255,7 +255,7 @@ def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
     header = ("{" + ",".join(f'"{i}":0' for i in range(200_000)) + ',"199999":0}').encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ValueError, match="'199999' is there twice"):  # a search for each key would take hours
+    with pytest.raises(ValueError, match="'199999' appears twice"):  # a search for each key would take hours
         read_header(path)
 
 

@@ -104,7 +104,7 @@ def test_of_weights_those_are_sent_that_the_index_names(server, tmp_path):
     assert [name for name in files if name.startswith("model-")] == sorted(index["weight_map"].values())
     assert left_out == ["model-00003-of-00002.safetensors"]
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ValueError, match="the index names files that are not there: model-00002-of-00002.safetensors"):
+    with pytest.raises(ValueError, match="the index names files that do not exist: model-00002-of-00002.safetensors"):
         sent(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../id_rsa.safetensors"}}')
     with pytest.raises(ValueError, match=r"id_rsa|no safetensors"):

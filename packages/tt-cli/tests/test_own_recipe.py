@@ -101,7 +101,7 @@ def test_another_recipe_or_a_changed_one_does_not_repeat_it_unasked(tt, run, wor
     Path("mine.py").write_text(OWN + "# changed\n")
     answer = tt("run", "mine.py", "--config", "own/config.yaml", "-o", "again")
     assert answer.code == 2
-    assert "mine.py is not the file that this config was run by (sha256 " in answer.err
+    assert "mine.py is not the file that this config was run with (sha256 " in answer.err
     assert "tt run own/mine.py --config own/config.yaml" in answer.err
     assert not Path("again").exists()
     changed = ["recipe_sha256=null", "-o", "again"]

@@ -169,7 +169,7 @@ def test_broken_lines_are_found_behind_good_ones(chatml: Any, tmp_path: Path) ->
 
 def test_a_missing_file_names_its_neighbours(chatml: Any, write_jsonl: Callable[..., Path], tmp_path: Path) -> None:
     path = write_jsonl([GOOD], "train.jsonl")
-    with pytest.raises(FileNotFoundError, match=rf"trian.jsonl: no such file \(looked from .*\); did you mean {path}"):
+    with pytest.raises(FileNotFoundError, match=rf"trian.jsonl: no such file \(looked in .*\); did you mean {path}"):
         load_dataset(tmp_path / "trian.jsonl", chatml)
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_dataset(["./nowhere.jsonl"], chatml)

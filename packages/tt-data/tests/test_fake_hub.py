@@ -195,7 +195,7 @@ def test_data_sets_of_the_hub_are_read_and_their_absence_explained(
         "gated/rows": rf"gated/rows: a gated data set; ask for access at {hub}/datasets/gated/rows, then log in",
         "org/configs": "org/configs: contains several data sets; name one of org/configs:main, org/configs:other",
         "org/script": rf"org/script: {here} \(Dataset scripts are no longer supported, but found script.py\)",
-        "org/broken": r"train.jsonl:2:10: broken JSON|org/broken: row 0 or a next one cannot be read \(JSON",
+        "org/broken": r"train.jsonl:2:10: broken JSON|org/broken: row 0 or a later one cannot be read \(JSON",
     }
     questions = [(name, None, streaming) for name in missing for streaming in (False, True)]
     for (name, _, streaming), (kind, text) in zip(questions, ask(hub, chatml_dir, home, questions), strict=True):

@@ -94,7 +94,7 @@ def test_a_file_that_is_not_there_and_a_link_that_leads_nowhere_or_round_are_nam
         (bytes(50), "50 bytes without any content"),
         (b'{"a": 1', "x.json:1:8: broken JSON .* the file ends here.*it was cut off"),
         (b'{"a":\n tru}', r"x.json:2:2: broken JSON .*near '\{\"a\":"),
-        (b'{"a": 1, "a": 2}', "the key 'a' is there twice, with different values"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is given twice, with different values"),
         (b"[" * 100_000, "nested too deeply"),
         (b"9" * 10_000, "4300 digits"),
         ("{}".encode("utf-16"), "UTF-16 text; save it as UTF-8"),

@@ -117,7 +117,7 @@ def test_a_directory_has_parts_as_a_data_set_of_the_hub_has(chatml: Any, tmp_pat
             dataset = load_dataset(tmp_path, chatml, streaming=streaming, **options)
             assert [Path(name).stem for name in dataset.names] == names
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"data_files": "d.jsonl"}, "no file 'd.jsonl' in it"), ({"revision": "main"}, "revisions are of hub data"),
+        ({"data_files": "d.jsonl"}, "no file 'd.jsonl' in it"), ({"revision": "main"}, "only hub data sets have them"),
         ({"data_dir": "data/sft"}, "no such file"), ({"data_files": {"test": "x"}}, "no split 'train', expected one"),
     ]  # fmt: skip
     for options, text in wrong:

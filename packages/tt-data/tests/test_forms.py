@@ -151,7 +151,7 @@ def test_a_turn_of_which_only_the_end_is_left_is_not_trained(chatml: Any) -> Non
     turns = [ASK, call(OBJECT), {"role": "tool", "content": "x"}, ANSWER]
     dataset = load_dataset([{"messages": turns}], chatml)
     assert trained(dataset) == "the cat<|im_end|>"
-    assert any("leaves nothing of some turns but their end" in note for note in dataset.report["notes"])
+    assert any("removes the text of some turns" in note for note in dataset.report["notes"])
     with pytest.raises(ValueError, match="1 no trainable token"):
         load_dataset([{"messages": turns[:2]}], chatml)
 
@@ -200,6 +200,6 @@ def test_results_that_are_no_text_are_written_as_json(chatml: Any, result: Any) 
 def test_a_row_of_which_nothing_can_be_trained_says_why_and_blames_no_length(chatml: Any) -> None:
     source = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     rows = [{"messages": [ASK, call(OBJECT)]}]
-    with pytest.raises(ValueError, match="leaves nothing of some turns") as error:
+    with pytest.raises(ValueError, match="removes the text of some turns") as error:
         load_dataset(rows, chatml.with_template({"default": source}, "t"), max_seq_len=64)
     assert "max_seq_len" not in str(error.value)

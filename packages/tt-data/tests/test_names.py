@@ -39,7 +39,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_bare_word_is_refused_and_reads_nothing(chatml: Any, here: Path, name: str, streaming: bool) -> None:
     for source in (name, [name], {name: 1}):
-        with pytest.raises(FileNotFoundError, match=rf"^{name}: no such file or folder \(looked from ") as caught:
+        with pytest.raises(FileNotFoundError, match=rf"^{name}: no such file or folder \(looked in ") as caught:
             load_dataset(source, chatml, streaming=streaming)
         assert "data sets of the hub are called org/name" in str(caught.value)
         assert "diary" not in str(caught.value)
@@ -59,7 +59,7 @@ NAMES = [
     ("https://x.org/a.jsonl", "an address, expected a file, a folder or a data set of the hub; download it, and give"),
     ("file:///etc/passwd", "an address, expected a file, a folder or a data set of the hub; give the path: /etc"),
     ("hf://datasets/org/name@main/a.jsonl", "give its id: org/name"), ("s3://b/a.jsonl", "download it"),
-    ("a/b/c", "no such file (looked from"), ("../x/y", "no such file (looked from"), ("/nowhere", "no such file"),
+    ("a/b/c", "no such file (looked in"), ("../x/y", "no such file (looked in"), ("/nowhere", "no such file"),
     ("C:\\data\\rows.jsonl", "a path is written with / here"), ("~not-a-user/r", "there is no such home folder"),
     ("*.parquet", "no file with this name"), ("**x/rows", "not a pattern of files|no file with this name"),
     ("x" * 5000, "is not a name of a file"), ("x" * 400, "no such file"),

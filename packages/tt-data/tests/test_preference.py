@@ -181,5 +181,5 @@ def test_answers_that_differ_only_in_what_the_template_leaves_out_are_no_pair(ch
     answers = {
         side: [{"role": "assistant", "content": "cat", "reasoning_content": side}] for side in ("chosen", "rejected")
     }
-    with pytest.raises(ValueError, match="1 equal answers.*the chat template writes no difference"):
+    with pytest.raises(ValueError, match="1 equal answers.*the chat template drops what differs"):
         load_dataset([{"prompt": [{"role": "user", "content": "hello"}], **answers}], chatml)

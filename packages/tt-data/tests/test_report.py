@@ -32,7 +32,7 @@ def test_the_summary_has_a_line_for_all_rows_and_one_for_each_thing_to_know(chat
     first, *rest = summary_lines(load_dataset(rows + bad, chatml).report)
     assert first == "3 prompt_completion rows; dropped: 5 empty; truncated: 0"
     assert rest[:3] == [f"rows:{i}: column 'completion' is empty" for i in (3, 4, 5)]
-    assert rest[3] == "and 2 rows more dropped; tt data show --stats names the first 20"
+    assert rest[3] == "and 2 more rows dropped; tt data show --stats names the first 20"
     assert len(rest) == 4
 
 
@@ -53,4 +53,4 @@ def test_dropped_rows_are_counted_beyond_the_problems_that_are_kept() -> None:
     for i in range(25):
         tally.drop(f"rows:{i}", BadRowError("empty", "it is empty"))
     lines = summary_lines({"schema": "text", "rows": 1, **tally.report()})
-    assert lines[-1] == "and 22 rows more dropped; tt data show --stats names the first 20"
+    assert lines[-1] == "and 22 more rows dropped; tt data show --stats names the first 20"

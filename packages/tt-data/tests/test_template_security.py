@@ -156,7 +156,9 @@ def test_a_template_that_takes_too_long_on_every_row_is_given_up_and_not_tried_o
     chatml: Any, make_chat_rows: Any, name: str
 ) -> None:
     source = "{% if messages[0].content.endswith(' 0') %}" + ON_ROWS[name] + "{% endif %}" + chatml.templates["default"]
-    with pytest.raises(TemplateError, match="hostile: its first .* s longer to render than they may.*name another one"):
+    with pytest.raises(
+        TemplateError, match="hostile: its first .* s longer to render than allowed.*choose a different one"
+    ):
         load_dataset(make_chat_rows(20_000), chatml.with_template({"default": source}, "hostile"), max_seq_len=64)
 
 

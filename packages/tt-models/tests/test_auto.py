@@ -132,7 +132,7 @@ def test_rope_theta_is_read_from_wherever_it_stands():
         ({"num_attention_heads": 0}, "num_attention_heads must be positive"),
         ({"hidden_act": "silou"}, "did you mean 'silu'"),
         ({"attention_dropout": 1.5}, "attention_dropout is out of range, got 1.5: expected 0 to 1"),
-        ({"pad_token_id": 61}, "pad_token_id 61 is outside of vocab_size 61"),
+        ({"pad_token_id": 61}, "pad_token_id 61 is outside vocab_size 61"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder = True is not supported"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config: bitsandbytes"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),

@@ -271,7 +271,7 @@ def test_damaged_and_missing_files_are_named(folder, make_lm, tmp_path):
     (folder / "adapter_config.json").write_text('{"fine_tune_type": "lora", "lora_parameters": {"rank": 4}}')
     weights.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"no peft_type: .* \(it holds: fine_tune_type, lora_parameters\); convert it to"
+        ValueError, match=r"no peft_type: .* \(it contains: fine_tune_type, lora_parameters\); convert it to"
     ):
         tt_peft.load_adapter(make_lm(), folder)
     (folder / "adapter_config.json").write_text('{"r": 4')

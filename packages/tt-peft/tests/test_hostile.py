@@ -303,7 +303,7 @@ def test_every_feature_of_peft_is_supported_or_refused_by_its_key(key, value, wo
         (b"  <!DOCTYPE html><html>", "a web page, not the file itself"),
         (b"\xff\xfe{\x00}\x00", ":1: not UTF-8"),
         (b'{"r": 8', ":1:8: not valid JSON"),
-        (b'{"r": 8, "r": 9}', "'r' is there twice, with different values"),
+        (b'{"r": 8, "r": 9}', "'r' is given twice, with different values"),
         (b"[1]", "expected a JSON object, found"),
         (b"7", "expected a JSON object, found 7"),
         (b"[" * 50_000, "nested too deeply"),

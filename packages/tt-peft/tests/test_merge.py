@@ -109,7 +109,7 @@ def test_the_report_of_an_nf4_base_says_so(make_lm, randomise):
     report = merge_lora_(trained(make_lm, randomise, "nf4"))
     assert sum(layer.from_nf4 for layer in report.layers) == 4
     assert len(report.dequantized) == 8
-    assert "12 weights were NF4 and are now what NF4 stands for, not what they were before it" in str(report)
+    assert "12 weights were NF4 and are now the values that NF4 stores, not the original ones" in str(report)
 
 
 def test_several_active_adapters_are_merged_together(make_lm, randomise, ids):
@@ -186,7 +186,7 @@ def test_merging_disabled_adapters_is_refused(make_lm, randomise, ids):
     """Else they would still be disabled after unmerge, for good."""
     model = trained(make_lm, randomise, "plain")
     expected = model(ids)
-    with tt_peft.disable_adapter(model), pytest.raises(ValueError, match="merge outside of disable_adapter"):
+    with tt_peft.disable_adapter(model), pytest.raises(ValueError, match="merge outside disable_adapter"):
         merge_lora_(model)
     assert torch.equal(model(ids), expected)
 

@@ -137,7 +137,7 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_its_kind(make_lm):
     model = make_lm()
     model.odd = Odd(4, 4)
     for target, kind in (("odd", "Odd"), ("input_layernorm", "LayerNorm"), ("self_attn", "_Attention")):
-        with pytest.raises(ValueError, match=f"is a {kind}: LoRA goes on nn.Linear and nn.Embedding"):
+        with pytest.raises(ValueError, match=f"is a {kind}: LoRA needs nn.Linear or nn.Embedding"):
             names(model, target_modules=(target,))
 
     class Scaled(nn.Embedding):
@@ -145,7 +145,7 @@ def test_a_layer_that_cannot_be_adapted_is_refused_by_its_kind(make_lm):
             return super().forward(input_ids) * 4
 
     model.scaled = Scaled(4, 4)
-    with pytest.raises(ValueError, match="scaled is a Scaled: LoRA goes on nn.Linear and nn.Embedding"):
+    with pytest.raises(ValueError, match="scaled is a Scaled: LoRA needs nn.Linear or nn.Embedding"):
         names(model, target_modules=("scaled",))
     attention = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match="out_proj is a NonDynamicallyQuantizableLinear"):

@@ -317,7 +317,7 @@ def test_an_output_that_cannot_be_a_folder_is_refused_in_one_line(tmp_path, fini
     (tmp_path / "full" / "\x1b[31m").touch()
     for path, said in {
         tmp_path / "file": "is not a directory", tmp_path / "file" / "x": "cannot be written|is not a directory",
-        tmp_path / ("x" * 300): "name too long", tmp_path / "a\nb": "not printable", tmp_path / "a\0b": "not printable",
+        tmp_path / ("x" * 300): "name too long", tmp_path / "a\nb": "unprintable", tmp_path / "a\0b": "unprintable",
         tmp_path / "full": "not empty", "/proc/x": "cannot be written", "/dev/null": "not a directory",
         tmp_path / "dangling": "cannot be|link",
     }.items():  # fmt: skip
@@ -392,7 +392,7 @@ def test_tensors_of_another_run_are_refused_by_name_before_any_is_used(evil, mod
     (name, value), *_ = load_file(max((evil / "checkpoints").glob("step-*")) / file).items()
     assert f"{name} is missing" in attempt(**{name: None})
     assert f"{name} has shape [1], the run's {list(value.shape)}" in attempt(**{name: torch.zeros(1)})
-    assert "is none that the run trains" in attempt(evil=torch.zeros(1))
+    assert "is not one that the run trains" in attempt(evil=torch.zeros(1))
     file = "optimizer.safetensors"
     key = next(iter(load_file(max((evil / "checkpoints").glob("step-*")) / file)))
     assert "which this run does not train" in attempt(**{"lm_head.weight/exp_avg": torch.zeros(1)})

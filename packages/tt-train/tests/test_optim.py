@@ -75,7 +75,7 @@ def test_warmup_is_given_in_steps_or_as_a_share_of_the_run():
         ("save_every=3", None),
         ("epochs=2", "epochs: 2 has no effect, max_steps ends the run after 3 steps"),
         ("schedule.min_lr_ratio=0.1", None),
-        ("schedule.min_lr_ratio=0.1 schedule.name=constant", "a constant schedule does not fall; it has no effect"),
+        ("schedule.min_lr_ratio=0.1 schedule.name=constant", "it has no effect on a constant schedule"),
     ],
 )
 def test_numbers_that_the_length_of_the_run_makes_meaningless_are_named(word, said):

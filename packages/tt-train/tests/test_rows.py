@@ -101,7 +101,7 @@ def test_parts_of_a_directory_have_keys(composed, tmp_path):
     for word in ("data.data_dir=sub", "data.data_files=sub/*", "data.data_files=[sub/b.jsonl]"):
         job = assemble(composed(TEXTS, folder, word, eval_rows=TEXTS))  # what is held out is a file of its own
         assert [job.train.where(i) for i in range(job.num_rows)] == [f"{tmp_path}/folder/sub/b.jsonl:1"]
-    assert "revisions are of hub data sets" in problems(composed(TEXTS, folder, "data.revision=main"))[0]
+    assert "only hub data sets have them" in problems(composed(TEXTS, folder, "data.revision=main"))[0]
 
 
 def test_a_pattern_of_files_is_kept_with_its_folder(composed, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_a_number_is_what_a_person_reads_or_is_refused(tmp_path, where, key, tex
         ("optimizer.weight_decay=10%", "write 0.1"), ("max_steps=None", "write null"), ("seed=abc", "the default is 0"),
         ("batch_size=null", "the default is 16"), ("loggers=wandb", "write [wandb]"),
         ("max_grad_norm=big", "the default is 1.0"), ("max_steps=many", "write a decimal number, or leave it out"),
-        ("optimizer.betas=[0.9]", "the default is [0.9, 0.999]"), ("adapter={rank: 8, rank: 4}", "stands twice"),
+        ("optimizer.betas=[0.9]", "the default is [0.9, 0.999]"), ("adapter={rank: 8, rank: 4}", "is given twice"),
         ("data.columns={a: b, a: c}", "'a' is given twice; keep one"), ("batch_size:8", "write batch_size=8"),
     ],
 )  # fmt: skip

@@ -197,7 +197,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         for key, value in pairs:
             if found[key] != value:
-                raise Ambiguous(f"{quoted(key)} is there twice, with different values")
+                raise Ambiguous(f"{quoted(key)} is given twice, with different values")
     return found
 
 

@@ -23,7 +23,7 @@ def resolve(path: str | Path) -> Path:
         return local
     shown = plain(Path(path))
     if local.is_file():
-        cure = "give the model directory that holds it"
+        cure = "give the model directory that contains it"
         if local.suffix == ".gguf":
             cure = f"a Hugging Face directory is needed; run: tt convert {shown} DIR"
         raise ValueError(f"{shown}: a file; {cure}")

@@ -175,7 +175,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key in counts if counts[key] > 1)
-        raise ValueError(f"{quoted(twice)} is there twice")
+        raise ValueError(f"{quoted(twice)} appears twice")
     return found
 
 

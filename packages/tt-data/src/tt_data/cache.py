@@ -96,7 +96,7 @@ def _load(fingerprint: str, tokenizer: Tokenizer, directory: Path) -> TokenDatas
         raise ValueError(f"{broken[0] if broken else 'meta.json'} is not what was written")
     texts = [meta["schema"], *meta["names"]]
     if meta["stores"] not in (1, 2) or type(meta["names"]) is not list or not all(type(text) is str for text in texts):
-        raise ValueError("meta.json holds something else than was written")
+        raise ValueError("meta.json contains something other than was written")
     stores = [TokenStore.load(directory, str(number)) for number in range(meta["stores"])]
     columns = {
         name: read_numbers(directory / name, kind) if (directory / name).exists() else array(kind)

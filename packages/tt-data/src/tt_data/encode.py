@@ -24,8 +24,8 @@ from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unic
 from tt_data.text.tokenizer import Tokenizer
 
 _PROMPT_MERGES = (
-    "the end of the prompt and the beginning of the completion make one token, so the trained text does not follow "
-    "what inference asks with; end the prompt at the end of a word"
+    "the end of the prompt and the beginning of the completion make one token, so training and inference see "
+    "different tokens; end the prompt at the end of a word"
 )
 Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
 

@@ -168,7 +168,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: dict[str, Any] = {}
         for key, value in pairs:
             if seen.setdefault(key, value) != value:
-                raise ValueError(f"the key {key[:80]!r} is there twice, with different values")
+                raise ValueError(f"the key {key[:80]!r} is given twice, with different values")
     return found
 
 

@@ -208,7 +208,7 @@ def summary_lines(report: Report, *, problems: int = 3) -> list[str]:
     if report.get("no_end_token"):
         endless = counted(report["no_end_token"], "row")
         lines.append(
-            f"no end token behind the last trained text of {endless}: the model does not learn to stop there; use "
+            f"no end token after the last trained text of {endless}: the model does not learn to stop there; use "
             "a template (template=chatml, ...) that ends its turns with a special token"
         )
     if report.get("form") == "chat+text":
@@ -217,5 +217,5 @@ def summary_lines(report: Report, *, problems: int = 3) -> list[str]:
     lines += [*report.get("notes", []), *named]
     more = sum(report["dropped"].values()) - len(named)
     if named and more > 0:
-        lines.append(f"and {counted(more, 'row')} more dropped; tt data show --stats names the first {MAX_PROBLEMS}")
+        lines.append(f"and {counted(more, 'more row')} dropped; tt data show --stats names the first {MAX_PROBLEMS}")
     return lines

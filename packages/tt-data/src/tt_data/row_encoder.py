@@ -154,7 +154,7 @@ def _finish(
         parts = _as_pair(*parts)
     limit = settings.max_seq_len
     if not all(map(is_trainable, parts)):
-        why = [note for part in parts for note in part.notes] or ["none of its answers is to be trained"]
+        why = [note for part in parts for note in part.notes] or ["none of its answers is trained"]
         raise BadRowError("no trainable token", f"no trainable token: {'; '.join(dict.fromkeys(why))}")
     truncated = limit is not None and any(len(part.ids) > limit for part in parts)
     kept = [cut(part, limit) for part in parts] if truncated else parts
@@ -184,7 +184,7 @@ def _as_pair(chosen: Encoded, rejected: Encoded) -> Parts:
     """
     if chosen.ids == rejected.ids:
         raise BadRowError(
-            "equal answers", "chosen and rejected make the same text: the chat template writes no difference"
+            "equal answers", "chosen and rejected become the same text: the chat template drops what differs"
         )
     if len(chosen.trained) == len(rejected.trained) == 1:
         start = min(chosen.trained[0][0], rejected.trained[0][0])

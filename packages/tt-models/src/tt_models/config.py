@@ -111,7 +111,7 @@ class ModelConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act {nearest(self.hidden_act, ACTIVATIONS)}")
         if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id {self.pad_token_id} is outside of vocab_size {self.vocab_size}")
+            raise ValueError(f"pad_token_id {self.pad_token_id} is outside vocab_size {self.vocab_size}")
 
     @property
     def kv_heads(self) -> int:

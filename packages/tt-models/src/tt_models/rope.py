@@ -64,7 +64,7 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
         return None
     if kind not in ROPE_TYPES:
         close = difflib.get_close_matches(kind[:LONGEST_KEY], [*ROPE_TYPES, "default"], n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]!r}?" if close else "it is none of"
+        hint = f"did you mean {close[0]!r}?" if close else "it is not one of"
         raise ValueError(f"rope_type {shown(kind)} is not supported: {hint} {', '.join(['default', *ROPE_TYPES])}")
     required, optional = ROPE_TYPES[kind]
     missing, unknown = required - numbers.keys(), numbers.keys() - required - optional

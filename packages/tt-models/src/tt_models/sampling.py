@@ -91,7 +91,7 @@ def sample(
     best_B = logits_BV.max(dim=-1)  # nan if any is nan
     if not bool(best_B.values.isfinite().all()):
         raise ValueError(
-            "logits are not finite, no token can be drawn: the weights hold nan or inf, or overflow in this dtype "
+            "logits are not finite, no token can be drawn: the weights contain nan or inf, or overflow in this dtype "
             "(fp16 does from 65504 on, take bf16 or fp32)"
         )
     if sampling.temperature == 0:

@@ -119,13 +119,13 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
         if owner_of(name, owners) or isinstance(module, SavedModule):
             raise ValueError(f"{name} is in target_modules and trained in full by modules_to_save: choose one")
         if not is_linear(module) and not is_embedding(module):
-            raise ValueError(f"{name} is a {type(module).__name__}: LoRA goes on nn.Linear and nn.Embedding")
+            raise ValueError(f"{name} is a {type(module).__name__}: LoRA needs nn.Linear or nn.Embedding")
         check_plain_weight(name, module)
         if isinstance(module, nn.Embedding) and (config.use_dora or config.init != "kaiming"):
             raise ValueError(f"{name} is an embedding: use_dora=False and init='kaiming' only")
         rank, limit = config.ranks.get(name, config.rank), min(module.get_parameter("weight").shape)
         if rank > limit:
-            text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can do all that it can"
+            text = f"{name}: rank {rank} is above min(in, out) = {limit}; rank {limit} can express just as much"
             warnings.warn(text, stacklevel=3)
     for part, module in modules.items() if saved else ():
         owner = owner_of(part, owners)
@@ -147,7 +147,7 @@ def _warn_of_tie(model: nn.Module, names: Sequence[str]) -> None:
         other = "the output projection" if changed[0] == tied else tied
         warnings.warn(
             f"{changed[0]} shares its weight with {other}, which keeps the base's: this adapter cannot be merged; for "
-            "both, give the base an output projection of its own (tie_word_embeddings=false)",
+            "both, give the base a separate output projection (tie_word_embeddings=false)",
             stacklevel=4,
         )
 

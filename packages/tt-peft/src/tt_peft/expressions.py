@@ -106,8 +106,8 @@ def _found_apart(expressions: Sequence[str], names: Sequence[str], within: str) 
     if late:
         raise ValueError(
             f"{shown(expressions[min(len(lines), len(expressions) - 1)])} takes more than {LIMIT_S:g} s or 1 GiB to "
-            f"match {len(names):,} names: it tries the same text again and again; leave out the repetition inside of "
-            "a repetition, or list the names"
+            f"match {len(names):,} names: it matches the same text again and again; leave out the repetition inside "
+            "another repetition, or list the names"
         )
     return [{int(place): text for place, text in line.items()} for line in lines]
 

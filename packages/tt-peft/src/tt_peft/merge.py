@@ -55,7 +55,7 @@ class MergeReport:
             )
         quantized = sum(layer.from_nf4 for layer in self.layers) + len(self.dequantized)
         if quantized:
-            text += f"; {quantized} weights were NF4 and are now what NF4 stands for, not what they were before it"
+            text += f"; {quantized} weights were NF4 and are now the values that NF4 stores, not the original ones"
         return text
 
 
@@ -81,7 +81,7 @@ def merge_lora_(model: nn.Module, *, dtype: torch.dtype | None = None, keep_base
     if not modules:
         raise ValueError("the model has no adapter to merge")
     if any(module.disabled for module in modules.values()):
-        raise ValueError("the adapters are disabled: merge outside of disable_adapter")
+        raise ValueError("the adapters are disabled: merge outside disable_adapter")
     _check_untied(model, modules)
     layers: list[LayerLoss] = []
     try:

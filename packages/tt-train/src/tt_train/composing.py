@@ -127,7 +127,7 @@ def _walk(node: yaml.MappingNode, prefix: str, place: str, schema: type, problem
         key, line = prefix + name, key_node.start_mark.line + 1
         where = f"{place}:{line}" if in_file else place
         if key in seen:
-            problems.append(f"{where}: {key} stands twice (first on line {seen[key]}); keep one")
+            problems.append(f"{where}: {key} is given twice (first on line {seen[key]}); keep one")
         seen[key] = line
         if isinstance(value_node, yaml.MappingNode) and value_node.value and is_section(schema, key):
             yield from _walk(value_node, key + ".", place, schema, problems)

@@ -210,7 +210,7 @@ def schedule_notes(config: RunConfig, steps_total: int) -> list[str]:
             f"reaches optimizer.lr {base:.3g}; lower it, or use schedule.warmup_ratio"
         )
     if section.min_lr_ratio and section.name == "constant":
-        notes.append("schedule.min_lr_ratio: a constant schedule does not fall; it has no effect")
+        notes.append("schedule.min_lr_ratio: it has no effect on a constant schedule")
     if config.eval_every is not None and config.eval_every > steps_total:
         notes.append(f"eval_every: {config.eval_every:,} is beyond {run}; held-out loss is measured at the end only")
     if config.save_every is not None and config.save_every > steps_total:

@@ -152,7 +152,7 @@ def check_recipe(said: str, sha256: str | None, where: str, file: Path | None, t
         if sha256 not in (None, typed.sha256):
             raise ConfigError(
                 [
-                    f"{where}: recipe: {name} is not the file that this config was run by{mark}, it has sha256 "
+                    f"{where}: recipe: {name} is not the file that this config was run with{mark}, it has sha256 "
                     f"{typed.sha256[:12]}; repeat the run with {command}, or run it as it is with recipe_sha256=null"
                 ]
             )

@@ -29,10 +29,10 @@ RECIPES = {
 ABSENT_RECIPES = {
     "full_finetune_distributed": "a run uses one device; tt run full_finetune_single_device",
     "lora_finetune_distributed": "a run uses one device; tt run lora_finetune_single_device",
-    "lora_dpo_single_device": "preference tuning is not offered",
-    "eleuther_eval": "evaluation by lm-evaluation-harness is not offered; tt merge writes what it reads",
+    "lora_dpo_single_device": "preference tuning is not supported",
+    "eleuther_eval": "evaluation by lm-evaluation-harness is not supported; tt merge writes what it reads",
     "generate": "it is a verb: tt generate",
-    "quantize": "quantization is not offered; tt merge writes what other tools quantize",
+    "quantize": "quantization is not supported; tt merge writes what other tools quantize",
 }
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
               "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop"}  # fmt: skip

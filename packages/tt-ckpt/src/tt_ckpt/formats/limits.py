@@ -38,7 +38,7 @@ def refuse_unsaid(config: Mapping[str, Any], to: str) -> None:
         raise ValueError(f"config.json: model_type {quoted(family)} has no {name} format; {known}")
     if problems := list(_unsaid(config, to)):
         raise ValueError(
-            f"config.json: {', '.join(problems)} cannot be said in the {to} format, whose loaders would compute "
+            f"config.json: {', '.join(problems)} cannot be expressed in the {to} format, whose loaders would compute "
             "something else; keep the hf format"
         )
 

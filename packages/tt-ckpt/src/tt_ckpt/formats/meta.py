@@ -107,7 +107,7 @@ def _check_parts(
         )
     for file, part in zip(files[1:], parts[1:], strict=True):
         if torch.equal(part[keys[EMBEDDING]], parts[0][keys[EMBEDDING]]):
-            raise ValueError(f"{file}: holds the same part as {files[0].name}; download it again")
+            raise ValueError(f"{file}: contains the same part as {files[0].name}; download it again")
 
 
 def write_meta(

@@ -39,7 +39,7 @@ def config_from_params(
     vocab = specs[EMBEDDING].shape[0]
     llama3 = vocab >= LLAMA3_VOCAB and not mistral
     if _GATE not in specs:
-        raise ValueError(f"{file}: holds no layers.0.feed_forward.w1.weight")
+        raise ValueError(f"{file}: contains no layers.0.feed_forward.w1.weight")
     hidden = positive(params, "dim", where=where)
     config: dict[str, Any] = {
         "architectures": ["MistralForCausalLM" if mistral else "LlamaForCausalLM"],

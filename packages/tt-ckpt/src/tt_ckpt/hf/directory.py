@@ -65,7 +65,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if (gguf := next(directory.glob("*.gguf"), None)) is not None:
             hint = f"; a GGUF file: run tt convert {plain(gguf)} DEST"
         begun = half_fetched(file)
-        raise FileNotFoundError(f"{file}: missing{begun}; the directory holds {present}{hint or _NO_CONFIG}")
+        raise FileNotFoundError(f"{file}: missing{begun}; the directory contains {present}{hint or _NO_CONFIG}")
     config = read_json(file, directory, limit=CONFIG_BYTES)
     if not isinstance(config, dict):
         raise ValueError(f"{file}: expected a JSON object, found {type(config).__name__}; download it again")
@@ -145,7 +145,7 @@ def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path}: a file is there; choose another directory")
     if (path / "adapter_config.json").exists():
-        reason = "holds an adapter, which transformers would apply to the model"
+        reason = "contains an adapter, which transformers would apply to the model"
         raise FileExistsError(f"{path}: {reason}; choose another directory")
     found = sorted({file for pattern in WEIGHTS for file in path.glob(pattern) if not file.is_dir()})
     if found and not overwrite:

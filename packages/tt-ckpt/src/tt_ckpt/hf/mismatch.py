@@ -102,7 +102,8 @@ def _cause(
         for prefix in (*WRAPPERS, "model.", "transformer.", "language_model.", "model.language_model."):
             longer, shorter = {prefix + key for key in unexpected}, {prefix + key for key in missing}
             if prefix in WRAPPERS and all(key.startswith(prefix) for key in unexpected):
-                return f"all names begin with {prefix!r}, of a wrapper that was saved too: tt convert {directory} DEST"
+                wrapper = f"all names begin with {prefix!r}, from a wrapper that was saved with the model"
+                return f"{wrapper}: tt convert {directory} DEST"
             if longer & set(missing) or shorter & set(unexpected):
                 return f"names differ by the prefix {prefix!r}: saved from another class of model"
         close = difflib.get_close_matches(missing[0], unexpected, 1, 0.8)
@@ -110,9 +111,9 @@ def _cause(
     ours, extra = _layers(missing), _layers(unexpected)
     layers = getattr(config, "num_hidden_layers", None)
     if layers is not None and not extra and min(ours, default=0) > 0 and ours == {*range(min(ours), layers)}:
-        return f"config.num_hidden_layers={layers}, the files hold {min(ours)} whole layers"
+        return f"config.num_hidden_layers={layers}, the files contain {min(ours)} whole layers"
     if layers is not None and extra and min(extra) >= layers and not ours:
-        return f"config.num_hidden_layers={layers}, the files hold {max(extra) + 1}"
+        return f"config.num_hidden_layers={layers}, the files contain {max(extra) + 1}"
     if missing == ["lm_head.weight"]:
         return "is tie_word_embeddings meant to be true? If the output is the embedding, set it in config.json"
     return ""

@@ -78,7 +78,9 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
     if isinstance(error, errors.HFValidationError):
         return ValueError(f"{repo_id}: neither a directory here nor a repository id such as Qwen/Qwen3-0.6B")
     if constants.HF_HUB_OFFLINE:
-        return FileNotFoundError(f"{repo_id}: not (wholly) in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}")
+        return FileNotFoundError(
+            f"{repo_id}: not completely in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}"
+        )
     if _is_passing(error) or isinstance(error, errors.LocalEntryNotFoundError):
         host = urlsplit(constants.ENDPOINT).hostname
         return ConnectionError(f"{repo_id}: {host}: {_first_line(error)}; run the same command again, it resumes")

@@ -171,7 +171,7 @@ def _select(folder: Path, allow: Sequence[str], ignore: Sequence[str]) -> tuple[
             f" model.safetensors.index.json names, or adapter_model.safetensors); give a model or adapter directory"
         )
     if weights is not None and (missing := sorted(weights - set(names))):
-        raise ValueError(f"{plain(folder)}: the index names files that are not there: {listed(missing)}; fetch them")
+        raise ValueError(f"{plain(folder)}: the index names files that do not exist: {listed(missing)}; fetch them")
     return names, left_out
 
 

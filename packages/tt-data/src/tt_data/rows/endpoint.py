@@ -84,7 +84,7 @@ def _token() -> str | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"the Hugging Face token cannot be read ({type(error).__name__}); {cure}") from None
     if found and not re.fullmatch(r"[!-~]+", found):
-        raise ValueError(f"the Hugging Face token has characters in it that no token has; {cure}")
+        raise ValueError(f"the Hugging Face token contains characters that no token has; {cure}")
     return found
 
 

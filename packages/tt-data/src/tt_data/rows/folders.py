@@ -48,7 +48,7 @@ def _refuse_no_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     if not path.exists():
         windows = "; a path is written with / here" if "\\" in str(path) else ""
-        raise FileNotFoundError(f"{path}: no such file (looked from {Path.cwd()}){windows or similar_file(path)}")
+        raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()}){windows or similar_file(path)}")
     if path.is_fifo():
         cure = f"write it into a file first: cat {path} > rows.jsonl"
         raise ValueError(f"{path}: a pipe, which can be read only once; {cure}")

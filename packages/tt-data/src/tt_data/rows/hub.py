@@ -134,7 +134,7 @@ def rows_from(name: str, rows: Any, start: int = 0) -> Iterator[Placed]:
         for number, row in enumerate(rows, start):
             yield number, without_nulls(row)
     except Exception as error:
-        raise ValueError(f"{name}: row {number} or a next one cannot be read ({_one_line(error)})") from None
+        raise ValueError(f"{name}: row {number} or a later one cannot be read ({_one_line(error)})") from None
 
 
 def _explain(name: str, repository: str, error: BaseException) -> Exception:

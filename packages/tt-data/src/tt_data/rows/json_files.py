@@ -201,7 +201,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {names_of([twice])} is there twice")
+        raise ValueError(f"the key {names_of([twice])} appears twice")
     return found
 
 

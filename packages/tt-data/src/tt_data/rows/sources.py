@@ -94,7 +94,7 @@ def _path(name: str | Path) -> Path:
         raise FileNotFoundError(f"{text}: there is no such home folder; write the path without ~") from None
     is_word = isinstance(name, str) and _WORD.fullmatch(name) and file_kind(path) is None
     if is_word and not os.path.lexists(path):
-        raise FileNotFoundError(f"{name}: no such file or folder (looked from {Path.cwd()}), {_not_a_word(text)}")
+        raise FileNotFoundError(f"{name}: no such file or folder (looked in {Path.cwd()}), {_not_a_word(text)}")
     return path
 
 
@@ -134,7 +134,7 @@ def _files(name: str | Path, part: Part) -> tuple[Path, list[Path]]:
     """The file or folder that ``name`` means, and the files in it, of which ``part`` may choose some."""
     path = _path(name)
     if part.revision is not None:
-        raise ValueError(f"revision: {name} is on this machine, where it has one state; revisions are of hub data sets")
+        raise ValueError(f"revision: {name} is on this machine and has no revisions; only hub data sets have them")
     if not os.path.lexists(path) and any(mark in str(path) for mark in "*?["):
         matches = matching(Path(path.anchor), str(path.relative_to(path.anchor)))
         if not matches:

@@ -23,7 +23,7 @@ _SECONDS_PER_PAIR = 6e-5
 _SECONDS_PER_CHARACTER = 1e-6
 _SLACK_SECONDS = 60.0 if HAS_LIMITS else 5.0  # of wall time, if the system does not end what hangs
 _USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
-_OTHER = "name another one (template=chatml, llama3, ...)"
+_OTHER = "choose a different one (template=chatml, llama3, ...)"
 _KILLED_SECONDS = RENDER_SECONDS + 1  # counted for a conversation that the process did not answer
 _EXTRA_SECONDS = 2.0  # that all conversations together may take beyond the usual; then the template is given up
 _PAIRS_PER_REQUEST = 10_000
@@ -37,18 +37,18 @@ _LOST = {
     "tool results": "some results of tools",
     "tools": "tools (functions)",
 }
-_EMPTY_TURN = "the chat template leaves nothing of some turns but their end, so they are not trained"
+_EMPTY_TURN = "the chat template removes the text of some turns, so they are not trained"
 
 
 PROMPT_DIFFERS = (
     "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
-    "deletes): the trained text does not quite follow what inference asks with"
+    "deletes): the trained text does not quite follow the prompt of inference"
 )
 
 
 DATED = (
     "the chat template writes the date of today: the same rows give different ids on a different day, and the model "
-    "is asked with a different date than it was trained with"
+    "is used with a different date than in training"
 )
 
 
@@ -129,7 +129,7 @@ class ChatTemplate:
                     request.append(job)
                 found = self._ask(request)
                 if len(found) < len(request):  # the process died on the next one
-                    found.append({"error": "rendering used more time or memory than it may", "cpu": _KILLED_SECONDS})
+                    found.append({"error": "rendering used more time or memory than allowed", "cpu": _KILLED_SECONDS})
                     self._account(request[len(found) - 1], found[-1])
                 answers += found
         return answers
@@ -143,7 +143,7 @@ class ChatTemplate:
             last = f" ({visible(str(answer['error']))})" if "error" in answer else ""
             raise TemplateError(
                 f"{self.name}: its first {self._rendered} conversations took {self._spent:.0f} s longer to render than "
-                f"they may{last}, so this template is given up; {_OTHER}"
+                f"allowed{last}, so this template is given up; {_OTHER}"
             )
         self._spent = max(self._spent, -_EXTRA_SECONDS * 4)
 
@@ -172,7 +172,7 @@ class ChatTemplate:
         answers = self._ask([Job(self._setup, 0)])
         if not answers:
             raise TemplateError(
-                f"{self.name}: its first rendering used more time or memory than it may, or crashed; {_OTHER}"
+                f"{self.name}: its first rendering used more time or memory than allowed, or crashed; {_OTHER}"
             )
         if "error" in answers[0]:
             _stop(self._process, self._owner)

@@ -79,7 +79,7 @@ def named_template(name: str, knows: Callable[[str], object]) -> tuple[dict[str,
     path = Path(name)
     if path.suffix in (".jinja", ".jinja2", ".j2"):
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such template file (looked from {Path.cwd()})")
+            raise FileNotFoundError(f"{path}: no such template file (looked in {Path.cwd()})")
         return {"default": read_template(path.resolve())}, str(path)  # named by the user: it may be a link
     hint = did_you_mean(name, CHAT_TEMPLATES)
     raise ValueError(f"unknown template {name!r}, expected one of {', '.join(CHAT_TEMPLATES)} or a .jinja file{hint}")

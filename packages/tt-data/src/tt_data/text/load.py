@@ -57,7 +57,7 @@ def find_tokenizer(paths: Sequence[Path]) -> tuple[Path, Path]:
     last = paths[-1]
     if not last.is_dir():
         raise FileNotFoundError(
-            f"{last}: no such tokenizer file or model directory (looked from {Path.cwd()}){similar_file(last)}"
+            f"{last}: no such tokenizer file or model directory (looked in {Path.cwd()}){similar_file(last)}"
         )
     present = sorted(p.name for p in last.iterdir())[:8]
     raise FileNotFoundError(

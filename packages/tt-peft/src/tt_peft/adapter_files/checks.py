@@ -159,8 +159,8 @@ def check_targets(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]
     ):
         if names:
             raise ValueError(
-                f"{plain(folder)}: the adapter is of another base or kind: it {title} {listed(names)}; load it over "
-                "the base that it was trained on"
+                f"{plain(folder)}: the adapter belongs to a different base or is of a different kind: it {title} "
+                f"{listed(names)}; load it over the base that it was trained on"
             )
 
 

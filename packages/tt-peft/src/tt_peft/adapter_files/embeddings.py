@@ -59,7 +59,7 @@ def _without_base_copies(model: nn.Module, state: dict[str, Tensor], file: Path)
         if not found or ".lora_" in key:
             kept[key] = tensor
         elif (own := parameters.get(f"{owner}.{local}")) is not None and _changed(own, tensor, key, file)[0]:
-            raise ValueError(f"{file.parent}: {key} holds other base weights than the model: {_LOAD_OVER}")
+            raise ValueError(f"{file.parent}: {key} contains base weights that differ from the model's: {_LOAD_OVER}")
     return kept
 
 

@@ -94,7 +94,7 @@ def read_json(path: str | Path, root: str | Path | None = None, *, limit: int = 
         ) from None
     except RecursionError:
         raise ValueError(f"{plain(path)}: not valid JSON: nested too deeply; {_AGAIN}") from None
-    except ValueError as error:  # a key that is there twice, a number of more digits than Python reads
+    except ValueError as error:  # a key that appears twice, a number of more digits than Python reads
         raise ValueError(f"{plain(path)}: not valid JSON: {str(error).partition(';')[0]}; {_AGAIN}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{plain(path)}: expected a JSON object, found {shown(value)}; {_AGAIN}")
@@ -106,7 +106,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         twice = next((key for key, value in pairs if found[key] != value), None)
         if twice is not None:
-            raise ValueError(f"{shown(twice)} is there twice, with different values")
+            raise ValueError(f"{shown(twice)} is given twice, with different values")
     return found
 
 

@@ -189,8 +189,8 @@ def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
     kind = settings.get("peft_type")
     if kind is None:
         raise ValueError(
-            f"{place} has no peft_type: not an adapter that PEFT wrote (it holds: {listed(settings, 6) or 'nothing'}); "
-            "convert it to PEFT's"
+            f"{place} has no peft_type: not an adapter that PEFT wrote "
+            f"(it contains: {listed(settings, 6) or 'nothing'}); convert it to PEFT's"
         )
     if kind != "LORA":
         raise ValueError(f"{place}: peft_type is {shown(kind)}; only 'LORA' is supported; {_MERGE}")

@@ -44,7 +44,9 @@ def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:
     except ConfigError as error:
         found += error.problems
     except (ValueError, TypeError) as error:
-        found.append(f"optimizer: {config.optimizer.name} takes no such value: {error}; correct it, or leave it out")
+        found.append(
+            f"optimizer: {config.optimizer.name} does not accept this value: {error}; correct it, or leave it out"
+        )
     return found + _loss_mistakes(config) + logger_mistakes(config) + _data_mistakes(config)
 
 

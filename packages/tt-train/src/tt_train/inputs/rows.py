@@ -88,7 +88,7 @@ def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) ->
     if not 0 < share < 1:
         raise ConfigError([f"data.eval: a share must be between 0 and 1, got {share}; 5 % is 0.05"])
     if len(train) < 2:
-        raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a file of its own"])
+        raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a separate file"])
     number = min(len(train) - 1, max(1, round(share * len(train))))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))

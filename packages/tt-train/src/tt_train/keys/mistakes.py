@@ -143,7 +143,7 @@ def _out_of_bounds(plain: dict[str, Any]) -> list[str]:
         if key == "seed" and value > most:
             bound = "below 2^64, torch's range"
         unset = f"; null: {_UNSET[key]}" if key in _UNSET else ""
-        unset = "; null is what -1 is elsewhere" if key == "max_steps" and value == -1 else unset
+        unset = "; null means what -1 means elsewhere" if key == "max_steps" and value == -1 else unset
         found.append(f"{key}: must be {bound}, got {shown(value)}{unset}")
     for name, rank in (_look_up(plain, "adapter.rank_pattern") or {}).items():
         least, most = _BOUNDS["adapter.rank"]
@@ -192,11 +192,11 @@ def _wrong_pairs(config: RunConfig) -> list[str]:
         )
     if config.adapter is not None and config.adapter.path is not None and config.adapter.init != "kaiming":
         found.append(
-            f"adapter: path {config.adapter.path} and init {config.adapter.init} are both given; an adapter that was "
-            "trained needs no beginning: leave init out, or set path to null"
+            f"adapter: path {config.adapter.path} and init {config.adapter.init} are both given; a trained adapter "
+            "needs no initialization: leave out init, or set path to null"
         )
     if config.data.streaming and isinstance(config.data.eval, float):
-        found.append("data.eval: a share of a stream (data.streaming) cannot be held out; give a file of its own")
+        found.append("data.eval: a share of a stream (data.streaming) cannot be held out; give a separate file")
     batch, micro = config.batch_size, config.micro_batch_size
     if batch >= 1 and micro >= 1 and batch % micro:
         lower, upper = batch // micro * micro, (batch // micro + 1) * micro

@@ -94,15 +94,15 @@ _WORDS = {
     "expected ':'": "a line that is not 'key: value'; add the ': ', or quotes around a text of several lines",
     "end of stream": "a quote that is not closed; close it on its line",
     "document separator": "a quote that is not closed; close it on its line",
-    "escape": r"a backslash in double quotes that is no known escape; use single quotes, or write \\",
+    "escape": r"a backslash in double quotes that is not a known escape; use single quotes, or write \\",
     "expected ',' or ']'": "'[' is not closed, or a comma is missing; write [a, b]",
     "expected ',' or '}'": "'{' is not closed, or a comma is missing; write {a: 1, b: 2}",
     "<stream end>": "the file ends inside brackets; close them",
     "expected <block end>": "the line does not fit the lines above it; indent the keys of a section alike",
     "expected the node content": "a value is missing here; write it, or null",
     "sequence entries are not allowed": "a list item (- x) cannot be here; put it on a line below its key",
-    "mapping keys are not allowed": "a key cannot be here; put it on a line of its own",
-    "another document": "a second document begins here (---); a config is one: put each in a file of its own",
+    "mapping keys are not allowed": "a key cannot be here; put it on its own line",
+    "another document": "a second document begins here (---); a config is one: put each in its own file",
     "document start": "only comments may come before the first key of a config; remove this line",
     "second occurrence": "anchors (&name) are not needed, since aliases are not read; remove them",
 }
@@ -131,6 +131,6 @@ def pairs(node: yaml.MappingNode) -> list[tuple[str, yaml.Node, yaml.Node]]:
     for key, value in node.value:
         name = lone(key)
         if name == "<<" and re.search("merge", key.tag):
-            raise NotPlainError("merge keys (<<) are not read; write the keys that they stand for", key.start_mark)
+            raise NotPlainError("merge keys (<<) are not read; write out the keys that they expand to", key.start_mark)
         found.append((name, key, value))
     return found

@@ -104,7 +104,7 @@ def add_adapter_(model: tt_models.Decoder, tokenizer: tt_data.Tokenizer, origin:
         raise ConfigError(
             [
                 f"{origin.path}: its tokenizer has {tokenizer.vocab_size} tokens, the model {rows} embeddings, and the "
-                f"adapter brings none for {rows} to {tokenizer.vocab_size - 1}; give the resized base that it was "
+                f"adapter adds none for {rows} to {tokenizer.vocab_size - 1}; give the resized base that it was "
                 "trained on: --base DIR"
             ]
         )
@@ -134,8 +134,8 @@ def fit_vocabulary_(model: tt_models.Decoder, adapter: Path) -> None:
         if name not in whole or len(whole[name]) != grown:
             raise ConfigError(
                 [
-                    f"{file}: its vocabulary was resized from {here} to {grown} rows, but it holds no {name} of that "
-                    "size; give the resized base that it was trained on: --base DIR"
+                    f"{file}: its vocabulary was resized from {here} to {grown} rows, but it contains no {name} of "
+                    "that size; give the resized base that it was trained on: --base DIR"
                 ]
             )
     if tied and not torch.equal(whole[_EMBEDDING], whole.get(_HEAD, whole[_EMBEDDING])):
@@ -144,7 +144,7 @@ def fit_vocabulary_(model: tt_models.Decoder, adapter: Path) -> None:
             raise ConfigError(
                 [
                     f"{file}: its vocabulary was resized from {here} to {grown} rows; {_EMBEDDING} and {_HEAD} differ, "
-                    "but the model ties them (tie_word_embeddings); give a base with an output projection of its own: "
+                    "but the model ties them (tie_word_embeddings); give a base with a separate output projection: "
                     "--base DIR"
                 ]
             )

@@ -43,7 +43,7 @@ class Origin:
     def base_words(self) -> str | None:
         """A sentence on which base computes, if there is a choice."""
         if self.nf4 and self.trained_on_nf4:
-            return f"base: 4 bits (NF4), as in training; --base {DENSE} takes the weights of its files"
+            return f"base: 4 bits (NF4), as in training; --base {DENSE} uses the weights of its files"
         if self.nf4:
             return "base: quantized to 4 bits (NF4)"
         if self.trained_on_nf4:
@@ -71,7 +71,7 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
     if (run := FinishedRun.at(folder)) is not None:
         return _of_run(run, moved, nf4)
     if base is not None:
-        raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base: leave --base out"])
+        raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base; leave out --base"])
     refuse_absent_run(folder)
     model = tt_ckpt.resolve(str(path))
     if not (model / "config.json").is_file() and (inside := sorted(model.glob("*/adapter_config.json"))):
@@ -85,7 +85,7 @@ def _of_run(run: FinishedRun, moved: str | None, nf4: bool | None) -> Origin:
     adapter, own = run.adapter, run.model
     if adapter is None and own is not None:
         if moved is not None or nf4 is not None:
-            raise ConfigError([f"--base: {run.path} trained the whole model, so it has no base: leave --base out"])
+            raise ConfigError([f"--base: {run.path} trained the whole model, so it has no base; leave out --base"])
         return Origin(path=run.path, run=run, model=own, places=(run.path, own), settings=settings)
     model: Path | None = None
     if adapter is not None:
@@ -113,7 +113,7 @@ def _read_base(base: Base) -> tuple[str | None, bool | None]:
     folders = [str(word) for word in words if word not in (NF4, DENSE)]
     if len(kinds) > 1 or len(folders) > 1:
         raise ConfigError(
-            [f"--base: give one directory at most, and one of {NF4}, {DENSE}; got {', '.join(map(str, words))}"]
+            [f"--base: give at most one directory, and one of {NF4}, {DENSE}; got {', '.join(map(str, words))}"]
         )
     return (folders[0] if folders else None), (kinds[0] == NF4 if kinds else None)
 
@@ -136,10 +136,12 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     except (FileNotFoundError, ValueError) as error:
         why = "which does not exist" if str(named).startswith(("/", ".", "~")) else f"which was not found ({error})"
         raise ConfigError(
-            [f"{file}: names the base model {named}, {why}; if it is elsewhere give --base DIR"]
+            [f"{file}: names the base model {named}, {why}; if it is elsewhere, give --base DIR"]
         ) from None
     except ConnectionError as error:
-        raise ConnectionError(f"{file}: names the base model {named}; {error}; if it is here give --base DIR") from None
+        raise ConnectionError(
+            f"{file}: names the base model {named}; {error}; if it is on this machine, give --base DIR"
+        ) from None
     if not (found / "config.json").is_file() and not (found / "adapter_config.json").is_file():
         raise ConfigError([f"{file}: names the base model {named}, a directory without config.json; give --base DIR"])
     config = tt_ckpt.read_config(found) if (found / "config.json").is_file() else {}

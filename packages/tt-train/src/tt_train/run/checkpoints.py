@@ -140,7 +140,7 @@ class TrainingState:
             self.failed += 1
             if self.failed > 1 or self.checkpoints.latest(hashes=False) is None:
                 raise
-            warn(f"{error}; training continues, the checkpoint before it is whole")
+            warn(f"{error}; training continues, and the checkpoint before it is complete")
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         adapted = self.job.lora is not None

@@ -133,7 +133,7 @@ class RunDir:
         except OSError as problem:  # a full disk, most likely also what ended the run: that error comes first
             if error is None:
                 raise
-            error.add_note(f"nor could its end be noted: {problem}")
+            error.add_note(f"and its end could not be recorded: {problem}")
         finally:
             if self._handler is not None:
                 log.removeHandler(self._handler)

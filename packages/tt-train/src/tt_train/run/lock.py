@@ -109,7 +109,7 @@ def _remove_if_stale(path: Path) -> None:
         aside.unlink()
     if holder is not None:
         who = f"process {plain(holder.get('pid'))} on {plain(holder.get('host'))}"
-        cure = f"wait for its end, stop it, or choose another -o; if it is no run of tt, remove {path.name}"
+        cure = f"wait for its end, stop it, or choose another -o; if it is not a run of tt, remove {path.name}"
         raise ConfigError([f"output_dir: {plain(path.parent)} is being written by {who} (see {path.name}); {cure}"])
 
 

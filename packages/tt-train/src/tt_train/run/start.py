@@ -106,7 +106,7 @@ def announce(
     state.recorded(next((row for row in run.rows("metrics.jsonl") if row.get("step") == state.step), None))
     run.keep_until(state.step - 1 if state.row else state.step)
     if later := state.checkpoints.remove_after(state.step):
-        console.note(f"checkpoints after step {state.step} are made anew: {', '.join(later)} removed")
+        console.note(f"checkpoints after step {state.step} will be written again: {', '.join(later)} removed")
 
 
 def _manifest(job: Job[RunConfig]) -> dict[str, Any]:

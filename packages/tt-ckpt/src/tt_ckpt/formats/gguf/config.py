@@ -153,7 +153,7 @@ def _extras(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]
         found |= {"num_experts_per_tok": keys.whole("expert_used_count")}
         found |= {"num_local_experts": experts} if kind == "mixtral" else _qwen3_moe(keys, config, experts)
     elif keys.get("expert_count") or keys.get("expert_used_count"):
-        raise ValueError(f"{gguf.path}: {keys.prefix}expert_count: experts are converted of llama and qwen3moe only")
+        raise ValueError(f"{gguf.path}: {keys.prefix}expert_count: experts are converted for llama and qwen3moe only")
     if kind in ("qwen2", "qwen3", "qwen3_moe", "smollm3"):
         found |= {"use_sliding_window": False}
     if kind == "llama":
@@ -168,7 +168,7 @@ def _extras(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]
         found |= {"mlp_bias": False}
     if keys.values.get("attention.sliding_window"):
         if kind not in ("llama", "mixtral", "phi3"):
-            raise ValueError(f"{gguf.path}: {keys.prefix}attention.sliding_window is not converted of {kind}")
+            raise ValueError(f"{gguf.path}: {keys.prefix}attention.sliding_window is not converted for {kind}")
         found["sliding_window"] = keys.whole("attention.sliding_window")
         if kind == "llama":
             found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -291,4 +291,4 @@ def _llama3_scaling(
                 "high_freq_factor": high,
                 "original_max_position_embeddings": context,
             }
-    raise ValueError(f"{path}: rope_freqs.weight is not made by Llama 3.1's rule, which alone is converted")
+    raise ValueError(f"{path}: rope_freqs.weight does not follow Llama 3.1's rule, the only one that is converted")

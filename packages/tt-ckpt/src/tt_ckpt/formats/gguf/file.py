@@ -214,7 +214,7 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         for _ in range(num_values):
             key = reader.text()
             if key in values:
-                raise ValueError(f"{path}: damaged: key {quoted(key)} is there twice; {DOWNLOAD}")
+                raise ValueError(f"{path}: damaged: key {quoted(key)} appears twice; {DOWNLOAD}")
             if not key.isprintable():
                 raise ValueError(f"{path}: damaged: it has the key {quoted(key)}; {DOWNLOAD}")
             values[key] = reader.value(reader.number("<I"))
@@ -273,7 +273,7 @@ def _place(
         row_bytes = dims[0] // block * block_bytes
         nbytes = row_bytes * math.prod(dims[1:])
         if name in found or offset % alignment or offset < end:
-            raise ValueError(f"{shown} at {offset} is misplaced or there twice; {DOWNLOAD}")
+            raise ValueError(f"{shown} at {offset} is misplaced or appears twice; {DOWNLOAD}")
         end = offset + nbytes
         if start + end > size:
             raise ValueError(f"{path}: cut short: {size} bytes of at least {start + end}; {DOWNLOAD}")

@@ -121,7 +121,7 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
         raise ValueError(
-            f"{path}: tokenizer.ggml.tokens: {quoted(twice)} is there twice, which tokenizer.json cannot say"
+            f"{path}: tokenizer.ggml.tokens: {quoted(twice)} appears twice, which tokenizer.json cannot express"
         )
     return tokens, types[:count], scores[:count]
 
