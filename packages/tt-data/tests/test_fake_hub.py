@@ -189,7 +189,7 @@ def test_data_sets_of_the_hub_are_read_and_their_absence_explained(
     answers = ask(hub, chatml_dir, home, list(there))
     assert dict(zip(there, answers, strict=True)) == there
 
-    here = rf"no such file here \(looked from {home}\), and it could not be loaded from the hub"
+    here = rf"no such file here \(looked in {home}\), and it could not be loaded from the hub"
     missing = {
         "nobody/nothing": rf"nobody/nothing: {here}: there is no data set with this name, or it is private \(hf auth",
         "gated/rows": rf"gated/rows: a gated data set; ask for access at {hub}/datasets/gated/rows, then log in",

@@ -148,7 +148,7 @@ def _explain(name: str, repository: str, error: BaseException) -> Exception:
         return ValueError(
             f"{name}: a gated data set; ask for access at {page}, then log in (hf auth login, or HF_TOKEN)"
         )
-    here = f"{name}: no such file here (looked from {Path.cwd()}), and it could not be loaded from the hub"
+    here = f"{name}: no such file here (looked in {Path.cwd()}), and it could not be loaded from the hub"
     if "OfflineModeIsEnabled" in text or "OfflineModeIsEnabled" in kinds:
         return FileNotFoundError(
             f"{here}, which is switched off (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE); not in its cache"

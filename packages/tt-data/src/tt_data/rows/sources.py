@@ -138,7 +138,7 @@ def _files(name: str | Path, part: Part) -> tuple[Path, list[Path]]:
     if not os.path.lexists(path) and any(mark in str(path) for mark in "*?["):
         matches = matching(Path(path.anchor), str(path.relative_to(path.anchor)))
         if not matches:
-            raise FileNotFoundError(f"{name}: no file with this name (looked from {Path.cwd()})")
+            raise FileNotFoundError(f"{name}: no file with this name (looked in {Path.cwd()})")
         refuse_links_out(path, matches)
         return path, [file for match in matches for file in local_files(match, part.split)]
     if (part.data_dir is not None or part.data_files is not None) and not path.is_dir():

@@ -272,7 +272,7 @@ def check_tensors(path: Path, group: str, found: Mapping[str, Tensor] | None, ex
     """ConfigError unless the tensors of a group are those of the run: the same names and shapes."""
     where = f"--resume: {plain(path)}: {group}"
     if found is None:
-        raise ConfigError([f"{where}: not in the checkpoint, which is of another kind of run; {_CURE}"])
+        raise ConfigError([f"{where}: not in the checkpoint, which is of a different kind of run; {_CURE}"])
     for name, tensor in expected.items():
         if name not in found:
             raise ConfigError([f"{where}: {plain(name)} is missing; {_CURE}"])
@@ -281,4 +281,4 @@ def check_tensors(path: Path, group: str, found: Mapping[str, Tensor] | None, ex
             raise ConfigError([f"{where}: {plain(name)} {shapes}; {_CURE}"])
     for name in found:
         if name not in expected:
-            raise ConfigError([f"{where}: {plain(name)} is none that the run trains; {_CURE}"])
+            raise ConfigError([f"{where}: {plain(name)} is not one that the run trains; {_CURE}"])

@@ -196,7 +196,7 @@ def new_path(output_dir: str | None, model: str, method: str, *, root: Path | No
         return path
     path = Path(output_dir)
     if not str(path).isprintable():
-        raise ConfigError([f"output_dir: {plain(path)} holds a character that is not printable; choose another -o"])
+        raise ConfigError([f"output_dir: {plain(path)} contains an unprintable character; choose another -o"])
     try:
         there = sorted(entry.name for entry in path.iterdir()) if os.path.lexists(path) else []
     except NotADirectoryError:
@@ -205,7 +205,7 @@ def new_path(output_dir: str | None, model: str, method: str, *, root: Path | No
         raise ConfigError([f"output_dir: {path} cannot be used ({error.strerror}); choose another -o"]) from None
     if there:
         cure = "continue with --resume auto, or choose another -o" if MARKER in there else "choose another -o"
-        raise ConfigError([f"output_dir: {path} is not empty (it holds {listed(there, 4)}); {cure}"])
+        raise ConfigError([f"output_dir: {path} is not empty (it contains {listed(there, 4)}); {cure}"])
     return path
 
 
