@@ -114,6 +114,30 @@ def test_the_compiler_sees_one_graph(model_type, small, close):
     torch.compiler.reset()
 
 
+def test_one_graph_serves_all_lengths(small, close):
+    model, graphs = small(), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=counting)
+    with torch.no_grad():
+        for length in (7, 11, 16):  # the second makes the length dynamic
+            ids = torch.randint(0, 60, (2, length))
+            close(compiled(ids), model(ids), 256)
+    torch.compiler.reset()
+    assert len(graphs) == 2
+
+
+def test_a_model_is_exported_with_a_dynamic_length(small, close):
+    model, length = small(), torch.export.Dim("length", min=2, max=32)
+    ids = (torch.randint(0, 60, (2, 12)),)
+    exported = torch.export.export(model, ids, dynamic_shapes={"input_ids": {1: length}}).module()
+    longer = torch.randint(0, 60, (2, 19))
+    close(exported(longer), model(longer), 256)
+
+
 def test_blocks_compiled_one_by_one_are_compiled_once_for_all_packings(small, close):
     model = small("gemma3_text")
     ids = torch.randint(0, 60, (2, 40))

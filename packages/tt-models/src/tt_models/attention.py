@@ -116,7 +116,9 @@ def attend(
     if isinstance(mask, Documents):
         settings = {"scale": scale, "softcap": softcap, "sinks": sinks, "dropout": dropout}
         return attend_each_document(q_BHSD, k_BNKD, v_BNKD, mask, **settings)
-    causal = mask is None and q_BHSD.shape[2] > 1
+    causal = False
+    if mask is None and q_BHSD.shape[2] > 1:  # a branch: with a dynamic length the comparison itself is not a bool
+        causal = True
     assert not causal or q_BHSD.shape[2] == k_BNKD.shape[2], "a chunk after a cache needs its mask"
     if mask is not None and not isinstance(mask, Tensor):
         return flex_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale=scale, softcap=softcap, sinks=sinks)
