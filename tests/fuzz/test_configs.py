@@ -9,11 +9,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tt_ckpt.redaction import redact_data
 from tt_train import RunConfig, compose
 from tt_train.composing import compose_run
 from tt_train.config import AdapterSection, SFTConfig, to_dict, to_yaml
 from tt_train.keys.schema import all_keys
-from tt_train.redact import redact_data
 
 OURS = """\
 recipe: sft

@@ -174,7 +174,7 @@ def test_a_run_and_all_that_is_made_of_it_hold_no_secret(tt, folder, model_dir, 
 
 
 def test_nothing_of_an_ordinary_run_is_taken_for_a_secret(tt, lora_run, tmp_path):
-    from tt_train.redact import redact, redact_data
+    from tt_ckpt.redaction import redact, redact_data
 
     assert tt("report", str(lora_run)).code == 0
     texts = {file: file.read_text("utf-8", "replace") for file in lora_run.rglob("*") if file.is_file()}

@@ -142,7 +142,7 @@ def check_advice(path, console, caught):
         assert advice[-1] in caught.__notes__
         assert int(checkpoints[-1].removeprefix("step-")) >= made
     elif made:
-        assert any("steps are lost" in line for line in console.said)
+        assert any("lost, since no checkpoint" in line for line in console.said)
 
 
 @pytest.fixture(scope="module")

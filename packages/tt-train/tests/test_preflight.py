@@ -33,7 +33,7 @@ def found(words):
         ("cdua:0", "unknown device 'cdua:0'; did you mean 'cuda:0'?"),
         ("meta", "unknown device 'meta'"),
         ("cuda:-1", "unknown device 'cuda:-1'"),
-        ("cuda:7", "device: cuda:7 asked for, 1 CUDA devices visible"),
+        ("cuda:7", "device: cuda:7 asked for, 1 CUDA device visible"),
         ("mps", "device: mps asked for, this machine or this torch"),
     ],
 )

@@ -27,8 +27,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from tt_ckpt.redaction import redact, redact_said
 from tt_cli.terminal import Door
-from tt_train.redact import redact, redact_said
 from tt_train.run import console as plain
 from tt_train.run.console import MARKS, RunFacts
 from tt_train.visible import visible

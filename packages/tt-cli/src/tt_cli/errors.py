@@ -20,10 +20,10 @@ from typing import Any
 
 import click
 
+from tt_ckpt.redaction import redact
 from tt_cli.group import Invocation, nearest_option
 from tt_cli.terminal import OutputLost, guarded, say, wants_color
 from tt_train.errors import Interrupted, TrainingError, did_you_mean
-from tt_train.redact import redact
 from tt_train.visible import visible
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from tt_train.redact import redact, redact_data, redact_known, redact_said
+from tt_ckpt.redaction import redact, redact_data, redact_known, redact_said
 from tt_train.visible import visible
 
 _COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text

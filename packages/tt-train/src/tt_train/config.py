@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import yaml
 
-from tt_train.redact import redact_data
+from tt_ckpt.redaction import redact_data
 
 # of Annotated[Any, ...]: what such a key takes, alone, as a list, or as the names of a mapping of numbers
 TEXT, TEXT_OR_NUMBER = "text", "text or number"

@@ -1,4 +1,4 @@
-"""What can go wrong, as the user meets it: mistakes to mend (exit 2), failures (1), interruptions (130, 143)."""
+"""What can go wrong, as the user sees it: mistakes to correct (exit 2), failures (1), interruptions (130, 143)."""
 
 import difflib
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class ConfigError(ValueError):
-    """Mistakes that the user can mend before training. ``problems`` holds one line for each."""
+    """Mistakes that the user can correct before training. ``problems`` has one line for each."""
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = [one_line(problem) for problem in problems]
@@ -55,6 +55,11 @@ def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
     folded = {name.lower().replace("-", "_"): name for name in known}
     close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=cutoff)
     return folded[close[0]] if close else None
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def did_you_mean(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tt_train.errors import TrainingError
+from tt_train.errors import TrainingError, counted
 from tt_train.losses import Batch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # by the names that configs use
@@ -29,9 +29,10 @@ def explaining_memory(batches: Sequence[Batch], device: torch.device) -> Iterato
             raise
         shapes = [tuple(batch["input_ids"].shape) for batch in batches]
         rows, length = max(shapes, key=math.prod)
+        asked = f"{counted(rows, 'sequence')} of {counted(length, 'token')} at a time"
         raise TrainingError(
-            f"out of memory with {rows} sequences of {length} tokens at a time, {peak_memory_gib(device):.2f} GiB at "
-            "most; lower micro_batch_size, set activation_checkpointing=true, or lower data.max_seq_len"
+            f"out of memory with {asked}, {peak_memory_gib(device):.2f} GiB at most; lower micro_batch_size, set "
+            "activation_checkpointing=true, or lower data.max_seq_len"
         ) from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tt_train.config import OptimizerSection, RunConfig, ScheduleSection
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, counted
 from tt_train.registry import OPTIMIZERS, resolve
 
 DEFAULT_WARMUP_RATIO = 0.03
@@ -200,7 +200,7 @@ def warmup_steps(section: ScheduleSection, steps_total: int) -> int:
 def schedule_notes(config: RunConfig, steps_total: int) -> list[str]:
     """A line for each number of the config that a run of ``steps_total`` steps makes meaningless."""
     notes = []
-    section, run = config.schedule, f"the run's {steps_total:,} step{'s' if steps_total > 1 else ''}"
+    section, run = config.schedule, f"the run's {counted(steps_total, 'step')}"
     warmup = warmup_steps(section, steps_total)
     if warmup >= steps_total:
         base = config.optimizer.lr
@@ -218,7 +218,9 @@ def schedule_notes(config: RunConfig, steps_total: int) -> list[str]:
             f"save_every: {config.save_every:,} is beyond {run}; no checkpoint is written before the last step"
         )
     if config.max_steps is not None and config.epochs != 1:
-        notes.append(f"epochs: {config.epochs} has no effect, max_steps ends the run after {config.max_steps:,} steps")
+        notes.append(
+            f"epochs: {config.epochs} has no effect, max_steps ends the run after {counted(config.max_steps, 'step')}"
+        )
     return notes
 
 
@@ -230,9 +232,10 @@ def rate_change(config: RunConfig, step: int, *, before: int, now: int) -> str |
     )
     if math.isclose(old, new, rel_tol=1e-9):
         return None
+    steps = counted(now, "step")
     return (
-        f"the schedule is stretched from {before:,} to {now:,} steps: the learning rate of step {step + 1:,} is "
-        f"{new:.3g}, it would have been {old:.3g}; this is not the curve of a run of {now:,} steps from the start"
+        f"the schedule is stretched from {before:,} to {steps}: the learning rate of step {step + 1:,} is {new:.3g}, "
+        f"it would have been {old:.3g}; this is not the curve of a run of {steps} from the start"
     )
 
 

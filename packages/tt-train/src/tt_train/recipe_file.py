@@ -1,4 +1,4 @@
-"""A recipe file of one's own. It runs only if its path was typed, and a run keeps a copy of the file that made it."""
+"""Your own recipe file. It runs only if its path was typed, and a run keeps a copy of the file that made it."""
 
 import dataclasses
 import hashlib
@@ -12,10 +12,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from tt_ckpt.redaction import redact
 from tt_train.config import RunConfig, SFTConfig
 from tt_train.errors import ConfigError, did_you_mean, shell_word
 from tt_train.keys.text import read_text
-from tt_train.redact import redact
 from tt_train.registry import finding_modules_here
 
 

@@ -31,8 +31,8 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
     Both compute in fp32, and both are compared with transformers in fp64. MODEL is equal if its errors are about as
     small as those of transformers. The exit code is 1 if an error is above its limit. Needs transformers.
     """
+    from tt_ckpt.redaction import redact_data
     from tt_train.models.verify import verify
-    from tt_train.redact import redact_data
 
     if output is not None and output.exists() and not _is_certificate(output):
         raise click.UsageError(f"{output} exists and is not a certificate: name another file with -o, or remove it")

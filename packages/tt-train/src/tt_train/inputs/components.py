@@ -11,7 +11,7 @@ import torch
 
 from tt_ckpt.hub.endpoint import check_url
 from tt_train.config import RunConfig
-from tt_train.errors import ConfigError, did_you_mean
+from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.optim import make_optimizer
 from tt_train.registry import LOGGER_PACKAGES, LOSSES, resolve
 
@@ -32,7 +32,7 @@ def pick_device(name: str) -> torch.device:
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without CUDA)"
-        raise ConfigError([f"device: {name} asked for, {count} CUDA devices visible{built}; {cure}"])
+        raise ConfigError([f"device: {name} asked for, {counted(count, 'CUDA device')} visible{built}; {cure}"])
     return device
 
 

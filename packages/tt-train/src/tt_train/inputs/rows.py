@@ -1,4 +1,4 @@
-"""The rows of a config: read, told by their kind, held out, and how many there are."""
+"""The rows that a config names: read, checked for their kind, counted, and held out."""
 
 from dataclasses import replace
 from pathlib import Path

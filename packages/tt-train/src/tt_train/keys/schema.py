@@ -1,4 +1,4 @@
-"""The keys of a config: which there are, what type each one takes, and which one a mistyped key may mean."""
+"""The keys of a config: which exist, what type each one takes, and which one a mistyped key may mean."""
 
 import dataclasses
 import types

@@ -8,7 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tt_train.redact import redact
+from tt_ckpt.redaction import redact
 from tt_train.report.read import Run, smooth
 from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline
 from tt_train.series import charts

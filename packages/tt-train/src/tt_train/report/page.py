@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tt_train.redact import redact
+from tt_ckpt.redaction import redact
 from tt_train.report.figure import NO_PICTURE
 from tt_train.report.read import Run, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section

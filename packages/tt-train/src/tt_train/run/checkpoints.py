@@ -14,7 +14,7 @@ import tt_models
 import tt_peft
 from tt_ckpt.shown import plain, quoted
 from tt_train.config import RunConfig
-from tt_train.errors import ConfigError, Interrupted
+from tt_train.errors import ConfigError, Interrupted, counted
 from tt_train.job import Job
 from tt_train.optim import MasterWeights, load_optimizer_tensors_, optimizer_tensors, state_entries
 from tt_train.run.dir import RunDir
@@ -198,7 +198,7 @@ class TrainingState:
     def _advice(self, reason: str) -> str:
         newest = self.saved or self.checkpoints.latest(hashes=False)
         if newest is None:
-            return f"the {self.step} steps are lost, no checkpoint could be written: {reason}"
+            return f"{counted(self.step, 'step')} lost, since no checkpoint could be written: {reason}"
         if newest == self.saved and self.complete:
             return f"training is complete and saved in {newest}: --resume auto only writes what is missing"
         lost = "" if newest == self.saved else f" (that of step {self.step} could not be written: {reason})"

@@ -1,10 +1,11 @@
-"""What a recipe tells while it runs. This one prints plain lines to stderr; tt_cli shows the same with rich."""
+"""What a recipe says while it runs. This console prints plain lines to stderr; tt_cli shows the same with rich."""
 
 import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from tt_train.redact import redact
+from tt_ckpt.redaction import redact
+from tt_train.errors import counted
 from tt_train.series import SERIES
 from tt_train.visible import visible
 
@@ -68,7 +69,7 @@ class Console:
         if marked:
             self.note(f"first row ({MARKS[0]}trained{MARKS[1]}): {marked!r}")
         steps = facts.steps_total - facts.step_first
-        self.note(f"{steps} steps on {facts.device}, to {facts.run_dir}{continued(facts)}")
+        self.note(f"{counted(steps, 'step')} on {facts.device}, to {facts.run_dir}{continued(facts)}")
         self.note(precision_line(facts))
 
     def step(self, row: dict[str, Any]) -> None:

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Any, TypedDict, cast
 
 from tt_ckpt import commit, files
+from tt_ckpt.redaction import redact, redact_data
 from tt_train.errors import ConfigError, Interrupted, did_you_mean
-from tt_train.redact import redact, redact_data
 from tt_train.report.summary import training_loss
 from tt_train.run.lock import RunLock, writer_of
 from tt_train.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tt_train.redact import redact
+from tt_ckpt.redaction import redact
 
 PACKAGES = (
     "tt-models",

@@ -12,9 +12,10 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig
-from tt_train.errors import shell_word
+from tt_train.errors import counted, shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
+from tt_train.memory import DTYPES
 from tt_train.recipe_file import repeating
 from tt_train.report import write_report
 from tt_train.report.figure import NO_PICTURE
@@ -28,16 +29,17 @@ from tt_train.run.serving import own_template, serving_files
 from tt_train.run_files import TEMPLATE_FILE, read_manifest
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
-_SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
+_SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def finish(metrics: Metrics) -> None:
     """Write the result first, and then what may fail after it: the last figures, the card and the report."""
     job, run, state, console = metrics.job, metrics.run, metrics.state, metrics.console
     if state.step < job.steps_total:
+        without = counted(state.evaluations_since_best, "evaluation")
+        lowest = state.best["eval_loss"] if state.best else float("nan")
         console.note(
-            f"stopped early after step {state.step}: {state.evaluations_since_best} evaluations without a lower "
-            f"held-out loss than {state.best['eval_loss'] if state.best else float('nan'):.4f}"
+            f"stopped early after step {state.step}: {without} without a lower held-out loss than {lowest:.4f}"
         )
     state.drain(console.warn)
     if job.config.save_last:

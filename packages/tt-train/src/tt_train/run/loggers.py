@@ -8,8 +8,8 @@ from contextlib import ExitStack, chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
+from tt_ckpt.redaction import redact, redact_data
 from tt_train.config import RunConfig, to_dict
-from tt_train.redact import redact, redact_data
 from tt_train.registry import LOGGERS, resolve
 from tt_train.run.dir import RunDir
 from tt_train.run_files import own_folder, read_manifest

@@ -11,7 +11,7 @@ import torch
 
 import tt_data
 from tt_train.config import RunConfig
-from tt_train.errors import TrainingError
+from tt_train.errors import TrainingError, counted
 from tt_train.evaluate import answer, held_out_figures, to_device
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
@@ -93,8 +93,8 @@ class Metrics:
     def _say_what_comes_first(self, sample: bool) -> None:
         """What takes its time before step 1, and shows nothing meanwhile."""
         rows = count_rows(self.job.held_out) if self.job.held_out is not None else None
-        what = [f"evaluating {rows:,} held-out rows"] if rows is not None else []
-        what += [f"answering {len(self.prompts)} prompts"] if sample and self.prompts else []
+        what = [f"evaluating {counted(rows, 'held-out row')}"] if rows is not None else []
+        what += [f"answering {counted(len(self.prompts), 'prompt')}"] if sample and self.prompts else []
         if what:
             self.console.note(f"before step 1: {' and '.join(what)} ...")
 

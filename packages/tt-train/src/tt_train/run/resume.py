@@ -11,11 +11,11 @@ from typing import Any
 
 import tt_ckpt
 from tt_ckpt import files
+from tt_ckpt.redaction import redact_data
 from tt_ckpt.shown import listed, plain
 from tt_train.config import RunConfig, to_dict
-from tt_train.errors import ConfigError, did_you_mean
+from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.job import Job
-from tt_train.redact import redact_data
 from tt_train.registry import imports_of
 from tt_train.run.checkpoints import check_state
 from tt_train.run.dir import list_runs
@@ -128,12 +128,11 @@ def nothing_left(job: Job[RunConfig], run: Path) -> str | None:
     if finished.manifest.get("state") != "finished" or not any((run / name).is_dir() for name in ("adapter", "model")):
         return None
     steps, total = summary.get("steps", 0), job.steps_total
+    made = counted(steps, "step")
     if steps >= total:
-        return f"{run} is finished after {steps:,} steps, nothing is left to do; raise max_steps or epochs to continue"
+        return f"{run} is finished after {made}, nothing is left to do; raise max_steps or epochs to continue"
     if summary.get("stopped_early") and finished.config.get("early_stop_after") == job.config.early_stop_after:
-        return (
-            f"{run} has stopped early after {steps:,} steps, nothing is left to do; raise early_stop_after to continue"
-        )
+        return f"{run} has stopped early after {made}, nothing is left to do; raise early_stop_after to continue"
     return None
 
 
