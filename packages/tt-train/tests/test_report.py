@@ -53,7 +53,7 @@ def data_of(page):
 
 
 HAS_MATPLOTLIB = find_spec("matplotlib") is not None
-needs_matplotlib = pytest.mark.skipif(not HAS_MATPLOTLIB, reason="the PNG needs tt-train[report]")
+needs_matplotlib = pytest.mark.skipif(not HAS_MATPLOTLIB, reason="the PNG needs matplotlib")
 
 
 @needs_matplotlib
@@ -446,7 +446,7 @@ def test_without_matplotlib_the_page_is_written_and_says_why_there_is_no_picture
     assert write_report([run]) == (run / "report.html", None)
     assert not (run / "report.png").exists()
     page = (run / "report.html").read_text()
-    assert "needs matplotlib; pip install &quot;tt-train[report]&quot;" in page
+    assert "needs matplotlib; pip install matplotlib" in page
     assert "The PNG beside this page" not in page
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NO_PICTURE = 'the report has no PNG: it needs matplotlib; pip install "tt-train[report]"'
+NO_PICTURE = "the report has no PNG: it needs matplotlib; pip install matplotlib"
 GENERATOR = "tt report"  # in every page and picture, so that they can be told from other files
 COLOURS = ("#2f5fd0", "#d9622b", "#16876b", "#a8429b", "#b38600", "#2492b8", "#c2405a", "#6b6f78")
 INK, SOFT, GRID = "#1b1d21", "#5c626c", "#e8e8e4"

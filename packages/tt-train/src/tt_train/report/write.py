@@ -15,8 +15,8 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
 
     The page is a single self-contained file. ``output`` is the page's name (``*.html``; the picture is beside it) or a
     folder. By default a run's report is in its directory as ``report.html``, and a comparison beside the first run as
-    ``comparison.html``. The PNG needs matplotlib, of the extra ``tt-train[report]``; without it there is none (None),
-    and the page says so.
+    ``comparison.html``. The PNG needs matplotlib. Without it the second path is None, and
+    the page says so.
 
     An older report is replaced, any other file is not. Raises FileExistsError for one, and FileNotFoundError for a
     directory without metrics.jsonl. A cut last line, rows without a figure, and a

@@ -17,7 +17,7 @@ def quant_sizes() -> dict[int, tuple[str, int, int]]:
     try:
         from gguf import GGML_QUANT_SIZES
     except ImportError:
-        raise ValueError('GGUF files are read with the gguf package; run: pip install "tt-ckpt[gguf]"') from None
+        raise ValueError("GGUF files are read with the gguf package; run: pip install gguf") from None
     return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
 
 
