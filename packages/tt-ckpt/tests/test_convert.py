@@ -173,7 +173,7 @@ def test_every_layout_of_torchtune_is_read_newest_epoch_first(model_dir, equal_d
 def test_a_config_is_asked_for_where_heads_cannot_be_told(model_dir, tmp_path):
     tt_ckpt.convert(model_dir(), tmp_path / "tune", "torchtune")
     (tmp_path / "tune" / "config.json").unlink()
-    with pytest.raises(ValueError, match="no config.json, which says how many heads there are; give config=DIR"):
+    with pytest.raises(ValueError, match="no config.json, which states the number of heads; give config=DIR"):
         tt_ckpt.convert(tmp_path / "tune", tmp_path / "back", "hf", allow_pickle=True)
 
 
@@ -322,7 +322,7 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
     ({}, {"to": "meta", "num_parts": 3}, "num_parts 3 does not divide the heads"),
     ({}, {"to": "meta", "num_parts": 0}, "num_parts 0 does not divide"),
     ({"num_attention_heads": "4"}, {"to": "meta"}, "num_attention_heads: expected a whole number above 0, found '4'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, {"to": "meta"}, "rope type 'yarn' cannot be said"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, {"to": "meta"}, "rope type 'yarn' cannot be expressed"),
     ({"rope_parameters": {"rope_type": "linear", "factor": 2}}, {"to": "torchtune"}, "rope type 'linear' cannot"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "original_max_position_embeddings": 4096}},
      {"to": "meta", "dry_run": True}, r"rope original_max_position_embeddings 4096 \(only 8192\)"),
@@ -330,18 +330,18 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
      "rope high_freq_factor 2.0"),
     ({"model_type": "mistral", "rope_scaling": {"type": "llama3", "factor": 8}}, {"to": "meta"}, "'llama3' cannot"),
     ({"model_type": "mistral", "sliding_window": "16"}, {"to": "meta"}, "sliding_window: expected a whole number"),
-    ({"model_type": "mistral", "sliding_window": 16}, {"to": "torchtune"}, "sliding_window 16 cannot be said"),
+    ({"model_type": "mistral", "sliding_window": 16}, {"to": "torchtune"}, "sliding_window 16 cannot be expressed"),
     ({"model_type": "mistral", "max_position_embeddings": 8192}, {"to": "torchtune"}, "sliding_window 4096 cannot"),
     ({"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu"}, {"to": "torchtune"},
-     "config.json: tie_word_embeddings false of gemma cannot be said"),
+     "config.json: tie_word_embeddings false of gemma cannot be expressed"),
     ({"model_type": "qwen2", "use_sliding_window": True}, {"to": "torchtune"}, "use_sliding_window True cannot"),
-    ({"attention_bias": True, "mlp_bias": True}, {"to": "meta"}, "mlp_bias True, attention_bias True cannot be said"),
+    ({"attention_bias": True, "mlp_bias": True}, {"to": "meta"}, "mlp_bias True, attention_bias True cannot be expressed"),
     ({"hidden_act": "gelu"}, {"to": "meta"}, "hidden_act gelu cannot be expressed in the meta format"),
-    ({"head_dim": 16}, {"to": "meta"}, "head_dim 16 beside hidden_size 32 and 4 heads cannot be said"),
+    ({"head_dim": 16}, {"to": "meta"}, "head_dim 16 beside hidden_size 32 and 4 heads cannot be expressed"),
     ({"head_dim": 16, "final_logit_softcapping": 30.0}, {"to": "torchtune"},
      "final_logit_softcapping 30.0, head_dim 16"),
     ({"vocab_size": 64}, {"to": "hf"}, "vocab_size 64, but model.embed_tokens.weight has 65 rows; set"),
-    ({"partial_rotary_factor": 0.5}, {"to": "torchtune"}, "partial_rotary_factor 0.5 cannot be said"),
+    ({"partial_rotary_factor": 0.5}, {"to": "torchtune"}, "partial_rotary_factor 0.5 cannot be expressed"),
     ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, {"to": "meta"}, "of several kinds"),
     ({"layer_types": 3}, {"to": "meta"}, "layer_types: expected a list, found 3"),
     ({"model_type": "gemma2", "head_dim": 8, "layer_types": ["full_attention"] * 3}, {"to": "torchtune"},

@@ -156,7 +156,7 @@ def test_a_file_beyond_its_limit_is_not_read(folder):
         (b'{"a": ' * 100_000, "x: not valid JSON: nested too deeply"),
         (b"[" + b"9" * 5000 + b"]", "a whole number of thousands of digits"),
         (b'{"a": 1, "a": 2}', "'a' is given twice, with different values"),
-        (b'{"\\u001b[31m": 1, "\\u001b[31m": 2}', r"'\\x1b\[31m' appears twice"),
+        (b'{"\\u001b[31m": 1, "\\u001b[31m": 2}', r"'\\x1b\[31m' is given twice"),
         (b'["\\ud800"]', "half of a surrogate pair"),
         (b'{"a": "\xff"}', "x:1: not UTF-8"),
         (b"\xff\xfe{\x00}\x00", "x:1: not UTF-8"),

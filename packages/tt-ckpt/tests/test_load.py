@@ -319,7 +319,7 @@ def test_single_tensors_of_layers_are_named_and_no_number_of_layers_is_blamed(ti
     [
         (
             {"num_hidden_layers": 4},
-            r"9 tensors missing \(model.layers.3.\*: 9 tensors\).*num_hidden_layers=4, .* hold 3",
+            r"9 tensors missing \(model.layers.3.\*: 9 tensors\).*num_hidden_layers=4, .* contain 3",
         ),
         (
             {"num_hidden_layers": 2},
