@@ -335,7 +335,7 @@ def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
     ({"model_type": "gemma", "head_dim": 8, "hidden_act": "gelu"}, {"to": "torchtune"},
      "config.json: tie_word_embeddings false of gemma cannot be expressed"),
     ({"model_type": "qwen2", "use_sliding_window": True}, {"to": "torchtune"}, "use_sliding_window True cannot"),
-    ({"attention_bias": True, "mlp_bias": True}, {"to": "meta"}, "mlp_bias True, attention_bias True cannot be expressed"),
+    ({"attention_bias": True, "mlp_bias": True}, {"to": "meta"}, "mlp_bias True, attention_bias True cannot be"),
     ({"hidden_act": "gelu"}, {"to": "meta"}, "hidden_act gelu cannot be expressed in the meta format"),
     ({"head_dim": 16}, {"to": "meta"}, "head_dim 16 beside hidden_size 32 and 4 heads cannot be expressed"),
     ({"head_dim": 16, "final_logit_softcapping": 30.0}, {"to": "torchtune"},

@@ -58,7 +58,10 @@ def test_history_is_earlier_turns(chatml: Any, history: Any) -> None:
         answered = load_dataset([{"prompt": "hello", "completion": "red", "history": value}], chatml)
         assert (whole(answered), trained(answered)) == (expected, "red<|im_end|>")
     rows = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "c", "history": ["d"]}]
-    assert "rows:1: history contains something other than" in load_dataset(rows, chatml).report["problems"][0]
+    assert (
+        "rows:1: history is not [[question, answer], ...] or messages"
+        in load_dataset(rows, chatml).report["problems"][0]
+    )
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

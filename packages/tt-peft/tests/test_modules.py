@@ -163,7 +163,9 @@ def test_a_subclass_that_computes_the_same_is_itself_again_after_merging():
 
 
 def test_a_rank_above_the_layer_s_is_warned_about_with_the_cap(make_lm):
-    with pytest.warns(UserWarning, match=r"q_proj: rank 999 is above min\(in, out\) = 32; rank 32 can do all"):
+    with pytest.warns(
+        UserWarning, match=r"q_proj: rank 999 is above min\(in, out\) = 32; rank 32 can express just as much"
+    ):
         apply_lora_(make_lm(), LoRAConfig(rank=999))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
