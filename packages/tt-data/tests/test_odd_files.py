@@ -94,8 +94,8 @@ ROWS: list[tuple[Any, Any, str, str]] = [
     (CHAT, {"messages": [U, {**A, "weight": "0"}]}, "wrong weight", "message 1 has weight '0', expected 0 or 1"),
     (CHAT, {"messages": [U, {**A, "weight": 0}]}, "no trainable token", "no trainable token"),
     (CHAT, {"text": "x"}, "missing column", "no column 'messages', the row has 'text'"),
-    ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": 5}, "wrong type", "column 'labels' is not a list of"),
-    ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [None, 2]}, "wrong type", "column 'labels' is not a list of"),
+    ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": 5}, "wrong type", "column 'labels' is not a"),
+    ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "labels": [None, 2]}, "wrong type", "column 'labels' is not a"),
     ({"input_ids": [1, 2]}, {"input_ids": [1, 2], "completion_mask": 1}, "wrong type", "column 'completion_mask'"),
     (
         {"prompt": "a ", "completion": "b", "label": True}, {"prompt": "a ", "completion": "b", "label": "no"},
