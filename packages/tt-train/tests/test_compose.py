@@ -403,10 +403,10 @@ def test_every_refusal_of_a_config_says_what_to_do():
     ("words", "both"),
     [
         (["schedule.warmup_steps=1", "schedule.warmup_ratio=0.1"], ("warmup_steps", "warmup_ratio", "set one of them")),
-        (["data.streaming=true", "data.eval=0.1", "max_steps=1"], ("data.eval", "data.streaming", "give a file")),
+        (["data.streaming=true", "data.eval=0.1", "max_steps=1"], ("data.eval", "data.streaming", "separate file")),
         (["batch_size=10", "micro_batch_size=4"], ("batch_size", "micro_batch_size", "nearest that are: 8 or 12")),
         (["model.name=llama3.2_1b"], ("path DIR", "name llama3.2_1b", "set one of them to null")),
-        (["adapter.path=a", "adapter.init=pissa"], ("path a", "init pissa", "leave init out")),
+        (["adapter.path=a", "adapter.init=pissa"], ("path a", "init pissa", "leave out init")),
         (["data.streaming=true"], ("max_steps", "data.streaming", "max_steps=1000")),
     ],
 )

@@ -45,9 +45,8 @@ def compose(
         ConfigError: with one line for every unknown key, wrong type and impossible value.
     """
     what = str(recipe_or_config)
-    typed: str | RecipeFile | None = registry.RECIPES.get(what)
-    if what.endswith(".py"):
-        typed = load_recipe_file(Path(what), allow_import)
+    is_file = what.endswith(".py")
+    typed = load_recipe_file(Path(what), allow_import) if is_file else registry.RECIPES.get(what)
     if config is not None and typed is None:
         registry.recipe_path(what)  # says what is wrong with it
     file = registry.find_config(config or what) if config is not None or typed is None else None
@@ -77,8 +76,8 @@ def compose(
         result = at_home(result)
         result.recipe = typed.name if isinstance(typed, RecipeFile) else typed or registry.RECIPES[said]
         result.recipe_sha256 = typed.sha256 if isinstance(typed, RecipeFile) else None
-        problems += mistakes(result) + registry.name_mistakes(result, allow_import)
-        problems += missing(result) if complete else []
+        lacking = missing(result) if complete else []
+        problems = [*mistakes(result), *registry.name_mistakes(result, allow_import), *lacking]
     if problems:
         raise ConfigError(problems)
     return result
