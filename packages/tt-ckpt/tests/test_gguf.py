@@ -409,7 +409,7 @@ def test_what_no_config_can_say_is_refused_by_name(tmp_path):
     for i, (extra, words) in enumerate(
         [
             (lambda w: w.add_uint32("llama.rope.scaling.yarn_log_multiplierr", 1), "is not known here"),
-            (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count is 8, a head has 16"),
+            (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count 8 is not converted: a head has 16"),
             (lambda w: w.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32)), "has no place in a llama"),
             (lambda w: w.add_tensor("blk.3.attn_norm.weight", np.ones(64, np.float32)), "block 3 is not like"),
             (lambda w: w.add_tensor("rope_freqs.weight", np.float32([1, 3] * 4)), "rope_freqs.weight is not made"),

@@ -34,7 +34,7 @@ def found(words):
         ("meta", "unknown device 'meta'"),
         ("cuda:-1", "unknown device 'cuda:-1'"),
         ("cuda:7", "device: cuda:7 asked for, 1 CUDA device visible"),
-        ("mps", "device: mps asked for, this machine or this torch"),
+        ("mps", "device: mps is not available on this machine or in this torch"),
     ],
 )
 def test_a_device_that_is_not_there_is_named_with_what_is(found, monkeypatch, name, said):

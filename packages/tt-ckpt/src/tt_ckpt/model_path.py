@@ -14,7 +14,7 @@ _LONGEST = 4096
 def resolve(path: str | Path) -> Path:
     """The local directory of a model: ``path`` itself if it is one, else the snapshot of the hub repository ``path``.
 
-    FileNotFoundError, ValueError or ConnectionError, in one line with the cure, if there is neither.
+    FileNotFoundError, ValueError or ConnectionError, in one line that says how to fix it, if there is neither.
     """
     if len(str(path)) > _LONGEST:
         raise ValueError(f"{quoted(str(path))}: no directory has so long a name; give a model directory or hub id")

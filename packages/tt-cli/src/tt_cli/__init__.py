@@ -1,3 +1,3 @@
-"""The tt command: fine-tune, evaluate, quantize and run open language models."""
+"""The tt command: fine-tune, evaluate and run open language models."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""From any rows to exactly the right labels: tokenizers, chat templates, masks, packing, resumable order."""
+"""Training rows to token ids and labels: tokenizers, chat templates, masks, packing, and an order that resumes."""
 
 from tt_data.dataset import IGNORE_INDEX, Dataset, Row, TokenDataset
 from tt_data.datasets import (

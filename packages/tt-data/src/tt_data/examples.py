@@ -51,7 +51,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Ids that somebody else made, with labels (-100: no loss)."""
+    """Token ids from another program, with labels (-100: no loss)."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]

@@ -234,7 +234,7 @@ def generate(
     """Continue prompts: [B, S] to [B, S + n], prompts included, n up to ``max_new_tokens``.
 
     ``input_ids`` may be lists of unequal length; rows of unequal length in a tensor are padded on the left and need
-    ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row ends with
+    ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row stops at
     one of ``eos_ids`` (an id, several or None; it is kept) and is filled up with ``pad_id`` (default: the first end
     id, else 0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step
     of one token. ``return_logits`` returns the logits [B, n, V] of each step too.

@@ -22,8 +22,8 @@ Init = Literal["kaiming", "gaussian", "pissa", "loftq"]
 class LoRAConfig:
     """Which modules get an adapter, and of what kind.
 
-    ``target_modules`` is read as PEFT reads it. A list holds names, ``"q_proj"`` or ``"self_attn.q_proj"``: whole
-    dotted parts from the right. A text is a regular expression for whole names (``".*(q|v)_proj"``) or, if it matches
+    ``target_modules`` is read as PEFT reads it. A list contains names, ``"q_proj"`` or ``"self_attn.q_proj"``: whole
+    dotted parts from the right. A string is a regular expression for whole names (``".*(q|v)_proj"``) or, if it matches
     none, one name; ``"all-linear"`` means every linear layer but the output projection and routers of experts.
     ``exclude_modules`` holds the same. ``modules_to_save`` (modules trained in full beside the adapter),
     ``quantize_skip`` and ``target_parameters`` (stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape

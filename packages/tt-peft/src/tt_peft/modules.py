@@ -22,7 +22,7 @@ _LONGEST_NAME = 200  # characters that are compared to find what may have been m
 def select(targets: Sequence[str] | str, names: Sequence[str], *, what: str) -> list[str]:
     """Those of ``names`` that ``targets`` mean, in the order of ``names``.
 
-    A text is an expression for whole names (as in PEFT) or, if it matches none, a name. A list holds names only. A
+    A string is an expression for whole names (as in PEFT) or, if it matches none, a name. A list contains names only. A
     target that means nothing is a ValueError.
     """
     if isinstance(targets, str):

@@ -110,7 +110,7 @@ class SamplesSection:
 
 @dataclass
 class RunConfig:
-    """What every recipe has. The ``Config`` of a recipe of one's own extends it: a field is a key."""
+    """The keys of every recipe. The ``Config`` of your own recipe extends it: each field is a key."""
 
     recipe: str = "sft"
     recipe_sha256: str | None = None  # of a recipe file: the text that the config was run by

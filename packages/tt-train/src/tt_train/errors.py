@@ -22,7 +22,7 @@ class TrainingError(RuntimeError):
 class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)
     """A signal stopped the run; ``exit_code`` is 128 + the signal's number.
 
-    ``checkpoint``: what resuming begins with; None if the run had not made a step, so that there is nothing to resume.
+    ``checkpoint``: the checkpoint to resume from; None if the run had not finished a step.
     """
 
     def __init__(self, signal_number: int, checkpoint: str | None, step: int) -> None:

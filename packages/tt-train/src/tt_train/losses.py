@@ -64,7 +64,7 @@ CHUNKS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before
 def cross_entropy(model: CausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> Summed:
     """Next-token cross entropy, summed over the trained tokens in fp32.
 
-    Position t predicts ``labels[:, t + 1]``; -100 takes no loss.
+    Position t predicts ``labels[:, t + 1]``; -100 means no loss.
     """
     hidden_BSD = model.hidden_states(batch["input_ids"], position_ids=batch.get("position_ids"))
     targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
@@ -100,7 +100,7 @@ def linear_cross_entropy(
 
     Args:
         hidden: [..., D]; weight: [V, D]; labels: [...] the target of each position (not shifted), -100 to ignore.
-        reduction: ``mean`` over the positions not ignored (nan where there is none, as in torch), or ``sum``.
+        reduction: ``mean`` over the positions not ignored (nan if there are none, as in torch), or ``sum``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
         chunk_size: positions at a time; by default what keeps the fp32 logits of a chunk under 64 MB.
     """

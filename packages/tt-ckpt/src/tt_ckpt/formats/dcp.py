@@ -123,7 +123,7 @@ def _parse(metadata: Any) -> tuple[dict[str, TensorSpec], dict[str, list[_Piece]
         held = pieces[name]
         within = all(TensorSpec(dtype=spec.dtype, shape=piece.sizes).nbytes <= piece.length for piece in held)
         if not within or not is_cover(spec.shape, [(piece.offsets, piece.sizes) for piece in held]):
-            raise ValueError(f"{plain(name)} is not made up by its parts")
+            raise ValueError(f"{plain(name)} is not covered exactly by its parts")
     return specs, pieces
 
 

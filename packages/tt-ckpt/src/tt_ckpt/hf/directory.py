@@ -149,7 +149,7 @@ def check_destination(path: Path, *, overwrite: bool) -> list[Path]:
         raise FileExistsError(f"{path}: {reason}; choose another directory")
     found = sorted({file for pattern in WEIGHTS for file in path.glob(pattern) if not file.is_dir()})
     if found and not overwrite:
-        raise FileExistsError(f"{path}: holds {found[0].name} already; {_ELSE}")
+        raise FileExistsError(f"{path}: already contains {found[0].name}; {_ELSE}")
     return found
 
 

@@ -94,7 +94,7 @@ def load_weights(
 def check_weights(model: nn.Module, path: str | Path) -> None:
     """The errors of ``load_weights`` about names and shapes, if the files of ``path`` do not fit ``model``.
 
-    Only headers are read, which takes no time. ``model`` may be on the meta device.
+    Only headers are read, so this is fast. ``model`` may be on the meta device.
     """
     _plan(model, path)
 

@@ -25,7 +25,7 @@ _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a model directory by name, each read into memory of its own when it is asked for.
+    """The tensors of a model directory by name, each read into new memory when it is asked for.
 
     ``specs[name]`` has its ``dtype``, ``shape``, ``numel`` and ``nbytes``, ``file_of(name)`` is the file that holds it.
     Files are opened when a tensor is read and closed again. ``dict(tensors)`` reads the whole model.

@@ -189,9 +189,9 @@ def _limited(stream: Any, host: str, limit: int, until: float | None) -> Any:
             for piece in stream:
                 size += len(piece)
                 if size > limit:
-                    raise OSError(f"{host}: sends more than the {limit} bytes that can be right; given up")
+                    raise OSError(f"{host}: sent more than {limit} bytes, which cannot be right; stopped")
                 if until is not None and time.monotonic() > until:
-                    raise OSError(f"{host}: no end of its answer after {_ANSWER_S:.0f} s; given up")
+                    raise OSError(f"{host}: its response had not ended after {_ANSWER_S:.0f} s; stopped")
                 yield piece
 
         def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Failures of the hub: temporary ones are retried, others are explained in one line with the cure."""
+"""Failures of the hub: temporary ones are retried, others are explained in one line that says how to fix them."""
 
 import difflib
 import json

@@ -53,7 +53,12 @@ from tt_train.errors import shell_word
     help="Maximum number of tokens of a row; longer rows are cut.",
 )
 @click.option("--packing", is_flag=True, help="Pack several rows into each sequence of --max-seq-len tokens.")
-@click.option("--template", metavar="NAME", show_default="the model's own", help="Name of a template.")
+@click.option(
+    "--template",
+    metavar="NAME",
+    show_default="the model's own",
+    help="Template to use: a built-in name or a .jinja file.",
+)
 @click.option(
     "--schema",
     metavar="NAME",

@@ -93,7 +93,7 @@ class Gemma2Config(LayeredConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Gemma2Config):
-    """``config.json`` of a Gemma 3 text model; ``rope_scaling`` is of the layers that see everything."""
+    """``config.json`` of a Gemma 3 text model; ``rope_scaling`` applies to the layers without a window."""
 
     model_type: ClassVar[str] = "gemma3_text"
     architecture: ClassVar[str] = "Gemma3ForCausalLM"

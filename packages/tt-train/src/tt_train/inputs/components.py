@@ -28,7 +28,9 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     cure = "use device=cpu or device=auto"
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError([f"device: mps asked for, this machine or this torch {torch.__version__} has none; {cure}"])
+        raise ConfigError(
+            [f"device: mps is not available on this machine or in this torch {torch.__version__}; {cure}"]
+        )
     count = torch.cuda.device_count() if device.type == "cuda" else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without CUDA)"

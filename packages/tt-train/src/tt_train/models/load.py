@@ -45,7 +45,7 @@ def load(
         dtype: that of the run or of the files by default; on a CPU, fp16 files become fp32.
         adapter: False gives the base model of a run or adapter.
         base: the directory of a base that has moved, ``nf4`` or ``dense``, or both; see ``find_origin``.
-        tell: receives a sentence on which base computes, if an adapter was trained on 4 bits.
+        tell: is called with a sentence that says how the base is loaded, if the adapter was trained on a 4-bit base.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: what is missing, and how to fix it.

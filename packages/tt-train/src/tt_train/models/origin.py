@@ -41,7 +41,7 @@ class Origin:
 
     @property
     def base_words(self) -> str | None:
-        """A sentence on which base computes, if there is a choice."""
+        """A sentence that says how the base is loaded, if there is a choice."""
         if self.nf4 and self.trained_on_nf4:
             return f"base: 4 bits (NF4), as in training; --base {DENSE} uses the weights of its files"
         if self.nf4:

@@ -87,7 +87,7 @@ def config_of(gguf: GGUF, model_type: str) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         same = keys.whole(key, head_dim)
         if same != head_dim and (model_type, key) != ("phi3", "rope.dimension_count"):
-            raise ValueError(f"{gguf.path}: {keys.prefix}{key} is {same}, a head has {head_dim}: this is not converted")
+            raise ValueError(f"{gguf.path}: {keys.prefix}{key} {same} is not converted: a head has {head_dim}")
     config: dict[str, Any] = {
         "architectures": [f"{_CLASSES[model_type]}ForCausalLM"],
         "attention_bias": _has(gguf, "attn_output.bias"),
@@ -161,7 +161,7 @@ def _extras(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]
     if kind != "qwen2":
         biases = [local for local in ("q", "k", "v", "output") if _has(gguf, f"attn_{local}.bias")]
         if len(biases) not in (0, 4):
-            raise ValueError(f"{gguf.path}: biases of {', '.join(biases)} only: no model_type here has them so")
+            raise ValueError(f"{gguf.path}: has biases of {', '.join(biases)} only, which no supported model_type has")
     if kind == "smollm3":
         layers = config["num_hidden_layers"]  # every fourth has no rope, which llama.cpp knows without a key
         found |= {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)], "no_rope_layer_interval": 4}

@@ -89,7 +89,7 @@ def _chat_template(gguf: GGUF) -> Any:
     }
     default = gguf.values.get(prefix)
     if not all(isinstance(text, str) for text in [*named.values(), default or ""]):
-        raise ValueError(f"{gguf.path}: {prefix} is not a text; download it again")
+        raise ValueError(f"{gguf.path}: {prefix} is not text; download it again")
     if not named:
         return default
     every = ({"default": default} if default else {}) | named
@@ -101,7 +101,7 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
     values, path = gguf.values, gguf.path
     tokens = values.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens) or not tokens:
-        raise ValueError(f"{path}: tokenizer.ggml.tokens: expected a list of texts; download it again")
+        raise ValueError(f"{path}: tokenizer.ggml.tokens: expected a list of strings; download it again")
     longest = max(map(len, tokens))
     if longest > _LONGEST_TOKEN or sum(map(len, tokens)) > _MAX_CHARACTERS:
         raise ValueError(f"{path}: tokenizer.ggml.tokens: texts of up to {longest} characters; download it again")
