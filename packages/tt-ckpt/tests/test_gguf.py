@@ -412,7 +412,10 @@ def test_what_no_config_can_say_is_refused_by_name(tmp_path):
             (lambda w: w.add_rope_dimension_count(8), "rope.dimension_count 8 is not converted: a head has 16"),
             (lambda w: w.add_tensor("blk.0.attn_q_norm.weight", np.ones(16, np.float32)), "has no place in a llama"),
             (lambda w: w.add_tensor("blk.3.attn_norm.weight", np.ones(64, np.float32)), "block 3 is not like"),
-            (lambda w: w.add_tensor("rope_freqs.weight", np.float32([1, 3] * 4)), "rope_freqs.weight is not made"),
+            (
+                lambda w: w.add_tensor("rope_freqs.weight", np.float32([1, 3] * 4)),
+                "rope_freqs.weight does not follow Llama",
+            ),
             (lambda w: w.add_token_list([f"t{i}" for i in range(97)]), "97 tokens, but token_embd.weight has 96"),
             (lambda w: w.add_causal_attention(False), "attention.causal False is not converted"),
             (lambda w: w.add_string("general.type", "adapter"), "of type 'adapter', not a model"),

@@ -66,9 +66,7 @@ class TrainCheckpoint:
 
     def __init__(self, directory: str | Path, *, keep_last: int = 2) -> None:
         if keep_last < 2:
-            raise ValueError(
-                f"keep_last must be at least 2, so that there is a fallback if the newest is damaged; got {keep_last}"
-            )
+            raise ValueError(f"keep_last must be at least 2, in case the newest is damaged; got {keep_last}")
         self.directory = Path(directory).expanduser()
         self.keep_last = keep_last
         self.keep: set[int] = set()
