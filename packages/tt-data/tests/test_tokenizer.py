@@ -226,3 +226,10 @@ def test_an_end_token_that_the_vocabulary_does_not_have_is_reported(
     assert load_tokenizer(model).eos_id is None
     assert "eos_token '</end>' is not in the vocabulary: no row gets it" in caplog.text
     assert "bos_token" not in caplog.text
+
+
+@pytest.mark.parametrize(("messages", "found"), [("user", "str"), ([3], "int")])
+def test_messages_of_another_type_are_named(chatml: Any, messages: Any, found: str) -> None:
+    for method in (chatml.render, chatml.encode_prompt):
+        with pytest.raises(ValueError, match=f"expected a list of Message .*, found {found}"):
+            method(messages)

@@ -258,6 +258,10 @@ def template_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     """What a template sees of a message: no None values, the reasoning under each of its names."""
     if isinstance(message, Message):
         message = {"role": message.role, "content": message.content, **message.extra}
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            f"expected a list of Message or of mappings with role and content, found {type(message).__name__}"
+        )
     data = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((data[name] for name in names if data.get(name) is not None), None)
