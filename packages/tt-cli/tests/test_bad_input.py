@@ -238,7 +238,7 @@ def other_model(here: Path, write_tiny_model: Callable[..., Path], **changes: An
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"hidden_size": 64}, ("this adapter was trained on ", "the model here is another")),
+        ({"hidden_size": 64}, ("this adapter was trained on ", "the model here is different")),
         ({"num_hidden_layers": 3}, ("this adapter was trained on ", "46,944 parameters in 30 tensors")),
         ({"num_hidden_layers": 1}, ("this adapter was trained on ", "28,384 parameters in 12 tensors")),
     ],

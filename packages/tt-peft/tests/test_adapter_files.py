@@ -65,7 +65,9 @@ def folder(make_lm, randomise, tmp_path):
 
 @pytest.mark.parametrize("sizes", [{"layers": 1}, {"layers": 3}, {"dim": 64}, {"vocab": 48}])
 def test_an_adapter_of_another_shape_is_refused(sizes, folder, make_lm):
-    with pytest.raises(ValueError, match=r"trained on org/base, but the model here is another: names or shapes differ"):
+    with pytest.raises(
+        ValueError, match=r"trained on org/base, but the model here is different: names or shapes differ"
+    ):
         tt_peft.load_adapter(make_lm(**sizes), folder)
 
 

@@ -144,7 +144,7 @@ def sampling_options(function: Function) -> Function:
             "--top-p",
             type=SHARE,
             metavar="P",
-            help="Sample from the fewest likeliest tokens whose probabilities add up to P.",
+            help="Sample from the likeliest tokens whose probabilities add up to P.",
         ),
         click.option("--seed", type=SEED, metavar="N", help="Random seed; the same seed gives the same answer."),
     )(function)

@@ -39,7 +39,7 @@ def check_base_of(
             raise ValueError(f"{plain(file)}: the metadata {BASE_KEY!r} is damaged; save the adapter again") from None
         if different:
             raise ValueError(
-                f"{title}, but the model here{f' ({plain(here)})' if here else ''} is another: {different}; load it "
+                f"{title}, but the model here{f' ({plain(here)})' if here else ''} is different: {different}; load it "
                 "over the base that it was trained on"
             )
     elif base_model and trained_on and Path(base_model).name != Path(trained_on).name:
