@@ -213,7 +213,7 @@ def test_modes_follow_the_umask(tiny, model_dir, tmp_path):
 def test_weights_are_written_over_only_when_allowed(tiny, tmp_path, equal_models):
     tt_ckpt.save_hf(tiny(1), tmp_path / "out", config={}, max_shard_size="40KB")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds model-00001-of-"):
+    with pytest.raises(FileExistsError, match="contains model-00001-of-"):
         tt_ckpt.save_hf(tiny(2), tmp_path / "out", config={})
     tt_ckpt.save_hf(tiny(2), tmp_path / "out", config={}, overwrite=True)
     model = tiny(3)

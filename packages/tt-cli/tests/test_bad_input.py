@@ -141,7 +141,7 @@ MODEL: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "mistyped type": (config(model_type="lama"), ("model_type 'lama'", "did you mean 'llama'?")),
     "mistyped type, other case": (config(model_type="Qwne2"), ("did you mean 'qwen2'?", "supported: ")),
     "unknown type": (config(model_type="bert", architectures=["BertModel"]), ("'bert'", "'BertModel'", "supported: ")),
-    "no config": (without("config.json"), ("config.json: missing", "the directory holds model.safetensors")),
+    "no config": (without("config.json"), ("config.json: missing", "the directory contains model.safetensors")),
     "config cut": (cut("config.json", 60), ("config.json:5:3",)),
     "config empty": (text("config.json", ""), ("config.json: 0 bytes",)),
     "config is a list": (text("config.json", "[]"), ("config.json", "object")),
