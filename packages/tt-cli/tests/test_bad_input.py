@@ -181,7 +181,7 @@ WEIGHTS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "none": (without("model.safetensors"), ("no weights: expected model.safetensors",)),
     "pickles": (pickles, ("pytorch_model.bin", "--allow-pickle")),
     "vocabulary": (config(vocab_size=321), ("config.vocab_size=321 vs embedding rows ", "model.embed_tokens.weight")),
-    "more layers": (config(num_hidden_layers=3), ("model.layers.2.*: 9 tensors", "the files hold 2 whole layers")),
+    "more layers": (config(num_hidden_layers=3), ("model.layers.2.*: 9 tensors", "the files contain 2 whole layers")),
     "fewer layers": (config(num_hidden_layers=1), ("9 unexpected (model.layers.1.*: 9 tensors)",)),
     "width": (config(hidden_size=64), ("of another shape (", "model.embed_tokens.weight", ", ...)")),
     "key heads": (config(num_key_value_heads=4), ("config.num_key_value_heads=4 vs 2 in the file",)),
