@@ -85,7 +85,7 @@ def test_validate_names_dropped_rows_of_the_held_out_set(tt, words):
     for mode in ([], ["data.streaming=true", "max_steps=1"]):
         answer = tt("validate", "sft", *words, *mode, "data.eval=out.jsonl", "data.max_dropped_share=0.5")
         assert answer.code == 0
-        assert "held out: 1 text rows; dropped: 1 empty; " in answer.err
+        assert "held out: 1 text row; dropped: 1 empty; " in answer.err
         assert "held out: out.jsonl:2: column 'text' is empty\n" in answer.err
 
 

@@ -102,7 +102,7 @@ def test_a_model_that_is_not_equal_is_shown_with_its_limits_and_exits_with_1(tt,
         ["greedy_differences", "3", "0"],
         ["gradients", "inf", "1.0e-05"],
     ]
-    assert "furthest off: model.norm.weight" in answer.out
+    assert "least accurate gradient: model.norm.weight" in answer.out
     assert "m: NOT equal (torch 2)" in answer.out
 
 
