@@ -143,11 +143,11 @@ def test_an_error_in_a_template_names_its_line_and_the_row(chatml: Any) -> None:
 
 
 LOOP = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
-ON_ROWS = {  # what goes on when a row of the data is rendered, though the studies of a template go well
+ON_ROWS = {  # slow on any machine when a row of the data is rendered, though the studies of a template go well
     "a loop": LOOP,
     "a power that Python cannot be stopped in": "{% set n = messages | length + 7 %}{{ 7 ** (7 ** n) }}",
     "memory": "{% for i in range(400) %}{% set n = messages | length * 10**7 %}{% set y = 'x' * n %}{% endfor %}",
-    "recursion": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{% for i in range(9) %}{{ f(0) }}{% endfor %}",
+    "recursion": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
 }
 
 
