@@ -112,3 +112,30 @@ def words(model_dir, rows_file):
         "schedule.warmup_steps=2",
         "samples.max_new_tokens=4",
     ]
+
+
+def on_rank(rank, size, store, function, args):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    function(*args)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    """``ranks(size, function, *args)`` calls the function on so many forked processes, each with its rank."""
+    import torch._dynamo  # seconds in every forked rank, once here
+    import torch.distributed.fsdp
+    import torch.multiprocessing
+
+    count = iter(range(1000))
+
+    def run(size, function, *args):
+        store = tmp_path / f"store{next(count)}"
+        arguments = (size, store, function, args)
+        torch.multiprocessing.start_processes(on_rank, args=arguments, nprocs=size, start_method="fork")
+
+    return run
