@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tt_train.losses import Summed, cross_entropy, linear_cross_entropy
     from tt_train.models.load import load
     from tt_train.models.merge import merge_run
+    from tt_train.schedule import learning_rate
     from tt_train.step import train_step
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "load": "models.load",
     "cross_entropy": "losses",
     "linear_cross_entropy": "losses",
+    "learning_rate": "schedule",
     "merge_run": "models.merge",
     "train_step": "step",
 }
@@ -35,6 +37,7 @@ __all__ = [
     "TrainingError",
     "compose",
     "cross_entropy",
+    "learning_rate",
     "linear_cross_entropy",
     "load",
     "merge_run",

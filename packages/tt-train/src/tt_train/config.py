@@ -94,10 +94,14 @@ class OptimizerSection:
 class ScheduleSection:
     """The learning rate over the run; the rules are those of transformers' schedulers, but step 1 is not at rate 0."""
 
-    name: str = "cosine"  # cosine | linear | constant
+    name: str = "cosine"  # cosine | linear | constant | wsd: constant, and a decay over the last steps
     warmup_steps: int | None = None  # steps before the full rate; 0: none
     warmup_ratio: float | None = None  # the same as a share of the run, instead of steps; neither: 0.03
-    min_lr_ratio: float = 0.0  # where cosine and linear end, as a share of lr
+    min_lr_ratio: float = 0.0  # where cosine, linear and wsd end, as a share of lr
+    num_cycles: float = 0.5  # of cosine: waves until the end; 0.5 falls once
+    decay: str = "cosine"  # of wsd: cosine | linear | 1-sqrt
+    decay_steps: int | None = None  # of wsd
+    decay_ratio: float | None = None  # the same as a share of the run, instead of steps; neither: 0.1
 
 
 @dataclass

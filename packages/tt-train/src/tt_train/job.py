@@ -25,7 +25,7 @@ from tt_train.inputs.rows import (
 )
 from tt_train.keys.mistakes import missing, refuse_mistakes
 from tt_train.memory import DTYPES
-from tt_train.optim import schedule_notes
+from tt_train.schedule import schedule_mistakes, schedule_notes
 
 C = TypeVar("C", bound=RunConfig)
 C_co = TypeVar("C_co", bound=RunConfig, covariant=True)
@@ -173,6 +173,8 @@ def assemble(config: C, *, rows: Kind = "single") -> Job[C]:
         dtype=DTYPES[config.model.dtype],
         notes=notes,
     )
+    if too_long := schedule_mistakes(config.schedule, job.steps_total):
+        raise ConfigError(too_long)
     job.notes += schedule_notes(config, job.steps_total)
     return job
 

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-from tt_train.config import RunConfig, to_dict
+from tt_train.config import RunConfig, ScheduleSection, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.keys.schema import default_of, plain, section_type, type_of
 from tt_train.keys.values import fits, meant
@@ -20,12 +20,14 @@ _CHOICES = {
     "data.train_on": ("assistant", "last", "all"),
     "data.on_bad_row": ("drop", "error"),
     "data.special_tokens": ("text", "tokens"),
-    "schedule.name": ("cosine", "linear", "constant"),
+    "schedule.name": ("cosine", "linear", "constant", "wsd"),
+    "schedule.decay": ("cosine", "linear", "1-sqrt"),
     "on_nonfinite": ("stop", "skip"),
 }
 # what other tools call these values
 _ELSEWHERE = {"bfloat16": "bf16", "bfloat": "bf16", "auto": "bf16", "float32": "fp32", "float": "fp32", "full": "fp32",
-              "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine", "completion": "assistant",
+              "constant_with_warmup": "constant", "cosine_with_min_lr": "cosine",
+              "warmup_stable_decay": "wsd", "completion": "assistant",
               "true": "all", "input": "all", "inputs": "all"}  # fmt: skip
 _STEPS = 10**9
 # the least and the most that a number can be meant as; what a machine can hold is found out later
@@ -33,15 +35,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 10**6), "micro_batch_size": (1, 10**6), "epochs": (1, 10**6), "max_steps": (1, _STEPS),
     "eval_every": (1, _STEPS), "early_stop_after": (1, _STEPS), "save_every": (1, _STEPS), "keep_last": (2, 10**6),
     "data.max_seq_len": (2, 2**24), "data.num_workers": (0, 256), "data.worker_timeout_s": (1e-3, 10**6),
-    "data.max_dropped_share": (0, 1), "schedule.warmup_steps": (0, _STEPS), "samples.num": (0, 10**4),
+    "data.max_dropped_share": (0, 1), "schedule.warmup_steps": (0, _STEPS), "schedule.decay_steps": (1, _STEPS),
+    "schedule.num_cycles": (1e-9, 10**6), "samples.num": (0, 10**4),
     "samples.max_new_tokens": (1, 2**20), "adapter.rank": (1, 2**16), "adapter.alpha": (-(10**6), 10**6),
     "adapter.lora_plus_ratio": (1e-9, 10**6), "optimizer.lr": (1e-30, 1000), "optimizer.weight_decay": (0, 10**6),
     "optimizer.eps": (0, 1), "max_grad_norm": (1e-30, 10**30), "seed": (0, 2**64 - 1),
 }  # fmt: skip
-_BELOW_ONE = ("loss.label_smoothing", "schedule.min_lr_ratio", "schedule.warmup_ratio", "adapter.dropout",
-              "optimizer.momentum", "optimizer.betas")  # fmt: skip
+_BELOW_ONE = ("loss.label_smoothing", "schedule.min_lr_ratio", "schedule.warmup_ratio", "schedule.decay_ratio",
+              "adapter.dropout", "optimizer.momentum", "optimizer.betas")  # fmt: skip
 _UNSET = {"max_steps": "epochs decide", "eval_every": "at the end only", "save_every": "after the last step only",
           "early_stop_after": "never", "schedule.warmup_steps": "by schedule.warmup_ratio",
+          "schedule.decay_steps": "by schedule.decay_ratio",
           "max_grad_norm": "no clipping"}  # fmt: skip
 _LARGEST = 3e38  # of fp32, in which the numbers of a run are computed with
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -52,6 +56,7 @@ _INSTEAD_OF_A_SHARE = {
     "eval_every": "it counts steps, not a share of the run",
     "save_every": "it counts steps, not a share of the run",
     "schedule.warmup_steps": "a share of the run is schedule.warmup_ratio",
+    "schedule.decay_steps": "a share of the run is schedule.decay_ratio",
 }
 
 
@@ -181,10 +186,7 @@ def _wrong_rows(config: RunConfig) -> list[str]:
 
 def _wrong_pairs(config: RunConfig) -> list[str]:
     """Keys that cannot be given together: both are named, and the way out."""
-    found = []
-    steps, ratio = config.schedule.warmup_steps, config.schedule.warmup_ratio
-    if steps is not None and ratio is not None:
-        found.append(f"schedule: warmup_steps {steps} and warmup_ratio {ratio} are both given; set one of them to null")
+    found = _wrong_schedule(config.schedule)
     if config.model.path is not None and config.model.name is not None:
         found.append(
             f"model: path {config.model.path} and name {config.model.name} are both given; name makes random weights: "
@@ -205,6 +207,22 @@ def _wrong_pairs(config: RunConfig) -> list[str]:
         found.append(
             f"batch_size: {batch} is not a multiple of micro_batch_size {micro}; nearest that are: {near}{lowered}"
         )
+    return found
+
+
+def _wrong_schedule(schedule: ScheduleSection) -> list[str]:
+    found = []
+    for part in ("warmup", "decay"):
+        steps, ratio = getattr(schedule, f"{part}_steps"), getattr(schedule, f"{part}_ratio")
+        if steps is not None and ratio is not None:
+            both = f"{part}_steps {steps} and {part}_ratio {ratio}"
+            found.append(f"schedule: {both} are both given; set one of them to null")
+    given = ["decay", "decay_steps", "decay_ratio"] if schedule.name != "wsd" else []
+    given += ["num_cycles"] if "cosine" not in (schedule.name, schedule.decay if schedule.name == "wsd" else "") else []
+    for name in given:
+        if getattr(schedule, name) != getattr(ScheduleSection(), name):
+            cure = "use schedule.name=cosine" if name == "num_cycles" else "use schedule.name=wsd"
+            found.append(f"schedule.{name}: a {schedule.name} schedule has none; {cure}, or leave it out")
     return found
 
 

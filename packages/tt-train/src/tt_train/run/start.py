@@ -11,7 +11,6 @@ import tt_ckpt
 from tt_train.config import RunConfig, to_dict, to_yaml
 from tt_train.errors import ConfigError
 from tt_train.job import Job
-from tt_train.optim import rate_change
 from tt_train.recipe_file import copy_of
 from tt_train.registry import imports_of
 from tt_train.run.checkpoints import TrainingState
@@ -30,6 +29,7 @@ from tt_train.run.resume import (
 )
 from tt_train.run.serving import own_template
 from tt_train.run_files import TEMPLATE_FILE, FinishedRun, read_rows
+from tt_train.schedule import rate_change
 
 
 def start(
