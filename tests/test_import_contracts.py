@@ -73,7 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("rows",),
         ("dataset", "packing", "views", "encode", "row_encoder", "builder"),
         ("stream",),
-        ("cache", "loader", "show", "load", "datasets"),
+        ("cache", "collate", "loader", "show", "load", "datasets"),
     ),
 }
 

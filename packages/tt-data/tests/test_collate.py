@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from tt_data import collate, padded_collate, padded_collate_dpo
+from tt_data.collate import without_loss
 
 
 def test_rows_are_padded_on_the_right() -> None:
@@ -33,8 +36,10 @@ def test_preference_rows_keep_their_sides() -> None:
         "rejected_labels": [-100, 5, 6],
     }
     batch = collate([row, other], pad_id=7)
-    assert batch["chosen_input_ids"].tolist() == [[1, 2], [3, 7]]
-    assert batch["rejected_labels"].tolist() == [[-100, -100, -100], [-100, 5, 6]]
+    assert batch["input_ids"].tolist() == [[1, 2, 7], [1, 7, 7], [3, 7, 7], [4, 5, 6]]
+    assert batch["labels"].tolist() == [[-100, 2, -100], [-100, -100, -100], [3, -100, -100], [-100, 5, 6]]
+    assert batch["answer_ids"].tolist() == [[0, 0, -1], [1, -1, -1], [2, -1, -1], [3, 3, 3]]
+    assert set(batch) == {"input_ids", "labels", "answer_ids"}
     ids, labels = padded_collate_dpo([row, other], padding_idx=7, ignore_idx=-1)
     assert ids.tolist() == [[1, 2, 7], [3, 7, 7], [1, 7, 7], [4, 5, 6]]
     assert labels.tolist() == [[-100, 2, -1], [3, -1, -1], [-100, -1, -1], [-100, 5, 6]]
@@ -42,7 +47,58 @@ def test_preference_rows_keep_their_sides() -> None:
 
 def test_judgements_become_bools() -> None:
     rows = [{"input_ids": [1], "labels": [1], "desirable": value} for value in (True, False)]
-    assert collate(rows, pad_id=0)["desirable"].tolist() == [True, False]
+    batch = collate(rows, pad_id=0)
+    assert batch["desirable"].tolist() == [True, False]
+    assert batch["answer_ids"].tolist() == [[0], [1]]
+
+
+def test_a_pack_of_pairs_is_one_row_whose_tokens_know_their_answers() -> None:
+    """The offsets count the tokens of the chosen side before those of the rejected one: no boundary is lost."""
+    packs = [
+        {"chosen_input_ids": [1, 2, 3], "chosen_labels": [-100, 2, -100], "chosen_position_ids": [0, 1, 0],
+         "rejected_input_ids": [1, 4, 5, 3], "rejected_labels": [-100, 4, 5, -100],
+         "rejected_position_ids": [0, 1, 2, 0],
+         "reference_log_probs": [-1.0, -2.0, -3.0, -4.0]},
+        {"chosen_input_ids": [6, 7], "chosen_labels": [-100, 7], "chosen_position_ids": [0, 1],
+         "rejected_input_ids": [6, 8], "rejected_labels": [-100, 8], "rejected_position_ids": [0, 1],
+         "reference_log_probs": [-5.0, -6.0]},
+    ]  # fmt: skip
+    batch = collate(packs, pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 1, 4, 5, 3], [6, 7, 6, 8, 9, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 2, -100, -100, 4, 5, -100], [-100, 7, -100, 8, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2, 0], [0, 1, 0, 1, 0, 1, 2]]
+    assert batch["answer_ids"].tolist() == [[0, 0, 2, 1, 1, 1, 3], [4, 4, 5, 5, -1, -1, -1]]
+    assert batch["reference_log_probs"].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
+    assert batch["reference_log_probs"].dtype == torch.float32
+
+
+def test_a_pack_of_judged_answers_has_a_judgement_for_each() -> None:
+    packs = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, -100], "position_ids": [0, 1, 0], "desirable": [True, False]},
+        {"input_ids": [4, 5], "labels": [-100, 5], "position_ids": [0, 1], "desirable": [True]},
+    ]
+    batch = collate(packs, pad_id=0)
+    assert batch["desirable"].tolist() == [True, False, True]
+    assert batch["answer_ids"].tolist() == [[0, 0, 1], [2, 2, -1]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["single", "pair", "judged"])
+def test_a_batch_without_loss_has_the_same_keys_and_no_answer(kind: str, packed: bool) -> None:
+    sides = ("chosen_", "rejected_") if kind == "pair" else ("",)
+    row: dict[str, Any] = {}
+    for side in sides:
+        row |= {f"{side}input_ids": [1, 2, 3], f"{side}labels": [-100, 2, 3]}
+        row |= {f"{side}position_ids": [0, 1, 2]} if packed else {}
+    if kind != "single":
+        row["reference_log_probs"] = [-1.0, -2.0][: len(sides)]
+    if kind == "judged":
+        row["desirable"] = [True] if packed else True
+    batch, empty = collate([row], pad_id=0), without_loss(row, pad_id=0)
+    assert batch.keys() == empty.keys()
+    assert (empty["labels"] == -100).all()
+    assert kind == "single" or (empty["answer_ids"] == -1).all()
+    assert all(len(empty[key]) == 0 for key in ("desirable", "reference_log_probs") if key in empty)
 
 
 def test_pairs_are_padded_to_the_longest_of_ids_and_labels() -> None:

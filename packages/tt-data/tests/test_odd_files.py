@@ -136,11 +136,15 @@ def test_one_answer_judged_both_ways_is_no_duplicate(chatml: Any) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_judged_rows_cannot_be_packed(chatml: Any, streaming: bool) -> None:
-    """A pack holds several answers, and there would be one label, or none."""
-    rows = [{"prompt": "a ", "completion": f"{n}", "label": True} for n in range(3)]
-    with pytest.raises(ValueError, match="unpaired preference rows have a label each, a pack has none; leave packing"):
-        next(batches(load_dataset(rows, chatml, packing=True, max_seq_len=16, streaming=streaming), batch_size=2))
+def test_packed_judged_answers_keep_their_own_judgement(chatml: Any, streaming: bool) -> None:
+    rows = [{"prompt": "a ", "completion": f"{n} {n}", "label": n % 3 == 0} for n in range(9)]
+    dataset = load_dataset(rows, chatml, packing=True, max_seq_len=16, streaming=streaming)
+    batch = next(batches(dataset, batch_size=9, shuffle=False))
+    found = {}
+    for answer, desirable in enumerate(batch["desirable"].tolist()):
+        trained = (batch["answer_ids"] == answer) & (batch["labels"] != -100)
+        found[chatml.decode(batch["labels"][trained].tolist()).strip()] = desirable
+    assert found == {f"{n} {n}": n % 3 == 0 for n in range(9)}
 
 
 TOOLS = {

@@ -130,7 +130,9 @@ def test_preference_rows_are_packed_in_pairs(chatml: Any) -> None:
         for side in ("chosen_", "rejected_"):
             documents = split_documents(packed[i], side)
             assert [ids for ids, _ in documents] == [alone[row][f"{side}input_ids"] for row in packed.members(i)]
-            assert len(packed[i][f"{side}input_ids"]) <= 128
+        assert sum(len(packed[i][f"{side}input_ids"]) for side in ("chosen_", "rejected_")) <= 256
+    tokens = sum(len(row[f"{side}_input_ids"]) for row in alone for side in ("chosen", "rejected"))
+    assert packed.report["efficiency"] == round(tokens / (len(packed) * 256), 4)
 
 
 def test_packing_needs_a_length(chatml: Any) -> None:

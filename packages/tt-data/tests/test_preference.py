@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import load_dataset
+from tt_data import batches, load_dataset
 
 USER, ANSWER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"
 CHAT = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "the cat"}]
@@ -150,6 +150,43 @@ def test_both_sides_of_a_text_pair_are_masked_alike(chatml: Any) -> None:
         ]
         assert masked[0] == masked[1]
     assert dataset.documents(0)[0][1][0].strip().startswith("cat")
+
+
+def test_both_sides_are_the_ids_of_their_whole_text(llama: Any, chatml: Any) -> None:
+    """One bos, and no token that a cut between the prompt and the answer would have made."""
+    for tokenizer in (llama, chatml):
+        for prompt, *answers in (("hello c", "at mat", "up"), ("", "the cat", "a mat"), ("how are you", " fine", ".")):
+            (row,) = load_dataset([{"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}], tokenizer)
+            for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+                assert row[f"{side}_input_ids"] == tokenizer.encode(prompt + answer)
+
+
+def test_a_cut_keeps_the_prompt_that_both_answers_share(chatml: Any) -> None:
+    pair = {"prompt": "how are you ", "chosen": "the cat sat on a mat", "rejected": "fine and hello world you"}
+    whole, cut = load_dataset([pair], chatml)[0], load_dataset([pair], chatml, max_seq_len=8)[0]
+    for key in whole:
+        assert cut[key] == whole[key][:8] != whole[key]
+    prompts = [cut[f"{side}_input_ids"][: cut[f"{side}_labels"].count(-100)] for side in ("chosen", "rejected")]
+    assert prompts[0] == prompts[1] != []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_pair_that_a_cut_leaves_no_answer_or_no_difference_is_dropped(
+    chatml: Any, packing: bool, streaming: bool
+) -> None:
+    good = {"prompt": "a ", "chosen": "b", "rejected": "c"}
+    no_answer = {"prompt": "how are you " * 4, "chosen": "the cat", "rejected": "a mat"}
+    one_answer = {"prompt": "how are you " * 2 + "a ", "chosen": "the cat sat " * 9, "rejected": ""}
+    same = {"prompt": "a ", "chosen": "the cat sat on a mat and hello", "rejected": "the cat sat on a mat and world"}
+    dataset = load_dataset(
+        [good, no_answer, same, one_answer], chatml, max_seq_len=8, packing=packing, streaming=streaming
+    )
+    batch = next(batches(dataset, batch_size=4))
+    assert int(batch["answer_ids"].max()) == 1
+    report = dataset.report
+    assert (report["rows"], report["dropped"]) == (1, {"no trainable token": 1, "equal answers": 1, "empty": 1})
+    assert "chosen and rejected differ only behind max_seq_len 8" in " ".join(report["problems"])
 
 
 def test_a_prompt_that_the_answers_do_not_hold_is_told(chatml: Any) -> None:

@@ -102,6 +102,10 @@ def test_sequences_beyond_the_last_position_are_refused(small):
     model(torch.zeros(1, limit, dtype=torch.int64), cache=cache)
     with pytest.raises(ValueError, match="are more than"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=cache)
+    two = torch.arange(limit).repeat(1, 2)  # documents, of which each is short enough
+    assert model(torch.zeros(1, 2 * limit, dtype=torch.int64), position_ids=two).shape[1] == 2 * limit
+    with pytest.raises(ValueError, match="are more than"):
+        model(torch.zeros(1, 2 * limit, dtype=torch.int64), position_ids=torch.arange(2 * limit)[None])
     dynamic = small(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
     assert dynamic(torch.zeros(1, limit + 1, dtype=torch.int64)).shape[1] == limit + 1
 

@@ -1,5 +1,6 @@
 """Training rows to token ids and labels: tokenizers, chat templates, masks, packing, and an order that resumes."""
 
+from tt_data.collate import collate, padded_collate, padded_collate_dpo
 from tt_data.dataset import IGNORE_INDEX, Dataset, Row, TokenDataset
 from tt_data.datasets import (
     alpaca_cleaned_dataset,
@@ -15,7 +16,7 @@ from tt_data.datasets import (
 )
 from tt_data.examples import Completion, Conversation, Judged, Pair, Text, Tokens
 from tt_data.load import load_dataset
-from tt_data.loader import Batch, batches, collate, padded_collate, padded_collate_dpo
+from tt_data.loader import Batch, batches
 from tt_data.messages import Message, validate_messages
 from tt_data.order import rows_at, steps_per_epoch
 from tt_data.packing import pack

@@ -1,14 +1,14 @@
-"""Endless batches, in an order that is a pure function of (seed, step, rank), and rows of several lengths as one."""
+"""Endless batches, in an order that is a pure function of (seed, step, rank)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol, cast, overload, runtime_checkable
 
-from tt_data.dataset import IGNORE_INDEX
+from tt_data.collate import collate, without_loss
 from tt_data.order import rows_at, steps_per_epoch
 from tt_data.processes import map_in_processes
 from tt_data.stream.stream import Stream
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Batch = dict[str, "Tensor"]
-_SIDES = ("", "chosen_", "rejected_")
 _LONGEST = 1500  # characters of an error
 
 
@@ -169,12 +168,7 @@ class Steps:
     def _without_loss(self) -> Batch:
         """A batch for a rank that has no rows in a step: it must take part, and adds nothing."""
         like: Mapping[str, Any] = self.dataset.blank() if isinstance(self.dataset, Stream) else self.dataset[0]
-        row = {key: value[:2] if isinstance(value, list) else value for key, value in like.items()}
-        batch = collate([row], pad_id=self.pad_id)
-        for key in batch:
-            if key.endswith("labels"):
-                batch[key].fill_(IGNORE_INDEX)
-        return batch
+        return without_loss(like, pad_id=self.pad_id)
 
 
 def _length(row: Mapping[str, Any]) -> int:
@@ -242,55 +236,3 @@ def _as_tensors(batch: Any) -> Any:
     if isinstance(batch, dict):
         return {key: _as_tensors(value) for key, value in batch.items()}
     return [_as_tensors(value) for value in batch]
-
-
-# ---- rows of different lengths to tensors ------------------------------------------------------------------------
-
-
-def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tensor]:
-    """Pad on the right to the longest row: ``input_ids`` with ``pad_id``, ``labels`` with -100.
-
-    If rows are packed, ``position_ids`` count from 0 over the padding: it is one more document, without loss.
-    Preference rows give ``chosen_`` and ``rejected_`` of each; ``desirable`` becomes bools.
-    """
-    import torch
-
-    if not rows:
-        raise ValueError("collate: no rows")
-    batch: dict[str, Tensor] = {}
-    for side in _SIDES:
-        if f"{side}input_ids" not in rows[0]:
-            continue
-        width = max(len(row[f"{side}input_ids"]) for row in rows)
-        batch[f"{side}input_ids"] = _padded([row[f"{side}input_ids"] for row in rows], width, pad_id)
-        batch[f"{side}labels"] = _padded([row[f"{side}labels"] for row in rows], width, IGNORE_INDEX)
-        if f"{side}position_ids" in rows[0]:
-            positions = [row[f"{side}position_ids"] for row in rows]
-            batch[f"{side}position_ids"] = _padded([[*p, *range(width - len(p))] for p in positions], width, 0)
-    if "desirable" in rows[0]:
-        batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
-    return batch
-
-
-def _padded(rows: Sequence[Sequence[int]], width: int, value: int) -> Tensor:
-    import torch
-
-    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)
-
-
-def padded_collate(
-    batch: Sequence[tuple[Sequence[int], Sequence[int]]], padding_idx: int = 0, ignore_idx: int = IGNORE_INDEX
-) -> tuple[Tensor, Tensor]:
-    """Pad (ids, labels) pairs on the right to the longest of all."""
-    width = max(max(len(ids), len(labels)) for ids, labels in batch)
-    return _padded([ids for ids, _ in batch], width, padding_idx), _padded(
-        [labels for _, labels in batch], width, ignore_idx
-    )
-
-
-def padded_collate_dpo(
-    batch: Sequence[Mapping[str, Sequence[int]]], padding_idx: int = 0, ignore_idx: int = IGNORE_INDEX
-) -> tuple[Tensor, Tensor]:
-    """Preference rows as one batch of twice their number: all chosen ones, then all rejected ones."""
-    pairs = [(row[f"{side}input_ids"], row[f"{side}labels"]) for side in ("chosen_", "rejected_") for row in batch]
-    return padded_collate(pairs, padding_idx, ignore_idx)

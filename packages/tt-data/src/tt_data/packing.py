@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from tt_data.dataset import IGNORE_INDEX, Row
-from tt_data.examples import Kind
 from tt_data.order import Permutation
 
 _SIDES = ("", "chosen_", "rejected_")
 
 
 def pack(lengths: Sequence[int], max_seq_len: int, *, seed: int = 0) -> list[list[int]]:
-    """Which documents make up each pack. No document is split; the same seed gives the same packs.
+    """Which documents, or pairs of documents, make up each pack. None is split; the same seed gives the same packs.
 
     ``seed`` decides which of the documents of one length go together. Raises ValueError for one that is too long.
     """
@@ -49,8 +48,11 @@ def pack(lengths: Sequence[int], max_seq_len: int, *, seed: int = 0) -> list[lis
 
 
 def join_documents(rows: Sequence[Row]) -> Row:
-    """One row of many: ``position_ids`` restart at 0 with every document, whose first label is -100."""
+    """One row of many: ``position_ids`` restart at 0 with every document, whose first label is -100. A pack of pairs
+    has two sides, a pack of judged answers a list of judgements."""
     parts, packed = cast(Sequence[dict[str, Any]], rows), dict[str, Any]()
+    if "desirable" in parts[0]:
+        packed["desirable"] = [row["desirable"] for row in parts]
     for side in _SIDES:
         if f"{side}input_ids" not in parts[0]:
             continue
@@ -63,9 +65,3 @@ def join_documents(rows: Sequence[Row]) -> Row:
             positions += range(len(row[f"{side}input_ids"]))
         packed |= {f"{side}input_ids": ids, f"{side}labels": labels, f"{side}position_ids": positions}
     return cast(Row, packed)
-
-
-def refuse_judged(kind: Kind) -> None:
-    """Raise ValueError for judged answers: a pack holds several, but one judgement."""
-    if kind == "judged":
-        raise ValueError("packing: unpaired preference rows have a label each, a pack has none; leave packing off")

@@ -162,6 +162,8 @@ def _finish(
         prompt = max(part.trained[0][0] if part.trained else len(part.ids) for part in parts)
         tally.longest_prompt = max(tally.longest_prompt, prompt)
         raise BadRowError("no trainable token", f"no trainable token at max_seq_len {limit} (its prompt has {prompt})")
+    if len(kept) == 2 and kept[0].ids == kept[1].ids:
+        raise BadRowError("equal answers", f"chosen and rejected differ only behind max_seq_len {limit}")
     no_end = any(not ends_turn(part.ids[a:b], tokenizer) for part in parts for a, b in part.trained)
     desirable = isinstance(example, Judged) and example.desirable
     digest = digest_of(parts, desirable) if settings.drop_duplicates else b""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tt_data.dataset import Dataset, Piece, Row, TokenDataset, check_index
 from tt_data.order import Permutation, interleave, quotas_of
-from tt_data.packing import join_documents, pack, refuse_judged
+from tt_data.packing import join_documents, pack
 from tt_data.report import Report, add_reports
 
 
@@ -95,19 +95,23 @@ class Subset(View):
 
 
 class PackedDataset(View):
-    """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``rows``."""
+    """``ds[i] -> {"input_ids", "labels", "position_ids"}`` over whole documents of ``rows``.
+
+    A pack of pairs has ``chosen_`` and ``rejected_`` of each, together at most twice ``max_seq_len`` tokens: as many as
+    a pair alone may have.
+    """
 
     def __init__(self, rows: TokenDataset, *, max_seq_len: int, seed: int = 0) -> None:
-        refuse_judged(rows.kind)
-        content = f"{rows.fingerprint} packed {max_seq_len} {seed}"
+        room = max_seq_len * len(rows.stores)
+        content = f"{rows.fingerprint} packed {room} {seed}"
         super().__init__(rows, schema=rows.schema, fingerprint=hashlib.sha256(content.encode()).hexdigest())
         self.rows, self.max_seq_len = rows, max_seq_len
-        lengths = [rows.length(i) for i in range(len(rows))]
+        lengths = [sum(store.length(i) for store in rows.stores) for i in range(len(rows))]
         self._flat, self._ends = array("q"), array("q", [0])
-        for members in pack(lengths, max_seq_len, seed=seed):
+        for members in pack(lengths, room, seed=seed):
             self._flat.extend(members)
             self._ends.append(len(self._flat))
-        self.efficiency = sum(lengths) / (len(self) * max_seq_len)
+        self.efficiency = sum(lengths) / (len(self) * room)
 
     def __len__(self) -> int:
         return len(self._ends) - 1

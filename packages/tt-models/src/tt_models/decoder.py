@@ -64,7 +64,7 @@ class Stack(nn.Module):
         """[B, S, E], after the final norm."""
         if len(self.layers) != len(self.windows):  # layers were removed
             self.read_layers()
-        length = self.check_length(input_ids_BS, cache)
+        length = self.check_length(input_ids_BS, cache, position_ids_BS)
         x_BSE = self.embed_tokens(input_ids_BS)
         if self.embed_scale is not None:
             x_BSE = x_BSE * torch.tensor(self.embed_scale, dtype=x_BSE.dtype)  # rounded to that dtype first
@@ -81,8 +81,8 @@ class Stack(nn.Module):
             cache.first = None if starts is None else starts[:, -1]
         return self.norm(x_BSE)  # type: ignore[no-any-return]
 
-    def check_length(self, input_ids_BS: Tensor, cache: KVCache | None) -> int:
-        """How many tokens came before; ValueError if there are too many."""
+    def check_length(self, input_ids_BS: Tensor, cache: KVCache | None, position_ids_BS: Tensor | None = None) -> int:
+        """How many tokens came before; ValueError if there are too many. Packed rows may be longer than a document."""
         if input_ids_BS.dim() != 2 or 0 in input_ids_BS.shape:
             shape = list(input_ids_BS.shape)
             raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got {shape}")
@@ -94,7 +94,10 @@ class Stack(nn.Module):
             cache.check_layers(len(self.layers))
             length = cache.length
         stretches = any(rope.kind == "dynamic" for rope in self.ropes if rope is not None)
-        if length + seq_len > self.max_positions and not stretches:
+        too_long = length + seq_len > self.max_positions and not stretches
+        if too_long and cache is None and position_ids_BS is not None:
+            too_long = position_ids_BS.device.type == "cpu" and int(position_ids_BS.max()) >= self.max_positions
+        if too_long:
             raise ValueError(
                 f"{length + seq_len} tokens are more than max_position_embeddings {self.max_positions}: "
                 "shorten them, or raise it in the config"

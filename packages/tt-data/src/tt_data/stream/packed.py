@@ -14,7 +14,7 @@ from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
 from tt_data.examples import Kind
 from tt_data.files import read_object, write_bytes
 from tt_data.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
-from tt_data.packing import join_documents, pack, refuse_judged
+from tt_data.packing import join_documents, pack
 from tt_data.report import Report, Tally, add_reports
 from tt_data.row_encoder import TokenRow
 from tt_data.stream.shuffled import StreamDataset
@@ -28,23 +28,23 @@ News = tuple[Tally, list[int], list[int], bool]
 class _Packs:
     """The documents of one block, in flat arrays, and which of them make up each pack."""
 
-    def __init__(self, rows: Sequence[TokenRow], max_seq_len: int, *, seed: int) -> None:
+    def __init__(self, rows: Sequence[TokenRow], room: int, *, seed: int) -> None:
         self.kind: Kind = rows[0].kind if rows else "single"
-        refuse_judged(self.kind)
         self.stores = [TokenStore() for _ in (rows[0].parts if rows else ())]
         for row in rows:
             for store, part in zip(self.stores, row.parts, strict=True):
                 store.append(part)
-        lengths = [max(len(part.ids) for part in row.parts) for row in rows]
+        self.desirable = [row.desirable for row in rows]
+        lengths = [sum(len(part.ids) for part in row.parts) for row in rows]
         self.tokens = sum(lengths)
-        self.members = pack(lengths, max_seq_len, seed=seed)
+        self.members = pack(lengths, room, seed=seed)
 
     def __len__(self) -> int:
         return len(self.members)
 
     def row(self, number: int) -> Row:
-        rows = [[store.get(i) for store in self.stores] for i in self.members[number]]
-        return join_documents([to_row(self.kind, sides, False) for sides in rows])
+        rows = [(self.desirable[i], [store.get(i) for store in self.stores]) for i in self.members[number]]
+        return join_documents([to_row(self.kind, sides, desirable) for desirable, sides in rows])
 
 
 class PackedStream(Stream):
@@ -60,7 +60,8 @@ class PackedStream(Stream):
         self.rows, self.max_seq_len = rows, max_seq_len
         self.tokenizer, self.pad_id, self.schema, self.names = rows.tokenizer, rows.pad_id, rows.schema, rows.names
         self._kind = rows.kind
-        self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {max_seq_len}".encode()).hexdigest()
+        self.room = max_seq_len * (2 if rows.kind == "pair" else 1)  # tokens of a pack
+        self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {self.room}".encode()).hexdigest()
         self.index_file = index_dir and index_dir / f"{self.fingerprint[:40]}-packs.json"
         self.counts: list[int] = []  # packs of each block
         self.tokens: list[int] = []  # and the tokens in them
@@ -71,7 +72,7 @@ class PackedStream(Stream):
 
     @property
     def kind(self) -> Kind:
-        """What a pack holds: ``single`` or ``pair``."""
+        """What a pack holds: ``single`` answers, ``pair``s or ``judged`` answers."""
         return self._kind
 
     def _read_index(self) -> None:
@@ -112,7 +113,7 @@ class PackedStream(Stream):
             streams = self.rows.blocks[0].streams
             encoded = self.rows.encode([(streams[n], line, data) for n, line, data in raw], count=count)
             self._kept = {k: v for k, v in self._kept.items() if k == (block - 1, seed, epoch)}
-            self._kept[key] = _Packs(encoded, self.max_seq_len, seed=hash_of(seed, epoch, block))
+            self._kept[key] = _Packs(encoded, self.room, seed=hash_of(seed, epoch, block))
         return self._kept[key]
 
     def has(self, count: int, *, seed: int) -> bool:
@@ -183,7 +184,7 @@ class PackedStream(Stream):
 
     @property
     def report(self) -> Report:
-        full = self.num_packs * self.max_seq_len
+        full = self.num_packs * self.room
         report: Report = {**self.rows.report, "packs": self.num_packs}
         return {**report, "efficiency": round(sum(self.tokens) / full, 4)} if full else report
 
@@ -208,7 +209,7 @@ class PackedMix(Stream):
 
     @property
     def kind(self) -> Kind:
-        """What a pack holds: ``single`` or ``pair``."""
+        """What a pack holds: ``single`` answers, ``pair``s or ``judged`` answers."""
         return self.parts[0].kind
 
     def _has(self, rounds: int, seed: int) -> bool:
@@ -289,4 +290,4 @@ class PackedMix(Stream):
         packs, tokens = sum(part.num_packs for part in self.parts), sum(sum(part.tokens) for part in self.parts)
         total = add_reports(reports, self.schema, sum(report["rows"] for report in reports))
         total = {**total, "streaming": True, "packs": packs}
-        return {**total, "efficiency": round(tokens / (packs * self.parts[0].max_seq_len), 4)} if packs else total
+        return {**total, "efficiency": round(tokens / (packs * self.parts[0].room), 4)} if packs else total
