@@ -71,7 +71,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text",),
         ("examples", "report"),
         ("rows",),
-        ("dataset", "packing", "views", "encode", "row_encoder", "builder"),
+        ("dataset", "mismatched", "packing", "views", "encode", "row_encoder", "builder"),
         ("stream",),
         ("cache", "collate", "loader", "show", "load", "datasets"),
     ),

@@ -74,12 +74,17 @@ def test_a_pack_of_pairs_is_one_row_whose_tokens_know_their_answers() -> None:
 
 def test_a_pack_of_judged_answers_has_a_judgement_for_each() -> None:
     packs = [
-        {"input_ids": [1, 2, 3], "labels": [-100, 2, -100], "position_ids": [0, 1, 0], "desirable": [True, False]},
-        {"input_ids": [4, 5], "labels": [-100, 5], "position_ids": [0, 1], "desirable": [True]},
-    ]
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, -100], "position_ids": [0, 1, 0], "desirable": [True, False],
+         "kl_input_ids": [1, 5, 3, 5], "kl_labels": [-100, 5, -100, 5], "kl_position_ids": [0, 1, 0, 1]},
+        {"input_ids": [4, 5], "labels": [-100, 5], "position_ids": [0, 1], "desirable": [True],
+         "kl_input_ids": [4, 2], "kl_labels": [-100, 2], "kl_position_ids": [0, 1]},
+    ]  # fmt: skip
     batch = collate(packs, pad_id=0)
     assert batch["desirable"].tolist() == [True, False, True]
     assert batch["answer_ids"].tolist() == [[0, 0, 1], [2, 2, -1]]
+    assert batch["kl_input_ids"].tolist() == [[1, 5, 3, 5], [4, 2, 0, 0]]
+    assert batch["kl_answer_ids"].tolist() == [[0, 0, 1, 1], [2, 2, -1, -1]]
+    assert batch["kl_position_ids"].tolist() == [[0, 1, 0, 1], [0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -93,11 +98,13 @@ def test_a_batch_without_loss_has_the_same_keys_and_no_answer(kind: str, packed:
     if kind != "single":
         row["reference_log_probs"] = [-1.0, -2.0][: len(sides)]
     if kind == "judged":
+        row |= {f"kl_{key}": value for key, value in row.items()}
         row["desirable"] = [True] if packed else True
     batch, empty = collate([row], pad_id=0), without_loss(row, pad_id=0)
     assert batch.keys() == empty.keys()
     assert (empty["labels"] == -100).all()
     assert kind == "single" or (empty["answer_ids"] == -1).all()
+    assert kind != "judged" or ((empty["kl_labels"] == -100) & (empty["kl_answer_ids"] == -1)).all()
     assert all(len(empty[key]) == 0 for key in ("desirable", "reference_log_probs") if key in empty)
 
 

@@ -28,7 +28,11 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tens
     log-probabilities are ``zeros(A).index_add(0, answer_ids[:, 1:][kept], log_probs[kept])``, with the log-probability
     of each token from the second on, and ``kept = labels[:, 1:] != -100``.
 
-    ``reference_log_probs`` [A] is there if the rows have it: a list for each row, in the order of its answers.
+    Judged rows also give ``kl_input_ids``, ``kl_labels``, ``kl_answer_ids`` and, if they are packed,
+    ``kl_position_ids``: rows of their own, in which each of the A answers belongs to another prompt.
+
+    ``reference_log_probs`` and ``kl_reference_log_probs`` [A] are there if the rows have them: a list for each row, in
+    the order of its answers.
     """
     import torch
 
@@ -36,11 +40,15 @@ def collate(rows: Sequence[Mapping[str, Any]], *, pad_id: int) -> dict[str, Tens
         raise ValueError("collate: no rows")
     sides = _PAIR if "chosen_input_ids" in rows[0] else ("",)
     batch = _sequences(rows, sides, pad_id, answers=sides == _PAIR or "desirable" in rows[0])
+    if "kl_input_ids" in rows[0]:
+        beside = _sequences(rows, ("kl_",), pad_id, answers=True)
+        batch |= {f"kl_{name}": values for name, values in beside.items()}
     if "desirable" in rows[0]:
         flags = (row["desirable"] for row in rows)
         batch["desirable"] = torch.tensor([f for flag in flags for f in (flag if isinstance(flag, list) else [flag])])
-    if "reference_log_probs" in rows[0]:
-        batch["reference_log_probs"] = torch.tensor([value for row in rows for value in row["reference_log_probs"]])
+    for name in ("reference_log_probs", "kl_reference_log_probs"):
+        if name in rows[0]:
+            batch[name] = torch.tensor([value for row in rows for value in row[name]])
     return batch
 
 
@@ -78,9 +86,9 @@ def without_loss(like: Mapping[str, Any], *, pad_id: int) -> dict[str, Tensor]:
     """A batch with the keys of rows such as ``like``, in which nothing is trained and no answer is."""
     row = {key: value[:2] if isinstance(value, list) else value for key, value in like.items()}
     batch = collate([row], pad_id=pad_id)
-    batch["labels"].fill_(IGNORE_INDEX)
-    if "answer_ids" in batch:
-        batch["answer_ids"].fill_(NO_ANSWER)
+    for name in batch:
+        if name.endswith(("labels", "answer_ids")):
+            batch[name].fill_(IGNORE_INDEX if name.endswith("labels") else NO_ANSWER)
     return {key: value if value.dim() == 2 else value[:0] for key, value in batch.items()}
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias, TypedDict, cast
 
 from tt_data.examples import Kind
 from tt_data.files import open_regular
+from tt_data.mismatched import mismatched
 from tt_data.report import Counts, Report, report_of
 from tt_data.template.spans import Encoded, Span
 from tt_data.text.tokenizer import Tokenizer
@@ -19,12 +20,13 @@ from tt_data.text.tokenizer import Tokenizer
 IGNORE_INDEX = -100
 Numbers: TypeAlias = "array[int] | memoryview[int]"
 Piece = tuple[str, bool]  # text, and whether it is trained
-_SIDES: Mapping[Kind, tuple[str, ...]] = {"single": ("",), "judged": ("",), "pair": ("chosen_", "rejected_")}
+_SIDES: Mapping[Kind, tuple[str, ...]] = {"single": ("",), "judged": ("", "kl_"), "pair": ("chosen_", "rejected_")}
 
 
 class Row(TypedDict, total=False):
     """Token ids and labels (-100: no loss) of one row. Which keys there are follows from the data set: a packed row has
-    ``position_ids``, a preference row has ``chosen_`` and ``rejected_`` of each, a judged one has ``desirable``."""
+    ``position_ids``, a preference row has ``chosen_`` and ``rejected_`` of each. A judged row has ``desirable``, and
+    ``kl_`` of each: its prompt with the answer of another row. A pack of judged rows has a list of judgements."""
 
     input_ids: list[int]
     labels: list[int]
@@ -35,7 +37,10 @@ class Row(TypedDict, total=False):
     rejected_input_ids: list[int]
     rejected_labels: list[int]
     rejected_position_ids: list[int]
-    desirable: bool
+    kl_input_ids: list[int]
+    kl_labels: list[int]
+    kl_position_ids: list[int]
+    desirable: bool | list[bool]
 
 
 class Dataset(Protocol):
@@ -153,9 +158,9 @@ def labels_of(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
 
 
 def to_row(kind: Kind, sides: Sequence[Encoded], desirable: bool) -> Row:
-    """Ids and labels of one row under the names of its kind."""
+    """Ids and labels of one row under the names of its kind. The second side of a judged row is the mismatched one."""
     row: dict[str, Any] = {}
-    for name, side in zip(_SIDES[kind], sides, strict=True):
+    for name, side in zip(_SIDES[kind], sides, strict=False):
         row[f"{name}input_ids"], row[f"{name}labels"] = side.ids, labels_of(side.ids, side.trained)
     if kind == "judged":
         row["desirable"] = desirable
@@ -163,7 +168,7 @@ def to_row(kind: Kind, sides: Sequence[Encoded], desirable: bool) -> Row:
 
 
 class TokenDataset:
-    """``ds[i] -> {"input_ids", "labels"}`` (``chosen_`` and ``rejected_`` of both for preference rows).
+    """``ds[i] -> {"input_ids", "labels"}``; ``Row`` says what preference and judged rows have.
 
     ``report`` counts the rows that were found, dropped and cut. ``fingerprint`` changes with the data, the tokenizer,
     the template and the settings. ``where(i)`` is the file and line of a row.
@@ -179,6 +184,7 @@ class TokenDataset:
         self.pad_id = tokenizer.pad_id
         self._counts = counts
         self.files_left_out: list[str] = []
+        self.seed, self.max_seq_len = 0, cast("int | None", None)  # of mismatched answers
 
     def __len__(self) -> int:
         return len(self.stores[0])
@@ -191,7 +197,19 @@ class TokenDataset:
     def __getitem__(self, i: int) -> Row:
         i = check_index(i, len(self))
         desirable = self.desirable is not None and bool(self.desirable[i])
-        return to_row(self.kind, [store.get(i) for store in self.stores], desirable)
+        return to_row(self.kind, self.sides(i), desirable)
+
+    def sides(self, i: int) -> list[Encoded]:
+        """What row ``i`` has one after another: its answer, the chosen and the rejected one, or the one that is judged
+        and, if there is another row, the prompt with that row's answer: a pure function of ``i`` and ``seed``."""
+        sides = [store.get(i) for store in self.stores]
+        if self.kind == "judged" and len(self) > 1:
+            others = self.stores[0]
+            sides.append(mismatched(
+                sides[0], lambda k: others.get(k + (k >= i)), len(self) - 1, key=(self.seed, i),
+                max_seq_len=self.max_seq_len,
+            ))  # fmt: skip
+        return sides
 
     def at(self, i: int, epoch: int) -> Row:
         """Row ``i``, which is the same in every epoch."""
@@ -201,6 +219,12 @@ class TokenDataset:
         """Tokens of row ``i``; of the longer side if there are two."""
         i = check_index(i, len(self))
         return max(store.length(i) for store in self.stores)
+
+    def lengths(self, i: int) -> list[int]:
+        """Tokens of each of ``sides(i)``."""
+        if self.kind == "judged":
+            return [len(side.ids) for side in self.sides(i)]
+        return [store.length(i) for store in self.stores]
 
     def where(self, i: int, epoch: int = 0) -> str:
         """``rows.jsonl:17``: where row ``i`` was read."""
@@ -227,7 +251,8 @@ class TokenDataset:
 
     def document_names(self, i: int) -> list[str]:
         """A name for each document of row ``i``: where it was read, and the side of a preference row."""
-        return [f"{self.where(i)} {side.rstrip('_')}".rstrip() for side in _SIDES[self.kind]]
+        sides = _SIDES[self.kind][: len(self.stores)]
+        return [f"{self.where(i)} {side.rstrip('_')}".rstrip() for side in sides]
 
     def _pieces(self, row: Encoded) -> list[Piece]:
         """The texts between the ends of spans.

@@ -232,6 +232,7 @@ class Loader:
             )  # fmt: skip
             if cache_dir is not None:
                 cache.save(rows, cache_dir)
+        rows.seed, rows.max_seq_len = self.seed, settings.max_seq_len
         rows.files_left_out = [file for found in sources for file in found.beside]
         refuse_dropped(rows.report, settings.max_dropped_share, name=", ".join(rows.names[:3]))
         if self.packing and settings.max_seq_len:

@@ -28,7 +28,7 @@ from tt_data.messages import Message, TrainOn, mask_messages
 from tt_data.report import Tally
 from tt_data.rows.schemas import Read, hint_for_unread, tracks
 from tt_data.rows.settings import Settings
-from tt_data.template.spans import Encoded
+from tt_data.template.spans import Encoded, cut
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import said
 
@@ -210,14 +210,6 @@ def digest_of(parts: Parts, desirable: bool) -> bytes:
     for part in parts:
         total.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
     return total.digest()
-
-
-def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
-    """The first ``max_seq_len`` tokens; no end is added."""
-    if max_seq_len is None or len(row.ids) <= max_seq_len:
-        return row
-    spans = [(a, min(b, max_seq_len)) for a, b in row.trained if a < max_seq_len]
-    return Encoded(row.ids[:max_seq_len], spans, row.notes)
 
 
 def is_trainable(row: Encoded) -> bool:

@@ -66,7 +66,7 @@ def show(dataset: Dataset, *, rows: Sequence[int] | None = None, limit: int = 3)
 
 
 def _sample(dataset: Dataset, i: int) -> Sample:
-    row = cast(Mapping[str, Any], dataset[i])
+    row = _row(dataset, i)
     labels = [label for key in row if key.endswith("labels") for label in row[key]]
     documents, typed = dataset.documents(i), _typed_in(dataset, row)
     return {
@@ -79,6 +79,11 @@ def _sample(dataset: Dataset, i: int) -> Sample:
         "documents": documents,
         "typed": [typed.get("".join(text for text, _ in pieces), []) for pieces in documents],
     }
+
+
+def _row(dataset: Dataset, i: int) -> Mapping[str, Any]:
+    """Row ``i`` without the answer of another row."""
+    return {key: value for key, value in cast(Mapping[str, Any], dataset[i]).items() if not key.startswith("kl_")}
 
 
 def _typed_in(dataset: Dataset, row: Mapping[str, Any]) -> dict[str, list[Span]]:
@@ -165,7 +170,7 @@ def stats(dataset: Dataset, *, bins: int = 10) -> Stats:
     lengths: list[int] = []
     trained = 0
     for i in range(len(dataset)):
-        row = cast(Mapping[str, Any], dataset[i])
+        row = _row(dataset, i)
         labels = [row[key] for key in row if key.endswith("labels")]
         lengths.append(sum(map(len, labels)))
         trained += sum(len(part) - part.count(IGNORE_INDEX) for part in labels)

@@ -11,16 +11,18 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
 
 from tt_data.builder import build
-from tt_data.dataset import Row, TokenDataset, to_row
+from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
 from tt_data.examples import Kind, kind_of
+from tt_data.mismatched import mismatched
 from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
 from tt_data.report import Counts, Report, Tally, refuse_dropped, report_of
-from tt_data.row_encoder import TokenRow, encode_rows
+from tt_data.row_encoder import TokenRow, digest_of, encode_rows
 from tt_data.rows.schemas import Read, choose_schema, settings_key
 from tt_data.rows.settings import Settings
 from tt_data.rows.sources import Source
@@ -30,6 +32,7 @@ from tt_data.template.spans import Encoded
 from tt_data.text.tokenizer import Tokenizer
 
 _ENOUGH = 200  # rows of a stream, from which the share of bad ones is judged
+_OTHERS = 256  # judged rows at the beginning of a stream whose answers others are paired with
 Place = tuple[int, int, Any]  # which stream, line, raw row
 Order = Callable[[int, int, int], int]  # (block, place in it, its size) -> which of its rows
 
@@ -103,6 +106,7 @@ class StreamDataset(Stream):
         self._round = interleave(self.quotas)
         self.tally, self.files_left_out = Tally(), list(files_left_out)
         self._kind: Kind | None = None
+        self._others: TokenStore | None = None  # the first judged answers
         self._given, self._given_schema = read, schema
         self._readers: dict[str, tuple[Read, str]] = {}
         for stream in (stream for group in groups for stream in group):
@@ -209,7 +213,22 @@ class StreamDataset(Stream):
     def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
         """The rows at some places of an epoch; none for a place whose row is bad."""
         raw = [self.raw_row(epoch, place, seed=seed, shuffle=shuffle) for place in places]
-        return [to_row(row.kind, row.parts, row.desirable) for row in self.encode(raw, count=epoch == 0)]
+        encoded = self.with_mismatched(self.encode(raw, count=epoch == 0), seed=seed)
+        return [to_row(row.kind, row.parts, row.desirable) for row in encoded]
+
+    def with_mismatched(self, rows: Sequence[TokenRow], *, seed: int) -> list[TokenRow]:
+        """``rows``; judged ones also with their prompt and the answer of one of the first rows of the stream, a pure
+        function of the row and ``seed``."""
+        if not rows or rows[0].kind != "judged":
+            return list(rows)
+        if self._others is None:
+            self._others = self.head(_OTHERS).stores[0]
+        get, size, limit = self._others.get, len(self._others), self.settings.max_seq_len
+        return [
+            replace(row, parts=[*row.parts, mismatched(row.parts[0], get, size, key=key, max_seq_len=limit)])
+            for row in rows
+            for key in [(seed, *digest_of(tuple(row.parts), row.desirable))]
+        ]
 
     def take_news(self, worker: int) -> Tally:
         """What a worker has counted since it was last asked, for ``add_news`` in the process that holds the report."""
@@ -230,7 +249,7 @@ class StreamDataset(Stream):
         """Two padding tokens in the shape of a row."""
         if self._kind is None:
             self._kind = self.kind
-        sides = 2 if self._kind == "pair" else 1
+        sides = 1 if self._kind == "single" else 2
         return to_row(self._kind, [Encoded([self.pad_id] * 2)] * sides, False)
 
     def head(self, rows: int = 16) -> TokenDataset:

@@ -37,6 +37,14 @@ class Encoded:
     notes: tuple[str, ...] = ()
 
 
+def cut(row: Encoded, max_seq_len: int | None) -> Encoded:
+    """The first ``max_seq_len`` tokens; no end is added."""
+    if max_seq_len is None or len(row.ids) <= max_seq_len:
+        return row
+    spans = [(a, min(b, max_seq_len)) for a, b in row.trained if a < max_seq_len]
+    return Encoded(row.ids[:max_seq_len], spans, row.notes)
+
+
 class AddedTokens:
     """Finds the tokens of ``added`` in a text: those of ``control`` only where a template wrote them."""
 
