@@ -196,20 +196,18 @@ class TokenDataset:
 
     def __getitem__(self, i: int) -> Row:
         i = check_index(i, len(self))
-        desirable = self.desirable is not None and bool(self.desirable[i])
-        return to_row(self.kind, self.sides(i), desirable)
-
-    def sides(self, i: int) -> list[Encoded]:
-        """What row ``i`` has one after another: its answer, the chosen and the rejected one, or the one that is judged
-        and, if there is another row, the prompt with that row's answer: a pure function of ``i`` and ``seed``."""
         sides = [store.get(i) for store in self.stores]
-        if self.kind == "judged" and len(self) > 1:
-            others = self.stores[0]
-            sides.append(mismatched(
-                sides[0], lambda k: others.get(k + (k >= i)), len(self) - 1, key=(self.seed, i),
-                max_seq_len=self.max_seq_len,
-            ))  # fmt: skip
-        return sides
+        if self.desirable is None:
+            return to_row(self.kind, sides, False)
+        return to_row(self.kind, sides + self._mismatched(i, sides[0]), bool(self.desirable[i]))
+
+    def _mismatched(self, i: int, judged: Encoded) -> list[Encoded]:
+        """The prompt of row ``i`` with the answer of another row, which ``i`` and ``seed`` draw; none if there is no
+        other row."""
+        size, get = len(self) - 1, self.stores[0].get
+        if not size:
+            return []
+        return [mismatched(judged, lambda k: get(k + (k >= i)), size, key=(self.seed, i), max_seq_len=self.max_seq_len)]
 
     def at(self, i: int, epoch: int) -> Row:
         """Row ``i``, which is the same in every epoch."""
@@ -220,11 +218,12 @@ class TokenDataset:
         i = check_index(i, len(self))
         return max(store.length(i) for store in self.stores)
 
-    def lengths(self, i: int) -> list[int]:
-        """Tokens of each of ``sides(i)``."""
+    def room(self, i: int) -> int:
+        """Tokens that row ``i`` takes in a pack: both sides of a pair; a mismatched answer has a row of its own."""
         if self.kind == "judged":
-            return [len(side.ids) for side in self.sides(i)]
-        return [store.length(i) for store in self.stores]
+            own = self.stores[0].get(i)
+            return max(len(side.ids) for side in [own, *self._mismatched(i, own)])
+        return sum(store.length(i) for store in self.stores)
 
     def where(self, i: int, epoch: int = 0) -> str:
         """``rows.jsonl:17``: where row ``i`` was read."""

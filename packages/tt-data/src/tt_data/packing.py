@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from tt_data.dataset import IGNORE_INDEX, Row
-from tt_data.examples import Kind
 from tt_data.order import Permutation
 
 _SIDES = ("", "chosen_", "rejected_", "kl_")
@@ -46,11 +45,6 @@ def pack(lengths: Sequence[int], max_seq_len: int, *, seed: int = 0) -> list[lis
             rooms |= 1 << left
         with_room[left].append(index)
     return packs
-
-
-def room_of(kind: Kind, lengths: Sequence[int]) -> int:
-    """The tokens that a row of sides of these lengths takes in a pack: mismatched answers have a row of their own."""
-    return max(lengths) if kind == "judged" else sum(lengths)
 
 
 def join_documents(rows: Sequence[Row]) -> Row:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tt_data.dataset import Dataset, Piece, Row, TokenDataset, check_index
 from tt_data.order import Permutation, interleave, quotas_of
-from tt_data.packing import join_documents, pack, room_of
+from tt_data.packing import join_documents, pack
 from tt_data.report import Report, add_reports
 
 
@@ -106,7 +106,7 @@ class PackedDataset(View):
         content = f"{rows.fingerprint} packed {room} {seed}"
         super().__init__(rows, schema=rows.schema, fingerprint=hashlib.sha256(content.encode()).hexdigest())
         self.rows, self.max_seq_len = rows, max_seq_len
-        lengths = [room_of(rows.kind, rows.lengths(i)) for i in range(len(rows))]
+        lengths = [rows.room(i) for i in range(len(rows))]
         self._flat, self._ends = array("q"), array("q", [0])
         for members in pack(lengths, room, seed=seed):
             self._flat.extend(members)

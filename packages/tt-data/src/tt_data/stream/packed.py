@@ -14,7 +14,7 @@ from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
 from tt_data.examples import Kind
 from tt_data.files import read_object, write_bytes
 from tt_data.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
-from tt_data.packing import join_documents, pack, room_of
+from tt_data.packing import join_documents, pack
 from tt_data.report import Report, Tally, add_reports
 from tt_data.row_encoder import TokenRow
 from tt_data.stream.shuffled import StreamDataset
@@ -35,7 +35,8 @@ class _Packs:
             for store, part in zip(self.stores, row.parts, strict=True):
                 store.append(part)
         self.desirable = [row.desirable for row in rows]
-        lengths = [room_of(self.kind, [len(part.ids) for part in row.parts]) for row in rows]
+        longer = max if self.kind == "judged" else sum  # mismatched answers have a row of their own
+        lengths = [longer(len(part.ids) for part in row.parts) for row in rows]
         self.tokens = sum(len(part.ids) for row in rows for part in row.parts[: 1 if self.kind == "judged" else None])
         self.members = pack(lengths, room, seed=seed)
 
