@@ -7,7 +7,7 @@ from importlib.metadata import metadata
 def test_examples_run(model_dir, rows_file, tmp_path, monkeypatch):
     text = metadata("tt-train").get_payload()
     examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text(rows_file.read_text())
     (tmp_path / "my_losses.py").write_text(examples[1])

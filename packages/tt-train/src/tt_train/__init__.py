@@ -8,9 +8,11 @@ if TYPE_CHECKING:
     from tt_train.composing import compose
     from tt_train.config import RunConfig
     from tt_train.errors import ConfigError, Interrupted, TrainingError
+    from tt_train.log_probs import linear_log_probs
     from tt_train.losses import Summed, cross_entropy, linear_cross_entropy
     from tt_train.models.load import load
     from tt_train.models.merge import merge_run
+    from tt_train.preferences import dpo_loss
     from tt_train.schedule import learning_rate
     from tt_train.step import train_step
 
@@ -23,8 +25,10 @@ _HOMES = {
     "TrainingError": "errors",
     "load": "models.load",
     "cross_entropy": "losses",
+    "dpo_loss": "preferences",
     "linear_cross_entropy": "losses",
     "learning_rate": "schedule",
+    "linear_log_probs": "log_probs",
     "merge_run": "models.merge",
     "train_step": "step",
 }
@@ -37,8 +41,10 @@ __all__ = [
     "TrainingError",
     "compose",
     "cross_entropy",
+    "dpo_loss",
     "learning_rate",
     "linear_cross_entropy",
+    "linear_log_probs",
     "load",
     "merge_run",
     "train_step",

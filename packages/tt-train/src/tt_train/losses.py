@@ -5,13 +5,18 @@ Shapes: B batch, S sequence, N positions (flattened), D hidden size, V vocabular
 
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from tt_peft import NF4Linear
+from tt_peft.full_modules import SavedModule
 from tt_peft.lowrank import AdapterModule
+
+T = TypeVar("T")
 
 Batch = dict[str, Tensor]  # input_ids, labels and, if documents share rows, position_ids; each [B, S]
 
@@ -58,7 +63,8 @@ class Summed(NamedTuple):
 Objective = Callable[[CausalLM, Batch], Summed]
 IGNORE = -100
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at a time
-CHUNKS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
+WAITING_BYTES = 128 * 2**20  # of bf16 gradients by logits that wait for one product
+PRODUCTS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
 
 
 def cross_entropy(model: CausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> Summed:
@@ -70,17 +76,47 @@ def cross_entropy(model: CausalLM, batch: Batch, *, label_smoothing: float = 0.0
     targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     keep = targets_BS != IGNORE
     hidden_ND, targets_N = hidden_BSD[keep], targets_BS[keep]
-    count = targets_N.numel()
-    softcap = model.logit_softcap
-    if isinstance(model.lm_head, AdapterModule):  # its weight alone is not the output projection
-        logits_NV = model.lm_head(hidden_ND).float()
-        if softcap:
-            logits_NV = softcap * torch.tanh(logits_NV / softcap)
-        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=label_smoothing)
+    count, weight = targets_N.numel(), output_projection(model)
+    options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing}
+    if weight is None:
+        parts = by_chunks(
+            lambda logits, targets: F.cross_entropy(logits, targets, **options), model, hidden_ND, targets_N
+        )
+        loss = torch.stack(parts).sum()
     else:
-        options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing, "softcap": softcap}
-        loss = linear_cross_entropy(hidden_ND, model.output_weight, targets_N, **options)
+        loss = linear_cross_entropy(hidden_ND, weight, targets_N, softcap=model.logit_softcap, **options)
     return Summed(loss, count, tokens=count)
+
+
+def output_projection(model: CausalLM) -> Tensor | None:
+    """[V, D], by which hidden states are multiplied; None if the head is more than a matrix: low-rank factors, NF4.
+
+    The factors are not added to the weight, whose dtype would lose small changes, and their dropout stays.
+    """
+    if isinstance(model.lm_head, SavedModule):
+        return model.lm_head.effective_weight()
+    return None if isinstance(model.lm_head, AdapterModule | NF4Linear) else model.output_weight
+
+
+def by_chunks(formula: Callable[[Tensor, Tensor], T], model: CausalLM, hidden_ND: Tensor, labels_N: Tensor) -> list[T]:
+    """``formula(logits [C, V] in fp32, labels [C])`` of each chunk of positions, for a head that is not one matrix.
+
+    The logits of a chunk are computed again in the backward pass, with the same dropout.
+    """
+    softcap, size = model.logit_softcap, chunk_of(model.output_weight)
+
+    def of_chunk(hidden_CD: Tensor, labels_C: Tensor) -> T:
+        assert model.lm_head is not None
+        logits_CV = model.lm_head(hidden_CD).float()
+        return formula(softcap * torch.tanh(logits_CV / softcap) if softcap else logits_CV, labels_C)
+
+    chunks = zip(hidden_ND.split(size), labels_N.split(size), strict=True)  # type: ignore[no-untyped-call]
+    return [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+
+
+def chunk_of(weight: Tensor) -> int:
+    """Positions whose fp32 logits are alive at a time."""
+    return max(16, CHUNK_BYTES // (4 * weight.shape[0]))
 
 
 def linear_cross_entropy(
@@ -114,33 +150,71 @@ def linear_cross_entropy(
     keep = labels_N != IGNORE
     if not bool(keep.all()):
         hidden_ND, labels_N = hidden_ND[keep], labels_N[keep]
-    chunk_size = chunk_size or max(16, CHUNK_BYTES // (4 * weight.shape[0]))
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden_ND, weight, labels_N, label_smoothing, softcap, chunk_size
+        *differentiable(hidden_ND, weight), labels_N, label_smoothing, softcap, chunk_size or chunk_of(weight)
     )
     return total if reduction == "sum" else total / labels_N.numel()
 
 
-class _WeightGradient:
-    """The sum over chunks of ``grad.T @ hidden``: a few in the weight's dtype, and those sums in fp32.
+def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, detached if no gradient is wanted: ``ctx.needs_input_grad`` is true under ``no_grad`` as well."""
+    return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
 
-    In bf16 alone the parts of a long sequence would be lost in a sum that grows.
+
+class WeightGradient:
+    """The sum over chunks of ``grad.T @ hidden``.
+
+    A product of bf16 factors is rounded once, and those of a long sequence would be lost in a bf16 sum that grows. So
+    chunks wait until a product of many positions pays, and every few products the sum is added up in fp32.
     """
 
     def __init__(self, weight_VD: Tensor) -> None:
         self.few_VD = torch.zeros_like(weight_VD)
         self.many_VD: Tensor | None = None
-        self.chunks = 0
+        self.products = 0
+        low = weight_VD.dtype.itemsize < 4
+        self.most = WAITING_BYTES // (weight_VD.dtype.itemsize * weight_VD.shape[0]) if low else 0  # positions
+        self.buffer_RV: Tensor | None = None
+        self.hidden: list[Tensor] = []
+        self.filled = 0
 
-    def add_(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-        self.few_VD.addmm_(grad_CV.T, hidden_CD)
-        self.chunks += 1
-        if self.few_VD.dtype.itemsize < 4 and self.chunks % CHUNKS_IN_LOW_PRECISION == 0:
-            self.many_VD = self.total().float()
+    def of_chunk(self, grad_CV: Tensor, hidden_CD: Tensor) -> Tensor:
+        """``grad_CV`` (fp32) in the dtype of the weight; its product with ``hidden_CD`` will be in ``total``."""
+        rows = len(grad_CV)
+        if rows > self.most:  # nothing waits
+            narrow_CV = grad_CV.to(self.few_VD.dtype)
+            self._multiply(narrow_CV, hidden_CD)
+            return narrow_CV
+        if self.filled + rows > self.most:
+            self._flush()
+        if self.buffer_RV is None:
+            self.buffer_RV = self.few_VD.new_empty(self.most, grad_CV.shape[1])
+        part_CV = self.buffer_RV[self.filled : self.filled + rows]
+        part_CV.copy_(grad_CV)
+        self.hidden.append(hidden_CD)
+        self.filled += rows
+        return part_CV
+
+    def _flush(self) -> None:
+        if self.filled:
+            assert self.buffer_RV is not None
+            self._multiply(self.buffer_RV[: self.filled], torch.cat(self.hidden))
+            self.hidden, self.filled = [], 0
+
+    def _multiply(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+        if self.products == PRODUCTS_IN_LOW_PRECISION and self.few_VD.dtype.itemsize < 4:
+            self.many_VD, self.products = self._sum().float(), 0
             self.few_VD.zero_()
+        self.few_VD.addmm_(grad_CV.T, hidden_CD)
+        self.products += 1
+
+    def _sum(self) -> Tensor:
+        return self.few_VD if self.many_VD is None else self.many_VD.add_(self.few_VD)
 
     def total(self) -> Tensor:
-        return self.few_VD if self.many_VD is None else self.many_VD.add_(self.few_VD)
+        self._flush()
+        self.buffer_RV = None
+        return self._sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -158,7 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = _WeightGradient(weight_VD) if needs_weight else None
+        grad_weight = WeightGradient(weight_VD) if needs_weight else None
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         for start in range(0, len(labels_N), chunk):
             part = slice(start, start + chunk)
@@ -167,19 +241,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV, labels_N[part], smoothing, softcap, needs_hidden or needs_weight
             )
             total += loss
-            if grad_CV is not None:
+            if grad_CV is None:
+                continue
+            if grad_weight is None:
                 grad_CV = grad_CV.to(weight_VD.dtype)
-            if grad_hidden_ND is not None and grad_CV is not None:
+            else:
+                grad_CV = grad_weight.of_chunk(grad_CV, hidden_ND[part])
+            if grad_hidden_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
-            if grad_weight is not None and grad_CV is not None:
-                grad_weight.add_(grad_CV, hidden_ND[part])
-        ctx.save_for_backward(grad_hidden_ND, None if grad_weight is None else grad_weight.total())
+        ctx.gradients = grad_hidden_ND, None if grad_weight is None else grad_weight.total()
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_ND, grad_weight_VD = ctx.saved_tensors
-        scaled = [None if kept is None else kept * grad.to(kept.dtype) for kept in (grad_hidden_ND, grad_weight_VD)]
+        if ctx.gradients is None:
+            raise RuntimeError("linear_cross_entropy: one backward pass only, since its gradients are used up by it")
+        gradients, ctx.gradients = ctx.gradients, None  # given away: nobody copies them
+        scaled = [None if kept is None else kept.mul_(grad.to(kept.dtype)) for kept in gradients]
         return scaled[0], scaled[1], None, None, None, None
 
 
@@ -191,7 +269,7 @@ def _loss_and_gradient_(
         logits_CV.div_(softcap).tanh_()
         slope_CV = 1 - logits_CV.square() if needs_gradient else None
         logits_CV.mul_(softcap)
-    log_z_C = torch.logsumexp(logits_CV, dim=-1)
+    log_z_C = log_sum(logits_CV)
     picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
     loss = (log_z_C - (1 - smoothing) * picked_C).sum()
     if smoothing:
@@ -203,3 +281,9 @@ def _loss_and_gradient_(
         grad_CV.sub_(smoothing / logits_CV.shape[1])
     grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(picked_C, smoothing - 1)[:, None])
     return loss, grad_CV.mul_(slope_CV) if softcap and slope_CV is not None else grad_CV
+
+
+def log_sum(logits_CV: Tensor) -> Tensor:
+    """``logsumexp`` of each row, [C], with a quarter of the memory beside them that torch takes."""
+    parts = logits_CV.split(max(1, -(-len(logits_CV) // 4)))  # type: ignore[no-untyped-call]
+    return torch.cat([torch.logsumexp(part, dim=-1) for part in parts])
