@@ -62,6 +62,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tt_cli": (
         ("names", "terminal", "console", "group", "options", "talk"),
         ("errors", "quickstart"),
+        ("agent",),
         ("verbs",),
         ("main", "__main__"),
     ),

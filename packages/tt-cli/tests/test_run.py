@@ -122,7 +122,7 @@ WRONG = [
     (["seed"], "seed: expected key=value"),
     (["lora.yaml"], "'lora.yaml' is not KEY=VALUE; did you mean --config lora.yaml?"),
     (["-vx"], "no option -x"),
-    (["--", "-seed=3"], "-seed=3: expected key=value"),
+    (["--", "-seed=3"], "unrecognized arguments: -seed=3; options of torchrun and what follows -- "),
     (["--config", "nowhere.yaml"], "nowhere.yaml: no such config file"),
     (["--config"], "option '--config' requires an argument"),
 ]

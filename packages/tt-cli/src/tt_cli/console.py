@@ -3,6 +3,7 @@
 Nothing is read as markup, control characters are shown as escapes, and secrets are blanked.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,16 @@ class LineConsole(plain.Console):
 
     def close(self) -> None:
         """Stop drawing, whatever happened."""
+
+
+class QuietConsole(LineConsole):
+    """For a rank that does not print: its log has what it would say."""
+
+    def note(self, text: str) -> None:
+        logging.getLogger("tt_train").info("%s", text)
+
+    def warn(self, text: str) -> None:
+        logging.getLogger("tt_train").warning("%s", text)
 
 
 class TerminalConsole(LineConsole):

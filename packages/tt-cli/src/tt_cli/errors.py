@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -23,13 +24,12 @@ import click
 from tt_ckpt.redaction import redact
 from tt_cli.group import Invocation, nearest_option
 from tt_cli.terminal import OutputLost, guarded, say, wants_color
-from tt_train.errors import Interrupted, TrainingError, did_you_mean
+from tt_train.errors import WRONG, Interrupted, LostRank, ShownElsewhere, TrainingError, did_you_mean, log_name
 from tt_train.visible import visible
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 _LONGEST = 1000  # characters of a path in a message
 _TAIL = 1_000_000  # bytes of a log in which a traceback is looked for
-WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def run(command: click.Command, args: Sequence[str] | None = None) -> int:
@@ -94,7 +94,7 @@ def _show_warning(
 
 def exit_code(error: Exception, invocation: Invocation) -> int:
     """2 for what the user can fix in the command or its input, 1 for a run that had begun and for our own faults."""
-    if isinstance(error, Interrupted):
+    if isinstance(error, Interrupted | ShownElsewhere):
         return error.exit_code
     if isinstance(error, click.ClickException):
         return WRONG_INPUT
@@ -104,7 +104,10 @@ def exit_code(error: Exception, invocation: Invocation) -> int:
 
 def report(error: Exception, invocation: Invocation) -> None:
     """Write ``error`` to stderr, to stdout as JSON when the verb answers in JSON, and to the log of its run."""
-    lines = lines_of(error)
+    lines = [f"rank {invocation.rank}: {line}" if invocation.rank else line for line in lines_of(error)]
+    keep_for_launcher(error, lines, exit_code(error, invocation))
+    if isinstance(error, ShownElsewhere):
+        return
     prefix = click.style("error:", fg="red", bold=True) if wants_color(sys.stderr) else "error:"
     for line in lines:
         if not isinstance(error, Interrupted):
@@ -116,14 +119,30 @@ def report(error: Exception, invocation: Invocation) -> None:
         say(json.dumps({"ok": False, "errors": lines}, indent=2))
 
 
+def keep_for_launcher(error: Exception, lines: list[str], code: int) -> None:
+    """Tell the process that started this rank what went wrong: in the file that torchrun asks for, and as it reads it.
+
+    https://docs.pytorch.org/docs/stable/elastic/errors.html
+    """
+    if not (place := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        return
+    said = {"message": "; ".join(lines), "errorCode": code, "extraInfo": {"timestamp": str(int(time.time())),
+            "py_callstack": ""}}  # fmt: skip
+    quiet = isinstance(error, Interrupted | ShownElsewhere)
+    ours = {"lines": [] if quiet else lines, "lost": isinstance(error, LostRank), "code": code}
+    with suppress(OSError):
+        Path(place).write_text(json.dumps({"message": said, "tt": ours}), encoding="utf-8")
+
+
 def _show_trace(error: Exception, invocation: Invocation) -> None:
     trace = _trace(error)
     if invocation.verbose:
         say(trace, err=True, nl=False)
     with suppress(OSError, ValueError):  # a full disk may be what went wrong, or a log that is a link
         if invocation.run_dir is not None:
-            keep_traceback(invocation.run_dir / "train.log", trace)
-            say(f"the traceback is in {invocation.run_dir / 'train.log'}", err=True)
+            log = invocation.run_dir / log_name(invocation.rank)
+            keep_traceback(log, trace)
+            say(f"the traceback is in {log}", err=True)
         elif not _is_expected(error):
             say(f"this is a fault in tt; please report it with the traceback in {_new_log(trace)}", err=True)
 

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ class Invocation:
 
     verbose: bool = False
     json: bool = False
+    rank: int = 0  # among the processes of the run
+    launch: list[str] = field(default_factory=list)  # words for torchrun
     run_dir: Path | None = None  # set once a run has begun: later errors are failures, not wrong input
 
 

@@ -49,10 +49,10 @@ def _all_of(*options: Callable[[Function], Function]) -> Callable[[Function], Fu
     return decorate
 
 
-def config_words(metavar: str = "RECIPE|CONFIG|FILE.py") -> Callable[[Function], Function]:
+def config_words(metavar: str = "RECIPE|CONFIG|FILE.py", *, optional: bool = False) -> Callable[[Function], Function]:
     """What a verb about a config takes: ``what``, ``overrides``, ``config_file`` and ``allow_import``."""
     return _all_of(
-        click.argument("what", metavar=metavar, shell_complete=complete_runnable),
+        click.argument("what", metavar=metavar, required=not optional, shell_complete=complete_runnable),
         click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...", shell_complete=complete_keys),
         click.option(
             "--config",

@@ -138,6 +138,7 @@ class RunConfig:
     samples: SamplesSection = field(default_factory=SamplesSection)
     activation_checkpointing: bool = False
     on_nonfinite: str = "stop"  # stop | skip
+    process_group_timeout_s: float = 600.0  # of several processes: one that the others wait for so long ends the run
     compile: bool = False
     device: str = "auto"
     seed: int = 0
@@ -148,6 +149,14 @@ class RunConfig:
 @dataclass
 class SFTConfig(RunConfig):
     """Supervised fine-tuning, full or with an adapter."""
+
+
+def method_of(config: RunConfig) -> str:
+    """``full``, ``lora``, ``qlora`` or ``dora``."""
+    adapter = config.adapter
+    if adapter is None:
+        return "full"
+    return "qlora" if adapter.quantize_base else "dora" if adapter.use_dora else "lora"
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,10 @@ class TrainingError(RuntimeError):
     """A run that cannot continue: a non-finite loss, a checkpoint that cannot be written, no memory left."""
 
 
+class LostRank(TrainingError):  # noqa: N818  (the rank is lost, not the error)
+    """Another rank died, hangs or cannot be reached: its error, if it has one, is the cause."""
+
+
 class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to stop, and has saved)
     """A signal stopped the run; ``exit_code`` is 128 + the signal's number.
 
@@ -35,6 +39,16 @@ class Interrupted(Exception):  # noqa: N818  (not an error: the run was asked to
             super().__init__(f"stopped by {name} after step {step}; saved {checkpoint}; continue with --resume auto")
 
 
+class ShownElsewhere(Exception):  # noqa: N818  (the error itself is another rank's)
+    """This rank ends because of an error that another rank shows."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__("another rank shows why")
+
+
+# of these the user can correct the cause before a run begins: exit 2
+WRONG = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 LONGEST_LINE = 1500  # characters of a message
 
 
@@ -55,6 +69,11 @@ def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
     folded = {name.lower().replace("-", "_"): name for name in known}
     close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=cutoff)
     return folded[close[0]] if close else None
+
+
+def log_name(rank: int) -> str:
+    """The log of a rank in its run directory."""
+    return f"logs/rank-{rank}.log" if rank else "train.log"
 
 
 def counted(number: int, noun: str) -> str:

@@ -10,7 +10,7 @@ import torch
 import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import RunConfig
+from tt_train.config import RunConfig, method_of
 from tt_train.errors import ConfigError
 from tt_train.inputs import components
 from tt_train.inputs.model import check_adapter, check_headers, model_folder, read_hf_config, vocabulary_mistakes
@@ -51,10 +51,7 @@ class Job(Generic[C_co]):
 
     @property
     def method(self) -> str:
-        adapter = self.config.adapter
-        if adapter is None:
-            return "full"
-        return "qlora" if adapter.quantize_base else "dora" if adapter.use_dora else "lora"
+        return method_of(self.config)
 
     @property
     def base_model(self) -> str:
@@ -131,6 +128,7 @@ def assemble(config: C, *, rows: Kind = "single") -> Job[C]:
     notes: list[str] = []
     device = _collect(problems, "device", lambda: components.pick_device(config.device))
     problems += components.mistakes(config, device)
+    notes += components.device_notes(config, device)
     model_path = _collect(problems, "model.path", lambda: model_folder(config))
     hf_config = model_config = lora = train = held_out = None
     if model_path is not None or config.model.path is None:

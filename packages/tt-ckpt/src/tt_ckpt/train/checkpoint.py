@@ -12,7 +12,7 @@ from concurrent import futures
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -199,13 +199,13 @@ class TrainCheckpoint:
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 
-    def latest(self, *, hashes: bool = True) -> Path | None:
+    def latest(self, *, hashes: bool = True, together: bool = True) -> Path | None:
         """The newest whole checkpoint, or None. A damaged one is skipped, with a warning that names the file.
 
-        ``hashes=False`` compares sizes only, for checkpoints that are too large to read twice.
+        ``hashes=False`` compares sizes only, of large ones. ``together=False`` asks no other rank: some may be gone.
         """
-        found: Path | None = self._ranks.from_first(self._newest(hashes) if self._ranks.is_first else None)
-        return found
+        among = self._ranks if together else ranks.Ranks()
+        return cast("Path | None", among.from_first(self._newest(hashes) if among.is_first else None))
 
     def remove_after(self, step: int) -> list[str]:
         """Remove the checkpoints of later steps, for a run that returns to ``step``. Returns their names."""

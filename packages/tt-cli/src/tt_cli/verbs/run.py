@@ -1,27 +1,68 @@
-"""``tt run``: train, with a recipe, a config, or a recipe file of one's own."""
+"""``tt run``: train, with a recipe, a config, or a recipe file of one's own; on one process or many."""
 
+import os
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tt_cli.group import ConfigVerb, Invocation, pass_invocation
 from tt_cli.names import composed
-from tt_cli.options import config_words
-from tt_cli.terminal import answer
-from tt_train.errors import Interrupted
+from tt_cli.options import AT_LEAST_ONE, config_words
+from tt_cli.terminal import answer, tell
+from tt_train.errors import ConfigError, Interrupted
+
+if TYPE_CHECKING:
+    from tt_train.config import RunConfig
+    from tt_train.launch import Place
+
+# torchrun's options, which tt run takes too, and whether a value follows; newer ones are taken after -- only
+TORCHRUN = {
+    **dict.fromkeys(
+        ("nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts",
+         "monitor-interval", "start-method", "event-log-handler", "role", "log-dir", "redirects", "tee",
+         "local-ranks-filter", "duplicate-stdout-filters", "duplicate-stderr-filters", "node-rank", "master-addr",
+         "master-port", "local-addr", "logs-specs", "numa-binding", "signals-to-handle", "shutdown-timeout"), True),
+    **dict.fromkeys(("standalone", "module", "no-python", "run-path", "virtual-local-rank"), False),
+}  # fmt: skip
+_PET = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_RDZV_ENDPOINT")  # of a pod of Kubeflow's trainer
+
+
+class RunVerb(ConfigVerb):
+    """``tt run``: options of torchrun may be anywhere before ``--``, and all that comes after it is for torchrun."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        cut = args.index("--") if "--" in args else len(args)
+        ours, theirs, behind = args[:cut], [], args[cut + 1 :]
+        index = 0
+        while index < len(ours):
+            name = ours[index].partition("=")[0].removeprefix("--").replace("_", "-")
+            if not ours[index].startswith("--") or name not in TORCHRUN:
+                index += 1
+                continue
+            length = 2 if TORCHRUN[name] and "=" not in ours[index] else 1
+            theirs += ours[index : index + length]
+            del ours[index : index + length]
+        ctx.ensure_object(Invocation).launch = [*theirs, *behind]
+        return super().parse_args(ctx, ours)
 
 
 @click.command(
     "run",
-    cls=ConfigVerb,
+    cls=RunVerb,
     examples=[
         "tt run sft model.path=Qwen/Qwen3-0.6B data.train=rows.jsonl adapter.rank=8",
         "tt run my_sft.py --config my.yaml optimizer.lr=1e-4 -o runs/mine",
         "tt run runs/first/config.yaml -o runs/first --resume auto",
+        "tt run my.yaml --nproc 2 -o runs/two",
+        "tt run my.yaml --nproc 2 -o runs/again --max-restarts 3",
+        "tt run --check --nproc 2",
     ],
 )
-@config_words()
+@config_words(optional=True)
 @click.option(
     "-o",
     "--output-dir",
@@ -38,40 +79,193 @@ from tt_train.errors import Interrupted
     "its checkpoints. PATH with -o starts a new run from there.",
 )
 @click.option("--dry-run", is_flag=True, help="Load everything, print what would be trained, and stop before step 1.")
+@click.option(
+    "--nproc",
+    metavar="N|auto|gpu",
+    help="Number of processes on this machine, one per GPU; auto takes all GPUs. Options of torchrun, such as "
+    "--nnodes 2 or --max-restarts 3, may be given too.",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Train nothing: start the processes, let them meet and add up a number, and report which ones are missing.",
+)
+@click.option(
+    "--check-timeout",
+    type=AT_LEAST_ONE,
+    metavar="SECONDS",
+    default=30,
+    show_default=True,
+    help="Time that --check waits for the processes.",
+)
 @pass_invocation
 def command(
     invocation: Invocation,
-    what: str,
+    what: str | None,
     overrides: tuple[str, ...],
     config_file: str | None,
     output_dir: str | None,
     resume: str | None,
     dry_run: bool,
+    nproc: str | None,
+    check: bool,
+    check_timeout: int,
     allow_import: tuple[str, ...],
-) -> None:
+) -> int | None:
     """Train a model with a recipe, a config or your own recipe file.
 
     KEY=VALUE words such as optimizer.lr=1e-4 override the config. adapter.rank=8 trains LoRA; adapter=null trains the
     whole model. The last line of stdout is the run directory.
+
+    Several processes are started by --nproc, by torchrun, by srun, or in a pod of Kubeflow's trainer.
     """
-    config = composed(what, config_file, overrides, allow_import)
-    from tt_train.keys.paths import home
+    from tt_train.launch import place
+
+    here = place()
+    invocation.rank = here.rank if here is not None else 0
+    launches = nproc is not None or bool(invocation.launch)
+    if launches and here is not None and "RANK" in os.environ:
+        raise click.UsageError("this process is a rank of torchrun already; leave out --nproc and torchrun's options")
+    launches = launches or (here is None and any(name in os.environ for name in _PET))
+    if nproc == "1" and not invocation.launch and not check:
+        launches, here = False, None
+    if check:
+        return _check(invocation, nproc, check_timeout, None if launches else here)
+    if what is None:
+        raise click.UsageError("missing argument 'RECIPE|CONFIG|FILE.py'", click.get_current_context())
+    asked = _Asked(what, overrides, config_file, output_dir, resume, dry_run, allow_import, invocation.verbose)
+    if launches:
+        return _launch(asked, nproc, invocation.launch)
+    if here is not None and here.size > 1:
+        _train_as_rank(asked, invocation, here)
+    else:
+        _train(asked, invocation, asked.config())
+    return None
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The words of the command line but those about processes."""
+
+    what: str
+    overrides: tuple[str, ...]
+    config_file: str | None
+    output_dir: str | None
+    resume: str | None
+    dry_run: bool
+    allow_import: tuple[str, ...]
+    verbose: bool
+
+    def config(self) -> "RunConfig":
+        from tt_train.keys.paths import home
+
+        config = composed(self.what, self.config_file, self.overrides, self.allow_import)
+        return config if self.output_dir is None else replace(config, output_dir=home(self.output_dir))
+
+    def words(self, run_dir: Path | None) -> list[str]:
+        """The same command for a rank, which writes to ``run_dir``."""
+        options = {"--config": self.config_file, "-o": run_dir or self.output_dir, "--resume": self.resume}
+        given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
+        given += [word for module in self.allow_import for word in ("--allow-import", module)]
+        given += ["--dry-run"] * self.dry_run + ["-v"] * self.verbose
+        return ["run", self.what, *self.overrides, *given]
+
+
+def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
+    """Start the processes, after the mistakes that can be found by one."""
+    from tt_cli import agent
+    from tt_train.inputs.components import too_many_processes
+    from tt_train.keys.mistakes import world_mistakes
+    from tt_train.run.resume import check_destination
+
+    launch = agent.asked_for(torchrun, nproc)
+    config = asked.config()
+    problems = [*world_mistakes(config, launch.most), *too_many_processes(config, launch.nproc)]
+    if launch.nodes > 1 and launch.options.max_restarts and config.output_dir is None:
+        problems.append("--max-restarts: on several machines a run needs a name that all know: add -o DIR")
+    if problems:
+        raise ConfigError(problems)
+    check_destination(config, asked.resume)
+    run_dir = None if launch.nodes > 1 or asked.dry_run else _run_dir(config, asked.resume)
+    return agent.start(
+        launch, asked.words(run_dir), run_dir or (Path(config.output_dir) if config.output_dir else None)
+    )
+
+
+def _run_dir(config: "RunConfig", resume: str | None) -> Path:
+    """Where the run will write: chosen here, so that a restart finds it."""
+    from tt_train.config import method_of
+    from tt_train.run.resume import find_origin, new_path
+
+    origin = find_origin(config, resume)
+    if origin is not None and origin.in_place:
+        return origin.run
+    if config.output_dir is not None:
+        return Path(config.output_dir)
+    return new_path(None, config.model.path or config.model.name or "", method_of(config))
+
+
+def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> None:
+    """Train as one process of several: rank 0 prints and answers."""
+    from tt_train import launch
+    from tt_train.inputs.components import pick_device
+    from tt_train.keys.mistakes import world_mistakes
+
+    store = launch.meet(here)
+
+    def checked() -> "RunConfig":
+        config = asked.config()
+        if problems := world_mistakes(config, here.size):
+            raise ConfigError(problems)
+        return config
+
+    config = launch.everywhere(checked, met=(here, store))
+    if launch.is_restarted():
+        asked = replace(asked, resume="auto")
+    device = pick_device(config.device)
+    with launch.joined(here, store, device_type=device.type, timeout_s=config.process_group_timeout_s):
+        _train(asked, invocation, config)
+
+
+def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> None:
+    from tt_cli.console import QuietConsole, console_here
     from tt_train.recipe_file import recipe_of
     from tt_train.registry import finding_modules_here
 
     recipe = recipe_of(config)
-    if output_dir is not None:
-        config = replace(config, output_dir=home(output_dir))
-    from tt_cli.console import console_here
-
-    with closing(console_here()) as console, finding_modules_here(allow_import):  # a recipe may import late
+    shows = invocation.rank == 0
+    # a recipe may import late
+    with closing(console_here() if shows else QuietConsole()) as console, finding_modules_here(asked.allow_import):
         try:
-            run_dir = recipe.main(config, console=console, resume=resume, dry_run=dry_run)
+            run_dir = recipe.main(config, console=console, resume=asked.resume, dry_run=asked.dry_run)
         except Interrupted:
-            if console.run_dir is not None:  # else it was stopped before there was anything to say
+            if console.run_dir is not None and shows:  # else it was stopped before there was anything to say
                 answer(console.run_dir)
             raise
         finally:
             invocation.run_dir = console.run_dir
-    if not dry_run:
+    if not asked.dry_run and shows:
         answer(run_dir)
+
+
+def _check(invocation: Invocation, nproc: str | None, timeout_s: int, here: "Place | None") -> int:
+    import torch
+
+    from tt_train import launch
+
+    if here is None:
+        from tt_cli import agent
+
+        limit = f"--rdzv-conf=timeout={timeout_s},join_timeout={timeout_s},last_call_timeout=1"
+        wanted = agent.asked_for([*invocation.launch, limit], nproc)
+        tell(
+            f"rendezvous: {wanted.options.rdzv_backend} at {wanted.options.rdzv_endpoint or 'MASTER_ADDR:MASTER_PORT'}"
+        )
+        return agent.start(wanted, ["run", "--check", "--check-timeout", str(timeout_s)], None)
+    if here.rank == 0:
+        tell(f"rank 0 of {here.size} listens at {here.endpoint}")
+    device = torch.accelerator.current_accelerator(check_available=True)
+    found = launch.check(here, timeout_s=timeout_s, device_type=device.type if device else "cpu")
+    if here.rank == 0:
+        answer(found)
+    return 0

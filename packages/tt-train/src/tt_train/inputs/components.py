@@ -11,19 +11,24 @@ import torch
 
 from tt_ckpt.hub.endpoint import check_url
 from tt_train.config import RunConfig
+from tt_train.distributed import world
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.optim import make_optimizer
 from tt_train.registry import LOGGER_PACKAGES, LOSSES, resolve
 
-_DEVICES = ("auto", "cpu", "cuda", "cuda:0", "mps")
+_DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: the GPU, if there is one. A device that is unknown, absent or does not answer is refused."""
+    """``auto``: what torch.accelerator finds (CUDA, ROCm, which is called cuda, XPU or MPS), else the CPU.
+
+    Of several processes each takes the device of its local rank. A device that is unknown or absent is refused.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", name):
-        near = "; did you mean 'cuda'?" if "gpu" in name.lower() else did_you_mean(name, _DEVICES)
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None else _of_rank(found.type)
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:\d{1,3})?", name):
+        near = "; did you mean 'cuda'?" if re.search("gpu|rocm|hip", name.lower()) else did_you_mean(name, _DEVICES)
         raise ConfigError([f"device: unknown device {name!r}{near}; known: {', '.join(_DEVICES)}"])
     device = torch.device(name)
     cure = "use device=cpu or device=auto"
@@ -31,11 +36,48 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(
             [f"device: mps is not available on this machine or in this torch {torch.__version__}; {cure}"]
         )
-    count = torch.cuda.device_count() if device.type == "cuda" else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        built = "" if torch.version.cuda or torch.version.hip else f" (torch {torch.__version__} is built without CUDA)"
-        raise ConfigError([f"device: {name} asked for, {counted(count, 'CUDA device')} visible{built}; {cure}"])
-    return device
+    count, kind = _device_count(device.type), device.type.upper()
+    if device.type in ("cuda", "xpu") and (device.index or 0) >= count:
+        has = torch.version.cuda or torch.version.hip if device.type == "cuda" else torch.xpu._is_compiled()
+        built = "" if has else f" (torch {torch.__version__} is built without {kind})"
+        raise ConfigError([f"device: {name} asked for, {counted(count, f'{kind} device')} visible{built}; {cure}"])
+    if device.index is not None and world().size > 1:
+        raise ConfigError([f"device: {name} is one device for {world().size} processes; use device={device.type}"])
+    return device if device.type in ("cpu", "mps") or device.index is not None else _of_rank(device.type)
+
+
+def _device_count(kind: str) -> int:
+    return int(torch.get_device_module(kind).device_count()) if kind in ("cuda", "xpu") else 1
+
+
+def _of_rank(kind: str) -> torch.device:
+    """The device of this process. SLURM may show each task its own device alone."""
+    index = world().local_rank
+    return torch.device(kind, index) if kind != "mps" and 0 < index < _device_count(kind) else torch.device(kind)
+
+
+def too_many_processes(config: RunConfig, nproc: int) -> list[str]:
+    """A line if ``nproc`` processes of this machine have fewer GPUs: each needs one of its own."""
+    device = pick_device(config.device)
+    count = _device_count(device.type)
+    if device.type == "cpu" or nproc <= count:
+        return []
+    return [
+        f"--nproc: {nproc} processes, {counted(count, f'{device.type.upper()} device')} visible; use --nproc {count}, "
+        "or device=cpu"
+    ]
+
+
+def device_notes(config: RunConfig, device: torch.device | None) -> list[str]:
+    """What ``auto`` took, and what that cannot do of what the config asks for."""
+    if device is None or config.device != "auto":
+        return []
+    if device.type == "cpu":
+        slow = config.model.dtype == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        more = "; this CPU has no instructions for bf16 and emulates it: model.dtype=fp32 may be faster" if slow else ""
+        return [f"device: auto took the CPU, since torch {torch.__version__} sees no accelerator{more}"]
+    name = torch.get_device_module(device.type).get_device_name(device) if device.type != "mps" else "Apple GPU"
+    return [f"device: auto took {device} ({name})"]
 
 
 def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:

@@ -71,9 +71,24 @@ def check_adapter(
         more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
         notes.append(f"adapter: {said[0].message}{more}")
     check_memory(model, config, device, notes)
+    if section.quantize_base and device is not None and device.type != "cpu":
+        _try_nf4(device)
     if section.path is not None:
         _try_adapter(model, Path(section.path))
     return lora
+
+
+def _try_nf4(device: torch.device) -> None:
+    """ConfigError if a device cannot multiply with weights of 4 bits."""
+    try:
+        probe = nn.Sequential(nn.Linear(64, 64, bias=False)).to(device)
+        tt_peft.quantize_nf4_(probe)
+        probe(torch.ones(1, 64, device=device))
+    except (RuntimeError, TypeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(
+            [f"adapter.quantize_base: {device} cannot do NF4: {why}; use device=cpu, or quantize_base=false"]
+        ) from error
 
 
 def _try_adapter(model: tt_models.Decoder, folder: Path) -> None:

@@ -40,6 +40,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "samples.max_new_tokens": (1, 2**20), "adapter.rank": (1, 2**16), "adapter.alpha": (-(10**6), 10**6),
     "adapter.lora_plus_ratio": (1e-9, 10**6), "optimizer.lr": (1e-30, 1000), "optimizer.weight_decay": (0, 10**6),
     "optimizer.eps": (0, 1), "max_grad_norm": (1e-30, 10**30), "seed": (0, 2**64 - 1),
+    "process_group_timeout_s": (1, 10**6),
 }  # fmt: skip
 _BELOW_ONE = ("loss.label_smoothing", "schedule.min_lr_ratio", "schedule.warmup_ratio", "schedule.decay_ratio",
               "adapter.dropout", "optimizer.momentum", "optimizer.betas")  # fmt: skip
@@ -80,6 +81,21 @@ def mistakes(config: RunConfig) -> list[str]:
     if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):
         found.append(f"adapter.target_modules: did you mean 'all-linear', not {config.adapter.target_modules!r}?")
     return found
+
+
+def world_mistakes(config: RunConfig, size: int) -> list[str]:
+    """What ``size`` processes cannot share, one line each."""
+    batch, micro = config.batch_size, config.micro_batch_size
+    each = micro * size
+    if batch % each == 0:
+        return []
+    near = " or ".join(str(value) for value in (batch // each * each, (batch // each + 1) * each) if value)
+    smaller = next((m for m in range(micro, 0, -1) if batch % (m * size) == 0), None)
+    other = f"; or set micro_batch_size={smaller}" if smaller else ""
+    return [
+        f"batch_size: {batch} is not a multiple of micro_batch_size {micro} x {size} processes; nearest that are: "
+        f"{near}{other}"
+    ]
 
 
 def missing(config: RunConfig) -> list[str]:

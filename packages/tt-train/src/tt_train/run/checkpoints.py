@@ -14,8 +14,9 @@ import tt_models
 import tt_peft
 from tt_ckpt.shown import plain, quoted
 from tt_train.config import RunConfig
-from tt_train.errors import ConfigError, Interrupted, counted
+from tt_train.errors import ConfigError, Interrupted, LostRank, counted
 from tt_train.job import Job
+from tt_train.launch import ending, is_lost
 from tt_train.optim import MasterWeights, load_optimizer_tensors_, optimizer_tensors, state_entries
 from tt_train.run.dir import RunDir
 from tt_train.run.stop import Stopped
@@ -163,7 +164,10 @@ class TrainingState:
 
     @contextmanager
     def kept(self, warn: Callable[[str], None]) -> Iterator[None]:
-        """Whatever ends the block early, the last whole step is saved, and what to do next is said."""
+        """Whatever ends the block early, the last whole step is saved, and what to do next is said.
+
+        Several ranks save together or not at all. LostRank instead of the error of a collective that failed.
+        """
         try:
             yield
         except Stopped as stopped:
@@ -176,8 +180,13 @@ class TrainingState:
                 raise
             raise Interrupted(stopped.signal_number, str(checkpoint), self.step) from None
         except (Exception, KeyboardInterrupt) as error:
+            apart = ending(self.step, error)
             if self.step > 0:
-                self._advise(error, warn, reason=self._rescue())
+                self._advise(
+                    error, warn, reason=f"not saved without the other ranks: {apart}" if apart else self._rescue()
+                )
+            if is_lost(error):
+                raise LostRank(f"step {self.step + 1}: {apart}") from error
             raise
 
     def _rescue(self) -> str:
@@ -196,7 +205,7 @@ class TrainingState:
         warn(advice)
 
     def _advice(self, reason: str) -> str:
-        newest = self.saved or self.checkpoints.latest(hashes=False)
+        newest = self.saved or self.checkpoints.latest(hashes=False, together=False)
         if newest is None:
             return f"{counted(self.step, 'step')} lost, since no checkpoint could be written: {reason}"
         if newest == self.saved and self.complete:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,10 @@ from typing import Any, TypedDict, cast
 
 from tt_ckpt import commit, files
 from tt_ckpt.redaction import redact, redact_data
-from tt_train.errors import ConfigError, Interrupted, did_you_mean
+from tt_train.distributed import world
+from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
 from tt_train.report.summary import training_loss
-from tt_train.run.lock import RunLock, writer_of
+from tt_train.run.lock import LOCK, RunLock, writer_of
 from tt_train.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
 from tt_train.visible import visible
 
@@ -27,11 +29,13 @@ class RunDir:
     """A run directory; every file in it is written through here, with secrets blanked.
 
     One process writes to it at a time: making a RunDir takes its lock, and raises ConfigError if another one holds it.
-    As a context manager it keeps train.log: progress, and the traceback of what ended the run.
+    As a context manager it keeps train.log: progress, and the traceback of what ended the run. Of several ranks, rank 0
+    writes; what another one writes is dropped, except for its own log.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.rank = world().rank
         path.mkdir(parents=True, exist_ok=True)
         self._handler: logging.Handler | None = None
         self._began = False  # whether this process has changed the run's state
@@ -39,7 +43,16 @@ class RunDir:
             if os.path.lexists(path / name):
                 files.regular(path / name)
         self._lock = RunLock(path)
-        self._lock.acquire()
+        if self.rank == 0:
+            self._lock.acquire()
+
+    def check_shared(self) -> None:
+        """ConfigError if this rank does not see what rank 0 writes."""
+        if self.rank and not (self.path / LOCK).exists():
+            here = f"{self.path.absolute()} on {socket.gethostname()}"
+            raise ConfigError(
+                [f"output_dir: {here} is not the folder of rank 0; choose an -o that every machine shares"]
+            )
 
     def close(self) -> None:
         """Let others write to the directory."""
@@ -54,17 +67,25 @@ class RunDir:
         self._replace(name, redact(text))
 
     def _replace(self, name: str, text: str) -> None:
+        if self.rank:
+            return
         with naming(self.path / name):
             files.replace_text(self.path / name, text)
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
         """Add lines of JSON and hand them to the operating system."""
+        if self.rank:
+            return
         with naming(self.path / name):
             files.append_text(self.path / name, _lines(rows))
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
-        """A path for a new folder; at the end of the block it takes the place of the folder ``name``, as a whole."""
+        """A path for a new folder; at the end of the block it takes the place of the folder ``name``, as a whole.
+
+        For rank 0 only.
+        """
+        assert self.rank == 0
         mark = f"{files.TMP_PREFIX}{name}-"
         for leftover in self.path.glob(f"{mark}*"):  # of a run that was killed
             commit.remove_tree(leftover)
@@ -87,6 +108,8 @@ class RunDir:
 
     def keep_until(self, step: int) -> None:
         """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
+        if self.rank:
+            return
         for name in ("metrics.jsonl", "samples.jsonl"):
             if os.path.lexists(self.path / name):
                 problems: list[str] = []
@@ -101,10 +124,14 @@ class RunDir:
 
     def update_manifest(self, **changes: Any) -> None:
         """Set keys of manifest.json."""
+        if self.rank:
+            return
         self.write_json("manifest.json", read_manifest(self.path) | changes)
 
     def set_state(self, state: str) -> None:
         """``running``, ``stopped`` or ``failed``. A finished run stays finished; its ``extension`` has a state."""
+        if self.rank:
+            return
         finished = read_manifest(self.path).get("state") == "finished"
         self.update_manifest(**{"extension" if finished else "state": state})
         self._began = True
@@ -115,7 +142,9 @@ class RunDir:
 
     def __enter__(self) -> "RunDir":
         try:
-            self._handler = _LogFile(self.path / "train.log", encoding="utf-8")
+            log_file = self.path / log_name(self.rank)
+            log_file.parent.mkdir(exist_ok=True)
+            self._handler = _LogFile(log_file, encoding="utf-8")
         except (OSError, ValueError):
             self.close()
             raise

@@ -12,9 +12,11 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig
+from tt_train.distributed import world
 from tt_train.errors import counted, shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
+from tt_train.launch import everywhere
 from tt_train.memory import DTYPES
 from tt_train.recipe_file import repeating
 from tt_train.report import write_report
@@ -44,10 +46,12 @@ def finish(metrics: Metrics) -> None:
     state.drain(console.warn)
     if job.config.save_last:
         state.tolerate(state.save, console.warn)
-    write_result(job, run, state)
+    everywhere(lambda: write_result(job, run, state))
     if state.row is not None:
         metrics.record(sample=False)
         _or_warn(console, "the last samples", metrics.sample)
+    if not world().is_main:
+        return
     summary = _summary(job, run, state)
     run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
@@ -78,6 +82,8 @@ def _or_warn(console: Console, what: str, action: Callable[[], object]) -> None:
 
 def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None:
     """``adapter/`` or ``model/``, as a whole: what was there before is replaced by a rename."""
+    if not world().is_main:  # the weights are the same on every rank
+        return
     if job.lora is not None:
         with run.replacing("adapter") as part:
             tt_peft.save_adapter(state.model, part, base_model=job.base_model)

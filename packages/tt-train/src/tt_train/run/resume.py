@@ -38,6 +38,7 @@ _MAY_CHANGE = {
     "epochs",
     "max_steps",
     "on_nonfinite",
+    "process_group_timeout_s",
 }
 
 

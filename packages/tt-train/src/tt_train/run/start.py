@@ -1,5 +1,6 @@
 """What comes before the loop of every recipe: a run directory, new or resumed, and what is said before step 1."""
 
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -9,8 +10,10 @@ from torch import nn
 
 import tt_ckpt
 from tt_train.config import RunConfig, to_dict, to_yaml
+from tt_train.distributed import world
 from tt_train.errors import ConfigError
 from tt_train.job import Job
+from tt_train.launch import decided, everywhere, is_restarted
 from tt_train.recipe_file import copy_of
 from tt_train.registry import imports_of
 from tt_train.run.checkpoints import TrainingState
@@ -18,7 +21,9 @@ from tt_train.run.console import Console, RunFacts
 from tt_train.run.dir import RunDir
 from tt_train.run.environment import collect, command_line, git_state
 from tt_train.run.finish import data_facts, precision, result_bytes
+from tt_train.run.lock import BEAT_S, STALE_S
 from tt_train.run.resume import (
+    Origin,
     changed_imports,
     changed_keys,
     find_origin,
@@ -37,30 +42,26 @@ def start(
 ) -> tuple[RunDir, tt_ckpt.TrainState | None] | Path:
     """Open a new run directory, or the one to resume; also gives the checkpoint to restore, None to start anew.
 
-    A Path is a run that is finished already. Whatever is refused is refused before anything is written.
+    A Path is a run that is finished already. Whatever is refused is refused before anything is written. Of several
+    ranks, rank 0 chooses and writes.
     """
-    origin = find_origin(job.config, resume)
+    origin = decided(lambda: _origin(job, resume))
     if origin is None:
         return _new_run(job), None
-    before = FinishedRun(origin.run)
-    if changed := changed_keys(before.config, job.config) + changed_imports(before.manifest, job.config):
-        raise ConfigError(
-            [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
-        )
     explicit = str(resume) != "auto"
     if not origin.in_place:
-        saved = read_checkpoint(job, origin, explicit=explicit)
+        saved = everywhere(lambda: read_checkpoint(job, origin, explicit=explicit))
         assert saved is not None  # explicit
         run = _new_run(job, continued_from={"run": str(origin.run.resolve()), "step": saved.step})
         for name in ("metrics.jsonl", "samples.jsonl"):
             run.append(name, *(row for row in read_rows(origin.run / name) if row["step"] <= saved.step))
         return run, saved
-    if origin.checkpoint is None and (reason := nothing_left(job, origin.run)):
+    if origin.checkpoint is None and (reason := decided(lambda: nothing_left(job, origin.run))):
         console.note(reason)
         return origin.run
-    run = RunDir(origin.run)
+    run = _opened(origin.run)
     try:
-        saved = read_checkpoint(job, origin, explicit=explicit)
+        saved = everywhere(lambda: read_checkpoint(job, origin, explicit=explicit))
         if saved is None:
             console.note(f"{run.path} has no checkpoint: training starts at step 1")
     except BaseException:
@@ -69,23 +70,63 @@ def start(
     return run, saved
 
 
+def _origin(job: Job[RunConfig], resume: str | Path | None) -> Origin | None:
+    """The run to resume, if its config still fits."""
+    origin = find_origin(job.config, resume)
+    if origin is None:
+        return None
+    before = FinishedRun(origin.run)
+    if changed := changed_keys(before.config, job.config) + changed_imports(before.manifest, job.config):
+        raise ConfigError(
+            [f"--resume: {line}; a resumed run keeps this key: set it back, or start a new run" for line in changed]
+        )
+    return origin
+
+
 def _new_run(job: Job[RunConfig], **more: Any) -> RunDir:
-    path = new_path(job.config.output_dir, job.base_model, job.method)
-    probe_writable(path)
-    run = RunDir(path)
+    run = _opened(decided(lambda: _free_path(job)))
     try:
-        run.write_text("config.yaml", to_yaml(replace(job.config, output_dir=None)))
-        run.write_json("manifest.json", _manifest(job) | more)
-        if (own := copy_of(job.config)) is not None:
-            run.write_text(own.name, own.text)
-        template = own_template(job.tokenizer, job.config.data.template)
-        if template is not None:
-            run.write_text(TEMPLATE_FILE, template)
+        everywhere(lambda: _write_first_files(job, run, more))
     except BaseException:
         run.close()
         raise
-    run.set_state("running")
     return run
+
+
+def _free_path(job: Job[RunConfig]) -> Path:
+    path = new_path(job.config.output_dir, job.base_model, job.method)
+    probe_writable(path)
+    return path
+
+
+def _opened(path: Path) -> RunDir:
+    """The run directory, whose lock rank 0 holds."""
+    run = everywhere(lambda: _when_free(path))
+    everywhere(run.check_shared)
+    return run
+
+
+def _when_free(path: Path) -> RunDir:
+    # of a run that its launcher restarts, the old writer may be on another host, where it counts as alive for a while
+    until = time.monotonic() + (STALE_S + BEAT_S if is_restarted() else 0.0)
+    while True:
+        try:
+            return RunDir(path)
+        except ConfigError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.5)
+
+
+def _write_first_files(job: Job[RunConfig], run: RunDir, more: dict[str, Any]) -> None:
+    run.write_text("config.yaml", to_yaml(replace(job.config, output_dir=None)))
+    run.write_json("manifest.json", _manifest(job) | more)
+    if (own := copy_of(job.config)) is not None:
+        run.write_text(own.name, own.text)
+    template = own_template(job.tokenizer, job.config.data.template)
+    if template is not None:
+        run.write_text(TEMPLATE_FILE, template)
+    run.set_state("running")
 
 
 def announce(
@@ -93,7 +134,7 @@ def announce(
 ) -> None:
     """Check the disk, say what is about to happen, and cut the run's files back to the step that it starts from."""
     facts = opening_facts(job, state.model, run.path, state.step)
-    state.check_space(result_bytes(job, state))
+    everywhere(lambda: state.check_space(result_bytes(job, state)))
     before = saved.state["steps_total"] if saved is not None else job.steps_total
     if note := rate_change(job.config, state.step, before=before, now=job.steps_total):
         console.warn(note)
@@ -103,9 +144,9 @@ def announce(
     run.update_manifest(config=to_dict(config), parameters=facts.parameters, trainable=facts.trainable,
                         precision=facts.precision)  # fmt: skip
     run.set_state("running")
-    state.recorded(next((row for row in run.rows("metrics.jsonl") if row.get("step") == state.step), None))
+    state.recorded(decided(lambda: next((r for r in run.rows("metrics.jsonl") if r.get("step") == state.step), None)))
     run.keep_until(state.step - 1 if state.row else state.step)
-    if later := state.checkpoints.remove_after(state.step):
+    if later := decided(lambda: state.checkpoints.remove_after(state.step)):
         console.note(f"checkpoints after step {state.step} will be written again: {', '.join(later)} removed")
 
 
@@ -141,7 +182,7 @@ def opening_facts(job: Job[RunConfig], model: nn.Module, run_path: Path, first: 
         data=job.data_lines,
         steps_total=job.steps_total,
         step_first=first,
-        device=str(job.device),
+        device=str(job.device) if world().size == 1 else f"{world().size} x {job.device.type}",
         dtype=job.config.model.dtype,
         precision=precision(job),
         run_dir=str(run_path),

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from tt_train.distributed import world
 from tt_train.errors import Interrupted
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
@@ -25,7 +26,8 @@ class StopRequest:
     """``with StopRequest() as stop``: a signal is noted, and answered by ``check`` or inside ``at_once``.
 
     The answer is Stopped; one that nobody has turned into Interrupted by the end of the block becomes one there, with
-    ``checkpoint`` and ``step``, which the run began with.
+    ``checkpoint`` and ``step``, which the run began with. Several ranks answer together, so that none waits for one
+    that has left: a signal to one of them stops all, and ``at_once`` answers at its end.
     """
 
     def __init__(self, *, checkpoint: str | None = None, step: int = 0) -> None:
@@ -49,13 +51,17 @@ class StopRequest:
             raise Interrupted(error.signal_number, *self._begun_with) from None
 
     def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.signal is not None:
-            raise Stopped(self.signal)
+        """Raise Stopped if a signal has come, to any rank: every rank must call this."""
+        if world().any(self.signal is not None):
+            raise Stopped(self.signal or signal.SIGTERM)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Inside, a signal is answered the moment it comes: for work that can be abandoned anywhere."""
+        if world().size > 1:
+            yield
+            self.check()
+            return
         self._at_once = True
         try:
             self.check()
