@@ -11,39 +11,44 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig
+from tt_train.distributed import world
 from tt_train.job import Job
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
 from tt_train.optim import MasterWeights, decayed, make_optimizer
 from tt_train.registry import LOSSES, resolve
+from tt_train.sharding import is_sharded, shard_, ways
 
 
 def load_model(job: Job[RunConfig]) -> tt_models.Decoder:
-    """The model with its weights and, if the config says so, its adapter; ready to train.
+    """The model with its weights and, if the config says so, its adapter and its shards; ready to train.
 
-    Trained weights are fp32. With bf16 as ``model.dtype``, ``build_optimizer`` makes those of a full model bf16.
+    Trained weights are fp32. With bf16 as ``model.dtype``, ``build_optimizer`` makes those of a full model bf16; those
+    of a sharded full model are gathered in bf16.
     """
     torch.manual_seed(job.config.seed)
-    adapter = job.config.adapter
+    config, (replicate, shard) = job.config, ways(job.config, world().size)
     dtype = torch.float32 if job.lora is None else job.dtype
-    if job.model_path is None:
-        model = tt_models.build(job.model_config, device=job.device, dtype=dtype)
-        if job.lora is not None:
-            _adapt(model, job.lora)
-    else:
-        model = tt_models.build(job.model_config, device="meta", dtype=dtype)
-        if job.lora is not None:  # before the weights: a base of 4 bits is quantized tensor by tensor while it loads
-            _adapt(model, job.lora)
-        tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=job.device)
-        if job.lora is not None:
-            torch.manual_seed(job.config.seed)
-            tt_peft.init_adapter_(model)
-    if adapter is not None and adapter.path is not None:
-        tt_peft.load_adapter(model, Path(adapter.path))
-    if job.config.activation_checkpointing:
+    # on meta until it is loaded: a base of 4 bits is quantized tensor by tensor then, and a rank reads its own slices
+    model = tt_models.build(job.model_config, device=job.device if job.model_path is None else "meta", dtype=dtype)
+    if job.lora is not None:
+        _adapt(model, job.lora)
+    if config.activation_checkpointing:
         checkpoint_activations_(model)
-    if job.config.compile:
+    if config.compile:
         compile_(model)
+    if shard > 1:
+        shard_(model, device=job.device, replicate=replicate, shard=shard, cpu_offload=config.parallel.cpu_offload,
+               compute_dtype=job.dtype if job.lora is None else None,
+               reduce_every_micro_batch=config.parallel.reduce_every_micro_batch)  # fmt: skip
+    if job.model_path is not None:
+        home = "cpu" if shard > 1 and config.parallel.cpu_offload else job.device
+        tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=home)
+        if job.lora is not None:
+            torch.manual_seed(config.seed)
+            tt_peft.init_adapter_(model)
+    if config.adapter is not None and config.adapter.path is not None:
+        tt_peft.load_adapter(model, Path(config.adapter.path))
     return model.train()
 
 
@@ -55,7 +60,7 @@ def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:
 
 def build_optimizer(job: Job[RunConfig], model: tt_models.Decoder) -> MasterWeights:
     """The optimizer that the config names, over the trained parameters of ``model``."""
-    narrow = job.lora is None and job.dtype == torch.bfloat16
+    narrow = job.lora is None and job.dtype == torch.bfloat16 and not is_sharded(model)
     return make_optimizer(trainable_groups(job, model), job.config.optimizer, narrow=narrow)
 
 

@@ -105,6 +105,20 @@ class ScheduleSection:
 
 
 @dataclass
+class ParallelSection:
+    """How the weights are kept on many devices. One process ignores this section.
+
+    ``replicate`` x ``shard`` is the number of processes. A full fine-tune shards over all of them unless a number says
+    otherwise; with an adapter every process keeps the whole frozen base, so that nothing has to be gathered.
+    """
+
+    shard: int | None = None  # processes that share one copy of the weights, gradients and optimizer state
+    replicate: int | None = None  # such groups, each with a copy of its own
+    cpu_offload: bool = False  # shards stay in CPU memory; the optimizer works there
+    reduce_every_micro_batch: bool = False  # less memory with accumulation: gradients are never whole; more traffic
+
+
+@dataclass
 class SamplesSection:
     """Prompts from the rows, answered by the model at every evaluation and at the end, into samples.jsonl."""
 
@@ -137,6 +151,7 @@ class RunConfig:
     keep_last: int = 2
     samples: SamplesSection = field(default_factory=SamplesSection)
     activation_checkpointing: bool = False
+    parallel: ParallelSection = field(default_factory=ParallelSection)
     on_nonfinite: str = "stop"  # stop | skip
     process_group_timeout_s: float = 600.0  # of several processes: one that the others wait for so long ends the run
     compile: bool = False

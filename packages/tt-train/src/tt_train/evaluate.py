@@ -11,8 +11,10 @@ from torch import nn
 
 import tt_data
 import tt_models
+from tt_train.distributed import world
 from tt_train.losses import IGNORE, Batch, Objective, Summed
-from tt_train.step import mean_metrics, summed
+from tt_train.sharding import reshard_
+from tt_train.step import agree, summed
 
 _ROLES: dict[str, str] = {
     **{name: name for name in ("system", "developer", "user", "assistant", "tool")},
@@ -31,6 +33,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+        reshard_(model)
 
 
 def held_out_figures(
@@ -46,20 +49,25 @@ def held_out_figures(
 
     Metrics that the objective names are further figures, with ``eval_`` in front of their names.
     """
+    here = world()
     # rows of similar length share a batch, with little padding
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
     parts: list[Summed] = []
-    total = 0.0
+    loss = 0.0
     with evaluating(model):
-        for start in range(0, len(order), micro_batch_size):
-            rows = [dataset[index] for index in order[start : start + micro_batch_size]]
-            part = summed(objective, model, to_device(tt_data.collate(rows, pad_id=pad_id), device))
-            total += float(part.loss)
+        for start in range(0, len(order), micro_batch_size * here.size):
+            some = order[start : start + micro_batch_size * here.size]
+            rows = [dataset[index] for index in some[here.rank :: here.size]]
+            batch = tt_data.collate(rows or [dataset[some[0]]], pad_id=pad_id)
+            if not rows:  # the passes of a sharded model are collectives: this rank takes part, and adds nothing
+                batch["labels"].fill_(IGNORE)
+            part = summed(objective, model, to_device(batch, device))
+            loss += float(part.loss)
             parts.append(part)
-    count = sum(part.count for part in parts)
-    if not count:
+    total = agree(parts, here, loss=loss)
+    if not total.count:
         return {"eval_loss": math.nan}
-    return {"eval_loss": total / count, **{f"eval_{name}": value for name, value in mean_metrics(parts).items()}}
+    return {"eval_loss": total.loss / total.count, **{f"eval_{name}": value for name, value in total.means.items()}}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -15,6 +15,7 @@ from tt_train.distributed import world
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.optim import make_optimizer
 from tt_train.registry import LOGGER_PACKAGES, LOSSES, resolve
+from tt_train.sharding import ways
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
 
@@ -91,6 +92,7 @@ def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:
         found.append(
             f"optimizer: {config.optimizer.name} does not accept this value: {error}; correct it, or leave it out"
         )
+    found += _parallel_mistakes(config, world().size)
     return found + _loss_mistakes(config) + logger_mistakes(config) + _data_mistakes(config)
 
 
@@ -108,6 +110,32 @@ def _device_mistakes(config: RunConfig, device: torch.device) -> list[str]:
         except (RuntimeError, TypeError) as error:
             return [f"device: {device} does not answer: {str(error).splitlines()[0]}"]
     return []
+
+
+def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
+    """What does not fit the ``size`` processes of the run."""
+    if size == 1:
+        return []
+    try:
+        _, shard = ways(config, size)
+    except ValueError as error:
+        return [f"parallel: {error}"]
+    found, adapter, unit = [], config.adapter, size * config.micro_batch_size
+    if config.batch_size % unit:
+        near = " or ".join(
+            str(value) for value in {max(1, config.batch_size // unit) * unit, -(-config.batch_size // unit) * unit}
+        )
+        found.append(
+            f"batch_size: {config.batch_size} is not a multiple of {size} processes x micro_batch_size "
+            f"{config.micro_batch_size}; nearest that are: {near}"
+        )
+    if config.parallel.cpu_offload and shard == 1:
+        found.append(
+            "parallel.cpu_offload: offloads shards, and nothing is sharded; set parallel.shard, or leave it out"
+        )
+    if shard > 1 and adapter is not None and adapter.dtype == "bf16":
+        found.append("adapter.dtype: bf16 is not for a sharded adapter; leave it out, or set parallel.shard=1")
+    return found
 
 
 def _loss_mistakes(config: RunConfig) -> list[str]:

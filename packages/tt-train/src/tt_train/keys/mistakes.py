@@ -39,6 +39,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "schedule.num_cycles": (1e-9, 10**6), "samples.num": (0, 10**4),
     "samples.max_new_tokens": (1, 2**20), "adapter.rank": (1, 2**16), "adapter.alpha": (-(10**6), 10**6),
     "adapter.lora_plus_ratio": (1e-9, 10**6), "optimizer.lr": (1e-30, 1000), "optimizer.weight_decay": (0, 10**6),
+    "parallel.shard": (1, 2**20), "parallel.replicate": (1, 2**20),
     "optimizer.eps": (0, 1), "max_grad_norm": (1e-30, 10**30), "seed": (0, 2**64 - 1),
     "process_group_timeout_s": (1, 10**6),
 }  # fmt: skip
@@ -47,6 +48,7 @@ _BELOW_ONE = ("loss.label_smoothing", "schedule.min_lr_ratio", "schedule.warmup_
 _UNSET = {"max_steps": "epochs decide", "eval_every": "at the end only", "save_every": "after the last step only",
           "early_stop_after": "never", "schedule.warmup_steps": "by schedule.warmup_ratio",
           "schedule.decay_steps": "by schedule.decay_ratio",
+          "parallel.shard": "by the method", "parallel.replicate": "by parallel.shard",
           "max_grad_norm": "no clipping"}  # fmt: skip
 _LARGEST = 3e38  # of fp32, in which the numbers of a run are computed with
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

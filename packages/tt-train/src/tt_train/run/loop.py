@@ -11,6 +11,7 @@ import torch
 
 import tt_data
 from tt_train.config import RunConfig
+from tt_train.distributed import world
 from tt_train.errors import TrainingError, counted
 from tt_train.evaluate import answer, held_out_figures, to_device
 from tt_train.inputs.rows import count_rows
@@ -134,19 +135,19 @@ def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
     """(number, counted from 1; micro-batches on the device) of each step that is left, until the run is complete.
 
     What was measured before the first of them is recorded first: the evaluation before step 1, or one that a signal
-    cut off. The random numbers of a step, which dropout needs, depend on the seed and its number alone.
+    cut off. The random numbers of a step, which dropout needs, depend on the seed, its number and the rank alone.
     """
-    job, state, config = metrics.job, metrics.state, metrics.job.config
+    job, state, config, here = metrics.job, metrics.state, metrics.job.config, world()
     if state.row is not None and not state.complete:
         metrics.record()
     batches = tt_data.batches(
         job.train, batch_size=config.batch_size, micro_batch_size=config.micro_batch_size, seed=config.seed,
-        start_step=state.step, num_workers=config.data.num_workers, shuffle=config.data.shuffle,
-        pad_id=job.tokenizer.pad_id, timeout_s=config.data.worker_timeout_s,
+        rank=here.rank, world_size=here.size, start_step=state.step, num_workers=config.data.num_workers,
+        shuffle=config.data.shuffle, pad_id=job.tokenizer.pad_id, timeout_s=config.data.worker_timeout_s,
     )  # fmt: skip
     while not state.complete:
         metrics.step_began = time.perf_counter()
-        torch.manual_seed((config.seed * 1_000_003 + state.step + 1) % 2**64)
+        torch.manual_seed((config.seed * 1_000_003 + state.step + 1 + (here.rank << 40)) % 2**64)
         yield state.step + 1, [to_device(batch, job.device) for batch in next(batches)]
 
 
@@ -177,7 +178,8 @@ def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) ->
 
 def _not_finite(step: int, result: StepResult, job: Job[RunConfig]) -> str:
     """What is known about a step whose update would have spoiled the weights."""
+    where = f" on rank {', '.join(map(str, result.ranks))}" if result.ranks and world().size > 1 else ""
     return (
-        f"step {step}: loss {result.loss}, gradient norm {result.grad_norm} (in {result.first_nonfinite}) are not "
-        f"finite; the weights were left alone. Look at {job.rows_of(step)} with tt data show, or lower optimizer.lr"
+        f"step {step}{where}: loss {result.loss}, gradient norm {result.grad_norm} (in {result.first_nonfinite}) are "
+        f"not finite; the weights were left alone. Look at {job.rows_of(step)} with tt data show, or lower optimizer.lr"
     )

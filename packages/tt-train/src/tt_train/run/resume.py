@@ -39,6 +39,10 @@ _MAY_CHANGE = {
     "max_steps",
     "on_nonfinite",
     "process_group_timeout_s",
+    "parallel.shard",
+    "parallel.replicate",
+    "parallel.cpu_offload",
+    "parallel.reduce_every_micro_batch",
 }
 
 
