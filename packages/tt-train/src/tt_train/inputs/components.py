@@ -120,15 +120,7 @@ def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
         _, shard = ways(config, size)
     except ValueError as error:
         return [f"parallel: {error}"]
-    found, adapter, unit = [], config.adapter, size * config.micro_batch_size
-    if config.batch_size % unit:
-        near = " or ".join(
-            str(value) for value in {max(1, config.batch_size // unit) * unit, -(-config.batch_size // unit) * unit}
-        )
-        found.append(
-            f"batch_size: {config.batch_size} is not a multiple of {size} processes x micro_batch_size "
-            f"{config.micro_batch_size}; nearest that are: {near}"
-        )
+    found, adapter = [], config.adapter
     if config.parallel.cpu_offload and shard == 1:
         found.append(
             "parallel.cpu_offload: offloads shards, and nothing is sharded; set parallel.shard, or leave it out"
