@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypedDict, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict, cast
 
 from tt_data.examples import Kind
 from tt_data.files import open_regular
@@ -17,9 +17,13 @@ from tt_data.report import Counts, Report, report_of
 from tt_data.template.spans import Encoded, Span
 from tt_data.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 IGNORE_INDEX = -100
 Numbers: TypeAlias = "array[int] | memoryview[int]"
 Piece = tuple[str, bool]  # text, and whether it is trained
+LogProbs = Literal["reference_log_probs", "kl_reference_log_probs"]
 _SIDES: Mapping[Kind, tuple[str, ...]] = {"single": ("",), "judged": ("", "kl_"), "pair": ("chosen_", "rejected_")}
 
 
@@ -41,6 +45,8 @@ class Row(TypedDict, total=False):
     kl_labels: list[int]
     kl_position_ids: list[int]
     desirable: bool | list[bool]
+    reference_log_probs: list[float]
+    kl_reference_log_probs: list[float]
 
 
 class Dataset(Protocol):
@@ -184,6 +190,7 @@ class TokenDataset:
         self.pad_id = tokenizer.pad_id
         self._counts = counts
         self.files_left_out: list[str] = []
+        self.log_probs: dict[LogProbs, Tensor] = {}  # of the answers of each row, which rows, packs and batches carry
         self.seed, self.max_seq_len = 0, cast("int | None", None)  # of mismatched answers
 
     def __len__(self) -> int:
@@ -197,9 +204,11 @@ class TokenDataset:
     def __getitem__(self, i: int) -> Row:
         i = check_index(i, len(self))
         sides = [store.get(i) for store in self.stores]
-        if self.desirable is None:
-            return to_row(self.kind, sides, False)
-        return to_row(self.kind, sides + self._mismatched(i, sides[0]), bool(self.desirable[i]))
+        sides += self._mismatched(i, sides[0]) if self.kind == "judged" else []
+        row = to_row(self.kind, sides, self.desirable is not None and bool(self.desirable[i]))
+        for name, values in self.log_probs.items():
+            row[name] = values[i].tolist()
+        return row
 
     def _mismatched(self, i: int, judged: Encoded) -> list[Encoded]:
         """The prompt of row ``i`` with the answer of another row, which ``i`` and ``seed`` draw; none if there is no

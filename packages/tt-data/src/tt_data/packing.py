@@ -53,6 +53,9 @@ def join_documents(rows: Sequence[Row]) -> Row:
     parts, packed = cast(Sequence[dict[str, Any]], rows), dict[str, Any]()
     if "desirable" in parts[0]:
         packed["desirable"] = [row["desirable"] for row in parts]
+    for name in ("reference_log_probs", "kl_reference_log_probs"):
+        if name in parts[0]:
+            packed[name] = [value for row in parts for value in row[name]]
     for side in _SIDES:
         if f"{side}input_ids" not in parts[0]:
             continue
