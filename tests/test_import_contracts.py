@@ -20,7 +20,7 @@ ASSEMBLY = {
     "job": "what a config names: tokenizer, rows and model",
     "run.finish": "the result of a run: adapter or model, with what is beside it",
     "models.export": "a Modelfile from the tokenizer and the config",
-    "reference": "log-probabilities of rows, kept as tensors",
+    "reference_cache": "log-probabilities of rows, kept as tensors",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "models.load": "tt_train.load",
     "models.merge": "tt_train.merge_run",
