@@ -11,7 +11,7 @@ from tt_train.config import RunConfig, SFTConfig
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.keys.mistakes import missing, mistakes, shown, type_problem
 from tt_train.keys.paths import at_home
-from tt_train.keys.schema import all_keys, is_section, parts_of, section_type, type_of, unknown_key
+from tt_train.keys.schema import all_keys, is_section, parts_of, section_type, takes_options, type_of, unknown_key
 from tt_train.keys.text import NotPlainError, compose_text, pairs, read_text
 from tt_train.keys.values import fits, of_node, of_word
 from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
@@ -235,14 +235,17 @@ def _merged(schema: type, settings: Sequence[Setting]) -> Any:
         node = nested
         for name in sections:
             if not isinstance(node.get(name), dict):
-                node[name] = {}
+                node[name] = {item: {} for item in node.get(name) or []}  # a list of names that get options
             node = node[name]
         node[last] = dict(value) if isinstance(value, dict) else value
         if isinstance(value, dict) and section_type(type_of(schema, key)) is None:
             whole[key] = node
+    named = {key: nested.pop(key) for key in list(nested) if takes_options(type_of(schema, key))}
     merged = OmegaConf.merge(OmegaConf.structured(schema), nested)
+    for key, names in named.items():  # a list or a mapping, which OmegaConf does not merge with each other
+        OmegaConf.update(merged, key, names, merge=False)
     for key, node in whole.items():
-        value = node[key.rpartition(".")[2]]
+        value = node.get(key.rpartition(".")[2])
         if isinstance(value, dict):
             OmegaConf.update(merged, key, value, merge=False)
     return OmegaConf.to_object(merged)

@@ -9,6 +9,7 @@ from tt_ckpt.redaction import redact_data
 
 # of Annotated[Any, ...]: what such a key takes, alone, as a list, or as the names of a mapping of numbers
 TEXT, TEXT_OR_NUMBER = "text", "text or number"
+OPTIONS = "options"  # of Annotated[Any, ...]: a list of names, or names with their options: {wandb: {project: p}}
 
 
 @dataclass
@@ -127,6 +128,17 @@ class SamplesSection:
 
 
 @dataclass
+class ProfileSection:
+    """Absent: no profile. A Chrome trace of some steps and, on CUDA, a memory snapshot, in ``profile/`` of the run."""
+
+    first_step: int = 5  # the step before it warms the profiler up
+    num_steps: int = 2
+    record_shapes: bool = True
+    with_stack: bool = False  # where in the Python code an operation was called
+    memory: bool = True  # allocations in the trace; on CUDA also a snapshot for pytorch.org/memory_viz
+
+
+@dataclass
 class RunConfig:
     """The keys of every recipe. The ``Config`` of your own recipe extends it: each field is a key."""
 
@@ -158,7 +170,9 @@ class RunConfig:
     device: str = "auto"
     seed: int = 0
     output_dir: str | None = None
-    loggers: list[str] = field(default_factory=list)
+    log_every: int = 1  # steps: of these steps the figures are written, and of evaluations and the last step
+    profile: ProfileSection | None = None
+    loggers: Annotated[Any, OPTIONS] = field(default_factory=list)  # names, or names with options
 
 
 @dataclass
@@ -172,6 +186,13 @@ def method_of(config: RunConfig) -> str:
     if adapter is None:
         return "full"
     return "qlora" if adapter.quantize_base else "dora" if adapter.use_dora else "lora"
+
+
+def logger_options(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """The loggers of a config by name, each with its options; both forms of ``loggers`` give the same."""
+    if isinstance(config.loggers, dict):
+        return {name: dict(options or {}) for name, options in config.loggers.items()}
+    return {name: {} for name in config.loggers or ()}
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

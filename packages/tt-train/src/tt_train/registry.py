@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from tt_train.config import logger_options
 from tt_train.errors import ConfigError, did_you_mean, shell_word
 
 if TYPE_CHECKING:
@@ -39,8 +40,20 @@ OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "
 # what other tools call these optimizers
 _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
-LOGGERS = {"tensorboard": "tt_train.run.loggers.TensorBoard", "wandb": "tt_train.run.loggers.WandB"}
-LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # what must be installed for them
+LOGGERS = {"tensorboard": "tt_train.run.loggers.TensorBoard", "wandb": "tt_train.run.loggers.WandB",
+           "trackio": "tt_train.run.loggers.Trackio", "mlflow": "tt_train.run.loggers.MLflow",
+           "comet": "tt_train.run.loggers.Comet"}  # fmt: skip
+# the module that must be installed for each, as pip calls it if that is another name, and its options
+LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow",
+                   "comet": "comet_ml"}  # fmt: skip
+LOGGER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "tensorboard": (),
+    "wandb": ("project", "entity", "group", "job_type", "name", "notes", "tags", "mode"),
+    "trackio": ("project", "name", "group", "space_id"),
+    "mlflow": ("tracking_uri", "experiment", "run_name"),
+    "comet": ("project", "workspace", "name", "tags", "mode"),
+}
+_LOGGER_MODES = {"wandb": ("online", "offline", "disabled"), "comet": ("online", "offline")}
 
 
 def recipe_names() -> list[str]:
@@ -113,8 +126,8 @@ def _in_folder(folder: Path) -> str:
 def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]:
     """Component names that are neither registered nor allowed to be imported."""
     named = [("optimizer.name", config.optimizer.name, OPTIMIZERS), ("loss.name", config.loss.name, LOSSES)]
-    named += [("loggers", logger, LOGGERS) for logger in config.loggers]
-    found = []
+    named += [("loggers", logger, LOGGERS) for logger in logger_options(config)]
+    found = _logger_option_mistakes(config)
     for key, name, known in named:
         if name in known:
             continue
@@ -128,6 +141,29 @@ def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]
         else:
             _ALLOWED.add(name)
             found += _import_mistakes(key, name, module, allow_import)
+    return found
+
+
+def _logger_option_mistakes(config: "RunConfig") -> list[str]:
+    """Options that a registered logger does not have, or whose value is of the wrong kind. Values are not shown: a key
+    may be among them."""
+    found = []
+    for name, options in logger_options(config).items():
+        for option, value in options.items() if name in LOGGERS else ():
+            key = f"loggers.{name}.{option}"
+            known = LOGGER_OPTIONS[name]
+            if "key" in option or "token" in option:
+                found.append(f"{key}: a key is never in a config, since a run keeps it; use the client's login")
+            elif option not in known:
+                cure = did_you_mean(option, known) + (f"; known: {', '.join(known)}" if known else "; it has none")
+                found.append(f"{key}: unknown option{cure}")
+            elif option == "tags":
+                if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
+                    found.append(f"{key}: expected a list of text such as [a, b]")
+            elif not isinstance(value, str):
+                found.append(f"{key}: expected text; put a number in quotes, as in {option}: '7'")
+            elif option == "mode" and value not in _LOGGER_MODES[name]:
+                found.append(f"{key}: expected one of {', '.join(_LOGGER_MODES[name])}{did_you_mean(value, _LOGGER_MODES[name])}")
     return found
 
 
@@ -154,7 +190,7 @@ def _import_mistakes(key: str, name: str, module: str, allow_import: Sequence[st
 def imports_of(config: "RunConfig") -> dict[str, str | None]:
     """The modules behind dotted names of a config, each with the SHA-256 of its file: a run is what they say, too."""
     found: dict[str, str | None] = {}
-    for name in (config.optimizer.name, config.loss.name, *config.loggers):
+    for name in (config.optimizer.name, config.loss.name, *logger_options(config)):
         module = name.rpartition(".")[0]
         if module in sys.modules:
             file = getattr(sys.modules[module], "__file__", None)

@@ -33,7 +33,8 @@ _LARGEST = 1e100
 
 # types of the keys of manifest.json that are used again; the others are only shown
 _MANIFEST: dict[str, type] = {
-    **dict.fromkeys(("state", "extension", "recipe", "method", "base_model", "wandb_id"), str),
+    **dict.fromkeys(("state", "extension", "recipe", "method", "base_model"), str),
+    **dict.fromkeys(("wandb_id", "mlflow_id", "comet_id"), str),
     **dict.fromkeys(("config.model.path", "config.model.tokenizer", "config.model.dtype", "config.data.template"), str),
     **dict.fromkeys(("config", "config.model", "config.adapter", "config.data", "imports", "summary"), dict),
     **dict.fromkeys(("data", "data.report"), dict),

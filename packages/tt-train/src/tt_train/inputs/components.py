@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tt_ckpt.hub.endpoint import check_url
-from tt_train.config import RunConfig
+from tt_train.config import RunConfig, logger_options
 from tt_train.distributed import world
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.optim import make_optimizer
@@ -147,19 +147,28 @@ def _data_mistakes(config: RunConfig) -> list[str]:
 
 def logger_mistakes(config: RunConfig) -> list[str]:
     """A line for each logger whose package is not installed, or that is named twice."""
-    found = [
-        f"loggers: {name} is named twice" for name in dict.fromkeys(config.loggers) if config.loggers.count(name) > 1
-    ]
-    for name in dict.fromkeys(config.loggers):
+    names = list(config.loggers or ())
+    found = [f"loggers: {name} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
+    options = logger_options(config)
+    for name in options:
         package = LOGGER_PACKAGES.get(name)
         if package is not None and not is_installed(package):
-            found.append(f"loggers: {name} is not installed; pip install {package}, or leave it out")
-    if "wandb" in config.loggers and (url := os.environ.get("WANDB_BASE_URL")):  # the client sends its key there
-        try:
-            check_url("WANDB_BASE_URL", url)
-        except ValueError as error:
-            found.append(str(error))
+            found.append(
+                f"loggers: {name} is not installed; pip install {package.replace('_', '-')}, or leave it out"
+            )
+    for name, variable in _RECEIVES_KEY.items():
+        if name in options and (url := options[name].get("tracking_uri") or os.environ.get(variable)):
+            if name == "mlflow" and not {"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"} & os.environ.keys():
+                continue  # a server without a login, a folder or a database
+            try:
+                check_url(variable, str(url))
+            except ValueError as error:
+                found.append(str(error))
     return found
+
+
+# where the client of a logger sends its key
+_RECEIVES_KEY = {"wandb": "WANDB_BASE_URL", "mlflow": "MLFLOW_TRACKING_URI", "comet": "COMET_URL_OVERRIDE"}
 
 
 def is_installed(package: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from tt_train.config import RunConfig, ScheduleSection, to_dict
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys.schema import default_of, plain, section_type, type_of
+from tt_train.keys.schema import default_of, plain, section_type, takes_options, type_of
 from tt_train.keys.values import fits, meant
 
 _CHOICES = {
@@ -34,6 +34,7 @@ _STEPS = 10**9
 _BOUNDS: dict[str, tuple[float, float]] = {
     "batch_size": (1, 10**6), "micro_batch_size": (1, 10**6), "epochs": (1, 10**6), "max_steps": (1, _STEPS),
     "eval_every": (1, _STEPS), "early_stop_after": (1, _STEPS), "save_every": (1, _STEPS), "keep_last": (2, 10**6),
+    "log_every": (1, _STEPS), "profile.first_step": (1, _STEPS), "profile.num_steps": (1, 20),
     "data.max_seq_len": (2, 2**24), "data.num_workers": (0, 256), "data.worker_timeout_s": (1e-3, 10**6),
     "data.max_dropped_share": (0, 1), "schedule.warmup_steps": (0, _STEPS), "schedule.decay_steps": (1, _STEPS),
     "schedule.num_cycles": (1e-9, 10**6), "samples.num": (0, 10**4),
@@ -249,6 +250,9 @@ def type_problem(schema: type, key: str, value: Any) -> str:
     kind = type_of(schema, key)
     inner, optional = plain(kind)
     got = f"the text {shown(value)}" if isinstance(value, str) else shown(value)
+    if takes_options(kind):
+        cure = f"; write [{value}]" if isinstance(value, str) else ""
+        return f"expected a list such as [a, b], or names with options such as {{a: {{project: p}}}}, got {got}{cure}"
     if typing.get_origin(kind) is Annotated:
         return f"expected text or a list of text, got {got}; a name with ': ' in it needs quotes"
     if section := section_type(inner):

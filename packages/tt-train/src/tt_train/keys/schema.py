@@ -6,6 +6,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
+from tt_train.config import OPTIONS
 from tt_train.errors import closest
 from tt_train.keys.foreign import FOREIGN, foreign_key
 
@@ -23,6 +24,11 @@ def section_type(kind: Any) -> type | None:
     """The dataclass of ``X`` or ``X | None``, if it is one."""
     inner = plain(kind)[0]
     return inner if dataclasses.is_dataclass(inner) and isinstance(inner, type) else None
+
+
+def takes_options(kind: Any) -> bool:
+    """Whether a key of this type takes names, or names with options."""
+    return typing.get_origin(kind) is Annotated and OPTIONS in typing.get_args(kind)
 
 
 def type_of(schema: type, key: str) -> Any:
@@ -47,7 +53,10 @@ def parts_of(schema: type, key: str) -> list[str]:
     part, _, rest = key.partition(".")
     if not rest:
         return [part]
-    section = section_type(typing.get_type_hints(schema)[part])
+    kind = typing.get_type_hints(schema, include_extras=True)[part]
+    if takes_options(kind) and "." in rest:  # loggers.wandb.project
+        return [part, *rest.rsplit(".", 1)]
+    section = section_type(kind)
     return [part, *(parts_of(section, rest) if section else [rest])]
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 
 from tt_train.config import TEXT_OR_NUMBER
-from tt_train.keys.schema import plain, section_type
+from tt_train.keys.schema import plain, section_type, takes_options
 from tt_train.keys.text import NotPlainError, compose_text, pairs
 
 _WHOLE = re.compile(r"[+-]?[0-9]+(_[0-9]+)*")
@@ -32,6 +32,8 @@ def of_word(text: str, kind: Any) -> Any:
         return None
     items, values = _kinds_inside(inner)
     stripped = text.strip()
+    if takes_options(inner) and stripped.startswith("{"):
+        inner, items, values = Any, None, None  # read as YAML: options have values of any kind
     if items and stripped.startswith("[") and stripped.endswith("]"):
         return [of_word(item, items) for item in _split(stripped[1:-1])]
     if values and stripped.startswith("{") and stripped.endswith("}"):
@@ -78,6 +80,8 @@ def fits(value: Any, kind: Any) -> bool:
         return optional
     if (section := section_type(inner)) is not None:
         return isinstance(value, dict | section)
+    if takes_options(inner) and not isinstance(value, list):
+        return isinstance(value, dict) and all(options is None or isinstance(options, dict) for options in value.values())
     if typing.get_origin(inner) is Annotated:
         return not isinstance(value, list) or all(isinstance(item, str) for item in value)
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)
@@ -115,6 +119,8 @@ def _is_text(kind: Any) -> bool:
 
 def _kinds_inside(kind: Any) -> tuple[Any, Any]:
     """(the type of a list's items, the type of a mapping's values); None for what ``kind`` is not."""
+    if takes_options(kind):
+        return str, Any
     if typing.get_origin(kind) is Annotated:
         return str, float
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)

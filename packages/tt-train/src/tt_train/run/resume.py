@@ -31,6 +31,8 @@ _MAY_CHANGE = {
     "early_stop_after",
     "keep_last",
     "loggers",
+    "log_every",
+    "profile",
     "data.num_workers",
     "data.worker_timeout_s",
     "samples.num",
@@ -101,7 +103,7 @@ def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
     return [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in _MAY_CHANGE
+        if old.get(key) != new.get(key) and not {key, key.partition(".")[0]} & _MAY_CHANGE
     ]
 
 
