@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from tt_train.config import AdapterSection, SFTConfig
+from tt_train.config import AdapterSection, ProfileSection, SFTConfig
 from tt_train.keys.foreign import FOREIGN
 from tt_train.keys.schema import all_keys, section_type
 
@@ -23,7 +23,7 @@ def test_the_page_for_those_who_come_from_elsewhere_shows_the_table_of_the_code(
 
 
 def test_the_page_about_configs_names_every_key_and_its_default():
-    plain = dataclasses.asdict(SFTConfig(adapter=AdapterSection()))
+    plain = dataclasses.asdict(SFTConfig(adapter=AdapterSection(), profile=ProfileSection()))
     shown = {re.sub("`", "", row[0]): row[1] for row in rows("configs.md")}
     sections = {field.name for field in dataclasses.fields(SFTConfig) if section_type(field.type)}
     keys = [key for key in all_keys(SFTConfig) if key not in sections]

@@ -33,7 +33,7 @@ OPTIONAL: dict[str, set[str]] = {
     "tt_models": {"transformers"},  # tt_models.parity compares with it
     "tt_data": {"tiktoken", "zstandard", "compression"},  # compression.zstd of Python 3.14, zstandard before it
     "tt_ckpt": {"gguf"},  # of its extra
-    "tt_train": {"wandb", "tensorboard", "matplotlib"},  # matplotlib of its extra
+    "tt_train": {"wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "matplotlib"},  # matplotlib of its extra
 }
 
 

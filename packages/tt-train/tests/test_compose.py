@@ -195,7 +195,7 @@ def test_text_in_a_file_is_taken_as_written(tmp_path):
         ("schedule.warmup_steps=0.1", "got 0.1; a share of the run is schedule.warmup_ratio"),
         ("max_steps=-1", "max_steps: must be at least 1, got -1; null means what -1 means elsewhere"),
         ("data.packing=2", "expected true or false, got the text '2'"),
-        ("loggers=wandb", "expected a list such as [a, b], got the text 'wandb'"),
+        ("loggers=wandb", "options such as {a: {project: p}}, got the text 'wandb'; write [wandb]"),
         ("data.columns=conv", "expected names such as {a: b}, got the text 'conv'"),
         ("optimizer.betas=0.9", "expected a list such as [0.9, 0.95]"),
         ("model.path=", "model.path: no value; write model.path=null to unset it"),

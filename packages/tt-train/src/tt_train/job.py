@@ -173,6 +173,13 @@ def assemble(config: C, *, rows: Kind = "single") -> Job[C]:
     )
     if too_long := schedule_mistakes(config.schedule, job.steps_total):
         raise ConfigError(too_long)
+    if config.profile is not None:
+        first, last = config.profile.first_step, config.profile.first_step + config.profile.num_steps - 1
+        if last > job.steps_total:
+            cure = "lower profile.first_step"
+            raise ConfigError(
+                [f"profile.first_step: step {first} to {last} are traced, the run has {job.steps_total} steps; {cure}"]
+            )
     job.notes += schedule_notes(config, job.steps_total)
     return job
 

@@ -162,8 +162,8 @@ def _logger_option_mistakes(config: "RunConfig") -> list[str]:
                     found.append(f"{key}: expected a list of text such as [a, b]")
             elif not isinstance(value, str):
                 found.append(f"{key}: expected text; put a number in quotes, as in {option}: '7'")
-            elif option == "mode" and value not in _LOGGER_MODES[name]:
-                found.append(f"{key}: expected one of {', '.join(_LOGGER_MODES[name])}{did_you_mean(value, _LOGGER_MODES[name])}")
+            elif option == "mode" and value not in (modes := _LOGGER_MODES[name]):
+                found.append(f"{key}: expected one of {', '.join(modes)}{did_you_mean(value, modes)}")
     return found
 
 

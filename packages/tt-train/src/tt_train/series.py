@@ -3,7 +3,7 @@
 An objective or a logger may add metrics of its own. The report draws each of them in its own chart.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from tt_train.visible import visible
@@ -26,6 +26,7 @@ class Series:
     from_zero: bool = True
     dashed: bool = False  # measured at some steps only
     on_page: bool = True
+    optional: bool = False  # in a row, and drawn, only if it was measured
 
     @property
     def key(self) -> str:
@@ -45,6 +46,9 @@ _TABLE = (
     Series(name="tokens"),
     Series(name="tokens_per_s", chart="tokens_per_s", title="Throughput", unit="tokens per second",
            label="tokens per second", column="tokens/s", panel="Tokens per second"),
+    Series(name="all_tokens_per_s", on_page=False),  # prompts too
+    Series(name="mfu", chart="mfu", title="Model FLOPs utilization", unit="share of the device's bf16 peak",
+           label="MFU", column="MFU", panel="MFU", optional=True),
     Series(name="memory_gib", chart="memory_gib", title="Memory", unit="peak GiB", label="GiB", column="GiB",
            panel="Peak memory, GiB"),
     Series(name="elapsed_s"),
@@ -69,10 +73,10 @@ def other_series(name: str, *, dashed: bool) -> Series:
     )
 
 
-def charts(others: Iterable[Series] = ()) -> dict[str, list[Series]]:
-    """The charts in order, each with its series."""
+def charts(others: Iterable[Series] = (), *, measured: Container[str] = ()) -> dict[str, list[Series]]:
+    """The charts in order, each with its series; ``measured``: the optional figures that there are."""
     found: dict[str, list[Series]] = {}
     for series in (*_TABLE, *others):
-        if series.chart is not None:
+        if series.chart is not None and (not series.optional or series.name in measured):
             found.setdefault(series.chart, []).append(series)
     return found

@@ -153,9 +153,7 @@ def logger_mistakes(config: RunConfig) -> list[str]:
     for name in options:
         package = LOGGER_PACKAGES.get(name)
         if package is not None and not is_installed(package):
-            found.append(
-                f"loggers: {name} is not installed; pip install {package.replace('_', '-')}, or leave it out"
-            )
+            found.append(f"loggers: {name} is not installed; pip install {package.replace('_', '-')}, or leave it out")
     for name, variable in _RECEIVES_KEY.items():
         if name in options and (url := options[name].get("tracking_uri") or os.environ.get(variable)):
             if name == "mlflow" and not {"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"} & os.environ.keys():

@@ -8,7 +8,7 @@ _NO_GALORE = "GaLore is not supported; use an adapter to save memory"
 _VARIANT = "not supported; tt has LoRA, rsLoRA, DoRA, QLoRA, PiSSA, LoftQ and LoRA+"
 _EVAL = "an evaluation gives samples and the held-out loss over all trained tokens"
 _UPLOAD = "run tt upload RUN/adapter NAME/REPO after training"
-_LOGGERS = "[tensorboard] or [wandb]; metrics.jsonl is always written"
+_LOGGERS = "[tensorboard], [wandb], [trackio], [mlflow] or [comet]; metrics.jsonl is always written"
 _KERNEL = "torch's scaled_dot_product_attention chooses the kernel"
 _LOGGED = "metrics.jsonl logs every step"
 
@@ -198,16 +198,25 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "use_galore": ("", _NO_GALORE),
     "use_badam": ("", "BAdam is not supported; use an adapter to save memory"),
     # what is written, and when
-    "logging_steps": ("", _LOGGED),
-    "log_every_n_steps": ("", _LOGGED),
+    "logging_steps": ("log_every", ""),
+    "log_every_n_steps": ("log_every", ""),
     "log_peak_memory_stats": ("", "metrics.jsonl logs memory at every step"),
     "logging_strategy": ("", _LOGGED),
     "logging_first_step": ("", _LOGGED),
     "logging_dir": ("output_dir", "TensorBoard's files are in its tb/ folder"),
     "report_to": ("loggers", _LOGGERS),
     "use_wandb": ("loggers", "loggers=[wandb]"),
-    "wandb_project": ("loggers", "loggers=[wandb]; set the project with the variable WANDB_PROJECT"),
-    "wandb_entity": ("loggers", "loggers=[wandb]; set the entity with the variable WANDB_ENTITY"),
+    "wandb_project": ("loggers", "loggers={wandb: {project: NAME}}"),
+    "wandb_entity": ("loggers", "loggers={wandb: {entity: NAME}}"),
+    "wandb_name": ("loggers", "loggers={wandb: {name: NAME}}"),
+    "wandb_run_id": ("", "a resumed run continues its W&B run; manifest.json keeps the id"),
+    "wandb_watch": ("", "gradients are not logged one by one; metrics.jsonl logs their norm"),
+    "wandb_log_model": ("", _UPLOAD),
+    "mlflow_tracking_uri": ("loggers", "loggers={mlflow: {tracking_uri: URI}}"),
+    "mlflow_experiment_name": ("loggers", "loggers={mlflow: {experiment: NAME}}"),
+    "comet_project_name": ("loggers", "loggers={comet: {project: NAME}}"),
+    "comet_workspace": ("loggers", "loggers={comet: {workspace: NAME}}"),
+    "trackio_project_name": ("loggers", "loggers={trackio: {project: NAME}}"),
     "metric_logger": ("loggers", _LOGGERS),
     "logger_name": ("loggers", _LOGGERS),
     "run_name": ("output_dir", "the run has the name of its directory"),
@@ -255,7 +264,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "devices": ("device", "a process uses one device; tt run --nproc N starts N of them"),
     "tensor_parallel_size": ("parallel.shard", "weights are sharded, layers are not split over devices"),
     "sequence_parallel_degree": ("parallel.shard", "weights are sharded, sequences are not split over devices"),
-    "profiler": ("", "metrics.jsonl logs tokens per second and memory at every step"),
+    "profiler": ("profile", "profile.first_step=5 traces two steps"),
     # the rest of TRL's and peft's
     "optim_target_modules": ("", _NO_GALORE),
     "average_tokens_across_devices": ("", "the loss of a step is always the mean over all its trained tokens"),
@@ -277,8 +286,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "include_tokens_per_second": ("", "metrics.jsonl logs tokens per second at every step"),
     "skip_memory_metrics": ("", "metrics.jsonl logs memory at every step"),
     "disable_tqdm": ("", "a terminal shows a progress bar, a pipe plain lines"),
-    "project": ("loggers", "loggers=[wandb]; set the project with the variable WANDB_PROJECT"),
-    "trackio_space_id": ("loggers", _LOGGERS),
+    "project": ("loggers", "loggers={wandb: {project: NAME}}"),
+    "trackio_space_id": ("loggers", "loggers={trackio: {space_id: NAME}}"),
     "trackio_bucket_id": ("loggers", _LOGGERS),
     "trackio_static_space_id": ("loggers", _LOGGERS),
     "eval_delay": ("", "held-out loss is measured from step 0"),

@@ -81,7 +81,7 @@ def fits(value: Any, kind: Any) -> bool:
     if (section := section_type(inner)) is not None:
         return isinstance(value, dict | section)
     if takes_options(inner) and not isinstance(value, list):
-        return isinstance(value, dict) and all(options is None or isinstance(options, dict) for options in value.values())
+        return isinstance(value, dict) and all(isinstance(options, dict | None) for options in value.values())
     if typing.get_origin(inner) is Annotated:
         return not isinstance(value, list) or all(isinstance(item, str) for item in value)
     origin, arguments = typing.get_origin(inner), typing.get_args(inner)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tt_ckpt.redaction import redact
-from tt_train.report.read import Run, smooth
+from tt_train.report.read import Run, measured, smooth
 from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline
 from tt_train.series import charts
 
@@ -41,7 +41,7 @@ def _figure(runs: Sequence[Run]) -> "Figure":
     from matplotlib.figure import Figure
 
     others = {one.name: one for run in runs for one in run.others}.values()
-    panels = [one for series in charts(others).values() for one in series if one.panel]
+    panels = [one for series in charts(others, measured=measured(runs)).values() for one in series if one.panel]
     rows = -(-len(panels) // 4)
     height = 7.6 + 2.6 * (rows - 1)  # in inches
     scale = 7.6 / height

@@ -11,7 +11,7 @@ from typing import Any
 
 from tt_ckpt.redaction import redact
 from tt_train.report.figure import NO_PICTURE
-from tt_train.report.read import Run, smooth, thin
+from tt_train.report.read import Run, measured, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
 from tt_train.report.sections import config_section, manifest_section, reproduce_section
 from tt_train.report.summary import as_figure, at, method_words
@@ -29,7 +29,7 @@ Chart = dict[str, Any]
 def page(runs: Sequence[Run], *, has_picture: bool = True) -> str:
     """The whole page. Every text that comes from a run is escaped; secrets are blanked."""
     others = list({one.name: one for run in runs for one in run.others}.values())
-    drawn = [_chart(series) for series in charts(others).values()]
+    drawn = [_chart(series) for series in charts(others, measured=measured(runs)).values()]
     folder = files("tt_train.report")
     script = (folder / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -171,7 +171,10 @@ def _charts(drawn: Sequence[Chart], data: Sequence[dict[str, Any]], has_picture:
 
 def _table(run: Run, others: Sequence[Series], *, several: bool) -> str:
     """The curves as text, at evenly spaced steps."""
-    columns = [SERIES["step"], *(series for chart in charts(others).values() for series in chart)]
+    columns = [
+        SERIES["step"],
+        *(series for chart in charts(others, measured=measured([run])).values() for series in chart),
+    ]
     stride = max(1, -(-len(run.rows) // TABLE_ROWS))
     last = len(run.rows) - 1
     shown = [row for index, row in enumerate(run.rows) if index % stride == 0 or index == last]

@@ -35,6 +35,11 @@ class Run:
         return [value for value in self.column(name) if value is not None]
 
 
+def measured(runs: Sequence[Run]) -> set[str]:
+    """The optional figures that some run has."""
+    return {one.name for one in SERIES.values() if one.optional and any(run.figures(one.name) for run in runs)}
+
+
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Every run, under names that tell them apart. One error names all paths that are not runs."""
     if not paths:

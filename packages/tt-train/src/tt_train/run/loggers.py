@@ -14,6 +14,7 @@ import yaml
 
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.config import RunConfig, logger_options, to_dict
+from tt_train.distributed import world
 from tt_train.registry import LOGGERS, resolve
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
@@ -24,9 +25,7 @@ Logger = Callable[[Row], None]  # takes a row of metrics.jsonl; its ``close``, i
 
 
 @contextmanager
-def open_loggers(
-    config: RunConfig, run: RunDir, step: int, console: Console | None = None
-) -> Iterator[list[Logger]]:
+def open_loggers(config: RunConfig, run: RunDir, step: int, console: Console | None = None) -> Iterator[list[Logger]]:
     """The loggers that the config names, closed at the end, whatever ends it; ``step``: what the run continues from.
 
     A logger is what ``factory(run, config, step, **options)`` gives: a function that takes a row of metrics.jsonl. What
@@ -34,6 +33,9 @@ def open_loggers(
     fails, such as without network, the logger gets no more rows, a warning says so, and training continues.
     """
     console = console or Console()
+    if not world().is_main:
+        yield []
+        return
     with ExitStack() as stack:
         loggers: list[Logger] = []
         for name, options in logger_options(config).items():

@@ -18,16 +18,18 @@ from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.losses import Batch, Objective
 from tt_train.memory import peak_memory_gib
+from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
 from tt_train.run.loggers import Logger
+from tt_train.run.profile import Profile
 from tt_train.run.stop import StopRequest
 from tt_train.series import SERIES
 from tt_train.step import StepResult
 
 log = logging.getLogger("tt_train")
-_KEYS = tuple(name for name in SERIES if name != "eval_loss")  # of every row
+_KEYS = tuple(one.name for one in SERIES.values() if not one.optional and one.name != "eval_loss")  # of every row
 
 
 @dataclass(kw_only=True)
@@ -51,15 +53,24 @@ class Metrics:
     def __post_init__(self) -> None:
         self.first, self.elapsed_before = self.state.step, self.state.elapsed_s
         self.step_began = self.began
+        self.all_tokens = 0  # of this rank's rows in this step
+        self.flops = flops_per_token(self.state.model)
+        self.peak = peak_flops(self.job.device, self.job.dtype)
+        self.profile: Profile | None = None
 
     def measure(self, *, tokens: int) -> None:
-        """Add what the step that was just made took: its time, memory, and ``tokens`` per second."""
+        """Add what the step that was just made took: its time, memory, and ``tokens``, those that train, per second."""
         state, per_epoch, now = self.state, self.job.steps_per_epoch, time.perf_counter()
         assert state.row is not None
         state.elapsed_s = round(self.elapsed_before + now - self.began, 3)
+        taken, everybody = now - self.step_began, world()
+        all_tokens_per_s = float(everybody.sum(torch.tensor(float(self.all_tokens)))) / taken
+        if self.flops and self.peak:
+            state.row["mfu"] = round(self.flops * all_tokens_per_s / (self.peak * everybody.size), 4)
         state.row |= {
             "epoch": round(state.step / per_epoch, 4) if per_epoch else None,
-            "tokens_per_s": round(tokens / (now - self.step_began), 2),
+            "tokens_per_s": round(tokens / taken, 2),
+            "all_tokens_per_s": round(all_tokens_per_s, 2),
             "memory_gib": round(peak_memory_gib(self.job.device), 4),
             "elapsed_s": state.elapsed_s,
             "eta_s": round((now - self.began) / (state.step - self.first) * (self.job.steps_total - state.step), 1),
@@ -80,12 +91,12 @@ class Metrics:
             improved = state.judge(held_out["eval_loss"])
         if sample and (due or state.step == 0):
             self.sample()
-        if state.step > 0:
+        if state.step > 0 and (due or state.complete or state.step % self.job.config.log_every == 0):
             self._write(row)
             self.console.step(row)
             known = (math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm"))
             log.info("step %d loss %.6f grad_norm %.4f", state.step, *known)
-        elif due:
+        elif state.step == 0 and due:
             self._write(row | {"tokens": 0, "elapsed_s": 0.0})
             self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
         state.row = None
@@ -145,10 +156,29 @@ def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
         rank=here.rank, world_size=here.size, start_step=state.step, num_workers=config.data.num_workers,
         shuffle=config.data.shuffle, pad_id=job.tokenizer.pad_id, timeout_s=config.data.worker_timeout_s,
     )  # fmt: skip
+<<<<<<< HEAD
     while not state.complete:
         metrics.step_began = time.perf_counter()
         torch.manual_seed((config.seed * 1_000_003 + state.step + 1 + (here.rank << 40)) % 2**64)
         yield state.step + 1, [to_device(batch, job.device) for batch in next(batches)]
+=======
+    if config.profile is not None and world().is_main:
+        metrics.profile = Profile(
+            config.profile, metrics.run.path, job.device, after=state.step, say=metrics.console.note
+        )
+    try:
+        while not state.complete:
+            metrics.step_began = time.perf_counter()
+            torch.manual_seed((config.seed * 1_000_003 + state.step + 1) % 2**64)
+            micro_batches = next(batches)
+            metrics.all_tokens = sum(count_tokens(batch, pad_id=job.tokenizer.pad_id) for batch in micro_batches)
+            if metrics.profile is not None:
+                metrics.profile.begin(state.step + 1)
+            yield state.step + 1, [to_device(batch, job.device) for batch in micro_batches]
+    finally:
+        if metrics.profile is not None:
+            metrics.profile.close()
+>>>>>>> ff23e88 (log_every, profiles, utilization and five loggers with options, checked before weights load)
 
 
 def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) -> None:
@@ -160,6 +190,8 @@ def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) ->
         TrainingError: the step was not finite, and ``on_nonfinite`` is ``stop``. Stopped: a signal has come.
     """
     job, state, console = metrics.job, metrics.state, metrics.console
+    if metrics.profile is not None:
+        metrics.profile.end(step)
     if result.outcome == "not_finite" and job.config.on_nonfinite == "stop":
         raise TrainingError(_not_finite(step, result, job))
     if taken := sorted(result.metrics.keys() & SERIES.keys()):

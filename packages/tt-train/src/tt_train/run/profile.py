@@ -21,8 +21,8 @@ _SNAPSHOT_ENTRIES = 100_000  # allocations and frees
 class Profile:
     """Traces the steps ``first_step`` to ``first_step + num_steps - 1``; the step before them warms the profiler up.
 
-    ``begin(step)`` and ``end(step)`` go around every step, and ``close()`` comes at the end, whatever ends the run. What
-    cannot be traced is said, and ends no run.
+    ``begin(step)`` and ``end(step)`` go around every step, and ``close()`` comes at the end, whatever ends the run.
+    What cannot be traced is said, and ends no run.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Profile:
             written = [trace]
             if self._snapshots:
                 written.append(self.folder / f"{steps}-memory.pickle")
-                torch.cuda.memory._dump_snapshot(str(written[1]))
+                torch.cuda.memory._dump_snapshot(str(written[1]))  # type: ignore[no-untyped-call]
             if (size := trace.stat().st_size) > MOST_BYTES:
                 trace.unlink()
                 self.say(f"profile: a trace of {size:,} bytes was not kept; lower profile.num_steps or batch_size")
