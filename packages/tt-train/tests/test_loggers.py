@@ -209,12 +209,12 @@ def test_trackio_gets_the_figures_of_every_step_and_is_finished(train, tmp_path,
 
 
 def test_mlflow_continues_its_run_and_says_how_it_ended(train, tmp_path, clients, monkeypatch):
-    more = ["loggers={mlflow: {experiment: e, tracking_uri: 'file:/tmp/nowhere'}}", "max_steps=2"]
+    more = ["loggers={mlflow: {experiment: e, tracking_uri: 'sqlite:///my.db'}}", "max_steps=2"]
     with monkeypatch.context() as patch:
         patch.setattr("tt_train.run.finish.write_result", raise_planted)
         with pytest.raises(OSError, match="planted"):
             train(tmp_path / "r", *more)
-    assert clients[0][1] == ("e", "file:/tmp/nowhere")
+    assert clients[0][1] == ("e", "sqlite:///my.db")
     assert clients[-1] == ("finish", ("run-1",), {"status": "FAILED"})
     clients.clear()
     train(tmp_path / "r", *more, resume="auto")

@@ -63,18 +63,25 @@ class Metrics:
         state, per_epoch, now = self.state, self.job.steps_per_epoch, time.perf_counter()
         assert state.row is not None
         state.elapsed_s = round(self.elapsed_before + now - self.began, 3)
-        taken, everybody = now - self.step_began, world()
-        all_tokens_per_s = float(everybody.sum(torch.tensor(float(self.all_tokens)))) / taken
-        if self.flops and self.peak:
-            state.row["mfu"] = round(self.flops * all_tokens_per_s / (self.peak * everybody.size), 4)
+        taken = now - self.step_began
+        if is_logged(self.job, state.step):
+            state.row |= self._of_all_tokens(taken)
         state.row |= {
             "epoch": round(state.step / per_epoch, 4) if per_epoch else None,
             "tokens_per_s": round(tokens / taken, 2),
-            "all_tokens_per_s": round(all_tokens_per_s, 2),
             "memory_gib": round(peak_memory_gib(self.job.device), 4),
             "elapsed_s": state.elapsed_s,
             "eta_s": round((now - self.began) / (state.step - self.first) * (self.job.steps_total - state.step), 1),
         }
+
+    def _of_all_tokens(self, seconds: float) -> dict[str, float]:
+        """The speed of all tokens of all ranks, and the utilization that it means, if a device's peak is known."""
+        everybody = world()
+        speed = float(everybody.sum(torch.tensor(float(self.all_tokens)))) / seconds
+        figures = {"all_tokens_per_s": round(speed, 2)}
+        if self.flops and self.peak:
+            figures["mfu"] = round(self.flops * speed / (self.peak * everybody.size), 4)
+        return figures
 
     def record(self, *, sample: bool = True) -> bool:
         """Evaluate and sample if that is due, and write the figures of the step. Returns whether its held-out loss is
@@ -91,12 +98,12 @@ class Metrics:
             improved = state.judge(held_out["eval_loss"])
         if sample and (due or state.step == 0):
             self.sample()
-        if state.step > 0 and (due or state.complete or state.step % self.job.config.log_every == 0):
+        if is_logged(self.job, state.step):
             self._write(row)
             self.console.step(row)
             known = (math.nan if row[key] is None else row[key] for key in ("loss", "grad_norm"))
             log.info("step %d loss %.6f grad_norm %.4f", state.step, *known)
-        elif state.step == 0 and due:
+        elif due:
             self._write(row | {"tokens": 0, "elapsed_s": 0.0})
             self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
         state.row = None
@@ -142,6 +149,11 @@ def is_due(job: Job[RunConfig], step: int) -> bool:
     return step in (0, job.steps_total) or (every is not None and step % every == 0)
 
 
+def is_logged(job: Job[RunConfig], step: int) -> bool:
+    """Whether the figures of ``step`` are written: every ``log_every`` steps, at evaluations and at the last step."""
+    return step > 0 and (step % job.config.log_every == 0 or step == job.steps_total or is_due(job, step))
+
+
 def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
     """(number, counted from 1; micro-batches on the device) of each step that is left, until the run is complete.
 
@@ -156,20 +168,14 @@ def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
         rank=here.rank, world_size=here.size, start_step=state.step, num_workers=config.data.num_workers,
         shuffle=config.data.shuffle, pad_id=job.tokenizer.pad_id, timeout_s=config.data.worker_timeout_s,
     )  # fmt: skip
-<<<<<<< HEAD
-    while not state.complete:
-        metrics.step_began = time.perf_counter()
-        torch.manual_seed((config.seed * 1_000_003 + state.step + 1 + (here.rank << 40)) % 2**64)
-        yield state.step + 1, [to_device(batch, job.device) for batch in next(batches)]
-=======
-    if config.profile is not None and world().is_main:
+    if config.profile is not None and here.is_main:
         metrics.profile = Profile(
             config.profile, metrics.run.path, job.device, after=state.step, say=metrics.console.note
         )
     try:
         while not state.complete:
             metrics.step_began = time.perf_counter()
-            torch.manual_seed((config.seed * 1_000_003 + state.step + 1) % 2**64)
+            torch.manual_seed((config.seed * 1_000_003 + state.step + 1 + (here.rank << 40)) % 2**64)
             micro_batches = next(batches)
             metrics.all_tokens = sum(count_tokens(batch, pad_id=job.tokenizer.pad_id) for batch in micro_batches)
             if metrics.profile is not None:
@@ -178,7 +184,6 @@ def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
     finally:
         if metrics.profile is not None:
             metrics.profile.close()
->>>>>>> ff23e88 (log_every, profiles, utilization and five loggers with options, checked before weights load)
 
 
 def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) -> None:
