@@ -9,11 +9,12 @@ import yaml
 from tt_train import registry
 from tt_train.config import RunConfig, SFTConfig
 from tt_train.errors import ConfigError, did_you_mean
-from tt_train.keys.mistakes import missing, mistakes, shown, type_problem
+from tt_train.keys.mistakes import missing, mistakes
 from tt_train.keys.paths import at_home
 from tt_train.keys.schema import all_keys, is_section, parts_of, section_type, takes_options, type_of, unknown_key
 from tt_train.keys.text import NotPlainError, compose_text, pairs, read_text
 from tt_train.keys.values import fits, of_node, of_word
+from tt_train.keys.wrong_type import shown, type_problem
 from tt_train.recipe_file import RecipeFile, check_recipe, load_recipe_file, schema_of
 
 Setting = tuple[str, Any, str]  # dotted key, value, where it was written ("lora.yaml:3" or "the command line")
