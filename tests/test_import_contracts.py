@@ -18,6 +18,7 @@ ASSEMBLY = {
     "build": "the model with its weights and adapter",
     "inputs.model": "the model and adapter of a config, before weights load",
     "job": "what a config names: tokenizer, rows and model",
+    "reference": "what a policy is compared with: the model without its adapter, or a frozen copy",
     "run.finish": "the result of a run: adapter or model, with what is beside it",
     "models.export": "a Modelfile from the tokenizer and the config",
     "reference_cache": "log-probabilities of rows, kept as tensors",

@@ -32,7 +32,7 @@ SLIPS = [
     ("run sft +GOOD -o rows.jsonl", "output_dir: rows.jsonl is"),
     ("run sft +GOOD --resume=atuo", "did you mean 'auto'?"),
     ("run full_finetune_distributed", "a run uses one device; tt run full_finetune_single_device"),
-    ("run lora_dpo_single_device", "no such recipe here: preference tuning is not supported"),
+    ("run lora_dpo_single_device +GOOD", "the recipe dpo trains a chosen and a rejected answer"),
     ("run generate", "it is a verb: tt generate"),
     ("run stf --config c.yaml", "stf: unknown recipe; did you mean 'sft'?"),
     ("run c.yaml --config c.yaml", "'c.yaml' is itself a config; give only one of the two"),

@@ -57,6 +57,30 @@ def test_disable_adapter_gives_the_base_and_then_the_adapter_back(two, make_lm, 
     assert torch.equal(two(ids), before)
 
 
+@pytest.mark.parametrize("change", [{}, {"use_dora": True}, {"init": "pissa"}, {"modules_to_save": "norm"}])
+def test_a_frozen_copy_of_an_adapter_computes_what_it_did_when_it_was_made(make_lm, randomise, ids, change):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(rank=2, **change))
+    randomise(model, seed=1)
+    then, trained = model(ids), set(tt_peft.adapter_parameters(model))
+    tt_peft.copy_adapter_(model, "start")
+    assert torch.equal(model(ids), then)
+    randomise(model, seed=2)
+    now = model(ids)
+    with tt_peft.use_adapter(model, "start"), torch.no_grad():
+        assert torch.equal(model(ids), then)
+        with disable_adapter(model):
+            assert torch.equal(model(ids), make_lm()(ids))
+    assert torch.equal(model(ids), now)
+    assert not torch.allclose(now, then, atol=1e-3)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+    tt_peft.copy_adapter_(model, "start")
+    with tt_peft.use_adapter(model, "start"):
+        assert torch.equal(model(ids), now)
+    with pytest.raises(ValueError, match="no adapter 'strat'"), tt_peft.use_adapter(model, "strat"):
+        pass
+
+
 def test_disable_adapter_is_the_base_with_dora_and_nf4(make_lm, randomise, ids):
     for change in ({"use_dora": True}, {"init": "pissa"}):
         model = make_lm()

@@ -14,10 +14,12 @@ from tt_peft.switch import (
     adapter_config,
     adapter_names,
     adapter_parameters,
+    copy_adapter_,
     disable_adapter,
     lora_plus_groups,
     remove_adapter_,
     set_adapter_,
+    use_adapter,
 )
 
 __version__ = "0.1.0"
@@ -37,7 +39,9 @@ __all__ = [
     "active_adapters",
     "set_adapter_",
     "remove_adapter_",
+    "copy_adapter_",
     "disable_adapter",
+    "use_adapter",
     "merge_lora_",
     "unmerge_lora_",
     "MergeReport",

@@ -3,6 +3,7 @@
 LoRA+: https://arxiv.org/abs/2402.12354.
 """
 
+import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,6 +128,39 @@ def disable_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for module, disabled in zip(modules, before, strict=True):
             module.disabled = disabled
+
+
+@contextmanager
+def use_adapter(model: nn.Module, adapter: str) -> Iterator[None]:
+    """Inside, the model computes with this adapter and no other; which parameters train does not change."""
+    modules_of(model, adapter)
+    modules = list(adapted_modules(model).values())
+    before = [(module.active, module.disabled) for module in modules]
+    try:
+        for module in modules:
+            module.active, module.disabled = (adapter,) if adapter in module.adapters else (), False
+        yield
+    finally:
+        for module, (active, disabled) in zip(modules, before, strict=True):
+            module.active, module.disabled = active, disabled
+
+
+def copy_adapter_(model: nn.Module, new: str, adapter: str = "default") -> None:
+    """A frozen copy of an adapter under another name, not active: where training started, or a snapshot.
+
+    If the model has ``new`` already, as a model must that is sharded, it gets the values that ``adapter`` has now.
+    Raises ValueError if there is no ``adapter``.
+    """
+    for module in modules_of(model, adapter).values():
+        source = module.adapters[adapter]
+        if new not in module.adapters:
+            module.adapters[new] = copy.deepcopy(source).requires_grad_(False)
+            continue
+        values = list(source.parameters())
+        if values[0].device != next(module.adapters[new].parameters()).device:  # it was on meta
+            module.adapters[new].to_empty(device=values[0].device)
+        for own, value in zip(module.adapters[new].parameters(), values, strict=True):
+            own.data.copy_(value.detach())
 
 
 def lora_plus_groups(

@@ -1,22 +1,26 @@
 """The model of a job with its weights and adapter, its optimizer, and its objective."""
 
 import functools
+import inspect
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_train.config import RunConfig
+from tt_train.config import PreferenceSection, RunConfig
 from tt_train.distributed import world
 from tt_train.job import Job
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
 from tt_train.optim import MasterWeights, decayed, make_optimizer
-from tt_train.registry import LOSSES, resolve
+from tt_train.reference import START, Reference, adapter_off, log_probs_of
+from tt_train.registry import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE, losses_of, resolve
 from tt_train.sharding import is_sharded, shard_, ways
 
 
@@ -27,35 +31,85 @@ def load_model(job: Job[RunConfig]) -> tt_models.Decoder:
     of a sharded full model are gathered in bf16.
     """
     torch.manual_seed(job.config.seed)
-    config, (replicate, shard) = job.config, ways(job.config, world().size)
+    config = job.config
     dtype = torch.float32 if job.lora is None else job.dtype
     # on meta until it is loaded: a base of 4 bits is quantized tensor by tensor then, and a rank reads its own slices
     model = tt_models.build(job.model_config, device=job.device if job.model_path is None else "meta", dtype=dtype)
     if job.lora is not None:
         _adapt(model, job.lora)
+        if keeps_start(config):
+            tt_peft.copy_adapter_(model, START)
     if config.activation_checkpointing:
         checkpoint_activations_(model)
+    _speed_and_shard_(model, job)
+    if job.model_path is not None:
+        tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=_home(job))
+        if job.lora is not None:
+            torch.manual_seed(config.seed)
+            tt_peft.init_adapter_(model)
+    if config.adapter is not None and config.adapter.path is not None:
+        tt_peft.load_adapter(model, Path(config.adapter.path))
+    if keeps_start(config):
+        tt_peft.copy_adapter_(model, START)
+    return model.train()
+
+
+def _speed_and_shard_(model: tt_models.Decoder, job: Job[RunConfig]) -> None:
+    """Compiled blocks and shards, as the config asks for them."""
+    config, (replicate, shard) = job.config, ways(job.config, world().size)
     if config.compile:
         compile_(model)
     if shard > 1:
         shard_(model, device=job.device, replicate=replicate, shard=shard, cpu_offload=config.parallel.cpu_offload,
                compute_dtype=job.dtype if job.lora is None else None,
                reduce_every_micro_batch=config.parallel.reduce_every_micro_batch)  # fmt: skip
-    if job.model_path is not None:
-        home = "cpu" if shard > 1 and config.parallel.cpu_offload else job.device
-        tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=home)
-        if job.lora is not None:
-            torch.manual_seed(config.seed)
-            tt_peft.init_adapter_(model)
-    if config.adapter is not None and config.adapter.path is not None:
-        tt_peft.load_adapter(model, Path(config.adapter.path))
-    return model.train()
+
+
+def _home(job: Job[RunConfig]) -> torch.device | str:
+    """Where weights are kept between steps."""
+    sharded = ways(job.config, world().size)[1] > 1
+    return "cpu" if sharded and job.config.parallel.cpu_offload else job.device
 
 
 def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # assemble has said them, in one line
         tt_peft.apply_lora_(model, lora)
+
+
+def keeps_start(config: RunConfig) -> bool:
+    """Whether the model that training starts from, which is the reference, is not the base of the adapter."""
+    starts_elsewhere = config.adapter is not None and (
+        config.adapter.path is not None or config.adapter.init == "loftq"
+    )
+    return starts_elsewhere and has_reference(config)
+
+
+def has_reference(config: RunConfig) -> bool:
+    """Whether the loss compares with a reference."""
+    return isinstance(config.loss, PreferenceSection) and config.loss.name not in REFERENCE_FREE
+
+
+def build_reference(job: Job[RunConfig], model: tt_models.Decoder) -> Reference | None:
+    """The model that training starts from, before a checkpoint is restored; None if the loss has no reference.
+
+    An adapter is switched off, or back to the one that training started from: this needs no second model. A full run
+    gets a frozen copy of its model in ``model.dtype``.
+    """
+    if not has_reference(job.config):
+        return None
+    return log_probs_of(_frozen_copy(job, model)) if job.lora is None else adapter_off(model)
+
+
+@torch.no_grad()
+def _frozen_copy(job: Job[RunConfig], model: tt_models.Decoder) -> tt_models.Decoder:
+    """Sharded as ``model`` is; its weights are copied, so that they are not read again and equal to the bit."""
+    copy = tt_models.build(job.model_config, device="meta", dtype=job.dtype).requires_grad_(False)
+    _speed_and_shard_(copy, job)
+    copy.to_empty(device=_home(job))
+    for own, other in zip([*copy.parameters(), *copy.buffers()], [*model.parameters(), *model.buffers()], strict=True):
+        own.copy_(other)
+    return copy.eval()
 
 
 def build_optimizer(job: Job[RunConfig], model: tt_models.Decoder) -> MasterWeights:
@@ -81,3 +135,11 @@ def make_objective(config: RunConfig) -> Objective:
     options = {"label_smoothing": config.loss.label_smoothing} if config.loss.label_smoothing else {}
     found: Objective = functools.partial(objective, **options) if options else objective
     return found
+
+
+def preference_loss(loss: PreferenceSection) -> Callable[..., Tensor]:
+    """The function of ``Pairs`` (of ``Judged`` answers for kto) that the config names, with its keys."""
+    function = resolve(loss.name, losses_of(loss))
+    accepted = inspect.signature(function).parameters
+    options = {key: getattr(loss, key) for key in PREFERENCE_KEYS if key in accepted}
+    return functools.partial(function, beta=loss.beta, **options)

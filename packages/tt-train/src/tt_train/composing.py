@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from tt_train import registry
-from tt_train.config import RunConfig, SFTConfig
+from tt_train.config import SCHEMAS, RunConfig, SFTConfig
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.keys.mistakes import missing, mistakes
 from tt_train.keys.paths import at_home
@@ -52,7 +52,8 @@ def compose(
         registry.recipe_path(what)  # says what is wrong with it
     file = registry.find_config(config or what) if config is not None or typed is None else None
     if schema is None:
-        schema = schema_of(typed) if isinstance(typed, RecipeFile) else SFTConfig
+        named = None if isinstance(typed, RecipeFile) else typed or _recipe_named(file, overrides)
+        schema = schema_of(typed) if isinstance(typed, RecipeFile) else SCHEMAS.get(named or "", SFTConfig)
     problems: list[str] = []
     settings = list(_read_file(file, schema, problems)) if file else []
     settings += _read_words(overrides, schema, problems)
@@ -82,6 +83,13 @@ def compose(
     if problems:
         raise ConfigError(problems)
     return result
+
+
+def _recipe_named(file: Path | None, words: Sequence[str]) -> str:
+    """The recipe that a config asks for: its schema says how the other keys are read."""
+    settings = [*(_read_file(file, RunConfig, []) if file else ()), *_read_words(words, RunConfig, [])]
+    said = next((str(value) for key, value, _ in reversed(settings) if key == "recipe" and value), "sft")
+    return registry.RECIPES.get(said, said)
 
 
 def compose_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -80,6 +80,21 @@ class LossSection:
 
 
 @dataclass
+class PreferenceSection(LossSection):
+    """A registered preference loss, or with --allow-import the dotted path of a function ``(Pairs, *, beta, ...)``.
+
+    Keys that a loss does not have are refused: docs/preference.md has a table.
+    """
+
+    name: str = "sigmoid"
+    beta: float = 0.1  # how far the policy may go from the reference: less with a larger beta
+    margin: float = 0.0  # simpo only, its gamma: by how much beta times the mean log-probabilities must differ
+    sft_weight: float = 0.0  # of the chosen answers' cross entropy, which is added
+    desirable_weight: float = 1.0  # kto only
+    undesirable_weight: float = 1.0  # kto only
+
+
+@dataclass
 class OptimizerSection:
     """A registered optimizer of torch.optim, or with --allow-import the dotted path of a class."""
 
@@ -178,6 +193,16 @@ class RunConfig:
 @dataclass
 class SFTConfig(RunConfig):
     """Supervised fine-tuning, full or with an adapter."""
+
+
+@dataclass
+class DPOConfig(RunConfig):
+    """Preference tuning. ``batch_size`` counts pairs, or judged answers for kto."""
+
+    loss: PreferenceSection = field(default_factory=PreferenceSection)
+
+
+SCHEMAS: dict[str, type[RunConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}  # by recipe
 
 
 def method_of(config: RunConfig) -> str:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 import tt_data
 import tt_models
+from tt_data.collate import without_loss
 from tt_train.distributed import world
 from tt_train.losses import IGNORE, Batch, Objective, Summed
 from tt_train.sharding import reshard_
@@ -44,30 +45,38 @@ def held_out_figures(
     micro_batch_size: int,
     pad_id: int,
     device: torch.device,
+    prepare: Callable[[Sequence[Batch]], Sequence[Batch]] = list,
 ) -> dict[str, float]:
-    """``eval_loss``, the mean over every trained token of ``dataset``, each row seen once; nan if there is none.
+    """``eval_loss``, the mean over every trained token of ``dataset`` (over what the objective counts), each row seen
+    once; nan if there is none. ``prepare`` gets all batches before the first is evaluated.
 
     Metrics that the objective names are further figures, with ``eval_`` in front of their names.
     """
     here = world()
     # rows of similar length share a batch, with little padding
-    order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
+    order = sorted(range(len(dataset)), key=lambda index: -_length(dataset[index]))
     parts: list[Summed] = []
-    loss = 0.0
+    loss, step = 0.0, micro_batch_size * here.size
+    made: list[Batch] = []
+    for start in range(0, len(order), step):
+        some = order[start : start + step]
+        rows = [dataset[index] for index in some[here.rank :: here.size]]
+        # the passes of a sharded model are collectives: a rank without rows takes part, and adds nothing
+        batch = tt_data.collate(rows, pad_id=pad_id) if rows else without_loss(dataset[some[0]], pad_id=pad_id)
+        made.append(to_device(batch, device))
     with evaluating(model):
-        for start in range(0, len(order), micro_batch_size * here.size):
-            some = order[start : start + micro_batch_size * here.size]
-            rows = [dataset[index] for index in some[here.rank :: here.size]]
-            batch = tt_data.collate(rows or [dataset[some[0]]], pad_id=pad_id)
-            if not rows:  # the passes of a sharded model are collectives: this rank takes part, and adds nothing
-                batch["labels"].fill_(IGNORE)
-            part = summed(objective, model, to_device(batch, device))
+        for batch in prepare(made):
+            part = summed(objective, model, batch)
             loss += float(part.loss)
             parts.append(part)
     total = agree(parts, here, loss=loss)
     if not total.count:
         return {"eval_loss": math.nan}
     return {"eval_loss": total.loss / total.count, **{f"eval_{name}": value for name, value in total.means.items()}}
+
+
+def _length(row: Mapping[str, Any]) -> int:
+    return max(len(row[key]) for key in row if key.endswith("input_ids"))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -82,7 +91,8 @@ def prompts(dataset: Any, tokenizer: Any, *, num: int, max_prompt: int) -> list[
         if len(found) == num:
             break
         row = dataset[index]
-        ids, labels = list(row["input_ids"]), list(row["labels"])
+        side = "" if "input_ids" in row else "chosen_"
+        ids, labels = list(row[f"{side}input_ids"]), list(row[f"{side}labels"])
         first = next((place for place, label in enumerate(labels) if label != IGNORE), 0)
         if not 0 < first <= max_prompt:
             continue

@@ -22,6 +22,7 @@ from tt_train.inputs.rows import (
     kind_mistakes,
     sequence_length,
     training_rows,
+    wanted_rows,
 )
 from tt_train.keys.mistakes import missing, refuse_mistakes
 from tt_train.memory import DTYPES
@@ -118,10 +119,11 @@ class Job(Generic[C_co]):
         return self.config.epochs * self.steps_per_epoch
 
 
-def assemble(config: C, *, rows: Kind = "single") -> Job[C]:
+def assemble(config: C, *, rows: Kind | None = None) -> Job[C]:
     """Read everything that the config names but the weights. ConfigError holds every mistake that was found.
 
-    ``rows``: what the recipe trains on: ``single`` answers, or ``pair``s of a chosen and a rejected one.
+    ``rows``: what the recipe trains on: ``single`` answers, ``pair``s of a chosen and a rejected one, or ``judged``
+    answers; by default what the loss of the config is over.
     """
     refuse_mistakes(config)
     problems: list[str] = []
@@ -148,7 +150,7 @@ def assemble(config: C, *, rows: Kind = "single") -> Job[C]:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
         for key, found in (("data.train", train), ("data.eval", held_out)):
-            problems += kind_mistakes(config, key, found, wanted=rows)
+            problems += kind_mistakes(config, key, found, wanted=rows or wanted_rows(config))
     head = _collect(problems, "data.train", lambda: train.head_report() if isinstance(train, tt_data.Stream) else None)
     problems += evaluation_mistakes(config)
     if problems:

@@ -16,21 +16,22 @@ from tt_train.config import logger_options
 from tt_train.errors import ConfigError, did_you_mean, shell_word
 
 if TYPE_CHECKING:
-    from tt_train.config import RunConfig
+    from tt_train.config import LossSection, RunConfig
 
 HERE = Path(__file__).parent
 
 # what a user may type -> our recipe; torchtune 0.1.0's names come after ours
 RECIPES = {
     "sft": "sft",
+    "dpo": "dpo",
     "full_finetune_single_device": "sft",
     "lora_finetune_single_device": "sft",
+    "lora_dpo_single_device": "dpo",
 }
 # recipes of torchtune that have no counterpart, and what to do instead
 ABSENT_RECIPES = {
     "full_finetune_distributed": "a run uses one device; tt run full_finetune_single_device",
     "lora_finetune_distributed": "a run uses one device; tt run lora_finetune_single_device",
-    "lora_dpo_single_device": "preference tuning is not supported",
     "eleuther_eval": "evaluation by lm-evaluation-harness is not supported; tt merge writes what it reads",
     "generate": "it is a verb: tt generate",
     "quantize": "quantization is not supported; tt merge writes what other tools quantize",
@@ -40,6 +41,14 @@ OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "
 # what other tools call these optimizers
 _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
+# the losses of preference tuning, and which keys of the section ``loss`` each of them has beside beta and sft_weight
+PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
+    "sigmoid": ("label_smoothing",), "sigmoid_norm": ("label_smoothing",), "robust": ("label_smoothing",), "hinge": (),
+    "ipo": (), "kto_pair": (), "apo_zero": (), "sppo_hard": (), "simpo": ("label_smoothing", "margin"), "orpo": (),
+    "kto": ("desirable_weight", "undesirable_weight"),
+}  # fmt: skip
+PREFERENCE_KEYS = tuple(dict.fromkeys(key for keys in PREFERENCE_LOSSES.values() for key in keys))
+REFERENCE_FREE = ("simpo", "orpo")
 LOGGERS = {"tensorboard": "tt_train.run.loggers.TensorBoard", "wandb": "tt_train.run.loggers.WandB",
            "trackio": "tt_train.run.loggers.Trackio", "mlflow": "tt_train.run.loggers.MLflow",
            "comet": "tt_train.run.loggers.Comet"}  # fmt: skip
@@ -123,9 +132,19 @@ def _in_folder(folder: Path) -> str:
     return f"name a file in it, such as {folder / files[0]}" if files else "give a YAML file or a registered name"
 
 
+def losses_of(loss: "LossSection") -> dict[str, str]:
+    """The losses that ``loss.name`` may be, with where each is."""
+    if hasattr(loss, "beta"):  # a PreferenceSection
+        return {name: f"tt_train.preferences.{name}" for name in PREFERENCE_LOSSES}
+    return LOSSES
+
+
 def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]:
     """Component names that are neither registered nor allowed to be imported."""
-    named = [("optimizer.name", config.optimizer.name, OPTIMIZERS), ("loss.name", config.loss.name, LOSSES)]
+    named = [
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("loss.name", config.loss.name, losses_of(config.loss)),
+    ]
     named += [("loggers", logger, LOGGERS) for logger in logger_options(config)]
     found = _logger_option_mistakes(config)
     for key, name, known in named:

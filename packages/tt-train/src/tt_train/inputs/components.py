@@ -14,7 +14,7 @@ from tt_train.config import RunConfig, logger_options
 from tt_train.distributed import world
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.optim import make_optimizer
-from tt_train.registry import LOGGER_PACKAGES, LOSSES, resolve
+from tt_train.registry import LOGGER_PACKAGES, PREFERENCE_KEYS, losses_of, resolve
 from tt_train.sharding import ways
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
@@ -131,12 +131,13 @@ def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
 
 
 def _loss_mistakes(config: RunConfig) -> list[str]:
-    if not config.loss.label_smoothing:
+    """Keys of the section ``loss`` that the function does not take; what a registered one takes is known before."""
+    loss: Any = config.loss
+    accepted: Any = inspect.signature(resolve(loss.name, losses_of(loss))).parameters
+    if any(value.kind is value.VAR_KEYWORD for value in accepted.values()):
         return []
-    accepted: Any = inspect.signature(resolve(config.loss.name, LOSSES)).parameters
-    if "label_smoothing" in accepted or any(value.kind is value.VAR_KEYWORD for value in accepted.values()):
-        return []
-    return [f"loss.label_smoothing: {config.loss.name} takes none; leave it out"]
+    return [f"loss.{key}: {loss.name} takes none; leave it out" for key in PREFERENCE_KEYS
+            if key not in accepted and getattr(loss, key, None) != getattr(type(loss), key, None)]  # fmt: skip
 
 
 def _data_mistakes(config: RunConfig) -> list[str]:

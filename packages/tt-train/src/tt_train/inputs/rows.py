@@ -8,7 +8,7 @@ import torch
 
 import tt_data
 from tt_data import Dataset, Stream, Subset
-from tt_train.config import RunConfig
+from tt_train.config import PreferenceSection, RunConfig
 from tt_train.errors import ConfigError
 
 Kind = Literal["single", "pair", "judged"]  # of rows: what each one holds
@@ -27,10 +27,22 @@ def sequence_length(config: RunConfig, model_config: Any, notes: list[str]) -> i
     return min(longest, config.data.max_seq_len)
 
 
+def wanted_rows(config: RunConfig) -> Kind:
+    """What the recipe of ``config`` trains on."""
+    if not isinstance(config.loss, PreferenceSection):
+        return "single"
+    return "judged" if config.loss.name == "kto" else "pair"
+
+
 def kind_mistakes(config: RunConfig, key: str, rows: Dataset | Stream | None, *, wanted: Kind) -> list[str]:
     """Preference rows for a recipe of single answers, or the reverse."""
     if rows is None or rows.kind == wanted:
         return []
+    if {rows.kind, wanted} == {"pair", "judged"}:
+        cure = "use loss.name=kto" if wanted == "pair" else "use kto_pair, sigmoid or another loss over pairs"
+        return [
+            f"loss.name: {config.loss.name} trains {_KINDS[wanted]}, the rows of {key} hold {_KINDS[rows.kind]}; {cure}"
+        ]
     return [
         f"{key}: {rows.schema} rows hold {_KINDS[rows.kind]}, the recipe {config.recipe} trains {_KINDS[wanted]}; give "
         "it other rows, or name with data.schema what else their columns are (openai, alpaca, prompt_completion, ...)"

@@ -8,6 +8,7 @@ from typing import Any
 
 from tt_train.config import RunConfig, ScheduleSection, to_dict
 from tt_train.errors import ConfigError, did_you_mean
+from tt_train.keys.losses import loss_mistakes
 from tt_train.keys.schema import section_type
 from tt_train.keys.values import fits
 from tt_train.keys.wrong_type import shown, type_problem
@@ -41,7 +42,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "adapter.lora_plus_ratio": (1e-9, 10**6), "optimizer.lr": (1e-30, 1000), "optimizer.weight_decay": (0, 10**6),
     "parallel.shard": (1, 2**20), "parallel.replicate": (1, 2**20),
     "optimizer.eps": (0, 1), "max_grad_norm": (1e-30, 10**30), "seed": (0, 2**64 - 1),
-    "process_group_timeout_s": (1, 10**6),
+    "process_group_timeout_s": (1, 10**6), "loss.beta": (1e-9, 10**6), "loss.margin": (0, 10**6),
+    "loss.sft_weight": (0, 10**6), "loss.desirable_weight": (0, 10**6), "loss.undesirable_weight": (0, 10**6),
 }  # fmt: skip
 _BELOW_ONE = ("loss.label_smoothing", "schedule.min_lr_ratio", "schedule.warmup_ratio", "schedule.decay_ratio",
               "adapter.dropout", "optimizer.momentum", "optimizer.betas")  # fmt: skip
@@ -70,6 +72,7 @@ def mistakes(config: RunConfig) -> list[str]:
     found += _out_of_bounds(plain)
     found += _wrong_rows(config)
     found += _wrong_pairs(config)
+    found += loss_mistakes(config.loss)
     if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):
         found.append(f"adapter.target_modules: did you mean 'all-linear', not {config.adapter.target_modules!r}?")
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tt_train.config import RunConfig
 
@@ -13,12 +13,15 @@ def at_home(config: RunConfig) -> RunConfig:
     return replace(_with_paths(config, home), output_dir=home(config.output_dir))
 
 
-def absolute(config: RunConfig) -> RunConfig:
+C = TypeVar("C", bound=RunConfig)
+
+
+def absolute(config: C) -> C:
     """The config with every local path absolute, so that its run directory works from any folder."""
     return _with_paths(config, _absolute)
 
 
-def _with_paths(config: RunConfig, change: Callable[[Any], Any]) -> RunConfig:
+def _with_paths(config: C, change: Callable[[Any], Any]) -> C:
     model = replace(config.model, path=change(config.model.path), tokenizer=change(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=change(config.adapter.path))
     rows = {key: change(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,8 @@ _KEYS = tuple(one.name for one in SERIES.values() if not one.optional and one.na
 class Metrics:
     """The figures of a run: measured after each step, and written to metrics.jsonl, the loggers and the console.
 
-    prompts: what ``tt_train.evaluate.prompts`` gives, to be answered at every evaluation. A signal that comes while
+    prompts: what ``tt_train.evaluate.prompts`` gives, to be answered at every evaluation. prepare: what the recipe does
+    with the batches of a step before ``train_step``, and here with all held-out ones at once. A signal that comes while
     held-out rows are evaluated or prompts answered is obeyed at once: that work is made again when the run is resumed.
     """
 
@@ -48,6 +49,7 @@ class Metrics:
     loggers: Sequence[Logger]
     console: Console
     stop: StopRequest
+    prepare: Callable[[Sequence[Batch]], Sequence[Batch]] = list
     began: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
@@ -127,7 +129,7 @@ class Metrics:
         with self.stop.at_once():
             return held_out_figures(
                 self.state.model, self.job.held_out, self.objective, pad_id=self.job.tokenizer.pad_id,
-                micro_batch_size=self.job.config.micro_batch_size, device=self.job.device,
+                micro_batch_size=self.job.config.micro_batch_size, device=self.job.device, prepare=self.prepare,
             )  # fmt: skip
 
     def sample(self) -> None:
