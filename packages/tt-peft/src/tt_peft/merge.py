@@ -1,6 +1,7 @@
 """Adapters into the base weights and out again."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +52,7 @@ class MergeReport:
             kind = str(self.worst.dtype).removeprefix("torch.")
             text += (
                 f"; rounding to {kind} takes {self.median:.2%} of an adapter's change at the median and "
-                f"{self.worst.lost:.2%} at most ({self.worst.name})"
+                f"{self.worst.lost:.2%} at most{f' ({self.worst.name})' if self.worst.lost else ''}"
             )
         quantized = sum(layer.from_nf4 for layer in self.layers) + len(self.dequantized)
         if quantized:
@@ -140,16 +141,35 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
     losses, weights = [], {}
     for local in _merged_names(module):
         old = module.get_parameter(local)
-        base = dense(old).float()
-        exact = _with_adapters(module, local, base)
-        stored = exact.to(dtype or old.dtype)
-        losses.append(_loss(f"{name}.{local}", base, exact, stored, from_nf4=is_nf4(old)))
+        changes = ((low_rank, _delta(module, low_rank)) for low_rank in _active(module, local))  # one at a time
+        stored, loss = merged_weight(f"{name}.{local}", old, changes, dtype=dtype)
+        losses.append(loss)
         if keep_base or is_nf4(old) or stored.dtype != old.dtype or isinstance(module, DoRALinear):
             before.weights[local] = old
             stored = nn.Parameter(stored, requires_grad=False)
         weights[local] = stored
     _become(module, plain_class(module), before, weights)
     return losses
+
+
+def merged_weight(
+    name: str, old: Tensor, changes: Iterable[tuple[LowRank, Tensor]], *, dtype: torch.dtype | None = None
+) -> tuple[Tensor, LayerLoss]:
+    """A base weight with the low-rank changes, and their deltas in its layout, added: in fp32, rounded once.
+
+    ValueError if the result is not finite.
+    """
+    base = dense(old).float()
+    exact = base.clone()
+    for low_rank, delta in changes:
+        if low_rank.lora_magnitude_vector is not None:
+            if is_sharded(base):
+                raise ValueError("DoRA of a sharded model cannot be merged: load the adapter into a whole one")
+            ratio = (low_rank.lora_magnitude_vector.float() / row_norms(base, low_rank))[:, None]
+            delta = (ratio - 1) * base + ratio * delta
+        exact += delta
+    stored = exact.to(dtype or old.dtype)
+    return stored, _loss(name, base, exact, stored, from_nf4=is_nf4(old))
 
 
 def _merge_saved(name: str, module: SavedModule, before: _Before, dtype: torch.dtype | None) -> list[LayerLoss]:
@@ -203,20 +223,6 @@ def _delta(module: AdapterModule, low_rank: LowRank) -> Tensor:
     if isinstance(module, StackedLoRA):
         return module.delta(low_rank)
     return low_rank.delta().T if isinstance(module, LoRAEmbedding) else low_rank.delta()
-
-
-def _with_adapters(module: AdapterModule, local: str, base: Tensor) -> Tensor:
-    """The base weight in fp32 with all active adapters."""
-    total = base.clone()
-    for low_rank in _active(module, local):
-        delta = _delta(module, low_rank)
-        if low_rank.lora_magnitude_vector is not None:
-            if is_sharded(base):
-                raise ValueError("DoRA of a sharded model cannot be merged: load the adapter into a whole one")
-            ratio = (low_rank.lora_magnitude_vector.float() / row_norms(base, low_rank))[:, None]
-            delta = (ratio - 1) * base + ratio * delta
-        total += delta
-    return total
 
 
 def _without_adapters(module: AdapterModule, local: str) -> Tensor:

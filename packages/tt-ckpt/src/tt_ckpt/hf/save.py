@@ -58,25 +58,41 @@ def save_hf(
     layout = choose_layout([] if origin is None else [origin], weights.specs, max_shard_size)
 
     def write(weights: Weights) -> None:
-        with new_directory(folder, weights.nbytes, overwrite=overwrite) as tmp:
-            write_config(tmp / "config.json", config, weights.specs, origin)  # what can fail for its own reasons: first
-            for name, content in (files or {}).items():
-                place = tmp / check_basename(name, where="save_hf(files=...)")
-                if isinstance(content, str):
-                    commit.write_bytes(place, content.encode())
-                elif content is not None:
-                    copy(content, place)
-            if origin is not None:
-                copy_companions(origin, tmp, leave=files or {})
-            advance = counter(progress, 2 * weights.nbytes) if progress else None
-            write_shards(weights, tmp, layout, advance)
-            compare(stored_weights(tmp, {}), weights, where=folder, progress=advance)
+        save_weights(weights, folder, layout, source=origin, overwrite=overwrite, files=files, progress=progress)
 
     if any(map(is_dtensor, model.parameters())):
         order = [key for keys in layout.files.values() for key in keys]
         _write_together(weights, 2 * order, write)  # written in this order, and read back in it
     else:
         write(weights)
+
+
+def save_weights(
+    weights: Weights,
+    folder: Path,
+    layout: "Layout",
+    *,
+    source: Path | None,
+    overwrite: bool = False,
+    files: Mapping[str, str | Path | None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """``save_hf`` for weights that no model holds: each tensor is asked for twice, to write it and to compare it."""
+    with new_directory(folder, weights.nbytes, overwrite=overwrite) as tmp:
+        write_config(tmp / "config.json", weights.config, weights.specs, source)  # what can fail on its own: first
+        for name, content in (files or {}).items():
+            place = tmp / check_basename(name, where="save_hf(files=...)")
+            if isinstance(content, str):
+                commit.write_bytes(place, content.encode())
+            elif content is not None:
+                copy(content, place)
+        if source is not None:
+            copy_companions(source, tmp, leave=files or {})
+        advance = counter(progress, 2 * weights.nbytes) if progress else None
+        write_shards(weights, tmp, layout, advance)
+        written = open_tensors(tmp)  # read, not mapped: mapped pages would count as memory of this process
+        again = replace(weights, specs=written.specs, get=written.borrow)
+        compare(again, weights, where=folder, progress=advance)
 
 
 def _weights_of(

@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def check_base_of(
     title = f"{plain(file.parent)}: this adapter was trained on {plain(trained_on) if trained_on else 'another base'}"
     if BASE_KEY in metadata:
         try:
-            different = difference(json.loads(metadata[BASE_KEY]), model)
+            base = base_parameters(model)
+            different = difference(json.loads(metadata[BASE_KEY]), {n: p.shape for n, p in base.items()}, base.get)
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
             raise ValueError(f"{plain(file)}: the metadata {BASE_KEY!r} is damaged; save the adapter again") from None
         if different:
@@ -188,19 +190,24 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     same base is recognised in another dtype or with other layers in NF4. The meta device and shards are not sampled.
     """
     base = base_parameters(model)
-    listing = "\n".join(f"{name} {list(p.shape)}" for name, p in sorted(base.items()))
-    plain_tensors = [
-        name
-        for name, p in sorted(base.items())
-        if type(p.detach()) is Tensor and not p.is_meta and p.is_floating_point()
-    ]
+    plain_tensors = [name for name, p in sorted(base.items()) if _is_sampled(p) and p.is_floating_point()]
     sampled = plain_tensors[:: max(1, len(plain_tensors) // _TENSORS)][:_TENSORS]
     return {
-        "shapes": hashlib.sha256(listing.encode()).hexdigest(),
+        "shapes": _digest({name: p.shape for name, p in base.items()}),
         "parameters": sum(p.numel() for p in base.values()),
         "tensors": len(base),
         "values": {name: _sample(base[name]) for name in sampled},
     }
+
+
+def _digest(shapes: Mapping[str, Sequence[int]]) -> str:
+    listing = "\n".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _is_sampled(tensor: Tensor) -> bool:
+    """Whether it is dense, on a device, and whole."""
+    return type(tensor.detach()) is Tensor and not tensor.is_meta
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -224,21 +231,25 @@ def _sample(tensor: Tensor) -> list[float]:
     return [float(v) for v in chosen.reshape(-1).to(torch.bfloat16).tolist()]
 
 
-def difference(saved: dict[str, Any], model: nn.Module) -> str | None:
-    """How this model differs from the base that an adapter was trained on, in words; None if it does not."""
-    own, counts = fingerprint(model), [saved.get(key, 0) for key in ("parameters", "tensors")]
+def difference(
+    saved: dict[str, Any], shapes: Mapping[str, Sequence[int]], get: Callable[[str], Tensor | None]
+) -> str | None:
+    """How a base differs from the one that an adapter was trained on, in words; None if it does not.
+
+    ``shapes``: of all its tensors by name. ``get`` gives a tensor, or None if there is none of that name.
+    """
+    counts = [saved.get(key, 0) for key in ("parameters", "tensors")]
     if not all(type(count) is int and 0 <= count < 2**63 for count in counts):
         raise ValueError("counts must be whole numbers")
-    if saved.get("shapes") != own["shapes"]:
+    if saved.get("shapes") != _digest(shapes):
         return (
-            f"names or shapes differ (here: {own['parameters']:,} parameters in {own['tensors']} tensors; "
-            f"the adapter's base: {counts[0]:,} in {counts[1]})"
+            f"names or shapes differ (here: {sum(map(math.prod, shapes.values())):,} parameters in {len(shapes)} "
+            f"tensors; the adapter's base: {counts[0]:,} in {counts[1]})"
         )
-    base = base_parameters(model)
     outside = total = 0
     for name, values in saved.get("values", {}).items():
-        tensor = base.get(name)
-        if tensor is None or tensor.is_meta or type(tensor.detach()) is not Tensor:
+        tensor = get(name)
+        if tensor is None or not _is_sampled(tensor):
             continue
         here = _sample(tensor)
         total += len(values)

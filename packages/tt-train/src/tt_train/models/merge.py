@@ -3,17 +3,24 @@
 import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import tt_ckpt
+import tt_data
 import tt_models
 import tt_peft
 from tt_ckpt.files import TMP_PREFIX, create
 from tt_ckpt.hf.directory import check_room
+from tt_ckpt.hf.save import Layout, choose_layout, save_weights
+from tt_ckpt.hf.weights import EMBEDDING, Weights, cast_tensor, is_finite
 from tt_ckpt.shown import plain
+from tt_peft.adapter_files.low_rank import read_low_rank
+from tt_peft.merge import merged_weight
 from tt_train.errors import ConfigError
 from tt_train.models.load import add_adapter_, load_stopped, model_config
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
@@ -43,13 +50,116 @@ def merge_run(
     """
     target, origin = Path(output), find_origin(path, base)
     refuse_full(target)
+    merged = merged_tensors(origin, dtype)
+    try:
+        if merged is None or not _merge_tensors(merged, origin, target, files or {}, dry_run=dry_run, tell=tell):
+            _merge_model(origin, target, dtype, files or {}, dry_run=dry_run, tell=tell)
+    except _RefusedError:
+        _merge_model(origin, target, dtype, files or {}, dry_run=dry_run, tell=tell)
+    return target
+
+
+# ---- tensor by tensor --------------------------------------------------------------------------------------------
+
+
+class _RefusedError(Exception):
+    """A value is not finite, or overflows: the merge by a model says where and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedTensors:
+    """The tensors of the base with the adapter's changes, each computed when it is asked for; ``losses`` as they come.
+
+    ``rows``: how many tokens have an embedding.
+    """
+
+    weights: Weights
+    layout: Layout
+    rows: int
+    losses: dict[str, tt_peft.LayerLoss]
+
+
+def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors | None:
+    """A merge that needs the memory of a few tensors; None if it needs a model.
+
+    It needs one unless an adapter of linear layers was trained on the tensors of the base's files, one by one
+    (``tt_peft.read_low_rank``), the base is not quantized, and the result is split over files as the base is.
+    """
+    if origin.adapter is None or origin.model is None or origin.nf4:
+        return None
+    tensors = tt_ckpt.open_tensors(origin.model)
+    changes = read_low_rank(origin.adapter, {name: spec.shape for name, spec in tensors.specs.items()}, tensors.get)
+    embedding = tensors.specs.get(EMBEDDING)
+    if changes is None or embedding is None or not all(one.dtype.is_floating_point for one in tensors.specs.values()):
+        return None
+    specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in tensors.specs.items()}
+    layout = choose_layout([origin.model], specs, "5GB")
+    if layout.files != {name: list(header.tensors) for name, header in tensors.headers.items()}:
+        return None  # the order of a model's tensors decides which file gets which
+    losses: dict[str, tt_peft.LayerLoss] = {}
+
+    @torch.no_grad()
+    def get(name: str) -> Tensor:
+        tensor, change = tensors.borrow(name), changes.get(name)
+        try:
+            if not is_finite(tensor):
+                raise ValueError(f"{name} is not finite")
+            if change is None:
+                return cast_tensor(name, tensor, specs[name].dtype)
+            merged, losses[name] = merged_weight(name, tensor, [(change, change.delta())], dtype=dtype)
+        except ValueError as error:
+            raise _RefusedError from error
+        return merged
+
+    weights = Weights(specs=specs, get=get, config=tt_ckpt.read_config(origin.model), format="hf", files=())
+    return MergedTensors(weights=weights, layout=layout, rows=embedding.shape[0], losses=losses)
+
+
+def _merge_tensors(
+    merged: MergedTensors,
+    origin: Origin,
+    target: Path,
+    files: Mapping[str, str],
+    *,
+    dry_run: bool,
+    tell: Callable[[str], None] | None,
+) -> bool:
+    """Write them; False if the tokenizer has more tokens than the model, which needs the model's error."""
+    _refuse_small(target, merged.weights.nbytes)
+    if dry_run:
+        return True
+    tokenizer = load_tokenizer(origin)
+    if tokenizer.vocab_size > merged.rows:
+        return False
+    config = merged_config(origin, tokenizer)
+    beside = {**_files_beside(origin, tokenizer), **files}
+    weights = replace(merged.weights, config=config)
+    save_weights(weights, target.expanduser(), merged.layout, source=origin.model, files=beside)
+    _say(tt_peft.MergeReport(tuple(merged.losses.values())), origin, tell)
+    return True
+
+
+# ---- by a model --------------------------------------------------------------------------------------------------
+
+
+def _merge_model(
+    origin: Origin,
+    target: Path,
+    dtype: torch.dtype | None,
+    files: Mapping[str, str],
+    *,
+    dry_run: bool,
+    tell: Callable[[str], None] | None,
+) -> None:
+    """Load the model whole, merge its adapter in place, and write it."""
     stored = {} if origin.model is None else tt_ckpt.tensor_dtypes(origin.model)
     model = None
     if origin.model is not None:
         model = tt_models.build(model_config(origin.model), device="meta")
-        _refuse_small(target, {name: dtype or stored.get(name, torch.bfloat16) for name in model.state_dict()}, model)
+        dtypes = {name: dtype or stored.get(name, torch.bfloat16) for name in model.state_dict()}
+        _refuse_small(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
     if dry_run:
-        return target
+        return
     if model is not None and origin.model is not None:
         tt_ckpt.load_weights(model, origin.model, device="cpu")  # each tensor in the dtype that its file has
     if origin.stopped is not None:
@@ -59,28 +169,38 @@ def merge_run(
     if origin.adapter is not None:
         add_adapter_(model, tokenizer, origin)
     if any(hasattr(module, "adapter_params") for module in model.modules()):
-        report = tt_peft.merge_lora_(model, dtype=dtype)
-        rounded = any(layer.lost > 0 for layer in report.layers)
-        if tell is not None:
-            tell(f"{report}{'; --dtype fp32 keeps all of it' if rounded else ''}")
-            if origin.base_words is not None:
-                tell(origin.base_words)
-    beside: Files = {}
-    if origin.places != (origin.model,):  # the files of a plain model are its own
-        template = None if origin.run is None else origin.run.template
-        beside = serving_files(origin.places, tokenizer, template, origin.model)
-    config = merged_config(origin, model, tokenizer)
-    dtypes = dtype or stored
-    tt_ckpt.save_hf(model, target, config=config, source=origin.model, dtype=dtypes, files={**beside, **(files or {})})
-    return target
+        _say(tt_peft.merge_lora_(model, dtype=dtype), origin, tell)
+    config = merged_config(origin, tokenizer, model)
+    beside = {**_files_beside(origin, tokenizer), **files}
+    tt_ckpt.save_hf(model, target, config=config, source=origin.model, dtype=dtype or stored, files=beside)
 
 
-def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> dict[str, Any]:
-    """config.json of the merged model: the vocabulary size of the weights, the special tokens of the tokenizer."""
+# ---- what both need ----------------------------------------------------------------------------------------------
+
+
+def _say(report: tt_peft.MergeReport, origin: Origin, tell: Callable[[str], None] | None) -> None:
+    rounded = any(layer.lost > 0 for layer in report.layers)
+    if tell is not None:
+        tell(f"{report}{'; --dtype fp32 keeps all of it' if rounded else ''}")
+        if origin.base_words is not None:
+            tell(origin.base_words)
+
+
+def _files_beside(origin: Origin, tokenizer: tt_data.Tokenizer) -> Files:
+    if origin.places == (origin.model,):  # the files of a plain model are its own
+        return {}
+    return serving_files(origin.places, tokenizer, None if origin.run is None else origin.run.template, origin.model)
+
+
+def merged_config(
+    origin: Origin, tokenizer: tt_data.Tokenizer, model: tt_models.Decoder | None = None
+) -> dict[str, Any]:
+    """config.json of the merged model: the vocabulary size of ``model``, the special tokens of the tokenizer."""
     if origin.model is None:
+        assert model is not None
         return tt_models.config_to_hf(model.config)
     config = dict(tt_ckpt.read_config(origin.model))
-    if model.config.vocab_size != config.get("vocab_size", model.config.vocab_size):
+    if model is not None and model.config.vocab_size != config.get("vocab_size", model.config.vocab_size):
         config["vocab_size"] = model.config.vocab_size
     stated = config.get("eos_token_id")
     ends = stated if isinstance(stated, list) else [stated]
@@ -89,10 +209,10 @@ def merged_config(origin: Origin, model: tt_models.Decoder, tokenizer: Any) -> d
     return config
 
 
-def _refuse_small(target: Path, dtypes: Mapping[str, torch.dtype], model: tt_models.Decoder) -> None:
+def _refuse_small(target: Path, nbytes: int) -> None:
     """ConfigError if the disk of ``target`` has no room for the merged weights."""
     try:
-        check_room(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
+        check_room(target, nbytes)
     except OSError as error:
         raise ConfigError([f"{plain(target)}: {error.strerror}"]) from error
 
