@@ -17,12 +17,12 @@ from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import (
     AdapterModule,
     LowRank,
-    LowRankSpec,
     assign_,
     low_ranks,
     normal,
     principal_factors,
     row_norms,
+    spec_of,
     whole,
 )
 from tt_peft.merge import keep_merged_
@@ -166,13 +166,6 @@ def _adapt_(module: nn.Module, config: LoRAConfig) -> LoRALinear | LoRAEmbedding
         module.become_adapted_()
         module.base_class = nn.Linear if issubclass(before, NF4Base) else before
     return module
-
-
-def spec_of(name: str, config: LoRAConfig) -> LowRankSpec:
-    """Rank and scaling of the module ``name``."""
-    rank = config.ranks.get(name, config.rank)
-    alpha = config.alphas.get(name, config.alpha)
-    return LowRankSpec(rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha), config=config)
 
 
 def init_adapter_(model: nn.Module, adapter: str = "default") -> None:

@@ -29,6 +29,13 @@ class LowRankSpec:
     config: LoRAConfig
 
 
+def spec_of(name: str, config: LoRAConfig) -> LowRankSpec:
+    """Rank and scaling of the module ``name``."""
+    rank = config.ranks.get(name, config.rank)
+    alpha = config.alphas.get(name, config.alpha)
+    return LowRankSpec(rank=rank, alpha=alpha, scaling=config.scaling(rank, alpha), config=config)
+
+
 class LowRank(nn.Module):
     """The two factors of one adapter on one weight: its change is ``scaling * B @ A``.
 

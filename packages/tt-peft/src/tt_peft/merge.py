@@ -142,7 +142,9 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
     for local in _merged_names(module):
         old = module.get_parameter(local)
         changes = ((low_rank, _delta(module, low_rank)) for low_rank in _active(module, local))  # one at a time
-        stored, loss = merged_weight(f"{name}.{local}", old, changes, dtype=dtype)
+        stored, loss = merged_weight(
+            f"{name}.{local}", dense(old), changes, dtype=dtype or old.dtype, from_nf4=is_nf4(old)
+        )
         losses.append(loss)
         if keep_base or is_nf4(old) or stored.dtype != old.dtype or isinstance(module, DoRALinear):
             before.weights[local] = old
@@ -153,13 +155,20 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
 
 
 def merged_weight(
-    name: str, old: Tensor, changes: Iterable[tuple[LowRank, Tensor]], *, dtype: torch.dtype | None = None
+    name: str,
+    weight: Tensor,
+    changes: Iterable[tuple[LowRank, Tensor]],
+    *,
+    dtype: torch.dtype,
+    from_nf4: bool = False,
 ) -> tuple[Tensor, LayerLoss]:
-    """A base weight with the low-rank changes, and their deltas in its layout, added: in fp32, rounded once.
+    """A base weight with low-rank changes added (each with its delta in the layout of the weight), in ``dtype``.
+
+    Computed in fp32 and rounded once. ``from_nf4``: whether the weight was NF4, for the report.
 
     ValueError if the result is not finite.
     """
-    base = dense(old).float()
+    base = weight.float()
     exact = base.clone()
     for low_rank, delta in changes:
         if low_rank.lora_magnitude_vector is not None:
@@ -168,8 +177,8 @@ def merged_weight(
             ratio = (low_rank.lora_magnitude_vector.float() / row_norms(base, low_rank))[:, None]
             delta = (ratio - 1) * base + ratio * delta
         exact += delta
-    stored = exact.to(dtype or old.dtype)
-    return stored, _loss(name, base, exact, stored, from_nf4=is_nf4(old))
+    stored = exact.to(dtype)
+    return stored, _loss(name, base, exact, stored, from_nf4=from_nf4)
 
 
 def _merge_saved(name: str, module: SavedModule, before: _Before, dtype: torch.dtype | None) -> list[LayerLoss]:

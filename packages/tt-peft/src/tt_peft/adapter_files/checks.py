@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_peft.apply import spec_of, stacked_names, target_names
+from tt_peft.apply import stacked_names, target_names
 from tt_peft.config import LoRAConfig
-from tt_peft.lowrank import AdapterModule, low_ranks
+from tt_peft.lowrank import AdapterModule, low_ranks, spec_of
 from tt_peft.modules import full_matches, is_linear, own_modules
 from tt_peft.names import known, named, owner_of
 from tt_peft.shown import listed, plain

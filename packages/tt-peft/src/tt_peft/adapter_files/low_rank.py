@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from tt_peft.adapter_files.checks import BASE_KEY, check_finite, difference
 from tt_peft.adapter_files.folder import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 from tt_peft.adapter_files.peft_config import config_from_peft
-from tt_peft.apply import spec_of
-from tt_peft.lowrank import LowRank
+from tt_peft.lowrank import LowRank, spec_of
 from tt_peft.names import known, named
 
 _FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tt_peft.apply import spec_of
 from tt_peft.config import MOST_ALPHA, MOST_RANK, LoRAConfig, is_alpha
+from tt_peft.lowrank import spec_of
 from tt_peft.shown import listed, plain, shown
 
 # Keys that need no support while they hold one of these values; with any other value they change what is computed.

@@ -17,6 +17,7 @@ import tt_peft
 from tt_ckpt.files import TMP_PREFIX, create
 from tt_ckpt.hf.directory import check_room
 from tt_ckpt.hf.save import Layout, choose_layout, save_weights
+from tt_ckpt.hf.stored_tensors import open_tensors
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast_tensor, is_finite
 from tt_ckpt.shown import plain
 from tt_peft.adapter_files.low_rank import read_low_rank
@@ -87,8 +88,12 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
     """
     if origin.adapter is None or origin.model is None or origin.nf4:
         return None
-    tensors = tt_ckpt.open_tensors(origin.model)
-    changes = read_low_rank(origin.adapter, {name: spec.shape for name, spec in tensors.specs.items()}, tensors.get)
+    tensors = open_tensors(origin.model)
+    changes = read_low_rank(
+        origin.adapter,
+        {name: spec.shape for name, spec in tensors.specs.items()},
+        lambda name: tensors.borrow(name) if name in tensors.specs else None,
+    )
     embedding = tensors.specs.get(EMBEDDING)
     if changes is None or embedding is None or not all(one.dtype.is_floating_point for one in tensors.specs.values()):
         return None
@@ -106,7 +111,7 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
                 raise ValueError(f"{name} is not finite")
             if change is None:
                 return cast_tensor(name, tensor, specs[name].dtype)
-            merged, losses[name] = merged_weight(name, tensor, [(change, change.delta())], dtype=dtype)
+            merged, losses[name] = merged_weight(name, tensor, [(change, change.delta())], dtype=specs[name].dtype)
         except ValueError as error:
             raise _RefusedError from error
         return merged
