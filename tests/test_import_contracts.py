@@ -27,6 +27,7 @@ ASSEMBLY = {
     "models.merge": "tt_train.merge_run",
     "models.origin": "where the base of an adapter is, and whether its files are read as they are",
     "models.verify": "a certificate: what the weights give here and in transformers",
+    "run.serving": "the files of a tokenizer beside the weights, and whether they have changed",
     "run.checkpoints": "training state: optimizer, adapter and data position",
 }
 # Imports that a module makes for itself, inside a function, where the user asked for it by name.

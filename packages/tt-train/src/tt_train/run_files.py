@@ -39,6 +39,9 @@ _MANIFEST: dict[str, type] = {
     **dict.fromkeys(("config", "config.model", "config.adapter", "config.data", "imports", "summary"), dict),
     **dict.fromkeys(("data", "data.report"), dict),
     "summary.steps": int,
+    **dict.fromkeys(("serving", "serving.files"), dict),
+    **dict.fromkeys(("serving.vocab_size", "serving.bos_id", "serving.eos_id"), int),
+    "serving.digest": str,
 }
 
 

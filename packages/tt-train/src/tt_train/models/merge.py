@@ -25,7 +25,7 @@ from tt_peft.merge import merged_weight
 from tt_train.errors import ConfigError
 from tt_train.models.load import add_adapter_, load_stopped, model_config
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
-from tt_train.run.serving import Files, serving_files
+from tt_train.run.serving import Serving, from_record, serving_of
 
 
 def merge_run(
@@ -133,12 +133,13 @@ def _merge_tensors(
     _refuse_small(target, merged.weights.nbytes)
     if dry_run:
         return True
-    tokenizer = load_tokenizer(origin)
-    if tokenizer.vocab_size > merged.rows:
+    run = origin.run
+    serving = None if run is None else from_record(run.manifest.get("serving") or {}, origin.places)
+    serving = serving or _serving(origin, load_tokenizer(origin))
+    if serving.vocab_size > merged.rows:
         return False
-    config = merged_config(origin, tokenizer)
-    beside = {**_files_beside(origin, tokenizer), **files}
-    weights = replace(merged.weights, config=config)
+    weights = replace(merged.weights, config=merged_config(origin, serving))
+    beside = {**serving.files, **files}
     save_weights(weights, target.expanduser(), merged.layout, source=origin.model, files=beside)
     _say(tt_peft.MergeReport(tuple(merged.losses.values())), origin, tell)
     return True
@@ -175,8 +176,10 @@ def _merge_model(
         add_adapter_(model, tokenizer, origin)
     if any(hasattr(module, "adapter_params") for module in model.modules()):
         _say(tt_peft.merge_lora_(model, dtype=dtype), origin, tell)
-    config = merged_config(origin, tokenizer, model)
-    beside = {**_files_beside(origin, tokenizer), **files}
+    is_plain = origin.places == (origin.model,)  # its files are its own
+    serving = None if is_plain else _serving(origin, tokenizer)
+    config = merged_config(origin, serving, model)
+    beside = {**(serving.files if serving is not None else {}), **files}
     tt_ckpt.save_hf(model, target, config=config, source=origin.model, dtype=dtype or stored, files=beside)
 
 
@@ -191,16 +194,12 @@ def _say(report: tt_peft.MergeReport, origin: Origin, tell: Callable[[str], None
             tell(origin.base_words)
 
 
-def _files_beside(origin: Origin, tokenizer: tt_data.Tokenizer) -> Files:
-    if origin.places == (origin.model,):  # the files of a plain model are its own
-        return {}
-    return serving_files(origin.places, tokenizer, None if origin.run is None else origin.run.template, origin.model)
+def _serving(origin: Origin, tokenizer: tt_data.Tokenizer) -> Serving:
+    return serving_of(origin.places, tokenizer, None if origin.run is None else origin.run.template, origin.model)
 
 
-def merged_config(
-    origin: Origin, tokenizer: tt_data.Tokenizer, model: tt_models.Decoder | None = None
-) -> dict[str, Any]:
-    """config.json of the merged model: the vocabulary size of ``model``, the special tokens of the tokenizer."""
+def merged_config(origin: Origin, serving: Serving | None, model: tt_models.Decoder | None = None) -> dict[str, Any]:
+    """config.json of the merged model: the vocabulary size of ``model``, the special tokens of its tokenizer."""
     if origin.model is None:
         assert model is not None
         return tt_models.config_to_hf(model.config)
@@ -209,8 +208,8 @@ def merged_config(
         config["vocab_size"] = model.config.vocab_size
     stated = config.get("eos_token_id")
     ends = stated if isinstance(stated, list) else [stated]
-    if origin.places != (origin.model,) and tokenizer.eos_id is not None and tokenizer.eos_id not in ends:
-        config |= {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.bos_id}
+    if serving is not None and serving.eos_id is not None and serving.eos_id not in ends:
+        config |= {"eos_token_id": serving.eos_id, "bos_token_id": serving.bos_id}
     return config
 
 

@@ -27,7 +27,7 @@ from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
 from tt_train.run.loop import Metrics
 from tt_train.run.model_card import model_card
-from tt_train.run.serving import own_template, serving_files
+from tt_train.run.serving import own_template, serving_files, serving_of, to_record
 from tt_train.run_files import TEMPLATE_FILE, read_manifest
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -54,6 +54,8 @@ def finish(metrics: Metrics) -> None:
         return
     summary = _summary(job, run, state)
     run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
+    if job.lora is not None:
+        _or_warn(console, "what a merge takes from the tokenizer", lambda: _record_serving(job, run))
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
     _or_warn(console, "the report", lambda: _write_report(run, console))
     console.end({**summary, "next": next_commands(run.path, job.method)})
@@ -98,6 +100,14 @@ def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None
     with run.replacing("model") as part, state.optimizer.whole([] if narrow else state.names):
         stored = tt_ckpt.tensor_dtypes(job.model_path) if job.model_path else job.dtype
         tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
+
+
+def _record_serving(job: Job[RunConfig], run: RunDir) -> None:
+    """For ``tt merge``: what the tokenizer gives it, for as long as its files are these."""
+    named = [Path(place) for place in (job.config.model.tokenizer, job.model_path) if place is not None]
+    places = [run.path, run.path / "adapter", *named]  # as ``find_origin`` has them
+    serving = serving_of(places, job.tokenizer, job.config.data.template, job.model_path)
+    run.update_manifest(serving=to_record(serving, places))
 
 
 def written_dtypes(job: Job[RunConfig]) -> set[torch.dtype]:

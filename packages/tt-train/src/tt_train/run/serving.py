@@ -1,11 +1,16 @@
 """The files beside the weights, from which other programs know how to prompt a model as it was trained."""
 
 import fnmatch
+import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tt_data
+from tt_ckpt.files import regular
 from tt_data.template.prompts import INSTRUCT_TEMPLATES, our_name
 from tt_data.template.sources import find_templates
 from tt_data.text.load import find_tokenizer
@@ -15,8 +20,69 @@ _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
                     "*.model", "tekken.json")  # fmt: skip
 _GENERATION = "generation_config.json"
+_KINDS = (*_TOKENIZER_FILES, *_TEMPLATE_FILES, _GENERATION)
 
 Files = dict[str, str | Path | None]  # name -> text, a file or folder to copy, or None: leave out that of the base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """What a merged model takes from its tokenizer: files beside the weights, and the ids for its config."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    files: Files
+
+
+def serving_of(
+    places: Sequence[Path], tokenizer: tt_data.Tokenizer, template: str | None, source: Path | None
+) -> Serving:
+    """``places``, ``template``, ``source``: as in ``serving_files``."""
+    files = serving_files(places, tokenizer, template, source)
+    return Serving(vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, files=files)
+
+
+def to_record(serving: Serving, places: Sequence[Path]) -> dict[str, Any] | None:
+    """``serving`` for the manifest of a run, so that a merge neither loads the tokenizer nor renders its template.
+
+    None if files are to be copied from elsewhere than the base, whose own files need no record.
+    """
+    digest = _digest(places)
+    copies = any(isinstance(content, Path) for content in serving.files.values())
+    return None if copies or not digest else {"digest": digest, **vars(serving)}
+
+
+def from_record(record: Mapping[str, Any], places: Sequence[Path]) -> Serving | None:
+    """What ``to_record`` kept; None if it kept nothing, or if a file in ``places`` has changed since."""
+    if record.keys() != {"digest", "vocab_size", "bos_id", "eos_id", "files"} or not record["digest"]:
+        return None
+    for name, content in record["files"].items():
+        is_known = any(fnmatch.fnmatchcase(name, kind) for kind in _KINDS)
+        if not is_known or not isinstance(content, str | None):
+            return None
+    if record["digest"] != _digest(places):
+        return None
+    return Serving(**{key: value for key, value in record.items() if key != "digest"})
+
+
+def _digest(places: Sequence[Path]) -> str:
+    """Of the names and bytes of all that a tokenizer and ``serving_files`` are made of; empty if a file is refused."""
+    digest = hashlib.sha256(tt_data.__version__.encode())
+    for place in places:
+        folder = place if place.is_dir() else place.parent
+        files = [*_matching(folder, (*_KINDS, "config.json")), *sorted(folder.glob("additional_chat_templates/*"))]
+        for file in dict.fromkeys([*files, folder / "original" / "tokenizer.model", place]):
+            if not os.path.lexists(file) or file.is_dir():
+                continue
+            try:
+                with regular(file, folder).open("rb") as stream:
+                    content = hashlib.file_digest(stream, "sha256").hexdigest()
+            except (OSError, ValueError):
+                return ""
+            digest.update(f"{file.relative_to(folder).as_posix()} {content}\n".encode(errors="surrogateescape"))
+        digest.update(b"\n")
+    return digest.hexdigest()
 
 
 def own_template(tokenizer: Any, template: str | None) -> str | None:
