@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROW_LIMITS = (128, 25)  # functions, files
-MERGE_LIMITS = (312, 55)
+MERGE_LIMITS = (120, 25)
 
 
 def walk(action: Callable[[], object]) -> list[tuple[str, str]]:

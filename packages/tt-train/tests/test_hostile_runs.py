@@ -189,6 +189,8 @@ MANIFESTS = {
     '{"summary": {"steps": "many"}}': "summary.steps: expected a whole number, found 'many'",
     '{"summary": {"steps": true}}': "summary.steps: expected a whole number, found True",
     '{"data": {"report": 1}}': "data.report: expected an object",
+    '{"serving": []}': "serving: expected an object",
+    '{"serving": {"eos_id": "2"}}': "serving.eos_id: expected a whole number, found '2'",
     '{"wandb_id": {"$ne": 1}}': "wandb_id: expected a text",
     '{"base_model": "\\ud800"}': "surrogate",
     "version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n": "git-lfs pointer",

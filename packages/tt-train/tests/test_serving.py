@@ -8,9 +8,12 @@ import pytest
 import tt_data
 import tt_train
 from tt_train.composing import compose
+from tt_train.models import merge
 from tt_train.models.export import export
 from tt_train.models.merge import merge_run
 from tt_train.recipes import sft
+from tt_train.run.serving import from_record
+from tt_train.run_files import FinishedRun
 
 TURNS = [{"role": "user", "content": "say alpha"}, {"role": "assistant", "content": "alpha"}]
 MINE = (
@@ -108,3 +111,69 @@ def test_a_tokenizer_of_its_own_goes_out_with_the_run(model_dir, tokenizer_dir, 
     assert (
         served(merge_run(run, tmp_path / "merged"))[0] == "<|im_start|>user:say alpha<|im_end|><|im_start|>assistant:"
     )
+    assert FinishedRun(run).manifest["serving"] is None  # files of another folder are copied from there
+
+
+# ---- the record of a run ---------------------------------------------------------------------------------------------
+
+
+def with_record(run, folder, change):
+    """A copy of the run whose record in the manifest is what ``change`` makes of it."""
+    shutil.copytree(run, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["serving"] = change(manifest["serving"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_ends(model_dir, rows_file, tmp_path_factory):
+    """A LoRA run with the template of its base."""
+    words = [f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "adapter.rank=2", "batch_size=4"]
+    words += ["micro_batch_size=4", "max_steps=1", "device=cpu", "samples.num=0"]
+    return sft.main(compose("sft", overrides=[*words, f"output_dir={tmp_path_factory.mktemp('own') / 'run'}"]))
+
+
+@pytest.mark.parametrize("kind", ["a template file", "that of the base"])
+def test_a_merge_by_the_record_of_the_run_writes_what_its_tokenizer_would_give(
+    runs, own_ends, tmp_path, monkeypatch, kind
+):
+    run = runs["lora"] if kind == "a template file" else own_ends
+    loaded = merge_run(with_record(run, tmp_path / "run", lambda _: None), tmp_path / "loaded")
+    monkeypatch.setattr(merge, "load_tokenizer", lambda _: pytest.fail("the tokenizer was loaded"))
+    recorded = merge_run(run, tmp_path / "recorded")
+    assert sorted(path.name for path in loaded.iterdir()) == sorted(path.name for path in recorded.iterdir())
+    assert all(path.read_bytes() == (recorded / path.name).read_bytes() for path in loaded.iterdir())
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "config.json"])
+def test_a_record_ends_with_the_files_that_it_was_made_of(runs, plain_model, tmp_path, name):
+    base = tmp_path / "base"
+    shutil.copytree(plain_model, base)
+    run = FinishedRun(runs["lora"])
+    assert from_record(run.manifest["serving"], [run.path, run.path / "adapter", base]) is not None
+    (base / name).write_text((base / name).read_text() + " ")
+    assert from_record(run.manifest["serving"], [run.path, run.path / "adapter", base]) is None
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "temperature": 0.25}))
+    folder = merge_run(run.path, tmp_path / "merged", base=str(base))
+    assert json.loads((folder / "generation_config.json").read_text())["temperature"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record | {"files": {"config.json": "{}"}},
+        lambda record: record | {"files": {"model.safetensors": ""}},
+        lambda record: record | {"files": {"../chat_template.jinja": ""}},
+        lambda record: record | {"files": {"generation_config.json": ["x"]}},
+        lambda record: record | {"files": None},
+        lambda record: record | {"vocab_size": None},
+        lambda record: record | {"digest": ""},
+        lambda record: {"digest": record["digest"]},
+        lambda record: {},
+    ],
+)
+def test_a_record_that_no_run_writes_is_left_aside(own_ends, tmp_path, change):
+    folder = merge_run(with_record(own_ends, tmp_path / "run", change), tmp_path / "merged")
+    whole = merge_run(own_ends, tmp_path / "whole")
+    assert all(path.read_bytes() == (folder / path.name).read_bytes() for path in whole.iterdir())

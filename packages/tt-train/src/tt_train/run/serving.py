@@ -55,7 +55,9 @@ def to_record(serving: Serving, places: Sequence[Path]) -> dict[str, Any] | None
 
 def from_record(record: Mapping[str, Any], places: Sequence[Path]) -> Serving | None:
     """What ``to_record`` kept; None if it kept nothing, or if a file in ``places`` has changed since."""
-    if record.keys() != {"digest", "vocab_size", "bos_id", "eos_id", "files"} or not record["digest"]:
+    if record.keys() != {"digest", "vocab_size", "bos_id", "eos_id", "files"}:
+        return None
+    if not record["digest"] or record["vocab_size"] is None or record["files"] is None:
         return None
     for name, content in record["files"].items():
         is_known = any(fnmatch.fnmatchcase(name, kind) for kind in _KINDS)
