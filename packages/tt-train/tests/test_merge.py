@@ -1,6 +1,7 @@
 """A merge tensor by tensor gives the bytes, report and errors of a merge by a model, and never more than it knows."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,14 +29,15 @@ BY_A_MODEL = {
 }
 
 
-@pytest.fixture
-def fused_dir(model_dir, tmp_path):
-    """A small Phi-3, whose projections are fused, with the tokenizer of ``model_dir``."""
-    config = json.loads((model_dir / "config.json").read_text())
-    config |= {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": None, "sliding_window": None}
-    model = tt_models.build(tt_models.config_from_hf(config))
-    tt_ckpt.save_hf(model, tmp_path / "phi3", config=config, source=model_dir)
-    return tmp_path / "phi3"
+FUSED = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": None, "sliding_window": None}
+TIED = {"tie_word_embeddings": True}
+
+
+def write_base(model_dir, folder, changes):
+    """A model with random weights, and the tokenizer of ``model_dir``."""
+    config = json.loads((model_dir / "config.json").read_text()) | changes
+    tt_ckpt.save_hf(tt_models.build(tt_models.config_from_hf(config)), folder, config=config, source=model_dir)
+    return folder
 
 
 def write_adapter(base, folder, *, scale=0.3, rank=4, **lora):
@@ -75,11 +77,49 @@ def test_both_merges_write_the_same_bytes_and_say_the_same(model_dir, tmp_path, 
     assert said == said_by_model
 
 
-def test_fused_projections_are_merged_as_they_are_stored(fused_dir, tmp_path, monkeypatch):
-    adapter = write_adapter(fused_dir, tmp_path / "adapter", target_modules="all-linear")
+@pytest.mark.parametrize("changes", [FUSED, TIED], ids=["fused projections", "a tied output projection"])
+def test_tensors_are_merged_as_they_are_stored(model_dir, tmp_path, monkeypatch, changes):
+    base = write_base(model_dir, tmp_path / "base", changes)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules="all-linear")
     assert is_by_tensors(adapter)
     tt_train.merge_run(adapter, tmp_path / "out")
     assert_same_folder(tmp_path / "out", merged_by_a_model(adapter, tmp_path / "again", monkeypatch))
+
+
+@pytest.mark.parametrize("size", ["20KB", "60KB"])
+def test_the_shards_and_the_index_of_the_base_are_kept(model_dir, tmp_path, monkeypatch, size):
+    config = tt_ckpt.read_config(model_dir)
+    model, base = tt_train.load(model_dir, device="cpu")[0], tmp_path / "base"
+    tt_ckpt.save_hf(model, base, config=config, source=model_dir, max_shard_size=size)
+    assert len(list(base.glob("*.safetensors"))) > 1
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules="all-linear")
+    assert is_by_tensors(adapter)
+    tt_train.merge_run(adapter, tmp_path / "out")
+    assert_same_folder(tmp_path / "out", merged_by_a_model(adapter, tmp_path / "again", monkeypatch))
+
+
+def test_a_merge_of_linear_layers_needs_room_on_the_disk(model_dir, tmp_path, monkeypatch):
+    adapter = write_adapter(model_dir, tmp_path / "adapter")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 9, 9))
+    with pytest.raises(tt_train.ConfigError, match="9 bytes free, the model needs"):
+        tt_train.merge_run(adapter, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_between_two_tensors_leaves_nothing_behind(model_dir, tmp_path, monkeypatch):
+    adapter = write_adapter(model_dir, tmp_path / "adapter")
+    seen = []
+
+    def interrupted(name, *given, **options):
+        seen.append(name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return tt_peft.merge.merged_weight(name, *given, **options)
+
+    monkeypatch.setattr(merge, "merged_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tt_train.merge_run(adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
 def test_a_merge_of_linear_layers_builds_no_model(model_dir, tmp_path, monkeypatch):
@@ -96,6 +136,14 @@ def test_what_only_a_model_can_tell_is_merged_by_a_model(model_dir, tmp_path, ki
     adapter = write_adapter(model_dir, tmp_path / "adapter", **BY_A_MODEL[kind])
     assert not is_by_tensors(adapter)
     tt_train.merge_run(adapter, tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:.*shares its weight")
+def test_a_tied_embedding_is_refused_as_by_a_model(model_dir, tmp_path):
+    base = write_base(model_dir, tmp_path / "base", TIED)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=("embed_tokens", "q_proj"))
+    with pytest.raises(ValueError, match="shares its weight with the output projection"):
+        tt_train.merge_run(adapter, tmp_path / "out")
 
 
 def test_an_adapter_that_does_not_say_what_it_was_trained_on_is_merged_by_a_model(model_dir, tmp_path):

@@ -52,10 +52,7 @@ def merge_run(
     target, origin = Path(output), find_origin(path, base)
     refuse_full(target)
     merged = merged_tensors(origin, dtype)
-    try:
-        if merged is None or not _merge_tensors(merged, origin, target, files or {}, dry_run=dry_run, tell=tell):
-            _merge_model(origin, target, dtype, files or {}, dry_run=dry_run, tell=tell)
-    except _RefusedError:
+    if merged is None or not _merge_tensors(merged, origin, target, files or {}, dry_run=dry_run, tell=tell):
         _merge_model(origin, target, dtype, files or {}, dry_run=dry_run, tell=tell)
     return target
 
@@ -64,7 +61,7 @@ def merge_run(
 
 
 class _RefusedError(Exception):
-    """A value is not finite, or overflows: the merge by a model says where and why."""
+    """A value of a tensor is not finite, or overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +78,10 @@ class MergedTensors:
 
 
 def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors | None:
-    """A merge that needs the memory of a few tensors; None if it needs a model.
+    """A merge in the memory of a few tensors. None if it needs a model.
 
-    It needs one unless an adapter of linear layers was trained on the tensors of the base's files, one by one
-    (``tt_peft.read_low_rank``), the base is not quantized, and the result is split over files as the base is.
+    It needs none if the adapter is of linear layers only and was trained on the tensors of the base's files, one by one
+    (``read_low_rank``), if the base computes in the dtypes of its files, and if the result keeps the base's shards.
     """
     if origin.adapter is None or origin.model is None or origin.nf4:
         return None
@@ -94,8 +91,10 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
         {name: spec.shape for name, spec in tensors.specs.items()},
         lambda name: tensors.borrow(name) if name in tensors.specs else None,
     )
-    embedding = tensors.specs.get(EMBEDDING)
-    if changes is None or embedding is None or not all(one.dtype.is_floating_point for one in tensors.specs.values()):
+    embedding, dtypes = tensors.specs.get(EMBEDDING), {spec.dtype for spec in tensors.specs.values()}
+    if changes is None or embedding is None or len(embedding.shape) != 2:
+        return None
+    if not all(kind.is_floating_point and kind.itemsize > 1 for kind in dtypes):
         return None
     specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in tensors.specs.items()}
     layout = choose_layout([origin.model], specs, "5GB")
@@ -129,7 +128,7 @@ def _merge_tensors(
     dry_run: bool,
     tell: Callable[[str], None] | None,
 ) -> bool:
-    """Write them; False if the tokenizer has more tokens than the model, which needs the model's error."""
+    """Write them. False if something is wrong with them: nothing is written, and the merge by a model says what."""
     _refuse_small(target, merged.weights.nbytes)
     if dry_run:
         return True
@@ -140,7 +139,10 @@ def _merge_tensors(
         return False
     weights = replace(merged.weights, config=merged_config(origin, serving))
     beside = {**serving.files, **files}
-    save_weights(weights, target.expanduser(), merged.layout, source=origin.model, files=beside)
+    try:
+        save_weights(weights, target.expanduser(), merged.layout, source=origin.model, files=beside)
+    except _RefusedError:
+        return False
     _say(tt_peft.MergeReport(tuple(merged.losses.values())), origin, tell)
     return True
 
