@@ -103,7 +103,7 @@ def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None
 
 
 def _record_serving(job: Job[RunConfig], run: RunDir) -> None:
-    """What ``tt merge`` takes from the tokenizer, with a digest of its files in the places that ``find_origin`` gives."""
+    """What ``tt merge`` takes from the tokenizer, with a digest of its files, in the order of ``find_origin``."""
     named = [Path(place) for place in (job.config.model.tokenizer, job.model_path) if place is not None]
     places = [run.path, run.path / "adapter", *(place for place in named if place.exists())]
     serving = serving_of(places, job.tokenizer, job.config.data.template, job.model_path)
