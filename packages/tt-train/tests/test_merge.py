@@ -122,9 +122,9 @@ def test_a_failure_between_two_tensors_leaves_nothing_behind(model_dir, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
-def test_a_merge_of_linear_layers_builds_no_model(model_dir, tmp_path, monkeypatch):
+def test_a_merge_of_linear_layers_loads_no_model(model_dir, tmp_path, monkeypatch):
     adapter = write_adapter(model_dir, tmp_path / "adapter")
-    monkeypatch.setattr(tt_models, "build", lambda *_, **__: pytest.fail("a model was built"))
+    monkeypatch.setattr(tt_ckpt, "load_weights", lambda *_, **__: pytest.fail("a model was loaded"))
     tt_train.merge_run(adapter, tmp_path / "out")
     before, after = load_file(model_dir / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -160,8 +160,22 @@ def test_shards_that_cannot_be_kept_are_left_to_a_model(model_dir, tmp_path, mon
     assert not is_by_tensors(adapter)
 
 
-def changed_config(adapter, **changes):
-    file = adapter / "adapter_config.json"
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"model_type": "lama"}, "lama"), ({"num_hidden_layers": 3}, "layers.2"), ({"vocab_size": 9999}, "9999")],
+)
+def test_a_base_whose_config_no_longer_fits_its_tensors_is_refused(model_dir, tmp_path, changes, message):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(model_dir, base)
+    write_adapter(base, adapter)
+    changed_config(base, name="config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        tt_train.merge_run(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def changed_config(adapter, name="adapter_config.json", **changes):
+    file = adapter / name
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 

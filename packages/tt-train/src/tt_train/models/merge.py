@@ -68,12 +68,13 @@ class _RefusedError(Exception):
 class MergedTensors:
     """The tensors of the base with the adapter's changes, each computed when it is asked for; ``losses`` as they come.
 
-    ``rows``: how many tokens have an embedding.
+    ``rows``: how many tokens have an embedding. ``serving``: from the record of the run, if it still applies.
     """
 
     weights: Weights
     layout: Layout
     rows: int
+    serving: Serving | None
     losses: dict[str, tt_peft.LayerLoss]
 
 
@@ -82,6 +83,7 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
 
     It needs none if the adapter is of linear layers only and was trained on the tensors of the base's files, one by one
     (``read_low_rank``), if the base computes in the dtypes of its files, and if the result keeps the base's shards.
+    config.json must be the one that the run was made with (its record says so), or describe the tensors.
     """
     if origin.adapter is None or origin.model is None or origin.nf4:
         return None
@@ -96,6 +98,13 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
         return None
     if not all(kind.is_floating_point and kind.itemsize > 1 for kind in dtypes):
         return None
+    serving = None if origin.run is None else from_record(origin.run.manifest.get("serving") or {}, origin.places)
+    if serving is None:
+        model = tt_models.build(model_config(origin.model), device="meta")
+        if {name: one.shape for name, one in model.named_parameters()} != {
+            n: s.shape for n, s in tensors.specs.items()
+        }:
+            return None  # load_weights says what differs
     specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in tensors.specs.items()}
     layout = choose_layout([origin.model], specs, "5GB")
     if layout.files != {name: list(header.tensors) for name, header in tensors.headers.items()}:
@@ -116,7 +125,7 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
         return merged
 
     weights = Weights(specs=specs, get=get, config=tt_ckpt.read_config(origin.model), format="hf", files=())
-    return MergedTensors(weights=weights, layout=layout, rows=embedding.shape[0], losses=losses)
+    return MergedTensors(weights=weights, layout=layout, rows=embedding.shape[0], serving=serving, losses=losses)
 
 
 def _merge_tensors(
@@ -132,9 +141,7 @@ def _merge_tensors(
     _refuse_small(target, merged.weights.nbytes)
     if dry_run:
         return True
-    run = origin.run
-    serving = None if run is None else from_record(run.manifest.get("serving") or {}, origin.places)
-    serving = serving or _serving(origin, load_tokenizer(origin))
+    serving = merged.serving or _serving(origin, load_tokenizer(origin))
     if serving.vocab_size > merged.rows:
         return False
     weights = replace(merged.weights, config=merged_config(origin, serving))
