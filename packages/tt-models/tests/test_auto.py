@@ -39,7 +39,7 @@ def test_unknown_name_suggests_the_nearest():
 
 @pytest.mark.parametrize("wrong", [LLAMA, None, tt_models.ModelConfig()])
 def test_only_configs_of_a_family_are_built(wrong):
-    with pytest.raises(ValueError, match="build takes a name, or a config of a family"):
+    with pytest.raises(ValueError, match="build takes a name, or a config from config_from_hf"):
         tt_models.build(wrong)
 
 
@@ -152,7 +152,7 @@ def test_wrong_config_is_refused_in_one_line(change, message):
         (
             "gemma3_text",
             {"rope_parameters": {"rope_theta": 3.0}},
-            "must be given for full_attention and sliding_attention",
+            "must name full_attention and sliding_attention",
         ),
         ("gemma2", {"layer_types": ["full_attention"]}, "for each of 26 layers"),
         ("gemma2", {"layer_types": ["dense"] * 26}, "layer_types must be"),

@@ -65,7 +65,7 @@ def test_settings_of_bitsandbytes_that_quantize_nothing_are_passed_over():
         {"quant_method": "gptq", "bits": 4},
         {"group_size": 64, "bits": 4},
     ):
-        with pytest.raises(ValueError, match="only unquantized weights are read: take the original model"):
+        with pytest.raises(ValueError, match="only unquantized weights are read: use the original model"):
             tt_models.config_from_hf(LLAMA | {"quantization_config": settings})
 
 

@@ -62,7 +62,7 @@ def test_a_value_that_no_model_has_is_refused_by_its_key(key, value):
 )
 def test_absurd_sizes_are_answered_with_what_is_expected_and_the_cure(key, value):
     text = refused(LLAMA | {key: value}, f"{key} is out of range, got {value}: expected 1 to .*largest published")
-    assert text.endswith("; correct it, or take the model's own config.json")
+    assert text.endswith("; correct it, or use the model's own config.json")
 
 
 def test_absurd_numbers_of_experts_and_windows_are_refused():

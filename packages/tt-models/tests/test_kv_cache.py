@@ -59,7 +59,7 @@ def test_full_cache_is_refused(small):
     model = small()
     cache = cache_of(model, length=6)
     model(torch.randint(0, 60, (2, 5)), cache=cache)
-    with pytest.raises(ValueError, match="holds 6 tokens: 5 are in it, 2 more do not fit"):
+    with pytest.raises(ValueError, match="has room for 6 tokens: 5 are in it, 2 more do not fit"):
         model(torch.randint(0, 60, (2, 2)), cache=cache)
     for wrong in ({"batch_size": 0, "max_seq_len": 3}, {"batch_size": 1, "max_seq_len": 0}):
         with pytest.raises(ValueError, match="must be positive"):
@@ -132,7 +132,7 @@ def test_rows_may_leave_a_cache_and_not_come_back(small, close):
         starts = [0, 0] if given is None else [0, 1]
         alone = [model(ids[row : row + 1, start:6])[:, -1:] for row, start in enumerate(starts)]
         close(found, torch.cat(alone), 256)
-        with pytest.raises(ValueError, match="holds the tokens of 2 rows, got 3: reset it first"):
+        with pytest.raises(ValueError, match="has the tokens of 2 rows, got 3: reset it first"):
             model(ids[:, 6:7], cache=cache)
         cache.reset()
         model(ids, cache=cache)

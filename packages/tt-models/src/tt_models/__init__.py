@@ -26,42 +26,13 @@ from tt_models.rope import Rope
 __version__ = "0.1.0"
 
 __all__ = [
-    "build",
-    "get_config",
-    "list_models",
-    "config_from_hf",
-    "config_to_hf",
-    "generate",
-    "stream",
-    "KVCache",
-    "ModelConfig",
-    "Decoder",
-    "record_router_logits",
-    "load_balancing_loss",
-    "verify",
+    "build", "get_config", "list_models", "config_from_hf", "config_to_hf", "generate", "stream", "KVCache",
+    "ModelConfig", "Decoder", "record_router_logits", "load_balancing_loss", "verify",
     # the blocks, and the configurations of the families
-    "Attention",
-    "MLP",
-    "RMSNorm",
-    "Rope",
-    "Block",
-    "Experts",
-    "MoE",
-    "LlamaConfig",
-    "MistralConfig",
-    "MixtralConfig",
-    "GemmaConfig",
-    "Gemma2Config",
-    "Gemma3Config",
-    "Qwen2Config",
-    "Qwen3Config",
-    "Qwen3MoeConfig",
-    "Phi3Config",
-    "Olmo2Config",
-    "SmolLM3Config",
-    "GptOssConfig",
-    "llama_mlp_width",
-]
+    "Attention", "MLP", "RMSNorm", "Rope", "Block", "Experts", "MoE", "LlamaConfig", "MistralConfig", "MixtralConfig",
+    "GemmaConfig", "Gemma2Config", "Gemma3Config", "Qwen2Config", "Qwen3Config", "Qwen3MoeConfig", "Phi3Config",
+    "Olmo2Config", "SmolLM3Config", "GptOssConfig", "llama_mlp_width",
+]  # fmt: skip
 
 if TYPE_CHECKING:  # so that a type checker knows each name of list_models(), and reports a misspelt one
     llama2_7b = llama2_13b = llama2_70b = code_llama_7b = code_llama_13b = code_llama_34b = builder("")

@@ -22,7 +22,7 @@ class Attention(nn.Module):
     ``rope``: rotary positions, None for none; ``window``: how many tokens back a query sees, itself included;
     ``qk_norm(head_dim)`` makes the norms of queries and keys per head; ``scale`` multiplies the scores (default
     ``head_dim ** -0.5``); ``softcap`` bounds them by ``softcap * tanh(score / softcap)``; ``sinks`` adds a learned
-    score per head that takes part in the softmax and mixes nothing in; ``dropout`` of the weights, in training only.
+    score per head that is in the softmax and adds nothing to the output; ``dropout`` of the weights, in training only.
 
     ``rope`` and ``window`` are for the decoder, which makes the tables and masks that layers share; ``forward`` uses
     the ``rope`` and ``mask`` that it is given.
@@ -83,8 +83,8 @@ class Attention(nn.Module):
     ) -> Tensor:
         """[B, S, E] to the same shape.
 
-        ``rope``: cos and sin. ``mask``: True where a query sees a key; None: each sees itself and all before it.
-        ``cache``: holds ``length`` columns already.
+        ``rope``: cos and sin. ``mask``: True if a query sees a key; None: each sees itself and all before it.
+        ``cache``: has ``length`` columns already.
         """
         q, k, v = (heads.transpose(1, 2) for heads in self.project(x_BSE))
         if rope is not None:
@@ -130,19 +130,16 @@ def attend(
     )
 
 
-def attend_each_document(
-    q_BHSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, documents: Documents, **settings: Any
-) -> Tensor:
+def attend_each_document(q_BHSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, documents: Documents, **how: Any) -> Tensor:
     """The same for packed rows on a CPU: the cost is that of the documents, not of the whole row."""
     rows = []
     for index, lengths in enumerate(documents.lengths):
         parts = []
-        for q, k, v in zip(
-            *(torch.split(x[index, None], lengths, dim=2) for x in (q_BHSD, k_BNSD, v_BNSD)), strict=True
-        ):
+        split = [torch.split(x[index, None], lengths, dim=2) for x in (q_BHSD, k_BNSD, v_BNSD)]
+        for q, k, v in zip(*split, strict=True):
             columns, window = torch.arange(q.shape[2], device=q.device), documents.window
             mask = interval_mask(None, columns, columns, window) if window and q.shape[2] > window else None
-            parts.append(attend(q, k, v, mask=mask, **settings))
+            parts.append(attend(q, k, v, mask=mask, **how))
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
 

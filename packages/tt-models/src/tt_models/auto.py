@@ -18,7 +18,7 @@ from tt_models.families import gemma, gpt_oss, mistral, mixtral, olmo2, phi, qwe
 from tt_models.limits import LONGEST_KEY, MOST_KEYS, refuse_too_large, weight_bytes
 from tt_models.shown import shown
 
-CURE = re.compile(r"\b(take|set|remove|choose|write|did you mean)\b")  # a message that contains a cure
+CURE = re.compile(r"\b(use|set|remove|choose|write|did you mean)\b")  # a message that contains a cure
 
 
 class Family(NamedTuple):
@@ -47,7 +47,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def list_models() -> list[str]:
-    """The names that ``build`` and ``get_config`` take, family by family."""
+    """The names that ``build`` and ``get_config`` accept, family by family."""
     return [name for family in FAMILIES.values() for name in family.sizes]
 
 
@@ -72,10 +72,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     odd = next((key for key in config if not isinstance(key, str) or len(key) > LONGEST_KEY), None)
     if odd is not None or len(config) > MOST_KEYS:
         what = f"{len(config):,} keys" if odd is None else f"the key {shown(odd)}"
-        raise ValueError(
-            f"config.json has {what}, expected at most {MOST_KEYS:,} keys of up to {LONGEST_KEY} characters; take the "
-            "model's own"
-        )
+        expected = f"at most {MOST_KEYS:,} keys of up to {LONGEST_KEY} characters"
+        raise ValueError(f"config.json has {what}, expected {expected}; use the model's own")
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ValueError(f"config.json has no model_type but {shown(model_type)}; supported are {', '.join(FAMILIES)}")
@@ -83,26 +81,25 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     inner = text.get("model_type") if isinstance(text, Mapping) else None
     if model_type not in FAMILIES and isinstance(inner, str) and inner in FAMILIES:
         raise ValueError(
-            f"config.json: model_type {shown(model_type)} is not text only; only its text_config "
-            f"({inner!r}) can be read, take a text-only model"
+            f"config.json: model_type {shown(model_type)} is not text only; only its text_config ({inner!r}) can be "
+            "read: use a text-only model"
         )
     if model_type not in FAMILIES:
-        architectures = f"architectures {shown(config['architectures'])}; " if config.get("architectures") else ""
-        raise ValueError(
-            f"config.json: model_type {nearest(model_type, FAMILIES)} {architectures}supported: {', '.join(FAMILIES)}"
-        )
+        other = f" architectures {shown(config['architectures'])};" if config.get("architectures") else ""
+        supported = f"{other} supported: {', '.join(FAMILIES)}"
+        raise ValueError(f"config.json: model_type {nearest(model_type, FAMILIES)}{supported}")
     try:
         return FAMILIES[model_type].config.from_hf(config)
     except ValueError as error:
         text = str(error).removeprefix("config.json: ")
-        cure = "" if CURE.search(text) else "; correct it, or take the model's own config.json"
+        cure = "" if CURE.search(text) else "; correct it, or use the model's own config.json"
         raise ValueError(f"config.json: {text}{cure}") from None
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     """A ``config.json`` that transformers reads; rope is written in both generations' spelling."""
     if not isinstance(config, ModelConfig):
-        raise ValueError(f"config_to_hf takes a config, as config_from_hf returns it, not {type(config).__name__}")
+        raise ValueError(f"config_to_hf takes a config from config_from_hf, not {type(config).__name__}")
     return config.to_hf()
 
 
@@ -116,9 +113,7 @@ def build(
     keep_freed_memory()
     config = get_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     if not isinstance(config, ModelConfig) or config.model_type not in FAMILIES:
-        raise ValueError(
-            f"build takes a name, or a config of a family as config_from_hf returns it, not {type(config).__name__}"
-        )
+        raise ValueError(f"build takes a name, or a config from config_from_hf, not {type(config).__name__}")
     try:
         device = torch.get_default_device() if device is None else torch.device(device)
     except RuntimeError:
@@ -128,7 +123,7 @@ def build(
     if device.type != "meta":
         count, kind = sum(p.numel() for p in model.parameters()), str(next(model.parameters()).dtype)
         what = f"a {config.model_type} of {count:,} parameters as {kind.removeprefix('torch.')}"
-        cure = "take a smaller model, dtype=torch.bfloat16, or device='meta'"
+        cure = "use a smaller model, dtype=torch.bfloat16, or device='meta'"
         refuse_too_large(what, weight_bytes(model), device, cure)
         model.to_empty(device=device)
         init_weights_(model, config.initializer_range)
@@ -151,8 +146,9 @@ def builder(name: str) -> Builder:
         return build(name, device=device, dtype=dtype)
 
     config = get_config(name)
+    source = (sys.modules[type(config).__module__].__doc__ or "").partition("\n")[0]  # the models, and their papers
     build_named.__name__ = build_named.__qualname__ = name
-    build_named.__module__ = "tt_models"  # where pickle looks for it
+    build_named.__module__ = "tt_models"  # pickle looks for it there
     build_named.__doc__ = (
         f"""A {config.model_type} decoder of the published size ``{name}``, with random weights; see ``build``.
 
@@ -160,11 +156,6 @@ def builder(name: str) -> Builder:
         f"""{config.head_size} ({config.kv_heads} for keys and values), intermediate_size {config.intermediate_size:,},
 vocab_size {config.vocab_size:,}, {config.max_position_embeddings:,} positions.
 
-{source_of(config)}"""
+{source}"""
     )
     return build_named
-
-
-def source_of(config: ModelConfig) -> str:
-    """The first line of the docstring of a config's module: the models of the family, and where they are published."""
-    return (sys.modules[type(config).__module__].__doc__ or "").partition("\n")[0]

@@ -71,12 +71,9 @@ class ModelConfig:
         self._fill("head_dim", self.hidden_size // self.num_attention_heads)
         self._fill("rope_scaling", check_rope_scaling(self.rope_scaling))
         self._check()
-        Rope(  # refuses what its formulas cannot take, before weights are loaded
-            self.rotated_dim,
-            theta=self.rope_theta,
-            scaling=self.rope_scaling,
-            max_position_embeddings=self.max_position_embeddings,
-        )
+        # refuses what its formulas cannot compute, before weights are loaded
+        theta, longest = self.rope_theta, self.max_position_embeddings
+        Rope(self.rotated_dim, theta=theta, scaling=self.rope_scaling, max_position_embeddings=longest)
 
     def _fill(self, name: str, value: Any) -> None:
         """Set a field of this frozen object if it is None, or if ``value`` is its normal form."""
@@ -133,7 +130,7 @@ class ModelConfig:
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
         """Per layer, how many tokens back it sees (itself included); None: all."""
-        return (None,) * self.num_hidden_layers
+        return (getattr(self, "sliding_window", None),) * self.num_hidden_layers
 
     @property
     def rope_parameters(self) -> dict[str, Any]:
@@ -213,9 +210,8 @@ class ModelConfig:
         """The ``config.json`` of this model; see ``tt_models.config_to_hf``."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
-        plain |= {alias: plain[name] for alias, name in self.aliases.items()} | {
-            "rope_parameters": self.rope_parameters
-        }
+        plain |= {alias: plain[name] for alias, name in self.aliases.items()}
+        plain |= {"rope_parameters": self.rope_parameters}
         head = {"architectures": [self.architecture], "model_type": self.model_type, **self.written}
         return copy.deepcopy(head | plain)
 
@@ -245,8 +241,8 @@ class LayeredConfig(ModelConfig):
             object.__setattr__(self, "layer_types", None)  # so that replace(config, num_hidden_layers=...) works
 
     def usual_layer_types(self) -> tuple[str, ...]:
-        """The family's own pattern."""
-        raise NotImplementedError
+        """The family's own pattern: here, every second layer sees everything."""
+        return tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -255,8 +251,8 @@ class LayeredConfig(ModelConfig):
 
     @property
     def window(self) -> int | None:
-        """The window of sliding layers."""
-        return self.sliding_window
+        """The window of sliding layers, if it is used."""
+        return self.sliding_window if getattr(self, "use_sliding_window", True) else None
 
     @property
     def layer_windows(self) -> tuple[int | None, ...]:
@@ -271,9 +267,8 @@ class LayeredConfig(ModelConfig):
 def check_experts(config: Any, num_experts: int) -> None:
     """ValueError if a token, or a model, cannot have that many experts."""
     if config.num_experts_per_tok > num_experts:
-        raise ValueError(
-            f"num_experts_per_tok must be between 1 and the {num_experts} experts, got {config.num_experts_per_tok}"
-        )
+        found = config.num_experts_per_tok
+        raise ValueError(f"num_experts_per_tok must be between 1 and the {num_experts} experts, got {found}")
     if num_experts * config.num_hidden_layers > MOST_EXPERTS:
         raise ValueError(
             f"{num_experts} experts in each of num_hidden_layers {config.num_hidden_layers} are more than "

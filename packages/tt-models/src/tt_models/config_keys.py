@@ -135,7 +135,7 @@ def refuse_unlike(
 ) -> None:
     """ValueError unless each of ``keys``, none of which is a field, means what is computed; null means "not set".
 
-    ``computed`` holds the values that do, for the keys of which they are known; ``names`` are the names of the fields.
+    ``computed`` has the values that do, for keys whose values are known; ``names`` are the names of the fields.
     """
     wrong = []
     for key, value in keys.items():
@@ -151,7 +151,7 @@ def refuse_unlike(
             wrong.append(f"unknown key {shown(key)} with value {shown(value)}{hint}")
     if wrong:
         raise ValueError(
-            f"config.json: {several(wrong)}; remove a key that has no effect on the logits of this model, else take "
+            f"config.json: {several(wrong)}; remove a key that has no effect on the logits of this model, else use "
             "a model without it"
         )
 
@@ -169,7 +169,7 @@ QUANTIZATION = ("quantization_config", "quantization", "compression_config", "qu
 
 
 def pop_quantization(keys: dict[str, Any]) -> None:
-    """Take the keys of quantization out; ValueError if the weights are quantized, which needs another loader."""
+    """Remove the keys of quantization; ValueError if the weights are quantized, which needs another loader."""
     for key in QUANTIZATION:
         settings = keys.pop(key, None)
         if not settings or (isinstance(settings, Mapping) and is_unquantized(settings)):
@@ -177,7 +177,7 @@ def pop_quantization(keys: dict[str, Any]) -> None:
         method = settings.get("quant_method", "unknown") if isinstance(settings, Mapping) else settings
         named = method if isinstance(method, str) and method.isidentifier() and len(method) < 40 else shown(method)
         raise ValueError(
-            f"config.json: {key}: {named}; only unquantized weights are read: take the original model, or dequantize "
+            f"config.json: {key}: {named}; only unquantized weights are read: use the original model, or dequantize "
             "this one and remove the key"
         )
 
@@ -241,12 +241,15 @@ def with_original_length(rope: Mapping[str, Any], beside: Any, longest: Any, *, 
     key = "original_max_position_embeddings"
     if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn", "longrope"):
         if None not in (beside, rope.get(key)) and beside != rope[key]:
-            raise ValueError(
-                f"config.json: {key} is given twice and differently: {shown(beside)} and {shown(rope[key])}"
-            )
+            raise ValueError(given_twice(key, beside, rope[key]))
         return {**rope, key: rope.get(key) or beside or longest}
     parts = {name: part for name, part in rope.items() if isinstance(part, Mapping) and not inner}
     return {**rope} | {name: with_original_length(part, beside, longest, inner=True) for name, part in parts.items()}
+
+
+def given_twice(key: str, one: Any, other: Any) -> str:
+    """The message about a number that two places of a config.json give differently."""
+    return f"config.json: {key} is given twice and differently: {shown(one)} and {shown(other)}"
 
 
 def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -266,7 +269,5 @@ def split_rope_parameters(keys: Mapping[str, Any]) -> dict[str, Any]:
         scalings.append(check_rope_scaling({key: value for key, value in rope.items() if key not in without}))
     for name, found in (("rope_theta", thetas), ("rope_scaling", scalings)):
         if any(value != found[0] for value in found[1:]):
-            raise ValueError(
-                f"config.json: {name} is given twice and differently: {shown(found[0])} and {shown(found[-1])}"
-            )
+            raise ValueError(given_twice(name, found[0], found[-1]))
     return ({"rope_theta": thetas[0]} if thetas else {}) | ({"rope_scaling": scalings[0]} if scalings else {})

@@ -1,8 +1,8 @@
 """The blocks' formulas made fast on a CPU: ``rms_norm``, ``gated``, ``rotate`` and ``linear``.
 
 Each of the four computes its formula as written. On a CPU, if nobody watches (no compiler, torch.func or DTensor), it
-computes the same bits in blocks of rows that stay in the cache of a core, with a backward pass of its own. In decoding,
-a few rows in bf16 take the product that reads the weight fastest. Each kernel is here because a benchmark shows what
+computes the same bits in blocks of rows that fit in the cache of a core, with its own backward pass. In decoding,
+a few rows in bf16 use the product that reads the weight fastest. Each kernel is here because a benchmark shows what
 it saves (benchmarks/models_speed.py and models_decode.py).
 """
 
@@ -154,7 +154,7 @@ def _norm_and_weight(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class NormAndWeight(torch.autograd.Function):
     """``rms_norm``, both ways in blocks of rows; it keeps ``x`` and a number per row.
 
-    It rounds where automatic differentiation of the formula rounds; only the weight's gradient is summed more exactly.
+    It rounds as automatic differentiation of the formula does; only the weight's gradient is summed more exactly.
     """
 
     @staticmethod
@@ -179,7 +179,7 @@ class NormAndWeight(torch.autograd.Function):
         """With ``g = grad_y w`` and ``s`` the scale: ``grad_x = s g - x s^3 mean(g x)``."""
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_gradients_with_graph(lambda x, w: _norm_and_weight(x, w, ctx.eps), (x, weight), grad_y), None
+            return *_with_graph(lambda x, w: _norm_and_weight(x, w, ctx.eps), (x, weight), grad_y), None
         needs_x, needs_weight, _ = ctx.needs_input_grad
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -219,7 +219,7 @@ class GatedActivation(torch.autograd.Function):
         """Of gate and up."""
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_gradients_with_graph(lambda gate, up: ctx.activation(gate) * up, (gate, up), grad), None
+            return *_with_graph(lambda gate, up: ctx.activation(gate) * up, (gate, up), grad), None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for g, u, dy, dg, du in row_blocks(gate, up, grad.contiguous(), grad_gate, grad_up, size=GATED_BLOCK):
             with torch.enable_grad():
@@ -263,9 +263,7 @@ def _rotate_halves(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y_BHSD
 
 
-def _gradients_with_graph(
-    formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
+def _with_graph(formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of ``formula(*inputs)`` that can be differentiated again; None if no gradient is wanted.
 
     For the backward of a ``torch.autograd.Function`` under ``create_graph``: with ``once_differentiable`` instead,

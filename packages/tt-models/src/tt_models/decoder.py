@@ -37,9 +37,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Everything below the output projection (``model.`` in Hugging Face names)."""
 
-    def __init__(
-        self, config: ModelConfig, layers: Iterable[nn.Module], norm: nn.Module, embed_scale: float | None
-    ) -> None:
+    def __init__(self, config: ModelConfig, layers: Iterable[nn.Module], norm: nn.Module, scale: float | None) -> None:
         super().__init__()
         weight = torch.empty(config.vocab_size, config.hidden_size)  # drawing it on meta would load torch._dynamo
         self.embed_tokens = nn.Embedding.from_pretrained(  # type: ignore[no-untyped-call]
@@ -47,7 +45,7 @@ class Stack(nn.Module):
         )
         self.layers = nn.ModuleList(layers)
         self.norm = norm
-        self.embed_scale = embed_scale
+        self.embed_scale = scale
         self.max_positions = config.max_position_embeddings
         self.dropout = config.attention_dropout
         self.read_layers()
@@ -252,8 +250,8 @@ def drop_tied_head(module: nn.Module, state_dict: dict[str, Any], prefix: str, *
 def init_weights_(model: nn.Module, std: float) -> None:
     """Normal matrices of linear layers and embeddings, zero biases; any other module by its ``reset_parameters``.
 
-    In place, from torch's global generator. A ``reset_parameters`` that takes an argument is given ``std``. ValueError
-    for a parameter or buffer that is left as it was: its memory holds whatever was there before.
+    In place, from torch's global generator. A ``reset_parameters`` with an argument gets ``std``. ValueError
+    for a parameter or buffer that is left as it was: its memory is not initialized.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     versions = {name: tensor._version for name, tensor in tensors.items() if not tensor.is_inference()}

@@ -5,23 +5,14 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
-from tt_models.sampling import (
-    EndIds,
-    Sampling,
-    check_seed,
-    is_token_id,
-    is_whole_number,
-    numbers_of,
-    sample,
-    seen_tokens,
-)
+from tt_models.sampling import EndIds, Sampling, check_seed, is_token_id, numbers_of, sample, seen_tokens
 from tt_models.shown import shown
 
 Prompts = Tensor | Sequence[Sequence[int]]
@@ -118,7 +109,7 @@ def left_padded(
     weight = model.model.embed_tokens.weight
     device, vocab_size = weight.device, weight.shape[0]
     if weight.is_meta:
-        raise ValueError("the model is on the meta device, without weights: load them before it generates")
+        raise ValueError("the model is on the meta device, without weights: load them before generating")
     if not isinstance(prompts, Tensor):
         given: Any = prompts
         if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):
@@ -145,10 +136,9 @@ def left_padded(
     prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
     if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
         return prompts.to(device), None
-    if prompt_lengths.shape != prompts.shape[:1] or not bool(
-        ((prompt_lengths > 0) & (prompt_lengths <= prompts.shape[1])).all()
-    ):
-        raise ValueError(f"prompt_lengths must be {prompts.shape[0]} numbers from 1 to {prompts.shape[1]}")
+    rows, longest = prompts.shape
+    if prompt_lengths.shape != (rows,) or not bool(((prompt_lengths > 0) & (prompt_lengths <= longest)).all()):
+        raise ValueError(f"prompt_lengths must be {rows} numbers from 1 to {longest}")
     return prompts.to(device), prompt_lengths.to(device)
 
 
@@ -163,7 +153,7 @@ def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Ten
 
 def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
     """ValueError if the text would become longer than the model can read."""
-    if not is_whole_number(max_new_tokens) or not 1 <= max_new_tokens <= 2**31:
+    if not is_token_id(max_new_tokens) or not 1 <= max_new_tokens <= 2**31:
         raise ValueError(f"max_new_tokens must be at least 1 and at most 2**31, got {shown(max_new_tokens)}")
     longest = model.config.max_position_embeddings
     scaling = model.config.rope_scaling or {}
@@ -174,43 +164,35 @@ def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
         )
 
 
+class Options(TypedDict, total=False):
+    """What ``generate`` accepts besides ``return_logits``."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    eos_ids: EndIds
+    seed: int | None
+    pad_id: int | None
+    prompt_lengths: Tensor | Sequence[int] | None
+    compile: bool
+
+
 @overload
 def generate(
     model: Decoder,
     input_ids: Prompts,
     *,
     max_new_tokens: int,
-    temperature: float = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    min_p: float | None = ...,
-    repetition_penalty: float = ...,
-    eos_ids: EndIds = ...,
-    seed: int | None = ...,
-    pad_id: int | None = ...,
-    prompt_lengths: Tensor | Sequence[int] | None = ...,
-    compile: bool = ...,
     return_logits: Literal[False] = ...,
+    **_: Unpack[Options],
 ) -> Tensor: ...
 
 
 @overload
 def generate(
-    model: Decoder,
-    input_ids: Prompts,
-    *,
-    max_new_tokens: int,
-    temperature: float = ...,
-    top_k: int | None = ...,
-    top_p: float | None = ...,
-    min_p: float | None = ...,
-    repetition_penalty: float = ...,
-    eos_ids: EndIds = ...,
-    seed: int | None = ...,
-    pad_id: int | None = ...,
-    prompt_lengths: Tensor | Sequence[int] | None = ...,
-    compile: bool = ...,
-    return_logits: Literal[True],
+    model: Decoder, input_ids: Prompts, *, max_new_tokens: int, return_logits: Literal[True], **_: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -252,9 +234,8 @@ def generate(
     ends = torch.tensor(end_ids, dtype=torch.int64, device=ids.device)
     finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     columns, kept = [ids], []
-    for token, logits in steps(
-        model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile
-    ):
+    found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
+    for token, logits in found:
         columns.append(torch.where(finished, fill, token)[:, None])
         if return_logits:
             kept.append(logits)
@@ -262,8 +243,8 @@ def generate(
             finished = finished | torch.isin(token, ends)
             if bool(finished.all()):
                 break
-    found = torch.cat(columns, dim=1)
-    return (found, torch.stack(kept, dim=1)) if return_logits else found
+    text = torch.cat(columns, dim=1)
+    return (text, torch.stack(kept, dim=1)) if return_logits else text
 
 
 def stream(

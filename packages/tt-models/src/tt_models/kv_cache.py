@@ -15,7 +15,7 @@ class LayerCache:
 
     @property
     def capacity(self) -> int:
-        """How many columns are held."""
+        """How many columns fit."""
         return self.keys.shape[2]
 
     def columns_after(self, length: int, new: int, device: torch.device) -> Tensor:
@@ -71,9 +71,8 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ) -> None:
         if batch_size <= 0 or max_seq_len <= 0:
-            raise ValueError(
-                f"KVCache: batch_size and max_seq_len must be positive, got {batch_size} and {max_seq_len}"
-            )
+            found = f"{batch_size} and {max_seq_len}"
+            raise ValueError(f"KVCache: batch_size and max_seq_len must be positive, got {found}")
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.layers = []
         held = [max_seq_len if window is None else min(window, max_seq_len) for window in config.layer_windows]
@@ -98,20 +97,18 @@ class KVCache:
         if batch > self.batch_size:
             raise ValueError(f"KVCache was made for {self.batch_size} rows, got {batch}")
         if self.length and batch > self.rows:
-            raise ValueError(f"KVCache holds the tokens of {self.rows} rows, got {batch}: reset it first")
+            raise ValueError(f"KVCache has the tokens of {self.rows} rows, got {batch}: reset it first")
         if self.length + seq_len > self.max_seq_len:
             raise ValueError(
-                f"KVCache holds {self.max_seq_len} tokens: {self.length} are in it, {seq_len} more do not fit; "
+                f"KVCache has room for {self.max_seq_len} tokens: {self.length} are in it, {seq_len} more do not fit; "
                 "make it with a larger max_seq_len"
             )
 
     def check_dtype(self, weight: Tensor) -> None:
-        """ValueError if attention cannot read the stored dtype; autocast takes any."""
+        """ValueError if attention cannot read the stored dtype; autocast reads any."""
         stored = self.layers[0].keys.dtype
         if stored != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
-            raise ValueError(
-                f"KVCache stores {stored}, the model computes in {weight.dtype}: make it with dtype={weight.dtype}"
-            )
+            raise ValueError(f"KVCache stores {stored}, the model computes in {weight.dtype}: make it with that dtype")
 
     def check_layers(self, layers: int) -> None:
         """ValueError if it is unknown which layer has which window."""

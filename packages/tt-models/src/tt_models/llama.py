@@ -1,12 +1,15 @@
 """Llama 2, 3 to 3.3, Code Llama, SmolLM 1 and 2: https://arxiv.org/abs/2307.09288, https://arxiv.org/abs/2407.21783.
 
-The plain decoder, which the ``families`` vary: they take its parts (``attention_of``, ``mlp_of``, ``norm_of``,
-``rope_of``) and change what differs.
+The plain decoder, which the ``families`` vary: they use its parts (``blocks_of``, ``attention_of``,
+``mlp_of``, ``norm_of``, ``rope_of``) and change what differs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
+
+from torch import nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
@@ -32,16 +35,19 @@ class LlamaConfig(ModelConfig):
 def llama(config: LlamaConfig) -> Decoder:
     """Pre-norm blocks with rotary positions and a gated mlp."""
     rope, bias = rope_of(config), config.attention_bias
-    layers = [
-        Block(
-            attention_of(config, layer, rope=rope, qkv_bias=bias, output_bias=bias),
-            mlp_of(config, bias=config.mlp_bias),
-            norm_of(config),
-            norm_of(config),
-        )
+    mlp = partial(mlp_of, config, bias=config.mlp_bias)
+    layers = blocks_of(config, lambda _: mlp(), rope=rope, qkv_bias=bias, output_bias=bias)
+    return Decoder(config, layers, norm_of(config))
+
+
+def blocks_of(
+    config: ModelConfig, mlp: Callable[[int], nn.Module], norm: type[RMSNorm] = RMSNorm, **numbers: Any
+) -> list[Block]:
+    """A pre-norm block for each layer; ``mlp`` makes the second half of a layer, ``numbers`` are of the attention."""
+    return [
+        Block(attention_of(config, layer, **numbers), mlp(layer), norm_of(config, norm), norm_of(config, norm))
         for layer in range(config.num_hidden_layers)
     ]
-    return Decoder(config, layers, norm_of(config))
 
 
 def rope_of(config: ModelConfig, *, dim: int | None = None) -> Rope:
@@ -49,9 +55,7 @@ def rope_of(config: ModelConfig, *, dim: int | None = None) -> Rope:
     return scaled_rope(config, config.rope_theta, config.rope_scaling, dim=dim)
 
 
-def scaled_rope(
-    config: ModelConfig, theta: float, scaling: Mapping[str, Any] | None, *, dim: int | None = None
-) -> Rope:
+def scaled_rope(config: ModelConfig, theta: float, scaling: Mapping[str, Any] | None, dim: int | None = None) -> Rope:
     """The same with another base and scaling than the config's own."""
     longest = config.max_position_embeddings
     return Rope(dim or config.head_size, theta=theta, scaling=scaling, max_position_embeddings=longest)
@@ -88,19 +92,11 @@ def llama_mlp_width(hidden_size: int, *, multiple_of: int = 256) -> int:
 LLAMA2 = LlamaConfig(max_position_embeddings=4096, rms_norm_eps=1e-5)
 CODE_LLAMA = replace(LLAMA2, vocab_size=32016, max_position_embeddings=16384, rope_theta=1e6)
 LLAMA3 = LlamaConfig(
-    vocab_size=128256,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    bos_token_id=128000,
+    vocab_size=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0, bos_token_id=128000,
     eos_token_id=128001,
-)
-LONG = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+)  # fmt: skip
+LONG = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192}  # fmt: skip
 LLAMA3_1 = replace(LLAMA3, max_position_embeddings=131072, rope_scaling=LONG | {"factor": 8.0})
 LLAMA3_2 = replace(LLAMA3_1, rope_scaling=LONG | {"factor": 32.0}, tie_word_embeddings=True)
 SMOLLM2 = LlamaConfig(

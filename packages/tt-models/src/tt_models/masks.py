@@ -25,7 +25,7 @@ class Documents(NamedTuple):
     window: int | None
 
 
-Mask: TypeAlias = "Tensor | BlockMask | Documents | None"  # True where a query sees a key; None: itself, all before it
+Mask: TypeAlias = "Tensor | BlockMask | Documents | None"  # True if a query sees a key; None: itself, all before it
 
 
 def document_starts(position_ids_BS: Tensor, *, offset: int = 0, first_B: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def split_documents(starts_BS: Tensor, window: int | None) -> Documents | None:
 
 
 def interval_mask(starts_BS: Tensor | None, queries_S: Tensor, keys_K: Tensor, window: int | None) -> Tensor:
-    """Boolean [B or 1, 1, S, K], True where the query in column ``queries_S[i]`` sees the key in ``keys_K[j]``."""
+    """Boolean [B or 1, 1, S, K], True if the query in column ``queries_S[i]`` sees the key in ``keys_K[j]``."""
     back_SK = queries_S[:, None] - keys_K[None, :]
     sees_SK = back_SK >= 0
     if window is not None:
@@ -127,7 +127,7 @@ def flex_attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, S, D] by flex_attention, which on CUDA runs compiled and never holds the scores."""
+    """[B, H, S, D] by flex_attention, which on CUDA runs compiled and never stores the scores."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def bounded(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def mix(
 def grouped_linear(x_RE: Tensor, weight_XOE: Tensor, counts_X: Tensor) -> Tensor:
     """``x W^T``, [R, O], each row with the weight of its expert; rows are sorted by expert."""
     aligned = all(size * x_RE.element_size() % 16 == 0 for size in weight_XOE.shape[1:])  # grouped_mm wants 16 bytes
-    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # which takes more dtypes
+    on_cpu = x_RE.device.type == "cpu" and not torch.compiler.is_compiling()  # which supports more dtypes
     dtypes = (torch.bfloat16, torch.float32, torch.float16) if on_cpu else (torch.bfloat16,)
     if aligned and x_RE.dtype == weight_XOE.dtype and x_RE.dtype in dtypes:
         return F.grouped_mm(x_RE, weight_XOE.transpose(1, 2), offs=counts_X.cumsum(0).int())
@@ -129,7 +129,7 @@ def load_balancing_loss(router_logits: Mapping[str, Tensor], *, top_k: int, mask
     probabilities = torch.stack([logits.float().softmax(dim=-1) for logits in layers])  # [layers, T, X]
     chosen = torch.zeros_like(probabilities).scatter_(-1, torch.stack(layers).topk(top_k, dim=-1).indices, 1.0)
     if mask is not None:
-        counts = mask.flatten().bool()  # an attention mask of integers would be taken for indices
+        counts = mask.flatten().bool()  # a mask of integers would be read as indices
         probabilities, chosen = probabilities[:, counts], chosen[:, counts]
     return probabilities.shape[-1] * (chosen.mean(dim=(0, 1)) * probabilities.mean(dim=(0, 1))).sum()
 
@@ -146,7 +146,7 @@ class ExpertNames(NamedTuple):
 class MixtureDecoder(Decoder):
     """A decoder whose experts are separate matrices in most files, and stacked in memory.
 
-    ``load_state_dict`` takes both; the tensors of all files of a model must come together.
+    ``load_state_dict`` reads both; the tensors of all files of a model must come together.
     """
 
     names: ClassVar[ExpertNames] = ExpertNames("mlp", "gate_proj", "up_proj", "down_proj")
@@ -171,10 +171,8 @@ class MixtureDecoder(Decoder):
         """The parameter ``name`` from its ``hf_sources``."""
         if len(parts) == 1 and ".experts." not in name:
             return parts[0]
-        experts = self.get_parameter(name).shape[0]
-        return torch.stack(
-            [torch.cat(parts[i : i + len(parts) // experts]) for i in range(0, len(parts), len(parts) // experts)]
-        )
+        step = len(parts) // self.get_parameter(name).shape[0]
+        return torch.stack([torch.cat(parts[i : i + step]) for i in range(0, len(parts), step)])
 
     def split_for_hf(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The opposite: file key to tensor."""

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class Found(NamedTuple):
 def run(module: nn.Module, input_ids: Tensor, lengths: tuple[int, ...]) -> Found:
     """Logits, and the gradient of every parameter for one random linear loss.
 
-    With ``lengths`` the rows hold documents of these lengths, packed; the reference reads each of them alone.
+    With ``lengths`` the rows are packed documents of these lengths; the reference reads each of them alone.
     """
     if isinstance(module, Decoder):
         logits: Tensor = module(input_ids, packed_positions(lengths, input_ids) if lengths else None)
@@ -71,15 +72,11 @@ def distance(found: Found, truth: Found) -> dict[str, Any]:
     if found.gradients.keys() != truth.gradients.keys():
         raise ValueError(f"parameters differ: {sorted(found.gradients.keys() ^ truth.gradients.keys())[:5]}")
     floor = 1e-2 * max(gradient.abs().max().item() for gradient in truth.gradients.values())
-    errors = {
-        name: relative_error(found.gradients[name], gradient, floor=floor) for name, gradient in truth.gradients.items()
-    }
+    own = found.gradients
+    errors = {name: relative_error(own[name], true, floor=floor) for name, true in truth.gradients.items()}
     worst = max(errors, key=lambda name: errors[name])
-    return {
-        "logits": relative_error(found.logits, truth.logits),
-        "gradients": errors[worst],
-        "worst_gradient": worst,
-    }
+    logits = relative_error(found.logits, truth.logits)
+    return {"logits": logits, "gradients": errors[worst], "worst_gradient": worst}
 
 
 def reference_logits(reference: nn.Module, input_ids: Tensor, lengths: tuple[int, ...] = ()) -> Tensor:
@@ -148,10 +145,9 @@ def certify(
     ids = torch.randint(0, model.config.vocab_size, (2, seq_len), generator=generator).to(model.output_weight.device)
     errors: dict[str, Any] = {}
     own: dict[str, Any] = {}
-    for kind, lengths in {
-        "": (),
-        "packed_": (seq_len // 3, seq_len // 4, seq_len - seq_len // 3 - seq_len // 4),
-    }.items():
+    packed = (seq_len // 3, seq_len // 4, seq_len - seq_len // 3 - seq_len // 4)
+    kinds: dict[str, tuple[int, ...]] = {"": (), "packed_": packed}
+    for kind, lengths in kinds.items():
         with in_fp64(reference):
             truth = run(reference, ids, lengths)
         own |= {kind + name: value for name, value in distance(run(reference, ids, lengths), truth).items()}
@@ -232,9 +228,7 @@ def verify(
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(
-            "verify compares with transformers, which is not installed: pip install transformers"
-        ) from error
+        raise ValueError("verify compares with transformers: run pip install transformers") from error
     model = load(Path(path)).eval()
     with without_noise():
         reference = load_reference(path)
@@ -247,7 +241,7 @@ def verify(
     errors = certificate["errors"].items()
     certificate["errors"] = {name: value if math.isfinite(value) else str(value) for name, value in errors}
     versions = {
-        "tt_models": installed_version(),
+        "tt_models": version("tt-models"),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -260,13 +254,6 @@ def not_reached(model: Decoder, *, seq_len: int = 24) -> list[str]:
     """Parts of a model that only matter in longer texts than are compared, in words."""
     windows = {w for w in model.config.layer_windows if w and seq_len <= w < model.config.max_position_embeddings}
     return [f"the sliding window of {window} tokens: {seq_len} are compared" for window in sorted(windows)]
-
-
-def installed_version() -> str:
-    """Of this package."""
-    from importlib.metadata import version
-
-    return version("tt-models")
 
 
 @torch.no_grad()

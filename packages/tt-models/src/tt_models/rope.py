@@ -49,10 +49,9 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
     if not isinstance(scaling, Mapping):
         raise ValueError(f"rope_scaling must be a mapping, got {shown(scaling)}")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    every = ", ".join(["default", *ROPE_TYPES])
     if not isinstance(kind, str):
-        raise ValueError(
-            f"rope_type must be a name, got {shown(kind)}: known are {', '.join(['default', *ROPE_TYPES])}"
-        )
+        raise ValueError(f"rope_type must be a name, got {shown(kind)}: known are {every}")
     kind = OLD_NAMES.get(kind, kind)
     without = {"type", "rope_type", "finetuned"} | WITHOUT_EFFECT.get(kind, set())
     numbers = {key: value for key, value in scaling.items() if key not in without and value is not None}
@@ -65,7 +64,7 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
     if kind not in ROPE_TYPES:
         close = difflib.get_close_matches(kind[:LONGEST_KEY], [*ROPE_TYPES, "default"], n=1, cutoff=0.4)
         hint = f"did you mean {close[0]!r}?" if close else "it is not one of"
-        raise ValueError(f"rope_type {shown(kind)} is not supported: {hint} {', '.join(['default', *ROPE_TYPES])}")
+        raise ValueError(f"rope_type {shown(kind)} is not supported: {hint} {every}")
     required, optional = ROPE_TYPES[kind]
     missing, unknown = required - numbers.keys(), numbers.keys() - required - optional
     if missing or unknown:
@@ -78,7 +77,7 @@ def check_rope_scaling(scaling: Mapping[str, Any] | None) -> dict[str, Any] | No
 
 
 def check_rope_numbers(numbers: Mapping[str, Any]) -> None:
-    """ValueError for a number that the formulas cannot take."""
+    """ValueError for a number that the formulas cannot use."""
     for key, value in numbers.items():
         per_pair = key in ("short_factor", "long_factor")
         values = value if per_pair and isinstance(value, list | tuple) else [value]

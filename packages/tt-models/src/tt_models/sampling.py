@@ -21,9 +21,7 @@ class Sampling:
     temperature: float = 1.0  # 0: the most probable token
     top_k: int | None = None  # only this many tokens, the most probable ones
     top_p: float | None = None  # only the most probable ones that together reach it, https://arxiv.org/abs/1904.09751
-    min_p: float | None = (
-        None  # only those at least so probable as a share of the best, https://arxiv.org/abs/2407.01082
-    )
+    min_p: float | None = None  # only those above this share of the best one, https://arxiv.org/abs/2407.01082
 
     def __post_init__(self) -> None:
         if not is_number(self.repetition_penalty) or not 1e-3 <= self.repetition_penalty <= 1e3:
@@ -59,7 +57,7 @@ def is_token_id(value: Any) -> bool:
 
 
 def check_seed(seed: Any) -> None:
-    """ValueError for a seed that torch does not take."""
+    """ValueError for a seed that torch does not accept."""
     if seed is not None and (not is_whole_number(seed) or not 0 <= seed < 2**64):
         raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, or None, got {shown(seed)}")
 
@@ -73,9 +71,8 @@ def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
     given: list[Any] = [*ids] if several else [ids]
     wrong = [one for one in given if not is_token_id(one) or not 0 <= operator.index(one) < vocab_size]
     if wrong:
-        raise ValueError(
-            f"eos_ids: {shown(wrong[0])} is not a token of the model, whose ids are 0 to {vocab_size - 1}; leave it out"
-        )
+        ids = f"whose ids are 0 to {vocab_size - 1}"
+        raise ValueError(f"eos_ids: {shown(wrong[0])} is not a token of the model, {ids}; leave it out")
     return [operator.index(one) for one in given]
 
 
@@ -92,7 +89,7 @@ def sample(
     if not bool(best_B.values.isfinite().all()):
         raise ValueError(
             "logits are not finite, no token can be drawn: the weights contain nan or inf, or overflow in this dtype "
-            "(fp16 does from 65504 on, take bf16 or fp32)"
+            "(fp16 does above 65504: use bf16 or fp32)"
         )
     if sampling.temperature == 0:
         return best_B.indices

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tt_models.attention import Attention
 from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, ModelConfig, sized
 from tt_models.config_keys import split_rope_parameters
-from tt_models.decoder import Block, Decoder
-from tt_models.llama import attention_of, mlp_of, norm_of, rope_of, scaled_rope
+from tt_models.decoder import Decoder
+from tt_models.llama import attention_of, blocks_of, mlp_of, norm_of, rope_of, scaled_rope
 from tt_models.norm import OffsetRMSNorm
 from tt_models.shown import shown
 
@@ -86,10 +86,6 @@ class Gemma2Config(LayeredConfig):
             )
         return super().from_hf(config)
 
-    def usual_layer_types(self) -> tuple[str, ...]:
-        """Every second layer sees everything."""
-        return tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
-
 
 @dataclass(frozen=True, kw_only=True)
 class Gemma3Config(Gemma2Config):
@@ -128,9 +124,7 @@ class Gemma3Config(Gemma2Config):
         """Both ropes from either generation of config.json."""
         nested = keys.get("rope_parameters") or {}
         if not isinstance(nested, Mapping) or nested.keys() - {FULL, SLIDING}:
-            raise ValueError(
-                f"config.json: rope_parameters must be given for {FULL} and {SLIDING}, got {shown(nested)}"
-            )
+            raise ValueError(f"config.json: rope_parameters must name {FULL} and {SLIDING}, got {shown(nested)}")
         found = split_rope_parameters({**keys, "rope_parameters": nested.get(FULL)})
         local = split_rope_parameters({"rope_parameters": nested.get(SLIDING)})
         if local.get("rope_scaling"):
@@ -158,15 +152,8 @@ class SandwichBlock(nn.Module):
 def gemma(config: GemmaConfig) -> Decoder:
     """Llama's blocks with ``1 + w`` norms, scaled embeddings and a gelu."""
     rope, bias = rope_of(config), config.attention_bias
-    layers = [
-        Block(
-            attention_of(config, layer, rope=rope, qkv_bias=bias, output_bias=bias),
-            mlp_of(config),
-            norm_of(config, OffsetRMSNorm),
-            norm_of(config, OffsetRMSNorm),
-        )
-        for layer in range(config.num_hidden_layers)
-    ]
+    numbers: dict[str, Any] = {"rope": rope, "qkv_bias": bias, "output_bias": bias}
+    layers = blocks_of(config, lambda _: mlp_of(config), OffsetRMSNorm, **numbers)
     return Decoder(config, layers, norm_of(config, OffsetRMSNorm), embed_scale=config.hidden_size**0.5)
 
 
@@ -185,18 +172,14 @@ def gemma3(config: Gemma3Config) -> Decoder:
 
 def sandwich_decoder(config: Gemma2Config, numbers: Mapping[str, Mapping[str, Any]]) -> Decoder:
     """What Gemma 2 and 3 share; ``numbers`` of the attention by kind of layer."""
-    bias = config.attention_bias
+    shared: dict[str, Any] = {
+        **dict.fromkeys(("qkv_bias", "output_bias"), config.attention_bias),
+        "scale": config.query_pre_attn_scalar**-0.5,
+        "softcap": config.attn_logit_softcapping,
+    }
     layers = [
         SandwichBlock(
-            attention_of(
-                config,
-                layer,
-                qkv_bias=bias,
-                output_bias=bias,
-                scale=config.query_pre_attn_scalar**-0.5,
-                softcap=config.attn_logit_softcapping,
-                **numbers[kind],
-            ),
+            attention_of(config, layer, **shared, **numbers[kind]),
             mlp_of(config),
             tuple(norm_of(config, OffsetRMSNorm) for _ in range(4)),
         )

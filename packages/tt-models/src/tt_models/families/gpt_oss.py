@@ -7,20 +7,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tt_models.config import FULL, SLIDING, LayeredConfig, check_experts, sized
-from tt_models.decoder import Block, Decoder
-from tt_models.llama import attention_of, norm_of, rope_of
+from tt_models.config import LayeredConfig, check_experts
+from tt_models.decoder import Decoder
+from tt_models.llama import blocks_of, norm_of, rope_of
 from tt_models.moe import grouped_linear, mix
 from tt_models.norm import LateRoundingRMSNorm
 
-YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +55,6 @@ class GptOssConfig(LayeredConfig):
         super().__post_init__()
         check_experts(self, self.num_local_experts)
 
-    def usual_layer_types(self) -> tuple[str, ...]:
-        """Every second layer sees everything."""
-        return tuple(FULL if layer % 2 else SLIDING for layer in range(self.num_hidden_layers))
-
 
 class BiasedExperts(nn.Module):
     """Experts with biases, laid out [X, in, out]; gate and up alternate, and both are clamped.
@@ -74,14 +64,12 @@ class BiasedExperts(nn.Module):
 
     is_transposed = True  # for adapters: weights are [X, in, out], not [X, out, in]
 
-    def __init__(
-        self, num_experts: int, hidden_size: int, intermediate_size: int, *, alpha: float, limit: float
-    ) -> None:
+    def __init__(self, experts: int, hidden_size: int, intermediate_size: int, *, alpha: float, limit: float) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * intermediate_size))
-        self.gate_up_proj_bias = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, hidden_size))
-        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, hidden_size, 2 * intermediate_size))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * intermediate_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, intermediate_size, hidden_size))
+        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden_size))
         self.alpha, self.limit = alpha, limit
 
     def reset_parameters(self, std: float) -> None:
@@ -123,24 +111,15 @@ def gpt_oss(config: GptOssConfig) -> Decoder:
     rope, bias = rope_of(config), config.attention_bias
     size = (config.num_local_experts, config.hidden_size, config.intermediate_size)
 
-    def experts() -> RoutedExperts:
+    def experts(_: int) -> RoutedExperts:
         each = BiasedExperts(*size, alpha=config.swiglu_alpha, limit=config.swiglu_limit)
         return RoutedExperts(each, config.hidden_size, config.num_local_experts, config.num_experts_per_tok)
 
-    layers = [
-        Block(
-            attention_of(config, layer, rope=rope, qkv_bias=bias, output_bias=bias, sinks=True),
-            experts(),
-            norm_of(config, LateRoundingRMSNorm),
-            norm_of(config, LateRoundingRMSNorm),
-        )
-        for layer in range(config.num_hidden_layers)
-    ]
+    attention: dict[str, Any] = {"rope": rope, "qkv_bias": bias, "output_bias": bias, "sinks": True}
+    layers = blocks_of(config, experts, LateRoundingRMSNorm, **attention)
     return Decoder(config, layers, norm_of(config, LateRoundingRMSNorm))
 
 
 SIZES: dict[str, GptOssConfig] = {
-    "gpt_oss_20b": sized(
-        GptOssConfig(pad_token_id=199999, eos_token_id=200002), 2880, 24, 64, 8, 2880, head_dim=64, num_local_experts=32
-    ),
+    "gpt_oss_20b": GptOssConfig(pad_token_id=199999, eos_token_id=200002, num_hidden_layers=24, num_local_experts=32),
 }

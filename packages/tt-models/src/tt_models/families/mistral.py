@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tt_models.config import ModelConfig
-from tt_models.decoder import Block, Decoder
-from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
+from tt_models.decoder import Decoder
+from tt_models.llama import blocks_of, mlp_of, norm_of, rope_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,27 +22,16 @@ class MistralConfig(ModelConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
 
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """The same window in every layer."""
-        return (self.sliding_window,) * self.num_hidden_layers
-
 
 def mistral(config: MistralConfig) -> Decoder:
     """Pre-norm blocks with grouped queries and a sliding window."""
-    rope = rope_of(config)
-    layers = [
-        Block(attention_of(config, layer, rope=rope), mlp_of(config), norm_of(config), norm_of(config))
-        for layer in range(config.num_hidden_layers)
-    ]
-    return Decoder(config, layers, norm_of(config))
+    return Decoder(config, blocks_of(config, lambda _: mlp_of(config), rope=rope_of(config)), norm_of(config))
 
 
 V1 = MistralConfig(max_position_embeddings=32768, rms_norm_eps=1e-5, sliding_window=4096)
 V3 = replace(V1, vocab_size=32768, sliding_window=None, rope_theta=1e6)
-NEMO = replace(
-    V3, vocab_size=131072, hidden_size=5120, num_hidden_layers=40, max_position_embeddings=131072
-)  # its head_dim stays 128
+# its head_dim stays 128
+NEMO = replace(V3, vocab_size=131072, hidden_size=5120, num_hidden_layers=40, max_position_embeddings=131072)
 SMALL = replace(NEMO, intermediate_size=32768, max_position_embeddings=32768, rope_theta=1e8)
 
 SIZES: dict[str, MistralConfig] = {

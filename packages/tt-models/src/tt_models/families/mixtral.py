@@ -6,8 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from tt_models.config import ModelConfig, check_experts
-from tt_models.decoder import Block
-from tt_models.llama import attention_of, norm_of, rope_of
+from tt_models.llama import blocks_of, norm_of, rope_of
 from tt_models.moe import ExpertNames, Experts, MixtureDecoder, MoE, softmax_then_top_k
 
 
@@ -36,11 +35,6 @@ class MixtralConfig(ModelConfig):
         super().__post_init__()
         check_experts(self, self.num_local_experts)
 
-    @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """The same window in every layer."""
-        return (self.sliding_window,) * self.num_hidden_layers
-
 
 class MixtralDecoder(MixtureDecoder):
     """With the names of Mixtral's files."""
@@ -50,21 +44,14 @@ class MixtralDecoder(MixtureDecoder):
 
 def mixtral(config: MixtralConfig) -> MixtralDecoder:
     """Mistral with experts in every layer."""
-    rope = rope_of(config)
     route = partial(softmax_then_top_k, top_k=config.num_experts_per_tok, renormalize=True)
     size = (config.num_local_experts, config.hidden_size, config.intermediate_size)
-    layers = [
-        Block(
-            attention_of(config, layer, rope=rope),
-            MoE(config.hidden_size, Experts(*size, activation=config.hidden_act), config.num_local_experts, route),
-            norm_of(config),
-            norm_of(config),
-        )
-        for layer in range(config.num_hidden_layers)
-    ]
+
+    def mlp(_: int) -> MoE:
+        return MoE(config.hidden_size, Experts(*size, activation=config.hidden_act), config.num_local_experts, route)
+
+    layers = blocks_of(config, mlp, rope=rope_of(config))
     return MixtralDecoder(config, layers, norm_of(config))
 
 
-SIZES: dict[str, MixtralConfig] = {
-    "mixtral_8x7b": MixtralConfig(max_position_embeddings=32768, router_aux_loss_coef=0.02),
-}
+SIZES = {"mixtral_8x7b": MixtralConfig(max_position_embeddings=32768, router_aux_loss_coef=0.02)}

@@ -68,16 +68,10 @@ def olmo2(config: Olmo2Config) -> Decoder:
     """Norms after attention and mlp, none before them."""
     rope, bias = rope_of(config), config.attention_bias
     norm = partial(LateRoundingRMSNorm, eps=config.rms_norm_eps)
-    numbers: dict[str, Any] = {
-        "kind": Olmo2Attention,
-        "rope": rope,
-        "qkv_bias": bias,
-        "output_bias": bias,
-        "qk_norm": norm,
-    }
+    numbers: dict[str, Any] = {"kind": Olmo2Attention, "rope": rope, "qkv_bias": bias, "output_bias": bias}
     layers = [
         PostNormBlock(
-            attention_of(config, layer, **numbers),
+            attention_of(config, layer, qk_norm=norm, **numbers),
             mlp_of(config),
             norm_of(config, LateRoundingRMSNorm),
             norm_of(config, LateRoundingRMSNorm),
@@ -88,13 +82,9 @@ def olmo2(config: Olmo2Config) -> Decoder:
 
 
 PUBLISHED = Olmo2Config(
-    vocab_size=100352,
-    max_position_embeddings=4096,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-6,
-    pad_token_id=100277,
+    vocab_size=100352, max_position_embeddings=4096, rope_theta=500000.0, rms_norm_eps=1e-6, pad_token_id=100277,
     eos_token_id=100257,
-)
+)  # fmt: skip
 SIZES: dict[str, Olmo2Config] = {
     "olmo2_1b": sized(PUBLISHED, 2048, 16, 16, 16, 8192),
     "olmo2_7b": sized(PUBLISHED, 4096, 32, 32, 32, 11008),

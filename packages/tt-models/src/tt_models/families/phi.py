@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
+from tt_models.config_keys import given_twice
 from tt_models.cpu import gated, linear
-from tt_models.decoder import Block, Decoder
-from tt_models.llama import attention_of, norm_of, rope_of
+from tt_models.decoder import Decoder
+from tt_models.llama import blocks_of, norm_of, rope_of
 from tt_models.mlp import ACTIVATIONS
-from tt_models.shown import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,13 @@ class Phi3Config(ModelConfig):
         return int(self.head_size * self.partial_rotary_factor)
 
     @property
-    def layer_windows(self) -> tuple[int | None, ...]:
-        """The same window in every layer."""
-        return (self.sliding_window,) * self.num_hidden_layers
-
-    @property
     def rope_parameters(self) -> dict[str, Any]:
         """With the rotated share."""
         return super().rope_parameters | {"partial_rotary_factor": self.partial_rotary_factor}
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Self:
-        """The original length is outside of the rope, and ``su`` or ``yarn`` mean longrope in older files."""
+        """The original length is outside the rope, and ``su`` or ``yarn`` mean longrope in older files."""
         config, shares = dict(config), {}
         for key in ("rope_scaling", "rope_parameters"):
             rope = config.get(key)
@@ -65,10 +60,7 @@ class Phi3Config(ModelConfig):
             share = rope.get("partial_rotary_factor")
             if share is not None:
                 if config.get("partial_rotary_factor", share) != share:
-                    raise ValueError(
-                        "config.json: partial_rotary_factor is given twice and differently: "
-                        f"{shown(config['partial_rotary_factor'])} and {shown(share)}"
-                    )
+                    raise ValueError(given_twice("partial_rotary_factor", config["partial_rotary_factor"], share))
                 shares["partial_rotary_factor"] = share
             kind = rope.get("rope_type") or rope.get("type") or "default"
             rope = {name: value for name, value in rope.items() if name not in ("type", "partial_rotary_factor")}
@@ -111,15 +103,8 @@ class FusedMLP(nn.Module):
 def phi3(config: Phi3Config) -> Decoder:
     """Llama's blocks with fused projections, rotating a part of each head."""
     rope = rope_of(config, dim=config.rotated_dim)
-    layers = [
-        Block(
-            attention_of(config, layer, kind=FusedAttention, rope=rope),
-            FusedMLP(config.hidden_size, config.intermediate_size, activation=config.hidden_act),
-            norm_of(config),
-            norm_of(config),
-        )
-        for layer in range(config.num_hidden_layers)
-    ]
+    size = (config.hidden_size, config.intermediate_size)
+    layers = blocks_of(config, lambda _: FusedMLP(*size, activation=config.hidden_act), kind=FusedAttention, rope=rope)
     return Decoder(config, layers, norm_of(config))
 
 
@@ -156,43 +141,20 @@ SHORT_FACTOR_3_5 = [
     2.749999523162842, 2.8399994373321533,
 ]  # fmt: skip
 PHI3 = Phi3Config(sliding_window=2047)
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 4096}
 PHI3_5 = Phi3Config(
-    max_position_embeddings=131072,
-    rope_scaling={
-        "rope_type": "longrope",
-        "short_factor": SHORT_FACTOR_3_5,
-        "long_factor": LONG_FACTOR_3_5,
-        "original_max_position_embeddings": 4096,
-    },
-    sliding_window=262144,
-)
+    max_position_embeddings=131072, sliding_window=262144,
+    rope_scaling=LONGROPE | {"short_factor": SHORT_FACTOR_3_5, "long_factor": LONG_FACTOR_3_5},
+)  # fmt: skip
 PHI4 = Phi3Config(
-    vocab_size=100352,
-    max_position_embeddings=16384,
-    original_max_position_embeddings=16384,
-    rope_theta=250000.0,
-    pad_token_id=100349,
-    bos_token_id=100257,
-    eos_token_id=100265,
-)
+    vocab_size=100352, max_position_embeddings=16384, original_max_position_embeddings=16384, rope_theta=250000.0,
+    pad_token_id=100349, bos_token_id=100257, eos_token_id=100265,
+)  # fmt: skip
 PHI4_MINI = Phi3Config(
-    vocab_size=200064,
-    max_position_embeddings=131072,
-    partial_rotary_factor=0.75,
-    rope_scaling={
-        "rope_type": "longrope",
-        "short_factor": [1.0] * 48,
-        "long_factor": LONG_FACTOR,
-        "original_max_position_embeddings": 4096,
-    },
-    sliding_window=262144,
-    tie_word_embeddings=True,
-    num_attention_heads=24,
-    num_key_value_heads=8,
-    pad_token_id=199999,
-    bos_token_id=199999,
-    eos_token_id=199999,
-)
+    vocab_size=200064, max_position_embeddings=131072, sliding_window=262144, partial_rotary_factor=0.75,
+    rope_scaling=LONGROPE | {"short_factor": [1.0] * 48, "long_factor": LONG_FACTOR}, tie_word_embeddings=True,
+    num_attention_heads=24, num_key_value_heads=8, pad_token_id=199999, bos_token_id=199999, eos_token_id=199999,
+)  # fmt: skip
 SIZES: dict[str, Phi3Config] = {
     "phi3_mini": sized(PHI3, 3072, 32, 32, 32, 8192),
     "phi3_medium": sized(PHI3, 5120, 40, 40, 10, 17920),

@@ -1,6 +1,6 @@
 """Qwen 2, 2.5, 3 and 3 mixture of experts: https://arxiv.org/abs/2407.10671, https://arxiv.org/abs/2505.09388."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -9,7 +9,7 @@ from torch import nn
 
 from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, check_experts, sized
 from tt_models.decoder import Block, Decoder
-from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
+from tt_models.llama import blocks_of, mlp_of, norm_of, rope_of
 from tt_models.moe import Experts, MixtureDecoder, MoE, softmax_then_top_k
 from tt_models.norm import RMSNorm
 
@@ -32,11 +32,6 @@ class Qwen2Config(LayeredConfig):
     sliding_window: int | None = 4096
     use_sliding_window: bool = False
     max_window_layers: int = 28  # layers from this one on have the window, if it is used
-
-    @property
-    def window(self) -> int | None:
-        """The window, if it is used."""
-        return self.sliding_window if self.use_sliding_window else None
 
     def usual_layer_types(self) -> tuple[str, ...]:
         """A window from ``max_window_layers`` on."""
@@ -85,33 +80,22 @@ class Qwen3MoeConfig(Qwen3Config):
         """Every layer has the window, if it is used."""
         return (FULL if self.window is None else SLIDING,) * self.num_hidden_layers
 
-    def has_experts(self, layer: int) -> bool:
-        """Whether the layer is sparse."""
-        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
-
 
 def qwen2(config: Qwen2Config) -> Decoder:
     """Llama's blocks with biased queries, keys and values."""
-    rope = rope_of(config)
-    layers = [
-        Block(attention_of(config, layer, rope=rope, qkv_bias=True), mlp_of(config), norm_of(config), norm_of(config))
-        for layer in range(config.num_hidden_layers)
-    ]
+    layers = blocks_of(config, lambda _: mlp_of(config), rope=rope_of(config), qkv_bias=True)
     return Decoder(config, layers, norm_of(config))
 
 
-def qwen3_block(config: Qwen3Config, layer: int, mlp: nn.Module, numbers: Mapping[str, Any]) -> Block:
-    """Llama's block with normed queries and keys."""
+def qwen3_blocks(config: Qwen3Config, mlp: Callable[[int], nn.Module]) -> list[Block]:
+    """Llama's blocks with normed queries and keys."""
     norm, bias = partial(RMSNorm, eps=config.rms_norm_eps), config.attention_bias
-    attention = attention_of(config, layer, qkv_bias=bias, output_bias=bias, qk_norm=norm, **numbers)
-    return Block(attention, mlp, norm_of(config), norm_of(config))
+    return blocks_of(config, mlp, rope=rope_of(config), qkv_bias=bias, output_bias=bias, qk_norm=norm)
 
 
 def qwen3(config: Qwen3Config) -> Decoder:
     """Normed queries and keys, no biases."""
-    numbers = {"rope": rope_of(config)}
-    layers = [qwen3_block(config, layer, mlp_of(config), numbers) for layer in range(config.num_hidden_layers)]
-    return Decoder(config, layers, norm_of(config))
+    return Decoder(config, qwen3_blocks(config, lambda _: mlp_of(config)), norm_of(config))
 
 
 def qwen3_moe(config: Qwen3MoeConfig) -> MixtureDecoder:
@@ -120,13 +104,11 @@ def qwen3_moe(config: Qwen3MoeConfig) -> MixtureDecoder:
     size = (config.num_experts, config.hidden_size, config.moe_intermediate_size)
 
     def mlp(layer: int) -> nn.Module:
-        if not config.has_experts(layer):
+        if layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step:
             return mlp_of(config)
         return MoE(config.hidden_size, Experts(*size, activation=config.hidden_act), config.num_experts, route)
 
-    numbers = {"rope": rope_of(config)}
-    layers = [qwen3_block(config, layer, mlp(layer), numbers) for layer in range(config.num_hidden_layers)]
-    return MixtureDecoder(config, layers, norm_of(config))
+    return MixtureDecoder(config, qwen3_blocks(config, mlp), norm_of(config))
 
 
 QWEN2 = Qwen2Config(

@@ -39,9 +39,8 @@ class SmolLM3Config(LayeredConfig):
         if self.no_rope_layers == usual:
             object.__setattr__(self, "no_rope_layers", None)
         if len(self.no_rope_layers or usual) != self.num_hidden_layers:
-            raise ValueError(
-                f"no_rope_layers must have {self.num_hidden_layers} numbers, got {shown(self.no_rope_layers)}"
-            )
+            count, found = self.num_hidden_layers, shown(self.no_rope_layers)
+            raise ValueError(f"no_rope_layers must have {count} numbers, got {found}")
 
     @property
     def layers_with_rope(self) -> tuple[bool, ...]:
@@ -49,11 +48,6 @@ class SmolLM3Config(LayeredConfig):
         if self.no_rope_layers is not None:
             return tuple(bool(number) for number in self.no_rope_layers)
         return tuple((layer + 1) % self.no_rope_layer_interval != 0 for layer in range(self.num_hidden_layers))
-
-    @property
-    def window(self) -> int | None:
-        """The window, if it is used."""
-        return self.sliding_window if self.use_sliding_window else None
 
     def usual_layer_types(self) -> tuple[str, ...]:
         """Layers without positions have the window, if it is used."""
@@ -80,6 +74,4 @@ def smollm3(config: SmolLM3Config) -> Decoder:
     return Decoder(config, layers, norm_of(config))
 
 
-SIZES: dict[str, SmolLM3Config] = {
-    "smollm3_3b": SmolLM3Config(max_position_embeddings=65536, rope_theta=5e6),
-}
+SIZES = {"smollm3_3b": SmolLM3Config(max_position_embeddings=65536, rope_theta=5e6)}
