@@ -195,7 +195,7 @@ def test_any_number_of_unknown_names_is_answered(key, folder, make_lm):
         names = [f"m{i}" for i in range(count)]
         edit(folder, **{key: dict.fromkeys(names, 1) if key.endswith("pattern") else names})
         if count > 200_000:
-            refused(make_lm(), folder, f"{key} holds 1,000,000 names, expected at most 200,000: name modules by")
+            refused(make_lm(), folder, f"{key} has 1,000,000 names, expected at most 200,000: name modules by")
         elif key in ("target_modules", "target_parameters"):
             refused(make_lm(), folder, f"{key}: 'm0' matches no module")
         else:
@@ -460,16 +460,16 @@ def test_writing_replaces_a_link_and_follows_none(name, make_lm, tmp_path):
     [
         ({"rank": 10**7}, "rank must be a positive whole number, got 10000000: expected 1 to 131072"),
         ({"alpha": 10**400}, "alpha must be a positive number, got a number of"),
-        ({"target_modules": 5}, "target_modules must hold names, got 5"),
-        ({"modules_to_save": {"a": 1}}, "modules_to_save must hold names"),
-        ({"modules_to_save": 1.5}, "modules_to_save must hold names, got 1.5"),
-        ({"layers_to_transform": 1.5}, "layers_to_transform must hold whole numbers, got 1.5"),
-        ({"layers_to_transform": True}, "layers_to_transform must hold whole numbers"),
+        ({"target_modules": 5}, "target_modules must be names, got 5"),
+        ({"modules_to_save": {"a": 1}}, "modules_to_save must be names"),
+        ({"modules_to_save": 1.5}, "modules_to_save must be names, got 1.5"),
+        ({"layers_to_transform": 1.5}, "layers_to_transform must be whole numbers, got 1.5"),
+        ({"layers_to_transform": True}, "layers_to_transform must be whole numbers"),
         ({"rank_pattern": {1: 2}}, "rank_pattern must have names or expressions as keys"),
         ({"rank_pattern": {"x\x1b": 0}}, r"rank_pattern\['x\\x1b'\] must be a positive whole number, got 0"),
         ({"dtype": "fp32"}, "dtype must be a floating point type such as torch.float32, got 'fp32'"),
         ({"init": ["kaiming"]}, "init must be one of"),
-        ({"target_modules": ["a"] * 300_000}, "target_modules holds 300,000 names, expected at most 200,000"),
+        ({"target_modules": ["a"] * 300_000}, "target_modules has 300,000 names, expected at most 200,000"),
     ],
 )
 def test_a_config_made_by_hand_is_refused_with_the_field(changes, message):

@@ -63,7 +63,7 @@ def test_part_of_a_name_is_no_match(make_lm):
         (
             "target_modules",
             (".*q_proj",),
-            r"'.\*q_proj' matches no module: a list holds names; write an expression as one",
+            r"'.\*q_proj' matches no module: a list contains names; write an expression as one",
         ),
         (
             "target_modules",

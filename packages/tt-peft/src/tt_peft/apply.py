@@ -131,11 +131,8 @@ def _check(model: nn.Module, config: LoRAConfig, names: Sequence[str], saved: Se
         owner = owner_of(part, owners)
         if owner is not None and isinstance(module, NF4Base):
             raise ValueError(f"modules_to_save: {part} is NF4, which cannot be trained: put {owner} in quantize_skip")
-        if (
-            owner is not None
-            and isinstance(module, AdapterModule)
-            and not (part == owner and isinstance(module, SavedModule))
-        ):
+        is_saved = part == owner and isinstance(module, SavedModule)
+        if owner is not None and isinstance(module, AdapterModule) and not is_saved:
             raise ValueError(f"modules_to_save: {part} has an adapter already: {owner} cannot be trained in full")
 
 
@@ -186,8 +183,7 @@ def materialise_(name: str, module: AdapterModule, adapter: str) -> None:
     """Give an adapter on the meta device memory on its base's device."""
     part = module.adapters[adapter]
     if any(p.is_meta for p in part.parameters()):
-        base = next(p for p in module.parameters(recurse=False)) if not isinstance(module, SavedModule) else None
-        base = base if base is not None else next(iter(module.parameters()))
+        base = next(iter(module.parameters(recurse=isinstance(module, SavedModule))))
         if base.is_meta:
             raise ValueError(f"{name} is on the meta device: load the base weights before the adapter's values")
         part.to_empty(device=base.device)
@@ -199,9 +195,7 @@ def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
     init = low_rank.spec.config.init
     if init == "loftq" and is_nf4(module.get_parameter("weight")):
         if not low_rank.started:
-            raise ValueError(
-                f"{name} was NF4 before: init='loftq' needs the dense weight, so quantize with this adapter"
-            )
+            raise ValueError(f"{name} was NF4 before: init='loftq' needs the dense weight, so quantize both at once")
         return
     values = _special_start(module, low_rank)
     if values is None:

@@ -25,9 +25,9 @@ class LoRAConfig:
     ``target_modules`` is read as PEFT reads it. A list contains names, ``"q_proj"`` or ``"self_attn.q_proj"``: whole
     dotted parts from the right. A string is a regular expression for whole names (``".*(q|v)_proj"``) or, if it matches
     none, one name; ``"all-linear"`` means every linear layer but the output projection and routers of experts.
-    ``exclude_modules`` holds the same. ``modules_to_save`` (modules trained in full beside the adapter),
+    ``exclude_modules`` is read likewise. ``modules_to_save`` (modules trained in full beside the adapter),
     ``quantize_skip`` and ``target_parameters`` (stacked weights, such as ``"mlp.experts.gate_up_proj"`` of shape
-    [experts, out, in]) hold names. ``layers_to_transform`` counts the first number in a name, or with
+    [experts, out, in]) are names. ``layers_to_transform`` counts the first number in a name, or with
     ``layers_pattern`` the one behind that name; a full name in ``target_modules`` is adapted in any layer. Keys of
     ``rank_pattern`` and ``alpha_pattern`` are expressions for the last whole parts of a name; the first match decides.
     """
@@ -60,13 +60,12 @@ class LoRAConfig:
         if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {shown(self.dropout)}")
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name} must map names to numbers, got {shown(getattr(self, name))}")
-            if len(getattr(self, name)) > MOST_NAMES:
-                count = len(getattr(self, name))
-                raise ValueError(f"{name} holds {count:,} names, expected at most {MOST_NAMES:,}: {_SHORTER}")
-            if not all(isinstance(key, str) and key for key in getattr(self, name)):
-                raise ValueError(f"{name} must have names or expressions as keys, got {shown(getattr(self, name))}")
+            given = getattr(self, name)
+            if not isinstance(given, Mapping):
+                raise ValueError(f"{name} must map names to numbers, got {shown(given)}")
+            _check_count(name, len(given))
+            if not all(isinstance(key, str) and key for key in given):
+                raise ValueError(f"{name} must have names or expressions as keys, got {shown(given)}")
         for name in ("use_rslora", "use_dora", "quantize_base"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
@@ -85,18 +84,16 @@ class LoRAConfig:
         if self.target_parameters and (self.dropout or self.use_dora or self.init != "kaiming"):
             raise ValueError("target_parameters works with dropout=0, use_dora=False and init='kaiming' only")
         if self.layers_pattern and not self.layers_to_transform:
-            raise ValueError(
-                f"layers_pattern={shown(self.layers_pattern)} needs layers_to_transform: which of these layers?"
-            )
+            given = shown(self.layers_pattern)
+            raise ValueError(f"layers_pattern={given} needs layers_to_transform: which of these layers?")
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating point type such as torch.float32, got {shown(self.dtype)}")
 
     def _make_tuples(self) -> None:
         """Lists (from YAML or JSON) become tuples; a single name too, unless it may be an expression."""
         targets = self.target_modules
-        if (isinstance(targets, str) and targets.lower() == "all-linear") or (
-            isinstance(targets, list | tuple) and [*targets] == ["all-linear"]
-        ):
+        is_all = isinstance(targets, str) and targets.lower() == "all-linear"
+        if is_all or (isinstance(targets, list | tuple) and [*targets] == ["all-linear"]):
             object.__setattr__(self, "target_modules", "all-linear")
         for name in ("target_modules", "exclude_modules"):
             if not getattr(self, name):
@@ -109,17 +106,17 @@ class LoRAConfig:
             given: object = self.layers_to_transform
             layers = tuple(given) if isinstance(given, Sequence) else (given,)
             if not all(type(layer) is int for layer in layers):
-                raise ValueError(f"layers_to_transform must hold whole numbers, got {shown(given)}")
+                raise ValueError(f"layers_to_transform must be whole numbers, got {shown(given)}")
             object.__setattr__(self, "layers_to_transform", layers)
 
     def _make_tuple(self, name: str) -> None:
         value = getattr(self, name)
         several = isinstance(value, Collection) and not isinstance(value, str | Mapping)
-        if several and len(value) > MOST_NAMES:
-            raise ValueError(f"{name} holds {len(value):,} names, expected at most {MOST_NAMES:,}: {_SHORTER}")
+        if several:
+            _check_count(name, len(value))
         names = (value,) if isinstance(value, str) else tuple(value or ()) if several or not value else (None,)
         if not all(isinstance(n, str) and n for n in names):
-            raise ValueError(f"{name} must hold names, got {shown(value)}")
+            raise ValueError(f"{name} must be names, got {shown(value)}")
         object.__setattr__(self, name, names)
 
     @functools.cached_property
@@ -142,6 +139,11 @@ class LoRAConfig:
         if unknown:
             raise ValueError(f"LoRAConfig has no field {sorted(unknown)[0]!r}")
         return replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _check_count(name: str, count: int) -> None:
+    if count > MOST_NAMES:
+        raise ValueError(f"{name} has {count:,} names, expected at most {MOST_NAMES:,}: {_SHORTER}")
 
 
 def _check_rank(name: str, value: object, pattern: str | None = None) -> None:

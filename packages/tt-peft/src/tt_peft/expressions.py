@@ -1,7 +1,7 @@
 """Regular expressions out of files, matched in bounded time.
 
-``re`` has no time limit, holds the interpreter's lock, and some expressions backtrack without end. Those that cannot (a
-few repetitions, none inside of another) are matched at once. The rest is matched in a process that is stopped after a
+``re`` has no time limit and keeps the interpreter's lock, and some expressions backtrack without end. Those that cannot
+(a few repetitions, none inside another) are matched at once. The rest is matched in a process that is stopped after a
 while; it runs this file, which therefore imports only the standard library. Matching is that of ``re``, as in PEFT.
 """
 

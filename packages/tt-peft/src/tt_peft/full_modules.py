@@ -1,24 +1,23 @@
 """Modules that are trained in full beside the adapter: PEFT's ``modules_to_save``."""
 
 import copy
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tt_peft.lowrank import AdapterModule
+from tt_peft.lowrank import MixedModule, mixed_class
 
 
-class SavedModule(AdapterModule):
+class SavedModule(MixedModule):
     """A module of any class that an active copy of itself replaces; its own parameters do not change.
 
     The copy may have a wider dtype than the module (fp32 over bf16: small updates are not lost); it computes in the
     dtype of the module.
     """
 
-    def add_copy_(self, name: str, original: nn.Module) -> None:
-        self.adapters[name] = original
+    prefix = "Saved"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         active = self.active_adapters()
@@ -34,24 +33,6 @@ class SavedModule(AdapterModule):
         own, active = cast(Tensor, self.weight), self.active_adapters()
         return active[-1].weight.to(own.dtype) if active else own
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """By the class that it was made from: pickle cannot find a class that is made at run time."""
-        return _blank, (type(self).__bases__[1],), self.__dict__
-
-
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    made = _saved_class(cls)
-    return made.__new__(made)
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _saved_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(f"Saved{cls.__name__}", (SavedModule, cls), {"__module__": cls.__module__})
-    return _CLASSES[cls]
-
 
 def save_module_(module: nn.Module, adapter: str, *, dtype: torch.dtype | None = None) -> SavedModule:
     """Give a module a copy of itself, in ``dtype`` (default: the module's), that trains as a part of ``adapter``."""
@@ -61,12 +42,12 @@ def save_module_(module: nn.Module, adapter: str, *, dtype: torch.dtype | None =
             part.data = own.detach().clone()
     else:
         original = copy.deepcopy(module)
-        module.__class__ = _saved_class(type(module))
+        module.__class__ = mixed_class(SavedModule, type(module))
         assert isinstance(module, SavedModule)
         module.become_adapted_()
     for part in original.parameters():
         part.data = part.data.to(dtype or part.dtype)
-    module.add_copy_(adapter, original)
+    module.adapters[adapter] = original
     return module
 
 

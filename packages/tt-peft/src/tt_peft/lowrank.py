@@ -4,7 +4,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -121,6 +121,33 @@ class AdapterModule(nn.Module):
 
     def active_adapters(self) -> list[Any]:
         return [] if self.disabled else [self.adapters[name] for name in self.active]
+
+
+class MixedModule(AdapterModule):
+    """An adapter module of any other class: ``class LoRAExperts(StackedLoRA, Experts)``, made at run time."""
+
+    prefix = ""  # of the name of the class
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        """By the class that it was made from: pickle cannot find a class that is made at run time."""
+        mixin, cls = type(self).__bases__
+        return _blank, (mixin, cls), self.__dict__
+
+
+_CLASSES: dict[tuple[type[MixedModule], type[nn.Module]], type[nn.Module]] = {}
+
+
+def mixed_class(mixin: type[MixedModule], cls: type[nn.Module]) -> type[nn.Module]:
+    """The class ``cls`` with ``mixin`` before it, always the same one."""
+    if (mixin, cls) not in _CLASSES:
+        fields = {"__module__": cls.__module__}
+        _CLASSES[mixin, cls] = type(f"{mixin.prefix}{cls.__name__}", (mixin, cls), fields)
+    return _CLASSES[mixin, cls]
+
+
+def _blank(mixin: type[MixedModule], cls: type[nn.Module]) -> nn.Module:
+    made = mixed_class(mixin, cls)
+    return made.__new__(made)
 
 
 def low_ranks(module: AdapterModule, adapter: str) -> dict[str, LowRank]:

@@ -142,9 +142,8 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
     for local in _merged_names(module):
         old = module.get_parameter(local)
         changes = ((low_rank, _delta(module, low_rank)) for low_rank in _active(module, local))  # one at a time
-        stored, loss = merged_weight(
-            f"{name}.{local}", dense(old), changes, dtype=dtype or old.dtype, from_nf4=is_nf4(old)
-        )
+        kind = dtype or old.dtype
+        stored, loss = merged_weight(f"{name}.{local}", dense(old), changes, dtype=kind, from_nf4=is_nf4(old))
         losses.append(loss)
         if keep_base or is_nf4(old) or stored.dtype != old.dtype or isinstance(module, DoRALinear):
             before.weights[local] = old
@@ -155,18 +154,11 @@ def _merge(name: str, module: AdapterModule, *, dtype: torch.dtype | None, keep_
 
 
 def merged_weight(
-    name: str,
-    weight: Tensor,
-    changes: Iterable[tuple[LowRank, Tensor]],
-    *,
-    dtype: torch.dtype,
-    from_nf4: bool = False,
+    name: str, weight: Tensor, changes: Iterable[tuple[LowRank, Tensor]], *, dtype: torch.dtype, from_nf4: bool = False
 ) -> tuple[Tensor, LayerLoss]:
     """A base weight with low-rank changes added (each with its delta in the layout of the weight), in ``dtype``.
 
-    Computed in fp32 and rounded once. ``from_nf4``: whether the weight was NF4, for the report.
-
-    ValueError if the result is not finite.
+    Computed in fp32 and rounded once. ``from_nf4`` is for the report. ValueError if the result is not finite.
     """
     base = weight.float()
     exact = base.clone()
@@ -182,7 +174,7 @@ def merged_weight(
 
 
 def _merge_saved(name: str, module: SavedModule, before: _Before, dtype: torch.dtype | None) -> list[LayerLoss]:
-    """The active copy's values take the place of the module's own."""
+    """The active copy's values replace the module's own."""
     losses, values = [], []
     parts = list(module.adapters[module.active[-1]].named_parameters()) if module.active else []
     for (local, part), own in zip(parts, own_parameters(module), strict=bool(parts)):
@@ -197,7 +189,7 @@ def _merge_saved(name: str, module: SavedModule, before: _Before, dtype: torch.d
 
 
 def _loss(name: str, base: Tensor, exact: Tensor, stored: Tensor, *, from_nf4: bool) -> LayerLoss:
-    """What rounding ``exact`` to ``stored`` takes of its distance from ``base``; all but ``stored`` in fp32."""
+    """How much of the distance from ``base`` to ``exact`` rounding to ``stored`` loses; all but ``stored`` in fp32."""
     if not torch.isfinite(stored.sum(dtype=torch.float32)) and not torch.isfinite(stored).all():  # the sum is faster
         raise ValueError(f"{name}: {_not_finite(exact, stored)}")
     change = torch.linalg.vector_norm(exact - base)
@@ -251,7 +243,7 @@ def _become(module: nn.Module, cls: type[nn.Module], before: _Before, weights: d
 
 
 def _set(module: nn.Module, local: str, weight: Tensor) -> None:
-    """A parameter takes the place of the old one; a tensor goes into it, so that who holds it sees the change."""
+    """A parameter replaces the old one; a tensor is copied into it, so that an optimizer sees the change."""
     if isinstance(weight, nn.Parameter):
         setattr(module, local, weight)
     else:
@@ -259,7 +251,7 @@ def _set(module: nn.Module, local: str, weight: Tensor) -> None:
 
 
 def _check_untied(model: nn.Module, modules: dict[str, AdapterModule]) -> None:
-    """A weight that two modules share cannot be changed for one of them."""
+    """ValueError if two modules share a weight: it cannot be changed for one of them."""
     owners: dict[int, list[str]] = {}
     for name, module in own_modules(model).items():
         for parameter in module.parameters(recurse=False):

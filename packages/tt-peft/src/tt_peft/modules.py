@@ -48,7 +48,7 @@ def _hint(targets: Sequence[str] | str, target: str, names: Sequence[str]) -> st
     if not _EXPRESSION.search(target):
         return nearest(target, names)
     if not isinstance(targets, str):
-        return f": a list holds names; write an expression as one text that matches whole names{nearest(target, names)}"
+        return f": a list contains names; write an expression as one text for whole names{nearest(target, names)}"
     ending = rf".*\.({target})"
     if full_matches(ending, names):
         return f"; write {shown(ending)}: it must match a whole name"
@@ -59,9 +59,8 @@ def nearest(target: str, names: Iterable[str], *, limit: int = 12) -> str:
     """The tail of an error message: the closest of the names, or of their last parts, and what there is."""
     names, target = list(names), target[:_LONGEST_NAME]
     leaves = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
-    close = difflib.get_close_matches(target, leaves, n=1, cutoff=0.5) or difflib.get_close_matches(
-        target, names, n=1, cutoff=0.5
-    )
+    found = (difflib.get_close_matches(target, among, n=1, cutoff=0.5) for among in (leaves, names))
+    close = next(filter(None, found), [])
     listed = ", ".join(leaves[:limit]) + (", ..." if len(leaves) > limit else "")
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (there are: {listed or 'none'})"
 
@@ -100,7 +99,7 @@ def is_embedding(module: nn.Module) -> bool:
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules but the root and what adapters added, by name; of a wrapped one, what is inside."""
+    """All modules but the root and what adapters added, by name; those of a wrapped model are inside it."""
     added = {id(part) for m in model.modules() if isinstance(m, AdapterModule) for part in m.adapters.modules()}
     named = ((clean_name(name), module) for name, module in unwrapped(model).named_modules())
     return {name: module for name, module in named if name and id(module) not in added}
@@ -157,6 +156,5 @@ def untie(tied: str) -> str:
 def router_names(model: nn.Module) -> list[str]:
     """Names of the layers that choose experts: ``gate`` or ``router`` beside ``experts``."""
     parents = {n: m for n, m in all_modules(model).items() if isinstance(getattr(m, "experts", None), nn.Module)}
-    return [
-        f"{n}.{local}" if n else local for n, m in parents.items() for local in ("gate", "router") if hasattr(m, local)
-    ]
+    names = [(n, local) for n, m in parents.items() for local in ("gate", "router") if hasattr(m, local)]
+    return [f"{n}.{local}" if n else local for n, local in names]

@@ -9,29 +9,20 @@ from torch import nn
 from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRALinear, QLoRALinear
-from tt_peft.modules import (
-    check_plain_weight,
-    is_linear,
-    output_projection_names,
-    own_modules,
-    router_names,
-    select,
-)
+from tt_peft.modules import check_plain_weight, is_linear, output_projection_names, own_modules, router_names, select
 from tt_peft.names import named
 from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Linear]] = {
-    nn.Linear: NF4Linear,
-    LoRALinear: QLoRALinear,
-    DoRALinear: QDoRALinear,
-}
+    nn.Linear: NF4Linear, LoRALinear: QLoRALinear, DoRALinear: QDoRALinear,
+}  # fmt: skip
 _DENSE: dict[type[nn.Module], type[nn.Module]] = {quantized: plain for plain, quantized in _QUANTIZED.items()}
 
 
 def quantize_nf4_(model: nn.Module, *, skip: Sequence[str] = ("lm_head",)) -> list[str]:
     """Turn the weight of every linear layer into NF4, in place, one at a time. Returns their names.
 
-    ``skip`` holds names or expressions; ``"lm_head"`` means the output projection, whatever its name. Routers of
+    ``skip``: names or expressions; ``"lm_head"`` means the output projection, whatever its name. Routers of
     experts are not quantized. On a model on the meta device the layers quantize when they are loaded (``load_base_`` or
     ``load_state_dict``).
     """
@@ -79,14 +70,9 @@ def dequantize_(model: nn.Module) -> list[str]:
     done = []
     for name, module in own_modules(model).items():
         if type(module) in _DENSE:
-            dequantize_linear_(module)
+            weight = module.get_parameter("weight")
+            module.__class__ = _DENSE[type(module)]
+            if is_nf4(weight):
+                module.register_parameter("weight", nn.Parameter(dequantize(weight), requires_grad=False))
             done.append(name)
     return done
-
-
-@torch.no_grad()
-def dequantize_linear_(module: nn.Module) -> None:
-    weight = module.get_parameter("weight")
-    module.__class__ = _DENSE[type(module)]
-    if is_nf4(weight):
-        module.register_parameter("weight", nn.Parameter(dequantize(weight), requires_grad=False))

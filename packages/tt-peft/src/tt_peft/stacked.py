@@ -1,21 +1,22 @@
 """LoRA on stacked weights such as those of experts: PEFT's ``target_parameters``."""
 
 from collections.abc import Mapping
-from typing import Any, SupportsIndex, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec
+from tt_peft.lowrank import LowRank, LowRankSpec, MixedModule, mixed_class
 
 
-class StackedLoRA(AdapterModule):
+class StackedLoRA(MixedModule):
     """A module of any class with 3-dimensional parameters ``W[e]``; it computes with ``W[e] + scaling * B[e] A[e]``.
 
     Parameters are [experts, out, in], or [experts, in, out] if the module has ``is_transposed = True``. The sum is
     formed in full at each forward, so that it does not matter how the module uses its weights.
     """
 
+    prefix = "LoRA"
     is_transposed: bool
 
     def add_stacked_(self, name: str, specs: Mapping[str, LowRankSpec]) -> None:
@@ -56,28 +57,10 @@ class StackedLoRA(AdapterModule):
             for local in changed:
                 del self.__dict__[local]
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        """By the class that it was made from: pickle cannot find a class that is made at run time."""
-        return _blank, (type(self).__bases__[1],), self.__dict__
-
-
-def _blank(cls: type[nn.Module]) -> nn.Module:
-    made = _stacked_class(cls)
-    return made.__new__(made)
-
-
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def _stacked_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _CLASSES:
-        _CLASSES[cls] = type(f"LoRA{cls.__name__}", (StackedLoRA, cls), {"__module__": cls.__module__})
-    return _CLASSES[cls]
-
 
 def stack_lora_(module: nn.Module, adapter: str, specs: Mapping[str, LowRankSpec]) -> None:
     """Give the stacked parameters of a module adapters, in place."""
     if not isinstance(module, StackedLoRA):
-        module.__class__ = _stacked_class(type(module))
+        module.__class__ = mixed_class(StackedLoRA, type(module))
         cast(StackedLoRA, module).become_adapted_()
     cast(StackedLoRA, module).add_stacked_(adapter, specs)

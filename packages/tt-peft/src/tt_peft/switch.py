@@ -81,13 +81,10 @@ def remove_adapter_(model: nn.Module, adapter: str) -> None:
         del module.adapters[adapter]
         module.active = tuple(name for name in module.active if name != adapter)
         if not module.adapters:
-            _take_class(module, NF4Linear if isinstance(module, NF4Base) else plain_class(module))
-
-
-def _take_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    for name in ("adapters", "active", "disabled"):
-        delattr(module, name)
-    module.__class__ = cls
+            plain: nn.Module = module
+            plain.__class__ = NF4Linear if isinstance(module, NF4Base) else plain_class(module)
+            for name in ("adapters", "active", "disabled"):
+                delattr(plain, name)
 
 
 def plain_class(module: AdapterModule) -> type[nn.Module]:

@@ -45,16 +45,14 @@ def check_base_of(
                 "over the base that it was trained on"
             )
     elif base_model and trained_on and Path(base_model).name != Path(trained_on).name:
-        raise ValueError(
-            f"{title}, but the model here is {plain(base_model)}; pass check_base=False if they are the same"
-        )
+        raise ValueError(f"{title}, but the model here is {plain(base_model)}; check_base=False if they are the same")
 
 
 def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
     """The config without names that match nothing in this model, and with ``modules_to_save`` in full names.
 
     PEFT ignores names that match nothing (its classifiers always have "classifier" and "score" to save), so a
-    file may hold some; ``check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
+    file may name some; ``check_targets`` compares what is left with the weights. PEFT reads ``modules_to_save`` as
     endings, not as whole parts: "norm" means "input_layernorm" too; targets in a saved module get no adapter. The
     weight of a linear layer among ``target_parameters`` (transformers 5 has routers as plain parameters) is that layer.
     """
@@ -81,9 +79,8 @@ def as_here(model: nn.Module, config: LoRAConfig, folder: Path) -> LoRAConfig:
         adapted = [*outside, *stacked_names(model, config)]
         own_ranks = {re.escape(name): ranks.get(f"{name}.weight", config.rank) for name in layers}
         own_alphas = {re.escape(name): alphas.get(f"{name}.weight", config.alpha) for name in layers}
-        return config.with_(
-            rank_pattern=own_ranks | ranks.meaning(adapted), alpha_pattern=own_alphas | alphas.meaning(adapted)
-        )
+        own_ranks, own_alphas = own_ranks | ranks.meaning(adapted), own_alphas | alphas.meaning(adapted)
+        return config.with_(rank_pattern=own_ranks, alpha_pattern=own_alphas)
     except ValueError as error:
         raise ValueError(f"{plain(folder)}: the adapter does not fit this model: {error}") from None
 
@@ -97,7 +94,7 @@ def _split_parameters(model: nn.Module, targets: Sequence[str]) -> tuple[list[st
 
 
 def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> LoRAConfig:
-    """The config with a dtype that holds the values of the file, if that of the base is narrower."""
+    """The config with a dtype for the exact values of the file, if that of the base is narrower."""
     names, modules = {*target_names(model, config), *config.modules_to_save}, own_modules(model)
     owners = names | {name.rpartition(".")[0] for name in stacked_names(model, config)}
     own = {p.dtype for name in owners if name in modules for p in modules[name].parameters()}
@@ -107,21 +104,19 @@ def precise(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor]) -> L
 
 def check_amount(model: nn.Module, state: dict[str, Tensor], file: Path) -> None:
     """ValueError if a file has far more values than the model: an adapter of it cannot."""
-    held, base = sum(tensor.numel() for tensor in state.values()), sum(p.numel() for p in model.parameters())
-    if held > 8 * base + (1 << 20):
+    count, base = sum(tensor.numel() for tensor in state.values()), sum(p.numel() for p in model.parameters())
+    if count > 8 * base + (1 << 20):
         key = max(state, key=lambda key: state[key].numel())
         raise ValueError(
-            f"{plain(file)}: {held:,} values, the model has {base:,}: not an adapter of it; the largest tensor is "
-            f"{key} {list(state[key].shape)}; take the adapter of this base"
+            f"{plain(file)}: {count:,} values, the model has {base:,}: not an adapter of it; the largest tensor is "
+            f"{key} {list(state[key].shape)}; use the adapter of this base"
         )
 
 
 def check_finite(state: dict[str, Tensor], file: Path) -> None:
     for key, tensor in state.items():
         if not tensor.is_floating_point():
-            raise ValueError(
-                f"{plain(file)}: {key} is {tensor.dtype}, expected floating point numbers; save the adapter again"
-            )
+            raise ValueError(f"{plain(file)}: {key} is {tensor.dtype}, expected floats; save the adapter again")
         if tensor.numel() == 0:
             raise ValueError(
                 f"{plain(file)}: {key} is empty: the shards of DeepSpeed ZeRO-3 or FSDP were not gathered when it was "
@@ -131,7 +126,7 @@ def check_finite(state: dict[str, Tensor], file: Path) -> None:
             wrong = finite.numel() - int(finite.sum())
             raise ValueError(
                 f"{plain(file)}: {key} has NaN or infinite values ({wrong:,} of {finite.numel():,}): its training went "
-                "wrong; take an earlier checkpoint of it"
+                "wrong; use an earlier checkpoint of it"
             )
 
 
@@ -145,7 +140,7 @@ def check_ranks(model: nn.Module, config: LoRAConfig, state: dict[str, Tensor], 
             shape = f"has shape {list(found.shape)}" if found is not None else "is smaller"
             raise ValueError(
                 f"{plain(folder)}: adapter_config.json gives {name} rank {rank:,} (r, rank_pattern), but its lora_A "
-                f"{shape} in the weights; take both files of one adapter"
+                f"{shape} in the weights; use both files of one adapter"
             )
 
 

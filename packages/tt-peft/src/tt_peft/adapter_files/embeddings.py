@@ -70,7 +70,7 @@ def _without_tied_head(
     kept, modules, heads = {}, own_modules(model), output_projection_names(model)
     for key, tensor in state.items():
         owner = _owner(key)
-        if owner != tied and owner not in heads and not _is_head(owner):
+        if owner != tied and owner not in heads and owner.rpartition(".")[2] != "lm_head":
             kept[key] = tensor
             continue
         what = "ensure_weight_tying=True" if settings.get("ensure_weight_tying") is True else ""
@@ -100,12 +100,8 @@ def _rows_as_layers(
         own, rows = modules[owner].get_parameter("weight"), _indices(settings, owner, file)
         if own.is_meta:
             raise ValueError(f"{owner} is on the meta device: load the base weights before trainable_token_indices")
-        if (
-            not tensor.dim()
-            or len(rows) != len(tensor)
-            or tensor.shape[1:] != own.shape[1:]
-            or not all(0 <= r < len(own) for r in rows)
-        ):
+        fits = tensor.dim() and len(rows) == len(tensor) and tensor.shape[1:] == own.shape[1:]
+        if not fits or not all(0 <= row < len(own) for row in rows):
             raise ValueError(
                 f"{file.parent}: {key} has shape {list(tensor.shape)} for trainable_token_indices={shown(rows)}, which "
                 f"does not fit {owner}.weight {list(own.shape)}: {_LOAD_OVER}"
@@ -115,9 +111,8 @@ def _rows_as_layers(
         kept[f"{owner}.weight"] = weight
         names.append(owner)
     if settings.get("trainable_token_indices") and not any(key.endswith(_TOKENS) for key in state):
-        raise ValueError(
-            f"{file.parent}: adapter_config.json: trainable_token_indices are set, but {file.name} has none"
-        )
+        where = f"{file.parent}: adapter_config.json"
+        raise ValueError(f"{where}: trainable_token_indices are set, but {file.name} has none")
     return kept, names
 
 
@@ -129,7 +124,7 @@ def _indices(settings: dict[str, Any], owner: str, file: Path) -> list[int]:
     if not isinstance(given, list) or not all(type(row) is int for row in given):
         raise ValueError(
             f"{plain(file.parent)}: adapter_config.json: trainable_token_indices has no list of tokens for {owner}, "
-            f"found {shown(given)}; take both files of one adapter"
+            f"found {shown(given)}; use both files of one adapter"
         )
     return given
 
@@ -155,9 +150,8 @@ def _whole_layers(
     brought = []
     for owner, tensors in bare.items():
         parameters = {f"{owner}.{local}": p for local, p in modules[owner].named_parameters(recurse=False)}
-        differing = [
-            (key, *_changed(parameters[key], tensor, key, file)) for key, tensor in tensors.items() if key in parameters
-        ]
+        own = {key: tensor for key, tensor in tensors.items() if key in parameters}
+        differing = [(key, *_changed(parameters[key], tensor, key, file)) for key, tensor in own.items()]
         changed = [(key, rows, far) for key, rows, far in differing if rows]
         if not changed:
             state = {key: tensor for key, tensor in state.items() if key not in tensors}
@@ -165,26 +159,20 @@ def _whole_layers(
         key, rows, far = changed[0]
         found = f"{file.parent}: {key} differs from the base's in {rows:,} of {len(tensors[key]):,} rows"
         if tied is not None:
-            raise ValueError(
-                f"{found}, but {untie(tied)}; or load the adapter over the resized base that it was trained on"
-            )
+            cure = f"{untie(tied)}; or load the adapter over the resized base that it was trained on"
+            raise ValueError(f"{found}, but {cure}")
         if check_base and 2 * far > len(tensors[key]):
-            raise ValueError(
-                f"{found}, most of them completely: a different base; pass check_base=False to use the file's"
-            )
+            raise ValueError(f"{found}, most of them completely: another base; check_base=False uses the file's")
         brought.append(owner)
     return state, brought
 
 
 def _owner(key: str) -> str:
     """The module of the base that a tensor of an adapter file is for."""
-    return (
-        key.split(".lora_")[0].removesuffix(_TOKENS).removesuffix(".weight").removesuffix(".bias").removesuffix(_COPY)
-    )
-
-
-def _is_head(owner: str) -> bool:
-    return owner.rpartition(".")[2] == "lm_head"
+    owner = key.split(".lora_")[0]
+    for ending in (_TOKENS, ".weight", ".bias", _COPY):
+        owner = owner.removesuffix(ending)
+    return owner
 
 
 @torch.no_grad()
@@ -203,7 +191,7 @@ def _changed(own: Tensor, given: Tensor, key: str, file: Path) -> tuple[int, int
     for begin in range(0, len(own), _PART):
         a, b = own[begin : begin + _PART].cpu(), given[begin : begin + _PART]
         equal = (a.to(b.dtype) == b) | (a == b.to(a.dtype))
-        if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # neither holds the other
+        if {a.dtype, b.dtype} == {torch.float16, torch.bfloat16}:  # neither has all values of the other
             equal |= torch.isclose(a.float(), b.float(), rtol=1e-2, atol=1e-6)
         unequal = ~equal.flatten(1).all(1) if equal.dim() > 1 else ~equal
         differing += int(unequal.sum())

@@ -23,7 +23,7 @@ from tt_peft.adapter_files.checks import (
     check_targets,
     fingerprint,
     precise,
-)
+)  # fmt: skip
 from tt_peft.adapter_files.embeddings import take_embeddings
 from tt_peft.adapter_files.files import HEADER_BYTES, read_json, read_start, write
 from tt_peft.adapter_files.peft_config import Members, config_from_peft, config_to_peft
@@ -45,7 +45,7 @@ from tt_peft.switch import (
     remove_adapter_,
     set_adapter_,
     unwrapped,
-)
+)  # fmt: skip
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -68,7 +68,7 @@ def save_adapter(
     base_model = base_model or getattr(getattr(model, "config", None), "_name_or_path", None) or None
     state = adapter_state_dict(model, adapter)
     sharded = any(is_sharded(tensor) for tensor in state.values())
-    tensors = {_PREFIX + key: _for_file(tensor) for key, tensor in without_start(state).items()}
+    tensors = {_PREFIX + key: whole(tensor).detach().cpu().contiguous() for key, tensor in without_start(state).items()}
     if sharded and torch.distributed.get_rank() != 0:
         return folder
     if folder.exists() and not folder.is_dir():
@@ -166,7 +166,7 @@ def load_adapter(
 
 
 def _widen_(model: nn.Module, state: dict[str, Tensor], adapter: str) -> None:
-    """An adapter without a chosen dtype gets one that holds the values of the file."""
+    """An adapter without a chosen dtype gets one for the exact values of the file."""
     for entry in entries(model, adapter):
         if entry.key in state:
             parameter, given = entry.parameter, state[entry.key].dtype
@@ -201,15 +201,14 @@ def read_adapter_weights(folder: str | Path) -> tuple[dict[str, Tensor], dict[st
     start, size = read_start(file), file.stat().st_size
     length = int.from_bytes(start[:8], "little")
     if len(start) > 8 and start[8:9] == b"{" and HEADER_BYTES < length < size:
-        raise ValueError(
-            f"{plain(file)}: its header has {length:,} bytes, expected at most {HEADER_BYTES:,}; save the adapter again"
-        )
+        expected = f"expected at most {HEADER_BYTES:,}; save the adapter again"
+        raise ValueError(f"{plain(file)}: its header has {length:,} bytes, {expected}")
     try:
         with safe_open(file, framework="pt") as opened:
             keys = list(opened.keys())
             check_names(keys, file)
             tensors = {_plain_key(key): opened.get_tensor(key) for key in keys}
-            # no arithmetic with 8 bits of float; bf16 holds all of their values
+            # no arithmetic with 8 bits of float; bf16 has all of their values
             tensors = {k: t.bfloat16() if t.is_floating_point() and t.itemsize == 1 else t for k, t in tensors.items()}
             return _saved_once(tensors), opened.metadata() or {}
     except (SafetensorError, RuntimeError, OSError) as error:
@@ -242,10 +241,6 @@ def _saved_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     before = {key.replace(".modules_to_save.", ".original_module.") for key in trained}
     kept = {key: tensor for key, tensor in tensors.items() if key not in before and key not in trained}
     return kept | {name: tensors[key] for key, name in trained.items()}
-
-
-def _for_file(tensor: Tensor) -> Tensor:
-    return whole(tensor).detach().cpu().contiguous()
 
 
 def _sorted_header(content: bytes) -> bytes:

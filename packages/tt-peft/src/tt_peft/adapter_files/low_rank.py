@@ -24,8 +24,8 @@ def read_low_rank(
 
     ``shapes`` and ``get``: all tensors in the files of the base. The fingerprint in the adapter file must be that of
     these tensors: then they are the parameters that it was trained on, one by one. The adapter must be of linear layers
-    only, and its config must name exactly the layers that its file holds. What is left to ``load_adapter``: files of
-    PEFT, embeddings, stacked experts, modules trained in full, expressions, and every error.
+    only, and its config must name exactly the layers in its file. ``load_adapter`` is needed for files of PEFT,
+    embeddings, stacked experts, modules trained in full, expressions, and every error.
     """
     folder = Path(path)
     try:

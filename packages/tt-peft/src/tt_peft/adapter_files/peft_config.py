@@ -13,41 +13,19 @@ from tt_peft.config import MOST_ALPHA, MOST_RANK, LoRAConfig, is_alpha
 from tt_peft.lowrank import spec_of
 from tt_peft.shown import listed, plain, shown
 
-# Keys that need no support while they hold one of these values; with any other value they change what is computed.
+# Keys that need no support if they have one of these values; any other value changes the computation.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "layer_replication": (None,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "megatron_config": (None,),
-}
+    **dict.fromkeys(("fan_in_fan_out", "lora_bias", "use_qalora"), (False,)),
+    **dict.fromkeys(("layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora", "kasa_config",
+                     "velora_config", "monteclora_config", "megatron_config"), (None,)),
+}  # fmt: skip
 # Keys that only say how training began or how PEFT works; their effect is in the tensors.
-_IGNORED = frozenset(
-    {
-        "alora_invocation_tokens",
-        "auto_mapping",
-        "corda_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "inference_mode",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_type",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+_IGNORED = frozenset({
+    "alora_invocation_tokens", "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "inference_mode",
+    "loftq_config", "lora_ga_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "task_type",
+})  # fmt: skip
 # Starting values that leave the base unchanged, and PiSSA, whose change of the base we can repeat.
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 _MERGE = "merge the adapter in PEFT (merge_and_unload) and use the result"
@@ -90,19 +68,11 @@ _READ: dict[str, tuple[str, Callable[[Any], bool]]] = {
     # tt_peft.adapter_files.embeddings: they are whole layers here
     "trainable_token_indices": ("a list of token ids, or one by layer", lambda value: isinstance(value, list | dict)),
 }
-_SAME = frozenset(
-    {
-        "exclude_modules",
-        "modules_to_save",
-        "target_parameters",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_rslora",
-        "use_dora",
-    }
-)  # fields of LoRAConfig under the same name
+# fields of LoRAConfig under the same name
+_SAME = frozenset({
+    "exclude_modules", "modules_to_save", "target_parameters", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "use_rslora", "use_dora",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +88,7 @@ class Members:
 
 def config_to_peft(config: LoRAConfig, members: Members, base_model: str | None) -> dict[str, Any]:
     """The JSON object of an adapter. The names are those that were adapted, so that no pattern is read differently."""
-    growth = 2 if config.init == "pissa" else 1  # the file holds what training started from as further rank
+    growth = 2 if config.init == "pissa" else 1  # the start of training is further rank in the file
     names = members.linear + members.stacked
     specs = {name: spec_of(name, config) for name in names}
     ranks = {name: spec.rank * growth for name, spec in specs.items()}
@@ -196,9 +166,8 @@ def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
         raise ValueError(f"{place}: peft_type is {shown(kind)}; only 'LORA' is supported; {_MERGE}")
     for key, accepted in _NEUTRAL.items():
         if key in settings and settings[key] not in accepted:
-            raise ValueError(
-                f"{place}: {key}={shown(settings[key])} is not supported (only {json.dumps(accepted[0])}); {_MERGE}"
-            )
+            only = f"only {json.dumps(accepted[0])}"
+            raise ValueError(f"{place}: {key}={shown(settings[key])} is not supported ({only}); {_MERGE}")
     for key in sorted(settings.keys() - _NEUTRAL.keys() - _IGNORED - _READ.keys()):
         if settings[key]:
             near = difflib.get_close_matches(key[:80], [*_READ, *_NEUTRAL, *_IGNORED], 1, 0.8)
@@ -209,9 +178,8 @@ def config_from_peft(settings: dict[str, Any], file: Path) -> LoRAConfig:
             )
     for key, (expected, is_right) in _READ.items():
         if settings.get(key) is not None and not is_right(settings[key]):
-            raise ValueError(
-                f"{place}: {key}: expected {expected}, found {shown(settings[key])}{_instead(settings[key])}"
-            )
+            found = f"{shown(settings[key])}{_instead(settings[key])}"
+            raise ValueError(f"{place}: {key}: expected {expected}, found {found}")
     start = settings.get("init_lora_weights", True)
     if start not in _STARTS:
         raise ValueError(

@@ -25,8 +25,8 @@ class Entry:
     parameter: nn.Parameter
     layout: Layout = "plain"
 
-    def to_file(self) -> Tensor:
-        tensor = self.parameter.detach()
+    def to_file(self, tensor: Tensor | None = None) -> Tensor:
+        tensor = self.parameter.detach() if tensor is None else tensor
         if self.layout == "stacked_A":  # [experts, rank, in] -> [experts * rank, in]
             return tensor.reshape(-1, tensor.shape[-1])
         if self.layout == "stacked_B":  # [experts, out, rank] -> [out, rank * experts]
@@ -42,12 +42,7 @@ class Entry:
         return tensor
 
     def file_shape(self) -> list[int]:
-        shape = list(self.parameter.shape)
-        if self.layout == "stacked_A":
-            return [shape[0] * shape[1], shape[2]]
-        if self.layout == "stacked_B":
-            return [shape[1], shape[2] * shape[0]]
-        return shape
+        return list(self.to_file(torch.empty(self.parameter.shape, device="meta")).shape)
 
 
 def adapter_state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
