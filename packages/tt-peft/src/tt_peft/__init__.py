@@ -27,8 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LoRAConfig", "apply_lora_", "init_adapter_", "adapter_parameters", "lora_plus_groups", "adapter_state_dict",
     "load_adapter_state_", "save_adapter", "load_adapter", "adapter_config", "adapter_names", "active_adapters",
-    "set_adapter_", "remove_adapter_", "copy_adapter_", "disable_adapter", "use_adapter", "merge_lora_", "unmerge_lora_",
-    "MergeReport", "LayerLoss", "quantize_nf4_", "dequantize_", "to_nf4", "LoRALinear", "LoRAEmbedding", "DoRALinear",
-    "QLoRALinear", "QDoRALinear",
-    "NF4Linear",
+    "set_adapter_", "remove_adapter_", "copy_adapter_", "disable_adapter", "use_adapter", "merge_lora_",
+    "unmerge_lora_", "MergeReport", "LayerLoss", "quantize_nf4_", "dequantize_", "to_nf4", "LoRALinear",
+    "LoRAEmbedding", "DoRALinear", "QLoRALinear", "QDoRALinear", "NF4Linear",
 ]  # fmt: skip
