@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 import tt_ckpt
+import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import PreferenceSection, RunConfig
+from tt_train.config import DPOConfig, PreferenceSection, RunConfig
 from tt_train.distributed import world
 from tt_train.job import Job
 from tt_train.losses import Objective
 from tt_train.memory import checkpoint_activations_, compile_
 from tt_train.optim import MasterWeights, decayed, make_optimizer
 from tt_train.reference import START, Reference, adapter_off, log_probs_of
+from tt_train.reference_cache import ReferenceCache, reference_facts
 from tt_train.registry import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE, losses_of, resolve
 from tt_train.sharding import is_sharded, shard_, ways
 
@@ -90,15 +92,27 @@ def has_reference(config: RunConfig) -> bool:
     return isinstance(config.loss, PreferenceSection) and config.loss.name not in REFERENCE_FREE
 
 
-def build_reference(job: Job[RunConfig], model: tt_models.Decoder) -> Reference | None:
-    """The model that training starts from, before a checkpoint is restored; None if the loss has no reference.
+def build_reference(job: Job[DPOConfig], model: tt_models.Decoder, say: Callable[[str], None]) -> Reference | None:
+    """The model that training starts from, before a checkpoint is restored; None if no step needs it: the loss has no
+    reference, or its log-probabilities are in the rows, from ``loss.reference_cache``.
 
     An adapter is switched off, or back to the one that training started from: this needs no second model. A full run
-    gets a frozen copy of its model in ``model.dtype``.
+    gets a frozen copy of its model in ``model.dtype``. ``say`` gets a line if what comes takes its time.
     """
-    if not has_reference(job.config):
+    config = job.config
+    if not has_reference(config):
         return None
-    return log_probs_of(_frozen_copy(job, model)) if job.lora is None else adapter_off(model)
+    if config.loss.reference_cache is None:
+        return log_probs_of(_frozen_copy(job, model)) if job.lora is None else adapter_off(model)
+    adapter = None if config.adapter is None or config.adapter.path is None else Path(config.adapter.path)
+    facts = reference_facts(job, job.model_path, adapter=adapter,
+                            quantized=config.adapter is not None and config.adapter.quantize_base)  # fmt: skip
+    assert not isinstance(job.train, tt_data.Stream)
+    datasets = [job.train, *([job.held_out] if job.held_out is not None else [])]
+    cache = ReferenceCache(folder=Path(config.loss.reference_cache), datasets=datasets, facts=facts)
+    if not cache.load():
+        cache.make(model, log_probs_of(model) if job.lora is None else adapter_off(model), job, say)
+    return None
 
 
 @torch.no_grad()

@@ -92,6 +92,7 @@ class PreferenceSection(LossSection):
     sft_weight: float = 0.0  # of the chosen answers' cross entropy, which is added
     desirable_weight: float = 1.0  # kto only
     undesirable_weight: float = 1.0  # kto only
+    reference_cache: str | None = None  # folder: log-probabilities of the reference are computed once and kept there
 
 
 @dataclass

@@ -6,6 +6,7 @@ policy that has learnt nothing has log-ratios of exactly 0.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,14 @@ from tt_train.evaluate import evaluating
 from tt_train.losses import Batch
 from tt_train.sharding import reshard_
 
-Reference = Callable[[Batch, str], Tensor]  # (batch, "" or "kl_") -> [A], sums of log-probabilities
 START = "reference"  # the name of a frozen copy of an adapter that does not start at its base
+
+
+class Reference(Protocol):
+    """What a policy is compared with."""
+
+    def __call__(self, batch: Batch, side: str = "") -> Tensor:
+        """[A]: the sums of log-probabilities of the answers of a batch; ``kl_``: of the mismatched ones."""
 
 
 def log_probs_of(
@@ -107,8 +114,10 @@ def _sums_of_judged(model: tt_models.Decoder, batch: Batch, reference: Reference
         with evaluating(model):
             mismatched = answers_of(model, batch, side="kl_")
             known = batch.get("kl_reference_log_probs")
-            assert reference is not None
-            ratios = mismatched.log_probs - (reference(batch, "kl_") if known is None else known)
+            if known is None:
+                assert reference is not None
+                known = reference(batch, "kl_")
+            ratios = mismatched.log_probs - known
         trained = mismatched.tokens > 0
         sums += [ratios[trained].sum(), trained.sum()]
     return _vector(sums, tokens)

@@ -72,7 +72,7 @@ def mistakes(config: RunConfig) -> list[str]:
     found += _out_of_bounds(plain)
     found += _wrong_rows(config)
     found += _wrong_pairs(config)
-    found += loss_mistakes(config.loss)
+    found += loss_mistakes(config)
     if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):
         found.append(f"adapter.target_modules: did you mean 'all-linear', not {config.adapter.target_modules!r}?")
     return found

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tt_train.config import RunConfig
+from tt_train.config import PreferenceSection, RunConfig
 
 
 def at_home(config: RunConfig) -> RunConfig:
@@ -25,7 +25,10 @@ def _with_paths(config: C, change: Callable[[Any], Any]) -> C:
     model = replace(config.model, path=change(config.model.path), tokenizer=change(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=change(config.adapter.path))
     rows = {key: change(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
-    return replace(config, model=model, adapter=adapter, data=replace(config.data, **rows))
+    loss = config.loss
+    if isinstance(loss, PreferenceSection):
+        loss = replace(loss, reference_cache=change(loss.reference_cache))
+    return replace(config, model=model, adapter=adapter, data=replace(config.data, **rows), loss=loss)
 
 
 def home(path: Any) -> Any:

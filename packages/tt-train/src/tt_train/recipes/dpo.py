@@ -81,7 +81,7 @@ def train(job: Job[DPOConfig], run: RunDir, saved: tt_ckpt.TrainState | None, co
         with stop.at_once():  # nothing is lost before the first step
             model = load_model(job)
             optimizer = build_optimizer(job, model)
-            reference = build_reference(job, model)  # before a checkpoint is restored: it is where training started
+            reference = build_reference(job, model, console.note)  # before a checkpoint is restored: the start
             objective = make_objective(config.loss)
             prepare = partial(prepared, model=model, loss=config.loss, reference=reference)
             state = TrainingState(run, job, model, optimizer)
