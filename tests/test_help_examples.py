@@ -54,6 +54,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recipe: sft\nmodel: {path: Qwen/Qwen3-0.6B, dtype: fp32}\ndata: {train: rows.jsonl, max_seq_len: 32}\n"
         "adapter: {rank: 4}\nbatch_size: 8\nmax_steps: 1\nsamples: {max_new_tokens: 2}\n"
     )
+    (folder / "torchtune.yaml").write_text(
+        "model: {_component_: torchtune.models.llama3_2.lora_llama3_2_1b}\n"
+        "dataset: {_component_: torchtune.datasets.alpaca_dataset}\n"
+        "optimizer: {_component_: torch.optim.AdamW, lr: 3e-4}\n"
+    )
     before = Path.cwd()
     os.chdir(folder)
     try:

@@ -38,7 +38,7 @@ def test_a_suffix_of_ones_own_is_kept_and_a_missing_one_is_added(tt, tmp_path):
 def test_a_config_is_copied_with_its_suffix(tt, tmp_path):
     name = registry.config_names()[0]
     assert tt("cp", name, "mine").out == "mine.yaml\n"
-    assert (tmp_path / "mine.yaml").read_bytes() == registry.config_path(name).read_bytes()
+    assert (tmp_path / "mine.yaml").read_bytes() == registry.named_config(name).encode()
 
 
 def test_a_torchtune_name_is_copied_as_ours(tt, tmp_path, source):

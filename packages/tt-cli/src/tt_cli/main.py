@@ -32,6 +32,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Model files": {
         "download": ("tt_cli.verbs.download", "Download a model from the hub, checked by hash."),
         "upload": ("tt_cli.verbs.upload", "Upload a model or adapter to the hub, with a model card."),
+        "migrate": ("tt_cli.verbs.migrate", "Turn a YAML file of torchtune into one of tt."),
         "convert": ("tt_cli.verbs.convert", "Convert a model to Hugging Face, Meta or torchtune files."),
         "verify": ("tt_cli.verbs.verify", "Compare a model with the same model in transformers."),
     },

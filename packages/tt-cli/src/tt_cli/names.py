@@ -9,6 +9,7 @@ from click.shell_completion import CompletionItem
 
 from tt_train import registry
 from tt_train.errors import did_you_mean, shell_word
+from tt_train.torchtune import names as torchtune
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -16,17 +17,20 @@ if TYPE_CHECKING:
 
 def runnable_names() -> list[str]:
     """The names that `tt run`, `tt cat` and `tt cp` take: recipes, then configs."""
-    return [*registry.recipe_names(), *registry.config_names()]
+    return [*registry.recipe_names(), *registry.config_names(), *torchtune.RECIPES, *torchtune.PAIRS]
 
 
-def path_of(name: str) -> Path:
-    """The file of a registered recipe or config."""
-    for find in (registry.recipe_path, registry.config_path):
-        try:
-            return find(name)
-        except ValueError:
-            continue
-    hint = did_you_mean(name, [*registry.RECIPES, *registry.config_names()])
+def source_of(name: str) -> tuple[str, str]:
+    """(the name of a file, its text) of a registered recipe or config."""
+    if name in registry.RECIPES:
+        path = registry.recipe_path(name)
+        return path.name, path.read_text(encoding="utf-8")
+    if name in torchtune.ELSEWHERE:
+        raise ValueError(f"{name}: {torchtune.ELSEWHERE[name]}")
+    text = registry.named_config(name)
+    if text is not None:
+        return f"{Path(name).name}.yaml", text
+    hint = did_you_mean(name, [*registry.RECIPES, *registry.config_names(), *torchtune.PAIRS])
     if Path(name).is_file():
         hint = "; this is already a file; copy it with cp"
     raise ValueError(f"no recipe or config '{name}'{hint} (`tt ls` lists them)")
@@ -39,6 +43,7 @@ def composed(
     allow_import: tuple[str, ...],
     *,
     complete: bool = True,
+    devices: int = 1,
 ) -> "RunConfig":
     """The checked config of WHAT: a recipe, a registered config, a YAML file or a recipe file."""
     from tt_train import compose
@@ -46,19 +51,26 @@ def composed(
     for before, word in zip(("", *overrides), overrides, strict=False):
         if not before.endswith(("=", ":")):  # model.path = MODEL is answered as that
             _refuse_name(word, what)
-    is_config = what in registry.config_names() or os.path.isfile(what)  # noqa: PTH113  (a name may be too long)
+    is_config = is_config_name(what) or os.path.isfile(what)  # noqa: PTH113  (a name may be too long)
     if config_file is not None and is_config and not what.endswith(".py"):
         raise click.UsageError(
             f"--config goes with a recipe, but '{what}' is itself a config; give only one of the two"
         )
-    return compose(what, config=config_file, overrides=overrides, allow_import=allow_import, complete=complete)
+    return compose(
+        what, config=config_file, overrides=overrides, allow_import=allow_import, complete=complete, devices=devices
+    )
+
+
+def is_config_name(word: str) -> bool:
+    """Whether a word is the name of a registered config, ours or torchtune's."""
+    return word in registry.config_names() or torchtune.own_name(word) is not None
 
 
 def _refuse_name(word: str, what: str) -> None:
     """A recipe, a config or a file of rows after WHAT, where only KEY=VALUE words may be."""
     if "=" in word:
         return
-    if word.endswith((".yaml", ".yml")) or word in registry.config_names():
+    if word.endswith((".yaml", ".yml")) or is_config_name(word):
         raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {shell_word(word)}?")
     if word in registry.RECIPES:
         cure = (

@@ -1,8 +1,9 @@
 """From a recipe's name or a YAML file, and ``key=value`` words, to a checked config; every mistake is collected."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -30,6 +31,7 @@ def compose(
     allow_import: Sequence[str] = (),
     schema: type[RunConfig] | None = None,
     complete: bool = True,
+    devices: int = 1,
 ) -> RunConfig:
     """Read a config: defaults of the recipe's dataclass, then a YAML file, then ``overrides``.
 
@@ -41,6 +43,7 @@ def compose(
         allow_import: modules from which dotted names may be imported, installed or in the working folder.
         complete: False accepts a config that lacks what only a run needs, to look at it.
         schema: the config's dataclass; that of the recipe by default.
+        devices: the processes that will train, for the configs of torchtune, whose batch size is that of one GPU.
 
     Raises:
         ConfigError: with one line for every unknown key, wrong type and impossible value.
@@ -50,12 +53,12 @@ def compose(
     typed = load_recipe_file(Path(what), allow_import) if is_file else registry.RECIPES.get(what)
     if config is not None and typed is None:
         registry.recipe_path(what)  # says what is wrong with it
-    file = registry.find_config(config or what) if config is not None or typed is None else None
+    file = _source(config or what, devices) if config is not None or typed is None else None
     if schema is None:
         named = None if isinstance(typed, RecipeFile) else typed or _recipe_named(file, overrides)
         schema = schema_of(typed) if isinstance(typed, RecipeFile) else SCHEMAS.get(named or "", SFTConfig)
     problems: list[str] = []
-    settings = list(_read_file(file, schema, problems)) if file else []
+    settings = list(_settings_in(file, schema, problems)) if file else []
     settings += _read_words(overrides, schema, problems)
     problems += [f"{where}: {key}: {problem}" for key, value, where in settings if key in ("recipe", "recipe_sha256")
                  and (problem := _setting_problem(schema, key, value))]  # fmt: skip
@@ -66,7 +69,7 @@ def compose(
     )
     sha256 = next((value for key, value, _ in reversed(settings) if key == "recipe_sha256"), None)
     if said.endswith(".py"):
-        check_recipe(said, sha256, where, file, typed)
+        check_recipe(said, sha256, where, file.path if file else None, typed)
     elif said not in registry.RECIPES:
         known = registry.recipe_names()
         raise ConfigError([f"{where}: recipe: unknown recipe {said!r}{did_you_mean(said, known)}; see tt ls recipes"])
@@ -85,9 +88,25 @@ def compose(
     return result
 
 
-def _recipe_named(file: Path | None, words: Sequence[str]) -> str:
+class _Source(NamedTuple):
+    """A config: its text, what to call it, and its path unless it is a registered one."""
+
+    text: str
+    name: str
+    path: Path | None
+
+
+def _source(name: str | Path, devices: int) -> _Source:
+    text = None if os.path.isfile(name) else registry.named_config(str(name), devices=devices)  # noqa: PTH113
+    if text is not None:
+        return _Source(text, str(name), None)
+    path = registry.find_config(name)
+    return _Source(read_text(path, "config"), str(path), path)
+
+
+def _recipe_named(file: _Source | None, words: Sequence[str]) -> str:
     """The recipe that a config asks for: its schema says how the other keys are read."""
-    settings = [*(_read_file(file, RunConfig, []) if file else ()), *_read_words(words, RunConfig, [])]
+    settings = [*(_settings_in(file, RunConfig, []) if file else ()), *_read_words(words, RunConfig, [])]
     said = next((str(value) for key, value, _ in reversed(settings) if key == "recipe" and value), "sft")
     return registry.RECIPES.get(said, said)
 
@@ -96,7 +115,9 @@ def compose_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The config of a run directory, without the code of its recipe: keys of the recipe's own are left out."""
     problems: list[str] = []
     known = set(all_keys(RunConfig))
-    settings = [setting for setting in _read_file(run / "config.yaml", RunConfig, problems, run) if setting[0] in known]
+    path = run / "config.yaml"
+    file = _Source(read_text(path, "config", root=run), str(path), path)
+    settings = [setting for setting in _settings_in(file, RunConfig, problems) if setting[0] in known]
     settings += _read_words(overrides, RunConfig, problems)
     result: RunConfig = _merge(RunConfig, settings, problems)
     if problems or (problems := mistakes(result)):
@@ -104,9 +125,9 @@ def compose_run(run: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return result
 
 
-def _read_file(path: Path, schema: type, problems: list[str], root: Path | None = None) -> Iterator[Setting]:
-    """The settings of a YAML file, each with the line that it is on; ``root``: a folder that it must be in."""
-    text = read_text(path, "config", root=root)
+def _settings_in(file: _Source, schema: type, problems: list[str]) -> Iterator[Setting]:
+    """The settings of a YAML file, each with the line that it is on."""
+    text, path, _ = file
     if not text.strip():
         raise ConfigError([f"{path}: empty; a config has keys and values, such as 'batch_size: 16'"])
     try:
@@ -119,7 +140,7 @@ def _read_file(path: Path, schema: type, problems: list[str], root: Path | None 
     if not isinstance(top, yaml.MappingNode):
         problems.append(f"{path}:1: a config is keys and values, such as 'batch_size: 16', not a list or a text")
         return
-    yield from _walk(top, "", str(path), schema, problems)
+    yield from _walk(top, "", path, schema, problems)
 
 
 def _walk(node: yaml.MappingNode, prefix: str, place: str, schema: type, problems: list[str]) -> Iterator[Setting]:

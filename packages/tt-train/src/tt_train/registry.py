@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tt_train.config import logger_options
 from tt_train.errors import ConfigError, did_you_mean, shell_word
+from tt_train.torchtune import names as torchtune
 
 if TYPE_CHECKING:
     from tt_train.config import LossSection, RunConfig
@@ -24,17 +25,7 @@ HERE = Path(__file__).parent
 RECIPES = {
     "sft": "sft",
     "dpo": "dpo",
-    "full_finetune_single_device": "sft",
-    "lora_finetune_single_device": "sft",
-    "lora_dpo_single_device": "dpo",
-}
-# recipes of torchtune that have no counterpart, and what to do instead
-ABSENT_RECIPES = {
-    "full_finetune_distributed": "a run uses one device; tt run full_finetune_single_device",
-    "lora_finetune_distributed": "a run uses one device; tt run lora_finetune_single_device",
-    "eleuther_eval": "evaluation by lm-evaluation-harness is not supported; tt merge writes what it reads",
-    "generate": "it is a verb: tt generate",
-    "quantize": "quantization is not supported; tt merge writes what other tools quantize",
+    **{theirs: ours for theirs, ours in torchtune.RECIPES.items() if ours is not None},
 }
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
               "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop"}  # fmt: skip
@@ -72,27 +63,37 @@ def recipe_names() -> list[str]:
 
 def recipe_path(name: str) -> Path:
     """The file of a recipe, to read or to copy."""
+    if name in torchtune.ELSEWHERE:
+        raise ConfigError([f"{name}: {torchtune.ELSEWHERE[name]}"])
     if name not in RECIPES:
         raise ConfigError([f"{name}: unknown recipe{did_you_mean(name, RECIPES)}; known: {', '.join(recipe_names())}"])
     return HERE / "recipes" / f"{RECIPES[name]}.py"
 
 
 def config_names() -> list[str]:
-    """The configs that come with the package, such as ``llama/tiny_lora``."""
+    """The configs that come with the package, such as ``llama/tiny_lora``; torchtune's are ``torchtune.PAIRS``."""
     folder = HERE / "configs"
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def config_path(name: str) -> Path:
-    """The file of a registered config."""
-    if name not in config_names():
-        known = config_names()
-        raise ConfigError([f"{name}: unknown config{did_you_mean(name, known)}; tt ls configs lists them"])
-    return HERE / "configs" / f"{name}.yaml"
+def named_config(name: str, *, devices: int = 1) -> str | None:
+    """The text of a registered config, ours or torchtune's; None if there is none of that name.
+
+    Where both have a name that differs in capitals only, as typed decides: llama2/7b_lora is ours, and llama2/7B_lora
+    torchtune's. ConfigError for a name of torchtune's that is a verb here.
+    """
+    if name in config_names():
+        return (HERE / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    theirs = torchtune.own_name(name)
+    if theirs is None:
+        return None
+    if theirs in torchtune.ELSEWHERE:
+        raise ConfigError([f"{name}: {torchtune.ELSEWHERE[theirs]}"])
+    return torchtune.config_text(theirs, devices)
 
 
 def find_config(name: str | Path) -> Path:
-    """A YAML file by path or registered name; ConfigError says what else the name may have meant."""
+    """The path of a YAML file; ConfigError says what else the name may have meant."""
     text = str(Path(name).expanduser()) if str(name).startswith("~/") else str(name)
     path = Path(text)
     if "://" in text:
@@ -103,21 +104,20 @@ def find_config(name: str | Path) -> Path:
         raise ConfigError([f"{name}: a file of rows, not a config; tt data show {shell_word(name)} --tokenizer MODEL"])
     if os.path.isfile(text):  # noqa: PTH113  (False for a name too long to be one)
         return path
-    if text in config_names():
-        return config_path(text)
     if os.path.isdir(text):  # noqa: PTH112
         raise ConfigError([f"{name}: a folder, not a config; {_in_folder(path)}"])
     if os.path.lexists(text):  # a pipe, a device or a broken link: reading says which
         return path
+    known = [*config_names(), *torchtune.PAIRS]
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         siblings = [str(file) for file in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []  # noqa: PTH112
-        hint = did_you_mean(text, [*siblings, *config_names()]) or "; tt ls configs lists those that come with it"
+        hint = did_you_mean(text, [*siblings, *known]) or "; tt ls configs lists those that come with it"
         raise ConfigError([f"{name}: no such config file (looked in {Path.cwd()}){hint}"])
     if text in RECIPES:
         raise ConfigError([f"{name}: a recipe, not a config; tt ls configs lists those"])
-    if text in ABSENT_RECIPES:
-        raise ConfigError([f"{name}: no such recipe here: {ABSENT_RECIPES[text]}"])
-    known = [*RECIPES, *config_names(), *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind))]
+    if text in torchtune.ELSEWHERE:
+        raise ConfigError([f"{name}: {torchtune.ELSEWHERE[text]}"])
+    known = [*RECIPES, *known, *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind))]
     raise ConfigError(
         [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(text, known)}; see tt ls"]
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
-from tt_cli.names import complete_runnable, path_of
+from tt_cli.names import complete_runnable, source_of
 from tt_cli.terminal import answer
 from tt_train.errors import shell_word
 
@@ -31,7 +31,7 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
     """
     if no_clobber and force:
         raise click.UsageError("-n keeps a file and -f replaces it; give only one of them", click.get_current_context())
-    source = path_of(name)
+    source, text = source_of(name)
     target = _target(destination, source)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; name a file in it")
@@ -42,18 +42,16 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
     if no_clobber and os.path.lexists(target):
         click.echo(f"{target} exists and was kept", err=True)
         return
-    if target.exists() and target.samefile(source):
-        raise ValueError(f"{target} is the file to copy; name another file")
     if os.path.lexists(target) and not force:
         raise FileExistsError(
             f"{target} exists; name another file, or replace it: tt cp -f {name} {shell_word(destination)}"
         )
-    target.write_bytes(source.read_bytes())
+    target.write_text(text, encoding="utf-8")
     answer(target)
 
 
-def _target(destination: str, source: Path) -> Path:
+def _target(destination: str, source: str) -> Path:
     target = Path(destination)
     if target.is_dir() or destination.endswith(("/", os.sep)):
-        return target / source.name
-    return target if target.suffix else target.with_name(target.name + source.suffix)
+        return target / source
+    return target if target.suffix else target.with_name(target.name + Path(source).suffix)

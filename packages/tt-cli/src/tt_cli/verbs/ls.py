@@ -1,15 +1,16 @@
 """``tt ls``: what there is to run, to copy, to build and to talk to."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
 
 from tt_cli.group import Verb
+from tt_cli.names import source_of
 from tt_cli.options import json_option
 from tt_cli.terminal import print_json, say, wants_color
 from tt_train import registry
+from tt_train.torchtune import names as torchtune
 
 KINDS = ("recipes", "configs", "models", "runs")
 
@@ -39,17 +40,31 @@ def command(kind: str | None, as_json: bool) -> None:
 
 
 def _recipes() -> list[dict[str, Any]]:
-    return [{"name": name, "about": _about(registry.recipe_path(name))} for name in registry.recipe_names()]
+    ours = [{"name": name, "about": _about(source_of(name)[1])} for name in registry.recipe_names()]
+    theirs = [
+        {"name": name, "about": f"torchtune's; here {recipe}" if recipe else torchtune.ELSEWHERE[name]}
+        for name, recipe in torchtune.RECIPES.items()
+    ]
+    return ours + theirs
 
 
 def _configs() -> list[dict[str, Any]]:
-    return [{"name": name, "about": _about(registry.config_path(name))} for name in registry.config_names()]
+    """Each with the recipe that it is for."""
+    found = []
+    for name in registry.config_names():
+        text = source_of(name)[1]
+        recipe = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("recipe:")), "")
+        found.append({"name": name, "recipe": recipe, "about": _about(text)})
+    found += [
+        {"name": name, "recipe": recipe, "about": torchtune.ELSEWHERE.get(name, "torchtune's config of this name")}
+        for name, recipe in torchtune.PAIRS.items()
+    ]
+    return found
 
 
-def _about(path: Path) -> str:
-    """What a file's first line says of it, in a docstring or a comment."""
-    with path.open(encoding="utf-8") as file:
-        line = file.readline().strip()
+def _about(text: str) -> str:
+    """What the first line of a text says of it, in a docstring or a comment."""
+    line = text.partition("\n")[0].strip()
     if line.startswith('"""'):
         return line.strip('"').partition(":")[0].rstrip(".")
     return line.strip("# ").partition(". tt run")[0].rstrip(".") if line.startswith("#") else ""

@@ -156,10 +156,10 @@ class _Asked:
     allow_import: tuple[str, ...]
     verbose: bool
 
-    def config(self) -> "RunConfig":
+    def config(self, processes: int = 1) -> "RunConfig":
         from tt_train.keys.paths import home
 
-        config = composed(self.what, self.config_file, self.overrides, self.allow_import)
+        config = composed(self.what, self.config_file, self.overrides, self.allow_import, devices=processes)
         return config if self.output_dir is None else replace(config, output_dir=home(self.output_dir))
 
     def words(self, run_dir: Path | None) -> list[str]:
@@ -179,7 +179,7 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
     from tt_train.run.resume import check_destination
 
     launch = agent.asked_for(torchrun, nproc)
-    config = asked.config()
+    config = asked.config(launch.most)
     problems = [*world_mistakes(config, launch.most), *too_many_processes(config, launch.nproc)]
     if launch.nodes > 1 and launch.options.max_restarts and config.output_dir is None:
         problems.append("--max-restarts: on several machines a run needs a name that all know: add -o DIR")
@@ -214,7 +214,7 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> None
     store = launch.meet(here)
 
     def checked() -> "RunConfig":
-        config = asked.config()
+        config = asked.config(here.size)
         if problems := world_mistakes(config, here.size):
             raise ConfigError(problems)
         return config

@@ -215,17 +215,26 @@ def _carry_model(carry: Carry) -> str:
     elif dtype.startswith("bf"):
         carry.say("dtype", "trained weights are fp32 here, and only the forward and backward pass bf16: the result is "
                   "better, and it takes more memory")  # fmt: skip
+    _check_reference(carry, folder)
     for key in options:
         if not key.startswith(("lora_", "apply_lora", "use_dora", "quantize_base")):
             carry.say(f"model.{key}", "the architecture comes from config.json of model.path")
     return builder
 
 
+def _check_reference(carry: Carry, folder: Any) -> None:
+    """The reference of preference tuning is the start, as in torchtune's own configs."""
+    carry.component("ref_checkpointer")
+    reference = carry.section("ref_checkpointer").get("checkpoint_dir")
+    if reference and Path(str(reference)) != Path(str(folder)):
+        carry.say("ref_checkpointer.checkpoint_dir", f"{reference}: the reference is always the start of the training")
+
+
 def _say_which_files(carry: Carry, kind: str, files: str, folder: str) -> None:
     """torchtune names weight files one by one; here a directory has them."""
     if kind == "FullModelMetaCheckpointer" or "consolidated" in files:
-        carry.say("checkpointer", f"Meta's files are converted first: tt convert {folder} {folder}-hf --allow-pickle, and set "
-                  f"model.path={folder}-hf")  # fmt: skip
+        there = f"{folder}-hf"
+        carry.say("checkpointer", f"Meta's files: tt convert {folder} {there} --allow-pickle, then model.path={there}")
     elif kind == "FullModelTorchTuneCheckpointer":
         carry.say(
             "checkpointer", f"torchtune's files are converted first: tt convert {folder} {folder}-hf --allow-pickle"
@@ -369,6 +378,7 @@ def _carry_output(carry: Carry) -> None:
         carry.set("profile", {
             "first_step": first, "num_steps": min(profiler.get("active_steps", 2), 20),
             "record_shapes": bool(profiler.get("record_shapes", True)),
-            "with_stack": bool(profiler.get("with_stack", False)), "memory": bool(profiler.get("profile_memory", False)),
+            "with_stack": bool(profiler.get("with_stack", False)),
+            "memory": bool(profiler.get("profile_memory", False)),
         })  # fmt: skip
         carry.say("profiler", "one trace is written, in profile/ of the run, and its steps are those of the optimizer")

@@ -1,6 +1,5 @@
 """torchtune 0.1.0's recipes and configs by name. A config is what its YAML there says, carried over by ``migrate``."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,10 @@ RECIPES: dict[str, str | None] = {
     "eleuther_eval": None,
     "quantize": None,
 }
-_GENERATE = "a verb here: tt generate MODEL -p 'Hello, my name is' --max-new-tokens 300 --temperature 0.8 --top-k 300 --seed 1234"
+_GENERATE = (  # with the values of torchtune's config
+    "a verb here: tt generate MODEL -p 'Hello, my name is' --max-new-tokens 300 --temperature 0.8 --top-k 300 "
+    "--seed 1234"
+)
 _EVAL = "evaluation is not supported yet; tt merge RUN -o DIR writes what lm-evaluation-harness reads"
 _QUANTIZE = "quantization is not supported yet; tt merge RUN -o DIR writes what other tools quantize"
 ELSEWHERE = {"generate": _GENERATE, "generation": _GENERATE, "eleuther_eval": _EVAL, "eleuther_evaluation": _EVAL,
@@ -80,17 +82,19 @@ def own_name(name: str) -> str | None:
     return {known.lower(): known for known in PAIRS}.get(name.lower())
 
 
-def config_text(name: str, devices: int | None = None) -> str:
+def config_text(name: str, devices: int = 1) -> str:
     """The YAML of a training config that is here what torchtune's is there, as a text with what differs in comments.
 
-    devices: torchtune's batch size is that of one GPU. By default, the processes that torchrun has started.
+    devices: the processes that train, since torchtune's batch size is that of one GPU.
     """
     from tt_train.torchtune.migrate import migrate
 
-    config, recipe = _Config(**_CONFIGS[name]), RECIPES[PAIRS[name]]
-    found = migrate(_as_theirs(config), devices=devices or int(os.environ.get("WORLD_SIZE", "1")))
-    title = f"torchtune's {name}: {PAIRS[name]}. tt run {recipe} --config {name} data.train=rows.jsonl"
-    return "\n".join([f"# {title}", *(f"# {line}" for line in found.problems), found.yaml()])
+    config = _Config(**_CONFIGS[name])
+    found = migrate(_as_theirs(config), devices=devices)
+    said = [f"torchtune's config for {PAIRS[name]}. tt run {PAIRS[name]} --config {name}"]
+    said += [line for line in found.problems if not line.startswith("batch_size")]
+    said += [f"batch_size: torchtune's {config.batch * config.accumulation} of a GPU, times the number of processes"]
+    return "".join([*(f"# {line}\n" for line in said), found.yaml()])
 
 
 def _as_theirs(config: _Config) -> dict[str, Any]:

@@ -1,5 +1,7 @@
-"""torchtune's datasets and tokenizers as our ``data`` section: a file of its own so that ``migrate`` stays one screenful
-per part of a config."""
+"""torchtune's datasets and tokenizers as our ``data`` section.
+
+A file of its own because rows have the most names, and the most that cannot be carried over.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,23 +14,19 @@ if TYPE_CHECKING:
 
 def carry_rows(carry: "Carry", *, longest: int) -> None:
     """``data`` and ``model.tokenizer``."""
-    is_old = (
-        carry.take("tokenizer.max_seq_len", "absent") == "absent"
-        if "tokenizer.max_seq_len" not in carry.theirs
-        else False
-    )
-    cut = None if is_old else carry.take("tokenizer.max_seq_len")
+    cut = carry.take("tokenizer.max_seq_len")
     _carry_tokenizer(carry)
     sources = carry.take("dataset")
     if isinstance(sources, list):
         raise ConfigError(["dataset: several data sets are not migrated; name their files under data.train, as a list"])
-    data = _rows(carry, carry.component("dataset"), carry.section("dataset"), is_old=is_old)
+    data = _rows(carry, carry.component("dataset"), carry.section("dataset"))
     data["max_seq_len"] = data.pop("own_length", None) or cut or longest
+    data["drop_duplicates"] = False  # torchtune keeps every row
     carry.ours["data"] = data
     validation = carry.component("dataset_val")
     options = carry.section("dataset_val")
     if validation:
-        carry.set("data.eval", _rows(carry, validation, options, is_old=is_old)["train"])
+        carry.set("data.eval", _rows(carry, validation, options)["train"])
     if carry.take("shuffle") is False:
         carry.set("data.shuffle", False)
 
@@ -47,7 +45,7 @@ def _carry_tokenizer(carry: "Carry") -> None:
         carry.say(key, "set data.template to a built-in name or a .jinja file")
 
 
-def _rows(carry: "Carry", path: str, options: dict[str, Any], *, is_old: bool) -> dict[str, Any]:
+def _rows(carry: "Carry", path: str, options: dict[str, Any]) -> dict[str, Any]:
     """The keys of ``data``; ``own_length`` is the length that the data set itself cuts its rows to."""
     name = path.rpartition(".")[2]
     if "multimodal" in path:
@@ -57,12 +55,12 @@ def _rows(carry: "Carry", path: str, options: dict[str, Any], *, is_old: bool) -
     if name in tables.DATASETS:
         source, more, by_default = tables.DATASETS[name]
         data |= {"train": options.pop("source", None) or source, **more}
-        if is_old and name.startswith("alpaca"):
+        if carry.is_old and name.startswith("alpaca"):
             data |= {"template": "alpaca", "own_length": 512}
         elif name.startswith("alpaca"):
-            carry.say("dataset", "the prompt is the model's chat template around instruction and input, without alpaca's "
-                      "preamble; without a chat template it is alpaca's whole prompt")  # fmt: skip
-        elif is_old and name in ("slimorca_dataset", "stack_exchange_paired_dataset", "stack_exchanged_paired_dataset"):
+            differs = "without alpaca's preamble; without a chat template it is alpaca's whole prompt"
+            carry.say("dataset", f"the prompt is the model's chat template around instruction and input, {differs}")
+        elif carry.is_old and name.startswith(("slimorca", "stack_exchange")):
             data["own_length"] = 1024
     elif name in ("instruct_dataset", "chat_dataset", "text_completion_dataset", "preference_dataset"):
         _carry_builder(carry, name, options, data)

@@ -3,7 +3,7 @@
 A file of its own because it holds no code: a row is what changes if torchtune or this project learns a name.
 """
 
-# builder, without lora_ or qlora_ -> (hub id of the weights that torchtune's configs use, name in tt_models if it has one)
+# builder, without lora_ or qlora_ -> (hub id of the weights in torchtune's configs, name in tt_models if there is one)
 MODELS: dict[str, tuple[str, str | None]] = {
     "llama2_7b": ("meta-llama/Llama-2-7b-hf", "llama2_7b"),
     "llama2_13b": ("meta-llama/Llama-2-13b-hf", "llama2_13b"),
