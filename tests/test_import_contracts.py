@@ -75,7 +75,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("text",),
         ("examples", "report"),
         ("rows",),
-        ("dataset", "mismatched", "packing", "views", "encode", "row_encoder", "builder"),
+        ("dataset", "mismatched", "packing", "views", "unread", "documents", "workers", "encode"),
         ("stream",),
         ("cache", "collate", "loader", "show", "load", "datasets"),
     ),
@@ -239,7 +239,7 @@ def test_nothing_can_run_code_from_a_file(package):
 
 # Python itself, by its full path, with nothing of the working folder or (-I) of the environment on its path
 STARTS_PROGRAMS = {
-    "tt_data.template.sandbox": "the processes that render templates and try a tokenizer's files",
+    "tt_data.template.chat_template": "the processes that render templates and try a tokenizer's files",
     "tt_peft.expressions": "the process that matches expressions of files",
 }
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROW_LIMITS = (128, 25)  # functions, files
+ROW_LIMITS = (60, 12)  # functions, files
 MERGE_LIMITS = (120, 25)
 
 

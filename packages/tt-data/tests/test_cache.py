@@ -19,11 +19,11 @@ from tt_data import (
     InstructTemplate,
     Schema,
     batches,
+    encode,
     load_dataset,
     load_tokenizer,
     register_instruct_template,
     register_schema,
-    row_encoder,
     show,
 )
 from tt_data import cache as cache_files
@@ -51,7 +51,7 @@ def test_cached_rows_are_the_same_and_are_not_encoded_again(
     cache = tmp_path / "cache"
     plain = load_dataset(path, chatml, max_seq_len=22)
     made = load_dataset(path, chatml, max_seq_len=22, cache_dir=cache)
-    monkeypatch.setattr(row_encoder, "encode_examples", None)
+    monkeypatch.setattr(encode, "encode_rows", None)
     read = load_dataset(path, chatml, max_seq_len=22, cache_dir=str(cache))
     for dataset in (made, read, pickle.loads(pickle.dumps(read))):
         assert list(dataset) == list(plain)
@@ -191,7 +191,7 @@ def _rewritten(folder: Path, **changes: Any) -> None:
 
 HOSTILE: list[dict[str, Any]] = [
     {"stores": 10**9}, {"stores": "x"}, {"stores": None}, {"names": [7]}, {"names": "a"}, {"names": []}, {"schema": 5},
-    {"report": []}, {"report": {}}, {"report": {"dropped": 5}}, {"content": []}, {"content": {"../x": "0"}},
+    {"tally": []}, {"tally": {}}, {"tally": {"dropped": 5}}, {"content": []}, {"content": {"../x": "0"}},
 ]  # fmt: skip
 
 

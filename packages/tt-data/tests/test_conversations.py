@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_dataset, sharegpt_to_llama2_messages, validate_messages
-from tt_data.rows.conversations import messages_or_text, read_messages
+from tt_data.rows.conversations import as_turns, read_messages
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 CALL = {"name": "f", "arguments": {"q": "x"}}
@@ -112,11 +112,11 @@ def test_no_calls_are_no_key() -> None:
 
 
 def test_turns_are_read_from_json_text_and_other_text_stays_text() -> None:
-    assert messages_or_text(json.dumps([U, A])) == [U, A]
-    assert messages_or_text(json.dumps(A)) == [A]
-    assert messages_or_text(A) == [A]
+    assert as_turns(json.dumps([U, A])) == [U, A]
+    assert as_turns(json.dumps(A)) == [A]
+    assert as_turns(A) == [A]
     for text in ("[INST] hi [/INST]", "[1, 2]", "[]", '{"answer": 4}', '[{"name": "f"}]', "plain", "{broken"):
-        assert messages_or_text(text) == text
+        assert as_turns(text) is None
 
 
 def test_there_is_one_system_message() -> None:

@@ -207,7 +207,7 @@ def test_labels_are_plain_integers(spm: Any) -> None:
 
 
 def test_registered_names_are_sources(spm: Any, chatml: Any, write_jsonl: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tt_data.load.DATASETS", DATASETS)
+    monkeypatch.setattr("tt_data.rows.sources.DATASETS", DATASETS)
     path = write_jsonl([{"dialogue": "A: hi", "summary": "a greeting"}])
     for name in list(DATASETS):
         assert set(DATASETS[name].columns) <= {*known_columns(), "sentence", "dialogue"}

@@ -13,7 +13,7 @@ import pytest
 
 from tt_data import batches, load_dataset, summary_lines
 from tt_data.rows import data_files
-from tt_data.rows.json_files import read_rows
+from tt_data.rows.folders import read_rows
 
 ROWS = [{"text": f"row {i}"} for i in range(30)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()

@@ -12,7 +12,7 @@ import pytest
 from tt_data import load_dataset, load_tokenizer
 from tt_data.examples import BadRowError
 from tt_data.rows.conversations import read_messages
-from tt_data.rows.json_files import read_rows
+from tt_data.rows.folders import read_rows
 
 SCRAPS: list[Any] = [
     None, True, 0, -1, 1.5, "", " ", "a", "user", "assistant", "<|im_end|>", "{}", "[", [], {}, [None], ["a"],

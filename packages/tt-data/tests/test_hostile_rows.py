@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 
 from tt_data import load_dataset
-from tt_data.builder import build
+from tt_data.encode import build
 from tt_data.rows import tables
 from tt_data.rows.conversations import read_messages
-from tt_data.rows.data_files import MAX_LINE
-from tt_data.rows.settings import Settings
+from tt_data.rows.json_files import MAX_LINE
+from tt_data.rows.schemas import Settings
 from tt_data.rows.sources import Source
 
 ASK = """

@@ -19,7 +19,7 @@ def test_notes_of_one_kind_add_up_over_tallies_and_name_the_first_row() -> None:
         other.note("reasoning is lost", f"b.jsonl:{line}")
         other.note("the template opens a thought")
     one.add(other)
-    assert one.report()["notes"] == [
+    assert one.report("text", 3)["notes"] == [
         "reasoning is lost (3 rows, the first at a.jsonl:2)",
         "the template opens a thought",
     ]
@@ -52,5 +52,5 @@ def test_dropped_rows_are_counted_beyond_the_problems_that_are_kept() -> None:
     tally = Tally()
     for i in range(25):
         tally.drop(f"rows:{i}", BadRowError("empty", "it is empty"))
-    lines = summary_lines({"schema": "text", "rows": 1, **tally.report()})
+    lines = summary_lines(tally.report("text", 1))
     assert lines[-1] == "and 22 more rows dropped; tt data show --stats names the first 20"

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from tt_data import load_dataset
-from tt_data.rows.folders import local_files
-from tt_data.rows.json_files import READERS, read_rows
+from tt_data.rows.folders import READERS, local_files, read_rows
 
 ROWS = [{"text": f"row {i}", "n": i} for i in range(30)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -90,7 +91,7 @@ def test_a_killed_process_is_replaced_and_its_row_named(chatml: Any) -> None:
     source = "{% set n = messages[0].content | length %}{{ 7 ** (7 ** (3 * n)) if n == 4 }}{{ messages[0].content }}"
     template = ChatTemplate(source, name="hostile")
     conversations = [[{"role": "user", "content": text}] for text in ("a", "bomb", "c")]
-    jobs = [Job({"messages": messages, "prompt": False}, 1) for messages in conversations]
+    jobs = [Job(json.dumps({"messages": messages, "prompt": False}), 1) for messages in conversations]
     answers = template.run(jobs)
     assert [answer.get("text") for answer in answers] == ["a", None, "c"]
     assert answers[1]["error"]
@@ -104,11 +105,18 @@ def test_a_large_template_is_refused_before_it_is_read(chatml: Any) -> None:
 
 
 def test_the_rendering_process_sees_no_token_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tt_data.template.sandbox import bare_environment
-
     monkeypatch.setenv("HF_TOKEN", "hf_canary")
     monkeypatch.setenv("WANDB_API_KEY", "canary")
-    assert "canary" not in json.dumps(bare_environment())
+    given: list[dict[str, str]] = []
+    popen = subprocess.Popen
+
+    def note(*words: Any, env: dict[str, str], **options: Any) -> Any:
+        given.append(env)
+        return popen(*words, env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    ChatTemplate("hi").start()
+    assert [("PATH" in seen, "canary" in json.dumps(seen)) for seen in given] == [(True, False)]
 
 
 def test_code_of_a_model_directory_never_runs(

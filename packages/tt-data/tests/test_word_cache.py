@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from tt_data.template.spans import MarkedText
-from tt_data.text.json_file import JsonTokenizer
-from tt_data.text.word_cache import make_word_cache, to_ascii_pattern
+from tt_data.text.json_file import JsonTokenizer, make_word_cache
+from tt_data.text.patterns import to_ascii_pattern
 
 PATTERNS = {
     "gpt2": None,
@@ -115,7 +115,7 @@ def test_patterns_that_may_mean_something_else_are_refused(pattern: str) -> None
 
 
 def test_the_cache_stops_growing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tt_data.text.word_cache._MAX_WORDS", 5)
+    monkeypatch.setattr("tt_data.text.json_file._MAX_WORDS", 5)
     tokenizer = JsonTokenizer(library(None, texts(50, seed=1)).to_str())
     assert tokenizer._words is not None
     for text in texts(100, seed=4):

@@ -43,8 +43,7 @@ from tt_data.template.prompts import (
 from tt_data.template.sources import CHAT_TEMPLATES, register_chat_template
 from tt_data.template.spans import AddedTokens, Encoded, MarkedText, token_spans
 from tt_data.text.backend import Backend
-from tt_data.text.choose import choose_template
-from tt_data.text.load import load_tokenizer
+from tt_data.text.load import choose_template, load_tokenizer
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.views import MixedDataset, PackedDataset, Subset
 

@@ -13,17 +13,18 @@ import shutil
 import sys
 import tempfile
 from array import array
+from collections import Counter
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from tt_data.dataset import TokenDataset, TokenStore, read_numbers, write_numbers
 from tt_data.files import open_regular, read_object
-from tt_data.report import Counts, summary_lines
+from tt_data.report import Tally, summary_lines
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.wording import visible
 
 _log = logging.getLogger(__name__)
-_FORMAT = 3  # of a cached data set; every change of it gets a new number
+_FORMAT = 4  # of a cached data set; every change of it gets a new number
 _MAX_META = 256 << 20  # bytes: it names every source file
 _COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
 
@@ -47,7 +48,8 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
             if getattr(dataset, name) is not None:
                 write_numbers(staging / name, getattr(dataset, name))
         meta = {
-            "schema": dataset.schema, "names": dataset.names, "stores": len(dataset.stores), "report": dataset.report,
+            "schema": dataset.schema, "names": dataset.names, "stores": len(dataset.stores),
+            "tally": {**vars(dataset.tally), "forms": sorted(dataset.tally.forms)},
             "fingerprint": dataset.fingerprint, "content": {p.name: _digest(p) for p in staging.iterdir()},
         }  # fmt: skip
         (staging / "meta.json").write_text(json.dumps({**meta, "check": _check(meta)}), encoding="utf-8")
@@ -110,7 +112,17 @@ def _load(fingerprint: str, tokenizer: Tokenizer, directory: Path) -> TokenDatas
     dataset = TokenDataset(
         tokenizer, schema=meta["schema"], stores=stores, names=meta["names"], places=columns["places"],
         truncated=columns["truncated"], desirable=columns["desirable"] or None, fingerprint=fingerprint,
-        counts=cast(Counts, {key: value for key, value in meta["report"].items() if key not in ("schema", "rows")}),
+        tally=_tally_of(meta["tally"]),
     )  # fmt: skip
     summary_lines(dataset.report)  # an error here is one of meta.json
     return dataset
+
+
+def _tally_of(facts: dict[str, Any]) -> Tally:
+    if facts.keys() != vars(Tally()).keys():
+        raise ValueError("meta.json contains other counts than were written")
+    tally = Tally(**facts)
+    tally.dropped, tally.forms = Counter(tally.dropped), set(tally.forms)
+    for counts in (tally.notes, tally.unread):
+        counts.update({key: (count, where) for key, (count, where) in counts.items()})
+    return tally

@@ -6,6 +6,7 @@ import mmap
 import os
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict, cast
@@ -13,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict, 
 from tt_data.examples import Kind
 from tt_data.files import open_regular
 from tt_data.mismatched import mismatched
-from tt_data.report import Counts, Report, report_of
-from tt_data.template.spans import Encoded, Span
+from tt_data.report import Report, Tally
+from tt_data.template.spans import Encoded
 from tt_data.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -77,17 +78,14 @@ class Dataset(Protocol):
     def document_names(self, i: int) -> list[str]: ...
 
 
+@dataclass(eq=False)
 class TokenStore:
     """Append-only rows; 4 bytes a token, 8 a trained span, whatever the number of rows."""
 
-    ids: Numbers
-    id_ends: Numbers
-    spans: Numbers
-    span_ends: Numbers
-
-    def __init__(self) -> None:
-        self.ids, self.id_ends = array("i"), array("q", [0])
-        self.spans, self.span_ends = array("i"), array("q", [0])
+    ids: Numbers = field(default_factory=lambda: array("i"))
+    id_ends: Numbers = field(default_factory=lambda: array("q", [0]))
+    spans: Numbers = field(default_factory=lambda: array("i"))
+    span_ends: Numbers = field(default_factory=lambda: array("q", [0]))
 
     def __len__(self) -> int:
         return len(self.id_ends) - 1
@@ -155,19 +153,14 @@ def read_numbers(path: Path, kind: str) -> Numbers:
         return mapped.cast("i") if kind == "i" else mapped.cast("q") if kind == "q" else mapped.cast("b")
 
 
-def labels_of(ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
-    """``ids`` of trained tokens, -100 for all others."""
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in spans:
-        labels[start:end] = ids[start:end]
-    return labels
-
-
 def to_row(kind: Kind, sides: Sequence[Encoded], desirable: bool) -> Row:
     """Ids and labels of one row under the names of its kind. The second side of a judged row is the mismatched one."""
     row: dict[str, Any] = {}
     for name, side in zip(_SIDES[kind], sides, strict=False):
-        row[f"{name}input_ids"], row[f"{name}labels"] = side.ids, labels_of(side.ids, side.trained)
+        labels = [IGNORE_INDEX] * len(side.ids)
+        for start, end in side.trained:
+            labels[start:end] = side.ids[start:end]
+        row[f"{name}input_ids"], row[f"{name}labels"] = side.ids, labels
     if kind == "judged":
         row["desirable"] = desirable
     return cast(Row, row)
@@ -182,19 +175,19 @@ class TokenDataset:
 
     def __init__(
         self, tokenizer: Tokenizer, *, schema: str, stores: Sequence[TokenStore], names: Sequence[str],
-        places: Numbers, truncated: Numbers, desirable: Numbers | None, counts: Counts, fingerprint: str,
+        places: Numbers, truncated: Numbers, desirable: Numbers | None, tally: Tally, fingerprint: str,
     ) -> None:  # fmt: skip
         self.tokenizer, self.schema, self.stores, self.fingerprint = tokenizer, schema, tuple(stores), fingerprint
         self.names, self.places, self.truncated, self.desirable = list(names), places, truncated, desirable
         self.kind: Kind = "pair" if len(self.stores) == 2 else "single" if desirable is None else "judged"
         self.pad_id = tokenizer.pad_id
-        self._counts = counts
+        self.tally = tally
         self.files_left_out: list[str] = []
         self.log_probs: dict[LogProbs, Tensor] = {}  # of the answers of each row, which rows, packs and batches carry
         self.seed, self.max_seq_len = 0, cast("int | None", None)  # of mismatched answers
 
     def __len__(self) -> int:
-        return len(self.stores[0])
+        return len(self.truncated)
 
     @property
     def num_rows(self) -> int:
@@ -246,7 +239,7 @@ class TokenDataset:
     @property
     def report(self) -> Report:
         """What became of the rows of the source; ``summary_lines`` makes text of it."""
-        return report_of(self._counts, schema=self.schema, rows=len(self), left_out=self.files_left_out)
+        return self.tally.report(self.schema, len(self), files_left_out=self.files_left_out)
 
     def rendered(self, i: int) -> list[Piece]:
         """Row ``i`` as text pieces and whether each is trained. Control tokens are shown."""

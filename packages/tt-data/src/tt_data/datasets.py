@@ -13,13 +13,13 @@ from typing import Any, ParamSpec
 
 from tt_data.dataset import Dataset
 from tt_data.examples import BadRowError, Columns, Conversation, Turns
-from tt_data.load import Loader
+from tt_data.load import load
 from tt_data.messages import Message, TrainOn
-from tt_data.rows.converters import InstructReader, read_chat
+from tt_data.rows.conversations import read_chat
+from tt_data.rows.converters import InstructReader
 from tt_data.rows.hub import DATASETS, Part
-from tt_data.rows.schemas import Read
-from tt_data.rows.settings import Settings
-from tt_data.rows.sources import as_files
+from tt_data.rows.schemas import Read, Settings
+from tt_data.rows.sources import resolve_name
 from tt_data.stream.stream import Stream
 from tt_data.template.prompts import InstructTemplate, get_chat_format, get_instruct_template
 from tt_data.text.tokenizer import Tokenizer
@@ -27,14 +27,16 @@ from tt_data.wording import did_you_mean
 
 Row = Mapping[str, Any]
 P = ParamSpec("P")
-_SETTINGS = ("on_bad_row", "special_tokens", "drop_duplicates", "max_dropped_share")
 _PART = ("split", "data_dir", "data_files", "revision")
-_LOADING = ("streaming", "packing", "seed", "buffer", "cache_dir", "num_workers", "timeout_s", "limit")
+_LOADING = (
+    "on_bad_row", "special_tokens", "drop_duplicates", "max_dropped_share", "streaming", "packing", "seed", "buffer",
+    "cache_dir", "num_workers", "timeout_s", "limit",
+)  # fmt: skip
 
 
 def refuses_unknown(function: Callable[P, Dataset | Stream]) -> Callable[P, Dataset | Stream]:
     """``function``, with an error that names a keyword that neither it nor ``load_dataset`` has."""
-    known = [name for name in signature(function).parameters if name != "options"] + [*_SETTINGS, *_PART, *_LOADING]
+    known = [name for name in signature(function).parameters if name != "options"] + [*_PART, *_LOADING]
 
     @wraps(function)
     def checked(*words: P.args, **options: P.kwargs) -> Dataset | Stream:
@@ -172,20 +174,16 @@ def _load(
     tokenizer: Tokenizer, source: Any, read: Read, schema: str, column_map: Columns | None, train_on_input: bool,
     max_seq_len: int | None, options: dict[str, Any],
 ) -> Dataset | Stream:  # fmt: skip
-    train_on: TrainOn = "all" if train_on_input else "assistant"
-    streaming = options.pop("streaming", False)
-    kept = {key: options.pop(key) for key in _SETTINGS if key in options}
-    kept["drop_duplicates"] = kept.get("drop_duplicates", True) and not streaming
-    settings = Settings(columns=dict(column_map or {}), train_on=train_on, max_seq_len=max_seq_len, **kept)
     part = Part(**{key: options.pop(key) for key in _PART if key in options})
     if isinstance(source, str) and not os.path.lexists(source):
-        for name, known in DATASETS.items():
-            if source in (name, known.source):
-                source, part = known.source, part.over(known.part)
-                break
-    source, part = as_files(source, part)
-    loader = Loader(tokenizer=tokenizer, settings=settings, read=read, schema=schema, part=part, **options)
-    return loader.stream(source) if streaming else loader.load(source)
+        ours = next((name for name, known in DATASETS.items() if source in (name, known.source)), source)
+        source, part, _ = resolve_name(ours, part)
+    train_on: TrainOn = "all" if train_on_input else "assistant"
+    settings = Settings(
+        columns=dict(column_map or {}), train_on=train_on, max_seq_len=max_seq_len, read=read, read_as=schema,
+        part=part, **options,
+    )  # fmt: skip
+    return load(source, tokenizer, settings)
 
 
 def _transformed(read: Read, transform: Callable[[Row], Row] | None) -> Read:

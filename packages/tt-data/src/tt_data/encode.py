@@ -1,175 +1,272 @@
-"""Examples to token ids and trained spans, a batch at a time."""
+"""Rows of sources to token rows, a batch at a time, with a reason for every row that is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+import math
+from array import array
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
+from typing import Any
 
-from tt_data.examples import (
-    Answer,
-    BadRowError,
-    Completion,
-    Conversation,
-    Example,
-    Judged,
-    Pair,
-    Text,
-    Tokens,
-    Turns,
-    answers_of,
-)
-from tt_data.messages import TrainOn, mask_messages, roles_of, validate_messages
+from tt_data.dataset import TokenDataset, TokenStore
+from tt_data.documents import as_pair, encode_formatted, finish_document, from_tokens, to_document
+from tt_data.examples import Answer, BadRowError, Completion, Conversation, Example, Judged, Kind, Pair, Tokens, Turns
+from tt_data.messages import TrainOn, mask_messages
+from tt_data.report import DUPLICATE, Tally
+from tt_data.rows.conversations import TrackedColumns
+from tt_data.rows.converters import InstructReader
+from tt_data.rows.schemas import OUR_READERS, Read, Settings, choose_schema, fingerprint_of, read_row
+from tt_data.rows.sources import Source, quick_digest
 from tt_data.template.chat_template import TemplateError
-from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, check_unicode, join_spans
+from tt_data.template.spans import BLANKS, Encoded, MarkedText, check_unicode, cut
 from tt_data.text.tokenizer import Tokenizer
+from tt_data.unread import bad_rows, leave_unwritten, not_trained, untrainable
+from tt_data.workers import encode_in_processes
 
-_PROMPT_MERGES = (
-    "the end of the prompt and the beginning of the completion make one token, so training and inference see "
-    "different tokens; end the prompt at the end of a word"
-)
-Parts = tuple[Encoded, ...]  # one, or the chosen and the rejected answer
+Batch = Sequence[tuple[int, Mapping[str, Any]]]  # line and row
+_BATCH = 512
+_MOST_BAD = 100_000  # rows at the beginning of which none can be used
 
 
-def encode_examples(
-    examples: Sequence[Example], tokenizer: Tokenizer, *, train_on: TrainOn
-) -> list[Parts | BadRowError]:
-    """Each example's parts, or what is wrong with it. The prompt of a compared or judged answer gives no loss."""
-    if train_on == "all" and any(isinstance(example, (Pair, Judged)) for example in examples):
-        train_on = "assistant"  # a data set contains no other examples beside these
-    results: list[list[Encoded] | BadRowError] = []
-    units: list[tuple[int, Answer]] = []
-    for i, example in enumerate(examples):
-        answers = answers_of(example)
+@dataclass(slots=True)
+class TokenRow:
+    """One row that is kept: one part, or the chosen and the rejected one."""
+
+    line: int
+    kind: Kind
+    parts: Sequence[Encoded]
+    truncated: bool = False
+    no_end: bool = False
+    desirable: bool = False
+    digest: bytes = b""  # of the row before it was cut, to find duplicates
+
+
+# ---- whole sources -----------------------------------------------------------------------------------------------
+
+
+def build(
+    sources: Sequence[Source], tokenizer: Tokenizer, settings: Settings, *, fingerprint: str | None = None
+) -> TokenDataset:
+    """Every row of ``sources``, or the first ones that can be used up to the limit of the settings.
+
+    Raises ValueError for an empty source, for one without a usable row, and for a bad row if the settings refuse it.
+    """
+    builder = _Builder(sources, tokenizer, settings, left=math.inf if settings.limit is None else settings.limit)
+    tally, names = builder.tally, [source.name for source in sources]
+    for number, source in enumerate(sources):
+        if not builder.left:
+            tally.partial = True
+            break
+        builder.read(number, source)
+    kept = len(builder.truncated)
+    if tally.dropped and (not kept or settings.on_bad_row == "error"):
+        raise bad_rows(names, kept, tally, settings)
+    if fingerprint is None:
+        quick = settings.limit is not None  # no file is read whole
+        content = [quick_digest(found.path) if quick and found.path else found.digest() for found in sources]
+        fingerprint = fingerprint_of([str(settings.limit), *content] if quick else content, tokenizer, settings)
+    return TokenDataset(
+        tokenizer, schema="+".join(builder.schemas), stores=builder.stores, names=names, places=builder.places,
+        truncated=builder.truncated, desirable=builder.desirable if builder.kind == "judged" else None, tally=tally,
+        fingerprint=fingerprint,
+    )  # fmt: skip
+
+
+@dataclass
+class _Builder:
+    """The rows that have been kept so far, and what has been counted."""
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+    settings: Settings
+    left: float  # rows that are still wanted
+    tally: Tally = field(default_factory=Tally)
+    digests: dict[int, set[bytes]] = field(default_factory=dict)  # of the first, second, ... time a source is given
+    schemas: dict[str, str] = field(default_factory=dict)  # an ordered set: schema -> the first source of its kind
+    kind: Kind | None = None
+    stores: list[TokenStore] = field(default_factory=lambda: [TokenStore()])
+    places: array[int] = field(default_factory=lambda: array("q"))
+    truncated: array[int] = field(default_factory=lambda: array("b"))
+    desirable: array[int] = field(default_factory=lambda: array("b"))
+
+    def read(self, number: int, source: Source) -> None:
+        rows, settings, name = source.rows(), self.settings, source.name
+        first = next(rows, None)
+        if first is None:
+            raise ValueError(f"{name} has 0 rows; give a file with rows")
+        read, schema = settings.read, settings.read_as
+        if read is None:
+            found = choose_schema(first[1], self.tokenizer, settings, where=f"{name}:{first[0]}")
+            read, schema = found.read, found.name
+        self.schemas.setdefault(schema, name)
+        given_before = [earlier.name for earlier in self.sources[:number]].count(name)
+        digests = self.digests.setdefault(given_before, set())  # a file that is named twice counts twice
+        encode = partial(encode_rows, name, tally=self.tally, read=read, tokenizer=self.tokenizer, settings=settings)
+        every = chain([first], rows)
+        batches = iter(lambda: list(islice(every, int(min(_BATCH, self.left)))), [])
+        processes = bool(settings.num_workers) and settings.limit is None
+        work = encode_in_processes(encode, batches, name, self.tally, settings) if processes else map(encode, batches)
+        with closing(work) if isinstance(work, Generator) else nullcontext():
+            for kept in work:
+                for row in kept:
+                    self.keep(number, row, digests)
+                if self.tally.seen > _MOST_BAD and not self.truncated:  # an endless source has no end to wait for
+                    raise bad_rows([each.name for each in self.sources], 0, self.tally, settings)
+                if not self.left:
+                    self.tally.partial = _has_more(rows)
+                    break
+
+    def keep(self, number: int, row: TokenRow, digests: set[bytes]) -> None:
+        if self.settings.drop_duplicates:
+            if row.digest in digests:
+                where = f"{self.sources[number].name}:{row.line}"
+                self.tally.drop(where, BadRowError(DUPLICATE, "the same as an earlier row"))
+                return
+            digests.add(row.digest)
+        self.tally.truncated += row.truncated
+        self.tally.no_end += row.no_end
+        if self.kind is None:
+            self.kind = row.kind
+            self.stores = [TokenStore() for _ in row.parts]
+        if row.kind != self.kind:
+            where = f"{self.sources[number].name}:{row.line}"
+            raise ValueError(f"{where}: {row.kind} rows cannot be mixed with the {self.kind} rows before them")
+        for store, part in zip(self.stores, row.parts, strict=True):
+            store.append(part)
+        self.left -= 1
+        self.places.extend((number, row.line))
+        self.truncated.append(row.truncated)
+        if row.kind == "judged":
+            self.desirable.append(row.desirable)
+
+
+def _has_more(rows: Iterator[Any]) -> bool:
+    try:
+        return next(rows, None) is not None
+    except ValueError:  # what cannot be read is something
+        return True
+
+
+# ---- a batch of rows ---------------------------------------------------------------------------------------------
+
+
+def encode_rows(
+    name: str, batch: Batch, *, tally: Tally, read: Read, tokenizer: Tokenizer, settings: Settings
+) -> list[TokenRow]:
+    """The rows of ``batch`` that can be learned from; ``tally`` counts all. Raises ValueError if a setting is at fault,
+    not a row. The prompt of a compared or judged answer gives no loss."""
+    columns, train_on = settings.columns, settings.train_on
+    if read in OUR_READERS or isinstance(read, InstructReader):
+        columns = TrackedColumns(columns)
+    examples: list[tuple[str, int, Example, Sequence[Answer]]] = []
+    for line, row in batch:
+        tally.seen += 1
+        where = f"{name}:{line}"
         try:
-            for answer in answers:
-                _check(answer)
+            examples.append((where, line, *read_row(where, row, columns, read, tally)))
         except BadRowError as bad:
-            results.append(bad)
+            tally.drop(where, bad)
+    if train_on == "all" and any(isinstance(example, (Pair, Judged)) for *_, example, _ in examples):
+        train_on = "assistant"  # a data set contains no other examples beside these
+    answers = [(where, answer) for where, *_, several in examples for answer in several]
+    encoded = iter(encode_answers([answer for _, answer in answers], tokenizer, train_on))
+    forms = {"chat" if isinstance(answer, Conversation) else "text" for _, answer in answers}
+    tally.forms |= forms
+    for note in tokenizer.template_notes if "chat" in forms else ():
+        tally.note(note)
+    turns = [(where, answer) for where, answer in answers if isinstance(answer, (Conversation, Turns))]
+    if any(message.extra for _, answer in turns for message in answer.messages):
+        leave_unwritten(turns, tokenizer, tally)
+    kept: list[TokenRow] = []
+    for where, line, example, several in examples:
+        parts = [next(encoded) for _ in several]
+        try:
+            kept.append(_finish(line, example, parts, tokenizer, settings, tally))
+        except BadRowError as bad:
+            tally.drop(where, bad)
             continue
-        results.append([])
-        units += [(i, answer) for answer in answers]
-    for (i, _), encoded in zip(units, _encode([unit for _, unit in units], tokenizer, train_on), strict=True):
-        so_far = results[i]
-        if isinstance(encoded, BadRowError) and isinstance(so_far, list):
-            results[i] = encoded
-        elif isinstance(encoded, Encoded) and isinstance(so_far, list):
-            so_far.append(encoded)
-    return [result if isinstance(result, BadRowError) else tuple(result) for result in results]
+        chats = [answer for answer in several if isinstance(answer, (Conversation, Turns))]
+        noted = [note for answer in chats if isinstance(answer, Conversation) for note in answer.notes]
+        if any(message.asked for answer in chats for message in answer.messages):
+            noted += not_trained(chats, settings.train_on)
+        noted += [note for part in kept[-1].parts for note in part.notes]
+        for note in dict.fromkeys(noted):
+            tally.note(note, where)
+    return kept
 
 
-def _check(unit: Answer) -> None:
-    """Raise BadRowError unless the turns of ``unit`` make a conversation that ends with an answer."""
-    if isinstance(unit, (Conversation, Turns)):
-        try:
-            if isinstance(unit, Turns):
-                for message in unit.messages:
-                    check_unicode(message.content)
-        except ValueError as error:
-            raise BadRowError("not text", str(error)) from None
-        try:
-            validate_messages(unit.messages)
-        except ValueError as error:
-            raise BadRowError("wrong roles", str(error)) from None
-        if unit.messages[-1].role != "assistant":
-            raise BadRowError(
-                "ends with user", f"the last turn is not the assistant's (roles: {roles_of(unit.messages)})"
-            )
-
-
-def _encode(units: Sequence[Answer], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
-    chats = [unit for unit in units if isinstance(unit, Conversation)]
+def encode_answers(answers: Sequence[Answer], tokenizer: Tokenizer, train_on: TrainOn) -> list[Encoded | BadRowError]:
+    """The ids of each answer and what of them is trained, or what is wrong with it."""
+    chats = [answer for answer in answers if isinstance(answer, Conversation)]
     rows = [(mask_messages(chat.messages, train_on), chat.tools, chat.variables) for chat in chats]
     conversations = iter(tokenizer.render_conversations(rows) if rows else ())
-    texts: dict[int, MarkedText] = {}  # by place in ``units``, as are the prompts
+    texts: dict[int, MarkedText] = {}  # by place in ``answers``, as are the prompts
     prompts: dict[int, MarkedText] = {}
-    results: list[Encoded | BadRowError] = [Encoded([])] * len(units)
-    for i, unit in enumerate(units):
-        if isinstance(unit, Tokens):
-            results[i] = _from_tokens(unit, tokenizer.vocab_size)
-            continue
-        if isinstance(unit, Turns):
-            turns = tokenizer.encode_turns(mask_messages(unit.formatted, train_on))
-            spelt = [note for message in unit.messages for note in tokenizer.notes_of(message.content)]
-            results[i] = replace(turns, notes=tuple(dict.fromkeys(spelt)))
-            continue
-        text = next(conversations) if isinstance(unit, Conversation) else _document(unit, train_on, tokenizer)
-        if isinstance(text, TemplateError):
-            results[i] = BadRowError(text.reason, str(text))
+    results: list[Encoded | BadRowError] = [Encoded([])] * len(answers)
+    for i, answer in enumerate(answers):
+        if isinstance(answer, Tokens):
+            results[i] = from_tokens(answer, tokenizer.vocab_size)
             continue
         try:
-            check_unicode(text.text)
+            if isinstance(answer, Turns):
+                results[i] = encode_formatted(answer, tokenizer, train_on)
+                continue
+            if isinstance(answer, Conversation):
+                text = next(conversations)
+            else:
+                text = to_document(answer, train_on, tokenizer)
+            if isinstance(text, TemplateError):
+                results[i] = BadRowError(text.reason, str(text))
+                continue
+            if not text.text.isascii():
+                check_unicode(text.text)
         except ValueError as error:
             results[i] = BadRowError("not text", str(error))
             continue
         texts[i] = text
-        if isinstance(unit, Completion) and train_on != "all":  # what inference asks with: no blanks at the end
-            prompts[i] = MarkedText(unit.prompt.rstrip(BLANKS), controls=[])
-    encoded = iter(tokenizer.encode_texts([*texts.values(), *prompts.values()]))
-    for i in texts:
-        results[i] = next(encoded)
-    asked = {i: next(encoded).ids for i in prompts}
-    for i, text in texts.items():
-        row = results[i]
-        if isinstance(row, Encoded) and not isinstance(units[i], Conversation):
-            results[i] = _with_ends(_from_prompt(row, asked.get(i, [])), text, tokenizer)
+        if isinstance(answer, Completion) and train_on != "all":  # what inference asks with: no blanks at the end
+            prompts[i] = MarkedText(answer.prompt.rstrip(BLANKS), controls=[])
+    encoded = tokenizer.encode_texts([*texts.values(), *prompts.values()])
+    asked = dict(zip(prompts, encoded[len(texts) :], strict=True))
+    for (i, text), row in zip(texts.items(), encoded[: len(texts)], strict=True):
+        is_chat = isinstance(answers[i], Conversation)
+        results[i] = row if is_chat else finish_document(row, asked[i].ids if i in asked else [], text, tokenizer)
     return results
 
 
-def _document(unit: Text | Completion, train_on: TrainOn, tokenizer: Tokenizer) -> MarkedText:
-    text = unit.text if isinstance(unit, Text) else unit.prompt + unit.completion
-    start = 0 if isinstance(unit, Text) or train_on == "all" else len(unit.prompt)
-    return MarkedText(text, [(start, len(text))], controls=[], notes=tokenizer.notes_of(text))
+def _finish(
+    line: int, example: Example, parts: Sequence[Encoded | BadRowError], tokenizer: Tokenizer, settings: Settings,
+    tally: Tally,
+) -> TokenRow:  # fmt: skip
+    """The row that is kept. Raises BadRowError if nothing can be learned from it."""
+    sides: list[Encoded] = []
+    for part in parts:
+        if isinstance(part, BadRowError):
+            raise part
+        sides.append(part)
+    if isinstance(example, Pair):
+        sides = [*as_pair(*sides)]
+    limit = settings.max_seq_len
+    truncated = limit is not None and any(len(side.ids) > limit for side in sides)
+    kept = [cut(side, limit) for side in sides] if truncated else sides
+    if not all(any(end > max(start, 1) for start, end in side.trained) for side in kept):
+        raise untrainable(sides, limit, tally)
+    if len(kept) == 2 and kept[0].ids == kept[1].ids:
+        raise BadRowError("equal answers", f"chosen and rejected differ only behind max_seq_len {limit}")
+    no_end = any(not tokenizer.ends_turn(side.ids[a:b]) for side in sides for a, b in side.trained)
+    kind: Kind = "single" if not isinstance(example, (Pair, Judged)) else example.kind
+    desirable = isinstance(example, Judged) and example.desirable
+    digest = digest_of(sides, desirable) if settings.drop_duplicates else b""
+    return TokenRow(line, kind, kept, truncated, no_end, desirable, digest)
 
 
-def _from_prompt(row: Encoded, prompt: Sequence[int]) -> Encoded:
-    """``row`` trained from the end of its prompt's ids, so that training and inference begin alike."""
-    if row.ids[: len(prompt)] != prompt:
-        return replace(row, notes=(*row.notes, _PROMPT_MERGES))
-    return replace(row, trained=join_spans([(len(prompt), len(row.ids))])) if prompt else row
-
-
-def _with_ends(row: Encoded, document: MarkedText, tokenizer: Tokenizer) -> Encoded:
-    """The document between bos (if this model adds it) and eos, which is trained. None of them is added twice."""
-    ids, spans = row.ids, row.trained
-    if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
-        whole = bool(document.trained) and document.trained[0][0] == 0
-        ids = [tokenizer.bos_id, *ids]
-        spans = [(a + 1, b + 1) for a, b in spans]
-        if whole and spans:
-            spans[0] = (0, spans[0][1])
-    if tokenizer.eos_id is not None and not ends_turn(ids, tokenizer):
-        spans = join_spans([*spans, (len(ids), len(ids) + 1)])
-        ids = [*ids, tokenizer.eos_id]
-    return Encoded(ids, spans, row.notes)
-
-
-def ends_turn(ids: Sequence[int], tokenizer: Tokenizer) -> bool:
-    """Whether a model that learns to write ``ids`` learns to stop: only white space may follow the end token."""
-    for index in reversed(ids):
-        if index == tokenizer.eos_id or index in tokenizer.eos_ids:
-            return True
-        if not tokenizer.decode([index], skip_special=False).isspace():
-            return False
-    return False
-
-
-def _from_tokens(unit: Tokens, vocab_size: int) -> Encoded | BadRowError:
-    ids = list(unit.input_ids)
-    if not ids:
-        return BadRowError("empty", "input_ids is empty")
-    if max(ids) >= vocab_size:
-        return BadRowError("unknown id", f"token id {max(ids)}, but the vocabulary has {vocab_size}")
-    return Encoded(ids, spans_of([label != -100 for label in unit.labels]))
-
-
-def spans_of(flags: Sequence[bool]) -> list[Span]:
-    """The runs of True."""
-    spans: list[Span] = []
-    start = None
-    for i, flag in enumerate([*flags, False]):
-        if flag and start is None:
-            start = i
-        elif not flag and start is not None:
-            spans.append((start, i))
-            start = None
-    return spans
+def digest_of(parts: Sequence[Encoded], desirable: bool) -> bytes:
+    """A digest of the contents of a row."""
+    total = hashlib.blake2b(bytes([desirable]), digest_size=12)
+    for part in parts:
+        total.update(array("i", part.ids).tobytes() + repr(part.trained).encode())
+    return total.digest()

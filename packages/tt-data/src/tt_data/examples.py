@@ -1,18 +1,17 @@
-"""A row, its cells by our column names, and what it says: a conversation, a prompt and its completion, text, or ids."""
+"""What a row says: a conversation, a prompt and its completion, text, or ids; one answer, or two."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from tt_data.messages import Message
-from tt_data.wording import names_of, visible
+from tt_data.wording import visible
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, str]  # our column name to theirs
-_HUGE = 10**4000  # Python writes no longer numbers
+Kind = Literal["single", "pair", "judged"]  # what a row holds: an answer, a chosen and a rejected one, one with a label
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,38 +60,35 @@ class Tokens:
 class Pair:
     """The better and the worse answer to one prompt."""
 
+    kind: ClassVar[Kind] = "pair"
     chosen: Conversation | Completion
     rejected: Conversation | Completion
+
+    @property
+    def answers(self) -> Sequence[Conversation | Completion]:
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One answer and whether it was wanted."""
 
+    kind: ClassVar[Kind] = "judged"
     answer: Conversation | Completion
     desirable: bool
 
+    @property
+    def answers(self) -> Sequence[Conversation | Completion]:
+        return (self.answer,)
 
-Kind = Literal["single", "pair", "judged"]
+
 Answer = Conversation | Turns | Completion | Text | Tokens
 Example = Answer | Pair | Judged
 
 
-def kind_of(example: Example) -> Kind:
-    """What a row of it holds: ``single``, ``pair`` (chosen and rejected) or ``judged``."""
-    return "judged" if isinstance(example, Judged) else "pair" if isinstance(example, Pair) else "single"
-
-
-def answers_of(example: Example) -> Sequence[Answer]:
-    """The two answers of a pair, the one that is judged, or the example itself."""
-    if isinstance(example, Pair):
-        return example.chosen, example.rejected
-    return (example.answer if isinstance(example, Judged) else example,)
-
-
 def mistake_in(example: object) -> str | None:
     """What is wrong with the return value of a converter, None if nothing is."""
-    answers: Sequence[object] = answers_of(example) if isinstance(example, (Pair, Judged)) else (example,)
+    answers: Sequence[object] = example.answers if isinstance(example, (Pair, Judged)) else (example,)
     for answer in answers:
         if isinstance(answer, (Conversation, Turns)):
             messages = (*answer.messages, *answer.formatted) if isinstance(answer, Turns) else answer.messages
@@ -120,104 +116,6 @@ class BadRowError(ValueError):
         self.reason = reason
 
 
-# ---- the cells of a row ------------------------------------------------------------------------------------------
-
-
-class TrackedRow(Mapping[str, Any]):
-    """A row that knows which of its columns have been read; asking whether there is one reads nothing."""
-
-    __slots__ = ("_row", "seen")
-
-    def __init__(self, row: Row) -> None:
-        self._row, self.seen = row, set[str]()
-
-    def __getitem__(self, name: str) -> Any:
-        value = self._row[name]
-        self.seen.add(name)
-        return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._row
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._row)
-
-    def __len__(self) -> int:
-        return len(self._row)
-
-    def peek(self, name: str) -> Any:
-        """The value of a column, which stays unread."""
-        return self._row.get(name)
-
-    def unread(self) -> list[str]:
-        """The columns that hold something and were not read."""
-        return [str(name) for name, value in self._row.items() if name not in self.seen and not is_empty(value)]
-
-
 def is_empty(value: Any) -> bool:
     """Null, or nothing in it: nothing is lost with it."""
     return value is None or (isinstance(value, (str, list, dict, tuple)) and not value)
-
-
-def find(row: Row, columns: Columns, *names: str) -> str | None:
-    """The row's column for the first of our ``names`` that it has a value for, else that it has at all. Reads none."""
-    peek = row.peek if isinstance(row, TrackedRow) else row.get
-    first = None
-    for name in names:
-        theirs = columns.get(name, name)
-        if theirs in row:
-            if not is_empty(peek(theirs)):
-                return theirs
-            first = first or theirs
-    return first
-
-
-def optional(row: Row, columns: Columns, *names: str) -> Any:
-    """The value of the first of these columns, None if the row has none of them."""
-    name = find(row, columns, *names)
-    return None if name is None else row[name]
-
-
-def cell(row: Row, columns: Columns, *names: str) -> Any:
-    """The same. Raises BadRowError if the row has none of them."""
-    name = find(row, columns, *names)
-    if name is None:
-        theirs = columns.get(names[0], names[0])
-        raise BadRowError("missing column", f"no column {theirs!r}, the row has {names_of(row)}")
-    return row[name]
-
-
-def text(row: Row, columns: Columns, *names: str, may_be_empty: bool = False) -> str:
-    """The text (or the number, as text) of the first of these columns. Raises BadRowError."""
-    value = cell(row, columns, *names)
-    if isinstance(value, str) and (may_be_empty or (value and not value.isspace())):
-        return value
-    return as_text(value, find(row, columns, *names) or names[0], may_be_empty=may_be_empty)
-
-
-def as_text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
-    """``value`` of the column ``name`` as text. Raises BadRowError."""
-    if value is None:
-        if may_be_empty:
-            return ""
-        raise BadRowError("null", f"column {name!r} is null")
-    if isinstance(value, float) and not isfinite(value):
-        raise BadRowError("null", f"column {name!r} is {value}")
-    if isinstance(value, (int, float)) and abs(value) < _HUGE:
-        return str(value)
-    if not isinstance(value, str):
-        raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")
-    if not value.strip() and not may_be_empty:
-        raise BadRowError("empty", f"column {name!r} is empty")
-    return value
-
-
-def numbers(row: Row, columns: Columns, name: str) -> list[int] | None:
-    """The list of whole numbers in a column, None if the row has none. Raises BadRowError."""
-    values = optional(row, columns, name)
-    if values is None:
-        return None
-    is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    if not is_list or not all(isinstance(v, int) or v in (0.0, 1.0) for v in values):
-        raise BadRowError("wrong type", f"column {columns.get(name, name)!r} is not a list of whole numbers")
-    return [int(value) for value in values]

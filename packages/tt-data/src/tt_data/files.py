@@ -30,36 +30,44 @@ _PACKED = {
     b"\xff\xfe": "it is UTF-16 text; save it as UTF-8",
     b"\xfe\xff": "it is UTF-16 text; save it as UTF-8",
 }
+_NO_TEXT = {  # of a file of rows, whose name says that it is text
+    b"\x1f\x8b": "this is compressed by gzip; add .gz to its name",
+    b"\xff\xfe": "this is UTF-16 text, expected UTF-8; save it as UTF-8",
+    b"\xfe\xff": "this is UTF-16 text, expected UTF-8; save it as UTF-8",
+    b"PAR1": "this is a parquet file; call it .parquet",
+    b"ARROW1": "this is an arrow file; call it .arrow",
+    b"PK\x03\x04": "this is a zip archive, not rows; unpack it",
+    b"\x28\xb5\x2f\xfd": "this is compressed by zstd; add .zst to its name",
+    b"\xfd7zXZ\0": "this is compressed by xz; add .xz to its name",
+    b"BZh": "this is compressed by bz2; add .bz2 to its name",
+}
+BOM = b"\xef\xbb\xbf"  # the byte order mark of UTF-8
 _WEB_PAGE = re.compile(rb"(?is)(?:<!--(?:(?!-->).)*-->\s*)*<(?:!doctype\s+html|html|head|body)[\s>]")
 
 
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 
-def inside(path: Path, root: Path | None = None) -> Path:
-    """Where ``path`` leads, links and all, if that is inside of ``root`` (its folder, unless given) or among the blobs
-    of a Hugging Face cache that ``root`` is a snapshot of. Raises ValueError that says where else it leads."""
+def regular(path: Path, root: Path | None = None, *, any_kind: bool = False) -> Path:
+    """``path``, if it is a regular file that is inside of ``root`` (its folder, unless given), links and all.
+
+    The links of a Hugging Face cache, from a snapshot to the blobs of its repository, are followed too. A file that the
+    user named may lead anywhere: pass ``path.resolve()``. ``any_kind``: it may also be a folder, or missing. Raises
+    ValueError that says what it is and where it leads, or FileNotFoundError.
+    """
     target = Path(os.path.realpath(path))
     folder = Path(os.path.realpath(path.parent if root is None else root))
     if not target.is_relative_to(folder) and target.parent not in _blobs(folder, target):
         raise ValueError(f"{path}: a link out of its folder, to {target}; copy what it leads to into the folder")
-    return target
-
-
-def regular(path: Path, root: Path | None = None) -> Path:
-    """``path``, if it is a regular file that is inside of ``root`` (its folder, unless given), links and all.
-
-    The links of a Hugging Face cache, from a snapshot to the blobs of its repository, are followed too. A file that the
-    user named may lead anywhere: pass ``path.resolve()``. Raises ValueError that says what it is and where it leads, or
-    FileNotFoundError.
-    """
-    target = inside(path, root)
+    if any_kind:
+        return path
     try:
         mode = target.stat().st_mode
     except FileNotFoundError:
         link = f"a link to {target}, which does not exist" if path.is_symlink() else "no such file"
         raise FileNotFoundError(f"{path}: {link}") from None
-    _refuse_irregular(path, mode)
+    if not stat.S_ISREG(mode):
+        raise _irregular(path, mode)
     return path
 
 
@@ -72,17 +80,18 @@ def _blobs(root: Path, target: Path) -> tuple[Path, ...]:
     return repository / "blobs", repository.parent / "blobs" / target.parent.name
 
 
-def _refuse_irregular(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        kind = next((words for is_kind, words in _KINDS.items() if is_kind(mode)), "something else")
-        raise ValueError(f"{path}: {kind}, expected a regular file")
+def _irregular(path: Path, mode: int) -> ValueError:
+    kind = next((words for is_kind, words in _KINDS.items() if is_kind(mode)), "something else")
+    return ValueError(f"{path}: {kind}, expected a regular file")
 
 
 def open_regular(path: Path, root: Path | None = None) -> BinaryIO:
     """The bytes of a file that ``regular`` accepts; a pipe that takes its place in between does not hang."""
     number = os.open(regular(path, root), _READ)
     try:
-        _refuse_irregular(path, os.fstat(number).st_mode)
+        mode = os.fstat(number).st_mode
+        if not stat.S_ISREG(mode):
+            raise _irregular(path, mode)
         return os.fdopen(number, "rb")
     except BaseException:
         os.close(number)
@@ -101,9 +110,10 @@ def read_bytes(path: Path, root: Path | None = None, *, limit: int) -> bytes:
     return data
 
 
-def stand_in(data: bytes) -> str | None:
-    """What the beginning of a file says that it is: a git-lfs pointer or a web page, and the cure; None for neither."""
-    head = data[:_HEAD].removeprefix(b"\xef\xbb\xbf").lstrip()
+def stand_in(data: bytes, *, text: bool = False) -> str | None:
+    """What the beginning of a file says that it is instead, and the cure: a git-lfs pointer, a web page, or (if it has
+    to be ``text``) something compressed or in another encoding. None if it is none of these."""
+    head = data[:_HEAD].removeprefix(BOM).lstrip()
     if head.startswith(b"version https://git-lfs"):
         oid, size = re.search(rb"\noid \w+:(\w{8})", head), re.search(rb"\nsize (\d{1,18})\b", head)
         facts = [f"oid {oid[1].decode()}..." if oid else "", f"{int(size[1]):,} bytes" if size else ""]
@@ -111,7 +121,7 @@ def stand_in(data: bytes) -> str | None:
         return f"this is a git-lfs pointer{known}, not the file; run: git lfs pull"
     if _WEB_PAGE.match(head) or (head.startswith(b"<?xml") and b"<Error>" in head):
         return f"this is a web page, not the file; {_AGAIN}, from an address that needs no login"
-    return None
+    return next((words for start, words in _NO_TEXT.items() if data.startswith(start)), None) if text else None
 
 
 def read_text(path: Path, root: Path | None = None, *, limit: int) -> str:

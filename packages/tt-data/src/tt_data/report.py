@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 from tt_data.examples import BadRowError
 from tt_data.wording import counted, visible
@@ -15,9 +15,19 @@ DUPLICATE = "duplicate"  # a reason for leaving a row out that is not a fault of
 _FILES = 10  # that are named in a note
 
 
-class Counts(TypedDict):
-    """What became of the rows of a source that were read: ``dropped`` by reason, the first ``problems`` with places."""
+class Share(TypedDict):
+    """The rows of one source of a mix, and how many of them an epoch holds."""
 
+    rows: int
+    per_epoch: int
+
+
+class Report(TypedDict):
+    """The report of a data set, as plain data for JSON; ``summary_lines`` makes text of it. ``dropped`` counts the rows
+    that were left out, by reason; the first ``problems`` name them with their places."""
+
+    schema: str
+    rows: int
     dropped: dict[str, int]
     truncated: int
     no_end_token: int
@@ -26,20 +36,6 @@ class Counts(TypedDict):
     form: str  # chat, text, or chat+text
     partial: NotRequired[bool]  # whether there are more rows than the ``read`` ones
     read: NotRequired[int]
-
-
-class Share(TypedDict):
-    """The rows of one source of a mix, and how many of them an epoch holds."""
-
-    rows: int
-    per_epoch: int
-
-
-class Report(Counts):
-    """The report of a data set, as plain data for JSON; ``summary_lines`` makes text of it."""
-
-    schema: str
-    rows: int
     files_left_out: NotRequired[list[str]]
     streaming: NotRequired[bool]
     packs: NotRequired[int]
@@ -56,6 +52,7 @@ class Tally:
     """
 
     seen: int = 0
+    partial: bool = False  # whether there are more rows than were seen
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     no_end: int = 0
@@ -103,22 +100,27 @@ class Tally:
     def summary(self) -> str:
         return ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
 
-    def report(self) -> Counts:
-        """The counts as plain data."""
-        return {
-            "dropped": dict(self.dropped),
-            "truncated": self.truncated,
-            "no_end_token": self.no_end,
-            "problems": list(self.problems),
-            "notes": [
-                *([self._unread_note()] if self.unread else ()),
-                *sorted(
-                    f"{kind} ({counted(count, 'row')}, the first at {where})" if count else kind
-                    for kind, (count, where) in self.notes.items()
-                ),
-            ],
-            "form": "+".join(sorted(self.forms)),
-        }
+    def report(self, schema: str, rows: int, *, files_left_out: Sequence[str] = (), streaming: bool = False) -> Report:
+        """The counts as plain data, with the files of directories that are not read."""
+        notes = [
+            *([self._unread_note()] if self.unread else ()),
+            *sorted(
+                f"{kind} ({counted(count, 'row')}, the first at {where})" if count else kind
+                for kind, (count, where) in self.notes.items()
+            ),
+        ]
+        if files_left_out:
+            more = f" and {len(files_left_out) - _FILES} more" if len(files_left_out) > _FILES else ""
+            files = ", ".join(files_left_out[:_FILES])
+            notes.append(f"{counted(len(files_left_out), 'file')} of the directory not read: {files}{more}")
+        report: Report = {
+            "schema": schema, "rows": rows, "dropped": dict(self.dropped), "truncated": self.truncated,
+            "no_end_token": self.no_end, "problems": list(self.problems), "form": "+".join(sorted(self.forms)),
+            "notes": notes, "files_left_out": list(files_left_out),
+        }  # fmt: skip
+        if self.partial:
+            report |= {"partial": True, "read": self.seen}
+        return {**report, "streaming": True} if streaming else report
 
     def _unread_note(self) -> str:
         """One line for all columns: data sets have many that nobody needs."""
@@ -163,25 +165,8 @@ def _seen(report: Report) -> int:
     return report["rows"] + sum(report["dropped"].values())
 
 
-def report_of(
-    counts: Counts, *, schema: str, rows: int, left_out: Sequence[str] = (), streaming: bool = False
-) -> Report:
-    """The report of a data set, with the files of its directories that are not read."""
-    notes = list(counts["notes"])
-    if left_out:
-        more = f" and {len(left_out) - _FILES} more" if len(left_out) > _FILES else ""
-        count = counted(len(left_out), "file")
-        notes.append(f"{count} of the directory not read: {', '.join(left_out[:_FILES])}{more}")
-    report = {"schema": schema, "rows": rows, **{key: value for key, value in counts.items() if key != "notes"}}
-    if streaming:
-        report["streaming"] = True
-    return cast(Report, {**report, "notes": notes, "files_left_out": list(left_out)})
-
-
-def refuse_dropped(report: Report, share: float | None, *, name: str) -> None:
+def refuse_dropped(report: Report, share: float, *, name: str) -> None:
     """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
-    if share is None:
-        return
     dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
     bad = sum(dropped.values())
     seen = _seen(report)

@@ -1,19 +1,26 @@
-"""Lists of turns, as OpenAI and sharegpt write them, to ``Message``."""
+"""The cells of a row, and the conversations in them, as OpenAI and sharegpt write them, to ``Message``.
+
+Columns have our names; ``columns`` says what the row calls them.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
-from tt_data.examples import BadRowError, Columns, Row, cell
-from tt_data.messages import Message, normal_role
-from tt_data.rows.json_files import load_json
+from tt_data.examples import BadRowError, Columns, Conversation, Row, is_empty
+from tt_data.messages import ROLES, Message, normal_role
+from tt_data.rows.calls import KNOWN, call_as_turn, check_calls, is_call, joined, read_tools, result_as_text
+from tt_data.rows.json_values import load_json, read_json
 from tt_data.wording import names_of
 
+CHAT_COLUMNS = ("messages", "conversations", "conversation")
+SYSTEM = ("system", "system_prompt")
+TOOLS = ("tools", "functions")
+_HUGE = 10**4000  # Python writes no longer numbers
 _MOST_TURNS = 1000  # finding the trained tokens takes time that grows with their square
-_KNOWN = ("role", "from", "content", "value", "text")
 # Keys that switch the loss of a turn on or off, as tools spell them: True trains, or True masks.
 _TRAINS = (
     "weight", "loss", "loss_weight", "loss_mask", "compute_loss", "train", "training", "trainable", "is_trainable",
@@ -21,7 +28,99 @@ _TRAINS = (
 )  # fmt: skip
 _MASKS = ("masked", "mask", "is_masked", "ignore", "ignore_loss", "no_loss")
 _PARTS_OF_A_TURN = ("train_detail", "training_detail", "train_details", "training_details")
-_CALL_ROLES = ("function_call", "tool_call", "tool_calls")  # sharegpt: a turn of the assistant that is a call
+
+
+# ---- the cells of a row ------------------------------------------------------------------------------------------
+
+
+class TrackedColumns(dict[str, str]):
+    """Our column names to the row's, and which columns of a row ``cell`` has read since ``read`` was last emptied."""
+
+    read: set[str]
+
+
+def find(row: Row, columns: Columns, *names: str) -> str | None:
+    """The row's column for the first of our ``names`` that it has a value for, else that it has at all. Reads none."""
+    present = [theirs for name in names if (theirs := columns.get(name, name)) in row]
+    if len(present) > 1:
+        return next((theirs for theirs in present if not is_empty(row[theirs])), present[0])
+    return present[0] if present else None
+
+
+def cell(row: Row, columns: Columns, *names: str, optional: bool = False) -> Any:
+    """The value of the first of these columns. If the row has none of them: None if ``optional``, else BadRowError."""
+    name = find(row, columns, *names)
+    if name is None:
+        if optional:
+            return None
+        theirs = columns.get(names[0], names[0])
+        raise BadRowError("missing column", f"no column {theirs!r}, the row has {names_of(row)}")
+    if isinstance(columns, TrackedColumns):
+        columns.read.add(name)
+    return row[name]
+
+
+def text(row: Row, columns: Columns, *names: str, may_be_empty: bool = False) -> str:
+    """The text (or the number, as text) of the first of these columns. Raises BadRowError."""
+    value = cell(row, columns, *names)
+    if isinstance(value, str) and (may_be_empty or (value and not value.isspace())):
+        return value
+    return as_text(value, find(row, columns, *names) or names[0], may_be_empty=may_be_empty)
+
+
+def as_text(value: Any, name: str, *, may_be_empty: bool = False) -> str:
+    """``value`` of the column ``name`` as text. Raises BadRowError."""
+    if value is None:
+        if may_be_empty:
+            return ""
+        raise BadRowError("null", f"column {name!r} is null")
+    if isinstance(value, float) and not isfinite(value):
+        raise BadRowError("null", f"column {name!r} is {value}")
+    if isinstance(value, (int, float)) and abs(value) < _HUGE:
+        return str(value)
+    if not isinstance(value, str):
+        raise BadRowError("wrong type", f"column {name!r} holds {type(value).__name__}, expected text")
+    if not value.strip() and not may_be_empty:
+        raise BadRowError("empty", f"column {name!r} is empty")
+    return value
+
+
+def numbers(row: Row, columns: Columns, name: str) -> list[int] | None:
+    """The list of whole numbers in a column, None if the row has none. Raises BadRowError."""
+    values = cell(row, columns, name, optional=True)
+    if values is None:
+        return None
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(isinstance(v, int) or v in (0.0, 1.0) for v in values):
+        raise BadRowError("wrong type", f"column {columns.get(name, name)!r} is not a list of whole numbers")
+    return [int(value) for value in values]
+
+
+# ---- conversations -----------------------------------------------------------------------------------------------
+
+
+def read_chat(row: Row, columns: Columns) -> Conversation:
+    """messages (OpenAI) or conversations (sharegpt), with tools and template variables if there are any."""
+    return conversation(row, columns, read_messages(cell(row, columns, *CHAT_COLUMNS)))
+
+
+def conversation(row: Row, columns: Columns, messages: Sequence[Message]) -> Conversation:
+    """``messages`` with the system message, the tools and the template's variables of the row's other columns."""
+    system, first = cell(row, columns, *SYSTEM, optional=True), messages[0]
+    if system is not None and as_text(system, find(row, columns, *SYSTEM) or "", may_be_empty=True).strip():
+        if first.role != "system":
+            messages = [Message("system", str(system)), *messages]
+        elif first.content.strip() != str(system).strip():
+            name = find(row, columns, *SYSTEM)
+            raise BadRowError("two system messages", f"column {name!r} and the first message differ; keep one of them")
+    tools = cell(row, columns, *TOOLS, optional=True)
+    if tools is not None:
+        are_functions = find(row, columns, *TOOLS) == columns.get("functions", "functions")
+        tools = read_tools(tools, are_functions=are_functions)
+    variables = cell(row, columns, "chat_template_kwargs", optional=True) or {}
+    if not isinstance(variables, Mapping):
+        raise BadRowError("wrong type", f"chat_template_kwargs holds {type(variables).__name__}, expected an object")
+    return Conversation(messages, tools, variables)
 
 
 def read_messages(turns: Any) -> list[Message]:
@@ -32,7 +131,8 @@ def read_messages(turns: Any) -> list[Message]:
     """
     if isinstance(turns, str) and turns.lstrip()[:1] in ("[", "{"):
         turns = read_json(turns, "messages")
-    turns = _by_turn(turns)
+    if isinstance(turns, Mapping):
+        turns = _by_turn(turns)
     if turns is None:
         raise BadRowError("null", "the list of messages is null")
     if not isinstance(turns, Sequence) or isinstance(turns, str):
@@ -54,8 +154,8 @@ def read_messages(turns: Any) -> list[Message]:
         message = _message(turn, i)
         if message.role == "system" and not message.content.strip() and i == 0 and len(turns) > 1:
             continue  # it is empty: the template writes what it writes without a system message
-        if _is_call(turn) and messages and messages[-1].role == "assistant":
-            message = _joined(messages.pop(), message, i)
+        if messages and messages[-1].role == "assistant" and is_call(turn):
+            message = joined(messages.pop(), message, i)
         messages.append(message)
     return messages
 
@@ -70,36 +170,18 @@ def sharegpt_to_llama2_messages(sample: Mapping[str, Any], train_on_input: bool 
     return [message if message.role == "assistant" else replace(message, masked=True) for message in messages]
 
 
-def messages_or_text(value: Any) -> Any:
-    """The turns that a column holds, as a list (also from JSON text, or a single turn); any other value as it is."""
-    if not isinstance(value, str):
-        return as_turns(value) or value
-    if value[:1] not in ("[", "{") and value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        return as_turns(load_json(value)) or value
-    except ValueError:
-        return value
-
-
-def turns_or_text(row: Row, columns: Columns, *names: str) -> Any:
-    """The turns (as a list) or the value of the first of these columns. Raises BadRowError if the row has none."""
-    return messages_or_text(cell(row, columns, *names))
-
-
-def _by_turn(value: Any) -> Any:
-    """``{"role": [...], "content": [...]}``, as columnar files may hold turns, as a list of turns."""
-    if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
-        same = len({len(column) for column in value.values()}) == 1
-        if same and ("role" in value or "from" in value):
-            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
-    return value
-
-
 def as_turns(value: Any) -> list[Any] | None:
-    """``value`` as a list of turns, None if it is something else."""
-    turns = _by_turn(value)
-    turns = [turns] if isinstance(turns, Mapping) else turns
+    """The turns in a column, as a list (also from JSON text, or a single turn); None if it is something else."""
+    if isinstance(value, str):
+        if value.lstrip()[:1] not in ("[", "{"):
+            return None
+        try:
+            value = load_json(value)
+        except ValueError:
+            return None
+    if isinstance(value, Mapping):
+        value = _by_turn(value)
+    turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         return None
     if all(isinstance(t, Message) or (isinstance(t, Mapping) and ("role" in t or "from" in t)) for t in turns):
@@ -107,23 +189,19 @@ def as_turns(value: Any) -> list[Any] | None:
     return None
 
 
-def read_tools(tools: Any) -> Sequence[Mapping[str, Any]] | None:
-    """Tool schemas, from a list or from JSON text."""
-    if isinstance(tools, str):
-        tools = read_json(tools, "tools") if tools.strip() else None
-    if not tools:
-        return None
-    if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRowError("wrong type", "tools must be a list of JSON schemas")
-    return [dict(tool) for tool in tools]
+def turns_or_text(row: Row, columns: Columns, *names: str) -> Any:
+    """The turns (as a list) or the value of the first of these columns. Raises BadRowError if the row has none."""
+    value = cell(row, columns, *names)
+    return as_turns(value) or value
 
 
-def read_json(text: str, name: str) -> Any:
-    """The value of JSON text. Raises BadRowError that names the column."""
-    try:
-        return load_json(text)
-    except ValueError as error:
-        raise BadRowError("wrong type", f"{name} is text but not JSON ({error})") from None
+def _by_turn(value: Mapping[str, Any]) -> Any:
+    """``{"role": [...], "content": [...]}``, as columnar files may hold turns, as a list of turns."""
+    if value and all(isinstance(column, list) for column in value.values()):
+        same = len({len(column) for column in value.values()}) == 1
+        if same and ("role" in value or "from" in value):
+            return [dict(zip(value, turn, strict=True)) for turn in zip(*value.values(), strict=True)]
+    return value
 
 
 def _message(turn: Any, i: int) -> Message:
@@ -136,88 +214,35 @@ def _message(turn: Any, i: int) -> Message:
     role = turn.get("role", turn.get("from"))
     if role is None:
         raise BadRowError("missing column", f"message {i} has no role, only {names_of(turn)}")
-    if _is_call(turn):
-        turn, role = _call_as_turn(turn, i), "assistant"
+    if role not in ROLES:
+        turn, role = (call_as_turn(turn, i), "assistant") if is_call(turn) else (turn, _role(role, i))
+    masked, asked, extra = False, False, dict[str, Any]()
+    if more := {key: value for key, value in turn.items() if key not in KNOWN and value is not None}:
+        masked, asked, extra = _beside_words(more, i)
+    content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
+    if content is None and role in ("system", "tool") and all(turn.get(key) is None for key in ("value", "text")):
+        content = ""  # a tool may return nothing
+    if role == "tool" and not isinstance(content, str):
+        content = result_as_text(content)
+    if content is None:
+        if "tool_calls" not in extra:
+            raise BadRowError("null", f"the content of message {i} is null")
+        content, extra["content"] = "", None  # the template must not find any words, not even empty ones
+    if not isinstance(content, str):
+        if not isinstance(content, Sequence):
+            raise BadRowError("wrong type", f"the content of message {i} is {type(content).__name__}, expected text")
+        extra["content"] = [_part(part, i) for part in content]  # for templates that read parts
+        content = "".join(part["text"] for part in extra["content"])
+    if role == "assistant" and not content.strip() and "tool_calls" not in extra:
+        raise BadRowError("empty", f"the assistant message {i} is empty")
+    return Message(role, content, masked, extra, asked)
+
+
+def _role(role: Any, i: int) -> str:
     try:
-        name = normal_role(role)
+        return normal_role(role)
     except ValueError as error:
         raise BadRowError("unknown role", f"message {i}: {error}") from None
-    if name in ("system", "tool") and all(turn.get(key) is None for key in ("content", "value", "text")):
-        turn = {**turn, "content": ""}  # a tool may return nothing
-    masked, asked = _said(turn, i)
-    extra = {key: value for key, value in turn.items() if key not in _NOT_EXTRA and value is not None}
-    older = extra.pop("function_call", None)
-    if older is not None and not extra.get("tool_calls"):
-        extra["tool_calls"] = [{"type": "function", "function": older}]
-    if not extra.get("tool_calls"):
-        extra.pop("tool_calls", None)  # an empty list is not a call
-    if name == "tool":
-        turn = _with_result_as_text(turn)
-    content, parts = _content(turn, i, may_be_null="tool_calls" in extra)
-    if content is None:  # a call without words: the template must not find any, not even empty ones
-        content, extra["content"] = "", None
-    if parts is not None:  # for templates that read parts; others are given the text
-        extra["content"] = parts
-    if name == "assistant" and not content.strip() and "tool_calls" not in extra:
-        raise BadRowError("empty", f"the assistant message {i} is empty")
-    return Message(name, content, masked, _checked_calls(extra, i), asked)
-
-
-def _is_call(turn: Any) -> bool:
-    role = turn.get("role", turn.get("from")) if isinstance(turn, Mapping) else None
-    return isinstance(role, str) and role.strip().lower() in _CALL_ROLES
-
-
-def _call_as_turn(turn: Mapping[str, Any], i: int) -> dict[str, Any]:
-    """sharegpt's call, whose value is JSON text, as OpenAI writes one."""
-    calls = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
-    if isinstance(calls, str):
-        calls = read_json(calls, f"the call in message {i}")
-    calls = [calls] if isinstance(calls, Mapping) else calls
-    if not isinstance(calls, Sequence) or not calls or not all(isinstance(call, Mapping) for call in calls):
-        raise BadRowError("wrong type", f"message {i} is a call, expected JSON of an object with name and arguments")
-    calls = [call if "function" in call else {"type": "function", "function": call} for call in calls]
-    return {key: value for key, value in turn.items() if key not in _KNOWN} | {"content": None, "tool_calls": calls}
-
-
-def _joined(words: Message, call: Message, i: int) -> Message:
-    """An assistant's words (or calls) and the call that follows them: one turn."""
-    if words.masked != call.masked:
-        raise BadRowError("wrong weight", f"message {i} is a call of message {i - 1}: only one of them is masked")
-    calls = [*words.extra.get("tool_calls", ()), *call.extra["tool_calls"]]
-    extra = {**call.extra, **words.extra, "tool_calls": calls}
-    if words.content:
-        extra.pop("content", None)
-    return Message("assistant", words.content, words.masked, extra, words.asked or call.asked)
-
-
-def _with_result_as_text(turn: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tool's result that is an object, or a list of other things than parts, as JSON text."""
-    key = next((key for key in ("content", "value", "text") if key in turn), "content")
-    result = turn.get(key)
-    is_parts = isinstance(result, list) and all(
-        isinstance(part, str) or (isinstance(part, Mapping) and ("type" in part or "text" in part)) for part in result
-    )
-    if isinstance(result, (Mapping, list, int, float)) and (not is_parts or not result):
-        return {**turn, key: json.dumps(result, ensure_ascii=False)}
-    return turn
-
-
-def _content(
-    turn: Mapping[str, Any], i: int, *, may_be_null: bool
-) -> tuple[str | None, list[dict[str, Any]] | None]:  # fmt: skip
-    """A turn's words; and its parts, if that is what it has."""
-    content = next((turn[key] for key in ("content", "value", "text") if key in turn), None)
-    if content is None:
-        if may_be_null:
-            return None, None
-        raise BadRowError("null", f"the content of message {i} is null")
-    if isinstance(content, str):
-        return content, None
-    if isinstance(content, Sequence):
-        parts = [_part(part, i) for part in content]
-        return "".join(part["text"] for part in parts), parts
-    raise BadRowError("wrong type", f"the content of message {i} is {type(content).__name__}, expected text")
 
 
 def _part(part: Any, i: int) -> dict[str, Any]:
@@ -229,40 +254,32 @@ def _part(part: Any, i: int) -> dict[str, Any]:
     raise BadRowError("not text", f"message {i} has a part of type {kind!r}; only text is supported")
 
 
-def _said(turn: Mapping[str, Any], i: int) -> tuple[bool, bool]:
-    """Whether one of the turn's keys switches its loss off, and whether one says that the turn is trained."""
+def _beside_words(more: Mapping[str, Any], i: int) -> tuple[bool, bool, dict[str, Any]]:
+    """Of the keys of a turn beside its role and its words: whether one switches its loss off, whether one says that it
+    is trained, and what templates may read."""
     for key in _PARTS_OF_A_TURN:
-        if turn.get(key):
+        if more.get(key):
             raise BadRowError(
                 "wrong weight", f"message {i} has {key}: only whole turns can be masked, not parts of them"
             )
     masked = asked = False
     for key in (*_TRAINS, *_MASKS):
-        value = turn.get(key)
+        value = more.get(key)
         if value is None:
             continue
         if isinstance(value, str) or value not in (0, 1):
             raise BadRowError("wrong weight", f"message {i} has {key} {value!r}, expected 0 or 1 (true or false)")
         is_off = bool(value) == (key in _MASKS)
         masked, asked = masked or is_off, asked or not is_off
-    return masked, asked and not masked
+    extra = {key: value for key, value in more.items() if key not in _LOSS_KEYS}
+    older = extra.pop("function_call", None)
+    if older is not None and not extra.get("tool_calls"):
+        extra["tool_calls"] = [{"type": "function", "function": older}]
+    if extra.get("tool_calls"):
+        extra["tool_calls"] = check_calls(extra["tool_calls"], i)
+    else:
+        extra.pop("tool_calls", None)  # an empty list is not a call
+    return masked, asked and not masked, extra
 
 
-_NOT_EXTRA = frozenset((*_KNOWN, *_TRAINS, *_MASKS, *_PARTS_OF_A_TURN))
-
-
-def _checked_calls(extra: dict[str, Any], i: int) -> dict[str, Any]:
-    """``extra``, if its calls have names. Their arguments stay as they are, JSON text (OpenAI's form) or an object: the
-    template takes one of them, or both."""
-    calls = extra.get("tool_calls")
-    if not calls:
-        return extra
-    if not isinstance(calls, Sequence) or not all(isinstance(call, Mapping) for call in calls):
-        raise BadRowError("wrong type", f"the tool_calls of message {i} are not a list of objects")
-    for call in calls:
-        function = call.get("function", call)
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise BadRowError("wrong type", f"a call in message {i} has no function with a name")
-        if isinstance(function.get("arguments"), str):
-            read_json(function["arguments"] or "{}", f"the arguments of a call in message {i}")
-    return {**extra, "tool_calls": list(calls)}
+_LOSS_KEYS = frozenset((*_TRAINS, *_MASKS, *_PARTS_OF_A_TURN))

@@ -1,6 +1,6 @@
-"""From the columns of a row to an ``Example``: one reader for each schema of ``schemas``.
+"""From the columns of a row to an ``Example``: one reader for each schema of ``schemas`` (chats: ``conversations``).
 
-Columns have our names; ``columns`` says what the row calls them. Columns that a reader does not look at are reported.
+Columns that a reader does not look at are reported.
 """
 
 from __future__ import annotations
@@ -9,34 +9,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tt_data.examples import (
-    BadRowError,
-    Columns,
-    Completion,
-    Conversation,
-    Judged,
-    Pair,
-    Row,
-    Text,
-    Tokens,
+from tt_data.examples import BadRowError, Columns, Completion, Conversation, Judged, Pair, Row, Text, Tokens
+from tt_data.messages import Message
+from tt_data.rows.conversations import (
+    CHAT_COLUMNS,
+    SYSTEM,
+    TOOLS,
     as_text,
+    as_turns,
     cell,
+    conversation,
     find,
     numbers,
-    optional,
+    read_chat,
+    read_messages,
     text,
+    turns_or_text,
 )
-from tt_data.messages import Message
-from tt_data.rows.conversations import as_turns, messages_or_text, read_json, read_messages, read_tools, turns_or_text
+from tt_data.rows.json_values import read_json
 from tt_data.template.prompts import InstructTemplate
 from tt_data.wording import names_of
 
-CHAT_COLUMNS = ("messages", "conversations", "conversation")
-SYSTEM = ("system", "system_prompt")
 INPUT = ("input", "context")  # context: as Dolly calls it
 OUTPUT = ("output", "response")
 COMPLETION = ("completion", "response")
-TOOLS = ("tools", "functions")
 LABEL = ("label", "kto_tag")
 ADDED = (*SYSTEM, "history", *TOOLS, "chat_template_kwargs")  # what a conversation takes beside its turns
 _MASKS = ("assistant_masks", "completion_mask", "loss_mask")  # 1: trained
@@ -57,23 +53,6 @@ def instruction_of(row: Row, columns: Columns) -> str:
     return f"{instruction}\n\n{context}" if context else instruction
 
 
-def read_chat(row: Row, columns: Columns) -> Conversation:
-    """messages (OpenAI) or conversations (sharegpt), with tools and template variables if there are any."""
-    return conversation(row, columns, read_messages(cell(row, columns, *CHAT_COLUMNS)))
-
-
-def conversation(row: Row, columns: Columns, messages: Sequence[Message]) -> Conversation:
-    """``messages`` with the system message, the tools and the template's variables of the row's other columns."""
-    system, first = optional(row, columns, *SYSTEM), messages[0]
-    if system is not None and as_text(system, find(row, columns, *SYSTEM) or "", may_be_empty=True).strip():
-        if first.role != "system":
-            messages = [Message("system", str(system)), *messages]
-        elif first.content.strip() != str(system).strip():
-            name = find(row, columns, *SYSTEM)
-            raise BadRowError("two system messages", f"column {name!r} and the first message differ; keep one of them")
-    return Conversation(messages, tools_of(row, columns), _variables(row, columns))
-
-
 def has_turns_before(row: Row, columns: Columns) -> bool:
     """Whether other columns hold turns before the prompt, which plain text cannot express."""
     names = (columns.get(name, name) for name in (*SYSTEM, "history"))
@@ -82,7 +61,8 @@ def has_turns_before(row: Row, columns: Columns) -> bool:
 
 def history(row: Row, columns: Columns) -> list[Message]:
     """Earlier turns: ``[[question, answer], ...]`` or messages, as JSON text too. Raises BadRowError."""
-    found = messages_or_text(optional(row, columns, "history"))
+    found = cell(row, columns, "history", optional=True)
+    found = as_turns(found) or found
     if isinstance(found, str) and found.strip():
         found = read_json(found, "history")
     if not found:
@@ -100,22 +80,6 @@ def history(row: Row, columns: Columns) -> list[Message]:
         for pair in found
         for (role, name), value in zip(sides, pair, strict=True)
     ]
-
-
-def tools_of(row: Row, columns: Columns) -> Sequence[Mapping[str, Any]] | None:
-    """The tools; OpenAI's older ``functions`` as tools."""
-    tools = read_tools(optional(row, columns, *TOOLS))
-    if tools and find(row, columns, *TOOLS) == columns.get("functions", "functions"):
-        return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    return tools
-
-
-def _variables(row: Row, columns: Columns) -> Mapping[str, Any]:
-    """Variables for the chat template, such as ``enable_thinking``."""
-    variables = optional(row, columns, "chat_template_kwargs") or {}
-    if not isinstance(variables, Mapping):
-        raise BadRowError("wrong type", f"chat_template_kwargs holds {type(variables).__name__}, expected an object")
-    return variables
 
 
 def read_completion(row: Row, columns: Columns) -> Completion | Conversation:
@@ -256,27 +220,22 @@ class InstructReader:
 
     def __call__(self, row: Mapping[str, Any], columns: Columns) -> Completion | Pair:
         cells: dict[str, Any] = {}
+        called: dict[str, str] = {}
         for column in self.template.columns:
-            names = INPUT if column == "input" else (column,)
-            name = find(row, columns, *names) or columns.get(column, column)
-            cells[name] = row.get(name)
-            _refuse_structure(name, cells[name])
-            columns = {**columns, column: name}
-        needed = (columns[c] for c in self.template.columns if c not in self.template.optional)
+            ours = INPUT if column == "input" else (column,)
+            name = called[column] = find(row, columns, *ours) or columns.get(column, column)
+            cells[name] = cell(row, columns, *ours, optional=True)
+            if cells[name] is not None:
+                as_text(cells[name], name, may_be_empty=True)  # a prompt needs text, not a list or an object
+        needed = (called[c] for c in self.template.columns if c not in self.template.optional)
         missing = next((name for name in needed if cells[name] is None), None)
         if missing is not None:
             raise BadRowError("missing column", f"no column {missing!r}, the row has {names_of(row)}")
-        prompt = self.template.format(cells, columns)
+        prompt = self.template.format(cells, {**columns, **called})
         if find(row, columns, "chosen"):
             chosen, rejected = (_answer(row, columns, name) for name in ("chosen", "rejected"))
             return Pair(Completion(prompt, chosen), Completion(prompt, rejected))
         return Completion(prompt, _answer(row, columns, *OUTPUT, *COMPLETION))
-
-
-def _refuse_structure(name: str, value: Any) -> None:
-    """Raise BadRowError for a list or an object: a prompt needs text."""
-    if value is not None:
-        as_text(value, name, may_be_empty=True)
 
 
 def _answer(row: Mapping[str, Any], columns: Columns, *names: str) -> str:

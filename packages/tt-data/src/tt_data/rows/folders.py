@@ -1,4 +1,4 @@
-"""The data files that a path means: a file, or those of a directory or of one of its splits.
+"""The readers of data files, and the data files that a directory or one of its splits contains.
 
 A file apart from ``sources``: most readers never need the rules of folders.
 """
@@ -7,28 +7,43 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 
-from tt_data.files import inside, regular, similar_file
-from tt_data.rows.data_files import compression, is_unread
-from tt_data.rows.json_files import READERS, file_kind
+from tt_data.files import regular, similar_file
+from tt_data.rows.data_files import COMPRESSED, data_error
+from tt_data.rows.json_files import Placed, file_kind, read_json, read_jsonl
+from tt_data.rows.tables import read_arrow, read_csv, read_parquet
 from tt_data.wording import did_you_mean, visible
 
 _NO_ROWS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-
 _MOST = 100_000  # files in a directory
 
 
+READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+
+
+def read_rows(path: Path) -> Iterator[Placed]:
+    """The rows of one file. Raises ValueError with file:line:column for what cannot be read."""
+    kind = file_kind(path)
+    if kind is None:
+        raise data_error(path, None, f"unknown kind of file, expected one of {', '.join(sorted(READERS))}")
+    return READERS[kind](path)
+
+
 def local_files(path: Path, split: str | None = None, data_files: Sequence[str] = ()) -> list[Path]:
-    """The data files that ``path`` (a file or a directory) means, of its ``split``, or only ``data_files`` (names or
-    patterns) in it. Raises FileNotFoundError or ValueError."""
-    if not path.is_dir():
-        _refuse_no_file(path)
-        if split not in (None, "train"):  # as the datasets library calls a file that is alone
-            raise ValueError(f"{path}: split {split!r} asked for, but it is one file and has no splits")
-        return [path]
+    """The data files in a directory, of its ``split``, or only ``data_files`` (names or patterns). Raises
+    FileNotFoundError or ValueError."""
     files = _matching(path, data_files) if data_files else [file for file in _inside(path) if file_kind(file)]
     files = [file for file in files if data_files or not _is_hidden(file.relative_to(path))]
     for file in files:
@@ -42,27 +57,27 @@ def local_files(path: Path, split: str | None = None, data_files: Sequence[str] 
     return files if split is None or data_files else _of_split(path, files, split)
 
 
-def _refuse_no_file(path: Path) -> None:
-    """Raise ValueError or FileNotFoundError if a path that the user named is not a regular file."""
+def no_file(path: Path) -> Exception:
+    """The error for a path that the user named and that is neither a directory nor a regular file."""
     if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
+        return FileNotFoundError(f"{path}: a link to {path.readlink()}, which is not there")
     if not path.exists():
         windows = "; a path is written with / here" if "\\" in str(path) else ""
-        raise FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()}){windows or similar_file(path)}")
+        return FileNotFoundError(f"{path}: no such file (looked in {Path.cwd()}){windows or similar_file(path)}")
     if path.is_fifo():
-        cure = f"write it into a file first: cat {path} > rows.jsonl"
-        raise ValueError(f"{path}: a pipe, which can be read only once; {cure}")
+        return ValueError(
+            f"{path}: a pipe, which can be read only once; write it into a file first: cat {path} > rows.jsonl"
+        )
     target = Path(os.path.realpath(path))
     try:
         regular(target)
     except ValueError as error:
-        raise ValueError(f"{path}{str(error).removeprefix(str(target))}") from None
+        return ValueError(f"{path}{str(error).removeprefix(str(target))}")
+    return ValueError(f"{path}: it changed while it was looked at; try again")
 
 
 def left_out(path: Path, files: Sequence[Path]) -> list[str]:
     """The files in a directory that are not among ``files``. Hidden files count only if they could hold rows."""
-    if not path.is_dir():
-        return []
     return [
         str(file)
         for file in _inside(path)
@@ -101,7 +116,7 @@ def refuse_links_out(pattern: Path, matches: Sequence[Path]) -> None:
 
 def _refuse_link_out(path: Path, root: Path, *, is_file: bool = True) -> None:
     try:
-        (regular if is_file else inside)(path, root)
+        regular(path, root, any_kind=not is_file)
     except ValueError as error:
         named = "; or list it by its own name in data.train" if "a link out of" in str(error) else ""
         raise ValueError(f"{error}{named}") from None
@@ -141,7 +156,7 @@ def _main_split(path: Path, files: Sequence[Path]) -> str | None:
 def _refuse_compressed(path: Path) -> None:
     """Rows that cannot be unpacked here are part of the data: reading on without them would be silent."""
     for file in _inside(path):
-        if (compression(file) or is_unread(file)) and file_kind(Path(file.stem)) and not file_kind(file):
+        if file.suffix.lower() in COMPRESSED and file_kind(Path(file.stem)) and not file_kind(file):
             raise ValueError(f"{file}: compressed in a way that is not read; unpack it, or list the files to read")
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tt_data.rows.endpoint import PUBLIC_HUB, check_endpoint, without_password
-from tt_data.rows.json_files import file_kind, read_rows
-from tt_data.rows.tables import Placed, without_nulls
+from tt_data.rows.folders import read_rows
+from tt_data.rows.json_files import Placed, file_kind
+from tt_data.rows.tables import without_nulls
 
 _REVISION = re.compile(r"[\w][\w./+=#@-]{0,249}", re.ASCII)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(:[\w.-]+)?")

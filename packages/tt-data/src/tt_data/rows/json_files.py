@@ -1,76 +1,95 @@
-"""Rows from local files, with the place of each: jsonl, json, csv, parquet, arrow."""
+"""Rows of jsonl and json files, with the place of each; and how any text file of rows is opened."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tt_data.rows.data_files import (
-    MAX_COLUMNS,
-    MAX_LINE,
-    UNPACKED,
-    begin,
-    check_columns,
-    compression,
-    data_error,
-    lines_of,
-    open_data,
-    size_on_disk,
-)
-from tt_data.rows.tables import Placed, Row, read_arrow, read_csv, read_parquet
+from tt_data.files import BOM, open_regular, stand_in
+from tt_data.rows.data_files import KINDS, MAX_COLUMNS, UNPACKED, check_columns, data_error, unpacked
+from tt_data.rows.json_values import MAX_DEPTH, json_error, load_json, refuse_deep
 from tt_data.wording import names_of
 
-MAX_DEPTH = 100  # of lists and objects in each other
+Row = dict[str, Any]
+Placed = tuple[int, Row]  # the line (or row) number that a message names, and the row
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")  # of files of rows
+MAX_LINE = 16 << 20  # bytes of a line, which is a row: millions of tokens
+_MAX_EMPTY = 1_000_000  # lines in a row
 _BLANK = re.compile(r"[ \t\r\n]*")
 _HEAD = 1 << 16
 _MAX_DOCUMENT = 4 << 30  # bytes of a file that is read at once
 _MAX_UNPACKED, _MAX_RATIO = 32 << 20, 50  # of a compressed one, if they are more than that many times those on disk
 
 
-def read_rows(path: Path) -> Iterator[Placed]:
-    """The rows of one file. Raises ValueError with file:line:column for what cannot be read."""
-    kind = file_kind(path)
-    if kind is None:
-        raise data_error(path, None, f"unknown kind of file, expected one of {', '.join(sorted(READERS))}")
-    yield from READERS[kind](path)
-
-
 def file_kind(path: Path) -> str | None:
     """``.jsonl`` for ``rows.jsonl`` and ``rows.jsonl.gz``; None if no reader knows the ending."""
-    packed = compression(path)
-    suffix = (Path(path.stem).suffix if packed else path.suffix).lower()
-    return suffix if suffix in READERS and not (packed and suffix in UNPACKED) else None
+    suffix = path.suffix.lower()
+    if suffix in KINDS:
+        suffix = Path(path.stem).suffix.lower()
+        return suffix if suffix in ENDINGS and suffix not in UNPACKED else None
+    return suffix if suffix in ENDINGS else None
+
+
+def open_data(path: Path) -> BinaryIO:
+    """The content of a data file, unpacked. Where its links may lead was checked in ``folders``."""
+    file = open_regular(Path(os.path.realpath(path)))
+    kind = KINDS.get(path.suffix.lower())
+    return file if kind is None else unpacked(path, file, kind)
+
+
+def lines_of(path: Path, stream: BinaryIO, number: int = 1) -> Iterator[tuple[int, bytes]]:
+    """The lines from the one called ``number`` on, empty ones too. Raises ValueError for one that is too long, and if
+    the first one is not UTF-8 text."""
+    empty = 0
+    for place, line in enumerate(iter(partial(stream.readline, MAX_LINE + 1), b""), number):
+        if len(line) > MAX_LINE:
+            raise data_error(path, place, f"a line of more than {MAX_LINE:,} bytes; a row is one line, so split it")
+        if place == 1:
+            if found := stand_in(line, text=True):
+                raise data_error(path, None, found)
+            line = line.removeprefix(BOM)
+        if len(line) > 2:
+            empty = 0
+        elif line.isspace() and (empty := empty + 1) > _MAX_EMPTY:
+            raise data_error(path, place, f"more than {_MAX_EMPTY:,} empty lines, expected rows; remove them")
+        yield place, line
 
 
 def read_jsonl(path: Path) -> Iterator[Placed]:
     """An object per line; empty lines are skipped. A file that is one document over many lines is read as .json."""
-    if is_one_document(path):
-        yield from read_json(path)
-        return
     with open_data(path) as stream:
         for number, line in lines_of(path, stream):
-            if number == 1:
-                line = begin(path, line)
+            if number == 1 and line.strip() in DOCUMENT:
+                break
             if not line.isspace():
                 yield number, parse_line(path, number, line)
+        else:
+            return
+    yield from read_json(path)
+
+
+DOCUMENT = (b"{", b"[")  # the first line of a file that is one document
 
 
 def parse_line(path: Path, number: int, line: bytes) -> Row:
     """The object on one line. Raises ValueError with the column and the text around it."""
     try:
         text = line.rstrip(b"\r\n").decode("utf-8", "surrogatepass")
-        row, end = decode_json(text, 0 if text.startswith("{") else _blank(text, 0))
+        row, end = _DECODER.raw_decode(text, 0 if text.startswith("{") else _blank(text, 0))
+        if text.count("[") + text.count("{") > MAX_DEPTH:
+            refuse_deep(row)
         if end != len(text) and _blank(text, end) != len(text):
             raise json.JSONDecodeError("Extra data", text, _blank(text, end))
     except UnicodeDecodeError as error:
         place = f"{number}:{error.start + 1}"
         raise data_error(path, place, f"not UTF-8 (byte 0x{line[error.start]:02x}); save it as UTF-8") from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise json_error(path, number, error) from None
     if not isinstance(row, dict):
         raise data_error(path, number, f"expected an object with columns, found {type(row).__name__}")
@@ -79,17 +98,31 @@ def parse_line(path: Path, number: int, line: bytes) -> Row:
     return row
 
 
-def is_one_document(path: Path) -> bool:
-    """Whether the first line only opens an object or a list."""
-    with open_data(path) as stream:
-        return stream.readline(64).removeprefix(b"\xef\xbb\xbf").strip() in (b"{", b"[")
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON allows a key twice, and the first value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {names_of([twice])} appears twice")
+    return found
+
+
+def _constant(name: str) -> float | None:
+    """NaN is how pandas writes what is missing."""
+    return None if name == "NaN" else float(name)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=_constant)
 
 
 def read_json(path: Path) -> Iterator[Placed]:
     """A list of objects, an object that holds such a list, one object, one conversation, or several of these, one
     after the other; or jsonl in a file called .json."""
     with open_data(path) as stream:
-        first = begin(path, stream.readline(MAX_LINE))
+        first = stream.readline(MAX_LINE)
+        if found := stand_in(first, text=True):
+            raise data_error(path, None, found)
+        first = first.removeprefix(BOM)
         if first.strip()[:1] not in (b"{", b"[", b""):
             raise data_error(path, 1, f"broken JSON (expected an object or a list) near {first[:20]!r}; correct it")
         is_jsonl = first.strip()[:1] == b"{" and _is_complete(first) and bool(stream.read(_HEAD).strip())
@@ -110,14 +143,14 @@ def read_json(path: Path) -> Iterator[Placed]:
 
 def _document(path: Path) -> str:
     """All of a file, or of what is packed in it."""
-    packed = compression(path) is not None
-    limit = max(_MAX_UNPACKED, _MAX_RATIO * size_on_disk(path)) if packed else _MAX_DOCUMENT
+    packed = path.suffix.lower() in KINDS
+    limit = max(_MAX_UNPACKED, _MAX_RATIO * path.stat().st_size) if packed else _MAX_DOCUMENT
     with open_data(path) as stream:
         data = _read(stream, limit)
     if len(data) > limit:
         raise data_error(path, None, f"more than {limit:,} bytes in one JSON document; write a row per line as .jsonl")
     try:
-        return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogatepass")
+        return data.removeprefix(BOM).decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise data_error(path, line, f"not UTF-8 (byte 0x{data[error.start]:02x}); save it as UTF-8") from None
@@ -144,8 +177,10 @@ def _documents(path: Path) -> list[tuple[int, Any]]:
     start, line = _blank(text, 0), 1 + text.count("\n", 0, _blank(text, 0))
     while not found or start < len(text):
         try:
-            value, end = decode_json(text, start)
-        except ValueError as error:
+            value, end = _DECODER.raw_decode(text, start)
+            if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
+                refuse_deep(value)
+        except (RecursionError, ValueError) as error:
             raise json_error(path, 1 if isinstance(error, json.JSONDecodeError) else line, error) from None
         found.append((line, value))
         end = _blank(text, end)
@@ -180,99 +215,3 @@ def _is_complete(line: bytes) -> bool:
         return isinstance(load_json(line.decode("utf-8", "replace")), dict)
     except ValueError:
         return False
-
-
-READERS: Mapping[str, Callable[[Path], Iterator[Placed]]] = {
-    ".jsonl": read_jsonl,
-    ".ndjson": read_jsonl,
-    ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": partial(read_csv, delimiter="\t"),
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
-}
-
-
-# ---- JSON --------------------------------------------------------------------------------------------------------
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON allows a key twice, and the first value would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {names_of([twice])} appears twice")
-    return found
-
-
-def _constant(name: str) -> float | None:
-    """NaN is how pandas writes what is missing."""
-    return None if name == "NaN" else float(name)
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_doubles, parse_constant=_constant)
-
-
-def decode_json(text: str, start: int = 0) -> tuple[Any, int]:
-    """The JSON value in ``text`` from ``start`` on, and where it ends. Raises JSONDecodeError, or ValueError for what
-    Python or the readers of rows cannot take."""
-    try:
-        value, end = _DECODER.raw_decode(text, start)
-    except (RecursionError, ValueError) as error:
-        raise _explained(error) from None
-    if text.count("[", start, end) + text.count("{", start, end) > MAX_DEPTH:
-        refuse_deep(value)
-    return value, end
-
-
-def load_json(text: str) -> Any:
-    """The value that is all of ``text``; of a key given twice the last one counts. Raises ValueError."""
-    try:
-        value = json.loads(text)
-    except (RecursionError, ValueError) as error:
-        raise _explained(error) from None
-    if text.count("[") + text.count("{") > MAX_DEPTH:
-        refuse_deep(value)
-    return value
-
-
-_DEEP = f"lists and objects more than {MAX_DEPTH} deep in each other"
-
-
-def _explained(error: Exception) -> ValueError:
-    if isinstance(error, RecursionError):
-        return ValueError(_DEEP)
-    if isinstance(error, json.JSONDecodeError):
-        return error
-    said = str(error).partition("; use sys")[0]  # of a number with more digits than Python reads
-    return ValueError(f"{said}; write it as text" if said.startswith("Exceeds") else said)
-
-
-def refuse_deep(value: Any) -> None:
-    """Raise ValueError for a value deeper than ``MAX_DEPTH``."""
-    if _depth(value) > MAX_DEPTH:
-        raise ValueError(_DEEP)
-
-
-def _depth(value: Any) -> int:
-    """How deep lists and objects are in each other; just over ``MAX_DEPTH`` for what is deeper."""
-    depth, level = 0, [value]
-    while level and depth <= MAX_DEPTH:
-        depth += 1
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ())
-            if isinstance(item, (dict, list))
-        ]
-    return depth
-
-
-def json_error(path: Path, line: int, error: ValueError) -> ValueError:
-    """A row that ``decode_json`` refused, with its place. Of a JSONDecodeError ``line`` is that before its text."""
-    if not isinstance(error, json.JSONDecodeError):
-        return data_error(path, line or None, f"broken JSON ({error}){'' if ';' in str(error) else '; correct it'}")
-    around = error.doc[max(0, error.pos - 20) : error.pos + 20].replace("\n", " ").strip()
-    cure = "write a row per line" if error.msg == "Extra data" else "correct it"
-    place = f"{line + error.lineno - 1}:{error.colno}"
-    return data_error(path, place, f"broken JSON ({error.msg}) near {around!r}; {cure}")

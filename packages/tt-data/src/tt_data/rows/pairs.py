@@ -9,30 +9,19 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tt_data.examples import (
-    BadRowError,
-    Columns,
-    Completion,
-    Conversation,
-    Pair,
-    Row,
-    TrackedRow,
-    as_text,
-    find,
-    optional,
-    text,
-)
+from tt_data.examples import BadRowError, Columns, Completion, Conversation, Pair, Row
 from tt_data.messages import Message
-from tt_data.rows.conversations import messages_or_text, turns_or_text
+from tt_data.rows.conversations import CHAT_COLUMNS, as_text, as_turns, cell, find, text, turns_or_text
 from tt_data.rows.converters import (
     ADDED,
-    CHAT_COLUMNS,
+    InstructReader,
     answered,
     has_turns_before,
     instruction_of,
     refuse_without_end,
     turns_of,
 )
+from tt_data.template.prompts import INSTRUCT_TEMPLATES
 from tt_data.wording import names_of
 
 QUESTIONS = ("question", "query", "input")  # a user's words; instruction may have an input
@@ -44,8 +33,15 @@ def read_pair(row: Row, columns: Columns) -> Pair:
     return _read_pair(row, columns, chat=True)
 
 
-def read_pair_of_texts(row: Row, columns: Columns) -> Pair:
-    """The same for a model without a chat template: a question is plain text, too."""
+def read_alpaca_as_text(row: Row, columns: Columns) -> Completion | Pair:
+    """An instruction and its answer for a model without a chat template: alpaca's prompt."""
+    return InstructReader(INSTRUCT_TEMPLATES["alpaca"])(row, columns)
+
+
+def read_pair_as_text(row: Row, columns: Columns) -> Completion | Pair:
+    """A pair for a model without a chat template: a question is plain text, an instruction is written like alpaca's."""
+    if find(row, columns, "instruction") and not cell(row, columns, "prompt", optional=True):
+        return read_alpaca_as_text(row, columns)
     return _read_pair(row, columns, chat=False)
 
 
@@ -66,7 +62,8 @@ def _read_pair(row: Row, columns: Columns, *, chat: bool) -> Pair:
 
 def _prompt(row: Row, columns: Columns, sides: dict[str, Any]) -> tuple[Any, bool]:
     """The prompt (turns, text, or None), and whether its column says that it is a user's words."""
-    prompt = messages_or_text(optional(row, columns, "prompt"))
+    prompt = cell(row, columns, "prompt", optional=True)
+    prompt = as_turns(prompt) or prompt
     if prompt is not None:
         return (prompt if isinstance(prompt, list) else as_text(prompt, "prompt", may_be_empty=True)), False
     if find(row, columns, "instruction"):
@@ -129,8 +126,7 @@ def _split_shared_text(row: Row, columns: Columns, chosen: str, rejected: str) -
 
 def _refuse_to_guess(row: Row, columns: Columns) -> None:
     known = {columns.get(name, name) for name in ("chosen", "rejected", "prompt", *ADDED)}
-    peek = row.peek if isinstance(row, TrackedRow) else row.get
-    others = [name for name in row if name not in known and isinstance(peek(name), str) and str(peek(name)).strip()]
+    others = [name for name, value in row.items() if name not in known and isinstance(value, str) and value.strip()]
     if others:
         raise BadRowError(
             "no prompt", f"chosen and rejected have no prompt beside them, but the row has the text of "

@@ -7,18 +7,19 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tt_data.files import open_regular, stand_in
-from tt_data.rows.data_files import compression, is_unread
-from tt_data.rows.folders import left_out, local_files, matching, refuse_links_out, refuse_outside
-from tt_data.rows.hub import DATASETS, HUB_ID, Part, open_hub, rows_from
-from tt_data.rows.json_files import READERS, file_kind, read_rows, refuse_deep
-from tt_data.rows.tables import Placed, null_for_nan, without_nulls
+from tt_data.rows.data_files import COMPRESSED
+from tt_data.rows.folders import READERS, left_out, local_files, matching, no_file, refuse_links_out, refuse_outside
+from tt_data.rows.hub import DATASETS, HUB_ID, NamedDataset, Part, open_hub, rows_from
+from tt_data.rows.json_files import Placed, file_kind
+from tt_data.rows.json_values import refuse_deep
+from tt_data.rows.tables import null_for_nan, without_nulls
 from tt_data.wording import nearest, visible
 
 NO_PART = Part()
@@ -59,7 +60,7 @@ def open_sources(source: Any, part: Part = NO_PART) -> list[Source]:
         return [_from_rows(source)]
     sources: list[Source] = []
     for name in source:
-        if is_hub_id(name):
+        if not os.path.lexists(name) and is_hub_id(name):
             sources.append(_from_hub(str(name), part))
             continue
         folder, files = _files(name, part)
@@ -68,23 +69,26 @@ def open_sources(source: Any, part: Part = NO_PART) -> list[Source]:
     return sources
 
 
-def as_files(source: Any, part: Part) -> tuple[Any, Part]:
-    """``json`` with ``data_files`` (as ``datasets.load_dataset`` takes local files) as these files."""
-    if not isinstance(source, str) or source not in _BUILDERS or os.path.lexists(source):
-        return source, part
-    files = _data_files(part)
-    found = files if part.data_dir is None else [str(Path(part.data_dir) / file) for file in files]
-    return (found, Part()) if files else (source, part)
+def resolve_name(name: str, part: Part) -> tuple[Any, Part, NamedDataset | None]:
+    """What a name means that no file here has: the place, the part and the facts of a registered data set, or the files
+    that ``json`` with ``data_files`` means (as ``datasets.load_dataset`` takes local files). Else the name itself."""
+    if named := DATASETS.get(name):
+        return named.source, part.over(named.part), named
+    files = _data_files(part) if name in _BUILDERS else []
+    if not files:
+        return name, part, None
+    return files if part.data_dir is None else [str(Path(part.data_dir) / file) for file in files], NO_PART, None
 
 
-def _path(name: str | Path) -> Path:
-    """The path that ``name`` means. Raises ValueError or FileNotFoundError if there cannot be one."""
+def _absent(name: str | Path) -> Path:
+    """The path that ``name`` means, although nothing has this name. Raises ValueError or FileNotFoundError if there
+    cannot be one."""
     text = str(name)
-    if not text.strip() or not ((text.isprintable() and len(text) < _LONGEST) or os.path.lexists(text)):
+    if not text.strip() or not text.isprintable() or len(text) >= _LONGEST:
         raise ValueError(
             f"data source: '{visible(text, 100)}' is not a name of a file, a folder or a data set of the hub"
         )
-    if "://" in text and not os.path.lexists(text):
+    if "://" in text:
         raise ValueError(
             f"{text}: an address, expected a file, a folder or a data set of the hub; {_from_address(text)}"
         )
@@ -132,48 +136,50 @@ def _data_files(part: Part) -> list[str]:
 
 def _files(name: str | Path, part: Part) -> tuple[Path, list[Path]]:
     """The file or folder that ``name`` means, and the files in it, of which ``part`` may choose some."""
-    path = _path(name)
+    path = Path(name) if os.path.lexists(name) else _absent(name)
     if part.revision is not None:
         raise ValueError(f"revision: {name} is on this machine and has no revisions; only hub data sets have them")
+    if path.is_file():
+        if part.data_dir is not None or part.data_files is not None:
+            raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
+        if part.split not in (None, "train"):  # as the datasets library calls a file that is alone
+            raise ValueError(f"{path}: split {part.split!r} asked for, but it is one file and has no splits")
+        return path, [path]
     if not os.path.lexists(path) and any(mark in str(path) for mark in "*?["):
         matches = matching(Path(path.anchor), str(path.relative_to(path.anchor)))
         if not matches:
             raise FileNotFoundError(f"{name}: no file with this name (looked in {Path.cwd()})")
         refuse_links_out(path, matches)
-        return path, [file for match in matches for file in local_files(match, part.split)]
-    if (part.data_dir is not None or part.data_files is not None) and not path.is_dir():
-        local_files(path)  # what it is, if it is not a file
-        raise ValueError(f"{', '.join(part.options())}: {name} is a file, expected a directory or a hub id")
-    files = [] if part.data_files is None else _data_files(part)
+        return path, [file for match in matches for file in _files(match, Part(split=part.split))[1]]
+    if not path.is_dir():
+        raise no_file(path)
+    files = _data_files(part)
     for file in files:
         refuse_outside("data_files", file)
     if part.data_dir is not None:
         refuse_outside("data_dir", part.data_dir)
-        path = path / part.data_dir
+        return _files(path / part.data_dir, replace(part, data_dir=None))
     return path, local_files(path, part.split, files)
 
 
 def _from_file(path: Path, beside: Sequence[str]) -> Source:
     """Raises ValueError for an empty file, and for a git-lfs pointer or a web page in the place of data."""
-    with _packed(path) as stream:
+    with open_regular(Path(os.path.realpath(path))) as stream:
         head = stream.read(_HEAD)
     if not head:
         raise ValueError(f"{path} has 0 rows (0 bytes); give a file with rows")
     if found := stand_in(head):
         raise ValueError(f"{path}: {found}")
-    if file_kind(path) is None:
-        unpack = "; unpack it first" if is_unread(path) or compression(path) else ""
+    kind = file_kind(path)
+    if kind is None:
+        unpack = "; unpack it first" if path.suffix.lower() in COMPRESSED else ""
         raise ValueError(f"{path}: unknown kind of file, expected one of {', '.join(sorted(READERS))}{unpack}")
-    return Source(visible(str(path), 4096), partial(read_rows, path), partial(_file_digest, path), path, beside)
-
-
-def _packed(path: Path) -> BinaryIO:
-    """The bytes of a data file as they are on disk."""
-    return open_regular(Path(os.path.realpath(path)))
+    name = str(path) if str(path).isprintable() else visible(str(path), 4096)
+    return Source(name, partial(READERS[kind], path), partial(_file_digest, path), path, beside)
 
 
 def _file_digest(path: Path) -> str:
-    with _packed(path) as stream:
+    with open_regular(Path(os.path.realpath(path))) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
@@ -181,7 +187,7 @@ def quick_digest(path: Path) -> str:
     """Instead of a digest of a whole large file: its size, time, beginning and end."""
     facts = path.stat()
     digest = hashlib.sha256(f"{facts.st_size} {facts.st_mtime_ns}".encode())
-    with _packed(path) as stream:
+    with open_regular(Path(os.path.realpath(path))) as stream:
         digest.update(stream.read(_CHUNK))
         stream.seek(max(0, facts.st_size - _CHUNK))
         digest.update(stream.read(_CHUNK))

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.rows.data_files import MAX_LINE, begin, check_columns, data_error, open_data, size_on_disk
+from tt_data.files import stand_in
+from tt_data.rows.data_files import check_columns, data_error
+from tt_data.rows.json_files import MAX_LINE, Placed, open_data
 from tt_data.wording import said, visible
 
-Row = dict[str, Any]
-Placed = tuple[int, Row]  # the line (or row) number that a message names, and the row
 _BATCH = 256  # rows that are made at once
 _MAX_CONTAINER = 50_000  # elements of a list in the footer of a parquet file
 _MAX_UNPACKED, _MAX_RATIO = 256 << 20, 500  # bytes of a row group, if they are more than that many times those on disk
@@ -22,7 +22,8 @@ _MAX_UNPACKED, _MAX_RATIO = 256 << 20, 500  # bytes of a row group, if they are 
 def read_csv(path: Path, delimiter: str = ",") -> Iterator[Placed]:
     """A header line, then a row per record; every value is text, but NaN, as pandas may write it, is null."""
     with open_data(path) as binary:
-        begin(path, binary.read(1024))
+        if found := stand_in(binary.read(1024), text=True):
+            raise data_error(path, None, found)
     with open_data(path) as binary, io.TextIOWrapper(binary, encoding="utf-8-sig", newline="") as stream:
         csv.field_size_limit(MAX_LINE)
         reader = csv.DictReader(_lines(path, stream), delimiter=delimiter, strict=True)  # an open quote must not
@@ -96,8 +97,8 @@ def read_parquet(path: Path, start: int = 0) -> Iterator[Placed]:
 
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
-    if unpacked > max(_MAX_UNPACKED, _MAX_RATIO * size_on_disk(path)):
-        raise data_error(path, None, f"rows of {unpacked:,} bytes in a file of {size_on_disk(path):,}; write it again")
+    if unpacked > max(_MAX_UNPACKED, _MAX_RATIO * path.stat().st_size):
+        raise data_error(path, None, f"rows of {unpacked:,} bytes in a file of {path.stat().st_size:,}; write it again")
 
 
 def read_arrow(path: Path) -> Iterator[Placed]:

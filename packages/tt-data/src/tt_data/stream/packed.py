@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
+from tt_data.encode import TokenRow
 from tt_data.examples import Kind
 from tt_data.files import read_object, write_bytes
 from tt_data.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
 from tt_data.packing import join_documents, pack
 from tt_data.report import Report, Tally, add_reports
-from tt_data.row_encoder import TokenRow
 from tt_data.stream.shuffled import StreamDataset
 from tt_data.stream.stream import Stream
 
@@ -55,6 +55,8 @@ class PackedStream(Stream):
     kept in ``index_file``, without which the blocks before the first step are encoded once more to get them.
     Every rank and every worker encodes every block.
     """
+
+    is_packed = True
 
     def __init__(self, rows: StreamDataset, *, max_seq_len: int, index_dir: Path | None = None) -> None:
         assert len(rows.blocks) == 1, "PackedMix packs several"
@@ -197,6 +199,8 @@ class PackedMix(Stream):
     An epoch is as many rounds as the first stream to run out of packs has; the others continue in the next epoch, where
     they stopped. No stream is read further than a step needs, so the first batch does not wait for the last row.
     """
+
+    is_packed = True
 
     def __init__(self, parts: Sequence[PackedStream], weights: Sequence[float]) -> None:
         self.parts, self.quotas = list(parts), quotas_of(weights)

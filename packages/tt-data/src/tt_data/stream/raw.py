@@ -10,11 +10,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tt_data.rows.data_files import begin, compression, lines_of, open_data
+from tt_data.files import BOM
+from tt_data.rows.data_files import KINDS
 from tt_data.rows.hub import Part, open_hub, rows_from
-from tt_data.rows.json_files import file_kind, is_one_document, parse_line
+from tt_data.rows.json_files import DOCUMENT, Row, file_kind, lines_of, open_data, parse_line
 from tt_data.rows.sources import Source, quick_digest
-from tt_data.rows.tables import Row, read_parquet
+from tt_data.rows.tables import read_parquet
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
 _CHUNK = 1 << 20
@@ -35,21 +36,20 @@ class RawStream:
 def to_stream(source: Source) -> RawStream:
     """A source as a stream: jsonl and parquet are opened at any row, other files are read up to it."""
     path, kind = source.path, source.path and file_kind(source.path)
-    if path is not None and kind in (".jsonl", ".ndjson") and not compression(path) and not is_one_document(path):
+    if path is None:
+        return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), source.digest)
+    digest = partial(quick_digest, path)
+    if kind in (".jsonl", ".ndjson") and path.suffix.lower() not in KINDS and not _is_one_document(path):
         lines = _Lines(path)
-        return RawStream(
-            source.name, lines.open_at, partial(parse_line_or_none, path), lines.count, partial(quick_digest, path)
-        )
-    if path is not None and kind == ".parquet":
-        return RawStream(
-            source.name,
-            partial(read_parquet, path),
-            _parsed,
-            partial(_count_parquet, path),
-            partial(quick_digest, path),
-        )
-    digest = source.digest if path is None else partial(quick_digest, path)
+        return RawStream(source.name, lines.open_at, partial(_parse, path), lines.count, digest)
+    if kind == ".parquet":
+        return RawStream(source.name, partial(read_parquet, path), _parsed, partial(_count_parquet, path), digest)
     return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), digest)
+
+
+def _is_one_document(path: Path) -> bool:
+    with open_data(path) as stream:
+        return stream.readline(64).removeprefix(BOM).strip() in DOCUMENT
 
 
 def _from(rows: Callable[[], Iterator[Raw]], start: int) -> Iterator[Raw]:
@@ -60,8 +60,7 @@ def _count(rows: Callable[[], Iterator[Raw]]) -> int:
     return sum(1 for _ in rows())
 
 
-def parse_line_or_none(path: Path, line: int, raw: bytes) -> Row | None:
-    """The object on a line, None for an empty one."""
+def _parse(path: Path, line: int, raw: bytes) -> Row | None:
     return parse_line(path, line, raw) if raw.strip() else None
 
 
@@ -83,7 +82,7 @@ class _Lines:
             number = mark * _MARK_EVERY
             for _, line in lines_of(self.path, stream, number + 1):
                 if number >= start:
-                    yield number + 1, begin(self.path, line) if number == 0 else line
+                    yield number + 1, line
                 number += 1
                 if number == len(self.marks) * _MARK_EVERY:
                     self.marks.append(stream.tell())

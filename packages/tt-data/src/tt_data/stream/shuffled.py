@@ -8,7 +8,6 @@ to there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,15 +15,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from tt_data.builder import build
 from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
-from tt_data.examples import Kind, kind_of
+from tt_data.encode import TokenRow, build, digest_of, encode_rows
+from tt_data.examples import Judged, Kind, Pair
 from tt_data.mismatched import mismatched
 from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
-from tt_data.report import Counts, Report, Tally, refuse_dropped, report_of
-from tt_data.row_encoder import TokenRow, digest_of, encode_rows
-from tt_data.rows.schemas import Read, choose_schema, settings_key
-from tt_data.rows.settings import Settings
+from tt_data.report import Report, Tally, refuse_dropped
+from tt_data.rows.schemas import Read, Settings, choose_schema, fingerprint_of
 from tt_data.rows.sources import Source
 from tt_data.stream.raw import Raw, RawStream
 from tt_data.stream.stream import Stream
@@ -95,9 +92,9 @@ class StreamDataset(Stream):
 
     def __init__(
         self, groups: Sequence[Sequence[RawStream]], tokenizer: Tokenizer, settings: Settings, *,
-        weights: Sequence[float] | None = None, buffer: int = 10_000, read: Read | None = None, schema: str = "",
-        files_left_out: Sequence[str] = (),
+        weights: Sequence[float] | None = None, files_left_out: Sequence[str] = (),
     ) -> None:  # fmt: skip
+        buffer, read = settings.buffer, settings.read
         if buffer <= 0:
             raise ValueError(f"buffer must be positive, got {buffer}")
         self.tokenizer, self.settings, self.pad_id = tokenizer, settings, tokenizer.pad_id
@@ -107,15 +104,13 @@ class StreamDataset(Stream):
         self.tally, self.files_left_out = Tally(), list(files_left_out)
         self._kind: Kind | None = None
         self._others: TokenStore | None = None  # the first judged answers
-        self._given, self._given_schema = read, schema
         self._readers: dict[str, tuple[Read, str]] = {}
         for stream in (stream for group in groups for stream in group):
-            self._readers[stream.name] = (read, schema) if read else self._reader_of(stream)
+            self._readers[stream.name] = (read, settings.read_as) if read else self._reader_of(stream)
         self.names = list(self._readers)
         self.schema = "+".join(dict.fromkeys(name for _, name in self._readers.values()))
         content = [stream.digest() for group in groups for stream in group]
-        parts = (*content, tokenizer.fingerprint, settings_key(settings), f"{self.quotas} {buffer}")
-        self.fingerprint = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+        self.fingerprint = fingerprint_of(content, tokenizer, settings, f"{self.quotas} {buffer}")
 
     @property
     def kind(self) -> Kind:
@@ -124,7 +119,8 @@ class StreamDataset(Stream):
             stream = self.blocks[0].streams[0]
             for _, row in islice(_parsed_rows(stream), 4096):
                 with contextlib.suppress(Exception):  # a bad row; or a mistake, which is named when the row is encoded
-                    return kind_of(self._readers[stream.name][0](row, self.settings.columns))
+                    example = self._readers[stream.name][0](row, self.settings.columns)
+                    return example.kind if isinstance(example, (Pair, Judged)) else "single"
         return self._kind or "single"
 
     def _reader_of(self, stream: RawStream) -> tuple[Read, str]:
@@ -192,11 +188,10 @@ class StreamDataset(Stream):
             if row is not None:
                 by_name.setdefault(stream.name, []).append((line, row))
         for name, present in by_name.items():
-            kept, counts = encode_rows(
-                name, present, read=self._readers[name][0], tokenizer=self.tokenizer, settings=self.settings
-            )
-            encoded += kept
-            tally.add(counts)
+            encoded += encode_rows(
+                name, present, tally=tally, read=self._readers[name][0], tokenizer=self.tokenizer,
+                settings=self.settings,
+            )  # fmt: skip
         for token_row in encoded:
             self._kind = self._kind or token_row.kind
             if token_row.kind != self._kind:
@@ -240,10 +235,12 @@ class StreamDataset(Stream):
         self._refuse_dropped()
 
     def _refuse_dropped(self) -> None:
+        if (share := self.settings.max_dropped_share) is None:
+            return
         totals = [blocks.total for blocks in self.blocks]
         whole = sum(total for total in totals if total is not None) if None not in totals else _ENOUGH
         if self.tally.seen >= min(whole, _ENOUGH):  # a short stream is judged once all of it was read
-            refuse_dropped(self.report, self.settings.max_dropped_share, name=", ".join(self.names[:3]))
+            refuse_dropped(self.report, share, name=", ".join(self.names[:3]))
 
     def blank(self) -> Row:
         """Two padding tokens in the shape of a row."""
@@ -256,7 +253,7 @@ class StreamDataset(Stream):
         """The first rows that can be used, as a separate data set, to look at."""
         streams = {stream.name: stream for blocks in self.blocks for stream in blocks.streams}
         sources = [Source(stream.name, partial(_parsed_rows, stream), stream.digest) for stream in streams.values()]
-        first = build(sources, self.tokenizer, self.settings, read=self._given, schema=self._given_schema, limit=rows)
+        first = build(sources, self.tokenizer, replace(self.settings, packing=False, limit=rows))
         first.files_left_out = self.files_left_out
         return first
 
@@ -275,23 +272,21 @@ class StreamDataset(Stream):
                     break
             whole = whole and next(source, None) is None
         name = ", ".join(self.names[:3]) + ("" if whole else f" (the first {tally.seen} rows)")
-        counts = tally.report()
-        if not whole:
-            counts |= {"partial": True, "read": tally.seen}
-        report = self._report(tally, counts)
+        tally.partial = not whole
+        report = self._report(tally)
         if not report["rows"]:
             raise ValueError(f"{name}: none can be used ({tally.summary()}): {'; '.join(tally.problems[:3])}")
-        if whole or tally.seen >= _ENOUGH:
-            refuse_dropped(report, self.settings.max_dropped_share, name=name)
+        if (share := self.settings.max_dropped_share) is not None and (whole or tally.seen >= _ENOUGH):
+            refuse_dropped(report, share, name=name)
         return report
 
     @property
     def report(self) -> Report:
-        return self._report(self.tally, self.tally.report())
+        return self._report(self.tally)
 
-    def _report(self, tally: Tally, counts: Counts) -> Report:
+    def _report(self, tally: Tally) -> Report:
         kept = tally.seen - tally.dropped.total()
-        return report_of(counts, schema=self.schema, rows=kept, left_out=self.files_left_out, streaming=True)
+        return tally.report(self.schema, kept, files_left_out=self.files_left_out, streaming=True)
 
 
 def _parsed_rows(stream: RawStream) -> Iterator[Raw]:

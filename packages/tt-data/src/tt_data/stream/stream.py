@@ -24,6 +24,7 @@ class Stream(ABC):
     schema: str
     fingerprint: str
     names: list[str]
+    is_packed = False  # whether a row is a pack of several documents
 
     @property
     @abstractmethod

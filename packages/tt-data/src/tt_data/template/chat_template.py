@@ -1,20 +1,24 @@
-"""A chat template that is rendered in its own process (``worker``), under limits on time, memory and output."""
+"""A chat template that is rendered in its own process (``worker``), under limits on time, memory and output; and how
+any process that works on untrusted files is started."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from tt_data.messages import Message
-from tt_data.template.sandbox import HAS_LIMITS, Process, start
+from tt_data.template.limits import HAS_LIMITS
 from tt_data.wording import visible
 
+Process: TypeAlias = "subprocess.Popen[bytes]"
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
 _OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # characters that a template may write of a conversation
@@ -24,32 +28,12 @@ _SECONDS_PER_CHARACTER = 1e-6
 _SLACK_SECONDS = 60.0 if HAS_LIMITS else 5.0  # of wall time, if the system does not end what hangs
 _USUAL_SECONDS, _USUAL_PER_PAIR = 1e-2, 2.5e-4  # of CPU time; templates take a tenth of it
 _OTHER = "choose a different one (template=chatml, llama3, ...)"
-_KILLED_SECONDS = RENDER_SECONDS + 1  # counted for a conversation that the process did not answer
+_DIED = {  # the answer of a process that died, or had to be killed
+    "error": "rendering used more time or memory than allowed", "cpu": RENDER_SECONDS + 1,
+}  # fmt: skip
 _EXTRA_SECONDS = 2.0  # that all conversations together may take beyond the usual; then the template is given up
 _PAIRS_PER_REQUEST = 10_000
 _CHARACTERS_PER_REQUEST = 4_000_000
-
-
-_LOST = {
-    "words": "words of some messages",
-    "reasoning": "the reasoning of some turns",
-    "tool calls": "tool_calls",
-    "tool results": "some results of tools",
-    "tools": "tools (functions)",
-}
-_EMPTY_TURN = "the chat template removes the text of some turns, so they are not trained"
-
-
-PROMPT_DIFFERS = (
-    "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
-    "deletes): the trained text does not quite follow the prompt of inference"
-)
-
-
-DATED = (
-    "the chat template writes the date of today: the same rows give different ids on a different day, and the model "
-    "is used with a different date than in training"
-)
 
 
 class TemplateError(ValueError):
@@ -65,16 +49,11 @@ class TemplateError(ValueError):
         self.ambiguous = reason == "ambiguous template"
 
 
-class Job:
-    """A conversation to render: the text that goes to the process, how many messages it has, and the CPU time that it
-    may take: alone (``seconds``; turns are rendered again and again to find their ends) or as one of many."""
+class Job(NamedTuple):
+    """A conversation to render: the JSON that goes to the process, and how many messages it has."""
 
-    def __init__(self, content: Mapping[str, Any], messages: int) -> None:
-        self.text = json.dumps(content, default=str)
-        self.messages = messages
-        pairs = messages**2
-        self.seconds = RENDER_SECONDS + _SECONDS_PER_PAIR * pairs
-        self.usual_seconds = _USUAL_SECONDS + _USUAL_PER_PAIR * pairs + _SECONDS_PER_CHARACTER * len(self.text)
+    text: str
+    messages: int
 
 
 class ChatTemplate:
@@ -84,42 +63,30 @@ class ChatTemplate:
         self, source: str, *, variables: Mapping[str, Any] | None = None, special: Sequence[str] = (),
         ends: Sequence[str] = (), name: str = "chat template",
     ) -> None:  # fmt: skip
-        size = len(source.encode("utf-8", "surrogatepass"))
-        if size > MAX_TEMPLATE_BYTES:
-            raise TemplateError(f"{name}: {size} bytes, expected at most {MAX_TEMPLATE_BYTES}")
         self.source, self.name = source, name
         self._setup = {
             "source": source, "variables": dict(variables or {}), "special": list(special), "ends": list(ends),
         }  # fmt: skip
+        self.notes: list[str] = []  # what a report says of the template itself, known once it has started
         self._spent, self._rendered = 0.0, 0
         self._process: Process | None = None
         self._owner = 0
-        self._facts: dict[str, Any] = {}
-        self._lock = threading.Lock()
+        self._ends: tuple[str, ...] = ()
+        self._lock = threading.RLock()
 
     @property
     def turn_ends(self) -> tuple[str, ...]:
         """The special tokens that end an assistant turn."""
-        with self._lock:
-            self._start()
-            return tuple(self._facts["ends"])
-
-    @property
-    def notes(self) -> list[str]:
-        """What a report says of the template itself."""
-        with self._lock:
-            self._start()
-            differs = [] if self._facts["keeps_its_prompt"] else [PROMPT_DIFFERS]
-            return [*differs, DATED] if self._facts["dated"] else differs
+        self.start()
+        return self._ends
 
     def run(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
         """Render ``jobs``; each answer has ``text`` or ``error``. If a job says which messages are ``trained``, its
-        answer also has ``spans``, ``lost`` (the kinds of things that the text does not contain), ``empty`` (nothing is
-        left of some turn) and ``follows_prompts`` (the trained text follows what inference would ask with)."""
+        answer also has ``spans`` and ``notes`` (what a report says of the conversation)."""
         answers: list[dict[str, Any]] = []
         with self._lock:
             while len(answers) < len(jobs):
-                self._start()
+                self.start()
                 request: list[Job] = []  # as many as are answered within about a tenth of a second, in little memory
                 pairs = characters = 0
                 for job in jobs[len(answers) :]:
@@ -127,25 +94,8 @@ class ChatTemplate:
                     if request and (pairs > _PAIRS_PER_REQUEST or characters > _CHARACTERS_PER_REQUEST):
                         break
                     request.append(job)
-                found = self._ask(request)
-                if len(found) < len(request):  # the process died on the next one
-                    found.append({"error": "rendering used more time or memory than allowed", "cpu": _KILLED_SECONDS})
-                    self._account(request[len(found) - 1], found[-1])
-                answers += found
+                answers += self._ask(request)
         return answers
-
-    def _account(self, job: Job, answer: Mapping[str, Any]) -> None:
-        """Count the time of a conversation. Raises TemplateError once all of them together take far more than usual:
-        each may be within its limit while a million of them take days."""
-        self._spent += answer["cpu"] - job.usual_seconds / (4 if "error" in answer else 1)
-        self._rendered += 1
-        if self._spent > _EXTRA_SECONDS:
-            last = f" ({visible(str(answer['error']))})" if "error" in answer else ""
-            raise TemplateError(
-                f"{self.name}: its first {self._rendered} conversations took {self._spent:.0f} s longer to render than "
-                f"allowed{last}, so this template is given up; {_OTHER}"
-            )
-        self._spent = max(self._spent, -_EXTRA_SECONDS * 4)
 
     def error(self, answer: Mapping[str, Any], nonce: str = "") -> TemplateError:
         """The exception for an answer with an error: which template, which line, what. ``nonce`` is taken out."""
@@ -162,58 +112,83 @@ class ChatTemplate:
             return TemplateError(f"{said}; {cure}", reason="system message refused")
         return TemplateError(said)
 
-    def _start(self) -> None:
-        if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
-            return
-        self._process = start("tt_data.template.worker")
-        self._owner = os.getpid()
-        weakref.finalize(self, _stop, self._process, self._owner)
-        self._facts = {}
-        answers = self._ask([Job(self._setup, 0)])
-        if not answers:
-            raise TemplateError(
-                f"{self.name}: its first rendering used more time or memory than allowed, or crashed; {_OTHER}"
-            )
-        if "error" in answers[0]:
-            _stop(self._process, self._owner)
-            raise self.error(answers[0])
-        self._facts = answers[0]
+    def start(self) -> None:
+        """Start the process, unless it runs, and have it study the template. Raises TemplateError."""
+        with self._lock:
+            if self._process is not None and self._owner == os.getpid() and self._process.poll() is None:
+                return
+            size = len(self.source.encode("utf-8", "surrogatepass"))
+            if size > MAX_TEMPLATE_BYTES:
+                raise TemplateError(f"{self.name}: {size} bytes, expected at most {MAX_TEMPLATE_BYTES}")
+            self._process, self._owner = start("tt_data.template.worker"), os.getpid()
+            weakref.finalize(self, _stop, self._process, self._owner)
+            (facts,) = self._ask([Job(json.dumps(self._setup), 0)])
+            if facts is _DIED:
+                raise TemplateError(
+                    f"{self.name}: its first rendering used more time or memory than allowed, or crashed; {_OTHER}"
+                )
+            if "error" in facts:
+                _stop(self._process, self._owner)
+                raise self.error(facts)
+            self._ends, self.notes = tuple(facts["ends"]), facts["notes"]
 
     def _ask(self, jobs: Sequence[Job]) -> list[dict[str, Any]]:
-        """The answers: fewer than ``jobs`` if the process died on one or had to be killed."""
+        """The answers. If the process died on a job, or had to be killed, the last one is ``_DIED``.
+
+        Raises TemplateError once all conversations together take far more time than usual: each may be within its
+        limit while a million of them take days.
+        """
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        answers: list[dict[str, Any]] = []
-        allowed = _SLACK_SECONDS + 2 * max(job.seconds for job in jobs)
-        armed = time.monotonic()
-        timer = _kill_after(allowed, process)
         lines: list[str] = []
+        allowed = _SLACK_SECONDS
         for job in jobs:  # a template may write all of its own text, and a multiple of the conversation
+            seconds = RENDER_SECONDS + _SECONDS_PER_PAIR * job.messages**2  # turns are rendered again to find ends
             most = _OUTPUT_AT_LEAST + len(self.source) + _OUTPUT_PER_CHARACTER * len(job.text)
-            limits = f'"seconds": {job.seconds}, "most": {min(MAX_OUTPUT_CHARACTERS, most)}'
+            limits = f'"seconds": {seconds}, "most": {min(MAX_OUTPUT_CHARACTERS, most)}'
             lines.append(f'{{{limits}, "job": {job.text}}}')
-        try:
-            process.stdin.write(f"[{','.join(lines)}]\n".encode())
-            process.stdin.flush()
-            while len(answers) < len(jobs) and (line := process.stdout.readline()).endswith(b"\n"):
-                answers.append(json.loads(line))
-                self._account(jobs[len(answers) - 1], answers[-1])
-                if (now := time.monotonic()) - armed > 1:
-                    timer.cancel()
-                    armed, timer = now, _kill_after(allowed, process)
-        except BrokenPipeError:
-            pass
-        except TemplateError:
-            _stop(process, self._owner)
-            raise
-        finally:
-            timer.cancel()
-        if len(answers) < len(jobs):
-            _stop(process, self._owner)
-            self._process = None
+            allowed = max(allowed, _SLACK_SECONDS + 2 * seconds)
+        request = f"[{','.join(lines)}]\n".encode()
+        answers: list[dict[str, Any]] = []
+        while len(answers) < len(jobs):
+            timer = threading.Timer(allowed, process.kill)  # of the next answer; set anew once a second
+            timer.daemon = True
+            timer.start()
+            armed = time.monotonic()
+            try:
+                if request:
+                    with contextlib.suppress(BrokenPipeError):  # what has died does not answer either
+                        process.stdin.write(request)
+                        process.stdin.flush()
+                    request = b""
+                while len(answers) < len(jobs) and time.monotonic() - armed < 1:
+                    line = process.stdout.readline()
+                    answers.append(json.loads(line) if line.endswith(b"\n") else _DIED)
+                    job, answer = jobs[len(answers) - 1], answers[-1]
+                    if answer is not _DIED or job.messages:
+                        usual = _USUAL_SECONDS + _USUAL_PER_PAIR * job.messages**2
+                        usual += _SECONDS_PER_CHARACTER * len(job.text)
+                        self._spent += answer["cpu"] - usual / (4 if "error" in answer else 1)
+                        self._spent = max(self._spent, -_EXTRA_SECONDS * 4)
+                        self._rendered += 1
+                    if answer is _DIED or self._spent > _EXTRA_SECONDS:
+                        _stop(process, self._owner)
+                        self._process = None
+                        if self._spent > _EXTRA_SECONDS:
+                            raise self._too_slow(answer)
+                        return answers
+            finally:
+                timer.cancel()
         return answers
+
+    def _too_slow(self, answer: Mapping[str, Any]) -> TemplateError:
+        last = f" ({visible(str(answer['error']))})" if "error" in answer else ""
+        return TemplateError(
+            f"{self.name}: its first {self._rendered} conversations took {self._spent:.0f} s longer to render than "
+            f"allowed{last}, so this template is given up; {_OTHER}"
+        )
 
     def close(self) -> None:
         """End the process; it starts again if it is needed."""
@@ -225,15 +200,30 @@ class ChatTemplate:
         return {"name": self.name, "source": self.source, "_setup": self._setup}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _process=None, _owner=0, _facts={}, _lock=threading.Lock())
+        self.__dict__.update(state, notes=[], _process=None, _owner=0, _ends=(), _lock=threading.RLock())
         self._spent, self._rendered = 0.0, 0
 
 
-def _kill_after(seconds: float, process: Process) -> threading.Timer:
-    timer = threading.Timer(seconds, process.kill)
-    timer.daemon = True
-    timer.start()
-    return timer
+def start(module: str, *words: str) -> Process:
+    """``python -m module words`` with pipes to its stdin and from its stdout, and with nothing of our environment that
+    is a secret."""
+    kept = {key: os.environ[key] for key in ("PATH", "SYSTEMROOT", "TZ", "LD_LIBRARY_PATH") if key in os.environ}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, *words],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={**kept, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "PYTHONUTF8": "1"},
+    )  # fmt: skip
+
+
+def run(module: str, *words: str, data: bytes, seconds: float) -> tuple[bytes, int]:
+    """What the process wrote when it was given ``data``, and its exit status. It is killed after ``seconds``."""
+    process = start(module, *words)
+    try:
+        written, _ = process.communicate(data, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        written, _ = process.communicate()
+    return written, process.returncode
 
 
 def _stop(process: Process, owner: int) -> None:
@@ -245,13 +235,6 @@ def _stop(process: Process, owner: int) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-
-
-def notes_of_answer(answer: Mapping[str, Any]) -> list[str]:
-    """What a report says of a text that does not contain all of its conversation."""
-    notes = [f"the chat template does not write {_LOST[kind]}" for kind in answer.get("lost", ())]
-    notes += [_EMPTY_TURN] if answer.get("empty") else []
-    return notes if answer.get("follows_prompts", True) else [*notes, PROMPT_DIFFERS]
 
 
 def template_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.files import inside, read_object, read_text
+from tt_data.files import read_object, read_text, regular
 from tt_data.template.prompts import our_name
 from tt_data.wording import did_you_mean
 
@@ -105,7 +105,7 @@ def _find_in(directory: Path, config: Mapping[str, Any]) -> tuple[dict[str, str]
     templates: dict[str, str] = {}
     if os.path.lexists(file):
         templates["default"] = read_template(file, directory)
-    if os.path.lexists(folder) and not inside(folder, directory).is_dir():
+    if os.path.lexists(folder) and not regular(folder, directory, any_kind=True).is_dir():
         raise ValueError(f"{folder}: expected a folder of .jinja files")
     for extra in sorted(folder.glob("*.jinja")):
         templates[extra.stem] = read_template(extra, directory)

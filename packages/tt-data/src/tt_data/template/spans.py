@@ -77,17 +77,15 @@ class SpecialTokens:
         self._longest = max(map(len, self._beginnings), default=0)
         self._whole = alternatives(known)
         firsts = {json.dumps(token[0])[1:-1] for token in known}
-        self._suspect = alternatives(firsts)  # in the JSON of a conversation: it may have to be broken
+        self.suspect = alternatives(firsts)  # in the JSON of a conversation: it may have to be broken
 
     def notes(self, text: str) -> tuple[str, ...]:
         """What a report says of the special tokens that ``text`` spells."""
         return _notes({match.group() for match in self._whole.finditer(text)})
 
-    def broken(self, content: Any, written: str, nonce: str) -> tuple[Any, tuple[str, ...]]:
-        """``content`` (``written`` as JSON) with every such string in it broken by ``nonce``, and what to say of them;
-        the same object if there is none."""
-        if not self._suspect.search(written):
-            return content, ()
+    def broken(self, content: Any, nonce: str) -> tuple[Any, tuple[str, ...]]:
+        """``content`` with every such string in it broken by ``nonce``, and what to say of them; the same object if
+        there is none."""
         found: set[str] = set()
         return self._broken(content, nonce, found), _notes(found)
 

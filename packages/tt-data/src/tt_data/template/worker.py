@@ -23,7 +23,7 @@ import jinja2.sandbox
 
 from tt_data.template.facts import study
 from tt_data.template.forms import MessageForms
-from tt_data.template.sandbox import limit_cpu, limit_memory
+from tt_data.template.limits import limit_cpu, limit_memory
 from tt_data.template.spans import alternatives
 from tt_data.template.turns import (
     BLOCK_EDGES,
@@ -38,6 +38,23 @@ _MEMORY_LIMIT = 1 << 30
 _FIRST_SECONDS, _SECONDS_PER_MESSAGE = 1.0, 2e-3  # of CPU time, for a conversation's first rendering
 _SLACK_SECONDS = 0.5
 _STUDY_CHARACTERS = 1 << 20
+# What a report says of a template, or of a text that does not contain all of its conversation.
+_LOST = {
+    "words": "words of some messages",
+    "reasoning": "the reasoning of some turns",
+    "tool calls": "tool_calls",
+    "tool results": "some results of tools",
+    "tools": "tools (functions)",
+}
+_EMPTY_TURN = "the chat template removes the text of some turns, so they are not trained"
+_PROMPT_DIFFERS = (
+    "the chat template's generation prompt is not part of its training text (it may open a thought that it later "
+    "deletes): the trained text does not quite follow the prompt of inference"
+)
+_DATED = (
+    "the chat template writes the date of today: the same rows give different ids on a different day, and the model "
+    "is used with a different date than in training"
+)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -134,8 +151,10 @@ class _Template:
                 lambda m, prompt: self.render(m, prompt, tools, extra), messages, trained, text, special=self.special,
                 facts=self.facts, empty=empty,
             )  # fmt: skip
-        left_out = bool(empty) and not all(trained)
-        return {"text": text, "spans": spans, "lost": losses.kinds, "empty": left_out, "follows_prompts": follows}
+        notes = [f"the chat template does not write {_LOST[kind]}" for kind in losses.kinds]
+        notes += [_EMPTY_TURN] if empty and not all(trained) else []
+        notes += [] if follows else [_PROMPT_DIFFERS]
+        return {"text": text, "spans": spans, "notes": notes}
 
     def refuses(self, role: str) -> bool:
         """Whether the template takes conversations, but none that begins with a message of ``role``."""
@@ -209,7 +228,8 @@ def main() -> None:
                     _limit_time(item["seconds"])
                     template = _Template(job)
                     facts = template.facts
-                    answer = {"ends": facts.ends, "keeps_its_prompt": facts.keeps_its_prompt, "dated": template.dated}
+                    notes = [] if facts.keeps_its_prompt else [_PROMPT_DIFFERS]
+                    answer = {"ends": facts.ends, "notes": [*notes, _DATED] if template.dated else notes}
                 else:
                     answer = template.answer(job, item["seconds"], item["most"])
             except (Exception, _TooLong) as error:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tt_data.files import json_kind
-from tt_data.text.word_cache import KNOWN_PATTERNS
+from tt_data.text.patterns import KNOWN_PATTERNS
 
 MAX_ID = (1 << 24) - 1  # of a token: the largest vocabularies have a quarter of a million
 _MAX_TOKEN = 4096  # characters

@@ -1,4 +1,4 @@
-"""A tokenizer from a model directory or a tokenizer file."""
+"""A tokenizer from a model directory or a tokenizer file, and which chat template it gets."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tt_data.files import decode_text, json_kind, read_bytes, read_object, similar_file
+from tt_data.template.prompts import INSTRUCT_TEMPLATES, our_name
 from tt_data.template.sources import find_templates, named_template
 from tt_data.text.backend import Backend
 from tt_data.text.json_checks import MAX_ID
@@ -16,6 +17,7 @@ from tt_data.text.json_file import MAX_BYTES, JsonTokenizer
 from tt_data.text.sentencepiece_file import SentencePieceTokenizer
 from tt_data.text.tokenizer import Tokenizer
 
+SpecialTokensInText = Literal["text", "tokens"]  # what special tokens that are typed in data become
 _log = logging.getLogger(__name__)
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 _MOST_EOS, _MOST_KEYS = 1000, 10_000
@@ -45,6 +47,24 @@ def load_tokenizer(
     if template is not None:
         return tokenizer.with_template(*named_template(template, tokenizer.token_id))
     return tokenizer
+
+
+def choose_template(
+    tokenizer: Tokenizer, template: str | None, *, special_tokens: SpecialTokensInText = "text"
+) -> Tokenizer:
+    """``tokenizer`` with the chat template of that name (or ``.jinja`` file); None keeps its own. Tokenizers with the
+    same template share the process that renders it.
+
+    An instruct template changes rows, not the tokenizer. ``special_tokens="tokens"``: special tokens that are typed in
+    data become those tokens. Raises ValueError with the nearest name, or FileNotFoundError.
+    """
+    if template is not None and our_name(template) not in INSTRUCT_TEMPLATES:
+        try:
+            tokenizer = tokenizer.with_template(*named_template(template, tokenizer.token_id))
+        except ValueError as error:
+            all_names = f", {', '.join(INSTRUCT_TEMPLATES)} or a .jinja"
+            raise ValueError(str(error).replace(" or a .jinja", all_names)) from None
+    return tokenizer.with_special_tokens_in_text() if special_tokens == "tokens" else tokenizer
 
 
 def find_tokenizer(paths: Sequence[Path]) -> tuple[Path, Path]:

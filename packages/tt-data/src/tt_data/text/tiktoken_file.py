@@ -7,7 +7,7 @@ import json
 from itertools import pairwise
 
 from tt_data.text.json_file import JsonTokenizer
-from tt_data.text.word_cache import byte_letters
+from tt_data.text.patterns import byte_letters
 
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from tt_data.messages import Message
-from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, notes_of_answer, template_dict
+from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, template_dict
 from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, SpecialTokens, check_unicode
 from tt_data.text.backend import Backend
 
@@ -51,42 +52,35 @@ class Tokenizer:
         self._template_name, self.templates = template_name, dict(templates or {})
         self.vocab_size = backend.vocab_size
         self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
-        self.pad_id = self._find_pad()
+        pads = [self._names.get("pad_token"), *_PAD_NAMES, self._names.get("unk_token")]
+        ids = [*(backend.token_id(token) for token in pads if isinstance(token, str)), self.eos_id]
+        self.pad_id = next((i for i in ids if i is not None and 0 <= i < self.vocab_size), 0)
         self.adds_bos = adds_bos and self.bos_id is not None
-        self._compiled: dict[str, ChatTemplate] = {}
         self._eos_ids: tuple[int, ...] | None = None
         # what generation_config.json adds must not change token rows, so it is not among these
         named = [self._names.get(name) for name in ("eos_token", "eot_token")]
         self._ends = [token for token in named if isinstance(token, str) and backend.token_id(token) is not None]
-        self._enders = self._find_special(more_specials)
+        # the tokens that are flagged special, and those that the tokenizer's own files call special
+        called = [token for key, token in self._names.items() if key.endswith("_token") and isinstance(token, str)]
+        known = [token for token in (*called, *more_specials) if token in backend.added]
+        self._enders = [token for token in dict.fromkeys([*backend.control, *known]) if token]
         if unknown := [token for token in text_specials if token not in backend.added]:
             raise ValueError(f"text_specials: {unknown[0]!r} is not a token of this tokenizer")
-        self.special_tokens = [*self._enders, *self._find_markers()]
+        # tokens with which a template opens turns although no flag says so (DeepSeek's <\uff5cUser\uff5c>)
+        sources, enders = "".join(self.templates.values()), set(self._enders)
+        spelt = [t for t in backend.added if t[:2] in _OPENING and t[-2:] in _CLOSING and t not in enders]
+        self.special_tokens = [*self._enders, *(token for token in spelt if token in sources)]
         self._keep_apart([token for token in self.special_tokens if token not in text_specials])
+        self._compiled = {name: self._made(source) for name, source in self.templates.items()}
+
+    def _made(self, source: str) -> ChatTemplate:
+        return ChatTemplate(
+            source, variables=self._names, special=self._enders, ends=self._ends, name=self._template_name
+        )
 
     def _named_id(self, name: str) -> int | None:
         token = self._names.get(name)
         return self._backend.token_id(token) if isinstance(token, str) else None
-
-    def _find_pad(self) -> int:
-        candidates = [
-            self._named_id("pad_token"),
-            *map(self._backend.token_id, _PAD_NAMES),
-            self._named_id("unk_token"),
-        ]
-        return next((i for i in [*candidates, self.eos_id] if i is not None and 0 <= i < self.vocab_size), 0)
-
-    def _find_special(self, more: Sequence[str]) -> list[str]:
-        """The tokens that are flagged special, and those that the tokenizer's own files call special."""
-        named = [token for key, token in self._names.items() if key.endswith("_token") and isinstance(token, str)]
-        known = [token for token in (*named, *more) if token in self._backend.added]
-        return [token for token in dict.fromkeys([*self._backend.control, *known]) if token]
-
-    def _find_markers(self) -> list[str]:
-        """Tokens with which a template opens turns although no flag says so (DeepSeek's ``<\uff5cUser\uff5c>``)."""
-        sources, known = "".join(self.templates.values()), set(self._enders)
-        spelt = [t for t in self._backend.added if t[:2] in _OPENING and t[-2:] in _CLOSING and t not in known]
-        return [token for token in spelt if token in sources]
 
     def _keep_apart(self, tokens: Sequence[str]) -> None:
         """``tokens`` are made if a template writes them, and never from text that someone typed."""
@@ -139,6 +133,15 @@ class Tokenizer:
             found.notes = row.notes
         return encoded
 
+    def ends_turn(self, ids: Sequence[int]) -> bool:
+        """Whether a model that learns to write ``ids`` learns to stop: only white space may follow the end token."""
+        for index in reversed(ids):
+            if index == self.eos_id or index in self.eos_ids:
+                return True
+            if not self.decode([index], skip_special=False).isspace():
+                return False
+        return False
+
     def notes_of(self, text: str) -> tuple[str, ...]:
         """What a report says of the special tokens that ``text`` spells."""
         return self._apart.notes(text)
@@ -153,7 +156,7 @@ class Tokenizer:
     def eos_ids(self) -> tuple[int, ...]:
         """Every id that ends an answer: eos, those of generation_config.json, the template's end of turn."""
         if self._eos_ids is None:
-            ends = self._template(None).turn_ends if self.has_chat_template else self._ends
+            ends = self._template(None).turn_ends if self.templates else self._ends
             ids = [self.eos_id, *self._extra_eos_ids, *map(self._backend.token_id, ends)]
             self._eos_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
         return self._eos_ids
@@ -161,15 +164,19 @@ class Tokenizer:
     @property
     def template_notes(self) -> list[str]:
         """What a report says of the chat template itself."""
-        return self._template(None).notes if self.has_chat_template else []
+        if not self.templates:
+            return []
+        template = self._template(None)
+        template.start()
+        return template.notes
 
     def with_template(self, templates: Mapping[str, str], name: str) -> Tokenizer:
         """A copy with other chat templates (``default`` and, if tools need another, ``tool_use``)."""
         if templates == self.templates and name == self._template_name:
             return self  # and its process
         other = copy.copy(self)
-        other.templates, other._template_name, other._compiled = dict(templates), name, {}
-        other._eos_ids = None
+        other.templates, other._template_name, other._eos_ids = dict(templates), name, None
+        other._compiled = {name: other._made(source) for name, source in templates.items()}
         return other
 
     def with_special_tokens_in_text(self) -> Tokenizer:
@@ -185,7 +192,8 @@ class Tokenizer:
         (``enable_thinking=False``). Raises TemplateError."""
         content = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": variables}
         template = self._template(tools)
-        answer = template.run([Job({**content, "prompt": add_generation_prompt}, len(messages))])[0]
+        written = json.dumps({**content, "prompt": add_generation_prompt}, default=str)
+        answer = template.run([Job(written, len(messages))])[0]
         if "error" in answer:
             raise template.error(answer)
         return str(answer["text"])
@@ -219,13 +227,14 @@ class Tokenizer:
             given = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": dict(variables)}
             content = {**given, "prompt": True} if prompt else {**given, "trained": trained}
             try:
-                job = Job(content, len(messages))
-                safe, notes = self._apart.broken(content, job.text, nonce)
-                job = job if safe is content else Job(safe, len(messages))
+                written, notes = json.dumps(content, default=str), tuple[str, ...]()
+                if self._apart.suspect.search(written):
+                    safe, notes = self._apart.broken(content, nonce)
+                    written = written if safe is content else json.dumps(safe, default=str)
             except RecursionError:
                 results[place] = TemplateError("messages, tools or variables are nested too deeply to be rendered")
                 continue
-            sent.setdefault(bool(tools), []).append((place, job, notes))
+            sent.setdefault(bool(tools), []).append((place, Job(written, len(messages)), notes))
         for with_tools, jobs in sorted(sent.items()):
             template = self._template(with_tools)
             for (place, job, notes), answer in zip(jobs, template.run([job for _, job, _ in jobs]), strict=True):
@@ -235,7 +244,7 @@ class Tokenizer:
                 row = MarkedText(answer["text"], [(a, b) for a, b in answer.get("spans", ())])
                 if nonce in job.text:
                     row = self._apart.mended(row.text, row.trained, nonce)
-                results[place] = replace(row, notes=(*notes, *notes_of_answer(answer)))
+                results[place] = replace(row, notes=(*notes, *answer.get("notes", ())))
         return results
 
     def tokenize_messages(
@@ -280,20 +289,12 @@ class Tokenizer:
         name = "tool_use" if tools and "tool_use" in self.templates else "default"
         if name not in self.templates:
             raise ValueError(f"{self._template_name}: no template named 'default', only {sorted(self.templates)[:8]}")
-        if name not in self._compiled:
-            self._compiled[name] = ChatTemplate(
-                self.templates[name], variables=self._names, special=self._enders, ends=self._ends,
-                name=self._template_name,
-            )  # fmt: skip
         return self._compiled[name]
 
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes ids: the vocabulary, the control tokens, the chat templates."""
-        parts = [
-            self._backend.to_str(),
-            repr(sorted(self._names.items(), key=str)),
-            repr(sorted(self.templates.items())),
-        ]
-        parts.append(repr((self.special_tokens, self._apart.strings, self.adds_bos, self.bos_id, self.eos_id)))
+        special = (self.special_tokens, self._apart.strings, self.adds_bos, self.bos_id, self.eos_id)
+        names, templates = sorted(self._names.items(), key=str), sorted(self.templates.items())
+        parts = [self._backend.to_str(), repr(names), repr(templates), repr(special)]
         return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()

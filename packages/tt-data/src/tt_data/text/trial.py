@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tt_data.template.sandbox import limit_cpu, limit_memory, run
+from tt_data.template.chat_template import run
+from tt_data.template.limits import limit_cpu, limit_memory
 from tt_data.wording import visible
 
 _LOAD_SECONDS, _ENCODE_SECONDS = 3, 3  # of CPU time; and a second for each 10 MB of the file
