@@ -42,7 +42,7 @@ class Job(Generic[C_co]):
     model_config: tt_models.ModelConfig
     hf_config: dict[str, Any]
     lora: tt_peft.LoRAConfig | None
-    tokenizer: Any
+    tokenizer: tt_data.Tokenizer
     train: tt_data.Dataset | tt_data.Stream
     held_out: tt_data.Dataset | None
     head: tt_data.Report | None  # the report of a stream's first rows
@@ -158,6 +158,7 @@ def assemble(config: C, *, rows: Kind | None = None) -> Job[C]:
     assert hf_config is not None
     assert model_config is not None
     assert device is not None
+    assert tokenizer is not None
     assert train is not None
     job = Job(
         config=config,
@@ -200,7 +201,7 @@ def _collect(problems: list[str], key: str, action: Callable[[], T]) -> T | None
     return None
 
 
-def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[str]) -> Any:
+def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[str]) -> tt_data.Tokenizer | None:
     """The tokenizer with the template of the config; None if there is none to read, and why in ``problems``."""
     source = config.model.tokenizer or model_path
     if source is None:
@@ -212,7 +213,7 @@ def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[st
     return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
 
 
-def rows_to_train(config: RunConfig, *, limit: int | None = None) -> Any:
+def rows_to_train(config: RunConfig, *, limit: int | None = None) -> tt_data.Dataset | tt_data.Stream:
     """The rows of ``data.train`` (the first ``limit``) as a run would see them, those to be held out included.
 
     Needs no device and no weights, and takes any number of bad rows. ConfigError names every mistake.
@@ -222,7 +223,8 @@ def rows_to_train(config: RunConfig, *, limit: int | None = None) -> Any:
     problems: list[str] = []
     folder = _collect(problems, "model.path", lambda: model_folder(config))
     tokenizer = read_tokenizer(config, folder, problems)
-    if not problems:
+    rows: tt_data.Dataset | tt_data.Stream | None = None
+    if tokenizer is not None and not problems:
         model_config = tt_models.config_from_hf(read_hf_config(config, folder))
         length = sequence_length(config, model_config, [])
         options = {
@@ -230,6 +232,6 @@ def rows_to_train(config: RunConfig, *, limit: int | None = None) -> Any:
             "limit": limit if not (config.data.packing or config.data.streaming) else None,
         }
         rows = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **options))
-    if problems:
+    if rows is None:
         raise ConfigError(problems)
     return rows

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
@@ -12,6 +12,11 @@ from tt_cli.names import composed, refuse_run, runnable_names
 from tt_cli.options import COUNT, Number, config_words, json_option
 from tt_cli.terminal import print_json, say, wants_color
 from tt_train.errors import shell_word
+
+if TYPE_CHECKING:
+    import tt_data
+
+Rows: TypeAlias = "tt_data.Dataset | tt_data.Stream"
 
 
 @click.command(
@@ -95,9 +100,7 @@ def command(
 
     limit = None if stats else max(1, start + num)
     if what in runnable_names() or what.endswith((".yaml", ".yml", ".py")):
-        dataset, streaming = _rows_of_config(
-            what, config_file, (*overrides, *_as_words(options)), allow_import, limit=limit
-        )
+        dataset = _rows_of_config(what, config_file, (*overrides, *_as_words(options)), allow_import, limit=limit)
     else:
         if overrides or config_file:
             given = overrides[0] if overrides else "--config"
@@ -109,9 +112,8 @@ def command(
         refuse_run(what)
         whole = options["packing"] or options["streaming"]
         dataset = _rows_of_data(what, limit=None if whole else limit, **options)
-        streaming = options["streaming"]
-    if streaming:
-        if stats or hasattr(dataset, "rows"):
+    if isinstance(dataset, tt_data.Stream):
+        if stats or dataset.is_packed:
             raise click.UsageError("--stats and --packing need all rows, but --streaming reads only the first ones")
         dataset = dataset.head(max(1, start + num))
     if stats:
@@ -133,7 +135,7 @@ def command(
         say(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n", styled=True)
 
 
-def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...], **settings: Any) -> Any:
+def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...], **settings: Any) -> "Rows":
     if tokenizer is None:
         raise click.UsageError("no tokenizer: name the model that will see the rows, as in --tokenizer MODEL")
     import tt_ckpt
@@ -143,17 +145,18 @@ def _rows_of_data(data: str, *, tokenizer: str | None, columns: tuple[str, ...],
     names = {ours: theirs for ours, _, theirs in (word.partition("=") for word in _checked(columns))}
     settings["train_on"] = settings["train_on"] or "assistant"
     settings["special_tokens"] = settings["special_tokens"] or "text"
-    return tt_data.load_dataset(data, tt_data.load_tokenizer(path), columns=names or None, **settings)
+    rows: Rows = tt_data.load_dataset(data, tt_data.load_tokenizer(path), columns=names or None, **settings)
+    return rows
 
 
 def _rows_of_config(
     what: str, config_file: str | None, words: tuple[str, ...], allow_import: tuple[str, ...], *, limit: int | None
-) -> tuple[Any, bool]:
-    """The rows of ``data.train``, and whether they are a stream."""
+) -> "Rows":
+    """The rows of ``data.train``."""
     config = composed(what, config_file, words, allow_import, complete=False)
     from tt_train.job import rows_to_train
 
-    return rows_to_train(config, limit=limit), config.data.streaming
+    return rows_to_train(config, limit=limit)
 
 
 def _as_words(options: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 import tt_data
-from tt_data import Dataset, Stream, Subset
+from tt_data import Dataset, Stream, Subset, Tokenizer
 from tt_train.config import PreferenceSection, RunConfig
 from tt_train.errors import ConfigError
 
@@ -67,7 +67,7 @@ def evaluation_mistakes(config: RunConfig) -> list[str]:
     return found
 
 
-def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options: Any) -> Dataset | Stream:
+def training_rows(config: RunConfig, tokenizer: Tokenizer, max_seq_len: int, **options: Any) -> Dataset | Stream:
     """The rows of ``data.train``, all read or as a stream; ``options`` of ``load_dataset`` over those of the config."""
     part = {key: getattr(config.data, key) for key in ("data_dir", "data_files", "revision")}
     streaming = config.data.streaming
@@ -75,7 +75,7 @@ def training_rows(config: RunConfig, tokenizer: Any, max_seq_len: int, **options
 
 
 def read_rows(
-    config: RunConfig, source: Any, tokenizer: Any, max_seq_len: int, *, streaming: bool = False, **options: Any
+    config: RunConfig, source: Any, tokenizer: Tokenizer, max_seq_len: int, *, streaming: bool = False, **options: Any
 ) -> Dataset | Stream:
     """The rows of ``source`` as token ids and labels."""
     keys = ("train_on", "packing", "split", "template", "schema", "on_bad_row", "special_tokens", "drop_duplicates",
@@ -88,7 +88,7 @@ def read_rows(
     return rows
 
 
-def hold_out(config: RunConfig, train: Any, tokenizer: Any, max_seq_len: int) -> tuple[Any, Any]:
+def hold_out(config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Any, Any]:
     """(rows to train on, rows held out): another source, or a seeded share of the training rows."""
     share = config.data.eval
     if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
