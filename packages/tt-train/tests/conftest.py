@@ -7,6 +7,15 @@ import torch
 
 torch.set_num_threads(1)  # tests fork: a child would wait for ever for threads that it does not have
 
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu run where there is one: nox -s gpu."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -5,7 +5,7 @@ import torch
 
 import tt_ckpt
 from tt_train import compose
-from tt_train.optim import MasterWeights, join, split_
+from tt_train.master_weights import MasterWeights, join, split_
 from tt_train.recipes import sft
 from tt_train.run.console import Console
 
@@ -48,7 +48,7 @@ def test_the_two_halves_of_a_number_are_the_number_and_the_upper_one_is_the_near
 ])  # fmt: skip
 @pytest.mark.parametrize("together", [False, True])
 def test_updates_are_those_of_the_optimizer_in_fp32_bit_for_bit(make, together, monkeypatch):
-    monkeypatch.setattr("tt_train.optim._BUCKET", 40)  # several parameters, in several buckets
+    monkeypatch.setattr("tt_train.master_weights._BUCKET", 40)  # several parameters, in several buckets
     torch.manual_seed(0)
     shapes = [(7, 5), (3,), (4, 2), (6, 6)]
     plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
@@ -88,7 +88,7 @@ def test_micro_batches_are_added_up_in_fp32():
 def test_an_optimizer_that_fails_within_a_step_is_noticed(monkeypatch):
     parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
     masters = MasterWeights(torch.optim.SGD(parameters, lr=1.0), narrow=True)
-    monkeypatch.setattr(masters.optimizer, "step", lambda: 1 / 0)
+    monkeypatch.setattr(masters.optimizers[0], "step", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         masters.step()
     assert masters.half_done

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from tt_train import ConfigError, compose
+from tt_train import ConfigError, TrainingError, compose
 from tt_train.config import OptimizerSection
+from tt_train.inputs import components
 from tt_train.optim import (
     decayed,
     load_optimizer_tensors_,
     make_optimizer,
     optimizer_tensors,
     set_learning_rate,
+    state_bytes,
 )
 
 
@@ -24,6 +26,14 @@ from tt_train.optim import (
         (
             OptimizerSection(name="sgd", lr=0.1, weight_decay=0.3, momentum=0.5),
             lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.3, momentum=0.5),
+        ),
+        (
+            OptimizerSection(name="adamw", lr=0.1, weight_decay=0.0, options={"amsgrad": True}),
+            lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.0, amsgrad=True),
+        ),
+        (
+            OptimizerSection(name="sgd", lr=0.1, momentum=0.5, options={"nesterov": True}),
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=0.01, nesterov=True),
         ),
         (OptimizerSection(name="rmsprop", lr=0.1), lambda p: torch.optim.RMSprop(p, lr=0.1, weight_decay=0.01)),
     ],
@@ -99,3 +109,168 @@ def test_what_a_run_decays(words, more):
     assert len(decay) == len(trained)
     assert all((decay[id(parameter)] > 0) == (parameter.dim() > 1) for parameter in trained)
     assert {parameter.dim() for parameter in trained} == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["optimizer.options.amsgrd=true"],
+            "optimizer.options.amsgrd: adamw has no such argument; did you mean 'amsgrad'",
+        ),
+        (["optimizer.options.lr=1"], "optimizer.options.lr: write optimizer.lr"),
+        (["optimizer.options.params=1"], "optimizer.options.params: adamw has no such argument; it takes amsgrad"),
+        (["optimizer.name=sgd", "optimizer.options.nesterov=true"], "Nesterov momentum requires a momentum"),
+        (["optimizer.name=adamw_8bit"], "did you mean 'adamw8bit'?"),
+        (["optimizer.name=adamw8bit", "optimizer.momentum=0.9"], "optimizer.momentum: adamw8bit has no momentum"),
+        (
+            ["optimizer.name=adamw8bit", "optimizer.options={is_paged: true}"],
+            "is_paged: adamw8bit has no such argument",
+        ),
+    ],
+)
+def test_an_option_that_the_optimizer_does_not_take_is_refused_before_weights_load(words, said):
+    try:
+        config = compose("sft", overrides=["model.path=m", "data.train=d", *words])
+        found = components.mistakes(config, torch.device("cpu"))
+    except ConfigError as error:
+        found = error.problems
+    assert len(found) == 1
+    assert said in found[0]
+
+
+def test_an_optimizer_that_cannot_make_a_step_is_refused_before_weights_load(monkeypatch):
+    class Closure(torch.optim.LBFGS):
+        """torch's own, whose step needs a closure."""
+
+        def __init__(self, params, lr, weight_decay=0.0):
+            super().__init__(params, lr=lr)
+
+    monkeypatch.setattr("tt_train.optim.resolve", lambda name, known: Closure)
+    config = compose("sft", overrides=["model.path=m", "data.train=d"])
+    (line,) = components.mistakes(config, torch.device("cpu"))
+    assert "cannot make a step on cpu" in line
+    assert "closure" in line
+
+
+class Counts(torch.optim.Optimizer):
+    """Keeps a number per parameter, and another per group, as optimizers outside of torch do."""
+
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "k": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["k"] += 1
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state["seen"] = state.get("seen", 0) + 1
+                state["mean"] = state.get("mean", torch.zeros(2)) + float(parameter.grad.mean())
+                parameter.add_(state["mean"].mean() * state["seen"], alpha=-group["lr"] / group["k"])
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_numbers_that_an_optimizer_keeps_per_parameter_and_per_group_are_restored(monkeypatch, in_backward):
+    monkeypatch.setattr("tt_train.optim.resolve", lambda name, known: Counts)
+
+    def trained(steps, state=None, start=None):
+        parameters = [torch.nn.Parameter(torch.ones(4) * (i + 1) if start is None else start[i]) for i in range(2)]
+        optimizer = make_optimizer(
+            [{"params": parameters}], OptimizerSection(name="x.Y", lr=0.1), in_backward=in_backward
+        )
+        names = {parameter: f"w{index}" for index, parameter in enumerate(parameters)}
+        load_optimizer_tensors_(optimizer, state or {}, names)
+        for _ in range(steps):
+            loss = sum(torch.sin(parameter).sum() for parameter in parameters)
+            if in_backward:
+                with optimizer.updating(1.0, None):
+                    loss.backward()
+            else:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return [p.detach().clone() for p in parameters], optimizer_tensors(optimizer, names)
+
+    whole, _ = trained(5)
+    half, state = trained(2)
+    assert {"w0/seen#", "w0/mean", "w0/group:k#"} <= set(state)
+    resumed, _ = trained(3, state, half)
+    assert all(torch.equal(*pair) for pair in zip(whole, resumed, strict=True))
+
+
+def test_state_that_no_checkpoint_holds_is_an_error_and_not_left_out():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter]["history"] = [1, 2]
+    with pytest.raises(TrainingError, match="keeps 'history' as a list"):
+        optimizer_tensors(optimizer, {parameter: "w"})
+
+
+LOW_BIT = {"adamw8bit": 2.1, "adamw4bit": 1.1, "adamw_fp8": 2.1}  # bytes per weight of a large matrix, at most
+
+
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_a_small_state_is_small_and_goes_out_as_plain_tensors_and_in_exactly(name):
+    shapes = {"matrix": (64, 128), "odd": (5, 7), "vector": (96,)}
+
+    def trained(steps, state=None, start=None):
+        torch.manual_seed(0)
+        parameters = {key: torch.nn.Parameter(torch.randn(shape)) for key, shape in shapes.items()}
+        optimizer = make_optimizer(decayed(parameters.values()), OptimizerSection(name=name, lr=0.1), narrow=True)
+        names = {parameter: key for key, parameter in parameters.items()}
+        for key, parameter in parameters.items() if start else ():
+            parameter.data, optimizer.lost[parameter] = start[0][key].clone(), start[1][key].clone()
+        load_optimizer_tensors_(optimizer, state or {}, names)
+        for step in range(steps):
+            set_learning_rate(optimizer, 0.1 / (step + 1 + 3 * (state is not None)))
+            for index, parameter in enumerate(parameters.values()):
+                parameter.grad = torch.sin(parameter.detach().float() * 9 + index)
+            optimizer.step()
+        weights = {key: parameter.detach() for key, parameter in parameters.items()}
+        lost = {key: optimizer.lost[parameter] for key, parameter in parameters.items()}
+        return (weights, lost), optimizer_tensors(optimizer, names), optimizer
+
+    whole, _, optimizer = trained(6)
+    half, state, _ = trained(3)
+    assert all(type(tensor) is torch.Tensor for tensor in state.values())
+    assert "matrix/exp_avg.codes" in state
+    assert state["odd/exp_avg"].dtype == torch.float32  # below 4096 values
+    large = sum(tensor.nbytes for key, tensor in state.items() if key.startswith("matrix/") and "qmap" not in key)
+    assert large <= LOW_BIT[name] * 64 * 128
+    assert state_bytes(optimizer) == sum(tensor.nbytes for tensor in state.values())
+    resumed, *_ = trained(3, {key: value.clone() for key, value in state.items()}, half)
+    for mine, theirs in zip(resumed, whole, strict=True):
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+
+
+LEARNS = {"adamw": 0.01, "adamw8bit": 0.01, "adamw_fp8": 0.01, "adamw4bit": 0.3}
+
+
+@pytest.mark.parametrize(("name", "most"), LEARNS.items())
+def test_an_optimizer_with_a_small_state_learns(name, most):
+    """The distance to the target begins at 1; a state of 4 bits is coarse."""
+    target = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
+    parameter = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = make_optimizer([{"params": [parameter]}], OptimizerSection(name=name, lr=0.05, weight_decay=0.0))
+    for _ in range(60):
+        (parameter - target).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float((parameter.detach() - target).square().mean()) < most
+
+
+def test_a_damaged_state_is_named_and_not_copied():
+    parameter = torch.nn.Parameter(torch.zeros(64, 128))
+    optimizer = make_optimizer([{"params": [parameter]}], OptimizerSection(name="adamw8bit"))
+    parameter.grad = torch.ones(64, 128)
+    optimizer.step()
+    good = optimizer_tensors(optimizer, {parameter: "w"})
+    for bad, said in [
+        ({**good, "w/exp_avg.codes": torch.zeros(4, dtype=torch.uint8)}, "'exp_avg.codes' of w has shape"),
+        ({**good, "w/exp_avg.codes": good["w/exp_avg.codes"].float()}, "torch.float32"),
+        ({key: value for key, value in good.items() if key != "w/exp_avg.scale"}, "'exp_avg.scale' of w is missing"),
+        ({**good, "w/evil": torch.zeros(1)}, "'evil' of w is not one that this optimizer keeps"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            load_optimizer_tensors_(optimizer, bad, {parameter: "w"})

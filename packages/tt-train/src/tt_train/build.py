@@ -18,8 +18,9 @@ from tt_train.config import DPOConfig, PreferenceSection, RunConfig
 from tt_train.distributed import world
 from tt_train.job import Job
 from tt_train.losses import Objective
-from tt_train.memory import checkpoint_activations_, compile_
-from tt_train.optim import MasterWeights, decayed, make_optimizer
+from tt_train.master_weights import MasterWeights
+from tt_train.memory import checkpoint_activations_, compile_, offload_activations_
+from tt_train.optim import decayed, make_optimizer
 from tt_train.reference import START, Reference, adapter_off, log_probs_of
 from tt_train.reference_cache import ReferenceCache, reference_facts
 from tt_train.registry import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE, losses_of, resolve
@@ -42,7 +43,9 @@ def load_model(job: Job[RunConfig]) -> tt_models.Decoder:
         if keeps_start(config):
             tt_peft.copy_adapter_(model, START)
     if config.activation_checkpointing:
-        checkpoint_activations_(model)
+        checkpoint_activations_(model, config.activation_checkpointing)
+    if config.activation_offloading and job.device.type != "cpu":
+        offload_activations_(model)
     _speed_and_shard_(model, job)
     if job.model_path is not None:
         tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=_home(job))
@@ -129,7 +132,9 @@ def _frozen_copy(job: Job[RunConfig], model: tt_models.Decoder) -> tt_models.Dec
 def build_optimizer(job: Job[RunConfig], model: tt_models.Decoder) -> MasterWeights:
     """The optimizer that the config names, over the trained parameters of ``model``."""
     narrow = job.lora is None and job.dtype == torch.bfloat16 and not is_sharded(model)
-    return make_optimizer(trainable_groups(job, model), job.config.optimizer, narrow=narrow)
+    groups = trainable_groups(job, model)
+    in_backward = job.config.optimizer_in_backward
+    return make_optimizer(groups, job.config.optimizer, narrow=narrow, in_backward=in_backward)
 
 
 def trainable_groups(job: Job[RunConfig], model: tt_models.Decoder) -> list[dict[str, Any]]:

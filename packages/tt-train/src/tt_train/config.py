@@ -97,7 +97,7 @@ class PreferenceSection(LossSection):
 
 @dataclass
 class OptimizerSection:
-    """A registered optimizer of torch.optim, or with --allow-import the dotted path of a class."""
+    """A registered optimizer of torch.optim or torchao.optim, or with --allow-import the dotted path of a class."""
 
     name: str = "adamw"
     lr: float = 2e-4
@@ -105,6 +105,7 @@ class OptimizerSection:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0  # sgd only
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class, such as {amsgrad: true}
 
 
 @dataclass
@@ -171,6 +172,7 @@ class RunConfig:
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
     max_grad_norm: float | None = 1.0
+    max_grad_norm_of: str = "model"  # model | parameter: of all gradients together, or of each parameter's
     eval_every: int | None = None
     early_stop_after: int | None = None  # evaluations in a row without a lower held-out loss
     save_every: int | None = None
@@ -178,7 +180,9 @@ class RunConfig:
     save_last: bool = True  # a checkpoint after the last step, from which a longer run continues
     keep_last: int = 2
     samples: SamplesSection = field(default_factory=SamplesSection)
-    activation_checkpointing: bool = False
+    activation_checkpointing: Any = False  # false | true or full | selective | n: every n-th block
+    activation_offloading: bool = False  # keep what the backward pass needs in CPU memory
+    optimizer_in_backward: bool = False  # update each parameter, and free its gradient, during the backward pass
     parallel: ParallelSection = field(default_factory=ParallelSection)
     on_nonfinite: str = "stop"  # stop | skip
     process_group_timeout_s: float = 600.0  # of several processes: one that the others wait for so long ends the run

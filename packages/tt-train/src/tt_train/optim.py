@@ -1,143 +1,36 @@
-"""Optimizers by name, and weights that train in fp32 behind bf16."""
+"""Optimizers by name, and their state in a checkpoint."""
 
 import inspect
+import logging
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tt_ckpt.ranks import is_dtensor
 from tt_train.config import OptimizerSection
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, TrainingError, did_you_mean
+from tt_train.master_weights import InBackward, MasterWeights, call
 from tt_train.registry import OPTIMIZERS, resolve
 
-_BUCKET = 2**22  # weights that are whole at a time while the optimizer runs
-
-
-class MasterWeights:
-    """A torch optimizer whose bf16 parameters are the rounding of fp32 weights. fp32 parameters are trained as usual.
-
-    A step of 1e-5 is smaller than half the distance between neighbouring bf16 numbers: added to a bf16 weight it is
-    lost. So a trained weight is fp32, kept as two halves: its rounding to bf16, which is the parameter of the model,
-    and the 16 bits that the rounding lost. Together they are the fp32 number, bit for bit, for two more bytes per
-    weight. Gradients are added up in fp32, the optimizer's state is fp32.
-
-    ``narrow``: fp32 parameters become bf16 ones first, without losing a bit. ``together``: the optimizer sees all
-    parameters in one call; else it is called for some of them at a time, so that few are whole at once.
-    """
-
-    def __init__(self, optimizer: torch.optim.Optimizer, *, narrow: bool = False, together: bool = False) -> None:
-        self.optimizer = optimizer
-        self.together = together
-        self.lost: dict[nn.Parameter, Tensor] = {}
-        self.half_done = False  # whether a step has failed with a part of the weights updated
-        self.updates = 0  # steps made
-        for parameter in self.parameters():
-            if parameter.dtype == torch.bfloat16 or (narrow and parameter.dtype == torch.float32):
-                self._narrow_(parameter)
-
-    def _narrow_(self, parameter: nn.Parameter) -> None:
-        nearest = torch.empty_like(parameter, dtype=torch.bfloat16, requires_grad=False)
-        self.lost[parameter] = torch.empty_like(nearest, dtype=torch.int16)
-        split_(parameter.data.to(torch.float32), nearest, self.lost[parameter])
-        parameter.data = nearest
-        parameter.grad_dtype = torch.float32  # micro-batches are added up there
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        """Per parameter, as in the optimizer."""
-        return self.optimizer.state
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for group in self.param_groups:
-            yield from group["params"]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none=set_to_none)
-
-    def step(self) -> None:
-        """Update the fp32 weights by the gradients, and round them anew."""
-        self.half_done = True
-        if not self.lost or self.together:
-            with self.whole(self.lost):
-                self.optimizer.step()
-        else:
-            self._step_by_buckets()
-        self.half_done, self.updates = False, self.updates + 1
-
-    def _step_by_buckets(self) -> None:
-        groups = self.param_groups
-        buckets = [(group, bucket) for group in groups for bucket in _buckets(group["params"])]
-        scratch = torch.empty(max(_size(bucket) for _, bucket in buckets), device=buckets[0][1][0].device)
-        try:
-            for group, bucket in buckets:
-                self.optimizer.param_groups = [{**group, "params": bucket}]
-                with self.whole(bucket, scratch):
-                    self.optimizer.step()
-        finally:
-            self.optimizer.param_groups = groups
-
-    @contextmanager
-    def whole(self, parameters: Iterable[nn.Parameter], scratch: Tensor | None = None) -> Iterator[None]:
-        """Inside, these parameters are their fp32 weights (in ``scratch``); what is written into them is kept."""
-        rounded = {parameter: parameter.data for parameter in parameters if parameter in self.lost}
-        try:
-            for parameter, nearest in rounded.items():
-                out = None if scratch is None else scratch[: nearest.numel()].view(nearest.shape)
-                scratch = None if scratch is None else scratch[nearest.numel() :]
-                parameter.data = join(nearest, self.lost[parameter], out=out)
-            yield
-        finally:
-            for parameter, nearest in rounded.items():
-                if parameter.dtype == torch.float32:
-                    split_(parameter.data, nearest, self.lost[parameter])
-                    parameter.data = nearest
-
-
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    bucket: list[nn.Parameter] = []
-    for parameter in parameters:
-        if bucket and _size([*bucket, parameter]) > _BUCKET:
-            yield bucket
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        yield bucket
-
-
-def split_(whole: Tensor, nearest: Tensor, lost: Tensor) -> None:
-    """Write fp32 weights into ``nearest`` (bf16) and ``lost`` (int16). ``whole`` is used up."""
-    bits = whole.view(torch.int32)
-    lost.copy_(bits)  # the lower half as a signed number, which undoes the rounding of the upper half
-    nearest.view(torch.int16).copy_(bits.add_(0x8000).bitwise_right_shift_(16))
-
-
-def join(nearest: Tensor, lost: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The fp32 weights that ``split_`` was given."""
-    whole = torch.empty_like(nearest, dtype=torch.float32) if out is None else out
-    whole.copy_(nearest).view(torch.int32).add_(lost)
-    return whole
-
-
 AnyOptimizer = torch.optim.Optimizer | MasterWeights
+_NUMBER = "#"  # after the name of an entry that is a number and no tensor
 
 
-def make_optimizer(groups: list[dict[str, Any]], section: OptimizerSection, *, narrow: bool = False) -> MasterWeights:
+def make_optimizer(
+    groups: list[dict[str, Any]], section: OptimizerSection, *, narrow: bool = False, in_backward: bool = False
+) -> MasterWeights:
     """The optimizer that ``section`` names, over ``groups`` of parameters; torch's fused kernels if it has them.
 
     What it updates is fp32, also behind bf16 parameters. ``narrow``: fp32 parameters become such bf16 ones.
+    ``in_backward``: each parameter is updated while the backward pass runs.
     """
-    optimizer = _torch_optimizer(groups, section)
-    return MasterWeights(optimizer, narrow=narrow, together=section.name not in OPTIMIZERS)
+    if in_backward:
+        each = [[{**group, "params": [parameter]}] for group in groups for parameter in group["params"]]
+        return InBackward(*(_torch_optimizer(one, section) for one in each), narrow=narrow)
+    return MasterWeights(_torch_optimizer(groups, section), narrow=narrow, together=section.name not in OPTIMIZERS)
 
 
 def decayed(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -151,61 +44,173 @@ def decayed(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
-    optimizer_class = resolve(section.name, OPTIMIZERS)
+    optimizer_class = _resolved(section.name)
     accepted = inspect.signature(optimizer_class).parameters
-    options: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "betas": tuple(section.betas),
-                               "eps": section.eps, "momentum": section.momentum, "fused": True}  # fmt: skip
+    chosen: dict[str, Any] = {"lr": section.lr, "weight_decay": section.weight_decay, "betas": tuple(section.betas),
+                              "eps": section.eps, "momentum": section.momentum, "fused": True}  # fmt: skip
     defaults = OptimizerSection()
     for key in ("betas", "eps", "momentum"):
         if key not in accepted and getattr(section, key) != getattr(defaults, key):
             raise ConfigError([f"optimizer.{key}: {section.name} has no {key}; leave it out"])
-    chosen = {key: value for key, value in options.items() if key in accepted}
+    chosen = {key: value for key, value in chosen.items() if key in accepted}
+    if wrong := _wrong_options(section, accepted):
+        raise ConfigError(wrong)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
     try:
-        return optimizer_class(groups, **chosen)  # type: ignore[no-any-return]
-    except (RuntimeError, TypeError):  # a subclass tensor or device without a fused kernel
-        chosen.pop("fused", None)
-        return optimizer_class(groups, **chosen)  # type: ignore[no-any-return]
+        return optimizer_class(groups, **chosen | given)  # type: ignore[no-any-return]
+    except (RuntimeError, TypeError, ValueError):  # a subclass tensor, a device or an option without a fused kernel
+        if "fused" not in chosen or "fused" in given:
+            raise
+        del chosen["fused"]
+        return optimizer_class(groups, **chosen | given)  # type: ignore[no-any-return]
+
+
+def _resolved(name: str) -> Any:
+    log = logging.getLogger("torchao")
+    level = log.level
+    log.setLevel(logging.ERROR)  # it warns about each of its extensions that was built for a different Python
+    try:
+        return resolve(name, OPTIMIZERS)
+    finally:
+        log.setLevel(level)
+
+
+def _wrong_options(section: OptimizerSection, accepted: Mapping[str, inspect.Parameter]) -> list[str]:
+    """A line for each of ``optimizer.options`` that the optimizer does not take, or that has a key of its own."""
+    ours = ("lr", "weight_decay", "betas", "eps", "momentum")
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    known = [key for key in list(accepted)[1:] if key not in ours]
+    found = []
+    for key in section.options:
+        if key in ours:
+            found.append(f"optimizer.options.{key}: write optimizer.{key}")
+        elif key not in known and not takes_any:
+            near = did_you_mean(key, known) or (f"; it takes {', '.join(known)}" if known else "; it takes none")
+            found.append(f"optimizer.options.{key}: {section.name} has no such argument{near}")
+    return found
 
 
 def set_learning_rate(optimizer: AnyOptimizer, value: float) -> None:
     """Give every group the learning rate ``value``, times the group's ``lr_scale`` where it has one (LoRA+)."""
     for group in optimizer.param_groups:
-        group["lr"] = value * group.get("lr_scale", 1.0)
+        rate = value * group.get("lr_scale", 1.0)
+        if isinstance(group["lr"], Tensor):  # torchao's, which are compiled with it
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 # ---- the optimizer's state in a checkpoint ----
 
 
-_STATE_ENTRIES = {"AdamW": 2, "Adam": 2, "Adagrad": 1, "RMSprop": 1, "SGD": 1}
-
-
-def state_entries(optimizer: MasterWeights) -> int:
-    """How many fp32 numbers the optimizer keeps per weight, at most; 2 if it is not one of the registered."""
-    return _STATE_ENTRIES.get(type(optimizer.optimizer).__name__, 2)
+def state_bytes(optimizer: MasterWeights) -> int:
+    """How much the optimizer will keep for its parameters; it is called once per shape to find out."""
+    sizes: dict[torch.Size, int] = {}
+    total = 0
+    for one, group, parameter in _members(optimizer):
+        if parameter.shape not in sizes:
+            state = _first_state(one, group, parameter)
+            sizes[parameter.shape] = sum(tensor.nbytes for tensor in _flat(state).values())
+        total += sizes[parameter.shape]
+    return total
 
 
 def optimizer_tensors(optimizer: AnyOptimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors: ``<parameter name>/<entry>``."""
-    return {
-        f"{name}/{entry}": value
-        for parameter, name in names.items()
-        for entry, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
+    """The optimizer's state as flat, plain tensors: ``<parameter name>/<entry>``.
+
+    The parts of a tensor of 8 or 4 bits are ``<entry>.codes``, ``<entry>.scale`` and so on; a number is a tensor named
+    ``<entry>#``. What an optimizer counts per group of parameters is saved with the first of them, as ``group:<key>#``.
+    TrainingError if it keeps something else, which could not be restored.
+    """
+    state = optimizer.state
+    found: dict[str, Tensor] = {}
+    for parameter, name in names.items():
+        found |= {f"{name}/{entry}": tensor for entry, tensor in _flat(state.get(parameter, {})).items()}
+    for group, counts in optimizer.counted() if isinstance(optimizer, MasterWeights) else ():
+        name = names[group["params"][0]]
+        found |= {f"{name}/{entry}": tensor for entry, tensor in _flat(counts, "group:").items()}
+    return found
 
 
 def load_optimizer_tensors_(
     optimizer: AnyOptimizer, tensors: Mapping[str, Tensor], names: dict[nn.Parameter, str]
 ) -> None:
-    """The inverse of ``optimizer_tensors``; raises ValueError where the parameters are not the saved ones."""
-    by_name = {name: parameter for parameter, name in names.items()}
+    """The inverse of ``optimizer_tensors``; ValueError if names, shapes or dtypes are not the saved ones."""
+    known, saved = set(names.values()), defaultdict[str, dict[str, Tensor]](dict)
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
-        if name not in by_name:
+        if name not in known:
             raise ValueError(f"the checkpoint has optimizer state for {name[:200]!r}, which this run does not train")
-        parameter = by_name[name]
-        if value.dim() and value.shape != parameter.shape:
-            raise ValueError(f"{entry[:200]!r} of {name} has shape {list(value.shape)}, not {list(parameter.shape)}")
-        # copied: a mapped file must not be written into; a scalar (step) stays where torch keeps it
-        moved = value.clone() if value.dim() == 0 else value.to(parameter.device, copy=True)
-        optimizer.state[parameter][entry] = moved
+        saved[name][entry] = value
+    for one, group, parameter in _members(optimizer):
+        name = names[parameter]
+        counts = {entry: saved[name].pop(entry) for entry in list(saved[name]) if entry.startswith("group:")}
+        for entry, value in counts.items():
+            group[entry.removeprefix("group:").removesuffix(_NUMBER)] = value.item()
+        if saved[name]:
+            state = _first_state(one, group, parameter)
+            _fill_(state, saved[name], name)
+            one.state[parameter] = state
+
+
+def _fill_(state: dict[str, Any], saved: Mapping[str, Tensor], name: str) -> None:
+    """Write saved values into the first state of the parameter ``name``, where the optimizer has put it."""
+    expected = _flat(state)
+    for entry in sorted(expected.keys() ^ saved.keys()):
+        what = "is missing" if entry in expected else "is not one that this optimizer keeps"
+        raise ValueError(f"optimizer state {entry[:200]!r} of {name} {what}")
+    for entry, tensor in expected.items():
+        found = saved[entry]
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
+            has = f"{list(found.shape)} ({found.dtype}), not {list(tensor.shape)} ({tensor.dtype})"
+            raise ValueError(f"optimizer state {entry[:200]!r} of {name} has shape {has}")
+        if entry.endswith(_NUMBER):
+            state[entry.removesuffix(_NUMBER)] = found.item()
+        else:
+            tensor.copy_(found)
+
+
+def _members(optimizer: AnyOptimizer) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], nn.Parameter]]:
+    """Every parameter, with the optimizer and the group that it is in."""
+    for one in optimizer.optimizers if isinstance(optimizer, MasterWeights) else (optimizer,):
+        for group in one.param_groups:
+            yield from ((one, group, parameter) for parameter in group["params"])
+
+
+@torch.no_grad()
+def _first_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
+    """What the optimizer keeps for ``parameter`` after its first step: a copy of it makes one, on zeros.
+
+    So nothing need be known of an optimizer to restore its state, and a saved tensor must fit what the optimizer made.
+    """
+    zeros = nn.Parameter(torch.zeros_like(parameter, dtype=torch.float32))
+    zeros.grad = torch.zeros_like(zeros)
+    double: torch.optim.Optimizer = object.__new__(type(optimizer))
+    vars(double).update(vars(optimizer))
+    double.state, double.param_groups = defaultdict(dict), [{**group, "params": [zeros]}]
+    call(double)
+    first: dict[str, Any] = double.state[zeros]
+    return first
+
+
+def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """The entries of a parameter as plain tensors; TrainingError for one that could not be restored."""
+    flat: dict[str, Tensor] = {}
+    for entry, value in entries.items():
+        if isinstance(value, Tensor):
+            flat |= {f"{prefix}{entry}{part}": tensor for part, tensor in _parts(value).items()}
+        elif isinstance(value, int | float):
+            flat[f"{prefix}{entry}{_NUMBER}"] = torch.tensor(value)
+        elif value is not None:
+            kind = type(value).__name__
+            raise TrainingError(
+                f"optimizer: it keeps {entry!r} as a {kind}, which no checkpoint holds; use another one"
+            )
+    return flat
+
+
+def _parts(value: Tensor) -> dict[str, Tensor]:
+    """A tensor, or the plain ones that a tensor of few bits is made of."""
+    if type(value) in (Tensor, nn.Parameter) or is_dtensor(value):
+        return {"": value}
+    return {f".{name}": getattr(value, name) for name in value.__tensor_flatten__()[0]}  # type: ignore[attr-defined]

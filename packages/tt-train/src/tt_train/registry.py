@@ -28,9 +28,14 @@ RECIPES = {
     **{theirs: ours for theirs, ours in torchtune.RECIPES.items() if ours is not None},
 }
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
-              "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop"}  # fmt: skip
+              "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop",
+              "adamw8bit": "torchao.optim.AdamW8bit", "adamw4bit": "torchao.optim.AdamW4bit",
+              "adamw_fp8": "torchao.optim.AdamWFp8"}  # fmt: skip
 # what other tools call these optimizers
-_ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw"}
+_ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "fused_adamw": "adamw",
+              "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit", "adamw_torch_8bit": "adamw8bit",
+              "adamw_4bit": "adamw4bit", "adamw_torch_4bit": "adamw4bit", "ao_adamw_4bit": "adamw4bit",
+              "ao_adamw_8bit": "adamw8bit", "ao_adamw_fp8": "adamw_fp8"}  # fmt: skip
 LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
 # the losses of preference tuning, and which keys of the section ``loss`` each of them has beside beta and sft_weight
 PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {

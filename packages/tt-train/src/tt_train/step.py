@@ -11,7 +11,7 @@ import torch
 from tt_train.distributed import World, world
 from tt_train.errors import TrainingError
 from tt_train.losses import Batch, CausalLM, Objective, Summed
-from tt_train.optim import MasterWeights
+from tt_train.master_weights import InBackward, MasterWeights
 from tt_train.sharding import add_up_gradients_, is_sharded, local, reduce_gradients_, squared_norm
 
 
@@ -31,6 +31,7 @@ class StepResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
     first_nonfinite: str | None = None  # the first parameter with a gradient that is not finite
     ranks: tuple[int, ...] = ()  # those whose own loss was not finite
+    half_done: bool = False  # ``not_finite``, after other parameters were updated in the backward pass
 
 
 def train_step(
@@ -45,11 +46,14 @@ def train_step(
 
     Gradients of *sums* are accumulated and divided once by the number of summed items, so that the step is the same
     however its rows are split over micro-batches and ranks. The update is not made if the loss or a gradient is not
-    finite on any rank. Every rank calls this with the same number of micro-batches, of which some may be empty.
+    finite on any rank. Every rank calls this with the same number of micro-batches, of which some may be empty. An
+    ``InBackward`` optimizer is given one micro-batch, and makes its updates in the backward pass.
 
     Raises:
         TrainingError: the objective does not return Summed, or depends on no trained parameter.
     """
+    if isinstance(optimizer, InBackward):
+        return _step_in_backward(model, micro_batches, objective, optimizer, max_grad_norm)
     here, sharded = world(), is_sharded(model)
     parts = _backward(model, micro_batches, objective, here)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -140,6 +144,42 @@ def agree(parts: Sequence[Summed], here: World, *, loss: float, square: float = 
     loss, square, items = numbers[0], numbers[1], int(numbers[2])
     means = {name: value / items for name, value in sums.items()} if items else {}
     return Total(loss=loss, square=square, count=items, tokens=int(numbers[3]), means=means)
+
+
+def _step_in_backward(
+    model: CausalLM,
+    micro_batches: Sequence[Batch],
+    objective: Objective,
+    optimizer: InBackward,
+    max_grad_norm: float | None,
+) -> StepResult:
+    """``train_step`` of one micro-batch whose backward pass makes the updates; none if the loss is not finite."""
+    (batch,) = micro_batches
+    here = world()
+    part = summed(objective, model, batch)
+    loss = float(part.loss.detach())
+    total = agree([part], here, loss=loss)
+    if not total.count or not math.isfinite(total.loss):
+        wrong = here.gather(math.isfinite(loss)) if total.count else []
+        return StepResult(
+            outcome="not_finite" if total.count else "empty",
+            loss=total.loss / total.count if total.count else math.nan,
+            ranks=tuple(rank for rank, is_finite in enumerate(wrong) if not is_finite),
+        )
+    with optimizer.updating((here.size if is_sharded(model) else 1) / total.count, max_grad_norm) as backward:
+        part.loss.backward()  # type: ignore[no-untyped-call]
+    if not backward.norms:
+        raise TrainingError("loss: depends on no trained parameter, so no step can lower it")
+    culprit = backward.culprit
+    return StepResult(
+        outcome="updated" if culprit is None else "not_finite",
+        loss=total.loss / total.count,
+        grad_norm=math.hypot(*backward.norms),
+        tokens=total.tokens,
+        metrics=total.means,
+        first_nonfinite=next((name for name, parameter in model.named_parameters() if parameter is culprit), None),
+        half_done=optimizer.half_done,
+    )
 
 
 def summed(objective: Objective, model: CausalLM, batch: Batch) -> Summed:

@@ -14,7 +14,7 @@ from tt_train.config import RunConfig, logger_options
 from tt_train.distributed import world
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.optim import make_optimizer
-from tt_train.registry import LOGGER_PACKAGES, PREFERENCE_KEYS, losses_of, resolve
+from tt_train.registry import LOGGER_PACKAGES, OPTIMIZERS, PREFERENCE_KEYS, losses_of, resolve
 from tt_train.sharding import ways
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
@@ -84,14 +84,7 @@ def device_notes(config: RunConfig, device: torch.device | None) -> list[str]:
 def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:
     """A line for each thing that the device, the optimizer, the loss or the loggers cannot do."""
     found = _device_mistakes(config, device) if device is not None else []
-    try:
-        make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], config.optimizer)
-    except ConfigError as error:
-        found += error.problems
-    except (ValueError, TypeError) as error:
-        found.append(
-            f"optimizer: {config.optimizer.name} does not accept this value: {error}; correct it, or leave it out"
-        )
+    found += _optimizer_mistakes(config, device if device is not None and not found else torch.device("cpu"))
     found += _parallel_mistakes(config, world().size)
     return found + _loss_mistakes(config) + logger_mistakes(config) + _data_mistakes(config)
 
@@ -125,8 +118,42 @@ def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
         found.append(
             "parallel.cpu_offload: offloads shards, and nothing is sharded; set parallel.shard, or leave it out"
         )
+    if config.optimizer_in_backward and shard == 1:
+        found.append(
+            "optimizer_in_backward: gradients of copies are added up after the backward pass; set parallel.shard to "
+            "2 or more, or leave it out"
+        )
+    if shard > 1 and OPTIMIZERS.get(config.optimizer.name, "").startswith("torchao."):
+        found.append(f"optimizer.name: the state of {config.optimizer.name} cannot be sharded; use adamw")
     if shard > 1 and adapter is not None and adapter.dtype == "bf16":
         found.append("adapter.dtype: bf16 is not for a sharded adapter; leave it out, or set parallel.shard=1")
+    return found
+
+
+def _optimizer_mistakes(config: RunConfig, device: torch.device) -> list[str]:
+    """What the optimizer says to its arguments, to a step of one number, and to a step in the backward pass."""
+    name, batch, micro, size = config.optimizer.name, config.batch_size, config.micro_batch_size, world().size
+    found = []
+    if config.optimizer_in_backward and batch > micro * size:
+        found.append(
+            f"optimizer_in_backward: batch_size {batch} is accumulated over micro-batches of {micro}, and each would "
+            f"be a step of its own; set micro_batch_size={batch // size} or batch_size={micro * size}"
+        )
+    parameter = torch.nn.Parameter(torch.zeros(1, device=device))
+    try:
+        optimizer = make_optimizer([{"params": [parameter]}], config.optimizer)
+    except ConfigError as error:
+        return found + error.problems
+    except (ValueError, TypeError) as error:
+        return [*found, f"optimizer: {name} does not accept this value: {error}; correct it, or leave it out"]
+    if device.type != "cpu" and name.startswith("adamw") and name != "adamw":
+        return found  # torchao's would be compiled
+    parameter.grad = torch.zeros_like(parameter)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever somebody's own optimizer raises
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        found.append(f"optimizer: {name} cannot make a step on {device}: {line}; use another one")
     return found
 
 

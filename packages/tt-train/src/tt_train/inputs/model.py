@@ -16,7 +16,7 @@ from tt_models.limits import gigabytes, refuse_too_large, total_memory
 from tt_peft import NF4Linear, QLoRALinear
 from tt_train.config import AdapterSection, RunConfig
 from tt_train.errors import ConfigError, shell_word
-from tt_train.memory import DTYPES
+from tt_train.memory import DTYPES, KEEPS_BY_HOOKS, blocks
 from tt_train.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
@@ -60,6 +60,8 @@ def check_adapter(
     """The LoRAConfig, if any, tried on a model without memory: a target that matches nothing, and a model that the
     device cannot hold, are found here."""
     section, model = config.adapter, tt_models.build(model_config, device="meta")
+    if wrong := activation_mistakes(model, config, device, notes):
+        raise ConfigError(wrong)
     if section is None:
         check_memory(model, config, device, notes)
         return None
@@ -138,6 +140,38 @@ def check_memory(model: nn.Module, config: RunConfig, device: torch.device | Non
             f"memory: weights, gradients and AdamW's state take about {gigabytes(about)}, {device} has "
             f"{gigabytes(total)}; {cure}"
         )
+
+
+def activation_mistakes(
+    model: nn.Module, config: RunConfig, device: torch.device | None, notes: list[str]
+) -> list[str]:
+    """A line for each way of keeping activations that this model or device does not have."""
+    how, num, found = config.activation_checkpointing, len(blocks(model)), []
+    if how == "selective" and (why := _without_kernel(model, config, device)):
+        found.append(f"activation_checkpointing: selective has nothing to keep, {why}; use full")
+    if not isinstance(how, bool | str) and how > num:
+        found.append(f"activation_checkpointing: every block number {how} is asked for, the model has {num}")
+    if config.activation_offloading and device is not None and device.type == "cpu":
+        notes.append("activation_offloading: has no effect on the CPU, where all activations are already")
+    elif config.activation_offloading and how == "selective" and not KEEPS_BY_HOOKS:
+        found.append(
+            f"activation_offloading: torch {torch.__version__} leaves on the device what "
+            "activation_checkpointing=selective keeps; use full, or torch 2.14"
+        )
+    return found
+
+
+def _without_kernel(model: nn.Module, config: RunConfig, device: torch.device | None) -> str | None:
+    """Why the attention of a model is more than one operation, whose result could be kept; None if it is one."""
+    attentions: list[Any] = [block.self_attn for block in blocks(model)]
+    kind = device.type if device is not None else "cpu"
+    if any(attention.softcap is not None or attention.sinks is not None for attention in attentions):
+        return "since this model bounds its attention scores or has sinks"
+    if any(attention.dropout for attention in attentions) and kind == "cpu":
+        return "since on the CPU attention with dropout is no single operation"
+    if kind == "cuda" and (config.data.packing or any(attention.window for attention in attentions)):
+        return "since on CUDA packed rows and windows use flex_attention"
+    return None
 
 
 def vocabulary_mistakes(tokenizer: Any, model_config: Any) -> list[str]:

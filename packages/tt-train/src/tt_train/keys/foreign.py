@@ -10,6 +10,7 @@ _EVAL = "an evaluation gives samples and the held-out loss over all trained toke
 _UPLOAD = "run tt upload RUN/adapter NAME/REPO after training"
 _LOGGERS = "[tensorboard], [wandb], [trackio], [mlflow] or [comet]; metrics.jsonl is always written"
 _KERNEL = "torch's scaled_dot_product_attention chooses the kernel"
+_OPTIMIZERS = "adamw, adam, sgd, adagrad, rmsprop, adamw8bit, adamw4bit or adamw_fp8"
 _LOGGED = "metrics.jsonl logs every step"
 
 # their key -> (ours, what differs); without ours, why it is absent
@@ -159,6 +160,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "gradient_checkpointing_kwargs": ("activation_checkpointing", ""),
     "use_gradient_checkpointing": ("activation_checkpointing", ""),
     "enable_activation_checkpointing": ("activation_checkpointing", ""),
+    "ac_mode": ("activation_checkpointing", "full, selective, or n for every n-th block"),
     "disable_gradient_checkpointing": ("activation_checkpointing", "off by default"),
     "torch_compile": ("compile", ""),
     "random_seed": ("seed", ""),
@@ -166,11 +168,11 @@ FOREIGN: dict[str, tuple[str, str]] = {
     # optimizer, schedule and loss
     "learning_rate": ("optimizer.lr", ""),
     "lr": ("optimizer.lr", ""),
-    "optim": ("optimizer.name", "adamw, adam, sgd, adagrad or rmsprop"),
-    "optimizer_type": ("optimizer.name", "adamw, adam, sgd, adagrad or rmsprop"),
-    "optimizer._component_": ("optimizer.name", "adamw, adam, sgd, adagrad or rmsprop"),
-    "optim_args": ("optimizer", ""),
-    "optimizer_in_bwd": ("", "the gradients of a step are clipped together before the update"),
+    "optim": ("optimizer.name", _OPTIMIZERS),
+    "optimizer_type": ("optimizer.name", _OPTIMIZERS),
+    "optimizer._component_": ("optimizer.name", _OPTIMIZERS),
+    "optim_args": ("optimizer.options", ""),
+    "optimizer_in_bwd": ("optimizer_in_backward", ""),
     "adam_beta1": ("optimizer.betas", "both betas, as in [0.9, 0.999]"),
     "adam_beta2": ("optimizer.betas", "both betas, as in [0.9, 0.999]"),
     "adam_epsilon": ("optimizer.eps", ""),
@@ -273,7 +275,8 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "tf32": ("", "tt does not change torch.set_float32_matmul_precision"),
     "mixed_precision": ("model.dtype", "bf16 or fp32; trained weights are fp32 in both"),
     "activation_checkpointing_kwargs": ("activation_checkpointing", ""),
-    "activation_offloading": ("", "use activation_checkpointing to save memory"),
+    "enable_activation_offloading": ("activation_offloading", ""),
+    "selective_activation_checkpointing": ("activation_checkpointing", "activation_checkpointing=selective"),
     "torch_compile_backend": ("compile", "always inductor"),
     "torch_compile_mode": ("compile", "always the default mode"),
     "liger_kernel_config": ("", "the default loss never holds all logits"),

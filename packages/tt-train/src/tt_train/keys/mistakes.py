@@ -6,8 +6,9 @@ import re
 import typing
 from typing import Any
 
-from tt_train.config import RunConfig, ScheduleSection, to_dict
+from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
+from tt_train.keys.conflicts import conflicts
 from tt_train.keys.losses import loss_mistakes
 from tt_train.keys.schema import section_type
 from tt_train.keys.values import fits
@@ -22,6 +23,7 @@ _CHOICES = {
     "data.special_tokens": ("text", "tokens"),
     "schedule.name": ("cosine", "linear", "constant", "wsd"),
     "schedule.decay": ("cosine", "linear", "1-sqrt"),
+    "max_grad_norm_of": ("model", "parameter"),
     "on_nonfinite": ("stop", "skip"),
 }
 # what other tools call these values
@@ -70,9 +72,8 @@ def mistakes(config: RunConfig) -> list[str]:
     if infinite := _not_finite(plain):
         return found + infinite
     found += _out_of_bounds(plain)
-    found += _wrong_rows(config)
-    found += _wrong_pairs(config)
-    found += loss_mistakes(config)
+    found += _wrong_rows(config) + _wrong_checkpointing(config.activation_checkpointing)
+    found += conflicts(config) + loss_mistakes(config)
     if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):
         found.append(f"adapter.target_modules: did you mean 'all-linear', not {config.adapter.target_modules!r}?")
     return found
@@ -195,43 +196,8 @@ def _wrong_rows(config: RunConfig) -> list[str]:
     return found
 
 
-def _wrong_pairs(config: RunConfig) -> list[str]:
-    """Keys that cannot be given together: both are named, and the way out."""
-    found = _wrong_schedule(config.schedule)
-    if config.model.path is not None and config.model.name is not None:
-        found.append(
-            f"model: path {config.model.path} and name {config.model.name} are both given; name makes random weights: "
-            "set one of them to null"
-        )
-    if config.adapter is not None and config.adapter.path is not None and config.adapter.init != "kaiming":
-        found.append(
-            f"adapter: path {config.adapter.path} and init {config.adapter.init} are both given; a trained adapter "
-            "needs no initialization: leave out init, or set path to null"
-        )
-    if config.data.streaming and isinstance(config.data.eval, float):
-        found.append("data.eval: a share of a stream (data.streaming) cannot be held out; give a separate file")
-    batch, micro = config.batch_size, config.micro_batch_size
-    if batch >= 1 and micro >= 1 and batch % micro:
-        lower, upper = batch // micro * micro, (batch // micro + 1) * micro
-        near = " or ".join(str(value) for value in (lower, upper) if value)
-        lowered = f"; or set micro_batch_size={batch}" if batch < micro else ""
-        found.append(
-            f"batch_size: {batch} is not a multiple of micro_batch_size {micro}; nearest that are: {near}{lowered}"
-        )
-    return found
-
-
-def _wrong_schedule(schedule: ScheduleSection) -> list[str]:
-    found = []
-    for part in ("warmup", "decay"):
-        steps, ratio = getattr(schedule, f"{part}_steps"), getattr(schedule, f"{part}_ratio")
-        if steps is not None and ratio is not None:
-            both = f"{part}_steps {steps} and {part}_ratio {ratio}"
-            found.append(f"schedule: {both} are both given; set one of them to null")
-    given = ["decay", "decay_steps", "decay_ratio"] if schedule.name != "wsd" else []
-    given += ["num_cycles"] if "cosine" not in (schedule.name, schedule.decay if schedule.name == "wsd" else "") else []
-    for name in given:
-        if getattr(schedule, name) != getattr(ScheduleSection(), name):
-            cure = "use schedule.name=cosine" if name == "num_cycles" else "use schedule.name=wsd"
-            found.append(f"schedule.{name}: a {schedule.name} schedule has none; {cure}, or leave it out")
-    return found
+def _wrong_checkpointing(value: Any) -> list[str]:
+    if isinstance(value, bool) or value in ("full", "selective") or (isinstance(value, int) and value >= 1):
+        return []
+    known = "false, true, full, selective, or n for every n-th block"
+    return [f"activation_checkpointing: expected one of {known}; got {shown(value)}"]

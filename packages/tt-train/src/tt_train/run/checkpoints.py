@@ -17,7 +17,8 @@ from tt_train.config import RunConfig
 from tt_train.errors import ConfigError, Interrupted, LostRank, counted
 from tt_train.job import Job
 from tt_train.launch import ending, is_lost
-from tt_train.optim import MasterWeights, load_optimizer_tensors_, optimizer_tensors, state_entries
+from tt_train.master_weights import MasterWeights
+from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_bytes
 from tt_train.run.dir import RunDir
 from tt_train.run.stop import Stopped
 from tt_train.run_files import number
@@ -89,7 +90,7 @@ class TrainingState:
         config = self.job.config
         size = sum(tensor.nbytes for group in self._tensors().values() for tensor in group.values())
         if not self.optimizer.state:  # before the first step
-            size += sum(4 * parameter.numel() for parameter in self.names) * state_entries(self.optimizer)
+            size += state_bytes(self.optimizer)
         kept, ways = 1, []
         if config.save_every:
             to_come = 1 + (self.job.steps_total - self.step - 1) // config.save_every  # the last step's among them

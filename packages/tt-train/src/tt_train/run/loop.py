@@ -17,7 +17,7 @@ from tt_train.evaluate import answer, held_out_figures, to_device
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.losses import Batch, Objective
-from tt_train.memory import peak_memory_gib
+from tt_train.memory import compile_seconds, peak_memory_gib
 from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.console import Console
@@ -209,6 +209,8 @@ def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) ->
     elif result.outcome == "empty":
         console.note(f"step {step}: nothing to train on in {job.rows_of(step)}; the weights were left alone")
     metrics.measure(tokens=result.tokens)
+    if job.config.compile and step == metrics.first + 1:
+        console.note(f"compiling took {compile_seconds():.1f} s of step {step}")
     metrics.stop.check()
     if step < job.steps_total:
         state.save_if_due(improved=metrics.record(), warn=console.warn)
@@ -218,7 +220,9 @@ def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) ->
 def _not_finite(step: int, result: StepResult, job: Job[RunConfig]) -> str:
     """What is known about a step whose update would have spoiled the weights."""
     where = f" on rank {', '.join(map(str, result.ranks))}" if result.ranks and world().size > 1 else ""
+    name = f" (in {result.first_nonfinite})" if result.first_nonfinite else ""
+    weights = "some weights were updated before" if result.half_done else "the weights were left alone"
     return (
-        f"step {step}{where}: loss {result.loss}, gradient norm {result.grad_norm} (in {result.first_nonfinite}) are "
-        f"not finite; the weights were left alone. Look at {job.rows_of(step)} with tt data show, or lower optimizer.lr"
+        f"step {step}{where}: loss {result.loss}, gradient norm {result.grad_norm}{name} are not finite; {weights}. "
+        f"Look at {job.rows_of(step)} with tt data show, or lower optimizer.lr"
     )

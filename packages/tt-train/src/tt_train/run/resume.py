@@ -45,6 +45,9 @@ _MAY_CHANGE = {
     "parallel.replicate",
     "parallel.cpu_offload",
     "parallel.reduce_every_micro_batch",
+    "activation_checkpointing",
+    "activation_offloading",
+    "optimizer_in_backward",
 }
 
 
