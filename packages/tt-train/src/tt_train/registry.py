@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tt_train.config import logger_options
 from tt_train.errors import ConfigError, did_you_mean, shell_word
+from tt_train.logger_table import LOGGERS, option_mistakes
 from tt_train.torchtune import names as torchtune
 
 if TYPE_CHECKING:
@@ -45,20 +46,6 @@ PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 PREFERENCE_KEYS = tuple(dict.fromkeys(key for keys in PREFERENCE_LOSSES.values() for key in keys))
 REFERENCE_FREE = ("simpo", "orpo")
-LOGGERS = {"tensorboard": "tt_train.run.loggers.TensorBoard", "wandb": "tt_train.run.loggers.WandB",
-           "trackio": "tt_train.run.loggers.Trackio", "mlflow": "tt_train.run.loggers.MLflow",
-           "comet": "tt_train.run.loggers.Comet"}  # fmt: skip
-# the module that must be installed for each, as pip calls it if that is another name, and its options
-LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow",
-                   "comet": "comet_ml"}  # fmt: skip
-LOGGER_OPTIONS: dict[str, tuple[str, ...]] = {
-    "tensorboard": (),
-    "wandb": ("project", "entity", "group", "job_type", "name", "notes", "tags", "mode"),
-    "trackio": ("project", "name", "group", "space_id"),
-    "mlflow": ("tracking_uri", "experiment", "run_name"),
-    "comet": ("project", "workspace", "name", "tags", "mode"),
-}
-_LOGGER_MODES = {"wandb": ("online", "offline", "disabled"), "comet": ("online", "offline")}
 
 
 def recipe_names() -> list[str]:
@@ -113,7 +100,7 @@ def find_config(name: str | Path) -> Path:
         raise ConfigError([f"{name}: a folder, not a config; {_in_folder(path)}"])
     if os.path.lexists(text):  # a pipe, a device or a broken link: reading says which
         return path
-    known = [*config_names(), *torchtune.PAIRS]
+    known = [*torchtune.PAIRS, *config_names()]  # of names that differ in capitals only, ours is suggested
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         siblings = [str(file) for file in path.parent.glob("*.y*ml")] if os.path.isdir(path.parent) else []  # noqa: PTH112
         hint = did_you_mean(text, [*siblings, *known]) or "; tt ls configs lists those that come with it"
@@ -151,7 +138,7 @@ def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]
         ("loss.name", config.loss.name, losses_of(config.loss)),
     ]
     named += [("loggers", logger, LOGGERS) for logger in logger_options(config)]
-    found = _logger_option_mistakes(config)
+    found = option_mistakes(logger_options(config))
     for key, name, known in named:
         if name in known:
             continue
@@ -165,29 +152,6 @@ def name_mistakes(config: "RunConfig", allow_import: Sequence[str]) -> list[str]
         else:
             _ALLOWED.add(name)
             found += _import_mistakes(key, name, module, allow_import)
-    return found
-
-
-def _logger_option_mistakes(config: "RunConfig") -> list[str]:
-    """Options that a registered logger does not have, or whose value is of the wrong kind. Values are not shown: a key
-    may be among them."""
-    found = []
-    for name, options in logger_options(config).items():
-        for option, value in options.items() if name in LOGGERS else ():
-            key = f"loggers.{name}.{option}"
-            known = LOGGER_OPTIONS[name]
-            if "key" in option or "token" in option:
-                found.append(f"{key}: a key is never in a config, since a run keeps it; use the client's login")
-            elif option not in known:
-                cure = did_you_mean(option, known) + (f"; known: {', '.join(known)}" if known else "; it has none")
-                found.append(f"{key}: unknown option{cure}")
-            elif option == "tags":
-                if not isinstance(value, list) or not all(isinstance(tag, str) for tag in value):
-                    found.append(f"{key}: expected a list of text such as [a, b]")
-            elif not isinstance(value, str):
-                found.append(f"{key}: expected text; put a number in quotes, as in {option}: '7'")
-            elif option == "mode" and value not in (modes := _LOGGER_MODES[name]):
-                found.append(f"{key}: expected one of {', '.join(modes)}{did_you_mean(value, modes)}")
     return found
 
 

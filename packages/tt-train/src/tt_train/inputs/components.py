@@ -13,8 +13,9 @@ from tt_ckpt.hub.endpoint import check_url
 from tt_train.config import RunConfig, logger_options
 from tt_train.distributed import world
 from tt_train.errors import ConfigError, counted, did_you_mean
+from tt_train.logger_table import LOGGER_PACKAGES
 from tt_train.optim import make_optimizer
-from tt_train.registry import LOGGER_PACKAGES, OPTIMIZERS, PREFERENCE_KEYS, losses_of, resolve
+from tt_train.registry import OPTIMIZERS, PREFERENCE_KEYS, losses_of, resolve
 from tt_train.sharding import ways
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")

@@ -15,7 +15,8 @@ import yaml
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.config import RunConfig, logger_options, to_dict
 from tt_train.distributed import world
-from tt_train.registry import LOGGERS, resolve
+from tt_train.logger_table import LOGGERS
+from tt_train.registry import resolve
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
 from tt_train.run_files import own_folder, read_manifest

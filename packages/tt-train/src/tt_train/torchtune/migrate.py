@@ -3,7 +3,7 @@
 The YAML is data: nothing that it names is imported. A key that is neither carried over nor known is reported.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import yaml
 from tt_train.errors import ConfigError
 from tt_train.keys.text import NotPlainError, compose_text, read_text
 from tt_train.keys.values import of_node
+from tt_train.logger_table import LOGGER_OPTIONS
 from tt_train.torchtune import tables
+from tt_train.torchtune.carry import Carry
 from tt_train.torchtune.rows import carry_rows
 
 LONGEST = 131_072  # tokens of a row, where torchtune cut none: as long as any of its models' rows
@@ -28,41 +30,6 @@ class Migration:
     def yaml(self) -> str:
         """The config as YAML."""
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-
-
-@dataclass
-class Carry:
-    """torchtune's keys, dotted, that are not dealt with yet; ours so far; and what is to be said."""
-
-    theirs: dict[str, Any]
-    ours: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-    devices: int = 1
-    is_old: bool = False  # of 0.1 or 0.2, whose data sets write and cut the rows
-
-    def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key, which is dealt with by this."""
-        return self.theirs.pop(key, default)
-
-    def component(self, key: str) -> str:
-        """The dotted path of a component; "" if there is none."""
-        return str(self.take(f"{key}._component_") or "")
-
-    def section(self, key: str) -> dict[str, Any]:
-        """All keys below ``key``, which are dealt with by this."""
-        found = {name: self.theirs[name] for name in list(self.theirs) if name.startswith(f"{key}.")}
-        return {name.removeprefix(f"{key}."): self.theirs.pop(name) for name in found}
-
-    def set(self, key: str, value: Any) -> None:
-        """Set one of our keys, dotted."""
-        *sections, last = key.split(".")
-        node = self.ours
-        for name in sections:
-            node = node.setdefault(name, {})
-        node[last] = value
-
-    def say(self, key: str, why: str) -> None:
-        self.problems.append(f"{key}: {why}")
 
 
 def migrate_file(path: Path, *, devices: int = 1) -> Migration:
@@ -360,8 +327,6 @@ def _carry_output(carry: Carry) -> None:
     path, options = carry.component("metric_logger"), carry.section("metric_logger")
     name = path.rpartition(".")[2]
     if name in tables.LOGGERS:
-        from tt_train.registry import LOGGER_OPTIONS
-
         ours, renamed = tables.LOGGERS[name]
         kept = {renamed.get(key, key): value for key, value in options.items()}
         known = {key: value for key, value in kept.items() if key in LOGGER_OPTIONS[ours] and value is not None}

@@ -3,16 +3,14 @@
 A file of its own because rows have the most names, and the most that cannot be carried over.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tt_train.errors import ConfigError
 from tt_train.torchtune import tables
-
-if TYPE_CHECKING:
-    from tt_train.torchtune.migrate import Carry
+from tt_train.torchtune.carry import Carry
 
 
-def carry_rows(carry: "Carry", *, longest: int) -> None:
+def carry_rows(carry: Carry, *, longest: int) -> None:
     """``data`` and ``model.tokenizer``."""
     cut = carry.take("tokenizer.max_seq_len")
     _carry_tokenizer(carry)
@@ -31,7 +29,7 @@ def carry_rows(carry: "Carry", *, longest: int) -> None:
         carry.set("data.shuffle", False)
 
 
-def _carry_tokenizer(carry: "Carry") -> None:
+def _carry_tokenizer(carry: Carry) -> None:
     carry.component("tokenizer")
     path, folder = str(carry.take("tokenizer.path") or ""), str(carry.ours["model"].get("path") or "")
     place = path.rpartition("/")[0].removesuffix("/original")
@@ -45,7 +43,7 @@ def _carry_tokenizer(carry: "Carry") -> None:
         carry.say(key, "set data.template to a built-in name or a .jinja file")
 
 
-def _rows(carry: "Carry", path: str, options: dict[str, Any]) -> dict[str, Any]:
+def _rows(carry: Carry, path: str, options: dict[str, Any]) -> dict[str, Any]:
     """The keys of ``data``; ``own_length`` is the length that the data set itself cuts its rows to."""
     name = path.rpartition(".")[2]
     if "multimodal" in path:
@@ -99,7 +97,7 @@ def _rows(carry: "Carry", path: str, options: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-def _carry_builder(carry: "Carry", name: str, options: dict[str, Any], data: dict[str, Any]) -> None:
+def _carry_builder(carry: Carry, name: str, options: dict[str, Any], data: dict[str, Any]) -> None:
     """The general builders: their source, and which columns it has."""
     source = options.pop("source", None)
     if source is None:
