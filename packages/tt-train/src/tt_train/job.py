@@ -25,6 +25,7 @@ from tt_train.inputs.rows import (
     wanted_rows,
 )
 from tt_train.keys.mistakes import missing, refuse_mistakes
+from tt_train.launch import everywhere
 from tt_train.memory import DTYPES
 from tt_train.schedule import schedule_mistakes, schedule_notes
 
@@ -123,8 +124,20 @@ def assemble(config: C, *, rows: Kind | None = None) -> Job[C]:
     """Read everything that the config names but the weights. ConfigError holds every mistake that was found.
 
     ``rows``: what the recipe trains on: ``single`` answers, ``pair``s of a chosen and a rejected one, or ``judged``
-    answers; by default what the loss of the config is over.
+    answers; by default what the loss of the config is over. A mistake that one of several ranks finds ends all of them.
     """
+    job = everywhere(lambda: _assemble(config, rows))
+    assert job is not None
+    return job
+
+
+def look_over(config: RunConfig, *, first: int = 64) -> None:
+    """ConfigError for every mistake that ``assemble`` finds, but in the ``first`` rows alone: before ranks start."""
+    _assemble(config, None, first=first)
+
+
+def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[C] | None:
+    """None if only the ``first`` rows are to be looked at."""
     refuse_mistakes(config)
     problems: list[str] = []
     notes: list[str] = []
@@ -145,16 +158,22 @@ def assemble(config: C, *, rows: Kind | None = None) -> Job[C]:
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
-        train = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length))
+        some: dict[str, Any] = {}
+        if first is not None and not config.data.streaming:
+            some = {"limit": first, "packing": False, "max_dropped_share": None}
+        train = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **some))
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
-        for key, found in (("data.train", train), ("data.eval", held_out)):
-            problems += kind_mistakes(config, key, found, wanted=rows or wanted_rows(config))
+        if first is None or config.recipe_sha256 is None:  # a recipe file may want other rows than its loss says
+            for key, found in (("data.train", train), ("data.eval", held_out)):
+                problems += kind_mistakes(config, key, found, wanted=rows or wanted_rows(config))
     head = _collect(problems, "data.train", lambda: train.head_report() if isinstance(train, tt_data.Stream) else None)
     problems += evaluation_mistakes(config)
     if problems:
         raise ConfigError(problems)
+    if first is not None:
+        return None
     assert hf_config is not None
     assert model_config is not None
     assert device is not None

@@ -119,6 +119,8 @@ def command(
 
     Several processes are started by --nproc, by torchrun, by srun, or in a pod of Kubeflow's trainer.
     """
+    if any(name in os.environ for name in ("RANK", "SLURM_PROCID")):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a rank waits for is said in words of ours
     from tt_train.launch import place
 
     here = place()
@@ -175,6 +177,7 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
     """Start the processes, after the mistakes that can be found by one."""
     from tt_cli import agent
     from tt_train.inputs.components import too_many_processes
+    from tt_train.job import look_over
     from tt_train.keys.mistakes import world_mistakes
     from tt_train.run.resume import check_destination
 
@@ -186,6 +189,7 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
     if problems:
         raise ConfigError(problems)
     check_destination(config, asked.resume)
+    look_over(config)
     run_dir = None if launch.nodes > 1 or asked.dry_run else _run_dir(config, asked.resume)
     return agent.start(
         launch, asked.words(run_dir), run_dir or (Path(config.output_dir) if config.output_dir else None)
@@ -222,6 +226,8 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> None
     config = launch.everywhere(checked, met=(here, store))
     if launch.is_restarted():
         asked = replace(asked, resume="auto")
+        if here.rank == 0:
+            tell("a rank was lost: the run starts again from its newest checkpoint")
     device = pick_device(config.device)
     with launch.joined(here, store, device_type=device.type, timeout_s=config.process_group_timeout_s):
         _train(asked, invocation, config)
