@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -47,11 +48,15 @@ class Ranks:
         return found
 
 
-def current() -> Ranks:
-    """All ranks of the run, with a gloo group of their own. If there are several, every rank must call this."""
+def current(timeout_s: float | None = None) -> Ranks:
+    """All ranks of the run, with a gloo group of their own. If there are several, every rank must call this.
+
+    timeout_s: how long they wait for one of them. torch's default is half an hour, whatever that of the run's group.
+    """
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    limit = None if timeout_s is None else timedelta(seconds=timeout_s)
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=limit))
 
 
 def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":

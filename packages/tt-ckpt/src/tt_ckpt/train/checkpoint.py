@@ -61,20 +61,22 @@ class _Save:
 class TrainCheckpoint:
     """The checkpoints of one run, in ``directory``.
 
-    The newest ``keep_last`` (at least 2) are kept, and those of the steps in ``keep``, such as the best one.
+    The newest ``keep_last`` (at least 2) are kept, and those of the steps in ``keep``, such as the best one. Ranks wait
+    ``timeout_s`` for one that hangs.
     """
 
-    def __init__(self, directory: str | Path, *, keep_last: int = 2) -> None:
+    def __init__(self, directory: str | Path, *, keep_last: int = 2, timeout_s: float | None = None) -> None:
         if keep_last < 2:
             raise ValueError(f"keep_last must be at least 2, in case the newest is damaged; got {keep_last}")
         self.directory = Path(directory).expanduser()
         self.keep_last = keep_last
+        self.timeout_s = timeout_s
         self.keep: set[int] = set()
         self._pending: futures.Future[Path] | None = None
 
     @cached_property
     def _ranks(self) -> ranks.Ranks:
-        return ranks.current()  # a collective, so made by the first call that is one anyway
+        return ranks.current(self.timeout_s)  # a collective, so made by the first call that is one anyway
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 

@@ -38,7 +38,8 @@ class TrainingState:
     def __init__(self, run: RunDir, job: Job[RunConfig], model: tt_models.Decoder, optimizer: MasterWeights) -> None:
         self.job, self.model, self.optimizer = job, model, optimizer
         self.names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=job.config.keep_last)
+        self.checkpoints = tt_ckpt.TrainCheckpoint(run.checkpoints, keep_last=job.config.keep_last,
+                                                   timeout_s=job.config.process_group_timeout_s)  # fmt: skip
         self.step = 0
         self.tokens, self.elapsed_s = 0, 0.0
         self.row: dict[str, Any] | None = {"step": 0}

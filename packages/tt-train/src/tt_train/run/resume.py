@@ -151,7 +151,9 @@ def read_checkpoint(job: Job[RunConfig], origin: Origin, *, explicit: bool) -> t
 
     ``explicit``: the user named the run, so that starting anew is not an answer.
     """
-    checkpoints = tt_ckpt.TrainCheckpoint(FinishedRun(origin.run).checkpoints)
+    checkpoints = tt_ckpt.TrainCheckpoint(
+        FinishedRun(origin.run).checkpoints, timeout_s=job.config.process_group_timeout_s
+    )
     path = origin.checkpoint or checkpoints.latest()
     if path is None:
         _refuse_damaged(origin.run, explicit=explicit)
