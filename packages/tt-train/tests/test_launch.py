@@ -64,7 +64,7 @@ SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
         (TORCHRUN, (3, 8, 1, "node1:29511")),
         (SLURM, (3, 8, 1, "gpu03:23456")),
-        (SLURM | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"}, (3, 8, 1, "10.0.0.1:4711")),
+        (SLURM | {"MASTER_ADDR": "head.example", "MASTER_PORT": "4711"}, (3, 8, 1, "head.example:4711")),
         (SLURM | TORCHRUN | {"RANK": "5"}, (5, 8, 1, "node1:29511")),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "4"}, (3, 4, 1, "gpu03:23456")),
     ],

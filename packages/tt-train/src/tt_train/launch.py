@@ -182,15 +182,11 @@ def joined(here: Place, store: Store, *, device_type: str, timeout_s: float) -> 
     timeout_s: a collective that some rank does not come to for so long is an error on the others.
     """
     global _STORE
-    backend = "cpu:gloo" if device_type == "cpu" else f"cpu:gloo,{device_type}:{_backend_of(device_type)}"
+    own = "" if device_type == "cpu" else f",{device_type}:{dist.get_default_backend_for_device(device_type)}"
     os.environ["LOCAL_RANK"] = str(here.local_rank)  # SLURM has another name for it
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", store),  # type: ignore[attr-defined]
-        rank=here.rank,
-        world_size=here.size,
-        timeout=timedelta(seconds=timeout_s),
-    )
+    group = dist.PrefixStore("group", store)  # type: ignore[attr-defined]
+    limit = timedelta(seconds=timeout_s)
+    dist.init_process_group(f"cpu:gloo{own}", store=group, rank=here.rank, world_size=here.size, timeout=limit)
     _STORE = store
     try:
         yield
@@ -198,10 +194,6 @@ def joined(here: Place, store: Store, *, device_type: str, timeout_s: float) -> 
         _STORE = None
         with suppress(RuntimeError):  # a lost rank is an error already
             dist.destroy_process_group()
-
-
-def _backend_of(device_type: str) -> str:
-    return str(dist.get_default_backend_for_device(device_type))
 
 
 # ---- one mistake for all ---------------------------------------------------------------------------------------------

@@ -59,10 +59,9 @@ class _Save:
 
 
 class TrainCheckpoint:
-    """The checkpoints of one run, in ``directory``.
+    """The checkpoints of one run: the newest ``keep_last`` (at least 2) and those of the steps in ``keep``.
 
-    The newest ``keep_last`` (at least 2) are kept, and those of the steps in ``keep``, such as the best one. Ranks wait
-    ``timeout_s`` for one that hangs.
+    ``timeout_s``: how long ranks wait for one that hangs.
     """
 
     def __init__(self, directory: str | Path, *, keep_last: int = 2, timeout_s: float | None = None) -> None:
@@ -131,9 +130,8 @@ class TrainCheckpoint:
     def preflight(self, nbytes: int, *, copies: int | None = None, besides: int = 0) -> None:
         """OSError unless the folder can be written and has room for ``copies`` checkpoints of ``nbytes``.
 
-        Call this before training, not hours into it. The default of ``copies`` is ``keep_last`` + 1: one is written
-        before the oldest is removed. Existing checkpoints count. ``besides``: bytes of other files for the same disk,
-        such as the result.
+        Call this before training. The default of ``copies`` is ``keep_last`` + 1: one is written before the oldest is
+        removed. Existing checkpoints count. ``besides``: bytes of other files for the same disk, such as the result.
         """
         run_folder.preflight(self.directory, nbytes, self.keep_last + 1 if copies is None else copies, besides)
 
