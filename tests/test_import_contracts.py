@@ -21,6 +21,7 @@ ASSEMBLY = {
     "reference": "what a policy is compared with: the model without its adapter, or a frozen copy",
     "run.finish": "the result of a run: adapter or model, with what is beside it",
     "models.export": "a Modelfile from the tokenizer and the config",
+    "inputs.methods": "a teacher's weights and tokenizer; layers that are to be rounded",
     "reference_cache": "log-probabilities of rows, kept as tensors",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "models.load": "tt_train.load",

@@ -14,12 +14,13 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import DPOConfig, PreferenceSection, RunConfig
+from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
 from tt_train.distributed import world
+from tt_train.inputs.model import folder_of
 from tt_train.job import Job
 from tt_train.losses import Objective
 from tt_train.master_weights import MasterWeights
-from tt_train.memory import checkpoint_activations_, compile_, offload_activations_
+from tt_train.memory import DTYPES, checkpoint_activations_, compile_, offload_activations_
 from tt_train.optim import decayed, make_optimizer
 from tt_train.reference import START, Reference, adapter_off, log_probs_of
 from tt_train.reference_cache import ReferenceCache, reference_facts
@@ -74,6 +75,16 @@ def _home(job: Job[RunConfig]) -> torch.device | str:
     """Where weights are kept between steps."""
     sharded = ways(job.config, world().size)[1] > 1
     return "cpu" if sharded and job.config.parallel.cpu_offload else job.device
+
+
+def load_teacher(job: Job[KDConfig]) -> tt_models.Decoder:
+    """The frozen model that ``kd.teacher`` names, whole on every rank."""
+    section = job.config.kd
+    assert section.teacher is not None
+    folder, dtype = folder_of(section.teacher, key="kd.teacher"), DTYPES[section.teacher_dtype]
+    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(folder)), device="meta", dtype=dtype)
+    tt_ckpt.load_weights(model, folder, dtype=dtype, device=job.device)
+    return model.eval().requires_grad_(False)
 
 
 def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:

@@ -96,6 +96,26 @@ class PreferenceSection(LossSection):
 
 
 @dataclass
+class QuantizationSection:
+    """How the weights will be stored, and so how the linear layers of the blocks compute while they train."""
+
+    weights: str = "int4"  # int4 | int8
+    group_size: int | None = 32  # weights of a row that share a scale; null: all of a row
+    activations: str | None = None  # int8: inputs are rounded too, for each token; null: they are not
+
+
+@dataclass
+class DistillationSection:
+    """The model to learn from, and how."""
+
+    teacher: str | None = None  # directory, run directory or hub id, of the same tokenizer
+    teacher_dtype: str = "bf16"  # bf16 | fp32
+    divergence: str = "forward"  # forward: KL(teacher || student) | reverse: KL(student || teacher)
+    temperature: float = 1.0  # of both distributions
+    cross_entropy_weight: float = 0.5  # of the plain loss; the divergence has the rest
+
+
+@dataclass
 class OptimizerSection:
     """A registered optimizer of torch.optim or torchao.optim, or with --allow-import the dotted path of a class."""
 
@@ -207,7 +227,26 @@ class DPOConfig(RunConfig):
     loss: PreferenceSection = field(default_factory=PreferenceSection)
 
 
-SCHEMAS: dict[str, type[RunConfig]] = {"sft": SFTConfig, "dpo": DPOConfig}  # by recipe
+@dataclass
+class KDConfig(RunConfig):
+    """Distillation: a student (``model``) follows the distribution of a frozen teacher."""
+
+    kd: DistillationSection = field(default_factory=DistillationSection)
+
+
+@dataclass
+class QATConfig(RunConfig):
+    """Supervised fine-tuning of a model that computes with the weights as they will be stored."""
+
+    quantization: QuantizationSection = field(default_factory=QuantizationSection)
+
+
+SCHEMAS: dict[str, type[RunConfig]] = {
+    "sft": SFTConfig,
+    "dpo": DPOConfig,
+    "kd": KDConfig,
+    "qat": QATConfig,
+}  # by recipe
 
 
 def method_of(config: RunConfig) -> str:

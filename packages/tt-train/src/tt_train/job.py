@@ -1,5 +1,6 @@
 """From a config to what a recipe needs. Every mistake that can be found is, before weights load."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import tt_peft
 from tt_train.config import RunConfig, method_of
 from tt_train.errors import ConfigError
 from tt_train.inputs import components
+from tt_train.inputs.methods import method_mistakes
 from tt_train.inputs.model import check_adapter, check_headers, model_folder, read_hf_config, vocabulary_mistakes
 from tt_train.inputs.rows import (
     Kind,
@@ -165,6 +167,9 @@ def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[
         if train is not None and config.data.eval is not None:
             parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
+        if train is not None:
+            method = functools.partial(method_mistakes, config, model_config, lora, train, length)
+            problems += _collect(problems, "kd.teacher", method) or []
         if first is None or config.recipe_sha256 is None:  # a recipe file may want other rows than its loss says
             for key, found in (("data.train", train), ("data.eval", held_out)):
                 problems += kind_mistakes(config, key, found, wanted=rows or wanted_rows(config))

@@ -26,6 +26,8 @@ HERE = Path(__file__).parent
 RECIPES = {
     "sft": "sft",
     "dpo": "dpo",
+    "kd": "kd",
+    "qat": "qat",
     **{theirs: ours for theirs, ours in torchtune.RECIPES.items() if ours is not None},
 }
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",

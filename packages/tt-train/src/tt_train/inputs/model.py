@@ -24,15 +24,17 @@ STATE_BYTES = 16  # of a value that trains: weight, gradient and AdamW's two mom
 
 
 def model_folder(config: RunConfig) -> Path | None:
-    """The folder of ``model.path``: itself, a run's full model, or a snapshot of a hub id."""
-    path = config.model.path
-    if path is None:
-        return None
+    """The folder of ``model.path``, if there is one."""
+    return None if config.model.path is None else folder_of(config.model.path, key="model.path")
+
+
+def folder_of(path: str, *, key: str) -> Path:
+    """The folder of a model: itself, a run's full model, or a snapshot of a hub id. ``key`` is for errors."""
     if (run := FinishedRun.at(path)) is not None:
         if run.model is not None:
             return run.model.resolve()
         raise ConfigError(
-            [f"model.path: {path} is a run that trained an adapter; merge it first: tt merge {shell_word(path)} -o DIR"]
+            [f"{key}: {path} is a run that trained an adapter; merge it first: tt merge {shell_word(path)} -o DIR"]
         )
     return tt_ckpt.resolve(path)
 

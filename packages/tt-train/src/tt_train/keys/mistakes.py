@@ -6,7 +6,7 @@ import re
 import typing
 from typing import Any
 
-from tt_train.config import RunConfig, to_dict
+from tt_train.config import KDConfig, RunConfig, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.keys.conflicts import conflicts
 from tt_train.keys.losses import loss_mistakes
@@ -25,6 +25,10 @@ _CHOICES = {
     "schedule.decay": ("cosine", "linear", "1-sqrt"),
     "max_grad_norm_of": ("model", "parameter"),
     "on_nonfinite": ("stop", "skip"),
+    "kd.divergence": ("forward", "reverse"),
+    "kd.teacher_dtype": ("bf16", "fp32"),
+    "quantization.weights": ("int4", "int8"),
+    "quantization.activations": ("int8",),
 }
 # what other tools call these values
 _ELSEWHERE = {"bfloat16": "bf16", "bfloat": "bf16", "auto": "bf16", "float32": "fp32", "float": "fp32", "full": "fp32",
@@ -46,6 +50,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "optimizer.eps": (0, 1), "max_grad_norm": (1e-30, 10**30), "seed": (0, 2**64 - 1),
     "process_group_timeout_s": (1, 10**6), "loss.beta": (1e-9, 10**6), "loss.margin": (0, 10**6),
     "loss.sft_weight": (0, 10**6), "loss.desirable_weight": (0, 10**6), "loss.undesirable_weight": (0, 10**6),
+    "kd.temperature": (1e-3, 1000), "kd.cross_entropy_weight": (0, 1),
+    "quantization.group_size": (1, 2**20),
 }  # fmt: skip
 _BELOW_ONE = ("loss.label_smoothing", "schedule.min_lr_ratio", "schedule.warmup_ratio", "schedule.decay_ratio",
               "adapter.dropout", "optimizer.momentum", "optimizer.betas")  # fmt: skip
@@ -53,7 +59,7 @@ _UNSET = {"max_steps": "epochs decide", "eval_every": "at the end only", "save_e
           "early_stop_after": "never", "schedule.warmup_steps": "by schedule.warmup_ratio",
           "schedule.decay_steps": "by schedule.decay_ratio",
           "parallel.shard": "by the method", "parallel.replicate": "by parallel.shard",
-          "max_grad_norm": "no clipping"}  # fmt: skip
+          "quantization.group_size": "a scale for each row", "max_grad_norm": "no clipping"}  # fmt: skip
 _LARGEST = 3e38  # of fp32, in which the numbers of a run are computed with
 
 
@@ -107,6 +113,8 @@ def missing(config: RunConfig) -> list[str]:
         found.append("max_steps: missing; data.streaming reads without knowing how many rows there are: max_steps=1000")
     if config.data.train is None:
         found.append("data.train: missing; give a file of rows: data.train=rows.jsonl")
+    if isinstance(config, KDConfig) and config.kd.teacher is None:
+        found.append("kd.teacher: missing; give the model to learn from, a directory or hub id: kd.teacher=DIR")
     return found
 
 

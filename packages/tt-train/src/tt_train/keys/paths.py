@@ -5,15 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tt_train.config import PreferenceSection, RunConfig
-
-
-def at_home(config: RunConfig) -> RunConfig:
-    """The config with ``~/`` at the start of a path as the home folder. A shell leaves it alone inside a word."""
-    return replace(_with_paths(config, home), output_dir=home(config.output_dir))
-
+from tt_train.config import KDConfig, PreferenceSection, RunConfig
 
 C = TypeVar("C", bound=RunConfig)
+
+
+def at_home(config: C) -> C:
+    """The config with ``~/`` at the start of a path as the home folder. A shell leaves it alone inside a word."""
+    return replace(_with_paths(config, home), output_dir=home(config.output_dir))
 
 
 def absolute(config: C) -> C:
@@ -22,6 +21,8 @@ def absolute(config: C) -> C:
 
 
 def _with_paths(config: C, change: Callable[[Any], Any]) -> C:
+    if isinstance(config, KDConfig):
+        config = replace(config, kd=replace(config.kd, teacher=change(config.kd.teacher)))
     model = replace(config.model, path=change(config.model.path), tokenizer=change(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=change(config.adapter.path))
     rows = {key: change(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
