@@ -294,15 +294,15 @@ def test_large_finite_values_are_no_error(tiny, model_dir):
     [
         (
             {"model.layers.0.self_attn.masked_bias": torch.ones(1)},
-            r"1 unexpected \(model.layers.0.self_attn.masked_bias\); take the weights",
+            r"1 unexpected \(model.layers.0.self_attn.masked_bias\); use the weights",
         ),
         (
             {f"model.layers.{n}.mlp.up_proj.weight_scale": torch.ones(1) for n in range(3)},
-            r"3 unexpected \(model.layers.\*.mlp.up_proj.weight_scale: 3 tensors\); take the weights",
+            r"3 unexpected \(model.layers.\*.mlp.up_proj.weight_scale: 3 tensors\); use the weights",
         ),
         (
             {f"model.layers.{n}.mlp.up_proj.weight": None for n in range(3)},
-            r"3 tensors missing \(model.layers.\*.mlp.up_proj.weight: 3 tensors\); take the weights",
+            r"3 tensors missing \(model.layers.\*.mlp.up_proj.weight: 3 tensors\); use the weights",
         ),
     ],
 )

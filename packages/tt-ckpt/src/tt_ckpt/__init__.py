@@ -20,54 +20,29 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Conversion": "formats.convert",
-    "convert": "formats.convert",
-    "read_config": "hf.directory",
-    "resolve": "model_path",
-    "save_hf": "hf.save",
-    "Download": "hub.download",
-    "download": "hub.download",
-    "check_weights": "hf.load",
-    "load_weights": "hf.load",
-    "StoredTensors": "hf.stored_tensors",
-    "open_tensors": "hf.stored_tensors",
-    "tensor_dtypes": "hf.stored_tensors",
-    "TensorSpec": "safetensors_file",
-    "redact": "redaction",
-    "CheckpointNotSaved": "train.checkpoint",
-    "TrainCheckpoint": "train.checkpoint",
-    "TrainState": "train.checkpoint",
-    "Upload": "hub.upload",
-    "model_card": "hub.upload",
-    "upload": "hub.upload",
-    "Verified": "hf.verify",
-    "verify_files": "hf.verify",
+    name: module
+    for module, names in {
+        "formats.convert": "Conversion convert",
+        "hf.directory": "read_config",
+        "hf.load": "check_weights load_weights",
+        "hf.save": "save_hf",
+        "hf.stored_tensors": "StoredTensors open_tensors tensor_dtypes",
+        "hf.verify": "Verified verify_files",
+        "hub.download": "Download download",
+        "hub.upload": "Upload model_card upload",
+        "model_path": "resolve",
+        "redaction": "redact",
+        "safetensors_file": "TensorSpec",
+        "train.checkpoint": "CheckpointNotSaved TrainCheckpoint TrainState",
+    }.items()
+    for name in names.split()
 }
 
 __all__ = [
-    "read_config",
-    "resolve",
-    "check_weights",
-    "load_weights",
-    "tensor_dtypes",
-    "open_tensors",
-    "StoredTensors",
-    "TensorSpec",
-    "save_hf",
-    "convert",
-    "Conversion",
-    "download",
-    "Download",
-    "upload",
-    "Upload",
-    "model_card",
-    "verify_files",
-    "Verified",
-    "redact",
-    "TrainCheckpoint",
-    "TrainState",
-    "CheckpointNotSaved",
-]
+    "read_config", "resolve", "check_weights", "load_weights", "tensor_dtypes", "open_tensors", "StoredTensors",
+    "TensorSpec", "save_hf", "convert", "Conversion", "download", "Download", "upload", "Upload", "model_card",
+    "verify_files", "Verified", "redact", "TrainCheckpoint", "TrainState", "CheckpointNotSaved",
+]  # fmt: skip
 
 
 if not TYPE_CHECKING:  # so that a misspelt name is an error to a type checker

@@ -89,7 +89,7 @@ def write_manifest(directory: Path, info: Mapping[str, Any], known: Mapping[str,
     known = known or {}
     files = {}
     if "sha256" in info:
-        raise ValueError("the manifest has a sha256 of its own: use another name")
+        raise ValueError("the manifest has its own sha256: use another name")
     for name in list_files(directory):
         path = directory / name
         if path.is_symlink():  # which verify would refuse

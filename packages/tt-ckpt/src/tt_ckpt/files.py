@@ -98,9 +98,8 @@ def refuse_placeholder(path: Path, start: bytes) -> None:
     if path.name.startswith(_MAY_BE_PAGES):
         return
     if _PAGE.match(text) or (text.startswith(b"<?xml") and b"<Error>" in text):
-        raise ValueError(
-            f"{plain(path)}: a web page, not the file itself; log in if the repository asks for it, and {DOWNLOAD}"
-        )
+        what = "a web page, not the file itself; log in if the repository asks for it"
+        raise ValueError(f"{plain(path)}: {what}, and {DOWNLOAD}")
     if len(start) < 500 and text.startswith(_ANSWERS):
         said = quoted(text.decode("utf-8", "replace").strip())
         raise ValueError(f"{plain(path)}: the answer of a web server ({said}), not the file itself; {DOWNLOAD}")

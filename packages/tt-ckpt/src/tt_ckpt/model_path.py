@@ -31,13 +31,8 @@ def resolve(path: str | Path) -> Path:
         raise ValueError(f"{shown}: neither a directory nor a regular file; give a model directory")
     text = str(path)
     kind = "file" if local.suffix == ".gguf" else "directory"
-    if (
-        isinstance(path, Path)
-        or kind == "file"
-        or text.startswith((".", "/", "~"))
-        or text.count("/") > 1
-        or "\\" in text
-    ):
+    is_path = isinstance(path, Path) or kind == "file" or text.startswith((".", "/", "~"))
+    if is_path or text.count("/") > 1 or "\\" in text:
         raise FileNotFoundError(f"{shown}: no such {kind}{_similar(local)}")
     close = _similar(local)
     if "/" not in text and "did you mean" in close:  # a typo of a folder's name, not a hub id

@@ -93,6 +93,5 @@ def is_cover(shape: tuple[int, ...], boxes: Sequence[tuple[tuple[int, ...], tupl
         return False
     begin = np.array([offsets for offsets, _ in full], dtype=np.int64)
     end = begin + np.array([sizes for _, sizes in full], dtype=np.int64)
-    return not any(
-        bool(((begin[i + 1 :] < end[i]) & (begin[i] < end[i + 1 :])).all(axis=1).any()) for i in range(len(full) - 1)
-    )
+    overlaps = (((begin[i + 1 :] < end[i]) & (begin[i] < end[i + 1 :])).all(axis=1) for i in range(len(full) - 1))
+    return not any(bool(found.any()) for found in overlaps)

@@ -163,9 +163,8 @@ def _looks_secret(name: str, value: str, quoted: bool) -> bool:
     if name == "token":  # of a text, more often than of a service
         return len(value) >= 20 and re.fullmatch(r"(?=.*\d)[\w.~+/=-]+", value) is not None
     if name.startswith("pass"):
-        return (
-            len(value) >= 4 if quoted else len(value) >= _SHORTEST and (len(value) >= 12 or bool(_DENSE.search(value)))
-        )
+        is_dense = len(value) >= 12 or _DENSE.search(value) is not None
+        return len(value) >= 4 if quoted else len(value) >= _SHORTEST and is_dense
     return len(value) >= _SHORTEST and _DENSE.search(value) is not None and " " not in value
 
 

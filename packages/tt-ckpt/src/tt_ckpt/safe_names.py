@@ -1,4 +1,4 @@
-"""File names that come out of files: each must name a file of its own folder, and nothing else."""
+"""File names that come out of files: each must name a file in the same folder, and nothing else."""
 
 import os
 from pathlib import Path

@@ -29,26 +29,12 @@ _CAST_BYTES = 1 << 20  # fits into a cache
 
 # In the order in which the safetensors library writes tensors (widest first), so that our files equal its files.
 DTYPES: dict[str, torch.dtype] = {
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F32": torch.float32,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "C64": torch.complex64, "F32": torch.float32,
+    "U32": torch.uint32, "I32": torch.int32, "BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16,
+    "I16": torch.int16, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 NAMES_OF_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _RANK = {name: rank for rank, name in enumerate(DTYPES)}
 
@@ -124,9 +110,8 @@ def _parse_header(path: Path, entries: Any, start: int, size: int) -> Header:
     if not isinstance(entries, dict):
         raise ValueError("it is not a JSON object")
     metadata = entries.pop("__metadata__", None)
-    if metadata is not None and not (
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-    ):
+    is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not is_text:
         raise ValueError("__metadata__ must map text to text")
     spans = sorted((_parse_entry(name, entry) for name, entry in entries.items()), key=lambda span: span[1:3])
     position = 0
@@ -234,7 +219,7 @@ class MappedFile:
 
 
 def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None) -> bytes:
-    """Length and JSON of a file that holds ``specs`` in their order: the bytes that the safetensors library writes."""
+    """Length and JSON of a file of ``specs`` in their order: the bytes that the safetensors library writes."""
     if "__metadata__" in specs:
         raise ValueError("a tensor cannot be called __metadata__ in a safetensors file")
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}

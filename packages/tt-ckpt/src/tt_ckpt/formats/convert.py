@@ -22,7 +22,7 @@ from tt_ckpt.hf.directory import (
     has_tokenizer,
     new_directory,
     write_config,
-)
+)  # fmt: skip
 from tt_ckpt.hf.mismatch import refuse_missing_layers
 from tt_ckpt.hf.save import choose_layout, counter, write_shards
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast, compare
@@ -150,7 +150,7 @@ def _check_config(weights: Weights, directory: Path, to: str) -> None:
     if stated is not None and embedding is not None and stated != embedding.shape[0]:
         raise ValueError(
             f"{directory}: config.json: vocab_size {quoted(stated)}, but {EMBEDDING} has {embedding.shape[0]} rows; "
-            f"set vocab_size to {embedding.shape[0]}, or take the weights that were saved with this config"
+            f"set vocab_size to {embedding.shape[0]}, or use the weights that were saved with this config"
         )
 
 

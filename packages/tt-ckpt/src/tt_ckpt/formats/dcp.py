@@ -37,7 +37,7 @@ _DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 
 @dataclass(frozen=True)
 class _Piece:
-    """A box of a tensor, and the bytes of the file that hold it."""
+    """A box of a tensor, and where its bytes are."""
 
     file: str
     start: int
@@ -81,9 +81,7 @@ class DistributedFolder(Mapping[str, Tensor]):
                 file.seek(piece.start)
                 part = tensor_from_bytes(file.read(piece.length), where=f"{path}: {plain(name)}")
             if spec_of(part) != TensorSpec(dtype=spec.dtype, shape=piece.sizes):
-                raise ValueError(
-                    f"{path}: {name} is {spec_of(part)} there, not what {METADATA_NAME} says; copy it again"
-                )
+                raise ValueError(f"{path}: {name} is {spec_of(part)}, not what {METADATA_NAME} says; copy it again")
             box(result, piece.offsets, piece.sizes).copy_(part)
         return result
 

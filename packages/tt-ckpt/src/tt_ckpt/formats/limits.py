@@ -63,9 +63,8 @@ def _unsaid(config: Mapping[str, Any], to: str) -> Iterator[str]:
     if not says_head_dim and positive(config, "head_dim", default=hidden // heads) * heads != hidden:
         yield f"{_shown(config, 'head_dim')} beside hidden_size {hidden} and {heads} heads"
     tied = config.get("tie_word_embeddings", family.startswith("gemma"))
-    if to == "torchtune" and bool(tied) != {"mistral": False, "phi3": False, "gemma": True, "gemma2": True}.get(
-        family, bool(tied)
-    ):
+    fixed = {"mistral": False, "phi3": False, "gemma": True, "gemma2": True}
+    if to == "torchtune" and bool(tied) != fixed.get(family, bool(tied)):
         yield f"tie_word_embeddings {str(bool(tied)).lower()} of {family}"
 
 

@@ -52,7 +52,7 @@ def from_meta(
     config: Mapping[str, Any] | None,
     files: Sequence[Path],
 ) -> Weights:
-    """The model in ``parts`` under Hugging Face names. ``config`` (a config.json) takes precedence over ``params``."""
+    """The model in ``parts`` under Hugging Face names. ``config`` (a config.json) counts before ``params``."""
     for file, part in zip(files, parts, strict=True):
         if part.keys() != parts[0].keys():
             odd = sorted(part.keys() ^ parts[0].keys())[0]
@@ -77,15 +77,14 @@ def from_meta(
     rows = shapes[QUERY].shape[0] if QUERY in shapes else 0
     expected = heads["q_proj"] * positive(config, "head_dim", default=hidden // heads["q_proj"])
     if rows != expected:
-        raise ValueError(
-            f"{files[0].parent}: {len(parts)} parts with {rows} query rows, not {expected}; parts missing?"
-        )
+        found = f"{len(parts)} parts with {rows} query rows"
+        raise ValueError(f"{files[0].parent}: {found}, not {expected}; parts missing?")
 
     def get(name: str) -> Tensor:
         whole = joined(name, [part[keys[name]] for part in parts])
-        return (
-            to_half_split(whole, heads[name.rsplit(".", 2)[1]], f"{files[0]}: {name}") if _is_rotated(name) else whole
-        )
+        if not _is_rotated(name):
+            return whole
+        return to_half_split(whole, heads[name.rsplit(".", 2)[1]], f"{files[0]}: {name}")
 
     return Weights(specs=shapes, get=get, config=dict(config), format="meta", files=tuple(files))
 
@@ -96,11 +95,8 @@ def _check_parts(
     """ValueError if the embedding shows that parts are missing or doubled, or that ``hidden`` is wrong."""
     shape = specs_of(parts[0])[keys[EMBEDDING]].shape if EMBEDDING in keys else ()
     if len(shape) != 2 or shape[1] not in (hidden, hidden / len(parts)):
-        expected = (
-            f"; {hidden // shape[1]} parts are needed"
-            if len(shape) == 2 and shape[1] and hidden % shape[1] == 0
-            else ""
-        )
+        divides = len(shape) == 2 and shape[1] and hidden % shape[1] == 0
+        expected = f"; {hidden // shape[1]} parts are needed" if divides else ""
         raise ValueError(
             f"{files[0]}: tok_embeddings.weight is {list(shape)}, which does not fit dim {hidden} in {len(parts)} parts"
             f"{expected}"
@@ -116,9 +112,8 @@ def write_meta(
     """Write ``consolidated.00.pth`` ... and ``params.json`` into ``folder``."""
     heads, hidden = rotated_heads(weights.config), positive(weights.config, "hidden_size")
     if num_parts < 1 or any(count % num_parts for count in heads.values()):
-        raise ValueError(
-            f"num_parts {num_parts} does not divide the heads {sorted(set(heads.values()))}; choose one that does"
-        )
+        counts = sorted(set(heads.values()))
+        raise ValueError(f"num_parts {num_parts} does not divide the heads {counts}; choose one that does")
     file = weights.files[0] if weights.files else None
     names = {RENAME.there(name, file): name for name in weights.specs}
     if weights.config.get("tie_word_embeddings"):
@@ -140,9 +135,8 @@ def write_meta(
         for key, name in names.items():
             whole, dim = meta(weights.specs[name]), dim_of(key)
             if dim is not None and whole.shape[dim] % num_parts:
-                raise ValueError(
-                    f"{name} with shape {list(whole.shape)} cannot be divided into {num_parts} parts; choose fewer"
-                )
+                shape = list(whole.shape)
+                raise ValueError(f"{name} with shape {shape} cannot be divided into {num_parts} parts; choose fewer")
             specs[key] = spec_of(whole if dim is None else whole.chunk(num_parts, dim)[part])
         write_pickled(folder / f"consolidated.{part:02d}.pth", specs, partial(get, part=part), progress=progress)
     commit.write_json(folder / "params.json", params_from_config(weights.config))
@@ -159,9 +153,7 @@ def _split_dim(name: str, shape: Sequence[int] | None, hidden: int, *, vocab: in
     if name.endswith(_SPLIT_COLUMNS):
         return 1
     if name == EMBEDDING:
-        by_rows = (
-            shape[1] == hidden if shape is not None else vocab >= LLAMA3_VOCAB
-        )  # then the embedding is split by rows, not columns
+        by_rows = shape[1] == hidden if shape is not None else vocab >= LLAMA3_VOCAB  # from Llama 3 on
         return 0 if by_rows else 1
     return None
 

@@ -65,9 +65,8 @@ def config_from_params(
     if not mistral:
         return config | {"attention_bias": False, "mlp_bias": False}
     if positive(params, "hidden_dim", where=where) != specs[_GATE].shape[0]:
-        raise ValueError(
-            f"{where}: hidden_dim {params['hidden_dim']} does not fit w1 with {specs[_GATE].shape[0]} rows"
-        )
+        rows = specs[_GATE].shape[0]
+        raise ValueError(f"{where}: hidden_dim {params['hidden_dim']} does not fit w1 with {rows} rows")
     window = params.get("sliding_window")
     return config | {"sliding_window": None if window is None else positive(params, "sliding_window", where=where)}
 
@@ -79,9 +78,8 @@ def _refuse_unknown(params: Mapping[str, Any], where: Path) -> None:
             continue
         close = difflib.get_close_matches(key, _READ, 1, 0.8)
         hint = f"; did you mean {close[0]}?" if close else "; give config=DIR with the config.json of the same model"
-        raise ValueError(
-            f"{where}: {plain(key)} {quoted(value)} may change what the model computes and is not known{hint}"
-        )
+        what = "may change what the model computes and is not known"
+        raise ValueError(f"{where}: {plain(key)} {quoted(value)} {what}{hint}")
 
 
 def _rope_scaling(params: Mapping[str, Any], tied: bool, where: Path) -> dict[str, Any] | None:

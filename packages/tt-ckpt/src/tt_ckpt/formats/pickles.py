@@ -52,9 +52,8 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             _check_archive(file)
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _NotArchive as error:
-        raise ValueError(
-            f"{path}: not a torch archive ({error}): cut short, or saved before torch 1.6; {DOWNLOAD}, or save it again"
-        ) from None
+        cure = f"cut short, or saved before torch 1.6; {DOWNLOAD}, or save it again"
+        raise ValueError(f"{path}: not a torch archive ({error}): {cure}") from None
     except Exception as error:  # torch raises many kinds, and no other loader is tried
         raise ValueError(f"{path}: refused: not a plain file of tensors ({_reason(error)}); {_CURE}") from None
     if not isinstance(content, dict):

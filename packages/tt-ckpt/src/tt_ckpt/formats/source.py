@@ -88,10 +88,9 @@ def _mistral_files(folder: Path) -> list[str]:
 
 def _newest_epoch(directory: Path) -> Path:
     """``directory``, or its newest ``epoch_N``, into which torchtune 0.5 and later put a model."""
-    epochs = [
-        (int(match[1]), entry) for entry in directory.iterdir() if (match := re.fullmatch(r"epoch_(\d+)", entry.name))
-    ]
-    has_weights = any(entry.suffix in (".safetensors", ".bin", ".pt", ".pth") for entry in directory.iterdir())
+    entries = list(directory.iterdir())
+    epochs = [(int(match[1]), one) for one in entries if (match := re.fullmatch(r"epoch_(\d+)", one.name))]
+    has_weights = any(entry.suffix in (".safetensors", ".bin", ".pt", ".pth") for entry in entries)
     if not epochs or has_weights:
         return directory
     newest = max(epochs)[1]
@@ -114,7 +113,7 @@ def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _pickle_files(folder: Path) -> list[str]:
-    """The pickled files that together hold one model."""
+    """The pickled files that make up one model."""
     if os.path.lexists(folder / PICKLE_INDEX):
         names = shard_names(folder / PICKLE_INDEX, read_json(folder / PICKLE_INDEX), ".bin")
         missing = [name for name in names if not safe_file(folder, name).exists()]
@@ -191,8 +190,7 @@ def _unwrapped(weights: Weights) -> Weights:
     while names and (prefix := next((one for one in WRAPPERS if all(name.startswith(one) for name in names)), "")):
         names = {name.removeprefix(prefix): key for name, key in names.items()}
     if odd := next((name for name in names if ".lora_" in name or ".base_layer." in name), ""):
-        raise ValueError(
-            f"{weights.files[0]}: {plain(odd)} belongs to an adapter that was saved with its base; merge it first"
-        )
+        what = "belongs to an adapter that was saved with its base; merge it first"
+        raise ValueError(f"{weights.files[0]}: {plain(odd)} {what}")
     specs = {name: weights.specs[key] for name, key in names.items()}
     return replace(weights, specs=specs, get=lambda name: weights.get(names[name]))

@@ -41,7 +41,7 @@ _FOUR_NORMS = _COMMON | {
     _OURS + "pre_feedforward_layernorm.weight": _THEIRS + "mlp_scale.scale",
     _OURS + "post_feedforward_layernorm.weight": _THEIRS + "mlp_norm.scale",
 }
-# Hugging Face keys that hold several of torchtune's tensors, one below the other
+# Hugging Face keys that are several of torchtune's tensors, one below the other
 _FUSED = {
     "self_attn.qkv_proj.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
@@ -75,9 +75,8 @@ FAMILIES = {
 def family_of(config: Mapping[str, Any]) -> Family:
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(
-            f"config.json: model_type {quoted(name)} has no torchtune format; families that do: {', '.join(FAMILIES)}"
-        )
+        known = f"families that do: {', '.join(FAMILIES)}"
+        raise ValueError(f"config.json: model_type {quoted(name)} has no torchtune format; {known}")
     return FAMILIES[name]
 
 
@@ -88,20 +87,12 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
     known = specs_of(tensors)
 
     def single(name: str) -> Tensor:
-        tensor = tensors[keys[name]]
-        return (
-            to_half_split(tensor, heads[_projection(name)], f"{files[0]}: {name}")
-            if _is_rotated(name, family)
-            else tensor
-        )
+        tensor, where = tensors[keys[name]], f"{files[0]}: {name}"
+        return to_half_split(tensor, heads[_projection(name)], where) if _is_rotated(name, family) else tensor
 
     parts = _group(keys, family)
-    specs = {
-        name: spec_of(torch.cat([meta(known[keys[piece]]) for piece in pieces]))
-        if len(pieces) > 1
-        else known[keys[pieces[0]]]
-        for name, pieces in parts.items()
-    }
+    hollow = {name: [meta(known[keys[piece]]) for piece in pieces] for name, pieces in parts.items()}
+    specs = {name: spec_of(torch.cat(pieces)) for name, pieces in hollow.items()}
 
     def get(name: str) -> Tensor:
         pieces = [single(piece) for piece in parts[name]]
@@ -149,9 +140,8 @@ def write_torchtune(weights: Weights, folder: Path, *, progress: Callable[[int],
         tensor = weights.get(name)[start : start + rows]
         return to_interleaved(tensor, heads[_projection(name)], name) if _is_rotated(name, family) else tensor
 
-    specs = {
-        key: spec_of(meta(weights.specs[name])[start : start + rows]) for key, (name, start, rows) in origin.items()
-    }
+    hollow = {name: meta(spec) for name, spec in weights.specs.items()}
+    specs = {key: spec_of(hollow[name][start : start + rows]) for key, (name, start, rows) in origin.items()}
     write_pickled(folder / FILE_NAME, specs, get, progress=progress)
 
 

@@ -44,9 +44,8 @@ class Rename:
             close = difflib.get_close_matches(pattern[:200], table, 1, 0.6)
             hint = f"; did you mean {close[0].replace('{}', 'N')}?" if close else ""
             where = "" if file is None else f"{file}: "
-            raise ValueError(
-                f"{where}unknown tensor {plain(name)} in {self.what}{hint or '; give the files of one model'}"
-            )
+            cure = hint or "; give the files of one model"
+            raise ValueError(f"{where}unknown tensor {plain(name)} in {self.what}{cure}")
         return table[pattern].format(*_NUMBER.findall(name))
 
 
@@ -66,9 +65,8 @@ def to_half_split(tensor: Tensor, num_heads: int, name: str = "a projection") ->
 def _pairs(tensor: Tensor, num_heads: int, name: str) -> int:
     rows = tensor.shape[0]
     if num_heads <= 0 or rows % (2 * num_heads):
-        raise ValueError(
-            f"{name}: {rows} rows do not divide into {num_heads} heads of an even size: wrong config.json?"
-        )
+        heads = f"{num_heads} heads of an even size"
+        raise ValueError(f"{name}: {rows} rows do not divide into {heads}: wrong config.json?")
     return rows // num_heads // 2
 
 
@@ -85,11 +83,9 @@ def rotated_heads(config: Mapping[str, Any]) -> dict[str, int]:
 # ---- numbers and sizes -----------------------------------------------------------------------------------------------
 
 
-def positive(
-    settings: Mapping[str, Any], key: str, *, default: int | None = None, where: object = "config.json"
-) -> int:
+def positive(given: Mapping[str, Any], key: str, *, default: int | None = None, where: object = "config.json") -> int:
     """The whole number above 0 at ``key``, or a ValueError that names the key."""
-    value = settings.get(key)
+    value = given.get(key)
     if value is None and default is not None:
         return default
     if type(value) is not int or not 0 < value < 2**40:

@@ -1,4 +1,4 @@
-"""The base tensors of a module, which its checkpoint holds: each once, with every name and place that it has.
+"""The base tensors of a module, as in its checkpoint: each once, with every name and place that it has.
 
 Adapter parameters (of modules with ``adapter_params``) are left out: they have files of their own. A model may say how
 its parameters differ from those in the files by ``hf_sources``, ``join_from_hf`` and ``split_for_hf``.
@@ -27,7 +27,7 @@ class BaseTensor:
         old = self.tensor
         if isinstance(old, nn.Parameter):
             if old.device == tensor.device and old.device.type != "meta":
-                old.data = tensor  # the same object stays: an optimizer may hold it
+                old.data = tensor  # the same object stays: an optimizer may refer to it
                 return
             tensor = nn.Parameter(tensor, requires_grad=old.requires_grad)
             tensor.__dict__.update(old.__dict__)
@@ -39,7 +39,7 @@ class BaseTensor:
 def base_tensors(model: nn.Module) -> list[BaseTensor]:
     """All base tensors of ``model``, in the order of its modules."""
     found: dict[int, BaseTensor] = {}
-    adapters: set[str] = set()  # a module comes before the modules inside it, which may hold its adapter
+    adapters: set[str] = set()  # a module comes before the modules inside it, which may be its adapter
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
         if callable(adapter_params := getattr(module, "adapter_params", None)):
@@ -76,7 +76,7 @@ def join_sources(model: nn.Module, name: str, keys: list[str], parts: list[Tenso
 
 
 def split_sources(model: nn.Module, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """The tensors that the files hold for a parameter, by name."""
+    """The tensors in the files for a parameter, by name."""
     split = getattr(model, "split_for_hf", None)
     return split(name, tensor) if callable(split) else {name: tensor}
 

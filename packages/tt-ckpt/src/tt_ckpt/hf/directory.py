@@ -24,20 +24,9 @@ from tt_ckpt.safetensors_file import TensorSpec
 from tt_ckpt.shown import format_size, listed, plain
 
 COMPANIONS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json", "vocab*",
+    "merges.txt", "*.model", "*.tiktoken", "tekken.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 WEIGHTS = (
     "model*.safetensors",
     INDEX_NAME,
@@ -118,12 +107,12 @@ def has_tokenizer(directory: Path) -> bool:
 def new_directory(path: Path, nbytes: int, *, overwrite: bool) -> Iterator[Path]:
     """A temporary folder to write a model of ``nbytes`` into; it becomes ``path`` if the block ends without an error.
 
-    FileExistsError if ``path`` holds weights, or other files with names that are written, unless ``overwrite``. Into an
+    FileExistsError if ``path`` has weights, or other files with names that are written, unless ``overwrite``. Into an
     existing directory the files are moved one by one, after its old weights are set aside. OSError if the disk is full.
     """
     old = check_destination(path, overwrite=overwrite)
     check_room(path, nbytes)
-    tmp = commit.make_tmp(path / "model" if path.is_dir() else path)  # an existing directory may be a disk of its own
+    tmp = commit.make_tmp(path / "model" if path.is_dir() else path)  # an existing directory may be another disk
     try:
         yield tmp
         commit.fsync_tree(tmp)

@@ -142,11 +142,11 @@ def _plan(model: nn.Module, path: str | Path) -> _Plan:
             unexpected.append(key)
     if missing or unexpected or shapes:
         raise ValueError(describe_mismatch(directory, model, missing, unexpected, shapes))
-    for fill in plan.fills:  # integers are not weights, and an integer buffer holds no fractions: neither is cast
+    for fill in plan.fills:  # integers are not weights, and an integer buffer has no fractions: neither is cast
         ours, theirs = fill.base.tensor.dtype, fill.stored.dtype
         if ours.is_floating_point != theirs.is_floating_point:
             kinds = f"the model has {ours}, the file {theirs}, not converted"
-            raise ValueError(f"{directory}: {fill.name}: {kinds}; take the weights of this model")
+            raise ValueError(f"{directory}: {fill.name}: {kinds}; use the weights of this model")
     plan.fills.sort(key=lambda fill: max((tensors.where[key], tensors.offset_of(key)) for key in fill.keys))
     return plan
 

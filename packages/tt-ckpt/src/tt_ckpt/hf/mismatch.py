@@ -11,8 +11,8 @@ from torch import nn
 from tt_ckpt.shown import plain, quoted
 
 _SHOWN = 3
-_TAKE = "take the weights and the config.json of one model"
-_SAVED = "take the config.json that was saved with these weights"
+_ONE = "use the weights and the config.json of one model"
+_SAVED = "use the config.json that was saved with these weights"
 Shapes = Mapping[str, tuple[int, ...]]
 WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "base_model.model.")  # torch.compile, DDP, FSDP, peft
 # which config field gives which dimension of which weight
@@ -29,11 +29,8 @@ _FIELDS = (
 def refuse_quantized(directory: Path, config: Mapping[str, Any]) -> None:
     settings = config.get("quantization_config") or config.get("quantization")  # the second is MLX's
     if settings and not (isinstance(settings, dict) and _is_unused(settings)):
-        method = (
-            settings.get("quant_method", "MLX" if "quantization" in config else "unknown")
-            if isinstance(settings, dict)
-            else settings
-        )
+        unnamed = "MLX" if "quantization" in config else "unknown"
+        method = settings.get("quant_method", unnamed) if isinstance(settings, dict) else settings
         raise ValueError(
             f"{directory / 'config.json'}: quantization_config: {plain(method)}; only unquantized weights can be "
             "loaded: use the original model (and quantize_base for QLoRA)"
@@ -64,7 +61,7 @@ def describe_mismatch(
         shown = ", ".join(f"{key}: the model has {list(ours)}, the file {list(theirs)}" for key, ours, theirs in first)
         parts.append(f"{len(shapes)} of another shape ({shown}{', ...' if len(shapes) > _SHOWN else ''})")
     cause = _cause(directory, model, missing, unexpected, shapes)
-    return f"{directory}: the weights do not fit the model: {'; '.join(parts)}; {cause or _TAKE}"
+    return f"{directory}: the weights do not fit the model: {'; '.join(parts)}; {cause or _ONE}"
 
 
 def describe_tie(where: Path, kept: str, other: str, shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> str:
@@ -128,7 +125,7 @@ def _resized(config: Any, name: str, size: int) -> str:
     if name != "vocab_size":
         return ""
     tied = ", which lm_head shares (tie_word_embeddings)" if getattr(config, "tie_word_embeddings", False) else ""
-    return f"{tied}: set vocab_size to {size} in config.json, or take the weights that were saved with this config"
+    return f"{tied}: set vocab_size to {size} in config.json, or use the weights that were saved with this config"
 
 
 def _shape_cause(config: Any, key: str, ours: tuple[int, ...], theirs: tuple[int, ...]) -> str:
@@ -154,9 +151,8 @@ def _shape_cause(config: Any, key: str, ours: tuple[int, ...], theirs: tuple[int
 
 def num_layers(shapes: Shapes) -> int:
     """One more than the highest layer number in the names."""
-    return 1 + max(
-        (int(match[1]) for name in shapes if (match := re.search(r"\blayers\.(\d{1,9})\.", name))), default=-1
-    )
+    found = (re.search(r"\blayers\.(\d{1,9})\.", name) for name in shapes)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
 
 
 def _num_experts(shapes: Shapes) -> int:
@@ -192,12 +188,12 @@ def refuse_far(file: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """ValueError for the first size in the config that no published model has, and that the weights do not have."""
     for key, (limit, count, what) in SIZES.items():
         stated = config.get(key)
-        if type(stated) is int and stated > limit and 0 < (held := count(shapes)) < stated:
-            raise ValueError(f"{file}: {key} {quoted(stated)}, but the weights have {held} {what}; {_SAVED}")
+        if type(stated) is int and stated > limit and 0 < (found := count(shapes)) < stated:
+            raise ValueError(f"{file}: {key} {quoted(stated)}, but the weights have {found} {what}; {_SAVED}")
 
 
 def refuse_missing_layers(file: Path, config: Mapping[str, Any], shapes: Shapes) -> None:
     """ValueError if the config states more layers than the weights have."""
-    stated, held = config.get("num_hidden_layers"), num_layers(shapes)
-    if type(stated) is int and 0 < held < stated:
-        raise ValueError(f"{file}: num_hidden_layers {quoted(stated)}, but the weights have {held} layers; {_SAVED}")
+    stated, found = config.get("num_hidden_layers"), num_layers(shapes)
+    if type(stated) is int and 0 < found < stated:
+        raise ValueError(f"{file}: num_hidden_layers {quoted(stated)}, but the weights have {found} layers; {_SAVED}")

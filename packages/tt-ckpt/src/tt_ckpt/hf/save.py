@@ -51,7 +51,7 @@ def save_hf(
 
     The result is read back and compared. ``progress(done, total)`` counts bytes, each twice. A model that is sharded
     over ranks is gathered tensor by tensor: every rank must call this, and rank 0 writes. The directory appears whole
-    or not at all. FileExistsError if it holds weights already, unless ``overwrite``.
+    or not at all. FileExistsError if it has weights already, unless ``overwrite``.
     """
     folder, origin = Path(path).expanduser(), None if source is None else resolve(source)
     weights = _weights_of(model, dtype, config)
@@ -77,7 +77,7 @@ def save_weights(
     files: Mapping[str, str | Path | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """``save_hf`` for weights that no model holds: each tensor is asked for twice, to write it and to compare it."""
+    """``save_hf`` without a model: each tensor is asked for twice, to write it and to compare it."""
     with new_directory(folder, weights.nbytes, overwrite=overwrite) as tmp:
         write_config(tmp / "config.json", weights.config, weights.specs, source)  # what can fail on its own: first
         for name, content in (files or {}).items():
@@ -100,7 +100,7 @@ def _weights_of(
 ) -> Weights:
     """The base tensors of ``model`` under the names in the files; each is split, gathered and cast when it is read."""
     specs: dict[str, TensorSpec] = {}
-    origin: dict[str, tuple[str, Tensor]] = {}  # name in the files -> the parameter that holds it, and its name
+    origin: dict[str, tuple[str, Tensor]] = {}  # name in the files -> its parameter's name, and that parameter
     for base in base_tensors(model):
         tensor, name = base.tensor, base.names[0]
         if tensor.device.type == "meta":
@@ -164,9 +164,7 @@ def stored_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
     )
 
 
-def write_shards(
-    weights: Weights, folder: Path, layout: "Layout", advance: Callable[[int], None] | None = None
-) -> None:
+def write_shards(weights: Weights, folder: Path, layout: "Layout", advance: Callable[[int], None] | None) -> None:
     """Write the safetensors files of a layout and their index."""
     for name, keys in layout.files.items():
         held = {key: weights.specs[key] for key in keys}
@@ -204,9 +202,8 @@ def choose_layout(origins: Iterable[Path], specs: Mapping[str, TensorSpec], max_
     limit = parse_size(max_shard_size)
     for kept in filter(None, map(read_layout, origins)):
         held = list(kept.files.values())
-        if sorted(key for keys in held for key in keys) == sorted(specs) and all(
-            len(keys) <= 1 or sum(specs[key].nbytes for key in keys) <= limit for keys in held
-        ):
+        same = sorted(key for keys in held for key in keys) == sorted(specs)
+        if same and all(len(keys) <= 1 or sum(specs[key].nbytes for key in keys) <= limit for keys in held):
             return kept
         break
     files = split(specs, limit)
@@ -247,7 +244,7 @@ def parse_size(size: str | int) -> int:
 
 
 def split(specs: Mapping[str, TensorSpec], limit: int) -> dict[str, list[str]]:
-    """File name -> names of tensors, filled in the given order. A tensor above the limit gets a file of its own."""
+    """File name -> names of tensors, filled in the given order. A tensor above the limit gets its own file."""
     groups: list[list[str]] = []
     current: list[str] = []
     filled = 0

@@ -27,7 +27,7 @@ _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 class StoredTensors(Mapping[str, Tensor]):
     """The tensors of a model directory by name, each read into new memory when it is asked for.
 
-    ``specs[name]`` has its ``dtype``, ``shape``, ``numel`` and ``nbytes``, ``file_of(name)`` is the file that holds it.
+    ``specs[name]`` has its ``dtype``, ``shape``, ``numel`` and ``nbytes``, ``file_of(name)`` is its file.
     Files are opened when a tensor is read and closed again. ``dict(tensors)`` reads the whole model.
     """
 
@@ -78,7 +78,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return out
 
     def mapped(self, name: str) -> Tensor:
-        """The tensor as a view of a memory map, which takes no memory. Cutting the file short then ends the process."""
+        """The tensor as a view of a memory map, without a copy. Cutting the file short then ends the process."""
         file = self.where[name]
         if file not in self._maps:
             self._maps[file] = MappedFile(self.headers[file].path, self.headers[file])
@@ -169,9 +169,9 @@ def shard_names(path: Path, index: Any, ending: str) -> list[str]:
         raise ValueError(f"{path}: expected an object with a weight_map from tensor names to file names; {DOWNLOAD}")
     names: dict[str, str] = {}
     for key, name in weight_map.items():
-        if not isinstance(name, str) or name in names:
-            if not isinstance(name, str):
-                raise ValueError(f"{path}: weight_map: {quoted(key)}: expected a file name, found {quoted(name)}")
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: weight_map: {quoted(key)}: expected a file name, found {quoted(name)}")
+        if name in names:
             continue
         check_basename(name, where=f"{path}: weight_map: {quoted(key)}")
         if not name.endswith(ending):
@@ -207,31 +207,24 @@ def describe_no_weights(directory: Path) -> str:
         return f"{directory}: a Meta checkpoint, not a Hugging Face one; run: {convert}"
     pickles = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
     if pickles:
-        return (
-            f"{directory}: weights only as pickles ({pickles[0]}), which can run code; if you trust them run: {convert}"
-        )
+        what = f"weights only as pickles ({pickles[0]}), which can run code"
+        return f"{directory}: {what}; if you trust them run: {convert}"
     if ggufs := [name for name in names if name.endswith(".gguf")]:
         return f"{directory}: weights only as GGUF; run: tt convert {directory / ggufs[0]} DEST"
     if "zero_to_fp32.py" in names or any(name.startswith("global_step") for name in names):
         return f"{directory}: the state of DeepSpeed's ZeRO; run: python {directory}/zero_to_fp32.py {directory} DEST"
     if parts := [name for name in names if (directory / name / ".metadata").is_file()]:
-        return (
-            f"{directory}: a training state in {parts[0]}; run: tt convert {directory / parts[0]} DEST --allow-pickle"
-        )
-    if begun := [name for name in names if name.endswith(HALF_FETCHED)] or _fetched_in_part(directory):
+        part = directory / parts[0]
+        return f"{directory}: a training state in {parts[0]}; run: tt convert {part} DEST --allow-pickle"
+    left = (path.name for path in (directory / ".cache/huggingface/download").glob("*.incomplete"))
+    if begun := [name for name in names if name.endswith(HALF_FETCHED)] or sorted(left):
         return f"{directory}: only {listed(begun)} of an interrupted download; run it again, it resumes"
     shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         close = difflib.get_close_matches(SINGLE_NAME, shards, 1, 0.0)[0]
         return f"{directory}: neither {SINGLE_NAME} nor {INDEX_NAME}, only {close}; rename it or download the index too"
     if runs := [name for name in names if (directory / name / "manifest.json").is_file()]:
-        return (
-            f"{directory}: a folder of runs, not a model; name one of them: {listed(directory / run for run in runs)}"
-        )
+        every = listed(directory / run for run in runs)
+        return f"{directory}: a folder of runs, not a model; name one of them: {every}"
     found = listed(names, 8) or "nothing"
     return f"{directory}: no weights: expected {SINGLE_NAME} or {INDEX_NAME}, found {found}; download it"
-
-
-def _fetched_in_part(directory: Path) -> list[str]:
-    """The parts of files that an interrupted ``tt download -o`` has left."""
-    return sorted(path.name for path in (directory / ".cache/huggingface/download").glob("*.incomplete"))

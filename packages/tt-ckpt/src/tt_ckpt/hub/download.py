@@ -189,9 +189,8 @@ def _fetch(repo_id: str, revision: str | None, options: dict[str, Any]) -> str:
 
 
 def _matches(name: str, allow: Sequence[str], ignore: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in allow) and not any(
-        fnmatch.fnmatch(name, pattern) for pattern in ignore
-    )
+    wanted, unwanted = (any(fnmatch.fnmatch(name, one) for one in patterns) for patterns in (allow, ignore))
+    return wanted and not unwanted
 
 
 def _literal(name: str) -> str:

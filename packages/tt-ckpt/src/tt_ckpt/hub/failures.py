@@ -32,20 +32,18 @@ def retrying(
             limit = until if answered or contact is None else min(until, contact)
             if not _is_passing(error) or time.monotonic() + pause > limit:
                 if contact is not None and not answered and _is_passing(error):
-                    raise _unreachable(error, repo_id) from None
+                    why = f"{_host()} does not answer ({_first_line(error)})"
+                    raise ConnectionError(f"{repo_id}: no directory of that name here, and {why}") from None
                 raise explained(error, repo_id, revision) from None
             logger.warning("%s: %s; trying again in %.1f s", repo_id, _first_line(error), pause)
             time.sleep(pause)
             pause = min(2 * pause, 30.0)
 
 
-def _unreachable(error: Exception, repo_id: str) -> ConnectionError:
+def _host() -> str | None:
     from huggingface_hub import constants
 
-    host = urlsplit(constants.ENDPOINT).hostname
-    return ConnectionError(
-        f"{repo_id}: no directory of that name here, and {host} gives no answer ({_first_line(error)})"
-    )
+    return urlsplit(constants.ENDPOINT).hostname
 
 
 def _is_passing(error: Exception) -> bool:
@@ -72,18 +70,15 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
     if status in (401, 403):
         return PermissionError(f"{repo_id}: {_not_allowed(status)}")
     if isinstance(error, json.JSONDecodeError):
-        host = urlsplit(constants.ENDPOINT).hostname
         cure = "is HF_ENDPOINT a hub, and is there a login page or proxy between?"
-        return OSError(f"{repo_id}: {host} answers with something that is not JSON; {cure}")
+        return OSError(f"{repo_id}: {_host()} answers with something that is not JSON; {cure}")
     if isinstance(error, errors.HFValidationError):
         return ValueError(f"{repo_id}: neither a directory here nor a repository id such as Qwen/Qwen3-0.6B")
     if constants.HF_HUB_OFFLINE:
-        return FileNotFoundError(
-            f"{repo_id}: not completely in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}"
-        )
+        why = f"not completely in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}"
+        return FileNotFoundError(f"{repo_id}: {why}")
     if _is_passing(error) or isinstance(error, errors.LocalEntryNotFoundError):
-        host = urlsplit(constants.ENDPOINT).hostname
-        return ConnectionError(f"{repo_id}: {host}: {_first_line(error)}; run the same command again, it resumes")
+        return ConnectionError(f"{repo_id}: {_host()}: {_first_line(error)}; run the same command again, it resumes")
     if isinstance(error, OSError | ValueError) and not isinstance(error, errors.HfHubHTTPError):
         text = redact(str(error))
         return error if text == str(error) else (OSError if isinstance(error, OSError) else ValueError)(text)
@@ -91,9 +86,7 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
 
 
 def _not_allowed(status: int) -> str:
-    from huggingface_hub import constants
-
-    host = urlsplit(constants.ENDPOINT).hostname
+    host = _host()
     if not token():
         return f"{host} asks for a login ({status}); run `hf auth login`, or set HF_TOKEN"
     if status == 401:

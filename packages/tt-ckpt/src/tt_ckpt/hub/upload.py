@@ -23,33 +23,12 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "adapter_model.safet
            "adapter_model-*-of-*.safetensors")  # fmt: skip
 INDEXES = ("model.safetensors.index.json", "adapter_model.safetensors.index.json")
 SENT = (
-    *WEIGHTS,
-    *INDEXES,
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model*",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "additional_chat_templates/*.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+    *WEIGHTS, *INDEXES, "config.json", "generation_config.json", "adapter_config.json", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model*", "spiece.model", "sentencepiece*.model", "*.tiktoken", "tekken.json", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json",
+    "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 _FOLDERS = ("additional_chat_templates",)
 _REPO_ID = re.compile(r"(?:\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _CARD = """---
@@ -130,7 +109,8 @@ def upload(
             hub = api()
             created = str(hub.create_repo(repo_id, private=private, exist_ok=True))
             url = re.sub(r"(?<=://)[^/?#]*@", "", created)  # HF_ENDPOINT may have a password
-            if card and "README.md" in _names_there(hub, repo_id, revision):  # somebody may have written it: it stays
+            there = hub.model_info(repo_id, revision=revision).siblings or [] if card else []
+            if any(sibling.rfilename == "README.md" for sibling in there):  # somebody may have written it: it stays
                 operations.pop()
                 files.remove("README.md")
             done = hub.create_commit(repo_id, operations, commit_message=message, revision=revision)
@@ -214,10 +194,6 @@ def _refuse_secrets(folder: Path, name: str) -> None:
         line = 1 if secret_line(json.dumps(value, ensure_ascii=False)) is not None else None  # in escapes
     if line is not None:
         raise ValueError(f"{plain(file)}:{line}: a secret (a token, key or password); remove it before uploading")
-
-
-def _names_there(hub: Any, repo_id: str, revision: str | None) -> set[str]:
-    return {sibling.rfilename for sibling in hub.model_info(repo_id, revision=revision).siblings or []}
 
 
 def _check_arrived(hub: Any, repo_id: str, commit: str, folder: Path, names: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Blocks of quantized values, by the ``gguf`` package. A module of its own because no other imports that package."""
+"""Blocks of quantized values, by the ``gguf`` package. Only this module imports that package."""
 
 import difflib
 from functools import cache
@@ -50,4 +50,4 @@ def nearest_kind(kind: str) -> str:
 
 
 def update_hint() -> str:
-    return "pip install -U gguf, or take a file of Q8_0, Q6_K, Q4_K or F16"
+    return "pip install -U gguf, or use a file of Q8_0, Q6_K, Q4_K or F16"

@@ -40,9 +40,8 @@ class Keys:
 
     def __init__(self, gguf: GGUF) -> None:
         self.path, self.prefix = gguf.path, f"{gguf.values.get('general.architecture')}."
-        self.values = {
-            key.removeprefix(self.prefix): value for key, value in gguf.values.items() if key.startswith(self.prefix)
-        }
+        own = [(key, value) for key, value in gguf.values.items() if key.startswith(self.prefix)]
+        self.values = {key.removeprefix(self.prefix): value for key, value in own}
         self.read: set[str] = set()
 
     def get(self, key: str) -> Any:
@@ -73,7 +72,7 @@ class Keys:
             hint = f"; the nearest known is {self.prefix}{close[0]}" if close else ""
             raise ValueError(
                 f"{self.path}: {self.prefix}{plain(left[0])} may change what the model computes and is not known here"
-                f"{hint}; take another file of the model"
+                f"{hint}; use another file of the model"
             )
 
 
@@ -118,9 +117,8 @@ def config_of(gguf: GGUF, model_type: str) -> dict[str, Any]:
         keys.get(key)
     for key, neutral in _NEUTRAL.items():
         if (value := keys.get(key)) not in (None, *neutral):
-            raise ValueError(
-                f"{gguf.path}: {keys.prefix}{key} {quoted(value)} is not converted; take another file of the model"
-            )
+            what = f"{keys.prefix}{key} {quoted(value)}"
+            raise ValueError(f"{gguf.path}: {what} is not converted; use another file of the model")
     keys.refuse_the_rest()
     return config
 
@@ -136,9 +134,8 @@ def token_id(gguf: GGUF, key: str) -> int | None:
         return None
     rows = gguf.tensors["token_embd.weight"].shape[0]
     if type(value) is not int or not 0 <= value < rows:
-        raise ValueError(
-            f"{gguf.path}: tokenizer.ggml.{key}_token_id: expected a whole number below {rows}, found {quoted(value)}"
-        )
+        where = f"{gguf.path}: tokenizer.ggml.{key}_token_id"
+        raise ValueError(f"{where}: expected a whole number below {rows}, found {quoted(value)}")
     return value
 
 
@@ -176,9 +173,8 @@ def _extras(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str, Any]
     if kind == "phi3":
         turned = keys.whole("rope.dimension_count", config["head_dim"])
         found["partial_rotary_factor"] = turned / config["head_dim"]
-        found["original_max_position_embeddings"] = keys.whole(
-            "rope.scaling.original_context_length", config["max_position_embeddings"]
-        )
+        old = keys.whole("rope.scaling.original_context_length", config["max_position_embeddings"])
+        found["original_max_position_embeddings"] = old
     return found
 
 
@@ -222,24 +218,22 @@ def _rope_scaling(gguf: GGUF, keys: Keys, config: Mapping[str, Any]) -> dict[str
         if tensor is not None and (len(tensor.shape) != 1 or tensor.shape[0] > config["head_dim"]):
             raise ValueError(f"{gguf.path}: rope_{name}.weight has the shape {list(tensor.shape)}; download it again")
     if any(name.startswith("blk.") and "rope_f" in name for name in gguf.tensors):
-        raise ValueError(f"{gguf.path}: rope factors in every block are not converted; take a newer file of the model")
-    numbers = {
-        name: None if tensor is None else read_rows(tensor, 0, 1, torch.float32)[0] for name, tensor in factors.items()
-    }
+        raise ValueError(f"{gguf.path}: rope factors in every block are not converted; use a newer file of the model")
+    given = {name: tensor for name, tensor in factors.items() if tensor is not None}
+    numbers = {name: read_rows(tensor, 0, 1, torch.float32)[0] for name, tensor in given.items()}
     old_context = keys.get("rope.scaling.original_context_length")
-    if (long := numbers["factors_long"]) is not None and (short := numbers["factors_short"]) is not None:
-        return _longrope(long, short, keys, config)
-    if (freqs := numbers["freqs"]) is not None:
-        return _llama3_scaling(freqs, config, old_context, gguf.path)
+    if "factors_long" in numbers and "factors_short" in numbers:
+        return _longrope(numbers["factors_long"], numbers["factors_short"], keys, config)
+    if "freqs" in numbers:
+        return _llama3_scaling(numbers["freqs"], config, old_context, gguf.path)
     if kind == "none":
         return None
     factor = keys.number("rope.scaling.factor")
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
-        raise ValueError(
-            f"{gguf.path}: {keys.prefix}rope.scaling.type {quoted(kind)} is not known; known: none, linear, yarn"
-        )
+        what = f"{keys.prefix}rope.scaling.type {quoted(kind)}"
+        raise ValueError(f"{gguf.path}: {what} is not known; known: none, linear, yarn")
     scaling = {
         "rope_type": "yarn",
         "factor": factor,

@@ -49,7 +49,7 @@ class GGUFTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that holds its values exactly."""
+        """The dtype that has all of its values."""
         return PLAIN.get(self.kind, torch.float32)
 
     @property
@@ -168,9 +168,8 @@ class _Reader:
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError:
-            raise ValueError(
-                f"{self.path}: damaged: text at byte {self.at - len(raw)} is not UTF-8; {DOWNLOAD}"
-            ) from None
+            at = self.at - len(raw)
+            raise ValueError(f"{self.path}: damaged: text at byte {at} is not UTF-8; {DOWNLOAD}") from None
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -187,21 +186,17 @@ class _Reader:
                 return np.frombuffer(self.take(count * width), dtype=_SCALARS[of]).tolist()
         if kind in _SCALARS:
             found = np.frombuffer(self.take(np.dtype(_SCALARS[kind]).itemsize), dtype=_SCALARS[kind])[0]
-            return _shortest(found) if isinstance(found, np.float32) else found.item()
+            # 1e-05 for the fp32 number 9.999999747378752e-06, as the model's config spelled it
+            return float(str(found)) if isinstance(found, np.float32) else found.item()
         what = "a list of lists" if kind == _ARRAY else f"unknown type {kind} of a value"
         raise ValueError(f"{self.path}: damaged: {what} at byte {self.at}; {DOWNLOAD}")
 
     def announced(self, count: int, width: int) -> None:
-        """Refuse a count that the rest of the file cannot hold, before anything is allocated for it."""
+        """Refuse a count larger than the rest of the file, before anything is allocated for it."""
         self.entries += count
         if count > (self.size - self.at) // width or self.entries > _MAX_ENTRIES:
             where = f"{count} entries are announced at byte {self.at} of {self.size}"
             raise ValueError(f"{self.path}: damaged: {where}; {DOWNLOAD}")
-
-
-def _shortest(value: "np.float32") -> float:
-    """1e-05 for the fp32 number 9.999999747378752e-06: the same number, as the model's config spelled it."""
-    return float(str(value))
 
 
 def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
@@ -224,9 +219,8 @@ def _read_one(path: Path) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
         infos = [_read_info(reader) for _ in range(num_tensors)]
         alignment = values.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
-            raise ValueError(
-                f"{path}: general.alignment: expected a power of two, found {quoted(alignment)}; {DOWNLOAD}"
-            )
+            found = quoted(alignment)
+            raise ValueError(f"{path}: general.alignment: expected a power of two, found {found}; {DOWNLOAD}")
         start = -(-reader.at // alignment) * alignment
     return values, _place(path, infos, start, alignment)
 
@@ -240,9 +234,7 @@ def _check_start(reader: _Reader) -> None:
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         what = "big-endian" if swapped in (2, 3) else f"version {version}"
-        raise ValueError(
-            f"{path}: a GGUF file of {what}; versions 2 and 3, little-endian, can be read; take such a file"
-        )
+        raise ValueError(f"{path}: a GGUF file of {what}; only versions 2 and 3, little-endian, can be read")
 
 
 def _read_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:

@@ -24,7 +24,7 @@ _ROTATED = re.compile(r"(q_proj|k_proj)\.(weight|bias)$")
 def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
     """``config.json``, weights and, unless not ``tokenizer``, the tokenizer's files of a GGUF file.
 
-    Tensors are float32 if any tensor of the file is quantized, which holds all values exactly; else they have the one
+    Tensors are float32 if any tensor of the file is quantized, which has all values exactly; else they have the one
     dtype of the matrices (norms, which such files have in float32, are rounded to it).
     """
     gguf = read_gguf(path)
@@ -73,7 +73,7 @@ def _dtype_of(gguf: GGUF) -> torch.dtype:
 def _sources(
     tensors: dict[str, GGUFTensor], names: dict[str, str], experts: int, path: Path
 ) -> dict[str, tuple[str, int, int]]:
-    """Hugging Face key -> the tensor that holds it, its first row there, and the number of dimensions to drop."""
+    """Hugging Face key -> the tensor with it, its first row there, and the number of dimensions to drop."""
     found: dict[str, tuple[str, int, int]] = {}
     for name, key in names.items():
         if "{}" not in key:

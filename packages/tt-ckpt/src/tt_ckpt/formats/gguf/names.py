@@ -12,14 +12,10 @@ from tt_ckpt.shown import quoted
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT}
 _MATRICES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}
+}  # fmt: skip
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 _AROUND = {
@@ -63,13 +59,8 @@ ARCHITECTURES = {
     "gemma3": Architecture(model_type="gemma3_text", layer=_MATRICES | _AROUND | _HEAD_NORMS, norm_offset=1.0),
     "phi3": Architecture(
         model_type="phi3",
-        layer=_NORMS
-        | {
-            "attn_qkv": "self_attn.qkv_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_up": "mlp.gate_up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
+        layer={name: _MATRICES[name] for name in ("attn_output", "ffn_down")}
+        | {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj", **_NORMS},
     ),
     "olmo2": Architecture(model_type="olmo2", layer=_MATRICES | _BEHIND | _HEAD_NORMS),
     "smollm3": Architecture(model_type="smollm3", interleaved=True, biases=_BIASED),
@@ -92,9 +83,8 @@ def architecture_of(name: object, num_experts: int, path: Path) -> Architecture:
     if not isinstance(name, str) or name not in ARCHITECTURES:
         close = difflib.get_close_matches(str(name)[:80], ARCHITECTURES, 1, 0.5)
         hint = f"; the nearest is {close[0]}" if close else ""
-        raise ValueError(
-            f"{path}: architecture {quoted(name)} is not converted{hint}; known: {', '.join(ARCHITECTURES)}"
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture {quoted(name)} is not converted{hint}; known: {known}")
     return ARCHITECTURES[name]
 
 
@@ -120,15 +110,12 @@ def check_blocks(names: Mapping[str, str], num_layers: int, arch: Architecture, 
         if (match := _BLOCK.fullmatch(name)) is not None:
             blocks.setdefault(int(match[1]), set()).add(match[2])
     needed = {f"{local}.weight" for local in [*arch.layer, *arch.experts]} | blocks.get(0, set())
+    announced = f"({num_layers} blocks are announced); download it again"
     for i in range(num_layers):
         if absent := sorted(needed - blocks.get(i, set())):
-            raise ValueError(
-                f"{path}: lacks blk.{i}.{absent[0]} ({num_layers} blocks are announced); download it again"
-            )
+            raise ValueError(f"{path}: lacks blk.{i}.{absent[0]} {announced}")
     if odd := sorted(i for i in blocks if i >= num_layers or blocks[i] != needed):
-        raise ValueError(
-            f"{path}: block {odd[0]} is not like the others ({num_layers} blocks are announced); download it again"
-        )
+        raise ValueError(f"{path}: block {odd[0]} is not like the others {announced}")
     for name in ("token_embd.weight", "output_norm.weight"):
         if name not in names:
             raise ValueError(f"{path}: lacks {name}; a vocabulary or part of a model cannot be converted")

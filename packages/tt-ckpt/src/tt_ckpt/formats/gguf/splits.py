@@ -52,11 +52,11 @@ def split_name(gguf: GGUF, count: int) -> str:
         hint = f", nearest {close[0]}" if close else ""
         raise ValueError(
             f"{gguf.path}: tokenizer.ggml.pre {quoted(pre)} is not known here{hint}; give config=DIR of the original "
-            "model to take its tokenizer"
+            "model to use its tokenizer"
         )
     if pre == "default":
         logger.warning(
-            "%s does not say how text is split before merging: taken as GPT-2 does it. If the ids differ from the "
+            "%s does not say how text is split before merging: it is split as in GPT-2. If the ids differ from the "
             "original model's, give config=DIR with its tokenizer",
             gguf.path,
         )

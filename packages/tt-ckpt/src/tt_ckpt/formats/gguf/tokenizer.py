@@ -36,21 +36,14 @@ def tokenizer_files(gguf: GGUF, config: dict[str, Any]) -> dict[str, str]:
     else:
         raise ValueError(
             f"{gguf.path}: a tokenizer of kind {quoted(kind)} is not converted (known: gpt2, llama); "
-            "give config=DIR of the original model to take its tokenizer"
+            "give config=DIR of the original model to use its tokenizer"
         )
     ends = [_token_text(gguf, tokens, key) for key in ("bos", "eos")]
     adds = [values.get(f"tokenizer.ggml.add_{key}_token", key == "bos" and bos_first) for key in ("bos", "eos")]
     frame = [end if add else None for end, add in zip(ends, adds, strict=True)]
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added(tokens, types),
-        **body,
-    }
-    tokenizer["post_processor"] = _frame(
-        tokenizer["post_processor"], frame, {token: i for i, token in enumerate(tokens)}
-    )
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": _added(tokens, types), **body}
+    ids = {token: i for i, token in enumerate(tokens)}
+    tokenizer["post_processor"] = _frame(tokenizer["post_processor"], frame, ids)
     settings: dict[str, Any] = {
         "add_bos_token": bool(adds[0]) and ends[0] is not None,
         "add_eos_token": bool(adds[1]) and ends[1] is not None,
@@ -84,9 +77,8 @@ def _generation(gguf: GGUF, config: dict[str, Any]) -> dict[str, Any]:
 def _chat_template(gguf: GGUF) -> Any:
     """The chat template, or all by name if the file has several."""
     prefix = "tokenizer.chat_template"
-    named = {
-        key.removeprefix(f"{prefix}."): value for key, value in gguf.values.items() if key.startswith(f"{prefix}.")
-    }
+    own = [(key, value) for key, value in gguf.values.items() if key.startswith(f"{prefix}.")]
+    named = {key.removeprefix(f"{prefix}."): value for key, value in own}
     default = gguf.values.get(prefix)
     if not all(isinstance(text, str) for text in [*named.values(), default or ""]):
         raise ValueError(f"{gguf.path}: {prefix} is not text; download it again")
@@ -120,9 +112,8 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
     tokens = tokens[:count]
     if len(set(tokens)) != len(tokens):
         twice = Counter(tokens).most_common(1)[0][0]
-        raise ValueError(
-            f"{path}: tokenizer.ggml.tokens: {quoted(twice)} appears twice, which tokenizer.json cannot express"
-        )
+        cannot = "which tokenizer.json cannot express"
+        raise ValueError(f"{path}: tokenizer.ggml.tokens: {quoted(twice)} appears twice, {cannot}")
     return tokens, types[:count], scores[:count]
 
 
@@ -136,16 +127,9 @@ def _token_text(gguf: GGUF, tokens: list[str], key: str) -> str | None:
 
 
 def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {
-            "id": index,
-            "content": token,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": kind != _USER,
-        }
+        {"id": index, "content": token, **plain, "special": kind != _USER}
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (_UNKNOWN, _CONTROL, _USER) and token
     ]
@@ -171,9 +155,8 @@ def _byte_level(gguf: GGUF, tokens: list[str], types: list[int]) -> tuple[dict[s
     pre = split_name(gguf, len(tokens))
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     if pre in SPLITS:
-        steps = [
-            {"type": "Split", "pattern": {"Regex": one}, "behavior": "Isolated", "invert": False} for one in SPLITS[pre]
-        ]
+        how = {"behavior": "Isolated", "invert": False}
+        steps = [{"type": "Split", "pattern": {"Regex": one}, **how} for one in SPLITS[pre]]
         steps.append(bytes_only)
     else:
         steps = [{"type": "Digits", "individual_digits": True}] if pre in DIGITS else []
@@ -187,28 +170,25 @@ def _byte_level(gguf: GGUF, tokens: list[str], types: list[int]) -> tuple[dict[s
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "post_processor": {**bytes_only, "trim_offsets": False},
         "decoder": {**bytes_only, "add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": pre in WHOLE_WORDS,
-            "vocab": vocab,
-            "merges": [_two(merge, vocab, gguf.path) for merge in merges],
-        },
+        "model": _bpe(vocab, [_two(merge, vocab, gguf.path) for merge in merges], whole_words=pre in WHOLE_WORDS),
     }
     return body, pre in BOS_FIRST
+
+
+def _bpe(
+    vocab: dict[str, int], merges: list[list[str]], *, whole_words: bool = False, **options: Any
+) -> dict[str, Any]:
+    """The model of a tokenizer.json; ``whole_words``: a word that is a token is not merged."""
+    absent = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": whole_words}
+    return {"type": "BPE", **absent, **flags, **options, "vocab": vocab, "merges": merges}
 
 
 def _two(merge: object, vocab: Collection[str], path: Path) -> list[str]:
     left, _, right = str(merge).partition(" ")
     if left not in vocab or right not in vocab or left + right not in vocab:
-        raise ValueError(
-            f"{path}: tokenizer.ggml.merges: {quoted(merge)} does not make a token of two; download it again"
-        )
+        what = f"{quoted(merge)} does not make a token of two"
+        raise ValueError(f"{path}: tokenizer.ggml.merges: {what}; download it again")
     return [left, right]
 
 
@@ -258,18 +238,7 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], types: list[int], scores: list
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": steps},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": _BYTE in types,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "model": _bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types),
     }
 
 
