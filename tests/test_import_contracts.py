@@ -246,7 +246,7 @@ STARTS_PROGRAMS = {
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_program_is_started_but_python_itself(package):
+def test_no_program_but_python_is_started(package):
     """A program of the folder one stands in, or one that a repository's config names, is never run (S12)."""
     for name, tree in modules(package):
         calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}

@@ -231,7 +231,7 @@ print("held")
 """
 
 
-def test_a_full_disk_keeps_what_was_and_leaves_nothing(tmp_path):
+def test_a_full_disk_keeps_the_old_files_and_leaves_no_new_ones(tmp_path):
     """On a small tmpfs of our own, in a namespace where that may be mounted."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "script.py").write_text(FULL_DISK)

@@ -102,7 +102,7 @@ def metadata_of(folder):
 
 
 @pytest.mark.parametrize("where", ["top", "planner_data", "key"])
-def test_a_canary_in_the_metadata_does_not_sing(folder, tmp_path, where):
+def test_the_code_of_hostile_metadata_never_runs(folder, tmp_path, where):
     metadata, canary = metadata_of(folder), Canary(tmp_path / "sung")
     if where == "planner_data":
         metadata.planner_data = canary

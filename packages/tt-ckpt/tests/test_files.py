@@ -162,7 +162,7 @@ def test_a_file_beyond_its_limit_is_not_read(folder):
         (b"\xff\xfe{\x00}\x00", "x:1: not UTF-8"),
     ],
 )
-def test_json_that_is_none_says_where(folder, data, message):
+def test_invalid_json_is_reported_with_its_place(folder, data, message):
     (folder / "x").write_bytes(data)
     with pytest.raises(ValueError, match=message) as caught:
         files.read_json(folder / "x")

@@ -108,7 +108,7 @@ def test_files_that_are_there_are_not_fetched_again(server, repository):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "api"])
-def test_passing_failures_are_retried(server, repository, name):
+def test_temporary_failures_are_retried(server, repository, name):
     server.fail = {name: 2}
     assert tt_ckpt.download(REPO, retry_s=30).num_verified == 4
 
@@ -271,7 +271,7 @@ def test_the_token_of_the_environment_is_used_and_never_shown(server, repository
     assert CANARY not in out.out + out.err + caplog.text + str(caught.value)
 
 
-def test_a_token_for_another_host_is_told(server, repository, monkeypatch, caplog):
+def test_a_token_sent_to_another_host_is_reported(server, repository, monkeypatch, caplog):
     monkeypatch.setenv("HF_TOKEN", CANARY)
     with caplog.at_level(logging.WARNING):
         tt_ckpt.download(REPO)

@@ -63,7 +63,7 @@ def test_nothing_is_read_unless_allowed(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["top", "value", "key"])
-def test_a_canary_does_not_sing(tmp_path, place):
+def test_the_code_of_a_hostile_pickle_never_runs(tmp_path, place):
     canary, sung = Canary(tmp_path / "sung"), tmp_path / "sung"
     content = {"top": canary, "value": {"w": torch.ones(1), "x": canary}, "key": {"w": [torch.ones(1), canary]}}[place]
     path = save(tmp_path / "f.pth", content)

@@ -154,7 +154,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("secret", SECRETS, ids=lambda text: text[:16])
 @pytest.mark.parametrize("around", ["{}", "a {} b", '"{}"', "x={}", "\\n{}", "\x1b[31m{}", "({})", "%20{}"])
-def test_what_has_the_form_of_a_secret_is_blanked(secret, around):
+def test_text_that_looks_like_a_secret_is_removed(secret, around):
     if secret.startswith(("sk-", "eyJ", "AKIA", "AIza")) and around in ("\\n{}", "\x1b[31m{}", "%20{}"):
         pytest.skip("the letter before it may be a part of a word")
     found = redact(around.format(secret))

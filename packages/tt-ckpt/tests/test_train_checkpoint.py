@@ -50,7 +50,7 @@ def test_what_was_saved_is_restored(checkpoints):
     check(checkpoints.restore(path), 7)
 
 
-def test_there_is_no_pickle_in_it(checkpoints):
+def test_a_checkpoint_contains_no_pickle(checkpoints):
     path = save(checkpoints, 7)
     names = sorted(file.name for file in path.iterdir())
     assert names == ["MANIFEST.json", "model.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"]

@@ -412,7 +412,7 @@ def test_a_rate_is_a_number_in_every_spelling(tt, here, number):
     assert config["optimizer"]["lr"] == float(number.strip("'"))
 
 
-def test_a_value_may_hold_an_equals_sign(tt, here):
+def test_a_value_may_contain_an_equals_sign(tt, here):
     words = ["data.train=a=b.jsonl", "model.path=x=y"]
     config = tt("cat", "sft", *words, "--json").json["config"]
     assert (config["data"]["train"], config["model"]["path"]) == ("a=b.jsonl", "x=y")

@@ -51,7 +51,7 @@ def tt(*words: str, cwd: Path, home: Path, timeout: int = 100) -> subprocess.Com
     return subprocess.run([*command, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
-def test_nothing_of_the_folder_that_one_stands_in_is_run(hostile: Path, tmp_path: Path) -> None:
+def test_nothing_in_the_working_directory_is_run(hostile: Path, tmp_path: Path) -> None:
     words = ["model.path=.", "data.train=rows.jsonl", "model.dtype=fp32", "adapter.rank=2", "max_steps=1"]
     for command in (["run", "sft", *words, "samples.max_new_tokens=2", "-o", "../run"], ["report", "../run"], ["env"]):
         done = tt(*command, cwd=hostile, home=tmp_path)

@@ -252,7 +252,7 @@ def test_a_module_that_a_recipe_cannot_import_is_answered_with_the_cure(tt, word
     assert answer.err == f"error: sub/uses.py:1: ModuleNotFoundError: No module named 'mine_helper'{cure}\n"
 
 
-def test_modules_of_a_hostile_folder_never_take_the_place_of_installed_ones(tt_process, words, tmp_path):
+def test_modules_of_a_hostile_folder_never_replace_installed_ones(tt_process, words, tmp_path):
     for name in SHADOWS:
         Path(f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').write({name!r})\n")
     Path("mine.py").write_text("import wandb\ndef main(config, **settings): ...\n")

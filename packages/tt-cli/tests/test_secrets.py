@@ -126,7 +126,7 @@ def test_every_verb_is_asked():
     assert {words[0] for words in QUESTIONS} >= set(cli.table)
 
 
-def test_a_run_and_all_that_is_made_of_it_hold_no_secret(tt, folder, model_dir, rows_file):
+def test_a_run_and_everything_made_from_it_contain_no_secret(tt, folder, model_dir, rows_file):
     shutil.copytree(model_dir, folder / "model")
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     rows = [

@@ -35,7 +35,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
 
 @pytest.mark.parametrize("words", ["ls", "--help", "--version", "cat sft model.path=m data.train=d"])
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_an_answer_that_the_disk_cannot_hold_is_one_line_and_exit_1(words, unbuffered):
+def test_output_that_does_not_fit_on_the_disk_is_one_line_and_exit_1(words, unbuffered):
     done = bash(f"{TT} {words} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 1
     assert done.stderr == "error: standard output: no space left on device; the output is incomplete\n"
@@ -54,7 +54,7 @@ def test_messages_that_nobody_reads_do_not_end_the_work():
 
 
 @pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-", "<&- >&- 2>&-"])
-def test_closed_streams_are_no_traceback(closed, tmp_path):
+def test_closed_streams_cause_no_traceback(closed, tmp_path):
     done = bash(f"cd {tmp_path}; {TT} ls {closed}")
     assert (done.returncode, done.stderr) == (0, "")
     assert bash(f"cd {tmp_path}; {TT} generate {closed}").returncode == 2
@@ -134,7 +134,7 @@ def raising(error: BaseException) -> click.Command:
     return verb
 
 
-def test_what_anybody_writes_passes_the_door(capsys):
+def test_everything_that_is_written_is_redacted(capsys):
     @click.command("verb", cls=Verb)
     def verb() -> None:
         click.echo("\x1b[31mechoed")
@@ -162,7 +162,7 @@ def test_what_anybody_writes_passes_the_door(capsys):
     ]
 
 
-def test_secrets_are_blanked_in_what_anybody_writes(capsys, monkeypatch):
+def test_secrets_are_removed_from_everything_that_is_written(capsys, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "correct-horse")
     with guarded():
         print("a correct-horse")

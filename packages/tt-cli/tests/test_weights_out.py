@@ -37,7 +37,7 @@ def test_there_and_back_is_the_same_to_the_byte(tt, bare_model, tmp_path):
     assert (tmp_path / "hf" / "model.safetensors").read_bytes() == (bare_model / "model.safetensors").read_bytes()
 
 
-def test_pickles_need_the_word_on_the_command_line(tt, bare_model, tmp_path):
+def test_pickles_need_an_option_on_the_command_line(tt, bare_model, tmp_path):
     tt("convert", str(bare_model), str(tmp_path / "meta"), "--to", "meta")
     refused = tt("convert", str(tmp_path / "meta"), str(tmp_path / "hf"), "--to", "hf")
     assert refused.code == 2

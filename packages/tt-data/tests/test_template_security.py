@@ -44,7 +44,7 @@ BOMBS = [
 
 
 @pytest.mark.parametrize("source", ESCAPES)
-def test_the_sandbox_holds(chatml: Any, source: str, tmp_path: Path) -> None:
+def test_no_template_escapes_the_sandbox(chatml: Any, source: str, tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     tokenizer = chatml.with_template({"default": source.replace("CANARY", str(canary))}, "hostile")
     try:
@@ -160,7 +160,7 @@ ON_ROWS = {  # slow on any machine when a row of the data is rendered, though th
 
 
 @pytest.mark.parametrize("name", ON_ROWS)
-def test_a_template_that_takes_too_long_on_every_row_is_given_up_and_not_tried_on_all_of_them(
+def test_a_template_that_is_slow_on_every_row_is_not_tried_on_all_of_them(
     chatml: Any, make_chat_rows: Any, name: str
 ) -> None:
     source = "{% if messages[0].content.endswith(' 0') %}" + ON_ROWS[name] + "{% endif %}" + chatml.templates["default"]

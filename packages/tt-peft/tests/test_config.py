@@ -7,7 +7,7 @@ from tt_peft import LoRAConfig
 
 
 @pytest.mark.parametrize("rank", [0, -1, 2.5, "8", True])
-def test_a_rank_that_is_no_positive_number_is_refused(rank):
+def test_a_rank_that_is_not_a_positive_number_is_refused(rank):
     with pytest.raises(ValueError, match="rank must be a positive whole number, got"):
         LoRAConfig(rank=rank)
     with pytest.raises(ValueError, match=r"rank_pattern\['q_proj'\] must be a positive whole number"):

@@ -313,7 +313,7 @@ def test_unknown_names_suggest(tmp_path, monkeypatch):
     assert "did you mean 'lora.yaml'?" in problems(recipe="lorra.yaml")[0]
 
 
-def test_a_dotted_name_is_imported_only_where_allowed(tmp_path, monkeypatch):
+def test_a_dotted_name_is_imported_only_if_allowed(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def focal(model, batch): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     config = compose("sft", overrides=[*BASE, "loss.name=mine.focal"], allow_import=["mine"])

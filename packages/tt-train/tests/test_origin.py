@@ -104,7 +104,7 @@ def test_a_stopped_run_merges_to_what_its_finished_one_is(model_dir, words, tmp_
     assert all(torch.equal(tensor, finished[name]) for name, tensor in stopped.items())
 
 
-def test_a_merge_that_overflows_fp16_is_refused_with_the_dtype_that_holds_it(model_dir, tmp_path):
+def test_a_merge_that_overflows_fp16_is_refused_with_a_dtype_that_fits(model_dir, tmp_path):
     adapter = write_adapter(model_dir, tmp_path / "adapter", scale=300.0)
     with pytest.raises(ValueError, match=r"q_proj.*float16.*(bf16|fp32|float32)"):
         tt_train.merge_run(adapter, tmp_path / "out", dtype=torch.float16)

@@ -37,7 +37,7 @@ def found(words):
         ("mps", "device: mps is not available on this machine or in this torch"),
     ],
 )
-def test_a_device_that_is_not_there_is_named_with_what_is(found, monkeypatch, name, said):
+def test_a_missing_device_is_named_with_the_available_ones(found, monkeypatch, name, said):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (problem,) = found(f"device={name}")
@@ -118,7 +118,7 @@ def test_a_schedule_beyond_the_end_of_the_run_is_in_the_notes_of_validate_and_ru
         assemble(compose("sft", overrides=[*words, "eval_every=100"]))
 
 
-def test_a_rank_above_what_a_layer_holds_is_one_note_and_no_warning_of_python(words, tmp_path, recwarn):
+def test_a_rank_above_the_size_of_a_layer_is_one_note_and_not_a_python_warning(words, tmp_path, recwarn):
     from tt_train.recipes import sft
 
     config = compose("sft", overrides=[*words, "adapter.rank=1000", "max_steps=1", f"output_dir={tmp_path / 'r'}"])

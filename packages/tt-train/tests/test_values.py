@@ -173,7 +173,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_config_is_answered_by_place(tmp_path, name):
+def test_a_file_that_is_not_a_config_is_refused_with_the_place(tmp_path, name):
     text, expected = FILES[name]
     file = tmp_path / "c.yaml"
     file.write_text(text)

@@ -71,19 +71,14 @@ class Patterns(Generic[V]):
             for place in places:
                 self._known[new[place]].append(each)
 
-    def match(self, name: str) -> str | None:
-        """The first pattern that means ``name``."""
+    def get(self, name: str, default: V) -> V:
+        """The value of the first pattern that means ``name``."""
         if not self._values:
-            return None
+            return default
         if name not in self._known:
             self._learn([name])
         first = min(self._known[name], default=None)
-        return None if first is None else first[1]
-
-    def get(self, name: str, default: V) -> V:
-        """The value of the first pattern that means ``name``."""
-        pattern = self.match(name)
-        return default if pattern is None else self._values[pattern]
+        return default if first is None else self._values[first[1]]
 
     def meaning(self, names: Iterable[str]) -> dict[str, V]:
         """The patterns that mean any of ``names``, with their values."""

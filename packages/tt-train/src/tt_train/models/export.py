@@ -81,7 +81,7 @@ def ollama_files(origin: Origin, tell: Callable[[str], None] | None) -> tuple[di
 def say_first_token(folder: Path, added: bool) -> None:
     """Have tokenizer_config.json say whether the tokenizer adds the first token, as the Modelfile beside it reckons.
 
-    Ollama's converter reads it there, and takes silence for no (its engine for yes).
+    Ollama's converter reads it there. If it is absent, the converter assumes no, its engine yes.
     """
     tokenizer, file = tt_data.load_tokenizer(folder), folder / "tokenizer_config.json"
     settings = read_json(file) if file.is_file() else {}

@@ -48,7 +48,7 @@ def ollama_prompt(template: str, messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def execute(nodes: Sequence[Node], data: Mapping[str, Any]) -> str:
-    """The text of parsed nodes over ``data``; ValueError where Go would print ``<no value>`` or stop with an error."""
+    """The text of parsed nodes over ``data``; ValueError if Go would print ``<no value>`` or stop with an error."""
     return "".join(_run(nodes, _Scope(data, {"$": data})))
 
 

@@ -70,7 +70,7 @@ def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None =
     """A Hugging Face model directory as one of our models; ``dtype``: ``saved_dtype`` by default."""
     dtype = dtype or saved_dtype(source, device)
     model = tt_models.build(model_config(source), device="meta", dtype=dtype)
-    refuse_too_large(f"{source}: the model", weight_bytes(model), device, "take a smaller model, or a larger machine")
+    refuse_too_large(f"{source}: the model", weight_bytes(model), device, "use a smaller model, or a larger machine")
     tt_ckpt.load_weights(model, source, dtype=dtype, device=device)
     return model.eval()
 

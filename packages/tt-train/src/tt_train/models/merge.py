@@ -46,7 +46,7 @@ def merge_run(
     What was written is read back and compared before it appears at ``output``.
 
     Raises:
-        ConfigError: ``output`` holds files or cannot be written, there is no room for the weights, or a part of the
+        ConfigError: ``output`` is not empty or cannot be written, there is no room for the weights, or a part of the
             run, its adapter or its base is missing.
     """
     target, origin = Path(output), find_origin(path, base)
@@ -83,7 +83,7 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
 
     It needs none if the adapter is of linear layers only and was trained on the tensors of the base's files, one by one
     (``read_low_rank``), if the base computes in the dtypes of its files, and if the result keeps the base's shards.
-    config.json must be the one that the run was made with (its record says so), or describe the tensors.
+    config.json must be unchanged since the run (its record says so), or describe the tensors.
     """
     if origin.adapter is None or origin.model is None or origin.nf4:
         return None

@@ -55,7 +55,7 @@ def finish(metrics: Metrics) -> None:
     summary = _summary(job, run, state)
     run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
     if job.lora is not None:
-        _or_warn(console, "what a merge takes from the tokenizer", lambda: _record_serving(job, run))
+        _or_warn(console, "what a merge needs of the tokenizer", lambda: _record_serving(job, run))
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
     _or_warn(console, "the report", lambda: _write_report(run, console))
     console.end({**summary, "next": next_commands(run.path, job.method)})
@@ -103,7 +103,7 @@ def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None
 
 
 def _record_serving(job: Job[RunConfig], run: RunDir) -> None:
-    """What ``tt merge`` takes from the tokenizer, with a digest of its files, in the order of ``find_origin``."""
+    """What ``tt merge`` needs of the tokenizer, with a digest of its files, in the order of ``find_origin``."""
     named = [Path(place) for place in (job.config.model.tokenizer, job.model_path) if place is not None]
     places = [run.path, run.path / "adapter", *(place for place in named if place.exists())]
     serving = serving_of(places, job.tokenizer, job.config.data.template, job.model_path)

@@ -27,7 +27,7 @@ Files = dict[str, str | Path | None]  # name -> text, a file or folder to copy, 
 
 @dataclass(frozen=True, kw_only=True)
 class Serving:
-    """What a merged model takes from its tokenizer: files beside the weights, and the ids for its config."""
+    """What a merged model needs of its tokenizer: files beside the weights, and the ids for its config."""
 
     vocab_size: int
     bos_id: int | None
