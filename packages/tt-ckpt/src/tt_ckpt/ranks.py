@@ -65,6 +65,19 @@ def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     return module is not None and isinstance(tensor, module.DTensor)
 
 
+def chunk_of(tensor: "DTensor") -> Any:
+    """``offsets`` and ``sizes`` of the part that this rank holds."""
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    return chunk
+
+
+def like_dtensor(local: Tensor, like: "DTensor") -> "DTensor":
+    """A DTensor with the placements of ``like`` and other local values."""
+    return type(like).from_local(
+        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 # ---- boxes: parts of a tensor, by offsets and sizes ------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from tt_ckpt.hf.mismatch import describe_mismatch, describe_tie, refuse_quantize
 from tt_ckpt.hf.stored_tensors import StoredTensors, open_tensors
 from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, is_finite, num_not_finite
 from tt_ckpt.model_path import resolve
-from tt_ckpt.ranks import box, is_dtensor
+from tt_ckpt.ranks import box, chunk_of, is_dtensor, like_dtensor
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -191,21 +191,14 @@ def _fill(
     elif fits:
         new.copy_(source)
     if not fits:
-        fill.base.put(_like_dtensor(new, old) if is_dtensor(old) else new)
+        fill.base.put(like_dtensor(new, old) if is_dtensor(old) else new)
     return new
 
 
 def _local_part(whole: Tensor, like: "DTensor") -> Tensor:
     """The part of ``whole`` that this rank holds of ``like``: a view, so that nothing else is read."""
-    (chunk,) = like.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    chunk = chunk_of(like)
     return box(whole, chunk.offsets, chunk.sizes)
-
-
-def _like_dtensor(local: Tensor, like: "DTensor") -> "DTensor":
-    """A DTensor with the placements of ``like`` and other local values."""
-    return type(like).from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
 
 
 def _not_finite(model: nn.Module, tensors: StoredTensors, fill: _Fill, filled: Tensor) -> str:

@@ -40,7 +40,7 @@ class TrainState:
     """A restored checkpoint. Its tensors are read when they are asked for: copy those that must last."""
 
     step: int
-    tensors: dict[str, Mapping[str, Tensor]]
+    tensors: dict[str, Group]
     state: dict[str, Any]
     path: Path
     manifest: dict[str, Any]
@@ -241,7 +241,7 @@ class TrainCheckpoint:
                 raise ValueError(f"{found}: no group {group!r}, only {listed(manifest['groups'], 8)}; {_CURE}")
         if into:
             self._fill(found, into)
-        groups: dict[str, Mapping[str, Tensor]] = {
+        groups = {
             name: Group(found, check_basename(name, where=found))
             for name in manifest["groups"]
             if name not in (into or {})

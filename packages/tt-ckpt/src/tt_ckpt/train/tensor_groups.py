@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.files import read_json
-from tt_ckpt.ranks import box, is_cover
+from tt_ckpt.ranks import box, chunk_of, is_cover, is_dtensor, like_dtensor
 from tt_ckpt.safe_names import check_basename, safe_file
 from tt_ckpt.safetensors_file import DTYPES, Header, MappedFile, read_header
 from tt_ckpt.shown import quoted
@@ -70,6 +70,27 @@ class Group(Mapping[str, Tensor]):
         for part in whole.parts:
             box(result, part.offsets, part.sizes).copy_(self.part(whole, part))
         return result
+
+    def held(self, name: str, like: Tensor) -> Tensor:
+        """What this rank holds of a tensor that is spread as ``like`` is, read from the parts that have some of it.
+
+        A plain ``like`` gives the whole tensor. Shapes must be equal; the dtype is the saved one.
+        """
+        if not is_dtensor(like):
+            return self[name]
+        whole = self.wholes[name]
+        if whole.shape != tuple(like.shape):
+            raise ValueError(f"{self.folder}: {name} was saved as {list(whole.shape)}, not {list(like.shape)}; {_CURE}")
+        own = chunk_of(like)
+        local = torch.empty(own.sizes, dtype=whole.dtype)
+        for part in whole.parts:
+            begin = [max(pair) for pair in zip(own.offsets, part.offsets, strict=True)]
+            ends = zip(own.offsets, own.sizes, part.offsets, part.sizes, strict=True)
+            sizes = [min(a + b, c + d) - start for (a, b, c, d), start in zip(ends, begin, strict=True)]
+            if min(sizes, default=1) > 0:
+                source = box(self.part(whole, part), [b - o for b, o in zip(begin, part.offsets, strict=True)], sizes)
+                box(local, [b - o for b, o in zip(begin, own.offsets, strict=True)], sizes).copy_(source)
+        return like_dtensor(local.to(like.to_local().device), like)
 
     def part(self, whole: Whole, part: Part) -> Tensor:
         if part.file not in self._files:

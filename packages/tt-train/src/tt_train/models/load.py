@@ -193,7 +193,7 @@ def load_stopped(
         tt_peft.apply_lora_(model, lora.with_(quantize_base=origin.nf4))
         tt_peft.load_adapter_state_(model, saved.tensors["adapter"])
     elif adapter:
-        lost = saved.tensors.get("lost_bits", {})
+        lost = saved.tensors.get("lost_bits", dict[str, torch.Tensor]())
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 weight = saved.tensors["model"][name]

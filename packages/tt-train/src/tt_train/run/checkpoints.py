@@ -12,16 +12,19 @@ from torch import Tensor
 import tt_ckpt
 import tt_models
 import tt_peft
+from tt_ckpt.ranks import is_dtensor
 from tt_ckpt.shown import plain, quoted
+from tt_ckpt.train.tensor_groups import Group
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError, Interrupted, LostRank, counted
 from tt_train.job import Job
 from tt_train.launch import ending, is_lost
-from tt_train.master_weights import MasterWeights
+from tt_train.master_weights import MasterWeights, join, split_
 from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_bytes
 from tt_train.run.dir import RunDir
 from tt_train.run.stop import Stopped
 from tt_train.run_files import number
+from tt_train.sharding import local
 from tt_train.step import StepResult
 
 _COUNTS = ("step", "tokens", "evaluations_since_best", "judged", "steps_total")
@@ -219,19 +222,19 @@ class TrainingState:
 
     def restore(self, saved: tt_ckpt.TrainState) -> None:
         """Put a checkpoint into the model and the optimizer."""
-        for group, tensors in self._tensors().items():
-            if group != "optimizer":
-                check_tensors(saved.path, group, saved.tensors.get(group), tensors)
+        here, groups = self._tensors(), self._held(saved)
+        group = "adapter" if self.job.lora is not None else "model"
+        check_tensors(saved.path, group, groups.get(group), here[group])
+        if "lost_bits" in groups or (self.job.lora is not None and "lost_bits" in here):
+            check_tensors(saved.path, "lost_bits", groups.get("lost_bits"), here.get("lost_bits", here[group]))
         if self.job.lora is not None:
-            tt_peft.load_adapter_state_(self.model, saved.tensors["adapter"])
+            tt_peft.load_adapter_state_(self.model, groups["adapter"])
+            for parameter, bits in self.optimizer.lost.items():
+                bits.copy_(groups["lost_bits"][self.names[parameter]])
         else:
-            with torch.no_grad():
-                for name, weight in self._weights().items():
-                    weight.copy_(saved.tensors["model"][name])
-        for parameter, bits in self.optimizer.lost.items():
-            bits.copy_(saved.tensors["lost_bits"][self.names[parameter]])
+            self._restore_weights(groups["model"], groups.get("lost_bits"))
         try:
-            load_optimizer_tensors_(self.optimizer, saved.tensors.get("optimizer", {}), self.names)
+            load_optimizer_tensors_(self.optimizer, groups.get("optimizer", {}), self.names)
         except ValueError as error:
             raise ConfigError([f"--resume: {saved.path}: {error}; choose another checkpoint"]) from error
         for key in _SAVED:
@@ -239,8 +242,48 @@ class TrainingState:
         if saved.path.parent == self.checkpoints.directory:
             self.saved = saved.path
 
+    def _held(self, saved: tt_ckpt.TrainState) -> dict[str, Mapping[str, Tensor]]:
+        """The groups of a checkpoint that any number of ranks saved; this rank reads what it holds of their tensors."""
+        spread = {name: weight for name, weight in self._weights().items() if is_dtensor(weight)}
+
+        def like(key: str, shape: tuple[int, ...]) -> Tensor | None:
+            weight = spread.get(key, spread.get(key.rpartition("/")[0]))  # or what the optimizer keeps for it
+            return weight if weight is not None and tuple(weight.shape) == shape else None
+
+        # an adapter is read whole: its files may lay it out differently from its parameters
+        return {name: group if name == "adapter" else HeldTensors(group, like) for name, group in saved.tensors.items()}
+
+    @torch.no_grad()
+    def _restore_weights(self, saved: Mapping[str, Tensor], bits: Mapping[str, Tensor] | None) -> None:
+        """Trained weights of a full run: bf16 beside the bits that the rounding lost, or fp32 shards; from either."""
+        for parameter, name in self.names.items():
+            whole = saved[name] if bits is None else join(local(saved[name]), local(bits[name]))
+            if parameter in self.optimizer.lost:
+                split_(
+                    whole.to(parameter.device, torch.float32, copy=True), parameter.data, self.optimizer.lost[parameter]
+                )
+            else:
+                local(parameter).copy_(local(whole))
+
     def _weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for parameter, name in self.names.items()}
+
+
+class HeldTensors(Mapping[str, Tensor]):
+    """A group of a checkpoint, of which this rank reads what it holds: ``like(name, shape)`` says how it is spread."""
+
+    def __init__(self, group: Group, like: Callable[[str, tuple[int, ...]], Tensor | None]) -> None:
+        self.group, self.like = group, like
+
+    def __getitem__(self, name: str) -> Tensor:
+        like = self.like(name, self.group.wholes[name].shape)
+        return self.group[name] if like is None else self.group.held(name, like)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.group)
+
+    def __len__(self) -> int:
+        return len(self.group)
 
 
 def finite_or_none(value: Any) -> Any:

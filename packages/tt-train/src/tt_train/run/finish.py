@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tt_train.run.loop import Metrics
 from tt_train.run.model_card import model_card
 from tt_train.run.serving import own_template, serving_files, serving_of, to_record
 from tt_train.run_files import TEMPLATE_FILE, read_manifest
+from tt_train.sharding import is_sharded
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}
@@ -83,13 +85,19 @@ def _or_warn(console: Console, what: str, action: Callable[[], object]) -> None:
 
 
 def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None:
-    """``adapter/`` or ``model/``, as a whole: what was there before is replaced by a rename."""
-    if not world().is_main:  # the weights are the same on every rank
+    """``adapter/`` or ``model/``, as a whole: what was there before is replaced by a rename.
+
+    Rank 0 writes. The others take part if the model is sharded, since its tensors are gathered one by one.
+    """
+    main = world().is_main
+    if not main and not is_sharded(state.model):
         return
+    name = "model" if job.lora is None else "adapter"
+    place = run.replacing(name) if main else nullcontext(run.path / name)
     if job.lora is not None:
-        with run.replacing("adapter") as part:
+        with place as part:
             tt_peft.save_adapter(state.model, part, base_model=job.base_model)
-            if (template := own_template(job.tokenizer, job.config.data.template)) is not None:
+            if main and (template := own_template(job.tokenizer, job.config.data.template)) is not None:
                 (part / TEMPLATE_FILE).write_text(template, encoding="utf-8")  # so that it goes where the adapter goes
         return
     config = job.hf_config if job.model_path else tt_models.config_to_hf(job.model_config)
@@ -97,7 +105,7 @@ def write_result(job: Job[RunConfig], run: RunDir, state: TrainingState) -> None
     files = serving_files(places, job.tokenizer, job.config.data.template, job.model_path)
     dtypes = written_dtypes(job)
     narrow = dtypes == {torch.bfloat16}
-    with run.replacing("model") as part, state.optimizer.whole([] if narrow else state.names):
+    with place as part, state.optimizer.whole([] if narrow else state.names):
         stored = tt_ckpt.tensor_dtypes(job.model_path) if job.model_path else job.dtype
         tt_ckpt.save_hf(state.model, part, config=config, source=job.model_path, files=files, dtype=stored)
 
