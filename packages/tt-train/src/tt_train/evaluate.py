@@ -14,7 +14,7 @@ import tt_models
 from tt_data.collate import without_loss
 from tt_train.distributed import world
 from tt_train.losses import IGNORE, Batch, Objective, Summed
-from tt_train.sharding import reshard_
+from tt_train.sharding import is_sharded, reshard_
 from tt_train.step import agree, summed
 
 _ROLES: dict[str, str] = {
@@ -157,6 +157,8 @@ def answer(
     """Greedy answers to ``prompts``: rows of samples.jsonl without their step; as long as the model can read them."""
     rows, ends = [], end_ids(model, tokenizer)
     with evaluating(model):
+        if is_sharded(model):  # gathers the embeddings, after whose dtype the cache is made
+            model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
         for item in asked:
             ids = torch.tensor([item["ids"]], device=device)
             room = model.config.max_position_embeddings - ids.shape[1] + 1
