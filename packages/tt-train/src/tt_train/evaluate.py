@@ -155,10 +155,10 @@ def answer(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Greedy answers to ``prompts``: rows of samples.jsonl without their step; as long as the model can read them."""
-    rows, ends = [], end_ids(model, tokenizer)
+    rows, ends, sharded = [], end_ids(model, tokenizer), is_sharded(model)
     with evaluating(model):
-        if is_sharded(model):  # gathers the embeddings, after whose dtype the cache is made
-            model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
+        if sharded:
+            model(torch.zeros(1, 1, dtype=torch.long, device=device))  # gathers the embeddings, whose dtype a cache has
         for item in asked:
             ids = torch.tensor([item["ids"]], device=device)
             room = model.config.max_position_embeddings - ids.shape[1] + 1
