@@ -158,7 +158,8 @@ def answer(
     rows, ends, sharded = [], end_ids(model, tokenizer), is_sharded(model)
     with evaluating(model):
         if sharded:
-            model(torch.zeros(1, 1, dtype=torch.long, device=device))  # gathers the embeddings, whose dtype a cache has
+            # gathers the embeddings, whose dtype the cache has
+            model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
         for item in asked:
             ids = torch.tensor([item["ids"]], device=device)
             room = model.config.max_position_embeddings - ids.shape[1] + 1
