@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tt_data
-from tt_train import compose
+from tt_train import ConfigError, compose
 from tt_train.build import build_optimizer, load_model, make_objective
 from tt_train.distributed import world
 from tt_train.evaluate import to_device
@@ -96,3 +96,30 @@ def test_many_ranks_train_what_one_process_does(case, way, words, tied_dir, rank
     assert found["weights"].keys() == weights.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("way", ["two shards", "two replicas of two shards"])
+def test_shards_are_updated_in_the_backward_pass_as_one_process_does_it(way, words, ranks, tmp_path):
+    words = [*words, "optimizer_in_backward=true", "max_grad_norm_of=parameter", "activation_checkpointing=selective"]
+    results, weights = trajectory([*words, "micro_batch_size=8"])
+    size, more = WAYS[way]
+    ranks(size, save_trajectory, [*words, *more, f"micro_batch_size={8 // size}"], tmp_path / "found.pt")
+    found = torch.load(tmp_path / "found.pt")
+    for ours, theirs in zip(results, found["results"], strict=True):
+        assert theirs["loss"] == pytest.approx(ours.loss, rel=1e-5)
+        assert theirs["grad_norm"] == pytest.approx(ours.grad_norm, rel=1e-5)
+        assert theirs["tokens"] == ours.tokens
+    for name, weight in weights.items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_are_not_updated_in_the_backward_pass(words, ranks):
+    ranks(2, refuses_copies, words)
+
+
+def refuses_copies(words):
+    backward = ["optimizer_in_backward=true", "max_grad_norm=null", "parallel.replicate=2"]
+    with pytest.raises(ConfigError, match="gradients of copies are added up after the backward pass"):
+        assemble(compose("sft", overrides=[*words, *backward]))
+    with pytest.raises(ConfigError, match="the state of adamw8bit cannot be sharded; use adamw"):
+        assemble(compose("sft", overrides=[*words, "optimizer.name=adamw8bit", "parallel.shard=2"]))

@@ -120,13 +120,14 @@ def changed_imports(manifest: dict[str, Any], config: RunConfig) -> list[str]:
     ]
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(value: dict[str, Any]) -> dict[str, Any]:
+    """The keys of sections, as ``section.key``; a mapping in a section is one value, as it replaces another whole."""
     flat: dict[str, Any] = {}
     for key, inner in value.items():
-        if isinstance(inner, dict) and inner and not prefix.startswith("data."):
-            flat |= _flat(inner, f"{prefix}{key}.")
+        if isinstance(inner, dict) and inner:
+            flat |= {f"{key}.{name}": each for name, each in inner.items()}
         else:
-            flat[prefix + key] = inner
+            flat[key] = inner
     plain: dict[str, Any] = json.loads(json.dumps(flat))
     return plain
 
