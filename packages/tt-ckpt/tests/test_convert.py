@@ -167,6 +167,7 @@ def test_every_layout_of_torchtune_is_read_newest_epoch_first(model_dir, equal_d
             torch.save({key: state[key] if newest else torch.zeros_like(state[key]) for key in half}, file)
     report = tt_ckpt.convert(run, tmp_path / "back", "hf", allow_pickle=True, config=source)
     assert report.source_format == kind
+    assert report.epochs == [0, 1]
     assert equal_dirs(source, tmp_path / "back") == []
 
 

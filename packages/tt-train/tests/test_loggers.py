@@ -433,6 +433,14 @@ def test_all_tokens_per_second_counts_prompts_too(train, tmp_path):
         assert "mfu" not in row  # nobody knows the peak of this CPU
 
 
+def test_a_row_has_every_peak_that_the_allocator_of_the_device_knows(train, tmp_path, monkeypatch):
+    known = {"active": 2.0, "allocated": 1.5, "reserved": 3.0}
+    monkeypatch.setattr("tt_train.run.loop.memory_gib", lambda device: known)
+    train(tmp_path / "r", "max_steps=1")
+    (row,) = read_rows(tmp_path / "r" / "metrics.jsonl")
+    assert [row[f"memory_{kind}gib"] for kind in ("active_", "", "reserved_")] == [2.0, 1.5, 3.0]
+
+
 def test_a_full_fine_tune_costs_6n_per_token_and_an_adapter_4n():
     config = tt_models.get_config("llama2_7b")
     model = tt_models.build(config, device="meta")

@@ -4,7 +4,6 @@ import pytest
 import yaml
 
 from tt_train import ConfigError, compose, registry
-from tt_train.config import SFTConfig
 from tt_train.torchtune import names
 from tt_train.torchtune.migrate import migrate, migrate_file
 
@@ -38,10 +37,7 @@ MEANING = {
 }  # fmt: skip
 
 
-TRAINED = [name for name in MEANING if hasattr(SFTConfig, "optimizer_in_backward") or not name.endswith("low_memory")]
-
-
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", MEANING)
 def test_a_config_of_torchtune_means_here_what_it_means_there(name):
     recipe, modules, rows, batch, micro, epochs, lr, decay, warmup, checkpointing = MEANING[name]
     config = compose(name)
@@ -66,13 +62,13 @@ def test_a_config_of_torchtune_means_here_what_it_means_there(name):
         assert (config.data.data_dir, config.data.max_seq_len, config.max_steps) == ("data/rl", 1024, 1000)
     else:
         assert (config.data.train_on, config.data.template, config.data.max_seq_len) == ("all", "alpaca", 512)
-    assert getattr(config, "optimizer_in_backward", False) == name.endswith("low_memory")
+    assert config.optimizer_in_backward == name.endswith("low_memory")
 
 
 def test_all_17_names_of_configs_and_8_of_recipes_are_known_in_any_case():
     assert len(names.PAIRS) == 17
     assert len(names.RECIPES) == 8
-    for name in TRAINED:
+    for name in MEANING:
         assert compose(name.upper()) == compose(name)
     assert compose("llama2/7B_lora").adapter.rank == 8  # torchtune's
     assert compose("llama2/7b_lora").adapter.rank == 16  # ours

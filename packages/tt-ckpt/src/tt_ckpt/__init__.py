@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tt_ckpt.formats.convert import Conversion, convert
+    from tt_ckpt.formats.torchtune_adapter import AdapterConversion, convert_adapter
     from tt_ckpt.hf.directory import read_config
     from tt_ckpt.hf.load import check_weights, load_weights
     from tt_ckpt.hf.save import save_hf
@@ -23,6 +24,7 @@ _HOMES = {
     name: module
     for module, names in {
         "formats.convert": "Conversion convert",
+        "formats.torchtune_adapter": "AdapterConversion convert_adapter",
         "hf.directory": "read_config",
         "hf.load": "check_weights load_weights",
         "hf.save": "save_hf",

@@ -51,6 +51,8 @@ _TABLE = (
            label="MFU", column="MFU", panel="MFU", optional=True),
     Series(name="memory_gib", chart="memory_gib", title="Memory", unit="peak GiB", label="GiB", column="GiB",
            panel="Peak memory, GiB"),
+    Series(name="memory_active_gib", on_page=False, optional=True),  # of torch's allocator, on a GPU
+    Series(name="memory_reserved_gib", on_page=False, optional=True),
     Series(name="elapsed_s"),
     Series(name="eta_s", on_page=False),  # an estimate that the next row replaces
     Series(name="eval_loss", chart="loss", label="held-out", column="held-out", dashed=True),

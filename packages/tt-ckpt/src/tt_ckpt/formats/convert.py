@@ -13,7 +13,7 @@ from tt_ckpt import commit
 from tt_ckpt.formats.gguf.file import find_gguf, is_gguf
 from tt_ckpt.formats.limits import refuse_unsaid
 from tt_ckpt.formats.meta import write_meta
-from tt_ckpt.formats.source import open_model
+from tt_ckpt.formats.source import epochs_in, open_model
 from tt_ckpt.formats.torchtune import write_torchtune
 from tt_ckpt.hf.directory import (
     check_destination,
@@ -47,6 +47,7 @@ class Conversion:
     num_bytes: int
     dtypes: list[str]
     files: list[str]
+    epochs: list[int]  # that a folder of torchtune has; the newest was converted
     verified: bool
     seconds: float
 
@@ -107,6 +108,7 @@ def convert(
         num_bytes=weights.nbytes,
         dtypes=sorted({str(spec.dtype).removeprefix("torch.") for spec in weights.specs.values()}),
         files=files,
+        epochs=[] if weights.format == "gguf" else epochs_in(directory),
         verified=not dry_run,
         seconds=round(time.monotonic() - started, 3),
     )

@@ -98,6 +98,17 @@ def _newest_epoch(directory: Path) -> Path:
     return newest
 
 
+def epochs_in(directory: Path) -> list[int]:
+    """The epochs of which torchtune left a model in ``directory``; open_model reads the newest."""
+    names = [entry.name for entry in directory.iterdir()] if directory.is_dir() else []
+    if _newest_epoch(directory) != directory:
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"epoch_(\d+)", name)))
+    if any(name in names for name in (INDEX_NAME, SINGLE_NAME, PICKLE_INDEX, "pytorch_model.bin")):
+        return []
+    numbered = r"(?:torchtune_model|meta_model|hf_model_\d{4})_(\d+)\.pt"
+    return sorted({int(match[1]) for name in names if (match := re.fullmatch(numbered, name))})
+
+
 def _read_settings(folders: list[Path]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for folder in folders:

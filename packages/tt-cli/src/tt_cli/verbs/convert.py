@@ -1,13 +1,18 @@
 """``tt convert``: a model from one format of directory to another."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tt_cli.group import Verb
 from tt_cli.options import Number, dtype_option, json_option, torch_dtype
 from tt_cli.terminal import answer, print_json
+
+if TYPE_CHECKING:
+    from tt_ckpt import AdapterConversion
 
 
 @click.command(
@@ -17,6 +22,7 @@ from tt_cli.terminal import answer, print_json
         "tt convert meta-llama/Llama-3.2-1B llama-torchtune --to torchtune",
         "tt convert llama-meta llama-hf --allow-pickle --dtype bf16",
         "tt convert merged merged-meta --to meta --dry-run",
+        "tt convert torchtune-output adapter --to peft --config merged --alpha 16 --allow-pickle",
     ],
 )
 @click.argument("source")
@@ -26,8 +32,8 @@ from tt_cli.terminal import answer, print_json
     "target",
     default="hf",
     show_default=True,
-    type=click.Choice(["hf", "meta", "torchtune"]),
-    help="Format to write.",
+    type=click.Choice(["hf", "meta", "torchtune", "peft"]),
+    help="Format to write; peft is for an adapter of torchtune.",
 )
 @click.option(
     "--allow-pickle",
@@ -51,6 +57,12 @@ from tt_cli.terminal import answer, print_json
     show_default=True,
     help="Number of model-parallel files for --to meta.",
 )
+@click.option(
+    "--alpha",
+    type=Number(click.FloatRange(-(10**6), 10**6)),
+    metavar="A",
+    help="lora_alpha of the adapter, for --to peft, if torchtune did not write an adapter_config.json.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace the files in DESTINATION once the new ones are complete.")
 @click.option("--dry-run", is_flag=True, help="Check SOURCE, print what would be written, and write nothing.")
 @json_option
@@ -63,16 +75,29 @@ def command(
     dtype: str | None,
     max_shard_size: str,
     num_parts: int,
+    alpha: float | None,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
     """Write the model SOURCE to the directory DESTINATION in another format, read it back and compare.
 
-    SOURCE is a model directory, a hub id or a GGUF file.
+    SOURCE is a model directory, a hub id or a GGUF file. With --to peft it is the output directory of torchtune or an
+    adapter file in it, and --config names the base model.
     """
-
     import tt_ckpt
+
+    if target == "peft":
+        if dtype is not None:
+            raise click.UsageError("--dtype is not for --to peft, which keeps the dtype", click.get_current_context())
+        adapter = tt_ckpt.convert_adapter(
+            source, destination, config=config, alpha=alpha, allow_pickle=allow_pickle, overwrite=overwrite,
+            dry_run=dry_run,
+        )  # fmt: skip
+        _tell_adapter(adapter, as_json=as_json, dry_run=dry_run)
+        return
+    if alpha is not None:
+        raise click.UsageError("--alpha goes with --to peft", click.get_current_context())
     from tt_cli.console import byte_progress
 
     with byte_progress(f"{source} to {target}") as progress:
@@ -94,5 +119,21 @@ def command(
         return
     verb = "would write" if dry_run else "wrote and read back"
     size = f"{done.num_bytes / 1e9:.2f} GB, {', '.join(done.dtypes)}"
-    click.echo(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}", err=True)
+    click.echo(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}{_of(done.epochs)}", err=True)
     answer(done.destination)
+
+
+def _of(epochs: Sequence[int]) -> str:
+    """Which of several epochs of torchtune was taken."""
+    return f", the newest of the epochs {', '.join(map(str, epochs))}" if len(epochs) > 1 else ""
+
+
+def _tell_adapter(adapter: "AdapterConversion", *, as_json: bool, dry_run: bool) -> None:
+    if as_json:
+        print_json(asdict(adapter))
+        return
+    click.echo(f"from {adapter.source}{_of(adapter.epochs)}", err=True)
+    verb = "would write" if dry_run else "wrote and read back"
+    facts = f"rank {adapter.rank}, alpha {adapter.alpha:g}, {', '.join(adapter.target_modules)}"
+    click.echo(f"{verb} {adapter.num_tensors} tensors: {facts}; the base is {adapter.base}", err=True)
+    answer(adapter.destination)

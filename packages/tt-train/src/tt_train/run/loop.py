@@ -17,7 +17,7 @@ from tt_train.evaluate import answer, held_out_figures, to_device
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.losses import Batch, Objective
-from tt_train.memory import compile_seconds, peak_memory_gib
+from tt_train.memory import compile_seconds
 from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.console import Console
@@ -71,7 +71,7 @@ class Metrics:
         state.row |= {
             "epoch": round(state.step / per_epoch, 4) if per_epoch else None,
             "tokens_per_s": round(tokens / taken, 2),
-            "memory_gib": round(peak_memory_gib(self.job.device), 4),
+            **_memory_figures(self.job.device),
             "elapsed_s": state.elapsed_s,
             "eta_s": round((now - self.began) / (state.step - self.first) * (self.job.steps_total - state.step), 1),
         }
@@ -149,6 +149,12 @@ def is_due(job: Job[RunConfig], step: int) -> bool:
         return False
     every = job.config.eval_every
     return step in (0, job.steps_total) or (every is not None and step % every == 0)
+
+
+def _memory_figures(device: torch.device) -> dict[str, float]:
+    """The peaks so far: ``memory_gib``, allocated, and what else a device's allocator knows."""
+    peaks = {kind: round(value, 4) for kind, value in memory_gib(device).items()}
+    return {"memory_gib" if kind == "allocated" else f"memory_{kind}_gib": value for kind, value in peaks.items()}
 
 
 def is_logged(job: Job[RunConfig], step: int) -> bool:
