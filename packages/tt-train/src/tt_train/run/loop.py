@@ -17,7 +17,7 @@ from tt_train.evaluate import answer, held_out_figures, to_device
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.losses import Batch, Objective
-from tt_train.memory import compile_seconds
+from tt_train.memory import compile_seconds, memory_gib
 from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.console import Console
