@@ -42,7 +42,8 @@ _HOMES = {
 
 __all__ = [
     "read_config", "resolve", "check_weights", "load_weights", "tensor_dtypes", "open_tensors", "StoredTensors",
-    "TensorSpec", "save_hf", "convert", "Conversion", "convert_adapter", "AdapterConversion", "download", "Download", "upload", "Upload", "model_card",
+    "TensorSpec", "save_hf", "convert", "Conversion", "convert_adapter", "AdapterConversion", "download", "Download",
+    "upload", "Upload", "model_card",
     "verify_files", "Verified", "redact", "TrainCheckpoint", "TrainState", "CheckpointNotSaved",
 ]  # fmt: skip
 
