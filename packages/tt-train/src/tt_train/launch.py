@@ -262,10 +262,8 @@ def ending(step: int, error: BaseException) -> str:
     Every rank that ends says so in the store. One that does not within a few seconds is dead, or waits for this one.
     """
     size, rank = world().size, world().rank
-    if size == 1:
-        return ""
-    if _STORE is None:
-        return "this process group is not one of tt's, so the others cannot be asked"
+    if size == 1 or _STORE is None:  # None: of a process group that is not ours
+        return "" if size == 1 else "the other ranks cannot be asked"
     lost = is_lost(error)
     try:
         _STORE.set(f"end/{rank}", json.dumps({"step": step, "lost": lost, "error": str(error)[:500]}))

@@ -12,9 +12,6 @@ from torch import Tensor
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_ckpt.ranks import is_dtensor
-from tt_ckpt.shown import plain, quoted
-from tt_ckpt.train.tensor_groups import Group
 from tt_train.config import RunConfig
 from tt_train.errors import ConfigError, Interrupted, LostRank, counted
 from tt_train.job import Job
@@ -22,13 +19,11 @@ from tt_train.launch import ending, is_lost
 from tt_train.master_weights import MasterWeights, join, split_
 from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_bytes
 from tt_train.run.dir import RunDir
+from tt_train.run.saved import check_tensors, held_groups
 from tt_train.run.stop import Stopped
-from tt_train.run_files import number
 from tt_train.sharding import local
 from tt_train.step import StepResult
 
-_COUNTS = ("step", "tokens", "evaluations_since_best", "judged", "steps_total")
-_CURE = "choose another checkpoint, or start a new run"
 _SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged")
 
 
@@ -222,7 +217,7 @@ class TrainingState:
 
     def restore(self, saved: tt_ckpt.TrainState) -> None:
         """Put a checkpoint into the model and the optimizer."""
-        here, groups = self._tensors(), self._held(saved)
+        here, groups = self._tensors(), held_groups(saved, self._weights())
         group = "adapter" if self.job.lora is not None else "model"
         check_tensors(saved.path, group, groups.get(group), here[group])
         if "lost_bits" in groups or (self.job.lora is not None and "lost_bits" in here):
@@ -242,17 +237,6 @@ class TrainingState:
         if saved.path.parent == self.checkpoints.directory:
             self.saved = saved.path
 
-    def _held(self, saved: tt_ckpt.TrainState) -> dict[str, Mapping[str, Tensor]]:
-        """The groups of a checkpoint that any number of ranks saved; this rank reads what it holds of their tensors."""
-        spread = {name: weight for name, weight in self._weights().items() if is_dtensor(weight)}
-
-        def like(key: str, shape: tuple[int, ...]) -> Tensor | None:
-            weight = spread.get(key, spread.get(key.rpartition("/")[0]))  # or what the optimizer keeps for it
-            return weight if weight is not None and tuple(weight.shape) == shape else None
-
-        # an adapter is read whole: its files may lay it out differently from its parameters
-        return {name: group if name == "adapter" else HeldTensors(group, like) for name, group in saved.tensors.items()}
-
     @torch.no_grad()
     def _restore_weights(self, saved: Mapping[str, Tensor], bits: Mapping[str, Tensor] | None) -> None:
         """Trained weights of a full run: bf16 beside the bits that the rounding lost, or fp32 shards; from either."""
@@ -269,70 +253,6 @@ class TrainingState:
         return {name: parameter.detach() for parameter, name in self.names.items()}
 
 
-class HeldTensors(Mapping[str, Tensor]):
-    """A group of a checkpoint, of which this rank reads what it holds: ``like(name, shape)`` says how it is spread."""
-
-    def __init__(self, group: Group, like: Callable[[str, tuple[int, ...]], Tensor | None]) -> None:
-        self.group, self.like = group, like
-
-    def __getitem__(self, name: str) -> Tensor:
-        like = self.like(name, self.group.wholes[name].shape)
-        return self.group[name] if like is None else self.group.held(name, like)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.group)
-
-    def __len__(self) -> int:
-        return len(self.group)
-
-
 def finite_or_none(value: Any) -> Any:
     """JSON has no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# ---- what a checkpoint says, checked before any of it is used: anybody may have written it ----
-
-
-def check_state(path: Path, step: int, state: Any) -> None:
-    """ConfigError unless ``state.json`` of the checkpoint at ``path`` holds what a run saves there."""
-    file = path / "state.json"
-    if not isinstance(state, dict) or "steps_total" not in state:
-        raise ConfigError([f"--resume: {plain(path)} was written by another version of tt-train; {_CURE}"])
-    best, row = state.get("best"), state.get("row")
-    sound = {
-        **{key: type(state.get(key)) is int and 0 <= state[key] < 1 << 53 for key in _COUNTS},
-        "elapsed_s": (number(state.get("elapsed_s")) or 0.0) >= 0 and number(state.get("elapsed_s")) is not None,
-        "data": isinstance(state.get("data"), str),
-        "best": best is None or (isinstance(best, dict) and _is_best(best)),
-        "row": row is None or (isinstance(row, dict) and all(map(_is_figure, row.values()))),
-    }
-    for key, is_sound in sound.items():
-        if not is_sound:
-            raise ConfigError([f"--resume: {plain(file)}: {key}: no run saves {quoted(state.get(key))}; {_CURE}"])
-    if state["step"] != step:
-        raise ConfigError([f"--resume: {plain(file)}: step is {state['step']}, the checkpoint's {step}; {_CURE}"])
-
-
-def _is_best(best: dict[str, Any]) -> bool:
-    return set(best) == {"step", "eval_loss"} and type(best["step"]) is int and number(best["eval_loss"]) is not None
-
-
-def _is_figure(value: Any) -> bool:
-    return value is None or number(value) is not None
-
-
-def check_tensors(path: Path, group: str, found: Mapping[str, Tensor] | None, expected: Mapping[str, Tensor]) -> None:
-    """ConfigError unless the tensors of a group are those of the run: the same names and shapes."""
-    where = f"--resume: {plain(path)}: {group}"
-    if found is None:
-        raise ConfigError([f"{where}: not in the checkpoint, which is of a different kind of run; {_CURE}"])
-    for name, tensor in expected.items():
-        if name not in found:
-            raise ConfigError([f"{where}: {plain(name)} is missing; {_CURE}"])
-        if found[name].shape != tensor.shape:
-            shapes = f"has shape {list(found[name].shape)}, the run's {list(tensor.shape)}"
-            raise ConfigError([f"{where}: {plain(name)} {shapes}; {_CURE}"])
-    for name in found:
-        if name not in expected:
-            raise ConfigError([f"{where}: {plain(name)} is not one that the run trains; {_CURE}"])
