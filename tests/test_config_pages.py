@@ -4,9 +4,10 @@ import dataclasses
 import re
 from pathlib import Path
 
-from tt_train.config import AdapterSection, ProfileSection, SFTConfig
+from tt_train.config import AdapterSection, PreferenceSection, ProfileSection, SFTConfig
 from tt_train.keys.foreign import FOREIGN
 from tt_train.keys.schema import all_keys, section_type
+from tt_train.registry import PREFERENCE_LOSSES
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -34,3 +35,12 @@ def test_the_page_about_configs_names_every_key_and_its_default():
             value = value[part]
         said = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         assert shown[key] == f"`{said.replace(chr(39), '').replace('(', '[').replace(')', ']')}`", key
+
+
+def test_the_page_about_preferences_names_every_key_of_its_losses_and_every_loss():
+    plain = dataclasses.asdict(PreferenceSection())
+    shown = {re.sub("`", "", row[0]): row[1] for row in rows("preference.md")}
+    assert {key: value for key, value in shown.items() if key.startswith("loss.")} == {
+        f"loss.{key}": f"`{'null' if value is None else value}`" for key, value in plain.items()
+    }
+    assert {key for key in shown if not key.startswith("loss.")} >= set(PREFERENCE_LOSSES)

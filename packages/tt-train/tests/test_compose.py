@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from tt_train import ConfigError, compose
-from tt_train.config import SFTConfig, to_dict, to_yaml
+from tt_train.config import SCHEMAS, DPOConfig, SFTConfig, to_dict, to_yaml
 from tt_train.keys.foreign import FOREIGN
+from tt_train.registry import PREFERENCE_LOSSES
 
 BASE = ["model.path=DIR", "data.train=rows.jsonl"]
 
@@ -241,7 +242,7 @@ def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
     from tt_train.keys.schema import all_keys
 
     ours, note = FOREIGN[name]
-    assert ours in all_keys(SFTConfig) if ours else note
+    assert ours in {key for schema in SCHEMAS.values() for key in all_keys(schema)} if ours else note
     for typed in (name, name.upper(), name.replace("_", "-").replace("-component-", "_component_")):
         (problem,) = problems(f"{typed}=1")
         assert (f"did you mean {ours!r}?" if ours else f"tt has no such key: {note}") in problem
@@ -413,3 +414,61 @@ def test_every_refusal_of_a_config_says_what_to_do():
 def test_keys_that_do_not_go_together_are_both_named_with_the_way_out(words, both):
     (problem,) = problems(*words)
     assert all(part in problem for part in both), problem
+
+
+# ---- preference losses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("loss.name=sigmiod", "loss.name: unknown name 'sigmiod'; did you mean 'sigmoid'?; known: sigmoid, "),
+        ("loss.name=cross_entropy", "loss.name: unknown name 'cross_entropy'"),
+        ("loss.beta=0", "loss.beta: must be positive, got 0"),
+        ("loss.label_smoothing=1", "loss.label_smoothing: must be at least 0 and below 1, got 1.0"),
+        ("loss.name=robust loss.label_smoothing=0.5", "loss.label_smoothing: robust needs less than 0.5, got 0.5"),
+        ("loss.name=hinge loss.label_smoothing=0.1", "loss.label_smoothing: hinge has none, only sigmoid, "),
+        ("loss.margin=0.5", "loss.margin: sigmoid has none, only simpo; leave it out"),
+        ("loss.name=ipo loss.desirable_weight=2", "loss.desirable_weight: ipo has none, only kto"),
+        ("loss.sft_weight=-1", "loss.sft_weight: must be at least 0, got -1.0"),
+        ("loss.name=simpo loss.reference_cache=x", "loss.reference_cache: simpo compares with no reference"),
+        ("loss.reference_cache=x data.streaming=true max_steps=1", "loss.reference_cache: a stream has no rows"),
+        ("loss.reference_cache=x adapter.init=loftq adapter.quantize_base=true", "adapter.init=loftq starts from"),
+        ("loss.bta=1", "loss.bta: unknown key; did you mean 'loss.beta'?"),
+    ],
+)  # fmt: skip
+def test_mistakes_of_a_preference_loss_are_found_in_the_config(words, line):
+    with pytest.raises(ConfigError) as found:
+        compose("dpo", overrides=words.split(), complete=False)
+    assert any(line in problem for problem in found.value.problems), found.value.problems
+
+
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_each_preference_loss_takes_the_keys_that_the_table_says(loss):
+    import inspect
+
+    from tt_train import preferences
+
+    accepted = set(inspect.signature(getattr(preferences, loss)).parameters) - {"pairs", "judged", "beta"}
+    assert accepted == set(PREFERENCE_LOSSES[loss])
+    words = [f"loss.{key}=0.25" for key in PREFERENCE_LOSSES[loss]]
+    assert compose("dpo", overrides=[f"loss.name={loss}", *words], complete=False).loss.name == loss
+
+
+@pytest.mark.parametrize("key", ["loss.beta=0.2", "loss.sft_weight=1", "loss.margin=1"])
+def test_a_key_of_preference_losses_is_unknown_to_supervised_fine_tuning(key):
+    with pytest.raises(ConfigError, match="unknown key"):
+        compose("sft", overrides=[key], complete=False)
+
+
+def test_a_yaml_file_for_dpo_is_read_with_its_keys_and_by_torchtunes_name(tmp_path):
+    file = tmp_path / "d.yaml"
+    file.write_text("recipe: lora_dpo_single_device\nloss: {name: ipo, beta: 0.2}\nadapter: {rank: 4}\n")
+    config = compose(file, complete=False)
+    assert (type(config), config.recipe, config.loss.name, config.loss.beta) == (DPOConfig, "dpo", "ipo", 0.2)
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert compose(again, complete=False) == config
+    assert compose("lora_dpo_single_device", config=file, complete=False) == config
+    with pytest.raises(ConfigError, match="this config is for lora_dpo_single_device, not for sft"):
+        compose("sft", config=file, complete=False)

@@ -98,11 +98,12 @@ def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: 
 
 
 def config_keys() -> list[str]:
-    """Every key that a config may have, dotted; not the hash of a recipe file, which a run writes."""
-    from tt_train.config import SFTConfig
+    """Every key that a config of some recipe may have, dotted; not the hash of a recipe file, which a run writes."""
+    from tt_train.config import SCHEMAS
     from tt_train.keys.schema import all_keys
 
-    return [key for key in all_keys(SFTConfig) if key != "recipe_sha256"]
+    keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in all_keys(schema))
+    return [key for key in keys if key != "recipe_sha256"]
 
 
 def complete_keys(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:

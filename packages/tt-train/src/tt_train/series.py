@@ -4,7 +4,8 @@ An objective or a logger may add metrics of its own. The report draws each of th
 """
 
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tt_train.visible import visible
 
@@ -37,8 +38,8 @@ class Series:
 _TABLE = (
     Series(name="step", column="step"),
     Series(name="epoch"),
-    Series(name="loss", chart="loss", title="Loss", unit="mean per trained token", label="train", column="train loss",
-           from_zero=False),
+    Series(name="loss", chart="loss", title="Loss", unit="mean per trained token, or per pair of answers",
+           label="train", column="train loss", from_zero=False),
     Series(name="lr", chart="lr", title="Learning rate", label="learning rate", column="learning rate",
            panel="Learning rate"),
     Series(name="grad_norm", chart="grad_norm", title="Gradient norm", unit="before clipping", label="gradient norm",
@@ -60,8 +61,45 @@ _TABLE = (
 SERIES = {one.name: one for one in _TABLE}
 
 
+def _of_both(name: str, title: str, unit: str) -> tuple[Series, ...]:
+    """A figure of the chosen and of the rejected answers, in one chart."""
+    rest: dict[str, Any] = {"chart": name, "title": title, "unit": unit, "from_zero": False}
+    return tuple(
+        Series(name=f"{name}_{kind}", label=kind, column=f"{title.lower()}, {kind}", panel=f"{title}, {kind}", **rest)
+        for kind in ("chosen", "rejected")
+    )
+
+
+# what the objectives that come with the package name; a run has those of its own objective
+_OF_OBJECTIVES = {
+    one.name: one
+    for one in (
+        *_of_both("rewards", "Rewards", "beta times the log-ratio to the reference"),
+        Series(name="rewards_margin", chart="rewards", label="margin", column="margin", panel="Reward margin"),
+        Series(name="rewards_accuracy", chart="rewards_accuracy", title="Reward accuracy",
+               unit="share of pairs whose chosen answer has the higher reward", label="accuracy", column="accuracy",
+               panel="Reward accuracy"),
+        *_of_both("log_probs", "Log-probabilities", "sum over the tokens of an answer"),
+        *_of_both("logits", "Logits", "mean over tokens and vocabulary"),
+        Series(name="kl", chart="kl", title="Divergence", unit="of the policy from the reference, at least 0",
+               label="KL", column="KL", panel="Divergence"),
+        Series(name="sft_loss", chart="sft_loss", title="SFT term", unit="mean per token of the chosen answers",
+               label="SFT term", column="SFT term", panel="SFT term", from_zero=False),
+    )
+}  # fmt: skip
+
+
 def other_series(name: str, *, dashed: bool) -> Series:
-    """A metric that the table does not know: it gets a chart with its name as the title."""
+    """A metric that the table does not know: it gets a chart with its name as the title.
+
+    One of an objective that comes with the package, or that figure of held-out rows, has a title of its own.
+    """
+    known = _OF_OBJECTIVES.get(name.removeprefix("eval_"))
+    if known is not None and known.name == name:
+        return replace(known, dashed=dashed)
+    if known is not None:
+        label, column, panel = (f"held-out {text}" for text in (known.label, known.column, known.panel))
+        return replace(known, name=name, dashed=True, label=label, column=column, panel=panel)
     text = visible(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}...")
     return Series(
         name=name,

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tt_train.config import AdapterSection, SFTConfig, to_dict
+from tt_train.config import SCHEMAS, AdapterSection, SFTConfig, to_dict
 from tt_train.errors import shell_word
 from tt_train.recipe_file import repeating
 from tt_train.report.read import Run, differences, flatten, value_at
@@ -50,7 +50,7 @@ def set_keys(config: dict[str, Any]) -> list[str]:
 
 
 def _defaults(config: dict[str, Any]) -> dict[str, Any]:
-    plain = to_dict(SFTConfig())
+    plain = to_dict(SCHEMAS.get(str(config.get("recipe")), SFTConfig)())
     if isinstance(config.get("adapter"), dict):
         plain["adapter"] = asdict(AdapterSection())
     return flatten(plain)
