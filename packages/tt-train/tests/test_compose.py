@@ -416,7 +416,7 @@ def test_keys_that_do_not_go_together_are_both_named_with_the_way_out(words, bot
     assert all(part in problem for part in both), problem
 
 
-# ---- preference losses ------------------------------------------------------------------------------------------------
+# ---- preference losses ----
 
 
 @pytest.mark.parametrize(
