@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +44,12 @@ class Started:
     def end(self):
         out, err = self.process.communicate(timeout=180)
         return self.process.returncode, out, err
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def ranks_below(pid):
@@ -207,6 +214,37 @@ def test_a_run_that_lost_a_rank_starts_again_and_ends_in_the_same_parameters(wor
     assert "a rank was lost: the run starts again from its newest checkpoint" in err
     weights = "adapter/adapter_model.safetensors"
     assert (run / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", ["a rank", "a machine"])
+def test_two_machines_of_two_ranks_lose_one_and_end_in_the_same_parameters(words, tmp_path, dies):
+    """Two agents on loopback. The machine that died comes back, as its scheduler would start it again."""
+    options = [*words, "max_steps=20", "save_every=5", "process_group_timeout_s=10", "--nproc", "2"]
+    restarts = [*options, "--max-restarts", "3", "-o", tmp_path / "run"]
+
+    def agent(port):
+        return Started(*restarts, "--", "--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "two")
+
+    assert Started(*options[:-1], "4", "-o", tmp_path / "whole").end()[0] == 0
+    port = free_port()
+    first = agent(port)
+    time.sleep(2)  # the first one hosts the rendezvous and is rank 0
+    second = agent(port)
+    first.until(tmp_path / "run" / "checkpoints" / "step-000010")
+    ranks = ranks_below(second.process.pid)
+    if dies == "a rank":
+        os.kill(ranks[max(ranks)], signal.SIGKILL)
+    else:
+        for pid in (second.process.pid, *ranks.values()):
+            os.kill(pid, signal.SIGKILL)
+        second.end()
+        second = agent(port)
+    ends = [first.end(), second.end()]
+    assert [end[0] for end in ends] == [0, 0], ends
+    weights = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / "whole" / weights).read_bytes()
 
 
 @needs_proc

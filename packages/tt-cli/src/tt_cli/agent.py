@@ -145,7 +145,7 @@ class End:
     @property
     def lines(self) -> list[str]:
         """What is left to be shown of it: rank 0 has shown its error itself."""
-        if self.said or not self.code or not self.by_itself:
+        if self.said or not self.code or not self.by_itself or (self.rank == 0 and self.code > 0):
             return [] if self.rank == 0 else list(self.said.get("lines", []))
         if self.code < 0:
             name = signal.Signals(-self.code).name

@@ -13,7 +13,7 @@ from tt_cli.group import ConfigVerb, Invocation, pass_invocation
 from tt_cli.names import composed
 from tt_cli.options import AT_LEAST_ONE, config_words
 from tt_cli.terminal import answer, tell
-from tt_train.errors import ConfigError, Interrupted
+from tt_train.errors import ConfigError, Interrupted, LostRank
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -57,6 +57,7 @@ class RunVerb(ConfigVerb):
         "tt run sft model.path=Qwen/Qwen3-0.6B data.train=rows.jsonl adapter.rank=8",
         "tt run my_sft.py --config my.yaml optimizer.lr=1e-4 -o runs/mine",
         "tt run runs/first/config.yaml -o runs/first --resume auto",
+        "tt run runs/first/config.yaml -o runs/repeated --compare runs/first",
         "tt run my.yaml --nproc 2 -o runs/two",
         "tt run my.yaml --nproc 2 -o runs/again --max-restarts 3",
         "tt run --check --nproc 2",
@@ -86,6 +87,12 @@ class RunVerb(ConfigVerb):
     "--nnodes 2 or --max-restarts 3, may be given too.",
 )
 @click.option(
+    "--compare",
+    metavar="RUN",
+    type=click.Path(),
+    help="After training, report the first step that differs from RUN, to the bit; the exit code is 1 if one does.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="Train nothing: start the processes, let them meet and add up a number, and report which ones are missing.",
@@ -108,6 +115,7 @@ def command(
     resume: str | None,
     dry_run: bool,
     nproc: str | None,
+    compare: str | None,
     check: bool,
     check_timeout: int,
     allow_import: tuple[str, ...],
@@ -121,7 +129,7 @@ def command(
     """
     if any(name in os.environ for name in ("RANK", "SLURM_PROCID")):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a rank waits for is said in words of ours
-    from tt_train.launch import place
+    from tt_train.launch import is_restarted, place
 
     here = place()
     invocation.rank = here.rank if here is not None else 0
@@ -135,14 +143,14 @@ def command(
         return _check(invocation, nproc, check_timeout, None if launches else here)
     if what is None:
         raise click.UsageError("missing argument 'RECIPE|CONFIG|FILE.py'", click.get_current_context())
-    asked = _Asked(what, overrides, config_file, output_dir, resume, dry_run, allow_import, invocation.verbose)
+    asked = _Asked(what, overrides, config_file, output_dir, resume, dry_run, compare, allow_import, invocation.verbose)
     if launches:
         return _launch(asked, nproc, invocation.launch)
+    if is_restarted():
+        asked = replace(asked, resume="auto")
     if here is not None and here.size > 1:
-        _train_as_rank(asked, invocation, here)
-    else:
-        _train(asked, invocation, asked.config())
-    return None
+        return _train_as_rank(asked, invocation, here)
+    return _train(asked, invocation, asked.config())
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,7 @@ class _Asked:
     output_dir: str | None
     resume: str | None
     dry_run: bool
+    compare: str | None
     allow_import: tuple[str, ...]
     verbose: bool
 
@@ -166,7 +175,8 @@ class _Asked:
 
     def words(self, run_dir: Path | None) -> list[str]:
         """The same command for a rank, which writes to ``run_dir``."""
-        options = {"--config": self.config_file, "-o": run_dir or self.output_dir, "--resume": self.resume}
+        options = {"--config": self.config_file, "-o": run_dir or self.output_dir, "--resume": self.resume,
+                   "--compare": self.compare}  # fmt: skip
         given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
         given += [word for module in self.allow_import for word in ("--allow-import", module)]
         given += ["--dry-run"] * self.dry_run + ["-v"] * self.verbose
@@ -209,7 +219,7 @@ def _run_dir(config: "RunConfig", resume: str | None) -> Path:
     return new_path(None, config.model.path or config.model.name or "", method_of(config))
 
 
-def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> None:
+def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
     """Train as one process of several: rank 0 prints and answers."""
     from tt_train import launch
     from tt_train.inputs.components import pick_device
@@ -224,21 +234,27 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> None
         return config
 
     config = launch.everywhere(checked, met=(here, store))
-    if launch.is_restarted():
-        asked = replace(asked, resume="auto")
-        if here.rank == 0:
-            tell("a rank was lost: the run starts again from its newest checkpoint")
+    if launch.is_restarted() and here.rank == 0:
+        tell("a rank was lost: the run starts again from its newest checkpoint")
     device = pick_device(config.device)
     with launch.joined(here, store, device_type=device.type, timeout_s=config.process_group_timeout_s):
-        _train(asked, invocation, config)
+        try:
+            return _train(asked, invocation, config)
+        except RuntimeError as error:
+            if launch.is_lost(error):  # while loading, or in what a recipe does beside its steps
+                raise LostRank(launch.ending(0, error)) from error
+            raise
 
 
-def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> None:
+def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> int:
     from tt_cli.console import QuietConsole, console_here
     from tt_train.recipe_file import recipe_of
     from tt_train.registry import finding_modules_here
+    from tt_train.run.compare import check_comparable, compare
 
     recipe = recipe_of(config)
+    if asked.compare is not None:
+        check_comparable(Path(asked.compare))
     shows = invocation.rank == 0
     # a recipe may import late
     with closing(console_here() if shows else QuietConsole()) as console, finding_modules_here(asked.allow_import):
@@ -250,8 +266,13 @@ def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> None:
             raise
         finally:
             invocation.run_dir = console.run_dir
-    if not asked.dry_run and shows:
-        answer(run_dir)
+    if asked.dry_run or not shows:
+        return 0
+    same, lines = (True, []) if asked.compare is None else compare(run_dir, Path(asked.compare))
+    for line in lines:
+        tell(line)
+    answer(run_dir)
+    return 0 if same else 1
 
 
 def _check(invocation: Invocation, nproc: str | None, timeout_s: int, here: "Place | None") -> int:

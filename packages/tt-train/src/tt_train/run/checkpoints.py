@@ -24,7 +24,7 @@ from tt_train.run.stop import Stopped
 from tt_train.sharding import local
 from tt_train.step import StepResult
 
-_SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged")
+_SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged", "token_stream")
 
 
 class TrainingState:
@@ -43,6 +43,7 @@ class TrainingState:
         self.row: dict[str, Any] | None = {"step": 0}
         self.best: dict[str, Any] | None = None  # step and eval_loss
         self.evaluations_since_best = 0
+        self.token_stream: str | None = ""  # digest of the rows of all steps; None if a checkpoint did not know it
         self.judged = 0  # the last step whose held-out loss was compared
         self.saved: Path | None = None  # the checkpoint of this step, if there is one
         self.updates = 0  # of the optimizer, that ``step`` counts
@@ -233,7 +234,7 @@ class TrainingState:
         except ValueError as error:
             raise ConfigError([f"--resume: {saved.path}: {error}; choose another checkpoint"]) from error
         for key in _SAVED:
-            setattr(self, key, saved.state[key])
+            setattr(self, key, saved.state.get(key))
         if saved.path.parent == self.checkpoints.directory:
             self.saved = saved.path
 

@@ -55,7 +55,9 @@ def finish(metrics: Metrics) -> None:
     if not world().is_main:
         return
     summary = _summary(job, run, state)
-    run.finished(summary=summary, data=data_facts(job), best=_best(run, state))  # a stream's report is known only now
+    run.finished(
+        summary=summary, data=data_facts(job), best=_best(run, state), token_stream=state.token_stream
+    )  # a stream's report is known only now
     if job.lora is not None:
         _or_warn(console, "what a merge needs of the tokenizer", lambda: _record_serving(job, run))
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))

@@ -20,6 +20,7 @@ from tt_train.losses import Batch, Objective
 from tt_train.memory import compile_seconds, memory_gib
 from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
+from tt_train.run.compare import STREAM, chained, digest_of
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
 from tt_train.run.loggers import Logger
@@ -55,6 +56,7 @@ class Metrics:
     def __post_init__(self) -> None:
         self.first, self.elapsed_before = self.state.step, self.state.elapsed_s
         self.step_began = self.began
+        self.rows_digest = 0  # of this rank's rows in this step
         self.all_tokens = 0  # of this rank's rows in this step
         self.flops = flops_per_token(self.state.model)
         self.peak = peak_flops(self.job.device, self.job.dtype)
@@ -120,7 +122,8 @@ class Metrics:
             self.console.note(f"before step 1: {' and '.join(what)} ...")
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.run.append("metrics.jsonl", {key: finite_or_none(value) for key, value in row.items()})
+        figures = {key: finite_or_none(value) for key, value in row.items()}
+        self.run.append("metrics.jsonl", {**figures, STREAM: self.state.token_stream})
         for logger in self.loggers:
             logger(row)
 
@@ -185,6 +188,7 @@ def steps(metrics: Metrics) -> Iterator[tuple[int, list[Batch]]]:
             metrics.step_began = time.perf_counter()
             torch.manual_seed((config.seed * 1_000_003 + state.step + 1 + (here.rank << 40)) % 2**64)
             micro_batches = next(batches)
+            metrics.rows_digest = digest_of(micro_batches, pad_id=job.tokenizer.pad_id)
             metrics.all_tokens = sum(count_tokens(batch, pad_id=job.tokenizer.pad_id) for batch in micro_batches)
             if metrics.profile is not None:
                 metrics.profile.begin(state.step + 1)
@@ -210,6 +214,8 @@ def after_step(metrics: Metrics, step: int, result: StepResult, *, lr: float) ->
     if taken := sorted(result.metrics.keys() & SERIES.keys()):
         raise TrainingError(f"loss: names the metric {taken[0]}, which every run has; give yours a different name")
     state.made(step, result, lr=lr)
+    if state.token_stream is not None:
+        state.token_stream = chained(state.token_stream, int(world().sum(torch.tensor(metrics.rows_digest))))
     if result.outcome == "not_finite":
         console.warn(f"{_not_finite(step, result, job)}; skipped")
     elif result.outcome == "empty":

@@ -101,8 +101,8 @@ def _named(path: Path, output_dir: str | None) -> Origin:
 
 def changed_keys(before: dict[str, Any], config: RunConfig) -> list[str]:
     """``key: old -> new`` for each key that would make other steps than the saved run's."""
-    defaults = _flat(to_dict(type(config)()))  # a key that did not exist yet had its default's effect
-    old, new = defaults | _flat(before), _flat(redact_data(to_dict(config)))  # before was blanked when it was saved
+    defaults = flat(to_dict(type(config)()))  # a key that did not exist yet had its default's effect
+    old, new = defaults | flat(before), flat(redact_data(to_dict(config)))  # before was blanked when it was saved
     return [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
@@ -120,15 +120,15 @@ def changed_imports(manifest: dict[str, Any], config: RunConfig) -> list[str]:
     ]
 
 
-def _flat(value: dict[str, Any]) -> dict[str, Any]:
+def flat(value: dict[str, Any]) -> dict[str, Any]:
     """The keys of sections, as ``section.key``; a mapping in a section is one value, as it replaces another whole."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, dict) and inner:
-            flat |= {f"{key}.{name}": each for name, each in inner.items()}
+            found |= {f"{key}.{name}": each for name, each in inner.items()}
         else:
-            flat[key] = inner
-    plain: dict[str, Any] = json.loads(json.dumps(flat))
+            found[key] = inner
+    plain: dict[str, Any] = json.loads(json.dumps(found))
     return plain
 
 

@@ -30,6 +30,7 @@ def check_state(path: Path, step: int, state: Any) -> None:
         **{key: type(state.get(key)) is int and 0 <= state[key] < 1 << 53 for key in _COUNTS},
         "elapsed_s": (number(state.get("elapsed_s")) or 0.0) >= 0 and number(state.get("elapsed_s")) is not None,
         "data": isinstance(state.get("data"), str),
+        "token_stream": isinstance(state.get("token_stream"), str | None),
         "best": best is None or (isinstance(best, dict) and _is_best(best)),
         "row": row is None or (isinstance(row, dict) and all(map(_is_figure, row.values()))),
     }

@@ -15,6 +15,7 @@ from tt_train.errors import ConfigError
 from tt_train.job import Job
 from tt_train.launch import decided, everywhere, is_restarted
 from tt_train.recipe_file import copy_of
+from tt_train.reference_cache import weights_of
 from tt_train.registry import imports_of
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console, RunFacts
@@ -159,9 +160,11 @@ def _manifest(job: Job[RunConfig]) -> dict[str, Any]:
         "imports": imports_of(job.config),
         "method": job.method,
         "base_model": job.base_model,
+        "base_model_sha256": None if job.model_path is None or not world().is_main else weights_of(job.model_path),
         "tokenizer": job.tokenizer.fingerprint,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": str(job.device),
+        "ranks": world().size,
         "command": command_line(),
         "seed": job.config.seed,
         "config": to_dict(replace(job.config, output_dir=None)),
