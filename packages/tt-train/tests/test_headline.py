@@ -70,3 +70,33 @@ def test_the_list_and_the_page_show_the_same_training_loss(tmp_path):
     page, (listed,) = headline(read_run(run, name="one")), list_runs(tmp_path / "runs")
     assert page.loss_last == listed["loss"] == training_loss(rows) == pytest.approx((20 + 8) / 11)
     assert page.tokens_per_s == tokens_per_second(rows)
+
+
+@pytest.mark.parametrize("cut", range(0, 41))
+def test_the_last_bytes_of_a_file_give_its_last_whole_lines(tmp_path, cut):
+    from tt_train.run_files import read_rows
+
+    lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    size = len("".join(lines))
+    whole, total = 0, 0
+    for line in reversed(lines):
+        total += len(line)
+        whole += total <= size - cut
+    rows = list(read_rows(tmp_path / "metrics.jsonl", last_bytes=size - cut))
+    assert [row["step"] for row in rows] == list(range(6 - whole, 6))
+
+
+def test_a_list_of_runs_reads_the_end_of_long_metrics_and_the_summary_of_a_finished_run(tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "long"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("recipe: sft\n")
+    rows = [{"step": step, "epoch": 1.0, "loss": 5.0 if step < 900 else 2.0, "tokens": step} for step in range(1, 1001)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "manifest.json").write_text(json.dumps({"state": "stopped"}))
+    assert list_runs(tmp_path / "runs")[0]["loss"] == 2.0
+    monkeypatch.setattr("tt_train.run.dir._LAST_BYTES", 2000)
+    (listed,) = list_runs(tmp_path / "runs")
+    assert (listed["step"], listed["loss"]) == (1000, 2.0)
+    (run / "manifest.json").write_text(json.dumps({"state": "finished", "summary": {"steps": 1000, "loss_last": 2.5}}))
+    assert list_runs(tmp_path / "runs")[0]["loss"] == 2.5  # the summary has the mean over all rows that count

@@ -188,13 +188,19 @@ def read_manifest(run: Path) -> dict[str, Any]:
 _KINDS = {str: "a text", dict: "an object", int: "a whole number"}
 
 
-def json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a ``.jsonl`` file, if it exists. Any other line is left out, and ``problems`` says why."""
+def json_lines(path: Path, problems: list[str], *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a ``.jsonl`` file, if it exists. Any other line is left out, and ``problems`` says why.
+
+    last_bytes: of a larger file, the whole lines in its last bytes only; lines are then counted from there.
+    """
     if not os.path.lexists(path):
         return
     with files.regular(path).open("rb") as file:
         if os.fstat(file.fileno()).st_size > _ROWS_BYTES:
             raise ValueError(f"{plain(path)}: more than {_ROWS_BYTES:,} bytes, which no run writes; {CURE}")
+        if last_bytes is not None and os.fstat(file.fileno()).st_size > last_bytes:
+            file.seek(-last_bytes - 1, os.SEEK_END)
+            file.readline(last_bytes)  # the rest of a line, or the end of the one before
         number = 0
         while line := file.readline(_LINE_BYTES):
             number, whole = number + 1, len(line) < _LINE_BYTES
@@ -212,10 +218,15 @@ def json_lines(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
                 problems.append(f"{path.name}:{number}: left out ({where})")
 
 
-def read_rows(path: Path, problems: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of metrics.jsonl or samples.jsonl: ``step`` is a whole number, a figure is finite or None."""
+def read_rows(
+    path: Path, problems: list[str] | None = None, *, last_bytes: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl or samples.jsonl: ``step`` is a whole number, a figure is finite or None.
+
+    last_bytes: see ``json_lines``.
+    """
     told = [] if problems is None else problems
-    for row in json_lines(path, told):
+    for row in json_lines(path, told, last_bytes=last_bytes):
         step = row.get("step")
         if type(step) is not int or not 0 <= step < _LAST_STEP:
             told.append(f"{path.name}: a row left out (its step is {quoted(step)})")

@@ -19,7 +19,7 @@ from tt_train.distributed import world
 from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
 from tt_train.report.summary import training_loss
 from tt_train.run.lock import LOCK, RunLock, writer_of
-from tt_train.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
+from tt_train.run_files import FinishedRun, is_run, naming, number, own_folder, read_manifest, read_rows
 from tt_train.visible import visible
 
 log = logging.getLogger("tt_train")
@@ -233,8 +233,13 @@ def _describe(path: Path) -> ListedRun:
     try:
         manifest = read_manifest(path)
         state = state_of(path, manifest)
-        rows = [{key: row.get(key) for key in _HEADLINE} for row in read_rows(path / "metrics.jsonl")]
+        rows = [
+            {key: row.get(key) for key in _HEADLINE}
+            for row in read_rows(path / "metrics.jsonl", last_bytes=_LAST_BYTES)
+        ]
         last, loss = rows[-1] if rows else {}, training_loss(rows)
+        if state == "finished" and (path / "metrics.jsonl").stat().st_size > _LAST_BYTES:
+            loss = number((manifest.get("summary") or {}).get("loss_last"))  # over all rows that count
     except (OSError, ValueError) as error:
         log.warning("%s", error)
         state = "damaged"
@@ -250,6 +255,7 @@ def _describe(path: Path) -> ListedRun:
 
 
 _HEADLINE = ("step", "epoch", "loss", "tokens")
+_LAST_BYTES = 4_000_000  # of metrics.jsonl, for the last step and the loss of a run that is not finished
 
 
 def state_of(path: Path, manifest: dict[str, Any]) -> str | None:
