@@ -89,6 +89,14 @@ def test_streaming_reads_no_further_than_shown(tt, model_dir, tmp_path):
     assert "--stats and --packing need all" in refused.err
 
 
+def test_a_streamed_mix_that_is_packed_is_refused_as_a_streamed_pack_is(tt, model_dir, rows_file):
+    words = [f"model.path={model_dir}", "data.streaming=true", "data.packing=true", "max_steps=1"]
+    for train in (rows_file, f"{{{rows_file}: 1}}"):
+        refused = tt("data", "show", "sft", *words, f"data.train={train}")
+        assert refused.code == 2
+        assert "--stats and --packing need all rows" in refused.err
+
+
 def test_columns_are_renamed(tt, model_dir, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"q": "Say red.", "a": "red"}) + "\n")

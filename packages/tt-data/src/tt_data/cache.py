@@ -53,19 +53,14 @@ def save(dataset: TokenDataset, cache_dir: Path) -> None:
             "fingerprint": dataset.fingerprint, "content": {p.name: _digest(p) for p in staging.iterdir()},
         }  # fmt: skip
         (staging / "meta.json").write_text(json.dumps({**meta, "check": _check(meta)}), encoding="utf-8")
-        staging.chmod(0o777 & ~_umask())
+        os.umask(mask := os.umask(0o077))
+        staging.chmod(0o777 & ~mask)
         staging.replace(target)
     except OSError as error:
         if not target.exists():  # else another process was faster, and the result is the same
             _log.warning("%s: the token cache was not written (%s)", cache_dir, error)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _digest(path: Path) -> str:

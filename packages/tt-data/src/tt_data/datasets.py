@@ -158,13 +158,9 @@ def stack_exchange_paired_dataset(
     """StackExchange: ``question`` with a better (``response_j``) and a worse (``response_k``) answer."""
     columns = {**DATASETS["stack_exchange_paired"].columns, **(column_map or {})}
     return preference_dataset(
-        tokenizer,
-        source=source,
-        template="stack_exchange_paired",
-        column_map=columns,
-        max_seq_len=max_seq_len,
+        tokenizer, source=source, template="stack_exchange_paired", column_map=columns, max_seq_len=max_seq_len,
         **options,
-    )
+    )  # fmt: skip
 
 
 stack_exchanged_paired_dataset = stack_exchange_paired_dataset

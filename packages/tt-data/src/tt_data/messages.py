@@ -11,22 +11,10 @@ from tt_data.wording import nearest
 TrainOn = Literal["assistant", "last", "all"]  # which turns of a conversation give loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPELLINGS = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "ipython": "tool",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "function_result": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "ai", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("ipython", "observation", "function", "function_response", "function_result"), "tool"),
+    **dict.fromkeys(("tool_response", "tool_result"), "tool"),
 }
 
 

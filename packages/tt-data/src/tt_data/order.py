@@ -18,15 +18,9 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def rows_at(
-    step: int,
-    *,
-    num_rows: int,
-    batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-    seed: int = 0,
+    step: int, *, num_rows: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0,
     shuffle: bool = True,
-) -> list[int]:
+) -> list[int]:  # fmt: skip
     """This rank's rows of ``step`` (counted from 0). ``batch_size`` counts the rows of one step over all ranks.
 
     Every row comes exactly once per epoch, in a different order for each epoch; no step holds rows of two epochs.

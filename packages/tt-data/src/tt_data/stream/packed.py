@@ -75,7 +75,6 @@ class PackedStream(Stream):
 
     @property
     def kind(self) -> Kind:
-        """What a pack holds: ``single`` answers, ``pair``s or ``judged`` answers."""
         return self._kind
 
     def _read_index(self) -> None:
@@ -150,7 +149,6 @@ class PackedStream(Stream):
         return packs.row(Permutation(len(packs), (seed, epoch, block))(within) if shuffle else within)
 
     def locate(self, step: int, batch_size: int, *, seed: int) -> tuple[int, range]:
-        """The epoch of a step and its packs, counted from the epoch's first."""
         if self.has((step + 1) * batch_size, seed=seed):
             return 0, range(step * batch_size, (step + 1) * batch_size)
         if not self.num_packs:
@@ -159,7 +157,6 @@ class PackedStream(Stream):
         return epoch, range(within * batch_size, min((within + 1) * batch_size, self.num_packs))
 
     def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
-        """The packs at some places of an epoch."""
         return [self._pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places]
 
     def take_news(self, worker: int) -> News | None:
@@ -179,11 +176,9 @@ class PackedStream(Stream):
         return join_documents([self.rows.blank()])
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows that can be used, not packed, as a separate data set, to look at."""
         return self.rows.head(rows)
 
     def head_report(self) -> Report:
-        """What becomes of the first rows, as ``StreamDataset.head_report`` says."""
         return self.rows.head_report()
 
     @property
@@ -215,7 +210,6 @@ class PackedMix(Stream):
 
     @property
     def kind(self) -> Kind:
-        """What a pack holds: ``single`` answers, ``pair``s or ``judged`` answers."""
         return self.parts[0].kind
 
     def _has(self, rounds: int, seed: int) -> bool:
@@ -236,7 +230,6 @@ class PackedMix(Stream):
         return rounds
 
     def locate(self, step: int, batch_size: int, *, seed: int) -> tuple[int, range]:
-        """The epoch of a step and its places in it."""
         if self._rounds is None:
             if self._has(-(-(step + 1) * batch_size // len(self._round)), seed):
                 return 0, range(step * batch_size, (step + 1) * batch_size)
@@ -261,7 +254,6 @@ class PackedMix(Stream):
         return packs.row(within)
 
     def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
-        """The packs at some places of an epoch."""
         rows = [self.pack_at(epoch, place, seed=seed, shuffle=shuffle) for place in places]
         if any(row.keys() != rows[0].keys() for row in rows):
             raise ValueError(f"{', '.join(self.names[:3])}: preference rows cannot be mixed with other rows")
@@ -281,11 +273,9 @@ class PackedMix(Stream):
         return self.parts[0].blank()
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows as a separate data set, to look at."""
         return self.parts[0].head(rows)
 
     def head_report(self) -> Report:
-        """What becomes of the first rows of every stream."""
         reports = [part.head_report() for part in self.parts]
         total = add_reports(reports, self.schema, sum(report["rows"] for report in reports))
         return {**total, "streaming": True}

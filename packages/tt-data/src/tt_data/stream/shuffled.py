@@ -206,7 +206,6 @@ class StreamDataset(Stream):
         return encoded
 
     def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
-        """The rows at some places of an epoch; none for a place whose row is bad."""
         raw = [self.raw_row(epoch, place, seed=seed, shuffle=shuffle) for place in places]
         encoded = self.with_mismatched(self.encode(raw, count=epoch == 0), seed=seed)
         return [to_row(row.kind, row.parts, row.desirable) for row in encoded]
@@ -226,7 +225,6 @@ class StreamDataset(Stream):
         ]
 
     def take_news(self, worker: int) -> Tally:
-        """What a worker has counted since it was last asked, for ``add_news`` in the process that holds the report."""
         news, self.tally = self.tally, Tally()
         return news
 
@@ -250,7 +248,6 @@ class StreamDataset(Stream):
         return to_row(self._kind, [Encoded([self.pad_id] * 2)] * sides, False)
 
     def head(self, rows: int = 16) -> TokenDataset:
-        """The first rows that can be used, as a separate data set, to look at."""
         streams = {stream.name: stream for blocks in self.blocks for stream in blocks.streams}
         sources = [Source(stream.name, partial(_parsed_rows, stream), stream.digest) for stream in streams.values()]
         first = build(sources, self.tokenizer, replace(self.settings, packing=False, limit=rows))

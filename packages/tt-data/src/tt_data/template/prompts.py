@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from tt_data.messages import Message
 from tt_data.wording import did_you_mean, names_of
 
 Row = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,7 @@ def our_name(template: str) -> str:
 
 def get_instruct_template(name: str) -> InstructTemplate:
     """A registered template, by our name or torchtune's. Raises ValueError with the nearest name."""
-    name = our_name(name)
-    if name in INSTRUCT_TEMPLATES:
-        return INSTRUCT_TEMPLATES[name]
-    hint = did_you_mean(name, INSTRUCT_TEMPLATES)
-    raise ValueError(f"unknown instruct template {name!r}, expected one of {', '.join(INSTRUCT_TEMPLATES)}{hint}")
+    return _named(name, INSTRUCT_TEMPLATES, "instruct template")
 
 
 def register_instruct_template(name: str, template: InstructTemplate) -> None:
@@ -135,13 +132,18 @@ class ChatMLFormat:
         ]
 
 
-CHAT_FORMATS = {"llama2": Llama2ChatFormat, "mistral": MistralChatFormat, "chatml": ChatMLFormat}
+ChatFormat = type[Llama2ChatFormat] | type[MistralChatFormat] | type[ChatMLFormat]
+CHAT_FORMATS: dict[str, ChatFormat] = {"llama2": Llama2ChatFormat, "mistral": MistralChatFormat, "chatml": ChatMLFormat}
 
 
-def get_chat_format(name: str) -> type[Llama2ChatFormat] | type[MistralChatFormat] | type[ChatMLFormat]:
+def get_chat_format(name: str) -> ChatFormat:
     """A registered chat format, by our name or torchtune's. Raises ValueError with the nearest name."""
+    return _named(name, CHAT_FORMATS, "chat format")
+
+
+def _named(name: str, known: Mapping[str, T], kind: str) -> T:
     name = our_name(name)
-    if name in CHAT_FORMATS:
-        return CHAT_FORMATS[name]  # type: ignore[return-value]
-    hint = did_you_mean(name.lower(), CHAT_FORMATS)
-    raise ValueError(f"unknown chat format {name!r}, expected one of {', '.join(CHAT_FORMATS)}{hint}")
+    if name not in known:
+        hint = did_you_mean(name.lower(), known)
+        raise ValueError(f"unknown {kind} {name!r}, expected one of {', '.join(known)}{hint}")
+    return known[name]

@@ -71,10 +71,6 @@ class JsonTokenizer:
         index: int | None = self._tokenizer.token_to_id(token)
         return index
 
-    def token(self, index: int) -> str | None:
-        text: str | None = self._tokenizer.id_to_token(index)
-        return text
-
     def to_str(self) -> str:
         text: str = self._tokenizer.to_str()
         return text

@@ -99,7 +99,8 @@ def _build(
         source = decode_text(data, file)
         del data  # tens of megabytes
         backend = JsonTokenizer(source, name=name)
-        adds_bos = backend.first is not None and backend.first == _bos_id(backend, names)
+        bos = names.get("bos_token")
+        adds_bos = isinstance(bos, str) and backend.first is not None and backend.first == backend.token_id(bos)
     elif _is_tiktoken(data):
         from tt_data.text.tiktoken_file import read_tiktoken
 
@@ -111,7 +112,7 @@ def _build(
             data, added=_added_tokens(directory, config), name=name,
             prefix_once=bool(config) and not _flag(directory, config, "legacy"),
         )  # fmt: skip
-        names = {**_sentencepiece_names(backend), **names}
+        names = {**backend.special_names(), **names}
         adds_bos = _flag(directory, config, "add_bos_token", default=True)
     for key in ("bos_token", "eos_token"):
         if (token := names.get(key)) is not None and backend.token_id(token) is None:
@@ -128,11 +129,6 @@ def _is_tiktoken(data: bytes) -> bool:
     """A line of base64, a space, a number: Llama 3's own tokenizer.model."""
     first = data[:1024].partition(b"\n")[0].split()
     return len(first) == 2 and first[1].isdigit()
-
-
-def _bos_id(backend: Backend, names: Mapping[str, Any]) -> int | None:
-    bos = names.get("bos_token")
-    return backend.token_id(bos) if isinstance(bos, str) else None
 
 
 def _wrong(file: Path, key: str, expected: str, found: object) -> ValueError:
@@ -190,11 +186,6 @@ def _content_of(token: Any) -> str | None:
     """The string of a token, which may be an object with its flags."""
     content = token.get("content") if isinstance(token, Mapping) else token
     return content if isinstance(content, str) else None
-
-
-def _sentencepiece_names(backend: SentencePieceTokenizer) -> dict[str, str]:
-    tokens = {f"{name}_token": backend.token(index) for name, index in backend.special_ids().items() if index >= 0}
-    return {name: token for name, token in tokens.items() if token is not None}
 
 
 def _added_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:

@@ -52,15 +52,12 @@ class SentencePieceTokenizer:
         index = self._model.piece_to_id(token)
         return None if self._model.is_unknown(index) else int(index)
 
-    def token(self, index: int) -> str | None:
-        if index in self._names:
-            return self._names[index]
-        return str(self._model.id_to_piece(index)) if index < self._model.get_piece_size() else None
-
-    def special_ids(self) -> dict[str, int]:
-        """The ids of bos, eos, pad and unk in the model itself (-1: none)."""
+    def special_names(self) -> dict[str, str]:
+        """The strings of bos_token, eos_token, pad_token and unk_token, as far as the model itself has them."""
         model = self._model
-        return {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
+        ids = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id(), "unk": model.unk_id()}
+        found = [(f"{name}_token", index) for name, index in ids.items() if index >= 0]
+        return {name: self._names.get(index) or str(model.id_to_piece(index)) for name, index in found}
 
     def to_str(self) -> str:
         import hashlib

@@ -16,16 +16,9 @@ _SPLIT = (
 _MOST_LINES, _LONGEST = 1_000_000, 1024  # tokens; bytes of one
 _NUM_SPECIAL = 256
 _SPECIAL = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    4: "<|finetune_right_pad_id|>",
-    5: "<|step_id|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-    10: "<|python_tag|>",
-}
+    0: "<|begin_of_text|>", 1: "<|end_of_text|>", 4: "<|finetune_right_pad_id|>", 5: "<|step_id|>",
+    6: "<|start_header_id|>", 7: "<|end_header_id|>", 8: "<|eom_id|>", 9: "<|eot_id|>", 10: "<|python_tag|>",
+}  # fmt: skip
 
 
 def read_tiktoken(data: bytes, name: str) -> JsonTokenizer:
