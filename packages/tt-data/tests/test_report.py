@@ -54,3 +54,11 @@ def test_dropped_rows_are_counted_beyond_the_problems_that_are_kept() -> None:
         tally.drop(f"rows:{i}", BadRowError("empty", "it is empty"))
     lines = summary_lines(tally.report("text", 1))
     assert lines[-1] == "and 22 more rows dropped; tt data show --stats names the first 20"
+
+
+def test_problems_are_in_the_order_of_the_rows_whatever_is_wrong_with_them(chatml: Any, make_chat_rows: Any) -> None:
+    one_turn = {"messages": [{"role": "user", "content": "the"}]}
+    empty: dict[str, Any] = {"messages": []}
+    report = load_dataset([*make_chat_rows(2), one_turn, empty, one_turn], chatml).report
+    assert [problem.partition(": ")[0] for problem in report["problems"]] == ["rows:2", "rows:3", "rows:4"]
+    assert report["dropped"] == {"wrong roles": 2, "empty": 1}

@@ -1,4 +1,4 @@
-"""What of rows is not written, not trained or cannot be used, for the report.
+"""What a report says of rows: keys that no template writes, turns that are not trained, rows that cannot be used.
 
 A file apart from ``encode``: rows in good order never need it.
 """

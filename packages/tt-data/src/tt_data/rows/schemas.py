@@ -1,4 +1,4 @@
-"""The kinds of rows, the columns that each needs, which kind a row is; and the settings of reading them."""
+"""How rows are read: the settings, the kinds of rows with the columns that each needs, and which kind a row is."""
 
 from __future__ import annotations
 
