@@ -255,7 +255,7 @@ def _describe(path: Path) -> ListedRun:
 
 
 _HEADLINE = ("step", "epoch", "loss", "tokens")
-_LAST_BYTES = 4_000_000  # of metrics.jsonl, for the last step and the loss of a run that is not finished
+_LAST_BYTES = 8_000_000  # of metrics.jsonl, for the last step and the loss of a run that is not finished
 
 
 def state_of(path: Path, manifest: dict[str, Any]) -> str | None:
