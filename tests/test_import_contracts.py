@@ -52,7 +52,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "tt_peft": (
         ("shown", "nf4", "expressions", "names", "config"),
-        ("lowrank", "lora", "stacked", "full_modules", "dora", "switch", "modules"),
+        ("lowrank", "nf4_linear", "lora", "stacked", "full_modules", "dora", "switch", "modules"),
         ("merge", "quantize", "apply"),
         ("adapter_files",),
     ),

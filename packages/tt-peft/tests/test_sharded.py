@@ -112,3 +112,39 @@ def merge_on_one_rank(rank, port, folder):
 def test_merging_dora_where_it_is_sharded_is_refused(tmp_path):
     torch.multiprocessing.start_processes(merge_on_one_rank, args=(free_port(), str(tmp_path)), start_method="fork")
     assert (tmp_path / "done").exists()
+
+
+def quantize_own_blocks(rank, port, size, dtype):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    try:
+        torch.manual_seed(0)
+        weight = (torch.randn(6, 96) * 0.05).to(dtype)  # 9 blocks: rows and ranks end within one
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(96, 6, bias=False, dtype=dtype))
+        tt_peft.quantize_nf4_(model, skip=())
+        tt_peft.spread_nf4_(model)
+        fully_shard(model)
+        read = model[0].load_slice_(weight, device=torch.device("cpu"), dtype=dtype)
+        assert read.shape[0] == len(model[0].codes.to_local()) <= -(-9 // size)
+        assert [*model[0].file_parameters()] == ["weight"]
+        x = torch.randn(4, 96, dtype=dtype)
+        expected = tt_peft.to_nf4(weight)
+        assert torch.equal(model[0].weight.quantized_data, expected.quantized_data)  # outside of the forward too
+        assert torch.equal(model[0].weight.quantized_scalers, expected.quantized_scalers)
+        assert torch.equal(model(x), F.linear(x, expected.get_original_weight().to(dtype)))
+        model.reshard()
+        nan = weight.clone()
+        nan[0, 0] = torch.nan  # among the blocks of rank 0: every rank must know
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            model[0].load_slice_(nan, device=torch.device("cpu"), dtype=dtype)
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, torch.float32), (4, torch.bfloat16)])
+def test_ranks_quantize_their_own_blocks_into_the_matrix_of_one_process(size, dtype):
+    tt_peft.to_nf4(torch.randn(1, 64))
+    args = (free_port(), size, dtype)
+    torch.multiprocessing.start_processes(quantize_own_blocks, args=args, nprocs=size, start_method="fork")

@@ -55,6 +55,8 @@ CASES = {
         "adapter.target_modules=[q_proj, lm_head, embed_tokens]",
         "adapter.modules_to_save=[norm]",
     ],
+    "qlora": ["adapter.rank=4", "adapter.quantize_base=true"],
+    "qdora": ["adapter.rank=4", "adapter.quantize_base=true", "adapter.use_dora=true", "activation_checkpointing=true"],
     "dora": ["adapter.rank=4", "adapter.use_dora=true"],
 }
 WAYS = {

@@ -7,7 +7,8 @@ from tt_peft.config import LoRAConfig
 from tt_peft.dora import DoRALinear, QDoRALinear
 from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.merge import LayerLoss, MergeReport, merge_lora_, unmerge_lora_
-from tt_peft.nf4 import NF4Linear, to_nf4
+from tt_peft.nf4 import to_nf4
+from tt_peft.nf4_linear import NF4Linear, spread_nf4_
 from tt_peft.quantize import dequantize_, quantize_nf4_
 from tt_peft.switch import (
     active_adapters,
@@ -28,6 +29,6 @@ __all__ = [
     "LoRAConfig", "apply_lora_", "init_adapter_", "adapter_parameters", "lora_plus_groups", "adapter_state_dict",
     "load_adapter_state_", "save_adapter", "load_adapter", "adapter_config", "adapter_names", "active_adapters",
     "set_adapter_", "remove_adapter_", "copy_adapter_", "disable_adapter", "use_adapter", "merge_lora_",
-    "unmerge_lora_", "MergeReport", "LayerLoss", "quantize_nf4_", "dequantize_", "to_nf4", "LoRALinear",
+    "unmerge_lora_", "MergeReport", "LayerLoss", "quantize_nf4_", "dequantize_", "to_nf4", "spread_nf4_", "LoRALinear",
     "LoRAEmbedding", "DoRALinear", "QLoRALinear", "QDoRALinear", "NF4Linear",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ PiSSA: https://arxiv.org/abs/2404.02948.
 import re
 import warnings
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ from tt_peft.modules import (
     tied_embedding,
 )
 from tt_peft.names import layers_of, owner_of
-from tt_peft.nf4 import NF4Base, dense, is_nf4
+from tt_peft.nf4 import dense, is_nf4
+from tt_peft.nf4_linear import NF4Base
 from tt_peft.quantize import quantizable_names, quantize_linear_
 from tt_peft.shown import shown
 from tt_peft.stacked import stack_lora_
@@ -193,7 +195,7 @@ def materialise_(name: str, module: AdapterModule, adapter: str) -> None:
 def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
     """Set the values of one pair of factors (and DoRA's magnitude: the norms of the base's rows)."""
     init = low_rank.spec.config.init
-    if init == "loftq" and is_nf4(module.get_parameter("weight")):
+    if init == "loftq" and is_nf4(cast(Tensor, module.weight)):
         if not low_rank.started:
             raise ValueError(f"{name} was NF4 before: init='loftq' needs the dense weight, so quantize both at once")
         return
@@ -207,7 +209,7 @@ def start_(name: str, module: AdapterModule, low_rank: LowRank) -> None:
             assign_(low_rank.start_A, values[0])
             assign_(low_rank.start_B, values[1])
     if low_rank.lora_magnitude_vector is not None:
-        weight = whole(dense(module.get_parameter("weight")))
+        weight = whole(dense(cast(Tensor, module.weight)))
         assign_(low_rank.lora_magnitude_vector, row_norms(weight, low_rank))
     low_rank.started = True
 

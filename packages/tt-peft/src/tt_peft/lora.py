@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tt_peft.config import LoRAConfig
 from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec, row_norms, start_from_loss_
-from tt_peft.nf4 import NF4Base, dense, frozen_linear
+from tt_peft.nf4 import dense, frozen_linear
+from tt_peft.nf4_linear import NF4Base
 
 FUSE_FROM_ROWS = 256  # measured: benchmarks/peft_linear.py
 

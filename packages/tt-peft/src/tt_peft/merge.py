@@ -13,7 +13,8 @@ from tt_peft.full_modules import SavedModule, own_parameters
 from tt_peft.lora import LoRAEmbedding
 from tt_peft.lowrank import AdapterModule, LowRank, is_sharded, low_ranks, row_norms
 from tt_peft.modules import own_modules
-from tt_peft.nf4 import NF4Linear, dense, is_nf4
+from tt_peft.nf4 import dense, is_nf4
+from tt_peft.nf4_linear import NF4Linear
 from tt_peft.stacked import StackedLoRA
 from tt_peft.switch import adapted_modules, clean_name, plain_class, unwrapped
 

@@ -11,7 +11,7 @@ from tt_peft.expressions import matches
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule
 from tt_peft.names import known, named
-from tt_peft.nf4 import NF4Linear
+from tt_peft.nf4_linear import NF4Linear
 from tt_peft.shown import shown
 from tt_peft.switch import clean_name, unwrapped
 

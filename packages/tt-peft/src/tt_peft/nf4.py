@@ -11,11 +11,11 @@ import logging
 import math
 import sys
 import threading
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 BLOCK = 64
 _SCALER_BLOCK = 256
@@ -74,18 +74,45 @@ def to_nf4(weight: Tensor, *, name: str = "weight") -> Tensor:
     if is_nf4(weight):
         return weight
     check_size(weight, name)
+    codes, absmax = quantize(weight.detach().contiguous().view(-1, BLOCK))
+    return from_codes(codes, scales_of(absmax, name=name), weight.shape)
+
+
+class Scales(NamedTuple):
+    """What the codes of a matrix are multiplied with: the scale of each block, itself quantized, and the 16 levels."""
+
+    scalers: Tensor
+    factor: Tensor
+    mean: Tensor
+    levels: Tensor
+
+
+def quantize(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8[n, 32], two codes to a byte, and the largest magnitude of each block, of ``blocks`` [n, 64]."""
     cls = nf4_tensor_class()
-    levels = _levels(cls, weight.dtype, weight.device)
-    packed, absmax = _pack(cls, weight.detach().contiguous().view(-1, BLOCK), levels)
+    packed, absmax = _pack(cls, blocks, _levels(cls, blocks.dtype, blocks.device))
+    return packed.view(-1, BLOCK // 2), absmax
+
+
+def scales_of(absmax: Tensor, *, name: str = "weight") -> Scales:
+    """The scales of all blocks of a matrix, from the largest magnitude of each; ValueError if one is not finite."""
+    cls = nf4_tensor_class()
     if not torch.isfinite(absmax).all():
         raise ValueError(f"{name} has NaN or infinite values: it cannot be quantized")
     # torchao wants whole groups of block scales; small matrices get smaller groups
     group = math.gcd(absmax.numel(), _SCALER_BLOCK)
     scalers, factor, mean = cls.double_quantize_scalers(absmax, 1, group)  # blocks of one: absmax is taken already
+    return Scales(scalers, factor, mean, _levels(cls, absmax.dtype, absmax.device))
+
+
+def from_codes(codes: Tensor, scales: Scales, shape: torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    """The NF4 matrix that codes and scales make, in ``dtype`` (default: that of the quantized values)."""
+    cls = nf4_tensor_class()
     arguments = importlib.import_module(cls.__module__).SubclassTensorArgs
-    stride = (weight.shape[1], 1)
-    meta = arguments(weight.shape, stride, 0, weight.dtype, weight.device, False)
-    made = cls(meta, BLOCK, absmax.numel(), group, scalers, factor, mean, packed, nf4=levels)
+    meta = arguments(shape, (shape[1], 1), 0, dtype or scales.levels.dtype, codes.device, False)
+    blocks, group = scales.scalers.numel(), scales.scalers.numel() // scales.factor.numel()
+    made = cls(meta, BLOCK, blocks, group, scales.scalers, scales.factor, scales.mean, codes.view(-1),
+               nf4=scales.levels)  # fmt: skip
     return cast(Tensor, made)
 
 
@@ -239,44 +266,3 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
     if not is_nf4(weight):
         return F.linear(x, weight, bias)
     return cast(Tensor, _NF4Linear.apply(x, weight, bias))  # type: ignore[no-untyped-call]
-
-
-class NF4Base(nn.Linear):
-    """A linear layer whose weight is NF4, or will be as soon as it is loaded."""
-
-    weight_name = "weight"  # its full name, for messages
-
-    def load_base_(self, name: str, tensor: Tensor) -> None:
-        """Set ``weight`` or ``bias`` from a dense tensor; the weight is quantized on the way."""
-        if name != "weight":
-            self.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))  # it may be a mapped file
-            return
-        if tensor.shape != self.weight.shape:
-            raise ValueError(f"{self.weight_name} has shape {list(tensor.shape)}, expected {list(self.weight.shape)}")
-        self.weight = nn.Parameter(to_nf4(tensor, name=self.weight_name), requires_grad=False)
-        self.base_loaded_(tensor)
-
-    def base_loaded_(self, tensor: Tensor) -> None:
-        """Called with the dense weight, before it is gone."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if is_nf4(self.weight):
-            nf4_tensor_class()  # in a process that has not quantized anything yet
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """``load_state_dict`` with a dense weight quantizes it."""
-        state = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        given = state.get(prefix + "weight")
-        if given is not None and not is_nf4(given) and given.shape == self.weight.shape:
-            given = given.to(self.weight.dtype)
-            self.load_base_("weight", given if self.weight.is_meta else given.to(self.weight.device))
-            state[prefix + "weight"] = self.weight
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-class NF4Linear(NF4Base):
-    """A frozen linear layer in NF4, without an adapter."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return frozen_linear(x, self.weight, self.bias)

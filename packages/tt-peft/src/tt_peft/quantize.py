@@ -11,7 +11,8 @@ from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRALinear, QLoRALinear
 from tt_peft.modules import check_plain_weight, is_linear, output_projection_names, own_modules, router_names, select
 from tt_peft.names import named
-from tt_peft.nf4 import NF4Linear, check_size, dequantize, is_nf4
+from tt_peft.nf4 import check_size, dequantize, is_nf4
+from tt_peft.nf4_linear import NF4Linear
 
 _QUANTIZED: dict[type[nn.Module], type[nn.Linear]] = {
     nn.Linear: NF4Linear, LoRALinear: QLoRALinear, DoRALinear: QDoRALinear,

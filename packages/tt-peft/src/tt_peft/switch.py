@@ -15,7 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from tt_peft.config import LoRAConfig
 from tt_peft.lora import LoRAEmbedding, LoRALinear
 from tt_peft.lowrank import AdapterModule, low_ranks
-from tt_peft.nf4 import NF4Base, NF4Linear
+from tt_peft.nf4_linear import NF4Base, NF4Linear
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 

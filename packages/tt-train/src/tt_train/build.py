@@ -66,6 +66,7 @@ def _speed_and_shard_(model: tt_models.Decoder, job: Job[RunConfig]) -> None:
     if config.compile:
         compile_(model)
     if shard > 1:
+        tt_peft.spread_nf4_(model)
         shard_(model, device=job.device, replicate=replicate, shard=shard, cpu_offload=config.parallel.cpu_offload,
                compute_dtype=job.dtype if job.lora is None else None,
                reduce_every_micro_batch=config.parallel.reduce_every_micro_batch)  # fmt: skip

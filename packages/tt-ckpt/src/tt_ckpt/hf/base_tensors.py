@@ -44,7 +44,8 @@ def base_tensors(model: nn.Module) -> list[BaseTensor]:
         dot = f"{prefix}." if prefix else ""
         if callable(adapter_params := getattr(module, "adapter_params", None)):
             adapters.update(dot + local for local in adapter_params())
-        tensors = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        ask = getattr(module, "file_parameters", None)  # of a module that keeps them in another form
+        tensors = ask() if callable(ask) else dict(module.named_parameters(recurse=False, remove_duplicate=False))
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)
         tensors |= {local: buffer for local, buffer in buffers if local not in module._non_persistent_buffers_set}
         for local, tensor in tensors.items():

@@ -166,6 +166,10 @@ def _fill(
     home = torch.device(old.device_mesh.device_type if is_dtensor(old) else "cpu")
     target_device = torch.device(device or (home if on_meta else old.device))
     module, local = fill.base.places[0]
+    if getattr(module, "spread", None) is not None and local == "weight":  # this rank quantizes its own blocks
+        view = join_sources(model, fill.name, keys, [tensors.mapped(key) for key in keys])
+        part: Tensor = module.load_slice_(view, device=target_device, dtype=dtype or view.dtype)  # type: ignore[operator]
+        return part
     if callable(load_base := getattr(module, "load_base_", None)):
         if fill.is_joined:
             tensor = join_sources(model, fill.name, keys, [tensors[key] for key in keys])

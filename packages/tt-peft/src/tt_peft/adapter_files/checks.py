@@ -17,6 +17,7 @@ from tt_peft.config import LoRAConfig
 from tt_peft.lowrank import AdapterModule, low_ranks, spec_of
 from tt_peft.modules import full_matches, is_linear, own_modules
 from tt_peft.names import known, named, owner_of
+from tt_peft.nf4_linear import NF4Base
 from tt_peft.shown import listed, plain
 from tt_peft.switch import clean_name, modules_of, unwrapped
 
@@ -214,7 +215,13 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, AdapterModule)
         for local in module.adapter_params()
     }
-    return {clean_name(name): p for name, p in model.named_parameters() if name not in added}
+    base: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in model.named_modules():
+        own = module.file_parameters() if isinstance(module, NF4Base) else dict(module.named_parameters(recurse=False))
+        for local, parameter in own.items():
+            if (name := f"{prefix}.{local}" if prefix else local) not in added:
+                base.setdefault(id(parameter), (clean_name(name), parameter))
+    return dict(base.values())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import tt_ckpt
@@ -180,7 +181,8 @@ def opening_facts(job: Job[RunConfig], model: nn.Module, run_path: Path, first: 
     return RunFacts(
         model=job.base_model,
         method=job.method,
-        parameters=sum(parameter.numel() for parameter in parameters),
+        # a byte of the codes of a sharded NF4 weight is two of its values
+        parameters=sum(parameter.numel() * (1 + (parameter.dtype == torch.uint8)) for parameter in parameters),
         trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         data=job.data_lines,
         steps_total=job.steps_total,
