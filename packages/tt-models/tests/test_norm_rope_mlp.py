@@ -7,6 +7,7 @@ from torch import nn
 from tt_models import cpu
 from tt_models.cpu import few_rows, linear, rotate
 from tt_models.mlp import ACTIVATIONS, MLP
+from tt_models.moe import Experts
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm, normalized
 from tt_models.rope import Rope, amplitude, check_rope_scaling
 
@@ -321,3 +322,9 @@ def test_backward_hooks_and_patched_forwards_of_a_layer_are_called():
     del flat.weight
     flat.weight = weight  # a view of a flat parameter, as in FSDP 1
     assert linear(flat, x).equal(expected)
+
+
+@pytest.mark.parametrize("build", [lambda: MLP(4, 8, activation="siluu"), lambda: Experts(2, 4, 8, activation="siluu")])
+def test_an_unknown_activation_is_named_with_the_known_ones(build):
+    with pytest.raises(ValueError, match=r"activation: expected one of silu, .*, got 'siluu'"):
+        build()

@@ -244,7 +244,7 @@ def test_a_component_becomes_ours_and_what_differs_is_said(theirs, change, ours,
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}, "knowledge distillation"),
+        ({"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}, "distillation is not migrated"),
         ({"policy_model": {"_component_": "torchtune.models.mistral.mistral_7b"}}, "PPO is not supported"),
         ({"quantizer": {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"}}, "aware"),
         ({"model": {"_component_": "torchtune.models.llama3_2_vision.llama3_2_vision_11b"}}, "images"),

@@ -18,6 +18,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activation_named(name: str) -> Callable[[Tensor], Tensor]:
+    """The function of that name; ValueError that lists the known ones."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
 class MLP(nn.Module):
     """``y = down(act(gate x) * up x)``."""
 
@@ -28,7 +35,7 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation_named(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""

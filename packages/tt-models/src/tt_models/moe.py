@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tt_models.cpu import gated
 from tt_models.decoder import Decoder
-from tt_models.mlp import ACTIVATIONS
+from tt_models.mlp import activation_named
 
 Route = Callable[[Tensor], tuple[Tensor, Tensor]]  # router logits [T, X] to weights and experts, [T, K] each
 
@@ -29,7 +29,7 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation_named(activation)
 
     def reset_parameters(self, std: float) -> None:
         """Normal weights."""

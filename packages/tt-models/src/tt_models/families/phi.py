@@ -16,7 +16,7 @@ from tt_models.config_keys import given_twice
 from tt_models.cpu import gated, linear
 from tt_models.decoder import Decoder
 from tt_models.llama import blocks_of, norm_of, rope_of
-from tt_models.mlp import ACTIVATIONS
+from tt_models.mlp import activation_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class FusedMLP(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation_named(activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""

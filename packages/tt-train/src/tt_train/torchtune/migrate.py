@@ -83,11 +83,11 @@ def _refuse_other_recipes(values: dict[str, Any]) -> None:
     if family in tables.NO_MODELS:
         raise ConfigError([f"model: {model}: {tables.NO_MODELS[family]}"])
     for mark, why in (
-        ("teacher_model", "knowledge distillation (a teacher) cannot be migrated yet; train the student with sft"),
+        ("teacher_model", "distillation is not migrated; write a config for it here: tt cat kd"),
         ("policy_model", "PPO is not supported; tt run dpo trains on preferences"),
         ("PPOLoss", "PPO is not supported; tt run dpo trains on preferences"),
         ("reward_and_value_model", "PPO is not supported; tt run dpo trains on preferences"),
-        ("QATQuantizer", "quantization-aware training cannot be migrated yet; without the quantizer it is sft"),
+        ("QATQuantizer", "quantization-aware training is not migrated; write a config for it here: tt cat qat"),
     ):
         if mark in text:
             raise ConfigError([f"{mark}: {why}"])
