@@ -42,7 +42,7 @@ def save_steps(name, words, file):
 
 CASES = {
     "kd": ["kd.teacher=MODEL", "kd.teacher_dtype=fp32", "kd.divergence=reverse", "kd.temperature=2"],
-    "qat": ["quantization.group_size=16", "quantization.activations=int8"],
+    "qat": ["quantization.group_size=16", "quantization.weights=int8"],
 }
 
 
