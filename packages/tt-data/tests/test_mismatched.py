@@ -66,6 +66,21 @@ def test_the_seed_draws_the_mismatched_answers_and_packing_does_not(chatml: Any,
     assert first != partners(chatml, size=4, seed=1, streaming=streaming)
 
 
+def test_an_index_of_packs_is_that_of_its_seed(chatml: Any, tmp_path: Path) -> None:
+    """Another seed draws answers of other lengths, and so other packs: their count must not come from the disk."""
+    lines = (json.dumps({**row, "completion": "cat " * (i % 9 + 1)}) + "\n" for i, row in enumerate(ROWS))
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    options: dict[str, Any] = {"max_seq_len": 24, "packing": True, "streaming": True}
+    for seed in range(6):
+        for _ in range(2):  # the second time with the index of the first
+            kept = load_dataset(tmp_path / "rows.jsonl", chatml, seed=seed, cache_dir=tmp_path, **options)
+            plain = load_dataset(tmp_path / "rows.jsonl", chatml, seed=seed, **options)
+            found, wanted = batches(kept, batch_size=2, seed=9), batches(plain, batch_size=2, seed=9)
+            for _ in range(12):
+                assert next(found)["input_ids"].tolist() == next(wanted)["input_ids"].tolist()
+    assert len({*tmp_path.glob("*-packs.json")}) == 6
+
+
 def test_another_prompt_and_another_answer_are_preferred(chatml: Any) -> None:
     """Two rows of one prompt, or many with one answer, would give a row that somebody did write."""
     rows = [

@@ -64,7 +64,9 @@ class PackedStream(Stream):
         self.tokenizer, self.pad_id, self.schema, self.names = rows.tokenizer, rows.pad_id, rows.schema, rows.names
         self._kind = rows.kind
         self.room = max_seq_len * (2 if rows.kind == "pair" else 1)  # tokens of a pack
-        self.fingerprint = hashlib.sha256(f"{rows.fingerprint} packed {self.room}".encode()).hexdigest()
+        content = f"{rows.fingerprint} packed {self.room}"
+        content += f" {rows.settings.seed}" if rows.kind == "judged" else ""  # which draws answers of other lengths
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
         self.index_file = index_dir and index_dir / f"{self.fingerprint[:40]}-packs.json"
         self.counts: list[int] = []  # packs of each block
         self.tokens: list[int] = []  # and the tokens in them
@@ -114,7 +116,7 @@ class PackedStream(Stream):
             raw = self.rows.blocks[0].get(block)
             streams = self.rows.blocks[0].streams
             encoded = self.rows.encode([(streams[n], line, data) for n, line, data in raw], count=count)
-            encoded = self.rows.with_mismatched(encoded, seed=seed)
+            encoded = self.rows.with_mismatched(encoded)
             self._kept = {k: v for k, v in self._kept.items() if k == (block - 1, seed, epoch)}
             self._kept[key] = _Packs(encoded, self.room, seed=hash_of(seed, epoch, block))
         return self._kept[key]

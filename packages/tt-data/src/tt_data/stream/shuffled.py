@@ -207,12 +207,12 @@ class StreamDataset(Stream):
 
     def rows_of(self, epoch: int, places: range, *, seed: int, shuffle: bool) -> list[Row]:
         raw = [self.raw_row(epoch, place, seed=seed, shuffle=shuffle) for place in places]
-        encoded = self.with_mismatched(self.encode(raw, count=epoch == 0), seed=seed)
+        encoded = self.with_mismatched(self.encode(raw, count=epoch == 0))
         return [to_row(row.kind, row.parts, row.desirable) for row in encoded]
 
-    def with_mismatched(self, rows: Sequence[TokenRow], *, seed: int) -> list[TokenRow]:
+    def with_mismatched(self, rows: Sequence[TokenRow]) -> list[TokenRow]:
         """``rows``; judged ones also with their prompt and the answer of one of the first rows of the stream, a pure
-        function of the row and ``seed``."""
+        function of the row and the ``seed`` of ``load_dataset``: the same in every epoch, so that packs are, too."""
         if not rows or rows[0].kind != "judged":
             return list(rows)
         if self._others is None:
@@ -221,7 +221,7 @@ class StreamDataset(Stream):
         return [
             replace(row, parts=[*row.parts, mismatched(row.parts[0], get, size, key=key, max_seq_len=limit)])
             for row in rows
-            for key in [(seed, *digest_of(tuple(row.parts), row.desirable))]
+            for key in [(self.settings.seed, *digest_of(tuple(row.parts), row.desirable))]
         ]
 
     def take_news(self, worker: int) -> Tally:
