@@ -193,6 +193,22 @@ def tokenizers(session: nox.Session) -> None:
     in_dev(session, "pytest", "-p", "no:cacheprovider", "tests/tokenizers", *session.posargs)
 
 
+@nox.session(name="gpu-trace", requires=["build"], default=False)
+def gpu_trace(session: nox.Session) -> None:
+    """Trace forward passes on a CUDA device that need not be there, with torch's CUDA build (several GB)."""
+    install(session, *wheels("tt-train"), "pytest")
+    # of the index, and not the CPU build that PIP_FIND_LINKS may name
+    session.install("--force-reinstall", "--no-deps", "torch", env={"PIP_FIND_LINKS": "", "UV_FIND_LINKS": ""})
+    session.install("torch", env={"PIP_FIND_LINKS": "", "UV_FIND_LINKS": ""})  # what it needs
+    session.run("pytest", "-p", "no:cacheprovider", "-rs", "tests/gpu_trace", *session.posargs, env=CALM)
+
+
+@nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
+def gpu(session: nox.Session) -> None:
+    """Run the tests that need a CUDA device; on a machine without one they are skipped, which pytest says."""
+    in_dev(session, "pytest", "packages", "tests", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *session.posargs)
+
+
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
 def fuzz(session: nox.Session) -> None:
     """Run every parser on mutated input for 5 minutes each (in CI: 1 second): `nox -s fuzz -- -k tensor_files`."""
