@@ -60,9 +60,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "dataset: {_component_: torchtune.datasets.alpaca_dataset}\n"
         "optimizer: {_component_: torch.optim.AdamW, lr: 3e-4}\n"
     )
-    (folder / "torchtune-output").mkdir()
+    (folder / "tuned").mkdir()
     factors = {"layers.0.attn.v_proj.lora_a.weight": (2, 32), "layers.0.attn.v_proj.lora_b.weight": (16, 2)}
-    torch.save({name: torch.ones(size) for name, size in factors.items()}, folder / "torchtune-output" / "adapter_0.pt")
+    torch.save({name: torch.ones(size) for name, size in factors.items()}, folder / "tuned" / "adapter_0.pt")
     before = Path.cwd()
     os.chdir(folder)
     try:

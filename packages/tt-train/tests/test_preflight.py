@@ -62,10 +62,12 @@ def test_a_device_that_does_not_answer_is_named():
     assert components.mistakes(config, torch.device("cpu")) == []
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow", "comet"])
 def test_a_logger_that_is_not_installed_is_found_before_the_run(found, monkeypatch, name):
     monkeypatch.setattr(components.importlib.util, "find_spec", lambda package: None)
-    assert f"loggers: {name} is not installed; pip install {name}, or leave it out" in found(f"loggers=[{name}]")
+    package = "comet-ml" if name == "comet" else name
+    for loggers in (f"loggers=[{name}]", f"loggers={{{name}: {{}}}}"):
+        assert f"loggers: {name} is not installed; pip install {package}, or leave it out" in found(loggers)
 
 
 def test_the_folder_that_wandb_leaves_behind_is_not_the_package(tmp_path, monkeypatch):

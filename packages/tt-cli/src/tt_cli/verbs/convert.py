@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         "tt convert meta-llama/Llama-3.2-1B llama-torchtune --to torchtune",
         "tt convert llama-meta llama-hf --allow-pickle --dtype bf16",
         "tt convert merged merged-meta --to meta --dry-run",
-        "tt convert torchtune-output adapter --to peft --config merged --alpha 16 --allow-pickle",
+        "tt convert tuned adapter --to peft --config merged --alpha 16 --allow-pickle",
     ],
 )
 @click.argument("source")
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     "--alpha",
     type=Number(click.FloatRange(-(10**6), 10**6)),
     metavar="A",
-    help="lora_alpha of the adapter, for --to peft, if torchtune did not write an adapter_config.json.",
+    help="For --to peft: lora_alpha of the adapter, if torchtune did not write an adapter_config.json.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the files in DESTINATION once the new ones are complete.")
 @click.option("--dry-run", is_flag=True, help="Check SOURCE, print what would be written, and write nothing.")
