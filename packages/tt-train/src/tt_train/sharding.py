@@ -111,7 +111,7 @@ def copies(tensor: Tensor, size: int) -> int:
     if not is_dtensor(tensor):
         return size
     mesh, placements = tensor.device_mesh, tensor.placements
-    return prod(mesh.size(dim) for dim, placement in enumerate(placements) if not placement.is_shard())
+    return size // prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard())
 
 
 def reduce_gradients_(model: object, *, last: bool) -> None:
