@@ -51,7 +51,8 @@ def compare(run: Path, other: Path) -> tuple[bool, list[str]]:
     for step in shared:
         if found := _differences(here[step], there[step]):
             rows = (here[step].get(STREAM), there[step].get(STREAM))
-            about = "" if None in rows else f"; its rows are {'the same' if rows[0] == rows[1] else 'different'}"
+            same = "the same" if rows[0] == rows[1] else "different"
+            about = "" if step == 0 or None in rows else f"; its rows are {same}"
             return False, [f"the first step that differs from {other} is {step}: {', '.join(found)}{about}",
                            *_facts(run, other)]  # fmt: skip
     ends = max(here), max(there)
