@@ -1,8 +1,8 @@
 """Exact resume: runs stopped twice by a signal, in the middle of an epoch, against the same runs left alone.
 
 Each row is a method with a feature, on one process and on two (gloo). A run is stopped by SIGTERM to its last rank after
-steps 3 and 7, resumed twice, and compared with an undisturbed run of 12 steps: every loss, gradient norm, held-out loss
-and digest of the rows, and every byte of the result. It is "exact" or names the first step that differs.
+step 3 and again after step 7, resumed each time, and compared with an undisturbed run of 12 steps: every loss, gradient
+norm, held-out loss and digest of the rows, and every byte of the result.
 
 Usage: python benchmarks/resume_table.py [--only WORD] [--ranks 1 2]
 """
@@ -51,7 +51,7 @@ FEW = {"", "packing"}
 def cases():
     for method, words in METHODS.items():
         for feature, more in FEATURES.items():
-            if method in ONLY_BASE and feature not in FEW or method.startswith("dpo") and "streaming" in feature:
+            if (method in ONLY_BASE and feature not in FEW) or (method.startswith("dpo") and "streaming" in feature):
                 continue
             yield method, feature, [*words, *more]
 
@@ -102,7 +102,8 @@ def train(rank, size, store, recipe, words, stop_at, resume):
         module.main(compose(recipe, overrides=words), console=stopped_console(stop_at, rank == size - 1), resume=resume)
         assert stop_at is None, "the signal came too late"
     except Interrupted as stop:
-        assert stop.exit_code == 143, stop
+        if stop.exit_code != 143:
+            raise
 
 
 def start(folder, number, size, *arguments):

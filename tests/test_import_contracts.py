@@ -67,6 +67,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("names", "terminal", "console", "group", "options", "talk"),
         ("errors", "quickstart"),
         ("agent",),
+        ("check",),
         ("verbs",),
         ("main", "__main__"),
     ),

@@ -252,6 +252,7 @@ def test_a_check_reports_the_ranks_that_met_and_one_that_is_missing_is_named():
     code, out, err = Started("--check", "--nproc", "2").end()
     assert code == 0, err
     assert out.startswith("2 ranks on ")
+    assert "; joining and an all_reduce took " in out
     assert "rendezvous: c10d at localhost:0" in err
     alone = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29873"}
     code, _, err = Started("--check", "--check-timeout", "1", **alone).end()

@@ -181,3 +181,19 @@ def test_a_dotted_component_needs_allow_import(tt, recipe):
     assert answer.code == 2
     assert "--allow-import collections" in answer.err
     assert tt("run", "mine.py", *BASE, word, "--allow-import", "collections").code == 0
+
+
+def test_a_run_is_compared_with_another_after_it_and_a_difference_is_exit_code_1(tt, model_dir, rows_file, tmp_path):
+    words = ["run", "sft", f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "adapter.rank=2",
+             "batch_size=4", "max_steps=2", "samples.num=0", "device=cpu"]  # fmt: skip
+    assert tt(*words, "-o", str(tmp_path / "first")).code == 0
+    again = tt("run", str(tmp_path / "first" / "config.yaml"), "-o", str(tmp_path / "again"), "--compare",
+               str(tmp_path / "first"))  # fmt: skip
+    assert (again.code, again.out) == (0, f"{tmp_path / 'again'}\n")
+    assert again.err.splitlines()[-1].endswith("in all 2 steps that both have, with the same result")
+    other = tt(*words, "seed=1", "-o", str(tmp_path / "other"), "--compare", str(tmp_path / "first"))
+    assert (other.code, other.out) == (1, f"{tmp_path / 'other'}\n")
+    assert "the first step that differs from" in other.err
+    assert "seed: 1 here, 0 there" in other.err
+    assert tt(*words, "-o", str(tmp_path / "no"), "--compare", str(tmp_path)).code == 2
+    assert not (tmp_path / "no").exists()

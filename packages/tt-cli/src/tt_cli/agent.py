@@ -33,6 +33,7 @@ from tt_ckpt.redaction import redact
 from tt_cli.errors import FAILED, WRONG_INPUT
 from tt_cli.terminal import say
 from tt_train.errors import TrainingError, log_name
+from tt_train.launch import RESTARTED
 from tt_train.visible import visible
 
 _FINAL = {WRONG_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes that starting again would only repeat
@@ -113,6 +114,11 @@ class Agent(LocalElasticAgent):
                 self._remaining_restarts = 0
         return result
 
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        os.environ[RESTARTED] = "1"  # for the next ones: torchrun does not count a start after another machine's loss
+        return started
+
     def exit_codes(self) -> dict[int, int | None]:
         context = self._pcontext
         handlers = context.subprocess_handlers if isinstance(context, SubprocessContext) else {}
@@ -190,6 +196,7 @@ def start(launch: Launch, words: Sequence[str], run_dir: Path | None) -> int:
     _log_to(folder / "agent.log")
     config, agent = _agent(launch, words, folder)
     stopped: signal.Signals | None = None
+    os.environ.pop(RESTARTED, None)
     try:
         agent.run()
     except SignalException as signaled:
@@ -200,6 +207,7 @@ def start(launch: Launch, words: Sequence[str], run_dir: Path | None) -> int:
     finally:
         if stopped is None:
             agent._worker_group.spec.rdzv_handler.shutdown()
+        os.environ.pop(RESTARTED, None)
         ends = agent.ends()
         if run_dir is not None and run_dir.is_dir():
             _keep(folder, ends, run_dir)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,17 +16,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from tt_train.distributed import world
-from tt_train.errors import WRONG, ConfigError, ShownElsewhere, TrainingError, counted
+from tt_train.errors import WRONG, ConfigError, ShownElsewhere, TrainingError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 MEET_TIMEOUT_S = 600.0  # until every rank has come; its variable is TT_MEET_TIMEOUT_S
+RESTARTED = "TT_RESTARTED"
 END_S = 5.0  # within this time every rank that lives has seen that another has failed
 _STORE: Store | None = None  # of a world of several, while this process is in it
 
@@ -77,8 +76,11 @@ def place(environ: Mapping[str, str] | None = None) -> Place | None:
 
 
 def is_restarted() -> bool:
-    """Whether a launcher started this process again, after a rank had died."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    """Whether a launcher started these processes again, after a rank had died.
+
+    The count of torchrun differs between machines, and is 0 on one that joins again; ``meet`` makes it known to all.
+    """
+    return any(os.environ.get(name, "0") != "0" for name in (RESTARTED, "TORCHELASTIC_RESTART_COUNT"))
 
 
 def _number(said: Mapping[str, str], name: str, *, least: int) -> int:
@@ -122,7 +124,7 @@ def first_host(nodes: str) -> str:
 def meet(here: Place, *, timeout_s: float | None = None) -> Store:
     """A store that every rank has reached. TrainingError names the ranks that did not come within ``timeout_s``."""
     limit = timeout_s or float(os.environ.get("TT_MEET_TIMEOUT_S") or MEET_TIMEOUT_S)
-    hosts = here.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = here.rank == 0 and not _agent_hosts()
     began = time.monotonic()
     try:
         server: Store = dist.TCPStore(  # type: ignore[attr-defined]
@@ -130,9 +132,12 @@ def meet(here: Place, *, timeout_s: float | None = None) -> Store:
         )
     except (RuntimeError, ValueError) as error:
         raise TrainingError(_no_store(here, hosts, limit, error)) from error
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # a store of the agent's is there before and after a restart
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_hosts() else "0"
     store: Store = dist.PrefixStore(f"tt/{attempt}", server)  # type: ignore[attr-defined]
-    store.set(f"here/{here.rank}", socket.gethostname())
+    if is_restarted():
+        store.set("restarted", "")
+    store.set(f"here/{here.rank}", "")
     left = max(0.1, limit - (time.monotonic() - began))
     if here.rank == 0:
         missing = _absent(store, "here", here.size, left)
@@ -149,7 +154,13 @@ def meet(here: Place, *, timeout_s: float | None = None) -> Store:
             missing = [0]
     if missing:
         raise TrainingError(f"{_named(missing)} of {here.size} did not come to {here.endpoint} within {limit:g} s")
+    if store.check(["restarted"]):  # set before its rank was here
+        os.environ[RESTARTED] = "1"
     return store
+
+
+def _agent_hosts() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _no_store(here: Place, hosts: bool, limit: float, error: Exception) -> str:
@@ -277,23 +288,3 @@ def ending(step: int, error: BaseException) -> str:
         return "" if all(end["step"] == step for end in others.values()) else "the ranks are at different steps"
     cause = next((f"rank {other} failed: {end['error']}" for other, end in others.items() if not end["lost"]), None)
     return cause if lost and cause else "the ranks lost touch"
-
-
-# ---- tt run --check --------------------------------------------------------------------------------------------------
-
-
-def check(here: Place, *, timeout_s: float, device_type: str) -> str:
-    """Meet, and add up a one of every rank; returns what was found. TrainingError names the ranks that are missing."""
-    store = meet(here, timeout_s=timeout_s)
-    began = time.perf_counter()
-    try:
-        with joined(here, store, device_type=device_type, timeout_s=timeout_s):
-            hosts = world().gather(socket.gethostname())
-            device = torch.device(device_type, here.local_rank) if device_type != "cpu" else torch.device("cpu")
-            total = int(world().sum(torch.ones((), device=device)))
-    except RuntimeError as error:
-        raise TrainingError(f"an all_reduce at {here.endpoint} failed: {str(error).splitlines()[0]}") from error
-    if total != here.size:
-        raise TrainingError(f"an all_reduce of {here.size} ranks gave {total}")
-    took = f"{1000 * (time.perf_counter() - began):.0f} ms"
-    return f"{counted(here.size, 'rank')} on {', '.join(dict.fromkeys(hosts))}; joining and an all_reduce took {took}"

@@ -129,7 +129,7 @@ def command(
     """
     if any(name in os.environ for name in ("RANK", "SLURM_PROCID")):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a rank waits for is said in words of ours
-    from tt_train.launch import is_restarted, place
+    from tt_train.launch import place
 
     here = place()
     invocation.rank = here.rank if here is not None else 0
@@ -140,17 +140,17 @@ def command(
     if nproc == "1" and not invocation.launch and not check:
         launches, here = False, None
     if check:
-        return _check(invocation, nproc, check_timeout, None if launches else here)
+        from tt_cli.check import check_ranks
+
+        return check_ranks(None if launches else here, invocation.launch, nproc, timeout_s=check_timeout)
     if what is None:
         raise click.UsageError("missing argument 'RECIPE|CONFIG|FILE.py'", click.get_current_context())
     asked = _Asked(what, overrides, config_file, output_dir, resume, dry_run, compare, allow_import, invocation.verbose)
     if launches:
         return _launch(asked, nproc, invocation.launch)
-    if is_restarted():
-        asked = replace(asked, resume="auto")
     if here is not None and here.size > 1:
         return _train_as_rank(asked, invocation, here)
-    return _train(asked, invocation, asked.config())
+    return _train(_restarted(asked, invocation), invocation, asked.config())
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
         problems.append("--max-restarts: on several machines a run needs a name that all know: add -o DIR")
     if problems:
         raise ConfigError(problems)
-    check_destination(config, asked.resume)
+    if launch.nodes == 1:  # another machine's launcher may join a run that has begun
+        check_destination(config, asked.resume)
     look_over(config)
     run_dir = None if launch.nodes > 1 or asked.dry_run else _run_dir(config, asked.resume)
     return agent.start(
@@ -219,6 +220,17 @@ def _run_dir(config: "RunConfig", resume: str | None) -> Path:
     return new_path(None, config.model.path or config.model.name or "", method_of(config))
 
 
+def _restarted(asked: _Asked, invocation: Invocation) -> _Asked:
+    """The command as it is after a rank was lost: it continues its own run."""
+    from tt_train.launch import is_restarted
+
+    if not is_restarted():
+        return asked
+    if invocation.rank == 0:
+        tell("a rank was lost: the run starts again from its newest checkpoint")
+    return replace(asked, resume="auto")
+
+
 def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
     """Train as one process of several: rank 0 prints and answers."""
     from tt_train import launch
@@ -234,8 +246,7 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
         return config
 
     config = launch.everywhere(checked, met=(here, store))
-    if launch.is_restarted() and here.rank == 0:
-        tell("a rank was lost: the run starts again from its newest checkpoint")
+    asked = _restarted(asked, invocation)
     device = pick_device(config.device)
     with launch.joined(here, store, device_type=device.type, timeout_s=config.process_group_timeout_s):
         try:
@@ -273,26 +284,3 @@ def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> int:
         tell(line)
     answer(run_dir)
     return 0 if same else 1
-
-
-def _check(invocation: Invocation, nproc: str | None, timeout_s: int, here: "Place | None") -> int:
-    import torch
-
-    from tt_train import launch
-
-    if here is None:
-        from tt_cli import agent
-
-        limit = f"--rdzv-conf=timeout={timeout_s},join_timeout={timeout_s},last_call_timeout=1"
-        wanted = agent.asked_for([*invocation.launch, limit], nproc)
-        tell(
-            f"rendezvous: {wanted.options.rdzv_backend} at {wanted.options.rdzv_endpoint or 'MASTER_ADDR:MASTER_PORT'}"
-        )
-        return agent.start(wanted, ["run", "--check", "--check-timeout", str(timeout_s)], None)
-    if here.rank == 0:
-        tell(f"rank 0 of {here.size} listens at {here.endpoint}")
-    device = torch.accelerator.current_accelerator(check_available=True)
-    found = launch.check(here, timeout_s=timeout_s, device_type=device.type if device else "cpu")
-    if here.rank == 0:
-        answer(found)
-    return 0
