@@ -1,8 +1,8 @@
 """Exact resume: runs stopped twice by a signal, in the middle of an epoch, against the same runs left alone.
 
-Each row is a method with a feature, on one process and on two (gloo). A run is stopped by SIGTERM to its last rank after
-step 3 and again after step 7, resumed each time, and compared with an undisturbed run of 12 steps: every loss, gradient
-norm, held-out loss and digest of the rows, and every byte of the result.
+Each row is a method with a feature, on one process and on two (gloo). A run is stopped by SIGTERM to its last rank
+after step 3 and again after step 7, resumed each time, and compared with an undisturbed run of 12 steps: every loss,
+gradient norm, held-out loss and digest of the rows, and every byte of the result.
 
 Usage: python benchmarks/resume_table.py [--only WORD] [--ranks 1 2]
 """
