@@ -268,6 +268,7 @@ def test_what_cannot_be_migrated_is_refused_with_the_reason(theirs, change, why)
         ("a: 1\n", "not a config of torchtune"),
         ("- a\n", "not a config of torchtune"),
         ("x: " + "[" * 100 + "]" * 100 + "\n", "nested too deeply"),
+        (LORA.replace("lr: 3e-4", "lr: fast"), "a value is of another kind"),
         ("x: '" + "y" * 300_000 + "'\n", "300.0 KB"),
     ],
 )
