@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from functools import partial
 
@@ -11,12 +12,16 @@ import torch
 
 import tt_data
 import tt_peft
-from tt_train import ConfigError, Interrupted, TrainingError, compose, train_step
+from tt_train import ConfigError, Interrupted, TrainingError, compose, load, train_step
 from tt_train.answers import answers_of
 from tt_train.build import build_optimizer, build_reference, load_model
+from tt_train.evaluate import answer
 from tt_train.job import assemble
-from tt_train.recipes import dpo
+from tt_train.recipe_file import recipe_of
+from tt_train.recipes import dpo, sft
 from tt_train.reference import prepared
+from tt_train.registry import recipe_path
+from tt_train.report import write_report
 from tt_train.run.console import Console
 from tt_train.run_files import read_rows
 
@@ -383,3 +388,103 @@ def test_samples_are_answers_to_prompts_of_pairs(run):
     samples = [row for row in read_rows(run.path / "samples.jsonl") if row["step"] == 6]
     assert len(samples) == 2
     assert all(row["prompt"].startswith("say ") and row["expected"].startswith("alpha") for row in samples)
+
+
+def test_the_report_has_titles_for_rewards_and_draws_held_out_ones_beside_them(run):
+    run("data.eval=0.3", "eval_every=3")
+    page = write_report([run.path])[0].read_text(encoding="utf-8")
+    for words in ("Rewards", "beta times the log-ratio to the reference", "Reward accuracy", "held-out margin"):
+        assert words in page
+    assert "metric eval_rewards" not in re.findall(r"<h3>(.*?)<", page)
+
+
+# ---- what it is for --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def undecided(model_dir, tmp_path_factory):
+    """A model that was taught to answer each question with alpha or with beta, at random."""
+    folder = tmp_path_factory.mktemp("undecided")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": prompt(i), "completion": ("alpha", "beta")[i * 7 % 3 % 2]}) + "\n"
+                            for i in range(60)))  # fmt: skip
+    overrides = [f"model.path={model_dir}", f"data.train={rows}", "model.dtype=fp32", "batch_size=20", "epochs=6",
+                 "micro_batch_size=20", "device=cpu", "optimizer.lr=1e-2", "samples.num=0",
+                 "data.drop_duplicates=false", f"output_dir={folder / 'run'}"]  # fmt: skip
+    return sft.main(compose("sft", overrides=overrides), console=Heard()) / "model"
+
+
+LOSSES = {
+    "sigmoid": (), "sigmoid_norm": ("loss.beta=0.5",), "robust": ("loss.label_smoothing=0.1",), "hinge": (), "ipo": (),
+    "kto_pair": (), "apo_zero": (), "sppo_hard": (), "simpo": ("loss.beta=2", "loss.margin=0.5"),
+    "orpo": ("loss.sft_weight=1",), "kto": (),
+}  # fmt: skip
+
+
+METHODS = {"lora": LORA, "dora": (*LORA, "adapter.use_dora=true"), "qlora": (*LORA, "adapter.quantize_base=true")}
+
+
+@pytest.mark.parametrize(
+    ("loss", "method"), [*((loss, ()) for loss in LOSSES), *((loss, method) for loss in ("sigmoid", "kto")
+                                                             for method in METHODS.values())]
+)  # fmt: skip
+def test_each_loss_teaches_which_answer_is_wanted(run, undecided, tmp_path, loss, method):
+    """Greedy answers to prompts that were not trained on, before and after."""
+    rows = [{"prompt": prompt(i), "chosen": "alpha", "rejected": "beta"} for i in range(32)]
+    if loss == "kto":
+        rows = [{"prompt": row["prompt"], "completion": row[kind], "label": kind == "chosen"} for row in rows
+                for kind in ("chosen", "rejected")]  # fmt: skip
+    file = tmp_path / "wanted.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lr = {"kto": "5e-3"}.get(loss, "2e-3") if method else "1e-3"
+    run(f"loss.name={loss}", *LOSSES[loss], *method, f"model.path={undecided}", f"data.train={file}", "batch_size=16",
+        "micro_batch_size=16", "max_steps=16", f"optimizer.lr={lr}", "schedule.warmup_steps=0")  # fmt: skip
+
+    def answers(path):
+        model, tokenizer = load(path, device="cpu")
+        asked = [{"ids": tokenizer.encode(prompt(i), add_bos=False, add_eos=False)} for i in range(100, 110)]
+        return [
+            row["generation"] for row in answer(model, tokenizer, asked, max_new_tokens=4, device=torch.device("cpu"))
+        ]
+
+    before = answers(undecided)
+    assert set(before) <= {"alpha", "beta"}
+    assert answers(run.path) == ["alpha"] * 10
+
+
+# ---- a copy, and several processes -----------------------------------------------------------------------------------
+
+
+def test_a_copied_recipe_with_another_loss_needs_no_other_file(run, tmp_path, words, pairs_file):
+    text = recipe_path("dpo").read_text()
+    changed = text.replace("loss=preference_loss(loss)", "loss=lambda pairs: 3 * (pairs.rejected - pairs.chosen)")
+    assert changed != text
+    file = tmp_path / "my_dpo.py"
+    file.write_text(changed)
+    config = compose(
+        file, overrides=[*words, f"data.train={pairs_file}", "samples.num=0", f"output_dir={tmp_path / 'o'}"]
+    )
+    path = recipe_of(config).main(config, console=Heard())
+    first, *_, last = read_rows(path / "metrics.jsonl")
+    assert first["loss"] == pytest.approx(3 * (first["log_probs_rejected"] - first["log_probs_chosen"]), rel=1e-5)
+    assert last["loss"] < first["loss"]
+    assert (path / "my_dpo.py").read_text() == changed
+
+
+def train_on_a_rank(overrides):
+    dpo.main(compose("dpo", overrides=overrides), console=Heard())
+
+
+@pytest.mark.parametrize("more", [
+    ("batch_size=6",), ("parallel.shard=1",), (*LORA, "batch_size=6"), (*LORA, "parallel.shard=2"),
+    ("loss.name=kto", *LORA), ("loss.name=kto_pair", "loss.sft_weight=0.5"),
+])  # fmt: skip
+def test_two_ranks_have_the_curve_of_one(run, ranks, words, pairs_file, judged_file, tmp_path, more):
+    rows = judged_file if "loss.name=kto" in more else pairs_file
+    alone = run(*more, "micro_batch_size=2", "data.eval=0.2", name="alone")
+    overrides = [*words, f"data.train={rows}", "samples.num=0", "data.eval=0.2", *more, "micro_batch_size=1",
+                 f"output_dir={tmp_path / 'two'}"]  # fmt: skip
+    ranks(2, train_on_a_rank, overrides)
+    both = list(read_rows(tmp_path / "two" / "metrics.jsonl"))
+    assert_same_curve(both, alone, tolerance=1e-4)
+    assert both[-1]["eval_loss"] == pytest.approx(alone[-1]["eval_loss"], rel=1e-4)

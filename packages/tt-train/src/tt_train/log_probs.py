@@ -87,7 +87,9 @@ class _LinearLogProbs(torch.autograd.Function):
             log_probs_N[part] = picked_C - log_z_C
             if grad_hidden_ND is not None:
                 grad_CV = _gradient_(logits_CV, labels_N[part], log_z_C, slope_CV).to(weight_VD.dtype)
+                del logits_CV  # before the product, which takes memory of its own
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
+                del grad_CV
         ctx.softcap, ctx.chunk = softcap, chunk
         ctx.save_for_backward(*((hidden_ND, weight_VD, labels_N) if ctx.trains else (grad_hidden_ND,)))
         ctx.mark_non_differentiable(mean_logits_N)
@@ -106,8 +108,10 @@ class _LinearLogProbs(torch.autograd.Function):
             logits_CV, slope_CV = _logits(hidden_ND[part], weight_VD, ctx.softcap, slope=True)
             whole_CV = _gradient_(logits_CV, labels_N[part], log_sum(logits_CV), slope_CV).mul_(grad_N[part, None])
             grad_CV = grad_weight.of_chunk(whole_CV, hidden_ND[part])
+            del logits_CV, whole_CV
             if grad_hidden_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
+            grad_weight.make_room(ctx.chunk)
         return grad_hidden_ND, grad_weight.total(), None, None, None
 
 

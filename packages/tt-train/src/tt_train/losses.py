@@ -185,8 +185,7 @@ class WeightGradient:
             narrow_CV = grad_CV.to(self.few_VD.dtype)
             self._multiply(narrow_CV, hidden_CD)
             return narrow_CV
-        if self.filled + rows > self.most:
-            self._flush()
+        self.make_room(rows)
         if self.buffer_RV is None:
             self.buffer_RV = self.few_VD.new_empty(self.most, grad_CV.shape[1])
         part_CV = self.buffer_RV[self.filled : self.filled + rows]
@@ -194,6 +193,11 @@ class WeightGradient:
         self.hidden.append(hidden_CD)
         self.filled += rows
         return part_CV
+
+    def make_room(self, rows: int) -> None:
+        """Multiply what waits, unless ``rows`` more positions can wait with it."""
+        if self.filled + rows > self.most:
+            self._flush()
 
     def _flush(self) -> None:
         if self.filled:
@@ -247,8 +251,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_CV = grad_CV.to(weight_VD.dtype)
             else:
                 grad_CV = grad_weight.of_chunk(grad_CV, hidden_ND[part])
+            del logits_CV  # before the products, which take memory of their own
             if grad_hidden_ND is not None:
                 torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
+            del grad_CV
+            if grad_weight is not None:
+                grad_weight.make_room(chunk)
         ctx.gradients = grad_hidden_ND, None if grad_weight is None else grad_weight.total()
         return total
 
@@ -284,6 +292,6 @@ def _loss_and_gradient_(
 
 
 def log_sum(logits_CV: Tensor) -> Tensor:
-    """``logsumexp`` of each row, [C], with a quarter of the memory beside them that torch takes."""
-    parts = logits_CV.split(max(1, -(-len(logits_CV) // 4)))  # type: ignore[no-untyped-call]
+    """``logsumexp`` of each row, [C], with an eighth of the memory beside them that torch takes."""
+    parts = logits_CV.split(max(1, -(-len(logits_CV) // 8)))  # type: ignore[no-untyped-call]
     return torch.cat([torch.logsumexp(part, dim=-1) for part in parts])
