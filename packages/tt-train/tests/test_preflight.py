@@ -180,4 +180,4 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
     for module in ("tt_models.limits", "tt_train.inputs.model"):
         monkeypatch.setattr(f"{module}.total_memory", lambda device: 300_000)
     job = assemble(compose("sft", overrides=words))
-    assert any("memory: weights, gradients and AdamW's state take about 0.0 GB" in note for note in job.notes)
+    assert any("memory: weights, gradients and the optimizer's state take about 0.0 GB" in note for note in job.notes)

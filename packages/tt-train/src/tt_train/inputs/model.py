@@ -20,7 +20,7 @@ from tt_train.memory import DTYPES, KEEPS_BY_HOOKS, blocks
 from tt_train.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
-STATE_BYTES = 16  # of a value that trains: weight, gradient and AdamW's two moments in fp32
+STATE_BYTES = {"adamw8bit": 2, "adamw_fp8": 2, "adamw4bit": 1}  # of a value that trains; AdamW's two moments: 8
 
 
 def model_folder(config: RunConfig) -> Path | None:
@@ -136,10 +136,11 @@ def check_memory(model: nn.Module, config: RunConfig, device: torch.device | Non
         )
     except ValueError as error:
         raise ConfigError([f"model: {error}"]) from None
-    about, total = int(frozen + STATE_BYTES * trained), total_memory(device)
+    each = 4 + (0 if config.optimizer_in_backward else 4) + STATE_BYTES.get(config.optimizer.name, 8)
+    about, total = int(frozen + each * trained), total_memory(device)
     if total is not None and about > total:
         notes.append(
-            f"memory: weights, gradients and AdamW's state take about {gigabytes(about)}, {device} has "
+            f"memory: weights, gradients and the optimizer's state take about {gigabytes(about)}, {device} has "
             f"{gigabytes(total)}; {cure}"
         )
 
