@@ -84,7 +84,7 @@ PLACES = {
     "tt_train.recipes.sft:finish": (1,),
     "tt_train.run.loop:held_out_figures": (1, 2, 3),
     "tt_train.run.loop:answer": (1, 2, 3),
-    "tt_train.run.loop:peak_memory_gib": (1, 3),
+    "tt_train.run.loop:memory_gib": (1, 3),
     "tt_train.run.finish:write_result": (1,),
     "tt_train.run.finish:model_card": (1,),
     "tt_train.run.finish:write_report": (1,),
