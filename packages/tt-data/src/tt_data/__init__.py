@@ -45,7 +45,7 @@ from tt_data.template.spans import AddedTokens, Encoded, MarkedText, token_spans
 from tt_data.text.backend import Backend
 from tt_data.text.load import choose_template, load_tokenizer
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.views import MixedDataset, PackedDataset, Subset
+from tt_data.views import JoinedDataset, MixedDataset, PackedDataset, Subset
 
 __version__ = "0.1.0"
 
@@ -56,8 +56,8 @@ __all__ = [
     # a tokenizer of a different kind
     "Backend", "AddedTokens", "token_spans",
     # rows to ids and labels
-    "load_dataset", "Dataset", "TokenDataset", "PackedDataset", "MixedDataset", "Subset", "Stream", "StreamDataset",
-    "PackedStream", "PackedMix", "Row", "Report", "pack",
+    "load_dataset", "Dataset", "TokenDataset", "PackedDataset", "MixedDataset", "JoinedDataset", "Subset", "Stream",
+    "StreamDataset", "PackedStream", "PackedMix", "Row", "Report", "pack",
     # ids and labels to batches
     "batches", "Batch", "rows_at", "steps_per_epoch", "collate", "padded_collate", "padded_collate_dpo", "IGNORE_INDEX",
     # looking at them

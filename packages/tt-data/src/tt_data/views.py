@@ -1,11 +1,14 @@
-"""Data sets made of rows of other data sets: a choice of them, several packed in one, or those of several in turn."""
+"""Data sets made of rows of other data sets: a choice of them, several packed in one, those of several in turn, or all
+of several."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from tt_data.dataset import Dataset, Piece, Row, TokenDataset, check_index
 from tt_data.order import Permutation, interleave, quotas_of
@@ -193,3 +196,36 @@ class MixedDataset(View):
             for name, part, quota in zip(self.names, self.parts, self.quotas, strict=True)
         }
         return report
+
+
+class JoinedDataset(View):
+    """All rows of several named data sets, one after the other. ``parts`` keeps them apart."""
+
+    def __init__(self, parts: Mapping[str, Dataset]) -> None:
+        self.parts = dict(parts)
+        first = next(iter(self.parts.values()))
+        for name, part in self.parts.items():
+            if part[0].keys() != first[0].keys():
+                raise ValueError(f"{name}: {part.schema} rows cannot be evaluated together with {first.schema} rows")
+        content = str([part.fingerprint for part in self.parts.values()])
+        schema = "+".join(dict.fromkeys(part.schema for part in self.parts.values()))
+        super().__init__(first, schema=schema, fingerprint=hashlib.sha256(content.encode()).hexdigest())
+        self._ends = list(accumulate(map(len, self.parts.values())))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def num_rows(self) -> int:
+        """The rows of all parts, of which a pack holds several."""
+        return sum(part.num_rows for part in self.parts.values())
+
+    def members_of(self, i: int, epoch: int = 0) -> list[tuple[Dataset, int]]:
+        i = check_index(i, len(self))
+        number = bisect_right(self._ends, i)
+        return [(list(self.parts.values())[number], i - (self._ends[number - 1] if number else 0))]
+
+    @property
+    def report(self) -> Report:
+        """Those of all parts, added up."""
+        return add_reports([part.report for part in self.parts.values()], self.schema, self.num_rows)

@@ -177,6 +177,7 @@ class Options(TypedDict, total=False):
     pad_id: int | None
     prompt_lengths: Tensor | Sequence[int] | None
     compile: bool
+    until: Callable[[Tensor], bool] | None
 
 
 @overload
@@ -211,6 +212,7 @@ def generate(
     pad_id: int | None = None,
     prompt_lengths: Tensor | Sequence[int] | None = None,
     compile: bool = False,
+    until: Callable[[Tensor], bool] | None = None,
     return_logits: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Continue prompts: [B, S] to [B, S + n], prompts included, n up to ``max_new_tokens``.
@@ -219,7 +221,9 @@ def generate(
     ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row stops at
     one of ``eos_ids`` (an id, several or None; it is kept) and is filled up with ``pad_id`` (default: the first end
     id, else 0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step
-    of one token. ``return_logits`` returns the logits [B, n, V] of each step too.
+    of one token. ``until`` is asked after each token, with bool[B] for the rows that have stopped, whether that is
+    enough; by default when all have. Processes that share a model's weights must agree on it, since each token is
+    theirs together. ``return_logits`` returns the logits [B, n, V] of each step too.
     """
     check_seed(seed)
     end_ids = numbers_of(eos_ids, model.model.embed_tokens.num_embeddings)
@@ -241,8 +245,8 @@ def generate(
             kept.append(logits)
         if ends.numel():
             finished = finished | torch.isin(token, ends)
-            if bool(finished.all()):
-                break
+        if until(finished) if until is not None else ends.numel() and bool(finished.all()):
+            break
     text = torch.cat(columns, dim=1)
     return (text, torch.stack(kept, dim=1)) if return_logits else text
 

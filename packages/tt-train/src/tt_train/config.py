@@ -7,7 +7,8 @@ import yaml
 
 from tt_ckpt.redaction import redact_data
 
-# of Annotated[Any, ...]: what such a key takes, alone, as a list, or as the names of a mapping of numbers
+# of Annotated[Any, ...]: what such a key takes, alone, as a list, or as the names of a mapping of numbers; a key that
+# takes numbers also takes a mapping of names to sources
 TEXT, TEXT_OR_NUMBER = "text", "text or number"
 OPTIONS = "options"  # of Annotated[Any, ...]: a list of names, or names with their options: {wandb: {project: p}}
 
@@ -49,7 +50,7 @@ class DataSection:
     """Rows to train on, rows held out, and how they become tokens."""
 
     train: Annotated[Any, TEXT] = None  # file, list of files, directory, hub id, registered name, or {source: weight}
-    eval: Annotated[Any, TEXT_OR_NUMBER] = None  # the same, or a fraction of train such as 0.05
+    eval: Annotated[Any, TEXT_OR_NUMBER] = None  # the same, a fraction of train such as 0.05, or {name: source}
     columns: dict[str, str] = field(default_factory=dict)
     max_seq_len: int = 2048
     packing: bool = False
@@ -162,6 +163,7 @@ class SamplesSection:
 
     num: int = 3
     max_new_tokens: int = 64
+    exact_match: int = 0  # held-out rows, of each named set, whose answers are compared at every evaluation
 
 
 @dataclass
@@ -247,6 +249,14 @@ SCHEMAS: dict[str, type[RunConfig]] = {
     "kd": KDConfig,
     "qat": QATConfig,
 }  # by recipe
+
+
+def named_sets(source: object) -> dict[str, Any]:
+    """The sets of held-out rows that ``data.eval`` names, as ``{news: a.jsonl}`` does; {} if it names none.
+
+    ``{a.jsonl: 0.7}`` is a mix by weights: its values are numbers.
+    """
+    return source if isinstance(source, dict) and any(isinstance(each, str | list) for each in source.values()) else {}
 
 
 def method_of(config: RunConfig) -> str:

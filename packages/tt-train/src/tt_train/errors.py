@@ -3,8 +3,11 @@
 import difflib
 import shlex
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -91,3 +94,17 @@ def shell_word(text: str | Path) -> str:
     """A path or word of a suggested command: quoted if a shell needs it, and no option if it begins with a dash."""
     text = str(text)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def collect(problems: list[str], key: str, action: Callable[[], T]) -> T | None:
+    """``action()``, or None if the user's input is wrong: ``problems`` gets a line for each mistake, under ``key``."""
+    try:
+        return action()
+    except ConfigError as error:
+        problems += error.problems
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        problems += [f"{key}: {line}" for line in text.splitlines() if line.strip()] or [
+            f"{key}: {type(error).__name__}"
+        ]
+    return None

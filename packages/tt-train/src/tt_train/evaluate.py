@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import nn
 import tt_data
 import tt_models
 from tt_data.collate import without_loss
-from tt_train.distributed import world
-from tt_train.losses import IGNORE, Batch, Objective, Summed
+from tt_train.distributed import World, world
+from tt_train.errors import TrainingError
+from tt_train.losses import IGNORE, Batch, Objective, Summed, cross_entropy
 from tt_train.sharding import is_sharded, reshard_
 from tt_train.step import agree, summed
 
@@ -50,29 +52,58 @@ def held_out_figures(
     """``eval_loss``, the mean over every trained token of ``dataset`` (over what the objective counts), each row seen
     once; nan if there is none. ``prepare`` gets all batches before the first is evaluated.
 
-    Metrics that the objective names are further figures, with ``eval_`` in front of their names.
+    Metrics that the objective names are further figures, with ``eval_`` in front of their names. ``eval_perplexity``
+    is the exponential of the mean cross entropy per token, of an objective that is one or has the metric
+    ``cross_entropy``. Of named sets (``tt_data.JoinedDataset``), each has figures of its own, with ``_`` and its name
+    behind theirs; those without a name are means over the tokens of all sets, not over sets.
     """
     here = world()
+    sets = dataset.parts if isinstance(dataset, tt_data.JoinedDataset) else {"": dataset}
+    made: dict[str, list[Batch]] = {}
+    for name, rows in sets.items():
+        share = _share_of_batches(rows, size=micro_batch_size, pad_id=pad_id, here=here)
+        made[name] = [to_device(batch, device) for batch in share]
+    with evaluating(model):
+        parts = [summed(objective, model, batch) for batch in prepare([one for of in made.values() for one in of])]
+    figures = _figures(parts, objective, here)
+    if isinstance(dataset, tt_data.JoinedDataset):
+        for name, batches in made.items():
+            own, parts = parts[: len(batches)], parts[len(batches) :]
+            of_set = {f"{key}_{name}": value for key, value in _figures(own, objective, here).items()}
+            if twice := sorted(figures.keys() & of_set.keys()):
+                raise TrainingError(f"data.eval: the set {name} has the figure {twice[0]}, as another; rename the set")
+            figures |= of_set
+    return figures
+
+
+def _share_of_batches(dataset: Any, *, size: int, pad_id: int, here: World) -> Iterator[Batch]:
+    """This rank's part of every row of ``dataset`` once; the same number of batches on each rank."""
     # rows of similar length share a batch, with little padding
     order = sorted(range(len(dataset)), key=lambda index: -_length(dataset[index]))
-    parts: list[Summed] = []
-    loss, step = 0.0, micro_batch_size * here.size
-    made: list[Batch] = []
-    for start in range(0, len(order), step):
-        some = order[start : start + step]
+    for start in range(0, len(order), size * here.size):
+        some = order[start : start + size * here.size]
         rows = [dataset[index] for index in some[here.rank :: here.size]]
         # the passes of a sharded model are collectives: a rank without rows takes part, and adds nothing
-        batch = tt_data.collate(rows, pad_id=pad_id) if rows else without_loss(dataset[some[0]], pad_id=pad_id)
-        made.append(to_device(batch, device))
-    with evaluating(model):
-        for batch in prepare(made):
-            part = summed(objective, model, batch)
-            loss += float(part.loss)
-            parts.append(part)
-    total = agree(parts, here, loss=loss)
+        yield tt_data.collate(rows, pad_id=pad_id) if rows else without_loss(dataset[some[0]], pad_id=pad_id)
+
+
+def _figures(parts: Sequence[Summed], objective: Objective, here: World) -> dict[str, float]:
+    """The sums of all batches of all ranks, divided once."""
+    total = agree(parts, here, loss=sum(float(part.loss) for part in parts))
     if not total.count:
         return {"eval_loss": math.nan}
-    return {"eval_loss": total.loss / total.count, **{f"eval_{name}": value for name, value in total.means.items()}}
+    loss = total.loss / total.count
+    figures = {"eval_loss": loss, **{f"eval_{name}": value for name, value in total.means.items()}}
+    entropy = loss if _is_cross_entropy(objective) else total.means.get("cross_entropy")
+    if entropy is not None and total.count == total.tokens:
+        figures["eval_perplexity"] = math.exp(entropy) if entropy < 700 else math.inf
+    return figures
+
+
+def _is_cross_entropy(objective: Objective) -> bool:
+    """Whether the loss is minus the log-probability of each trained token: without label smoothing."""
+    function, options = (objective.func, objective.keywords) if isinstance(objective, partial) else (objective, {})
+    return function is cross_entropy and not options.get("label_smoothing")
 
 
 def _length(row: Mapping[str, Any]) -> int:
@@ -155,11 +186,9 @@ def answer(
     device: torch.device,
 ) -> list[dict[str, Any]]:
     """Greedy answers to ``prompts``: rows of samples.jsonl without their step; as long as the model can read them."""
-    rows, ends, sharded = [], end_ids(model, tokenizer), is_sharded(model)
+    rows, ends = [], end_ids(model, tokenizer)
     with evaluating(model):
-        if sharded:
-            # gathers the embeddings, whose dtype the cache has
-            model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
+        gather_embeddings(model, device)
         for item in asked:
             ids = torch.tensor([item["ids"]], device=device)
             room = model.config.max_position_embeddings - ids.shape[1] + 1
@@ -168,6 +197,13 @@ def answer(
             kept = {key: item[key] for key in ("prompt", "turns", "expected") if key in item}
             rows.append(kept | {"generation": tokenizer.decode(output)})
     return rows
+
+
+def gather_embeddings(model: tt_models.Decoder, device: torch.device) -> None:
+    """Read a token with a sharded model, so that its embeddings are whole and have the dtype that a cache needs."""
+    sharded: bool = is_sharded(model)
+    if sharded:
+        model.hidden_states(torch.zeros(1, 1, dtype=torch.long, device=device))
 
 
 def end_ids(model: tt_models.Decoder, tokenizer: Any) -> list[int]:

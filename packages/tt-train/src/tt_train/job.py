@@ -1,7 +1,7 @@
 """From a config to what a recipe needs. Every mistake that can be found is, before weights load."""
 
 import functools
-from collections.abc import Callable
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -12,10 +12,11 @@ import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig, method_of
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, collect
 from tt_train.inputs import components
 from tt_train.inputs.methods import method_mistakes
 from tt_train.inputs.model import check_adapter, check_headers, model_folder, read_hf_config, vocabulary_mistakes
+from tt_train.inputs.questions import question_notes
 from tt_train.inputs.rows import (
     Kind,
     count_rows,
@@ -33,7 +34,6 @@ from tt_train.schedule import schedule_mistakes, schedule_notes
 
 C = TypeVar("C", bound=RunConfig)
 C_co = TypeVar("C_co", bound=RunConfig, covariant=True)
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -99,6 +99,10 @@ class Job(Generic[C_co]):
     @property
     def rows_to_show(self) -> tt_data.Dataset:
         """A data set with an index to take prompts from: what is held out, else what trains."""
+        if isinstance(self.held_out, tt_data.JoinedDataset):  # the rows of each set in turn
+            ends = list(itertools.accumulate(map(len, self.held_out.parts.values()), initial=0))
+            places = ((row - first, row) for first, end in itertools.pairwise(ends) for row in range(first, end))
+            return tt_data.Subset(self.held_out, [row for _, row in sorted(places)])
         if self.held_out is not None:
             return self.held_out
         return self.train.head() if isinstance(self.train, tt_data.Stream) else self.train
@@ -143,19 +147,19 @@ def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[
     refuse_mistakes(config)
     problems: list[str] = []
     notes: list[str] = []
-    device = _collect(problems, "device", lambda: components.pick_device(config.device))
+    device = collect(problems, "device", lambda: components.pick_device(config.device))
     problems += components.mistakes(config, device)
     notes += components.device_notes(config, device)
-    model_path = _collect(problems, "model.path", lambda: model_folder(config))
+    model_path = collect(problems, "model.path", lambda: model_folder(config))
     hf_config = model_config = lora = train = held_out = None
     if model_path is not None or config.model.path is None:
         key = "model.path" if model_path is not None else "model.name"
-        hf_config = _collect(problems, key, lambda: read_hf_config(config, model_path))
+        hf_config = collect(problems, key, lambda: read_hf_config(config, model_path))
     if hf_config is not None:
-        model_config = _collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
+        model_config = collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None:
-        lora = _collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes))
-        _collect(problems, "model.path", lambda: check_headers(model_config, model_path))
+        lora = collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes))
+        collect(problems, "model.path", lambda: check_headers(model_config, model_path))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
@@ -163,18 +167,21 @@ def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[
         some: dict[str, Any] = {}
         if first is not None and not config.data.streaming:
             some = {"limit": first, "packing": False, "max_dropped_share": None}
-        train = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **some))
+        train = collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **some))
         if train is not None and config.data.eval is not None:
-            parts = _collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
+            parts = collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
             train, held_out = parts or (train, None)
         if train is not None:
             method = functools.partial(method_mistakes, config, model_config, lora, train, length)
-            problems += _collect(problems, "kd.teacher", method) or []
+            problems += collect(problems, "kd.teacher", method) or []
         if first is None or config.recipe_sha256 is None:  # a recipe file may want other rows than its loss says
             for key, found in (("data.train", train), ("data.eval", held_out)):
                 problems += kind_mistakes(config, key, found, wanted=rows or wanted_rows(config))
-    head = _collect(problems, "data.train", lambda: train.head_report() if isinstance(train, tt_data.Stream) else None)
+    head = collect(problems, "data.train", lambda: train.head_report() if isinstance(train, tt_data.Stream) else None)
     problems += evaluation_mistakes(config)
+    if tokenizer is not None and held_out is not None:
+        number = config.samples.exact_match
+        notes += collect(problems, "data.eval", lambda: question_notes(held_out, tokenizer, num=number)) or []
     if problems:
         raise ConfigError(problems)
     if first is not None:
@@ -211,30 +218,16 @@ def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[
     return job
 
 
-def _collect(problems: list[str], key: str, action: Callable[[], T]) -> T | None:
-    """``action()``, or None if the user's input is wrong: ``problems`` gets a line for each mistake, under ``key``."""
-    try:
-        return action()
-    except ConfigError as error:
-        problems += error.problems
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        problems += [f"{key}: {line}" for line in text.splitlines() if line.strip()] or [
-            f"{key}: {type(error).__name__}"
-        ]
-    return None
-
-
 def read_tokenizer(config: RunConfig, model_path: Path | None, problems: list[str]) -> tt_data.Tokenizer | None:
     """The tokenizer with the template of the config; None if there is none to read, and why in ``problems``."""
     source = config.model.tokenizer or model_path
     if source is None:
         return None
     key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
-    plain = _collect(problems, key, lambda: tt_data.load_tokenizer(source))
+    plain = collect(problems, key, lambda: tt_data.load_tokenizer(source))
     if plain is None:
         return None
-    return _collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
+    return collect(problems, "data.template", lambda: tt_data.choose_template(plain, config.data.template))
 
 
 def rows_to_train(config: RunConfig, *, limit: int | None = None) -> tt_data.Dataset | tt_data.Stream:
@@ -245,7 +238,7 @@ def rows_to_train(config: RunConfig, *, limit: int | None = None) -> tt_data.Dat
     if lacking := [line for line in missing(config) if not line.startswith("max_steps")]:
         raise ConfigError(lacking)
     problems: list[str] = []
-    folder = _collect(problems, "model.path", lambda: model_folder(config))
+    folder = collect(problems, "model.path", lambda: model_folder(config))
     tokenizer = read_tokenizer(config, folder, problems)
     rows: tt_data.Dataset | tt_data.Stream | None = None
     if tokenizer is not None and not problems:
@@ -255,7 +248,7 @@ def rows_to_train(config: RunConfig, *, limit: int | None = None) -> tt_data.Dat
             "max_dropped_share": None,
             "limit": limit if not (config.data.packing or config.data.streaming) else None,
         }
-        rows = _collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **options))
+        rows = collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **options))
     if rows is None:
         raise ConfigError(problems)
     return rows

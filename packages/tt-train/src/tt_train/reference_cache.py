@@ -187,6 +187,8 @@ def _units(dataset: tt_data.Dataset) -> list[Rows]:
         return _units(dataset.dataset)
     if isinstance(dataset, tt_data.MixedDataset):
         return [unit for part in dataset.parts for unit in _units(part)]
+    if isinstance(dataset, tt_data.JoinedDataset):
+        return [unit for part in dataset.parts.values() for unit in _units(part)]
     assert isinstance(dataset, tt_data.TokenDataset | tt_data.PackedDataset)
     return [dataset]
 

@@ -1,15 +1,16 @@
 """The rows that a config names: read, checked for their kind, counted, and held out."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 import tt_data
-from tt_data import Dataset, Stream, Subset, Tokenizer
-from tt_train.config import PreferenceSection, RunConfig
-from tt_train.errors import ConfigError
+from tt_data import Dataset, JoinedDataset, Stream, Subset, Tokenizer
+from tt_train.config import PreferenceSection, RunConfig, named_sets
+from tt_train.errors import ConfigError, collect
 
 Kind = Literal["single", "pair", "judged"]  # of rows: what each one holds
 
@@ -60,8 +61,10 @@ def evaluation_mistakes(config: RunConfig) -> list[str]:
     found = []
     if config.early_stop_after and not config.eval_every:
         found.append("early_stop_after: set, but held-out loss is measured at the end only; set eval_every")
-    for key in ("eval_every", "early_stop_after"):
-        if getattr(config, key) and config.data.eval is None:
+    wanted = {"eval_every": config.eval_every, "early_stop_after": config.early_stop_after,
+              "samples.exact_match": config.samples.exact_match}  # fmt: skip
+    for key, value in wanted.items():
+        if value and config.data.eval is None:
             cure = "give data.eval a file or a share such as 0.05"
             found.append(f"{key}: set, but there is nothing to evaluate on; {cure}")
     return found
@@ -89,14 +92,22 @@ def read_rows(
 
 
 def hold_out(config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Any, Any]:
-    """(rows to train on, rows held out): another source, or a seeded share of the training rows."""
+    """(rows to train on, rows held out): other sources, or a seeded share of the training rows."""
     share = config.data.eval
     if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
         share = float(share)
+    if sets := named_sets(share):
+        problems: list[str] = []
+        found = {
+            name: collect(problems, f"data.eval.{name}", partial(_held_out, config, source, tokenizer, max_seq_len))
+            for name, source in sets.items()
+        }
+        parts = {name: rows for name, rows in found.items() if rows is not None}
+        if problems:
+            raise ConfigError(problems)
+        return train, JoinedDataset(parts)
     if not isinstance(share, int | float):
-        is_file = isinstance(share, str) and Path(share).is_file()  # data.split is that of data.train
-        own = replace(config, data=replace(config.data, split=None)) if is_file else config
-        return train, read_rows(own, share, tokenizer, max_seq_len)
+        return train, _held_out(config, share, tokenizer, max_seq_len)
     if not 0 < share < 1:
         raise ConfigError([f"data.eval: a share must be between 0 and 1, got {share}; 5 % is 0.05"])
     if len(train) < 2:
@@ -104,3 +115,9 @@ def hold_out(config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: i
     number = min(len(train) - 1, max(1, round(share * len(train))))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))
+
+
+def _held_out(config: RunConfig, source: Any, tokenizer: Tokenizer, max_seq_len: int) -> Any:
+    is_file = isinstance(source, str) and Path(source).is_file()  # data.split is that of data.train
+    own = replace(config, data=replace(config.data, split=None)) if is_file else config
+    return read_rows(own, source, tokenizer, max_seq_len)

@@ -18,6 +18,11 @@ def conflicts(config: RunConfig) -> list[str]:
         )
     if config.data.streaming and isinstance(config.data.eval, float):
         found.append("data.eval: a share of a stream (data.streaming) cannot be held out; give a separate file")
+    if config.samples.exact_match and config.data.train_on == "all":
+        found.append(
+            "samples.exact_match: data.train_on=all trains prompts too, so that no row says where its answer begins; "
+            "use data.train_on=assistant or last, or leave samples.exact_match out"
+        )
     batch, micro = config.batch_size, config.micro_batch_size
     if batch >= 1 and micro >= 1 and batch % micro:
         lower, upper = batch // micro * micro, (batch // micro + 1) * micro

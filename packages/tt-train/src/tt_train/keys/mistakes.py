@@ -6,7 +6,7 @@ import re
 import typing
 from typing import Any
 
-from tt_train.config import KDConfig, RunConfig, to_dict
+from tt_train.config import KDConfig, RunConfig, named_sets, to_dict
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.keys.conflicts import conflicts
 from tt_train.keys.losses import loss_mistakes
@@ -43,7 +43,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "log_every": (1, _STEPS), "profile.first_step": (1, _STEPS), "profile.num_steps": (1, 20),
     "data.max_seq_len": (2, 2**24), "data.num_workers": (0, 256), "data.worker_timeout_s": (1e-3, 10**6),
     "data.max_dropped_share": (0, 1), "schedule.warmup_steps": (0, _STEPS), "schedule.decay_steps": (1, _STEPS),
-    "schedule.num_cycles": (1e-9, 10**6), "samples.num": (0, 10**4),
+    "schedule.num_cycles": (1e-9, 10**6), "samples.num": (0, 10**4), "samples.exact_match": (0, 10**6),
     "samples.max_new_tokens": (1, 2**20), "adapter.rank": (1, 2**16), "adapter.alpha": (-(10**6), 10**6),
     "adapter.lora_plus_ratio": (1e-9, 10**6), "optimizer.lr": (1e-30, 1000), "optimizer.weight_decay": (0, 10**6),
     "parallel.shard": (1, 2**20), "parallel.replicate": (1, 2**20),
@@ -192,6 +192,9 @@ def _wrong_rows(config: RunConfig) -> list[str]:
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if isinstance(sources, str | list | dict) and not sources:
             found.append(f"{key}: names no source; give a file of rows: {key}=rows.jsonl")
+        if key == "data.eval" and named_sets(sources):
+            found += _wrong_sets(sources)
+            continue
         for name, weight in sources.items() if isinstance(sources, dict) else ():
             if not isinstance(weight, int | float) or isinstance(weight, bool) or not weight > 0:
                 cure = f"; write '{name.partition(':')[0]}: 1', with a space" if ":" in name and weight is None else ""
@@ -201,6 +204,25 @@ def _wrong_rows(config: RunConfig) -> list[str]:
         found.append(f"data.eval: a share is written 0.05, not {share!r}")
     elif isinstance(share, int | float) and not isinstance(share, bool) and not 0 < share < 1:
         found.append(f"data.eval: a share must be between 0 and 1, got {share}; 5 % is 0.05")
+    return found
+
+
+def _wrong_sets(sets: dict[str, Any]) -> list[str]:
+    """Names that no figure can have, and a mapping that is neither names nor weights."""
+    found = []
+    for name, source in sets.items():
+        if isinstance(source, int | float) and not isinstance(source, bool):
+            found.append(
+                f"data.eval: {name!r} has the number {shown(source)}, other names have sources; write all as "
+                "{news: a.jsonl} (named sets) or all as {a.jsonl: 0.7} (one mix by weights)"
+            )
+        elif not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]{0,39}", name):
+            found.append(
+                f"data.eval: {name!r} is not the name of a set: up to 40 letters, digits and _, such as "
+                "{news: a.jsonl}; weights of a mix are numbers, as in {a.jsonl: 0.7}"
+            )
+        elif not isinstance(source, str | list) or not source or not all(isinstance(each, str) for each in source):
+            found.append(f"data.eval.{name}: expected a source, such as a file or a list of files, got {shown(source)}")
     return found
 
 

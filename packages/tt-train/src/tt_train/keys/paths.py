@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tt_train.config import KDConfig, PreferenceSection, RunConfig
+from tt_train.config import KDConfig, PreferenceSection, RunConfig, named_sets
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -25,7 +25,9 @@ def _with_paths(config: C, change: Callable[[Any], Any]) -> C:
         config = replace(config, kd=replace(config.kd, teacher=change(config.kd.teacher)))
     model = replace(config.model, path=change(config.model.path), tokenizer=change(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=change(config.adapter.path))
-    rows = {key: change(getattr(config.data, key)) for key in ("train", "eval", "template", "cache_dir")}
+    rows = {key: change(getattr(config.data, key)) for key in ("train", "template", "cache_dir")}
+    sets = named_sets(config.data.eval)  # their names are not paths
+    rows["eval"] = {name: change(each) for name, each in sets.items()} if sets else change(config.data.eval)
     loss = config.loss
     if isinstance(loss, PreferenceSection):
         loss = replace(loss, reference_cache=change(loss.reference_cache))

@@ -122,7 +122,7 @@ def _kinds_inside(kind: Any) -> tuple[Any, Any]:
     if takes_options(kind):
         return str, Any
     if typing.get_origin(kind) is Annotated:
-        return str, float
+        return str, kind if TEXT_OR_NUMBER in typing.get_args(kind) else float
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (list, tuple, set, frozenset):
         return arguments[0], None

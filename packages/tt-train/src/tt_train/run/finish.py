@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import tt_ckpt
+import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig
@@ -74,7 +75,11 @@ def data_facts(job: Job[RunConfig]) -> dict[str, Any]:
         "rows": count_rows(job.train),
         "report": job.train.report,
         "held_out_rows": count_rows(job.held_out) if job.held_out else 0,
-    }
+    } | (
+        {"held_out_sets": {name: count_rows(rows) for name, rows in job.held_out.parts.items()}}
+        if isinstance(job.held_out, tt_data.JoinedDataset)
+        else {}
+    )
 
 
 def _or_warn(console: Console, what: str, action: Callable[[], object]) -> None:
@@ -151,15 +156,16 @@ def precision(job: Job[RunConfig]) -> dict[str, str]:
 def _summary(job: Job[RunConfig], run: RunDir, state: TrainingState) -> dict[str, Any]:
     rows = run.rows("metrics.jsonl")
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    evaluated = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    evaluated = [row for row in rows if row.get("eval_loss") is not None]
     return {
         "run_dir": str(run.path),
         "steps": state.step,
         "loss_first": losses[0] if losses else None,
         "loss_last": training_loss(rows),
         "loss_over": part_name(rows),
-        "eval_loss_first": evaluated[0] if evaluated else None,
-        "eval_loss": evaluated[-1] if evaluated else None,
+        "eval_loss_first": evaluated[0]["eval_loss"] if evaluated else None,
+        "eval_loss": None,
+        **{key: value for key, value in (evaluated[-1] if evaluated else {}).items() if key.startswith("eval_")},
         "seconds": state.elapsed_s,
         "tokens": state.tokens,
         "tokens_per_s": tokens_per_second(rows),

@@ -14,6 +14,8 @@ from tt_train.config import RunConfig
 from tt_train.distributed import world
 from tt_train.errors import TrainingError, counted
 from tt_train.evaluate import answer, held_out_figures, to_device
+from tt_train.exact_match import exact_match
+from tt_train.inputs.questions import questions
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.losses import Batch, Objective
@@ -61,6 +63,8 @@ class Metrics:
         self.flops = flops_per_token(self.state.model)
         self.peak = peak_flops(self.job.device, self.job.dtype)
         self.profile: Profile | None = None
+        held_out, num = self.job.held_out, self.job.config.samples.exact_match
+        self.questions = questions(held_out, self.job.tokenizer, num=num) if held_out is not None else []
 
     def measure(self, *, tokens: int) -> None:
         """Add what the step that was just made took: its time, memory, and ``tokens``, those that train, per second."""
@@ -117,6 +121,7 @@ class Metrics:
         """What takes its time before step 1, and shows nothing meanwhile."""
         rows = count_rows(self.job.held_out) if self.job.held_out is not None else None
         what = [f"evaluating {counted(rows, 'held-out row')}"] if rows is not None else []
+        what += [f"asking {len(self.questions)} of them"] if self.questions else []
         what += [f"answering {counted(len(self.prompts), 'prompt')}"] if sample and self.prompts else []
         if what:
             self.console.note(f"before step 1: {' and '.join(what)} ...")
@@ -128,12 +133,19 @@ class Metrics:
             logger(row)
 
     def evaluate(self) -> dict[str, float]:
-        """``eval_loss``, the mean over every trained token held out, and the objective's own figures."""
+        """``eval_loss``, the mean over every trained token held out, and further figures."""
+        job, config = self.job, self.job.config
         with self.stop.at_once():
-            return held_out_figures(
-                self.state.model, self.job.held_out, self.objective, pad_id=self.job.tokenizer.pad_id,
-                micro_batch_size=self.job.config.micro_batch_size, device=self.job.device, prepare=self.prepare,
+            figures = held_out_figures(
+                self.state.model, job.held_out, self.objective, pad_id=job.tokenizer.pad_id,
+                micro_batch_size=config.micro_batch_size, device=job.device, prepare=self.prepare,
             )  # fmt: skip
+            if self.questions:
+                figures |= exact_match(
+                    self.state.model, job.tokenizer, self.questions, device=job.device,
+                    tokens_at_once=config.micro_batch_size * config.data.max_seq_len,
+                )  # fmt: skip
+        return figures
 
     def sample(self) -> None:
         """Answers to the prompts, into samples.jsonl."""

@@ -37,6 +37,7 @@ _MAY_CHANGE = {
     "data.worker_timeout_s",
     "samples.num",
     "samples.max_new_tokens",
+    "samples.exact_match",
     "epochs",
     "max_steps",
     "on_nonfinite",
