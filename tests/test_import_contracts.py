@@ -24,6 +24,7 @@ ASSEMBLY = {
     "inputs.methods": "a teacher's weights and tokenizer; layers that are to be rounded",
     "reference_cache": "log-probabilities of rows, kept as tensors",
     "evaluate": "held-out loss and samples: batches in, generation out",
+    "exact_match": "answers compared: generation out, text of it",
     "models.load": "tt_train.load",
     "models.merge": "tt_train.merge_run",
     "models.origin": "where the base of an adapter is, and whether its files are read as they are",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import Subset, batches, load_dataset, show
+from tt_data import JoinedDataset, Subset, batches, load_dataset, show
 from tt_data.dataset import Dataset
 from tt_data.views import View
 
@@ -32,6 +32,8 @@ def views(chatml: Any, write_jsonl: Any, make_chat_rows: Any) -> dict[str, View]
         "subset of packs": Subset(packed, [2, 0]),
         "mix of packs": packs,
         "subset of a mix of packs": Subset(packs, [1, 0]),
+        "joined": JoinedDataset({"one": Subset(whole, [7, 2]), "two": mix}),
+        "joined packs": JoinedDataset({"one": packed, "two": packs}),
     }
 
 
@@ -100,3 +102,17 @@ def test_a_view_counts_the_rows_of_the_source_in_its_packs(views: dict[str, View
     assert views["subset of packs"].num_rows == len(members(packed, 2)) + len(members(packed, 0))
     assert views["subset"].num_rows == 3
     assert views["mix of packs"].num_rows == len(views["mix of packs"])
+
+
+def test_joined_rows_come_one_set_after_the_other_and_their_reports_add_up(chatml: Any, make_chat_rows: Any) -> None:
+    rows = make_chat_rows(9)
+    one, two = load_dataset(rows[:3], chatml), load_dataset([*rows[3:], {"messages": []}], chatml)
+    both = JoinedDataset({"one": one, "two": two})
+    assert [both[i] for i in range(len(both))] == [*(one[i] for i in range(3)), *(two[i] for i in range(6))]
+    assert both[-1] == two[5]
+    with pytest.raises(IndexError):
+        both[9]
+    assert (both.num_rows, both.report["rows"], sum(both.report["dropped"].values())) == (9, 9, 1)
+    pairs = load_dataset([{"prompt": "a ", "chosen": "b", "rejected": "c"}], chatml)
+    with pytest.raises(ValueError, match="pairs: preference rows cannot be evaluated together with openai rows"):
+        JoinedDataset({"one": one, "pairs": pairs})

@@ -97,6 +97,27 @@ def test_end_is_seen_on_the_first_generated_token(small):
     assert tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=first).shape == (1, 5)
 
 
+def test_who_asks_until_when_decides_when_a_batch_has_stopped(small):
+    model = small()
+    ids = torch.randint(0, 60, (2, 4))
+    free = tt_models.generate(model, ids, max_new_tokens=6, temperature=0)
+    ends = [int(free[0, 4]), int(free[1, 5])]
+    asked = []
+    longer = tt_models.generate(
+        model,
+        ids,
+        max_new_tokens=6,
+        temperature=0,
+        eos_ids=ends,
+        pad_id=2,
+        until=lambda row: asked.append(row.tolist()),
+    )
+    assert longer.shape == (2, 10)
+    assert longer[0, 5:].eq(2).all()
+    assert (asked[0][0], asked[-1], len(asked)) == (True, [True, True], 6)
+    assert tt_models.generate(model, ids, max_new_tokens=6, temperature=0, until=lambda row: True).shape == (2, 5)
+
+
 def test_end_ids_come_as_a_config_or_a_tensor_has_them(small):
     model = small()
     ids = torch.randint(0, 60, (1, 4))

@@ -22,6 +22,13 @@ from tt_train.run_files import read_json, read_rows
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_report():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+        yield
+
+
 class Quiet(Console):
     def note(self, text):
         pass
