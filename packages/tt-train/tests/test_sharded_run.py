@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tt_train import compose
@@ -24,6 +25,12 @@ def rows(folder):
 def weights(folder):
     (file,) = [*folder.glob("model/model.safetensors"), *folder.glob("adapter/adapter_model.safetensors")]
     return load_file(file)
+
+
+def metadata(folder):
+    for file in folder.glob("adapter/adapter_model.safetensors"):
+        with safe_open(file, "pt") as opened:
+            return opened.metadata()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -48,12 +55,14 @@ def test_two_ranks_write_the_run_of_one_process(method, words, ranks, tmp_path):
         for name, tensor in expected.items():
             assert tensor.dtype == found[name].dtype
             torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+        assert metadata(tmp_path / "two") == metadata(tmp_path / "one")  # of an adapter: which base it belongs to
         samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("one", "two")]
         assert samples[0] == samples[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_resume_is_bitwise_at_the_same_world_size_and_close_at_another(method, words, ranks, tmp_path):
+def test_resume_is_bitwise_at_the_same_world_size_and_close_at_another(method, words, ranks, tmp_path, monkeypatch):
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
     words = [*words, *METHODS[method], "save_every=2", "keep_last=9", "micro_batch_size=2", "samples.num=0"]
     ranks(2, run, [*words, f"output_dir={tmp_path / 'two'}"])
     checkpoint = tmp_path / "two" / "checkpoints" / "step-000002"

@@ -64,6 +64,7 @@ CASES = {
     "offloaded": ["parallel.cpu_offload=true"],
     "every": ["parallel.reduce_every_micro_batch=true"],
     "qdora": ["adapter.rank=4", "adapter.quantize_base=true", "adapter.use_dora=true", "activation_checkpointing=true"],
+    "pissa": ["adapter.rank=4", "adapter.init=pissa", "adapter.quantize_base=true"],
     "dora": ["adapter.rank=4", "adapter.use_dora=true"],
 }
 WAYS = {

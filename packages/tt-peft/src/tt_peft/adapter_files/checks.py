@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tt_peft.apply import stacked_names, target_names
 from tt_peft.config import LoRAConfig
-from tt_peft.lowrank import AdapterModule, low_ranks, spec_of
+from tt_peft.lowrank import AdapterModule, is_sharded, low_ranks, spec_of, whole
 from tt_peft.modules import full_matches, is_linear, own_modules
 from tt_peft.names import known, named, owner_of
 from tt_peft.nf4_linear import NF4Base
@@ -183,7 +183,8 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     """Shapes of the base and a few of its values: ``{"shapes", "parameters", "tensors", "values"}``.
 
     ``shapes`` is a digest of all names and shapes. ``values`` samples dense tensors, rounded to bfloat16, so that the
-    same base is recognised in another dtype or with other layers in NF4. The meta device and shards are not sampled.
+    same base is recognised in another dtype or with other layers in NF4. The meta device is not sampled. Of a sharded
+    model every rank must call this.
     """
     base = base_parameters(model)
     plain_tensors = [name for name, p in sorted(base.items()) if _is_sampled(p) and p.is_floating_point()]
@@ -202,8 +203,8 @@ def _digest(shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _is_sampled(tensor: Tensor) -> bool:
-    """Whether it is dense, on a device, and whole."""
-    return type(tensor.detach()) is Tensor and not tensor.is_meta
+    """Whether it is dense and on a device; shards are gathered."""
+    return (type(tensor.detach()) is Tensor or is_sharded(tensor)) and not tensor.is_meta
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -227,6 +228,7 @@ def base_parameters(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def _sample(tensor: Tensor) -> list[float]:
     """Evenly spaced values. Places are whole numbers, because float32 is not exact above 2**24."""
+    tensor = whole(tensor)
     last, count = tensor.numel() - 1, min(_SAMPLES, tensor.numel())
     places = torch.tensor([i * last // max(1, count - 1) for i in range(count)], dtype=torch.long, device=tensor.device)
     chosen = tensor.detach()[torch.unravel_index(places, tensor.shape)]  # no flat copy of a transposed weight

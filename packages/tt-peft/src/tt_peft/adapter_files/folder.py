@@ -69,12 +69,12 @@ def save_adapter(
     state = adapter_state_dict(model, adapter)
     sharded = any(is_sharded(tensor) for tensor in state.values())
     tensors = {_PREFIX + key: whole(tensor).detach().cpu().contiguous() for key, tensor in without_start(state).items()}
+    base = json.dumps({"base_model": base_model, **fingerprint(model)}, separators=(",", ":"), sort_keys=True)
     if sharded and torch.distributed.get_rank() != 0:
         return folder
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{plain(folder)}: a file is there; choose another folder for the adapter")
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    base = json.dumps({"base_model": base_model, **fingerprint(model)}, separators=(",", ":"), sort_keys=True)
     metadata = {"format": "pt", BASE_KEY: base}
     write(folder / WEIGHTS_FILE, _sorted_header(save(tensors, metadata)))
     settings = config_to_peft(adapter_config(model, adapter), _members(model, adapter), base_model)

@@ -126,6 +126,8 @@ def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
         )
     if shard > 1 and OPTIMIZERS.get(config.optimizer.name, "").startswith("torchao."):
         found.append(f"optimizer.name: the state of {config.optimizer.name} cannot be sharded; use adamw")
+    if shard > 1 and adapter is not None and adapter.init == "loftq":
+        found.append("adapter.init: loftq needs each matrix whole when it is quantized; set parallel.shard=1")
     if shard > 1 and adapter is not None and adapter.dtype == "bf16":
         found.append("adapter.dtype: bf16 is not for a sharded adapter; leave it out, or set parallel.shard=1")
     return found
