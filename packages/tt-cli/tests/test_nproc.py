@@ -186,6 +186,23 @@ def test_a_signal_to_the_launcher_or_to_one_rank_saves_on_all(words, tmp_path, n
 
 
 @needs_proc
+def test_a_second_signal_ends_a_launcher_whose_rank_hangs(words, tmp_path):
+    run = tmp_path / "run"
+    started = Started(*words, "max_steps=100000", "--nproc", "2", "-o", run)
+    started.until(run / "metrics.jsonl")
+    hung = started.rank(1)
+    os.kill(hung, signal.SIGSTOP)
+    os.kill(started.process.pid, signal.SIGTERM)
+    time.sleep(1)
+    assert started.process.poll() is None, "it waits for the ranks to save"
+    began = time.monotonic()
+    os.kill(started.process.pid, signal.SIGTERM)
+    assert started.end()[0] == 143
+    assert time.monotonic() - began < 30
+    assert not Path(f"/proc/{hung}").exists()
+
+
+@needs_proc
 def test_a_rank_that_is_killed_is_named_and_nothing_is_saved_without_it(words, tmp_path):
     run = tmp_path / "run"
     started = Started(*words, "max_steps=100000", "save_every=5", "--nproc", "2", "-o", run)

@@ -37,6 +37,7 @@ from tt_train.launch import RESTARTED
 from tt_train.visible import visible
 
 _FINAL = {WRONG_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes that starting again would only repeat
+SECOND_S = 3  # for the ranks to end after a second signal
 _TAIL = 200_000  # bytes of what a rank wrote
 
 
@@ -103,6 +104,7 @@ def _processes(said: str) -> int:
 class Agent(LocalElasticAgent):
     """torchrun's agent. It does not restart what starting again only repeats, and knows which ranks ended first."""
 
+    asked = 0  # times to end
     first: Mapping[int, int] = {}  # local rank -> exit code of those that ended by themselves
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
@@ -116,8 +118,14 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         started: dict[int, Any] = super()._start_workers(worker_group)
+        self.asked = 0
         os.environ[RESTARTED] = "1"  # for the next ones: torchrun does not count a start after another machine's loss
         return started
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        # after a second signal, which cuts the first one's wait short, a rank that still lives is killed soon
+        self.asked, again = self.asked + 1, self.asked > 0
+        super()._shutdown(death_sig, timeout=SECOND_S if again else timeout)
 
     def exit_codes(self) -> dict[int, int | None]:
         context = self._pcontext
