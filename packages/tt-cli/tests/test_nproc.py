@@ -275,3 +275,25 @@ def test_a_check_reports_the_ranks_that_met_and_one_that_is_missing_is_named():
     code, _, err = Started("--check", "--check-timeout", "1", **alone).end()
     assert code == 1
     assert err.splitlines()[-1] == "error: rank 1 of 2 did not come to 127.0.0.1:29873 within 1 s"
+
+
+def tasks(*words, size=2):
+    """The ranks as srun would start them on this machine."""
+    environ = {"SLURM_NTASKS": str(size), "SLURM_NODELIST": "localhost", "MASTER_PORT": str(free_port())}
+    return [Started(*words, SLURM_PROCID=str(r), SLURM_LOCALID=str(r), **environ) for r in range(size)]
+
+
+def test_tasks_of_srun_train_together_and_one_of_them_prints(words, tmp_path):
+    run = tmp_path / "run"
+    ends = [task.end() for task in tasks(*words, "max_steps=2", "-o", run)]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [out for _, out, _ in ends] == [f"{run}\n", ""]
+    assert "on 2 x cpu" in ends[0][2]
+    assert ends[1][2] == ""
+
+
+def test_a_mistake_that_every_task_finds_is_shown_by_one_of_them(words, tmp_path):
+    ends = [task.end() for task in tasks(*words, "adapter.target_modules=[q_prj]", "-o", tmp_path / "run")]
+    assert [code for code, _, _ in ends] == [2, 2], ends
+    assert ends[0][2].count("error: adapter: target_modules: 'q_prj' matches no module") == 1
+    assert ends[1][2] == ""
