@@ -7,6 +7,7 @@ it saves (benchmarks/models_speed.py and models_decode.py).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,9 +94,30 @@ def keep_freed_memory() -> None:
 # when a kernel may be used
 
 
+def _has_numbers(x: Tensor) -> bool:
+    return type(x) is Tensor or type(x) is nn.Parameter
+
+
+_SHAPE: type[Tensor] | None = None
+
+
+@contextmanager
+def shapes_alone(kind: type[Tensor] | None) -> Iterator[None]:
+    """Inside, tensors of this type, which have a shape and no numbers, go through the kernels in one block.
+
+    A plan of memory sees what a kernel keeps. Without it such tensors take the formulas.
+    """
+    global _SHAPE  # noqa: PLW0603
+    _SHAPE, before = kind, _SHAPE
+    try:
+        yield
+    finally:
+        _SHAPE = before
+
+
 def is_eager(x: Tensor) -> bool:
     """Whether ``x`` is a tensor with memory of its own, neither compiled, distributed nor under torch.func."""
-    plain = type(x) is Tensor or type(x) is nn.Parameter
+    plain = _has_numbers(x) or type(x) is _SHAPE
     return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
 
 
@@ -106,7 +128,8 @@ def in_blocks(*tensors: Tensor) -> bool:
 
 def row_blocks(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Two-dimensional views of the same rows of each, as many as have ``size`` elements in the first one."""
-    rows = max(1, (size or BLOCK) // tensors[0].shape[-1])
+    size = (size or BLOCK) if _has_numbers(tensors[0]) else tensors[0].numel()
+    rows = max(1, size // tensors[0].shape[-1])
     return zip(*(x.view(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)  # type: ignore[no-untyped-call]
 
 
@@ -160,7 +183,7 @@ class NormAndWeight(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """``y``, and ``1 / sqrt(mean(x^2) + eps)`` of each row."""
-        y, scale = torch.empty_like(x), torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+        y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         for x_block, y_block, scale_block in row_blocks(x, y, scale):
             x_32 = x_block.float()
             torch.rsqrt(x_32.square().mean(-1, keepdim=True).add_(eps), out=scale_block)
@@ -254,7 +277,8 @@ def _rotate_halves(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same bits as the formula of ``rotate``."""
     y_BHSD = torch.empty_like(x_BHSD)
     shape = x_BHSD.shape[:1] + cos.shape[1:]
-    columns = max(1, BLOCK // (x_BHSD.shape[1] * x_BHSD.shape[3]))
+    size = BLOCK if _has_numbers(x_BHSD) else x_BHSD.numel()
+    columns = max(1, size // (x_BHSD.shape[1] * x_BHSD.shape[3]))
     for row in zip(x_BHSD, y_BHSD, cos.expand(shape), sin.expand(shape), strict=True):
         for x, y, c, s in zip(*(part.split(columns, dim=1) for part in row), strict=True):
             torch.mul(x, c, out=y)

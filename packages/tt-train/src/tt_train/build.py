@@ -36,20 +36,11 @@ def load_model(job: Job[RunConfig]) -> tt_models.Decoder:
     """
     torch.manual_seed(job.config.seed)
     config = job.config
-    dtype = torch.float32 if job.lora is None else job.dtype
     # on meta until it is loaded: a base of 4 bits is quantized tensor by tensor then, and a rank reads its own slices
-    model = tt_models.build(job.model_config, device=job.device if job.model_path is None else "meta", dtype=dtype)
-    if job.lora is not None:
-        _adapt(model, job.lora)
-        if keeps_start(config):
-            tt_peft.copy_adapter_(model, START)
-    if config.activation_checkpointing:
-        checkpoint_activations_(model, config.activation_checkpointing)
-    if config.activation_offloading and job.device.type != "cpu":
-        offload_activations_(model)
+    model = model_shape(job, device=job.device if job.model_path is None else "meta")
     _speed_and_shard_(model, job)
     if job.model_path is not None:
-        tt_ckpt.load_weights(model, job.model_path, dtype=dtype, device=_home(job))
+        tt_ckpt.load_weights(model, job.model_path, dtype=_kept_dtype(job), device=_home(job))
         if job.lora is not None:
             torch.manual_seed(config.seed)
             tt_peft.init_adapter_(model)
@@ -58,6 +49,25 @@ def load_model(job: Job[RunConfig]) -> tt_models.Decoder:
     if keeps_start(config):
         tt_peft.copy_adapter_(model, START)
     return model.train()
+
+
+def model_shape(job: Job[RunConfig], *, device: torch.device | str) -> tt_models.Decoder:
+    """The model with its adapter, and with what its activations need. On the meta device it has shapes alone."""
+    config = job.config
+    model = tt_models.build(job.model_config, device=device, dtype=_kept_dtype(job))
+    if job.lora is not None:
+        _adapt(model, job.lora)
+        if keeps_start(config):
+            tt_peft.copy_adapter_(model, START)
+    if config.activation_checkpointing:
+        checkpoint_activations_(model, config.activation_checkpointing)
+    if config.activation_offloading and job.device.type != "cpu":
+        offload_activations_(model)
+    return model
+
+
+def _kept_dtype(job: Job[RunConfig]) -> torch.dtype:
+    return torch.float32 if job.lora is None else job.dtype
 
 
 def _speed_and_shard_(model: tt_models.Decoder, job: Job[RunConfig]) -> None:

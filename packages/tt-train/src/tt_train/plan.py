@@ -1,0 +1,197 @@
+"""What a run will need: parameters, memory by part, steps and time, from its config and its rows. No weights load."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import tt_data
+from tt_train.build import build_optimizer, load_model, make_objective, model_shape
+from tt_train.config import RunConfig
+from tt_train.errors import ConfigError, counted
+from tt_train.job import Job
+from tt_train.losses import Batch
+from tt_train.memory import blocks, peak_memory_gib
+from tt_train.optim import make_optimizer
+from tt_train.sharding import ways
+from tt_train.step import train_step
+from tt_train.trace import Peak, trace_step
+
+SAMPLED = 50  # steps whose rows are looked at, to find the longest
+MOST_ROWS = 1024  # of a micro-batch that is looked for
+# what may lower the peak: the words to add to the config, and when they can be added
+_SWITCHES: tuple[tuple[str, Callable[[RunConfig], bool]], ...] = (
+    ("activation_checkpointing=true", lambda config: not config.activation_checkpointing),
+    ("micro_batch_size=1", lambda config: config.micro_batch_size > 1),
+    ("optimizer.name=adamw8bit", lambda config: config.optimizer.name in ("adamw", "adam")),
+    ("model.dtype=bf16", lambda config: config.model.dtype == "fp32"),
+    ("adapter.rank=8", lambda config: config.adapter is None),
+    ("adapter.quantize_base=true", lambda config: config.adapter is not None and not config.adapter.quantize_base),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run needs on each of ``ranks`` processes. Memory is in bytes, beyond what the program itself takes.
+
+    batch: rows and tokens of the largest micro-batch in the steps that were looked at. tokens: of a step over all
+    ranks, padding included. flops: floating-point operations of a step over all ranks.
+    """
+
+    parameters: int
+    trained: int
+    ranks: int
+    peak: Peak
+    batch: tuple[int, int]
+    steps: int
+    tokens: float
+    flops: float
+
+
+def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Plan:
+    """Trace the largest micro-batch of the run. ``cpu``: plan for a CPU or a GPU; by default for the job's device.
+
+    Raises:
+        ConfigError: the batch does not divide by the ranks.
+    """
+    config = job.config
+    if config.batch_size % (config.micro_batch_size * ranks):
+        each = config.micro_batch_size * ranks
+        raise ConfigError([f"batch_size: {config.batch_size} does not divide by micro_batch_size x ranks, {each}"])
+    batch, tokens = _largest(job, config.micro_batch_size)
+    passes = config.batch_size // (config.micro_batch_size * ranks)
+    peak, model = _trace(job, batch, passes, cpu=cpu)
+    replicas, shard = ways(config, ranks)
+    if shard > 1:
+        peak = replace(peak, parts=_sharded(peak.parts, model, shard, whole_gradients=passes > 1, config=config))
+    every = list(model.parameters())
+    flops = peak.flops * tokens / batch["input_ids"].numel()
+    rows, length = batch["input_ids"].shape
+    return Plan(
+        parameters=sum(p.numel() for p in every), trained=sum(p.numel() for p in every if p.requires_grad), ranks=ranks,
+        peak=peak, batch=(rows, length), steps=job.steps_total, tokens=tokens, flops=flops,
+    )  # fmt: skip
+
+
+def _trace(job: Job[RunConfig], batch: Batch, passes: int, *, cpu: bool | None) -> tuple[Peak, nn.Module]:
+    config = job.config
+    model = model_shape(job, device="meta")
+    peak = trace_step(
+        model.train(), [batch] * min(passes, 2), make_objective(config),
+        narrow=job.lora is None and job.dtype == torch.bfloat16, state_bytes=_state_bytes(config),
+        drops_gradients=getattr(config,'optimizer_in_backward',False), cpu=job.device.type == "cpu" if cpu is None else cpu,
+    )  # fmt: skip
+    return peak, model
+
+
+def _state_bytes(config: RunConfig) -> float:
+    """What the optimizer keeps for each trained weight."""
+    probe = nn.Parameter(torch.zeros(256, 256))
+    return 8.0 if config.optimizer.name in ('adamw','adam') else 4.0
+
+
+def _largest(job: Job[RunConfig], micro_batch_size: int) -> tuple[Batch, float]:
+    """The largest micro-batch in the first steps of the run, and the mean number of tokens of a step."""
+    largest: Batch | None = None
+    tokens, looked_at = 0, min(SAMPLED, job.steps_total)
+    steps = _steps(job, micro_batch_size)
+    for _ in range(looked_at):
+        for batch in next(steps):
+            tokens += batch["input_ids"].numel()
+            if largest is None or batch["input_ids"].numel() > largest["input_ids"].numel():
+                largest = batch
+    assert largest is not None
+    if "answer_ids" in largest:  # the reference's part, which the recipe adds
+        answers = int(largest["answer_ids"].max()) + 1
+        largest = {**largest, "reference_log_probs": torch.zeros(answers)}
+    return largest, tokens / looked_at
+
+
+def _steps(job: Job[RunConfig], micro_batch_size: int) -> Iterator[list[Batch]]:
+    config = job.config
+    return tt_data.batches(
+        job.train, batch_size=max(config.batch_size, micro_batch_size), micro_batch_size=micro_batch_size,
+        seed=config.seed, shuffle=config.data.shuffle, pad_id=job.tokenizer.pad_id,
+    )  # fmt: skip
+
+
+def _sharded(
+    parts: dict[str, int], model: nn.Module, shard: int, *, whole_gradients: bool, config: RunConfig
+) -> dict[str, int]:
+    """The parts on one of ``shard`` ranks: a share of every weight, and what is gathered at a time."""
+    every = {p for p in model.parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in every)
+    gathered = {id(p): p.nbytes for p in model.parameters()}
+    block = max(sum(gathered[id(p)] for p in one.parameters()) for one in blocks(model))
+    in_blocks = {id(p) for one in blocks(model) for p in one.parameters()}
+    root = sum(size for one, size in gathered.items() if one not in in_blocks)
+    frozen = parts["weights"] - sum(p.nbytes for p in every)
+    reduced = {id(p): 4 * p.numel() for p in every}  # gradients travel in fp32
+    largest = max(sum(reduced.get(id(p), 0) for p in one.parameters()) for one in blocks(model))
+    outside = sum(size for one, size in reduced.items() if one not in in_blocks)
+    accumulated = whole_gradients and not config.parallel.reduce_every_micro_batch
+    return {
+        **parts,
+        "weights": (frozen + 4 * trained) // shard + 2 * block + root,
+        "gradients": 4 * trained // shard + (4 * trained if accumulated else largest + outside),
+        "optimizer": round(parts["optimizer"] / shard),
+    }
+
+
+def largest_micro_batch(job: Job[RunConfig], memory: int, *, cpu: bool | None = None) -> int:
+    """The largest ``micro_batch_size`` whose peak fits into ``memory`` bytes; 0 if not even 1 does."""
+
+    def fits(size: int) -> bool:
+        batch, _ = _largest(replace_micro(job, size), size)
+        return _trace(job, batch, 2, cpu=cpu)[0].total <= memory
+
+    most = 0
+    size = 1
+    while size <= MOST_ROWS and fits(size):
+        most, size = size, size * 2
+    low, high = most, min(size, MOST_ROWS + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def replace_micro(job: Job[RunConfig], size: int) -> Job[RunConfig]:
+    """The job with another ``micro_batch_size``, in steps that divide by it."""
+    return replace(job, config=replace(job.config, micro_batch_size=size, batch_size=size))
+
+
+def switches(config: RunConfig) -> list[str]:
+    """The words that may lower the peak of a run with this config, and have not been used."""
+    return [word for word, can in _SWITCHES if can(config)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds and tokens of a step, and the growth of the peak memory in bytes."""
+
+    seconds: float
+    tokens: float
+    growth: int
+
+
+def measure(job: Job[RunConfig], *, steps: int = 3) -> Measured:
+    """Load the model and make ``steps`` steps, which nothing keeps. The first one is not counted for the time."""
+    before = int(open('/proc/self/statm').read().split()[1])*4096
+    model = load_model(job)
+    optimizer = build_optimizer(job, model)
+    objective, batches = make_objective(job.config), _steps(job, job.config.micro_batch_size)
+    seconds: list[float] = []
+    tokens: list[int] = []
+    for _ in range(max(2, steps)):
+        began = time.perf_counter()
+        micro = [{key: value.to(job.device) for key, value in batch.items()} for batch in next(batches)]
+        train_step(model, micro, objective, optimizer, max_grad_norm=job.config.max_grad_norm)
+        seconds.append(time.perf_counter() - began)
+        tokens.append(sum(batch["input_ids"].numel() for batch in micro))
+    growth = round(peak_memory_gib(job.device) * 2**30) - before
+    return Measured(seconds=sum(seconds[1:]) / (len(seconds) - 1), tokens=sum(tokens[1:]) / (len(tokens) - 1),
+                    growth=growth)  # fmt: skip
