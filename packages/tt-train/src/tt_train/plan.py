@@ -1,25 +1,39 @@
 """What a run will need: parameters, memory by part, steps and time, from its config and its rows. No weights load."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import tt_ckpt
 import tt_data
-from tt_train.build import build_optimizer, load_model, make_objective, model_shape
-from tt_train.config import RunConfig
-from tt_train.errors import ConfigError, counted
+import tt_models
+from tt_train.answers import judged_objective, pair_objective
+from tt_train.build import (
+    build_optimizer,
+    has_reference,
+    load_model,
+    make_objective,
+    model_shape,
+    preference_loss,
+)
+from tt_train.config import KDConfig, PreferenceSection, RunConfig
+from tt_train.distill import distillation
+from tt_train.errors import ConfigError
+from tt_train.inputs.model import folder_of
 from tt_train.job import Job
-from tt_train.losses import Batch
-from tt_train.memory import blocks, peak_memory_gib
-from tt_train.optim import make_optimizer
+from tt_train.losses import Batch, Objective
+from tt_train.memory import DTYPES, blocks, peak_memory_gib
+from tt_train.optim import make_optimizer, state_bytes
+from tt_train.reference import adapter_off, log_probs_of, prepared
 from tt_train.sharding import ways
 from tt_train.step import train_step
 from tt_train.trace import Peak, trace_step
 
+Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
 SAMPLED = 50  # steps whose rows are looked at, to find the longest
 MOST_ROWS = 1024  # of a micro-batch that is looked for
 # what may lower the peak: the words to add to the config, and when they can be added
@@ -78,19 +92,45 @@ def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Pla
 
 def _trace(job: Job[RunConfig], batch: Batch, passes: int, *, cpu: bool | None) -> tuple[Peak, nn.Module]:
     config = job.config
-    model = model_shape(job, device="meta")
+    model = model_shape(job, device="meta").train()
+    objective, prepare, frozen = _work(job, model)
     peak = trace_step(
-        model.train(), [batch] * min(passes, 2), make_objective(config),
+        model, [batch] * min(passes, 2), objective, prepare=prepare, frozen=frozen,
         narrow=job.lora is None and job.dtype == torch.bfloat16, state_bytes=_state_bytes(config),
-        drops_gradients=getattr(config,'optimizer_in_backward',False), cpu=job.device.type == "cpu" if cpu is None else cpu,
+        drops_gradients=config.optimizer_in_backward, cpu=job.device.type == "cpu" if cpu is None else cpu,
     )  # fmt: skip
     return peak, model
+
+
+def _work(job: Job[RunConfig], model: tt_models.Decoder) -> tuple[Objective, Prepare, list[nn.Module]]:
+    """The objective of the recipe, what it does to the micro-batches first, and the frozen models that both need."""
+    config = job.config
+    if isinstance(config, KDConfig):
+        shape = tt_models.config_from_hf(tt_ckpt.read_config(folder_of(config.kd.teacher or "", key="kd.teacher")))
+        teacher = tt_models.build(shape, device="meta", dtype=DTYPES[config.kd.teacher_dtype]).requires_grad_(False)
+        return partial(distillation, teacher=teacher), list, [teacher]
+    if not isinstance(config.loss, PreferenceSection):
+        return make_objective(config), list, []
+    objective: Objective = partial(
+        judged_objective if config.loss.name == "kto" else pair_objective,
+        loss=preference_loss(config.loss), beta=config.loss.beta, sft_weight=config.loss.sft_weight,
+    )  # fmt: skip
+    if not has_reference(config) or config.loss.reference_cache is not None:
+        return objective, partial(prepared, model=model, loss=config.loss, reference=_no_reference), []
+    if job.lora is not None:
+        return objective, partial(prepared, model=model, loss=config.loss, reference=adapter_off(model)), []
+    copy = tt_models.build(job.model_config, device="meta", dtype=job.dtype).eval().requires_grad_(False)
+    return objective, partial(prepared, model=model, loss=config.loss, reference=log_probs_of(copy)), [copy]
+
+
+def _no_reference(batch: Batch, side: str = "") -> Tensor:
+    return torch.zeros(int(batch[f"{side}answer_ids"].max()) + 1)
 
 
 def _state_bytes(config: RunConfig) -> float:
     """What the optimizer keeps for each trained weight."""
     probe = nn.Parameter(torch.zeros(256, 256))
-    return 8.0 if config.optimizer.name in ('adamw','adam') else 4.0
+    return state_bytes(make_optimizer([{"params": [probe]}], config.optimizer)) / probe.numel()
 
 
 def _largest(job: Job[RunConfig], micro_batch_size: int) -> tuple[Batch, float]:
@@ -104,9 +144,6 @@ def _largest(job: Job[RunConfig], micro_batch_size: int) -> tuple[Batch, float]:
             if largest is None or batch["input_ids"].numel() > largest["input_ids"].numel():
                 largest = batch
     assert largest is not None
-    if "answer_ids" in largest:  # the reference's part, which the recipe adds
-        answers = int(largest["answer_ids"].max()) + 1
-        largest = {**largest, "reference_log_probs": torch.zeros(answers)}
     return largest, tokens / looked_at
 
 

@@ -4,14 +4,13 @@
 """
 
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,9 +24,9 @@ from tt_train.losses import Batch, CausalLM, Objective
 aten = torch.ops.aten
 _MASKED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._index_put_impl_.default)  # fmt: skip
-# of a freed activation, glibc keeps the memory; between what is alive it cannot all be used again
-_FROM_THE_HEAP = 2**25 - 2**16  # bytes; a larger tensor is mapped, and unmapped when it is freed
-_HELD_BACK = 1 / 3
+_FROM_THE_HEAP = 2**25 - 2**16  # bytes: glibc maps a larger tensor, and unmaps it when it is freed
+_SCATTERED = 0.2  # of the tensors that come and go in the heap, measured (docs/plan.md)
+_LIBRARIES = 60 * 2**20  # bytes: code and buffers that a first step loads, measured
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 2**14  # of a weight: its code, its block's scale, and the scale of the scales
 
 
@@ -60,8 +59,6 @@ class _Live:
     known: dict[int, tuple[int, Any]] = field(default_factory=dict)  # storage -> (piece, weak reference)
 
     def add(self, tensor: Tensor, part: str, *, size: int | None = None) -> None:
-        import weakref
-
         storage = tensor.untyped_storage()
         place = storage._cdata
         if place in self.known:
@@ -84,15 +81,17 @@ class _Live:
         piece = self.known[tensor.untyped_storage()._cdata][0]
         self.pieces[piece] = self.pieces[piece]._replace(part=part)
 
+    def most_at_once(self, counts: Callable[[_Piece], bool]) -> int:
+        """The most bytes of such pieces that were in use at one moment."""
+        now = most = 0
+        for index, came in self.events:
+            if counts(piece := self.pieces[index]):
+                now += piece.size if came else -piece.size
+                most = max(most, now)
+        return most
+
     def at_peak(self) -> list[_Piece]:
         alive: set[int] = set()
-        now = [0, 0]; self.most = [0, 0]
-        for at, (piece, came) in enumerate(self.events):
-            n = self.pieces[piece].size; k = n >= _FROM_THE_HEAP
-            now[k] += n if came else -n
-            self.most[k] = max(self.most[k], now[k])
-        base = sum(p.size for p in self.pieces if p.part in ("weights",) and p.size < _FROM_THE_HEAP)
-        print("heap most", self.most[0]/1e6, "mapped most", self.most[1]/1e6, "weights in heap", base/1e6)
         for piece, came in self.events[: self.peak_at]:
             (alive.add if came else alive.discard)(piece)
         return [self.pieces[piece] for piece in alive]
@@ -142,26 +141,31 @@ def trace_step(
     batches: Sequence[Batch],
     objective: Objective,
     *,
+    prepare: Callable[[Sequence[Batch]], Sequence[Batch]],
+    frozen: Sequence[nn.Module],
     narrow: bool,
     state_bytes: float,
-    drops_gradients: bool = False,
+    drops_gradients: bool,
     cpu: bool,
 ) -> Peak:
     """What the second and every later step of training ``model``, which is on the meta device, needs.
 
-    batches: real micro-batches; of a real step, two of them are enough. narrow: fp32 weights are kept as bf16 and the
+    batches: real micro-batches; of a real step, two of them are enough. prepare: what the recipe does to them first.
+    frozen: further models, on the meta device, that the objective or ``prepare`` uses. narrow: fp32 weights are kept as bf16 and the
     bits that it lacks. state_bytes: of the optimizer, for each trained weight. drops_gradients: the optimizer runs in
     the backward. cpu: the blocks compute as on a CPU, which keeps less than their formulas.
     """
     live, mode = _Live(), FakeTensorMode(allow_non_fake_inputs=True)
     trained = _give_shapes_(model, live, mode, narrow=narrow)
+    for other in frozen:
+        _give_shapes_(other, live, mode, narrow=False)
     state = round(sum(p.numel() * (state_bytes + 2 * (p.dtype == torch.bfloat16)) for p in trained))
     watch = _Watch(live)
     if drops_gradients:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)
     with shapes_alone(FakeTensor if cpu else None), watch:
-        for batch in batches:
+        for batch in prepare(batches):
             watch.part = "activations"
             loss = objective(_Marked(model, watch), batch).loss
             watch.part = "activations"
@@ -171,13 +175,23 @@ def trace_step(
                 if parameter.grad is not None:
                     live.name(parameter.grad, "gradients")
     parts = Counter({"weights": 0, "gradients": 0, "optimizer": state, "activations": 0, "logits": 0, "allocator": 0})
-    pieces = live.at_peak()
-    for piece in pieces:
+    for piece in live.at_peak():
         parts[piece.part] += piece.size
     if cpu and sys.platform == "linux":
-        small = sum(piece.size for piece in pieces if piece.part == "activations" and piece.size < _FROM_THE_HEAP)
-        parts["allocator"] = round(_HELD_BACK * small)
+        parts["allocator"] = _held_back(live)
     return Peak(dict(parts), watch.flops // len(batches))
+
+
+def _held_back(live: _Live) -> int:
+    """What a process on Linux keeps beyond the tensors in use.
+
+    glibc maps large tensors, and takes smaller ones from its heap, which does not shrink: its largest size counts, and
+    what small objects between freed tensors keep from being used again.
+    """
+    heap = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP)
+    mapped = live.most_at_once(lambda piece: piece.size >= _FROM_THE_HEAP)
+    passing = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP and piece.part in ("activations", "logits"))
+    return heap + mapped - live.peak + round(_SCATTERED * passing) + _LIBRARIES
 
 
 def _drop_gradient(parameter: Tensor) -> None:
