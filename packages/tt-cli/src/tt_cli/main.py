@@ -20,6 +20,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Train": {
         "data": ("tt_cli.verbs.data", "Show rows as the model sees them (tt data show)."),
         "validate": ("tt_cli.verbs.validate", "Check a config, its model and its rows without loading weights."),
+        "plan": ("tt_cli.verbs.plan", "Show the memory, steps and time that a run will need."),
         "run": ("tt_cli.verbs.run", "Train with a recipe, a config or your own recipe file."),
         "report": ("tt_cli.verbs.report", "Write an HTML page and a PNG about one run or several."),
     },

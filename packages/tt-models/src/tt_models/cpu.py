@@ -107,7 +107,7 @@ def shapes_alone(kind: type[Tensor] | None) -> Iterator[None]:
 
     A plan of memory sees what a kernel keeps. Without it such tensors take the formulas.
     """
-    global _SHAPE  # noqa: PLW0603
+    global _SHAPE
     _SHAPE, before = kind, _SHAPE
     try:
         yield

@@ -90,12 +90,18 @@ def _home(job: Job[RunConfig]) -> torch.device | str:
 
 def load_teacher(job: Job[KDConfig]) -> tt_models.Decoder:
     """The frozen model that ``kd.teacher`` names, whole on every rank."""
-    section = job.config.kd
+    model, section = teacher_shape(job.config), job.config.kd
     assert section.teacher is not None
     folder, dtype = folder_of(section.teacher, key="kd.teacher"), DTYPES[section.teacher_dtype]
-    model = tt_models.build(tt_models.config_from_hf(tt_ckpt.read_config(folder)), device="meta", dtype=dtype)
     tt_ckpt.load_weights(model, folder, dtype=dtype, device=job.device)
     return model.eval().requires_grad_(False)
+
+
+def teacher_shape(config: KDConfig) -> tt_models.Decoder:
+    """The teacher on the meta device."""
+    assert config.kd.teacher is not None
+    shape = tt_models.config_from_hf(tt_ckpt.read_config(folder_of(config.kd.teacher, key="kd.teacher")))
+    return tt_models.build(shape, device="meta", dtype=DTYPES[config.kd.teacher_dtype]).requires_grad_(False)
 
 
 def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:

@@ -66,13 +66,15 @@ def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) ->
 
 
 def _resolved(name: str) -> Any:
-    log = logging.getLogger("torchao")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns about each of its extensions that was built for a different Python
+    # torchao warns about each of its extensions that was built for a different Python, and torch about torchao
+    levels = [(log, log.level) for log in map(logging.getLogger, ("torchao", "torch.utils._pytree"))]
+    for log, _ in levels:
+        log.setLevel(logging.ERROR)
     try:
         return resolve(name, OPTIMIZERS)
     finally:
-        log.setLevel(level)
+        for log, level in levels:
+            log.setLevel(level)
 
 
 def _wrong_options(section: OptimizerSection, accepted: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -1,34 +1,40 @@
 """What a run will need: parameters, memory by part, steps and time, from its config and its rows. No weights load."""
 
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-import tt_ckpt
 import tt_data
 import tt_models
 from tt_train.answers import judged_objective, pair_objective
 from tt_train.build import (
     build_optimizer,
+    build_reference,
     has_reference,
     load_model,
+    load_teacher,
     make_objective,
     model_shape,
     preference_loss,
+    teacher_shape,
 )
-from tt_train.config import KDConfig, PreferenceSection, RunConfig
+from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
 from tt_train.distill import distillation
 from tt_train.errors import ConfigError
-from tt_train.inputs.model import folder_of
+from tt_train.inputs.model import check_adapter
+from tt_train.inputs.rows import Kind
 from tt_train.job import Job
 from tt_train.losses import Batch, Objective
 from tt_train.memory import DTYPES, blocks, peak_memory_gib
 from tt_train.optim import make_optimizer, state_bytes
-from tt_train.reference import adapter_off, log_probs_of, prepared
+from tt_train.reference import Reference, adapter_off, log_probs_of, prepared
 from tt_train.sharding import ways
 from tt_train.step import train_step
 from tt_train.trace import Peak, trace_step
@@ -78,7 +84,7 @@ def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Pla
     batch, tokens = _largest(job, config.micro_batch_size)
     passes = config.batch_size // (config.micro_batch_size * ranks)
     peak, model = _trace(job, batch, passes, cpu=cpu)
-    replicas, shard = ways(config, ranks)
+    shard = ways(config, ranks)[1]
     if shard > 1:
         peak = replace(peak, parts=_sharded(peak.parts, model, shard, whole_gradients=passes > 1, config=config))
     every = list(model.parameters())
@@ -93,21 +99,25 @@ def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Pla
 def _trace(job: Job[RunConfig], batch: Batch, passes: int, *, cpu: bool | None) -> tuple[Peak, nn.Module]:
     config = job.config
     model = model_shape(job, device="meta").train()
-    objective, prepare, frozen = _work(job, model)
+    objective, prepare, frozen = _work(job, model, loads=False)
     peak = trace_step(
-        model, [batch] * min(passes, 2), objective, prepare=prepare, frozen=frozen,
+        model, batch, objective, accumulates=passes > 1, prepare=prepare, frozen=frozen,
         narrow=job.lora is None and job.dtype == torch.bfloat16, state_bytes=_state_bytes(config),
         drops_gradients=config.optimizer_in_backward, cpu=job.device.type == "cpu" if cpu is None else cpu,
     )  # fmt: skip
     return peak, model
 
 
-def _work(job: Job[RunConfig], model: tt_models.Decoder) -> tuple[Objective, Prepare, list[nn.Module]]:
-    """The objective of the recipe, what it does to the micro-batches first, and the frozen models that both need."""
+def _work(
+    job: Job[RunConfig], model: tt_models.Decoder, *, loads: bool
+) -> tuple[Objective, Prepare, list[tt_models.Decoder]]:
+    """The objective of the recipe, what it does to the micro-batches first, and the frozen models that both need.
+
+    loads: those models have their weights; else they are on the meta device.
+    """
     config = job.config
     if isinstance(config, KDConfig):
-        shape = tt_models.config_from_hf(tt_ckpt.read_config(folder_of(config.kd.teacher or "", key="kd.teacher")))
-        teacher = tt_models.build(shape, device="meta", dtype=DTYPES[config.kd.teacher_dtype]).requires_grad_(False)
+        teacher = load_teacher(cast(Job[KDConfig], job)) if loads else teacher_shape(config)
         return partial(distillation, teacher=teacher), list, [teacher]
     if not isinstance(config.loss, PreferenceSection):
         return make_objective(config), list, []
@@ -115,15 +125,21 @@ def _work(job: Job[RunConfig], model: tt_models.Decoder) -> tuple[Objective, Pre
         judged_objective if config.loss.name == "kto" else pair_objective,
         loss=preference_loss(config.loss), beta=config.loss.beta, sft_weight=config.loss.sft_weight,
     )  # fmt: skip
+    frozen: list[tt_models.Decoder] = []
     if not has_reference(config) or config.loss.reference_cache is not None:
-        return objective, partial(prepared, model=model, loss=config.loss, reference=_no_reference), []
-    if job.lora is not None:
-        return objective, partial(prepared, model=model, loss=config.loss, reference=adapter_off(model)), []
-    copy = tt_models.build(job.model_config, device="meta", dtype=job.dtype).eval().requires_grad_(False)
-    return objective, partial(prepared, model=model, loss=config.loss, reference=log_probs_of(copy)), [copy]
+        reference: Reference | None = _zeros
+    elif loads:
+        reference = build_reference(cast(Job[DPOConfig], job), model, lambda _: None)
+    elif job.lora is not None:
+        reference = adapter_off(model)
+    else:
+        frozen = [tt_models.build(job.model_config, device="meta", dtype=job.dtype).requires_grad_(False)]
+        reference = log_probs_of(frozen[0])
+    return objective, partial(prepared, model=model, loss=config.loss, reference=reference), frozen
 
 
-def _no_reference(batch: Batch, side: str = "") -> Tensor:
+def _zeros(batch: Batch, side: str = "") -> Tensor:
+    """What a cache would give, as far as memory is concerned."""
     return torch.zeros(int(batch[f"{side}answer_ids"].max()) + 1)
 
 
@@ -181,24 +197,30 @@ def _sharded(
 def largest_micro_batch(job: Job[RunConfig], memory: int, *, cpu: bool | None = None) -> int:
     """The largest ``micro_batch_size`` whose peak fits into ``memory`` bytes; 0 if not even 1 does."""
 
-    def fits(size: int) -> bool:
-        batch, _ = _largest(replace_micro(job, size), size)
-        return _trace(job, batch, 2, cpu=cpu)[0].total <= memory
+    def peak_of(size: int) -> int:
+        other = with_config(job, replace(job.config, micro_batch_size=size, batch_size=size))
+        return _trace(job, _largest(other, size)[0], passes=2, cpu=cpu)[0].total
 
-    most = 0
-    size = 1
-    while size <= MOST_ROWS and fits(size):
-        most, size = size, size * 2
-    low, high = most, min(size, MOST_ROWS + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    first, second = peak_of(1), peak_of(2)
+    if first > memory:
+        return 0
+    most = min(MOST_ROWS, 1 + int((memory - first) / max(1, second - first)))  # memory grows by as much with each row
+    while most > 1 and peak_of(most) > memory:
+        most -= max(1, most // 16)
+    return most
 
 
-def replace_micro(job: Job[RunConfig], size: int) -> Job[RunConfig]:
-    """The job with another ``micro_batch_size``, in steps that divide by it."""
-    return replace(job, config=replace(job.config, micro_batch_size=size, batch_size=size))
+def with_config(job: Job[RunConfig], config: RunConfig) -> Job[RunConfig]:
+    """The job with another config, of the same model and rows."""
+    lora = check_adapter(config, job.model_config, job.device, [])
+    return replace(job, config=config, lora=lora, dtype=DTYPES[config.model.dtype])
+
+
+def kind_of(config: RunConfig) -> Kind:
+    """The kind of rows that the recipe trains on."""
+    if not isinstance(config.loss, PreferenceSection):
+        return "single"
+    return "judged" if config.loss.name == "kto" else "pair"
 
 
 def switches(config: RunConfig) -> list[str]:
@@ -215,18 +237,28 @@ class Measured:
     growth: int
 
 
+def _in_use(device: torch.device) -> int:
+    """Bytes on the device, or resident in this process on a CPU; where no system says that, the peak so far."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device)
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return round(peak_memory_gib(device) * 2**30)
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
 def measure(job: Job[RunConfig], *, steps: int = 3) -> Measured:
     """Load the model and make ``steps`` steps, which nothing keeps. The first one is not counted for the time."""
-    before = int(open('/proc/self/statm').read().split()[1])*4096
+    before = _in_use(job.device)
     model = load_model(job)
     optimizer = build_optimizer(job, model)
-    objective, batches = make_objective(job.config), _steps(job, job.config.micro_batch_size)
+    (objective, prepare, _), batches = _work(job, model, loads=True), _steps(job, job.config.micro_batch_size)
     seconds: list[float] = []
     tokens: list[int] = []
     for _ in range(max(2, steps)):
         began = time.perf_counter()
         micro = [{key: value.to(job.device) for key, value in batch.items()} for batch in next(batches)]
-        train_step(model, micro, objective, optimizer, max_grad_norm=job.config.max_grad_norm)
+        train_step(model, prepare(micro), objective, optimizer, max_grad_norm=job.config.max_grad_norm)
         seconds.append(time.perf_counter() - began)
         tokens.append(sum(batch["input_ids"].numel() for batch in micro))
     growth = round(peak_memory_gib(job.device) * 2**30) - before

@@ -8,7 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,11 +97,11 @@ class _Live:
         return [self.pieces[piece] for piece in alive]
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts memory and arithmetic. A number is asked for only to decide something that changes no shape."""
 
     def __init__(self, live: _Live) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live, self.part, self.flops = live, "activations", 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -130,30 +130,32 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if func._overloadpacket in flop_registry:
         return int(flop_registry[func._overloadpacket](*args, **kwargs, out_val=out))
     if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
-        return int(sdpa_flop_count(*(arg.shape for arg in args[:3])))
+        return int(sdpa_flop_count(*(arg.shape for arg in args[:3])))  # type: ignore[no-untyped-call]
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-        return int(sdpa_backward_flop_count(*(arg.shape for arg in args[:4])))
+        return int(sdpa_backward_flop_count(*(arg.shape for arg in args[:4])))  # type: ignore[no-untyped-call]
     return 0
 
 
 def trace_step(
     model: nn.Module,
-    batches: Sequence[Batch],
+    batch: Batch,
     objective: Objective,
     *,
     prepare: Callable[[Sequence[Batch]], Sequence[Batch]],
     frozen: Sequence[nn.Module],
     narrow: bool,
     state_bytes: float,
+    accumulates: bool,
     drops_gradients: bool,
     cpu: bool,
 ) -> Peak:
     """What the second and every later step of training ``model``, which is on the meta device, needs.
 
-    batches: real micro-batches; of a real step, two of them are enough. prepare: what the recipe does to them first.
-    frozen: further models, on the meta device, that the objective or ``prepare`` uses. narrow: fp32 weights are kept as bf16 and the
-    bits that it lacks. state_bytes: of the optimizer, for each trained weight. drops_gradients: the optimizer runs in
-    the backward. cpu: the blocks compute as on a CPU, which keeps less than their formulas.
+    batch: a real micro-batch. accumulates: whether others came before it in the step, so that there are gradients.
+    prepare: what the recipe does to micro-batches first. frozen: further models, on the meta device, that the objective
+    or ``prepare`` uses. narrow: fp32 weights are kept as bf16 and the bits that it lacks. state_bytes: of the
+    optimizer, for each trained weight. drops_gradients: the optimizer runs in the backward. cpu: the blocks compute as
+    on a CPU, which keeps less than their formulas.
     """
     live, mode = _Live(), FakeTensorMode(allow_non_fake_inputs=True)
     trained = _give_shapes_(model, live, mode, narrow=narrow)
@@ -163,23 +165,24 @@ def trace_step(
     watch = _Watch(live)
     if drops_gradients:
         for parameter in trained:
-            parameter.register_post_accumulate_grad_hook(_drop_gradient)
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+    for parameter in trained if accumulates else ():
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        live.add(parameter.grad, "gradients")
     with shapes_alone(FakeTensor if cpu else None), watch:
-        for batch in prepare(batches):
-            watch.part = "activations"
-            loss = objective(_Marked(model, watch), batch).loss
-            watch.part = "activations"
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
-            for parameter in trained:
-                if parameter.grad is not None:
-                    live.name(parameter.grad, "gradients")
+        (made,) = prepare([batch])
+        loss = objective(cast(CausalLM, _Marked(model, watch)), made).loss
+        watch.part = "activations"
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in trained:
+            if parameter.grad is not None:
+                live.name(parameter.grad, "gradients")
     parts = Counter({"weights": 0, "gradients": 0, "optimizer": state, "activations": 0, "logits": 0, "allocator": 0})
     for piece in live.at_peak():
         parts[piece.part] += piece.size
     if cpu and sys.platform == "linux":
         parts["allocator"] = _held_back(live)
-    return Peak(dict(parts), watch.flops // len(batches))
+    return Peak(dict(parts), watch.flops)
 
 
 def _held_back(live: _Live) -> int:
@@ -230,7 +233,7 @@ def _give_shapes_(model: nn.Module, live: _Live, mode: FakeTensorMode, *, narrow
                 shape = FakeTensor(mode, torch.empty(old.shape, dtype=dtype, device="meta"), cpu)
                 made[id(old)] = nn.Parameter(shape, requires_grad=train)
                 if train and dtype == torch.bfloat16:
-                    made[id(old)].grad_dtype = torch.float32  # type: ignore[attr-defined]
+                    made[id(old)].grad_dtype = torch.float32
                 size = round(old.numel() * _NF4_BYTES) if name in quantized else None
                 live.add(made[id(old)], "weights", size=size)
             module._parameters[name] = made[id(old)]
