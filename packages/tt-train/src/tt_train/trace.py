@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-import tt_peft
 from tt_models.cpu import shapes_alone
+from tt_peft.nf4_linear import NF4Base
 from tt_train.losses import Batch, CausalLM, Objective
 
 aten = torch.ops.aten
@@ -222,7 +222,7 @@ def _give_shapes_(model: nn.Module, live: _Live, mode: FakeTensorMode, *, narrow
     made: dict[int, nn.Parameter] = {}
     cpu = torch.device("cpu")
     for module in model.modules():
-        quantized = {"weight"} if isinstance(module, tt_peft.nf4.NF4Base) else set()
+        quantized = {"weight"} if isinstance(module, NF4Base) else set()
         for name, old in module._parameters.items():
             if old is None:
                 continue

@@ -95,9 +95,11 @@ def command(
     savings = _savings(job, found, what=what, words=(overrides, config_file, allow_import), cpu=cpu)
     fitting = None if memory is None else largest_micro_batch(job, memory, cpu=cpu)
     measured = measured_by(job) if measure else None
-    seconds = (
-        found.steps * (measured.seconds if measured else found.flops / nproc / flops) if measured or flops else None
-    )
+    seconds: float | None = None
+    if measured is not None:
+        seconds = found.steps * measured.seconds
+    elif flops is not None:
+        seconds = found.steps * found.flops / nproc / flops
     if as_json:
         print_json(_as_data(found, savings, fitting, measured, seconds))
         return
