@@ -1,0 +1,51 @@
+"""``tt plan``: what a run will need, before it is started."""
+
+import json
+
+
+def config(model_dir, rows_file, *more):
+    return ["sft", f"model.path={model_dir}", f"data.train={rows_file}", "max_steps=3", "data.max_seq_len=64", *more]
+
+
+def test_a_plan_shows_memory_by_part_steps_and_time(tt, model_dir, rows_file):
+    found = tt("plan", *config(model_dir, rows_file), "--memory", "100GiB", "--flops", "1T")
+    assert found.code == 0, found.err
+    for words in ("parameters", "activations", "in all", "what would save memory", "3 steps", "time: about"):
+        assert words in found.out
+    assert "is the largest that fits into 100 GiB" in found.out
+
+
+def test_a_plan_as_json_adds_up(tt, model_dir, rows_file):
+    found = tt("plan", *config(model_dir, rows_file, "adapter.rank=4"), "--json")
+    answer = json.loads(found.out)
+    parts = dict(answer["memory"])
+    assert parts.pop("total") == sum(parts.values())
+    assert 0 < answer["trained"] < answer["parameters"]
+    assert answer["steps"] == 3
+
+
+def test_measured_steps_give_the_time(tt, model_dir, rows_file):
+    found = tt("plan", *config(model_dir, rows_file), "--measure", "--json")
+    answer = json.loads(found.out)
+    assert answer["seconds"] == 3 * answer["measured"]["seconds"] > 0
+
+
+def test_a_size_or_a_rate_that_is_none_is_refused(tt, model_dir, rows_file):
+    found = tt("plan", *config(model_dir, rows_file), "--memory", "much")
+    assert found.code == 2
+    assert "expected a size such as 24GiB, got 'much'" in found.err
+    found = tt("plan", *config(model_dir, rows_file), "--flops", "0")
+    assert found.code == 2
+    assert "expected operations per second" in found.err
+
+
+def test_a_mistake_in_the_config_is_that_of_validate(tt, model_dir, rows_file):
+    found = tt("plan", *config(model_dir, rows_file, "adapter.rnak=4"))
+    assert found.code == 2
+    assert "did you mean 'adapter.rank'" in found.err
+
+
+def test_what_one_process_cannot_measure_is_refused(tt, model_dir, rows_file):
+    found = tt("plan", *config(model_dir, rows_file), "--measure", "--nproc", "2")
+    assert found.code == 2
+    assert "leave out --nproc" in found.err
