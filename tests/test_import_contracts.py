@@ -22,6 +22,8 @@ ASSEMBLY = {
     "run.finish": "the result of a run: adapter or model, with what is beside it",
     "models.export": "a Modelfile from the tokenizer and the config",
     "inputs.methods": "a teacher's weights and tokenizer; layers that are to be rounded",
+    "plan": "what a run of the model on its rows will need",
+    "trace": "the model's kernels on shapes, 4-bit layers among them",
     "reference_cache": "log-probabilities of rows, kept as tensors",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "exact_match": "answers compared: generation out, text of it",
