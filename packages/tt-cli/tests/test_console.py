@@ -88,9 +88,18 @@ def test_a_resumed_run_begins_where_it_stopped(terminal):
 def test_an_evaluation_stays_on_the_screen(terminal):
     console = TerminalConsole(terminal)
     console.start(FACTS)
-    console.step({**ROW, "eval_loss": 1.75})
+    console.step({**ROW, "eval_loss_news": 1.5, "eval_loss": 1.75, "eval_perplexity": 5.75, "eval_exact_match": 0.5})
     console.close()
-    assert "step 5: held-out loss 1.7500" in shown(terminal)
+    line = "step 5: held-out loss 1.7500, perplexity 5.7500, exact match 0.5000, loss_news 1.5000"
+    assert line in shown(terminal)
+
+
+def test_the_end_has_the_figures_of_each_named_set():
+    sets = {"news": {"loss": 1.25, "perplexity": 3.49}, "code": {"loss": None}}
+    rows = summary_rows({**SUMMARY, "eval_perplexity": 4.4817, "eval_exact_match": 0.5, "eval_sets": sets})
+    assert rows[2:6] == [
+        ("held-out loss", "1.5000"), ("  news", "1.2500"), ("perplexity", "4.482"), ("exact match", "0.5000")
+    ]  # fmt: skip
 
 
 def test_the_end_is_a_table_and_the_next_commands(terminal):

@@ -210,7 +210,13 @@ def test_a_run_with_named_sets_records_each_of_them_and_repeats_from_anywhere(wo
     manifest = read_json(path / "manifest.json")
     assert manifest["data"]["held_out_rows"] == 13
     assert manifest["data"]["held_out_sets"] == {"news": 5, "code": 8}
-    assert manifest["summary"]["eval_loss_news"] == rows[-1]["eval_loss_news"]
+    summary = manifest["summary"]
+    assert summary["eval_loss"] == rows[-1]["eval_loss"]
+    assert summary["eval_sets"]["news"]["loss"] == rows[-1]["eval_loss_news"]
+    card = (path / "README.md").read_text()
+    assert f"| held-out loss, code | {rows[-1]['eval_loss_code']:.4f} |" in card
+    assert f"| held-out perplexity | {rows[-1]['eval_perplexity']:.4f} |" in card
+    assert "| exact match on held-out rows |" in card
     assert manifest["best"]["eval_loss"] == min(row["eval_loss"] for row in rows[1:])
     asked = [sample["expected"] for sample in read_rows(path / "samples.jsonl") if sample["step"] == 0]
     assert len(set(asked)) == 3  # from both sets in turn

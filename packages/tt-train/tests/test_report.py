@@ -475,6 +475,41 @@ def test_a_metric_that_nobody_knows_gets_a_chart_a_column_and_a_panel(make_run):
     assert not panels or "rewards/margin" in panels
 
 
+def test_named_sets_of_held_out_rows_are_lines_of_the_chart_of_all_held_out_rows(make_run):
+    records = rows(12)
+    for row in records[::5]:
+        row |= {
+            "eval_loss": 2.0,
+            "eval_loss_news": 1.5,
+            "eval_loss_<b>": 2.5,
+            "eval_perplexity": 7.4,
+            "eval_perplexity_news": 4.5,
+            "eval_exact_match": 0.25,
+            "eval_rewards_accuracy": 0.5,
+            "eval_rewards_accuracy_news": 0.75,
+        }
+    config = "data:\n  eval: {news: a.jsonl, <b>: b.jsonl}\n"
+    run = make_run(records=records, config=config)
+    page = page_of(run)
+    lines = {chart["title"]: {one["label"]: one for one in chart["series"]} for chart in data_of(page)["charts"]}
+    assert list(lines["Loss"]) == ["train", "train, smoothed", "held-out", "held-out, news", "held-out, <b>"]
+    tagged = [lines["Loss"][f"held-out, {name}"] for name in ("news", "<b>")]
+    assert [one["tag"] for one in tagged] == ["news", "<b>"]
+    assert len({one["dash"] for one in tagged}) == 2
+    assert list(lines["Held-out perplexity"]) == ["perplexity", "perplexity, news"]
+    assert list(lines["Exact match"]) == ["exact match"]
+    assert list(lines["Reward accuracy"]) == ["held-out accuracy", "held-out accuracy, news"]
+    assert "news 1.5; &lt;b&gt; 2.5; best 2 at step 1; perplexity 7.4" in page
+    assert '<div class="label">Exact match</div><div class="value">25 %</div>' in page
+    assert page.count('<i class="held"></i>held-out') == 1  # the legend is that of the loss
+    assert "<b>:" not in page
+    if HAS_MATPLOTLIB:
+        loss, *panels = _figure(read_runs([run])).axes
+        assert {text.get_text() for text in loss.texts} == {"news", "<b>"}
+        (panel,) = [axes for axes in panels if axes.get_title(loc="left") == "Held-out perplexity"]
+        assert [list(line.get_ydata()) for line in panel.lines] == [[7.4] * 3, [4.5] * 3]
+
+
 def test_more_metrics_than_a_page_can_show_are_counted_among_what_is_left_out(make_run):
     run = make_run(records=[row | {f"metric_{index}": 1.0 for index in range(60)} for row in rows(3)])
     page = page_of(run)

@@ -158,11 +158,11 @@ class TerminalConsole(LineConsole):
             return
         speed = row.get("tokens_per_s")  # absent if the run was stopped before it was measured
         figures = [] if row.get("loss") is None else [f"loss {row['loss']:.4f}"]  # None: nothing was trained on
-        figures += plain.named_figures(row)
+        figures += [text for text in plain.named_figures(row) if not text.startswith("eval_")]
         figures += [] if speed is None else [f"{speed:,.0f} tokens/s"]
         self.progress.update(self.task, completed=row["step"], figures="  ".join(figures), eta=row.get("eta_s"))
         if row.get("eval_loss") is not None:
-            self.note(f"step {row['step']}: held-out loss {row['eval_loss']:.4f}")
+            self.note(f"step {row['step']}: {plain.held_out_line(row)}")
 
     def note(self, text: str) -> None:
         self.terminal.print(literal(text), soft_wrap=True)
@@ -221,6 +221,13 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("training loss", f"{last:.4f} ({summary['loss_over']}; {first:.4f} at first)"))
     if summary.get("eval_loss") is not None:
         rows.append(("held-out loss", f"{summary['eval_loss']:.4f}"))
+    for name, figures in summary.get("eval_sets", {}).items():
+        if figures.get("loss") is not None:
+            rows.append((f"  {name}", f"{figures['loss']:.4f}"))
+    if summary.get("eval_perplexity") is not None:
+        rows.append(("perplexity", f"{summary['eval_perplexity']:.4g}"))
+    if summary.get("eval_exact_match") is not None:
+        rows.append(("exact match", f"{summary['eval_exact_match']:.4f}"))
     seconds, tokens = summary.get("seconds"), summary.get("tokens")
     if seconds is not None:
         rows.append(("time", duration(seconds)))

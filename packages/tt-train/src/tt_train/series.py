@@ -27,6 +27,7 @@ class Series:
     from_zero: bool = True
     dashed: bool = False  # measured at some steps only
     on_page: bool = True
+    tag: str = ""  # the named set of held-out rows that it is measured on, written at the line
     optional: bool = False  # in a row, and drawn, only if it was measured
 
     @property
@@ -57,6 +58,11 @@ _TABLE = (
     Series(name="elapsed_s"),
     Series(name="eta_s", on_page=False),  # an estimate that the next row replaces
     Series(name="eval_loss", chart="loss", label="held-out", column="held-out", dashed=True),
+    Series(name="eval_perplexity", chart="eval_perplexity", title="Held-out perplexity", label="perplexity",
+           column="perplexity", panel="Held-out perplexity", from_zero=False, dashed=True, optional=True),
+    Series(name="eval_exact_match", chart="eval_exact_match", title="Exact match",
+           unit="share of held-out answers", label="exact match", column="exact match", panel="Exact match",
+           dashed=True, optional=True),
 )  # fmt: skip
 SERIES = {one.name: one for one in _TABLE}
 
@@ -89,11 +95,18 @@ _OF_OBJECTIVES = {
 }  # fmt: skip
 
 
-def other_series(name: str, *, dashed: bool) -> Series:
+def other_series(name: str, *, dashed: bool, sets: Iterable[str] = ()) -> Series:
     """A metric that the table does not know: it gets a chart with its name as the title.
 
-    One of an objective that comes with the package, or that figure of held-out rows, has a title of its own.
+    One of an objective that comes with the package, or that figure of held-out rows, has a title of its own. A figure
+    of one of the named ``sets`` of held-out rows is in the chart of the figure of all rows.
     """
+    if tag := set_of(name, sets):
+        whole = name[: -len(tag) - 1]
+        like = SERIES[whole] if whole in SERIES else other_series(whole, dashed=True)
+        tag = visible(tag)[:LONGEST_NAME]
+        return replace(like, name=name, label=f"{like.label}, {tag}", column=f"{like.column}, {tag}", tag=tag,
+                       panel="", dashed=True, optional=False)  # fmt: skip
     known = _OF_OBJECTIVES.get(name.removeprefix("eval_"))
     if known is not None and known.name == name:
         return replace(known, dashed=dashed)
@@ -111,6 +124,12 @@ def other_series(name: str, *, dashed: bool) -> Series:
         from_zero=False,
         dashed=dashed,
     )
+
+
+def set_of(name: str, sets: Iterable[str]) -> str:
+    """The named set of held-out rows that a figure such as ``eval_loss_news`` is of; "" if it is of all."""
+    found = (one for one in sets if name.startswith("eval_") and name.endswith(f"_{one}"))
+    return max(found, key=len, default="")
 
 
 def charts(others: Iterable[Series] = (), *, measured: Container[str] = ()) -> dict[str, list[Series]]:

@@ -41,7 +41,8 @@ def _figure(runs: Sequence[Run]) -> "Figure":
     from matplotlib.figure import Figure
 
     others = {one.name: one for run in runs for one in run.others}.values()
-    panels = [one for series in charts(others, measured=measured(runs)).values() for one in series if one.panel]
+    drawn = [one for series in charts(others, measured=measured(runs)).values() for one in series]
+    panels = [one for one in drawn if one.panel]
     rows = -(-len(panels) // 4)
     height = 7.6 + 2.6 * (rows - 1)  # in inches
     scale = 7.6 / height
@@ -56,7 +57,14 @@ def _figure(runs: Sequence[Run]) -> "Figure":
     for place, series in enumerate(panels):
         axes = figure.add_subplot(grid[1 + place // 4, place % 4])
         for index, run in enumerate(runs):
-            _line(axes, run, run.column(series.name), color=COLOURS[index % len(COLOURS)], linewidth=1.4)
+            color = COLOURS[index % len(COLOURS)]
+            if not series.dashed:
+                _line(axes, run, run.column(series.name), color=color, linewidth=1.4)
+                continue
+            _draw_held_out(axes, run, series.name, color=color, linewidth=1.4)
+            for one in run.others:
+                if one.tag and one.name.startswith(f"{series.name}_"):
+                    _draw_held_out(axes, run, one.name, color=color, tag=one.tag, linewidth=1.0)
         _dress(axes, _plain(series.panel))
         if series.from_zero:
             highest = max((value for run in runs for value in run.figures(series.name)), default=1.0)
@@ -74,16 +82,26 @@ def _draw_loss(axes: "Axes", runs: Sequence[Run]) -> None:
             _line(axes, run, smooth(losses), color=color, linewidth=2.0, label=f"{name}train, smoothed")
         else:
             _line(axes, run, losses, color=color, linewidth=1.8, label=f"{name}train")
-        held = [(row["step"], value) for row in run.rows if (value := row["eval_loss"]) is not None]
-        if held:
-            steps, values = zip(*held, strict=True)
-            axes.plot(
-                steps, values, "o--", color=color, markersize=4.5, markerfacecolor="white", label=f"{name}held-out"
-            )
+        _draw_held_out(axes, run, "eval_loss", color=color, label=f"{name}held-out", markersize=4.5)
+        for one in run.others:
+            if one.chart == "loss":
+                _draw_held_out(axes, run, one.name, color=color, tag=one.tag, linewidth=1.0)
     _dress(axes, "Loss")
     axes.set_xlabel("step", color=SOFT, fontsize=8.5, loc="right")
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9.5, labelcolor=SOFT)
+
+
+def _draw_held_out(axes: "Axes", run: Run, name: str, *, color: str, tag: str = "", **style: Any) -> None:
+    """A figure of some steps: a mark at each, and at the end the name of the set."""
+    held = [(row["step"], value) for row in run.rows if (value := row.get(name)) is not None]
+    if held:
+        steps, values = zip(*held, strict=True)
+        style = {"markersize": 3.5, "markerfacecolor": "white", **style}
+        axes.plot(steps, values, "o:" if tag else "o--", color=color, **style)
+        if tag:
+            axes.annotate(_plain(tag), held[-1], xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8,
+                          color=SOFT)  # fmt: skip
 
 
 def _line(axes: "Axes", run: Run, values: Sequence[float | None], **style: Any) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from tt_train.series import SERIES, Series, charts
 BUCKETS = 300  # of rows that are drawn; each keeps the lowest and the highest value of every curve
 TABLE_ROWS = 30
 NOTICES = 6
+DASHES = ("1 4", "9 3 2 3", "3 3", "12 4")  # of the lines of named sets of held-out rows
 SMOOTHED = 8  # rows; with more of them, a smoothed curve is drawn as well
 
 Chart = dict[str, Any]
@@ -133,6 +135,7 @@ def _json(data: dict[str, Any]) -> str:
 def _chart(series: Sequence[Series]) -> Chart:
     """A chart for the script; the loss comes with a smoothed curve."""
     first, lines = series[0], []
+    dashes = itertools.cycle(DASHES)
     for one in series:
         line: dict[str, Any] = {"key": one.key, "label": one.label, "width": 1.8}
         if one.name == "loss":
@@ -140,6 +143,7 @@ def _chart(series: Sequence[Series]) -> Chart:
             lines += [line, {"key": "smooth", "label": "train, smoothed", "width": 2.2, "opacity": 1}]
             continue
         line |= {"width": 1.6, "opacity": 1, "sparse": True} if one.dashed else {}
+        line |= {"tag": one.tag, "dash": next(dashes)} if one.tag else {}
         lines.append(line)
     return {"name": first.chart, "title": first.title, "unit": first.unit, "zero": first.from_zero, "series": lines}
 
@@ -157,7 +161,7 @@ def _charts(drawn: Sequence[Chart], data: Sequence[dict[str, Any]], has_picture:
         title, label = html_text(chart["title"]), html_text(f"{chart['title']} over the run")
         wide = len(chart["series"]) > 1
         unit = f'<span class="unit">{chart["unit"]}</span>' if chart["unit"] else ""
-        legends = f'<div class="legend">{"".join(shown)}</div>' if wide else ""
+        legends = f'<div class="legend">{"".join(shown)}</div>' if chart["name"] == "loss" else ""
         figures += (
             f'<figure class="chart card{" wide" * wide}" data-chart="{html_text(chart["name"])}" data-label="{label}">'
             f"<figcaption><h3>{title}{unit}</h3>{legends}</figcaption>"

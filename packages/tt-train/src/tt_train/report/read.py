@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.shown import plain, quoted
+from tt_train.config import named_sets
 from tt_train.run_files import FinishedRun, json_lines, number
 from tt_train.series import MOST_OTHERS, SERIES, Series, other_series
 from tt_train.visible import visible
@@ -73,12 +74,15 @@ def read_run(path: Path, *, name: str) -> Run:
     for key in left_out:
         problems.append(f"metrics.jsonl: left out: metric {key!r:.100} and later ones, after {MOST_OTHERS} others")
     run = FinishedRun(path)
+    config = _unless_damaged("config.yaml", run.config_file, path, problems)
+    section = config.get("data")
+    sets = [str(name) for name in named_sets(section.get("eval") if isinstance(section, dict) else None)]
     return Run(
         path=path,
         name=name,
         rows=[rows[step] for step in sorted(rows)],
-        others=[other_series(key, dashed=2 * count < len(rows)) for key, count in others.items()],
-        config=_unless_damaged("config.yaml", run.config_file, path, problems),
+        others=[other_series(key, dashed=2 * count < len(rows), sets=sets) for key, count in others.items()],
+        config=config,
         manifest=_unless_damaged("manifest.json", lambda: run.manifest, path, problems),
         samples=[record for record in json_lines(path / "samples.jsonl", problems) if "prompt" in record],
         problems=problems,

@@ -137,11 +137,15 @@
       const colour = `var(--run-${run.colour})`;
       svg(canvas, "path", {
         d: path, stroke: colour, "stroke-width": series.width,
-        "stroke-opacity": series.opacity ?? 1, "stroke-dasharray": series.sparse ? "5 4" : "none",
+        "stroke-opacity": series.opacity ?? 1, "stroke-dasharray": series.dash ?? (series.sparse ? "5 4" : "none"),
       });
       if (series.sparse || drawn.length < 3)
         for (const point of drawn.length > 60 ? [] : drawn)
           svg(canvas, "circle", { cx: toX(point[0]), cy: toY(point[1]), r: 3.2, stroke: colour });
+      if (series.tag && drawn.length) {
+        const [x, y] = drawn.at(-1);
+        svg(canvas, "text", { x: toX(x) - 7, y: toY(y) - 7, "text-anchor": "end" }, series.tag);
+      }
     });
     figure.chart = { box, toX, toY, x0, x1, lines, points, layer: svg(canvas, "g", {}) };
     mark(figure);

@@ -92,6 +92,9 @@ class Headline:
     eval_last: float | None
     eval_best: float | None
     eval_best_step: float | None
+    eval_sets: dict[str, float]  # the last held-out loss of each named set
+    perplexity: float | None  # of held-out rows, at last
+    exact_match: float | None
     tokens: float | None
     seconds: float | None
     tokens_per_s: float | None
@@ -129,6 +132,11 @@ def headline(run: Run) -> Headline:
         eval_last=evals[-1] if evals else None,
         eval_best=best[0],
         eval_best_step=best[1],
+        eval_sets={
+            one.tag: found[-1] for one in run.others if one.chart == "loss" and (found := run.figures(one.name))
+        },
+        perplexity=next(reversed(run.figures("eval_perplexity")), None),
+        exact_match=next(reversed(run.figures("eval_exact_match")), None),
         tokens=max(run.figures("tokens"), default=None),
         seconds=max(run.figures("elapsed_s"), default=None),
         tokens_per_s=tokens_per_second(run.rows),

@@ -23,6 +23,9 @@ def tiles(run: Run) -> str:
         _tile("Peak memory", memory),
         _rows(one),
     ]
+    if one.exact_match is not None:
+        first = run.figures("eval_exact_match")[0]
+        shown.append(_tile("Exact match", as_percent(one.exact_match), f"{as_percent(first)} at first"))
     if one.matches:
         before, after, total = one.matches
         title = "Samples right" if one.closed else "Samples as expected"
@@ -40,7 +43,9 @@ def _tile(label: str, value: str, detail: str = "", extra: str = "") -> str:
 def _best(one: Headline) -> str:
     if one.eval_best is None:
         return "no rows were held out"
-    return f"best {as_figure(one.eval_best)} at step {as_figure(one.eval_best_step)}"
+    sets = [f"{html_text(name)} {as_figure(loss)}" for name, loss in one.eval_sets.items()]
+    perplexity = [f"perplexity {as_figure(one.perplexity)}"] if one.perplexity is not None else []
+    return "; ".join([*sets, f"best {as_figure(one.eval_best)} at step {as_figure(one.eval_best_step)}", *perplexity])
 
 
 def _parameters(one: Headline) -> str:
@@ -70,6 +75,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float | None], str], Callable[[Iterable
     ("Training loss", "loss_last", as_figure, min),
     ("Held-out loss", "eval_last", as_figure, min),
     ("Best held-out", "eval_best", as_figure, min),
+    ("Exact match", "exact_match", as_percent, max),
     ("Tokens", "tokens", as_count, None),
     ("Time", "seconds", as_time, min),
     ("Tokens/s", "tokens_per_s", as_count, max),

@@ -32,12 +32,21 @@ class RunFacts:
 
 _STEP = [("step", "step", "", ""), ("loss", "loss", ".4f", ""), ("lr", "lr", ".2e", ""),
          ("grad_norm", "grad_norm", ".3f", ""), ("tokens_per_s", "tokens/s", ".0f", ""), ("eta_s", "eta", ".0f", "s"),
-         ("eval_loss", "eval_loss", ".4f", "")]  # fmt: skip
+         ("eval_loss", "eval_loss", ".4f", ""), ("eval_perplexity", "eval_perplexity", ".4g", ""),
+         ("eval_exact_match", "eval_exact_match", ".4f", "")]  # fmt: skip
 
 
 def named_figures(row: dict[str, Any]) -> list[str]:
     """The figures of a step that the objective names, such as ``accuracy 0.5000``."""
     return [f"{key} {value:.4f}" for key, value in row.items() if value is not None and key not in SERIES]
+
+
+def held_out_line(row: dict[str, Any]) -> str:
+    """The figures of held-out rows, such as ``held-out loss 1.2000, perplexity 3.32, loss_news 1.1000``."""
+    known = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_exact_match": "exact match"}
+    found = {key: value for key, value in row.items() if key.startswith("eval_") and value is not None}
+    order = sorted(found, key=lambda key: key not in known)
+    return ", ".join(f"{known.get(key, key.removeprefix('eval_'))} {found[key]:.4f}" for key in order)
 
 
 def precision_line(facts: RunFacts) -> str:

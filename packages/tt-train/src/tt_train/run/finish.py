@@ -13,7 +13,7 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
-from tt_train.config import RunConfig
+from tt_train.config import RunConfig, named_sets
 from tt_train.distributed import world
 from tt_train.errors import counted, shell_word
 from tt_train.inputs.rows import count_rows
@@ -31,6 +31,7 @@ from tt_train.run.loop import Metrics
 from tt_train.run.model_card import model_card
 from tt_train.run.serving import own_template, serving_files, serving_of, to_record
 from tt_train.run_files import TEMPLATE_FILE, read_manifest
+from tt_train.series import set_of
 from tt_train.sharding import is_sharded
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
@@ -165,12 +166,24 @@ def _summary(job: Job[RunConfig], run: RunDir, state: TrainingState) -> dict[str
         "loss_over": part_name(rows),
         "eval_loss_first": evaluated[0]["eval_loss"] if evaluated else None,
         "eval_loss": None,
-        **{key: value for key, value in (evaluated[-1] if evaluated else {}).items() if key.startswith("eval_")},
+        **_evaluated(job, evaluated[-1] if evaluated else {}),
         "seconds": state.elapsed_s,
         "tokens": state.tokens,
         "tokens_per_s": tokens_per_second(rows),
         "stopped_early": state.step < job.steps_total,
     }
+
+
+def _evaluated(job: Job[RunConfig], row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of an evaluation; ``eval_sets`` has those of named sets: ``{news: {loss: 1.2}}``."""
+    sets: dict[str, dict[str, Any]] = {name: {} for name in named_sets(job.config.data.eval)}
+    whole: dict[str, Any] = {}
+    for key, value in row.items():
+        if name := set_of(key, sets):
+            sets[name][key.removeprefix("eval_").removesuffix(f"_{name}")] = value
+        elif key.startswith("eval_"):
+            whole[key] = value
+    return whole | ({"eval_sets": sets} if sets and row else {})
 
 
 def _best(run: RunDir, state: TrainingState) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from tt_train.memory import compile_seconds, memory_gib
 from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.compare import STREAM, chained, digest_of
-from tt_train.run.console import Console
+from tt_train.run.console import Console, held_out_line
 from tt_train.run.dir import RunDir
 from tt_train.run.loggers import Logger
 from tt_train.run.profile import Profile
@@ -113,7 +113,7 @@ class Metrics:
             log.info("step %d loss %.6f grad_norm %.4f", state.step, *known)
         elif due:
             self._write(row | {"tokens": 0, "elapsed_s": 0.0})
-            self.console.note(f"held-out loss before step 1: {row['eval_loss']:.4f}")
+            self.console.note(f"before step 1: {held_out_line(row)}")
         state.row = None
         return improved
 

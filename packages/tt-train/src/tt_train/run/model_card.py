@@ -31,6 +31,7 @@ def model_card(job: Job[RunConfig], manifest: dict[str, Any], summary: dict[str,
         "trained tokens": f"{summary['tokens']:,}",
         "training loss": _training_loss(summary),
         "held-out loss": _figure(summary["eval_loss"]),
+        **_held_out(summary),
         "trained tokens per second": _count(summary["tokens_per_s"]),
         "versions": ", ".join(f"{name} {version}" for name, version in manifest["environment"]["packages"].items()),
     }
@@ -56,6 +57,14 @@ def _training_loss(summary: dict[str, Any]) -> str:
     if summary["loss_last"] is None:
         return "not measured"
     return f"{_figure(summary['loss_last'])} ({summary['loss_over']}; {_figure(summary['loss_first'])} at first)"
+
+
+def _held_out(summary: dict[str, Any]) -> dict[str, str]:
+    """Further figures of held-out rows, if they were measured."""
+    sets = {f"held-out loss, {name}": each.get("loss") for name, each in summary.get("eval_sets", {}).items()}
+    names = {"eval_perplexity": "held-out perplexity", "eval_exact_match": "exact match on held-out rows"}
+    figures = sets | {name: summary[key] for key, name in names.items() if key in summary}
+    return {name: _figure(value) for name, value in figures.items()}
 
 
 def _count(value: float | None) -> str:
