@@ -174,7 +174,7 @@ def test_two_ranks_train_one_prints_and_the_others_keep_a_log(words, tmp_path):
 )
 def test_a_signal_to_the_launcher_or_to_one_rank_saves_on_all(words, tmp_path, number, who, code):
     run = tmp_path / "run"
-    started = Started(*words, "max_steps=100000", "--nproc", "2", "-o", run)
+    started = Started(*words, "max_steps=5000", "--nproc", "2", "-o", run)
     started.until(run / "metrics.jsonl")
     os.kill(started.process.pid if who == "launcher" else started.rank(who), number)
     found, out, err = started.end()
@@ -188,7 +188,7 @@ def test_a_signal_to_the_launcher_or_to_one_rank_saves_on_all(words, tmp_path, n
 @needs_proc
 def test_a_second_signal_ends_a_launcher_whose_rank_hangs(words, tmp_path):
     run = tmp_path / "run"
-    started = Started(*words, "max_steps=100000", "--nproc", "2", "-o", run)
+    started = Started(*words, "max_steps=5000", "--nproc", "2", "-o", run)
     started.until(run / "metrics.jsonl")
     hung = started.rank(1)
     os.kill(hung, signal.SIGSTOP)
@@ -205,7 +205,7 @@ def test_a_second_signal_ends_a_launcher_whose_rank_hangs(words, tmp_path):
 @needs_proc
 def test_a_rank_that_is_killed_is_named_and_nothing_is_saved_without_it(words, tmp_path):
     run = tmp_path / "run"
-    started = Started(*words, "max_steps=100000", "save_every=5", "--nproc", "2", "-o", run)
+    started = Started(*words, "max_steps=5000", "save_every=5", "--nproc", "2", "-o", run)
     started.until(run / "checkpoints" / "step-000005")
     os.kill(started.rank(1), signal.SIGKILL)
     code, _, err = started.end()

@@ -24,7 +24,7 @@ def test_a_signal_ends_a_run_after_saving_and_resume_goes_on(tt, model_dir, rows
     words = ["run", "sft", f"model.path={model_dir}", f"data.train={rows_file}", "model.dtype=fp32", "adapter.rank=2"]
     words += ["batch_size=4", "samples.num=0", "-o", str(run)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tt_cli", *words, "max_steps=100000"],
+        [sys.executable, "-m", "tt_cli", *words, "max_steps=5000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
