@@ -170,6 +170,16 @@ def test_both_forms_of_a_mapping_are_read_in_yaml_and_in_a_word(words, files, tm
     assert (type(job.held_out).__name__, len(job.held_out)) == ("MixedDataset", 10)
 
 
+def test_what_became_of_the_rows_of_each_set_is_said(words, files):
+    with files["code"].open("a") as file:
+        file.write('{"messages": []}\n' * 2)
+    job = assemble(compose("sft", overrides=[*words, named(files), "data.max_dropped_share=1"]))
+    first, *rest = job.data_lines
+    assert "; held out as news: 5 " in first
+    assert "; held out as code: 8 " in first
+    assert any(line.startswith("held out as code: ") for line in rest)
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [

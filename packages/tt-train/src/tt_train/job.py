@@ -84,8 +84,12 @@ class Job(Generic[C_co]):
             return [first, *rest]
         if isinstance(self.held_out, tt_data.Subset):  # a share of the rows that the first line counts
             return [f"{first}; held out: {count_rows(self.held_out):,} of them", *rest]
-        held_out, *others = tt_data.summary_lines(self.held_out.report)
-        return [f"{first}; held out: {held_out}", *rest, *(f"held out: {line}" for line in others)]
+        sets = self.held_out.parts if isinstance(self.held_out, tt_data.JoinedDataset) else {"": self.held_out}
+        for name, rows in sets.items():
+            held_out, *others = tt_data.summary_lines(rows.report)
+            key = f"held out as {name}" if name else "held out"
+            first, rest = f"{first}; {key}: {held_out}", [*rest, *(f"{key}: {line}" for line in others)]
+        return [first, *rest]
 
     @property
     def data_report(self) -> tt_data.Report:
