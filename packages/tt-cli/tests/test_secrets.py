@@ -92,6 +92,10 @@ QUESTIONS = [
     ["run", "sft", "--resume", KEY, "--json"],
     ["validate", KEY],
     ["validate", "sft", f"model.path=org/{KEY}"],
+    ["plan", "sft", f"model.path=org/{KEY}", f"data.train={KEY}"],
+    ["plan", "sft", f"--{KEY}"],
+    ["migrate", KEY],
+    ["migrate", ALL, "--json"],
     ["data", "show", KEY, "--tokenizer", KEY],
     ["data", "show", f"org/{KEY}", "--tokenizer", KEY],
     ["download", f"org/{KEY}"],
@@ -135,6 +139,13 @@ def test_a_run_and_everything_made_from_it_contain_no_secret(tt, folder, model_d
     ]
     data = folder.parent / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    old = [
+        "model: {_component_: torchtune.models.qwen2.qwen2_0_5b}",
+        "dataset: {_component_: torchtune.datasets.alpaca_dataset}",
+        "optimizer: {_component_: torch.optim.AdamW, lr: 3e-4}",
+        f"metric_logger: {{_component_: torchtune.training.metric_logging.WandBLogger, api_key: {KEY}, {KEY}: 1}}",
+    ]
+    (folder.parent / "old.yaml").write_text("\n".join(old))
     words = [
         "model.path=model",
         f"data.train={data}",
@@ -151,6 +162,10 @@ def test_a_run_and_everything_made_from_it_contain_no_secret(tt, folder, model_d
     said = ""
     for command in (
         ["validate", "sft", *words],
+        ["plan", "sft", *words],
+        ["migrate", "../old.yaml"],
+        ["migrate", "../old.yaml", "--json"],
+        ["migrate", "../old.yaml", "-o", "new.yaml"],
         ["data", "show", str(data), "--tokenizer", "model"],
         ["data", "show", str(data), "--tokenizer", "model", "--json"],
         ["run", "sft", *words, "-o", "runs/one"],

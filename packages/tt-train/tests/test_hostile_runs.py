@@ -398,7 +398,7 @@ def test_tensors_of_another_run_are_refused_by_name_before_any_is_used(evil, mod
     file = "optimizer.safetensors"
     key = next(iter(load_file(max((evil / "checkpoints").glob("step-*")) / file)))
     assert "which this run does not train" in attempt(**{"lm_head.weight/exp_avg": torch.zeros(1)})
-    assert "has shape [3], not" in attempt(**{key.rpartition("/")[0] + "/exp_avg": torch.zeros(3)})
+    assert "has shape [3] (torch.float32), not" in attempt(**{key.rpartition("/")[0] + "/exp_avg": torch.zeros(3)})
 
 
 def test_a_finished_run_whose_checkpoints_are_damaged_names_its_result(evil, model_dir, rows_file):
