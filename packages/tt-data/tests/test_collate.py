@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tt_data import collate, padded_collate, padded_collate_dpo
+from tt_data import collate, load_dataset, load_tokenizer, padded_collate, padded_collate_dpo
 from tt_data.collate import without_loss
 
 
@@ -25,6 +26,24 @@ def test_padding_behind_packs_is_a_document_of_its_own() -> None:
         {"input_ids": [4], "labels": [-100], "position_ids": [0]},
     ]
     assert collate(rows, pad_id=0)["position_ids"].tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_end_token_that_pads_too_is_trained_where_it_ends_an_answer(
+    tmp_path: Path, make_model: Any, packing: bool
+) -> None:
+    """Its id is 0, which is not the absence of one; padding is known by its place, not by its id."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}<e>{% endfor %}"
+    model = make_model(tmp_path / "model", ["<e>"], eos_token="<e>", pad_token="<e>", chat_template=template)
+    tokenizer = load_tokenizer(model)
+    assert (tokenizer.pad_id, tokenizer.eos_ids) == (0, (0,))
+    answers = ["the cat", "the cat sat on a mat and hello world"]
+    rows = [{"messages": [{"role": "user", "content": "how"}, {"role": "assistant", "content": a}]} for a in answers]
+    dataset = load_dataset(rows, tokenizer, packing=packing, max_seq_len=64)
+    batch = collate([dataset[i] for i in range(len(dataset))], pad_id=tokenizer.pad_id)
+    trained = batch["labels"][batch["labels"] != -100].tolist()
+    assert trained.count(0) == 2  # one of each answer, and none of the padding or the questions
+    assert all(tokenizer.decode(trained, skip_special=False).count(f"{a}<e>") == 1 for a in answers)
 
 
 def test_preference_rows_keep_their_sides() -> None:

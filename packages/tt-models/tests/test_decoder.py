@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tt_models
 from tt_models.auto import FAMILIES
+from tt_models.rope import Rope
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -24,6 +25,39 @@ def test_built_on_meta_and_materialized_it_is_the_same_model(model_type, small):
     ids = torch.randint(0, 60, (2, 9))
     assert twin.eval()(ids).equal(model(ids))
     assert assigned.eval()(ids).equal(model(ids))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_model_cast_to_bf16_keeps_its_rotation_at_position_4096(model_type, small, monkeypatch):
+    """Frequencies cast with the weights would be wrong by a whole turn there."""
+    model, found = small(model_type, max_position_embeddings=8192), []
+    tables = Rope.tables
+
+    def kept(*args):
+        found.append(tables(*args))
+        return found[-1]
+
+    monkeypatch.setattr(Rope, "tables", kept)
+    ids, far = torch.randint(0, 60, (1, 9)), torch.arange(4090, 4099)[None]
+    model(ids, far)
+    exact = found[:]
+    found.clear()
+    model.to(torch.bfloat16)(ids, far)
+    assert len(found) == len(exact) >= 1
+    for one, other in zip(exact, found, strict=True):
+        assert all(a.bfloat16().equal(b.bfloat16()) for a, b in zip(one, other, strict=True))
+
+
+def test_the_rotation_at_position_4095_is_that_of_fp64(small, monkeypatch):
+    model = small(max_position_embeddings=8192, rope_theta=10000.0, rope_scaling=None).to(torch.bfloat16)
+    found, tables = [], Rope.tables
+    monkeypatch.setattr(Rope, "tables", lambda *args: found.append(tables(*args)) or found[-1])
+    model(torch.randint(0, 60, (1, 1)), torch.tensor([[4095]]))
+    half = model.config.head_dim // 2
+    angles = 4095 * 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    (cos, sin) = (table[0, 0, 0].double() for table in found[0])
+    torch.testing.assert_close(cos, angles.cos().repeat(2), rtol=0, atol=2**-8)
+    torch.testing.assert_close(sin[half:], angles.sin(), rtol=0, atol=2**-8)
 
 
 def test_weights_come_from_the_global_generator_with_the_std_of_the_config(small):

@@ -129,6 +129,15 @@ def test_end_ids_come_as_a_config_or_a_tensor_has_them(small):
         assert list(tt_models.stream(model, ids, max_new_tokens=9, temperature=0, eos_ids=ends)) == []
 
 
+def test_token_0_ends_an_answer_as_any_other_does(small):
+    model = small(tie_word_embeddings=False)
+    torch.nn.init.zeros_(model.lm_head.weight)  # all logits are equal, and the first is the greatest
+    ids = torch.randint(1, 60, (2, 4))
+    for ends in (0, [0], (7, 0)):
+        found = tt_models.generate(model, ids, max_new_tokens=9, temperature=0, eos_ids=ends)
+        assert found[:, 4:].tolist() == [[0], [0]]
+
+
 def test_seed_repeats_and_none_uses_the_global_generator(small):
     model = small()
     ids = torch.randint(0, 60, (2, 4))

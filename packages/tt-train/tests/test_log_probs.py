@@ -195,7 +195,9 @@ def test_dropout_of_an_adapted_head_is_the_same_in_the_backward_pass():
     torch.testing.assert_close(gradient[7, 2], (high - low) / 2e-2, rtol=1e-2, atol=1e-3)
 
 
-def test_bf16_weight_gradients_of_many_products_stay_exact():
+@pytest.mark.parametrize("waiting", [1, 2**15])  # a product per chunk; one per few chunks
+def test_bf16_weight_gradients_of_many_products_stay_exact(waiting, monkeypatch):
+    monkeypatch.setattr("tt_train.losses.WAITING_BYTES", waiting)  # else all of so small a vocabulary is one product
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(2048, 32, generator=generator) + 0.5).bfloat16()
     weight = (torch.randn(300, 32, generator=generator) * 0.05).bfloat16()

@@ -4,7 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tt_train.losses import linear_cross_entropy
+import tt_models
+from tt_train.losses import cross_entropy, linear_cross_entropy
+
+CONFIG = {
+    "model_type": "llama", "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0, "initializer_range": 0.2, "hidden_act": "silu",
+}  # fmt: skip
 
 
 def pair(vocab=97, rows=23, width=16, dtype=torch.float64):
@@ -56,7 +63,9 @@ def test_half_precision_sums_in_fp32():
     torch.testing.assert_close(loss.double(), exact, rtol=2e-3, atol=0)
 
 
-def test_many_chunks_in_bf16_lose_no_more_of_the_gradient_than_one():
+@pytest.mark.parametrize("waiting", [1, 2**15])  # a product per chunk; one per four chunks
+def test_many_chunks_in_bf16_lose_no_more_of_the_gradient_than_one(waiting, monkeypatch):
+    monkeypatch.setattr("tt_train.losses.WAITING_BYTES", waiting)  # else all of so small a vocabulary is one product
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(4096, 64, generator=generator) + 0.5).bfloat16()
     weight = (torch.randn(500, 64, generator=generator) * 0.05).bfloat16()
@@ -72,6 +81,27 @@ def test_many_chunks_in_bf16_lose_no_more_of_the_gradient_than_one():
         return (ours.grad.double() - exact.grad).norm() / exact.grad.norm()
 
     assert error(8) < 2 * error(4096)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_trained_token_has_the_loss_of_that_token(packed):
+    """Token t is predicted from those before it: of labels shifted twice or not at all, each loss is another."""
+    torch.manual_seed(3)
+    model = tt_models.build(tt_models.config_from_hf(CONFIG))
+    ids, positions = torch.randint(0, 90, (1, 12)), torch.arange(12)[None]
+    if packed:
+        positions = torch.cat([torch.arange(7), torch.arange(5)])[None]
+    log_probs = model(ids, positions).float().log_softmax(-1)
+    for token in range(12):
+        labels = torch.full_like(ids, -100)
+        labels[0, token] = ids[0, token]
+        found = cross_entropy(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+        if token == 0:  # nothing predicts it
+            assert (float(found.loss.detach()), found.count) == (0.0, 0)
+            continue
+        expected = -log_probs[0, token - 1, ids[0, token]]
+        torch.testing.assert_close(found.loss, expected, rtol=1e-5, atol=1e-5)
+        assert found.count == 1
 
 
 @pytest.mark.parametrize(

@@ -226,3 +226,19 @@ def test_a_value_that_overflows_is_named_as_by_a_model(model_dir, tmp_path, monk
         merged_by_a_model(adapter, tmp_path / "out", monkeypatch, dtype=torch.float16)
     assert str(by_tensors.value) == str(by_a_model.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, TIED], ids=["untied", "tied"])
+def test_a_merged_and_saved_model_computes_what_was_trained_and_keeps_its_embeddings(model_dir, tmp_path, changes):
+    base = write_base(model_dir, tmp_path / "base", changes)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    ids = torch.arange(3, 60)[None]
+    tt_train.merge_run(adapter, tmp_path / "merged")
+    with torch.no_grad():
+        expected, found = (tt_train.load(path, device="cpu")[0](ids) for path in (adapter, tmp_path / "merged"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    assert after.keys() == before.keys()
+    assert ("lm_head.weight" in after) == (not changes)
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & after.keys():
+        assert torch.equal(after[name], before[name])
