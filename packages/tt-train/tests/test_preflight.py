@@ -181,3 +181,13 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
         monkeypatch.setattr(f"{module}.total_memory", lambda device: 300_000)
     job = assemble(compose("sft", overrides=words))
     assert any("memory: weights, gradients and the optimizer's state take about 0.0 GB" in note for note in job.notes)
+
+
+def test_the_frozen_copy_that_a_full_preference_run_compares_with_counts(words, monkeypatch):
+    monkeypatch.setattr("tt_models.limits.total_memory", lambda device: 30 * 10**9)
+    folder = next(word.removeprefix("model.path=") for word in words if word.startswith("model.path="))
+    huge = [*words, "model.path=null", "model.name=llama3_70b", f"model.tokenizer={folder}", "model.dtype=bf16"]
+    with pytest.raises(ConfigError, match=r"needs 282\.2 GB"):
+        assemble(compose("dpo", overrides=[*huge, "loss.name=simpo"]))
+    with pytest.raises(ConfigError, match=r"needs 423\.3 GB"):  # 4 bytes that train and 2 that are frozen
+        assemble(compose("dpo", overrides=huge))

@@ -26,9 +26,10 @@ _TILE = 32768  # codes of two bytes looked up at a time: 256 kB of weights
 @functools.cache
 def nf4_tensor_class() -> Any:
     """torchao's ``NF4Tensor``, whose path differs between releases."""
-    log = logging.getLogger("torchao")
-    level = log.level
-    log.setLevel(logging.ERROR)  # it warns about each of its extensions that was built for a different Python
+    # torchao warns about each of its extensions that was built for a different Python, and torch about torchao
+    levels = [(log, log.level) for log in map(logging.getLogger, ("torchao", "torch.utils._pytree"))]
+    for log, _ in levels:
+        log.setLevel(logging.ERROR)
     try:
         for place in ("torchao.quantization", "torchao.dtypes.nf4tensor", "torchao.dtypes"):
             try:
@@ -38,7 +39,8 @@ def nf4_tensor_class() -> Any:
             _copy_codes(sys.modules[cls.__module__])
             return cls
     finally:
-        log.setLevel(level)
+        for log, level in levels:
+            log.setLevel(level)
     raise ImportError("this torchao has no NF4Tensor; quantize_base needs torchao >= 0.15: pip install -U torchao")
 
 

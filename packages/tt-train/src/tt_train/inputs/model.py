@@ -14,9 +14,10 @@ import tt_models
 import tt_peft
 from tt_models.limits import gigabytes, refuse_too_large, total_memory
 from tt_peft import NF4Linear, QLoRALinear
-from tt_train.config import AdapterSection, RunConfig
+from tt_train.config import AdapterSection, PreferenceSection, RunConfig
 from tt_train.errors import ConfigError, shell_word
 from tt_train.memory import DTYPES, KEEPS_BY_HOOKS, blocks
+from tt_train.registry import REFERENCE_FREE
 from tt_train.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
@@ -125,6 +126,10 @@ def check_memory(model: nn.Module, config: RunConfig, device: torch.device | Non
         else:
             frozen += parameter.numel() * (NF4_BYTES if id(parameter) in quantized else width)
     count = sum(parameter.numel() for parameter in model.parameters())
+    loss = config.loss
+    compares = isinstance(loss, PreferenceSection) and loss.name not in REFERENCE_FREE and loss.reference_cache is None
+    if compares and config.adapter is None:
+        frozen += count * width  # a frozen copy of the whole model
     cure = "take a smaller model"
     if config.adapter is None:
         cure = f"train an adapter (adapter.rank=8) or {cure}"
