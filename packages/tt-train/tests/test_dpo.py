@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from functools import partial
 
@@ -203,9 +204,12 @@ def test_log_probabilities_are_those_of_the_whole_string(at_work):
     assert answers.tokens.tolist() == (batch["labels"] != -100).sum(1).tolist()
 
 
-def test_the_reference_has_no_dropout_and_is_the_plain_base(at_work, words, pairs_file):
-    """Trap 9."""
-    _, model, batch, reference = at_work(*LORA, "adapter.dropout=0.5")
+def test_the_reference_has_no_dropout_and_is_the_plain_base(at_work, words, pairs_file, model_dir, tmp_path):
+    """Trap 9: of a base that has dropout, since that of an adapter is off with it."""
+    noisy = shutil.copytree(model_dir, tmp_path / "noisy")
+    config = json.loads((noisy / "config.json").read_text()) | {"attention_dropout": 0.5}
+    (noisy / "config.json").write_text(json.dumps(config))
+    _, model, batch, reference = at_work(*LORA, "adapter.dropout=0.5", f"model.path={noisy}")
     first, second = reference(batch), reference(batch)
     assert torch.equal(first, second)
     assert model.training
