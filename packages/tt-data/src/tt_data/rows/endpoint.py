@@ -41,9 +41,8 @@ def refuse_proxy(variable: str, url: str) -> None:
     host = urlsplit(url).hostname or ""
     proxies = getproxies()
     if urlsplit(url).scheme == "http" and (proxies.get("http") or proxies.get("all")) and not proxy_bypass(host):
-        raise ValueError(
-            f"{variable}: plain http to {host} would go through HTTP_PROXY, token included; set NO_PROXY={host}"
-        )
+        what = f"plain http to {host} would go through HTTP_PROXY, token included"
+        raise ValueError(f"{variable}: {what}; set NO_PROXY={host}")
 
 
 def without_password(text: str) -> str:
