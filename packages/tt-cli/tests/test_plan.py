@@ -31,9 +31,10 @@ def test_measured_steps_give_the_time(tt, model_dir, rows_file):
 
 
 def test_a_size_or_a_rate_that_is_none_is_refused(tt, model_dir, rows_file):
-    found = tt("plan", *config(model_dir, rows_file), "--memory", "much")
-    assert found.code == 2
-    assert "expected a size such as 24GiB, got 'much'" in found.err
+    for text in ("much", "24"):  # not 24 bytes
+        found = tt("plan", *config(model_dir, rows_file), "--memory", text)
+        assert found.code == 2
+        assert f"expected a size with a unit, such as 24GiB, got '{text}'" in found.err
     found = tt("plan", *config(model_dir, rows_file), "--flops", "0")
     assert found.code == 2
     assert "expected operations per second" in found.err

@@ -31,6 +31,7 @@ from tt_train.errors import ConfigError
 from tt_train.inputs.model import check_adapter
 from tt_train.inputs.rows import Kind
 from tt_train.job import Job
+from tt_train.keys.mistakes import world_mistakes
 from tt_train.losses import Batch, Objective
 from tt_train.memory import DTYPES, blocks, peak_memory_gib
 from tt_train.optim import make_optimizer, state_bytes
@@ -78,9 +79,8 @@ def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Pla
         ConfigError: the batch does not divide by the ranks.
     """
     config = job.config
-    if config.batch_size % (config.micro_batch_size * ranks):
-        each = config.micro_batch_size * ranks
-        raise ConfigError([f"batch_size: {config.batch_size} does not divide by micro_batch_size x ranks, {each}"])
+    if problems := world_mistakes(config, ranks):
+        raise ConfigError(problems)
     batch, tokens = _largest(job, config.micro_batch_size)
     passes = config.batch_size // (config.micro_batch_size * ranks)
     peak, model = _trace(job, batch, passes, cpu=cpu)

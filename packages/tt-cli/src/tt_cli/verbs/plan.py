@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tt_train.job import Job
     from tt_train.plan import Measured, Plan
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SCALES = {"": 1.0, "G": 1e9, "T": 1e12, "P": 1e15}
 _ABOUT = {
     "weights": "weights of the model, and of frozen models beside it",
@@ -32,8 +32,8 @@ def _bytes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> in
     if text is None:
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise click.BadParameter(f"expected a size such as 24GiB, got {text!r}")
+    if found is None or float(found[1]) == 0 or not found[2]:  # 24 alone would be 24 bytes
+        raise click.BadParameter(f"expected a size with a unit, such as 24GiB, got {text!r}")
     return round(float(found[1]) * _UNITS[found[2].upper()])
 
 

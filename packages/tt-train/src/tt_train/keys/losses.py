@@ -19,8 +19,15 @@ def loss_mistakes(config: RunConfig) -> list[str]:
         if key not in PREFERENCE_LOSSES[loss.name] and getattr(loss, key) != getattr(default, key):
             have = ", ".join(name for name, keys in PREFERENCE_LOSSES.items() if key in keys)
             found.append(f"loss.{key}: {loss.name} has none, only {have}; leave it out")
-    if loss.name == "robust" and not loss.label_smoothing < 0.5:
-        found.append(f"loss.label_smoothing: robust needs less than 0.5, got {loss.label_smoothing}")
+    if "label_smoothing" in PREFERENCE_LOSSES[loss.name] and 0.5 <= loss.label_smoothing < 1:
+        found.append(
+            f"loss.label_smoothing: must be less than 0.5, got {loss.label_smoothing}: from 0.5 on, rejected answers "
+            "would be preferred; if the labels are the wrong way round, swap the columns by data.columns"
+        )
+    if loss.name == "kto" and loss.desirable_weight == loss.undesirable_weight == loss.sft_weight == 0:
+        found.append(
+            "loss.desirable_weight: 0 as undesirable_weight is, so that nothing trains; set one of them above 0"
+        )
     return found
 
 
