@@ -183,6 +183,24 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
     assert any("memory: weights, gradients and the optimizer's state take about 0.0 GB" in note for note in job.notes)
 
 
+def test_shards_on_several_devices_and_a_plan_for_another_machine_need_not_fit_here(words, monkeypatch):
+    import tt_models
+    from tt_train.inputs.model import check_memory
+
+    for module in ("tt_models.limits", "tt_train.inputs.model"):
+        monkeypatch.setattr(f"{module}.total_memory", lambda device: 100_000)  # the weights have more bytes
+    with pytest.raises(ConfigError, match="its weights alone"):
+        assemble(compose("sft", overrides=words))
+    job = assemble(compose("sft", overrides=words), here=False)
+    model, gpu = tt_models.build(job.model_config, device="meta"), torch.device("cuda")
+    for ranks in (1, 2):
+        with pytest.raises(ConfigError, match="its weights alone"):
+            check_memory(model, job.config, torch.device("cpu"), [], ranks=ranks)
+    with pytest.raises(ConfigError, match="its weights alone"):
+        check_memory(model, job.config, gpu, [])
+    check_memory(model, job.config, gpu, [], ranks=1000)
+
+
 def test_the_frozen_copy_that_a_full_preference_run_compares_with_counts(words, monkeypatch):
     monkeypatch.setattr("tt_models.limits.total_memory", lambda device: 30 * 10**9)
     folder = next(word.removeprefix("model.path=") for word in words if word.startswith("model.path="))

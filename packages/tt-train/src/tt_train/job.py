@@ -12,6 +12,7 @@ import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig, method_of
+from tt_train.distributed import world
 from tt_train.errors import ConfigError, collect
 from tt_train.inputs import components
 from tt_train.inputs.methods import method_mistakes
@@ -130,23 +131,24 @@ class Job(Generic[C_co]):
         return self.config.epochs * self.steps_per_epoch
 
 
-def assemble(config: C, *, rows: Kind | None = None) -> Job[C]:
+def assemble(config: C, *, rows: Kind | None = None, here: bool = True) -> Job[C]:
     """Read everything that the config names but the weights. ConfigError holds every mistake that was found.
 
     ``rows``: what the recipe trains on: ``single`` answers, ``pair``s of a chosen and a rejected one, or ``judged``
     answers; by default what the loss of the config is over. A mistake that one of several ranks finds ends all of them.
+    ``here``: False for a plan of a run on another machine, whose memory may be larger.
     """
-    job = everywhere(lambda: _assemble(config, rows))
+    job = everywhere(lambda: _assemble(config, rows, ranks=world().size if here else None))
     assert job is not None
     return job
 
 
-def look_over(config: RunConfig, *, first: int = 64) -> None:
+def look_over(config: RunConfig, *, ranks: int = 1, first: int = 64) -> None:
     """ConfigError for every mistake that ``assemble`` finds, but in the ``first`` rows alone: before ranks start."""
-    _assemble(config, None, first=first)
+    _assemble(config, None, ranks=ranks, first=first)
 
 
-def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[C] | None:
+def _assemble(config: C, rows: Kind | None, *, ranks: int | None, first: int | None = None) -> Job[C] | None:
     """None if only the ``first`` rows are to be looked at."""
     refuse_mistakes(config)
     problems: list[str] = []
@@ -162,7 +164,7 @@ def _assemble(config: C, rows: Kind | None, *, first: int | None = None) -> Job[
     if hf_config is not None:
         model_config = collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None:
-        lora = collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes))
+        lora = collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes, ranks=ranks))
         collect(problems, "model.path", lambda: check_headers(model_config, model_path))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:

@@ -212,7 +212,7 @@ def largest_micro_batch(job: Job[RunConfig], memory: int, *, cpu: bool | None = 
 
 def with_config(job: Job[RunConfig], config: RunConfig) -> Job[RunConfig]:
     """The job with another config, of the same model and rows."""
-    lora = check_adapter(config, job.model_config, job.device, [])
+    lora = check_adapter(config, job.model_config, job.device, [], ranks=None)
     return replace(job, config=config, lora=lora, dtype=DTYPES[config.model.dtype])
 
 

@@ -89,7 +89,7 @@ def command(
     from tt_train.plan import kind_of, largest_micro_batch, plan
     from tt_train.plan import measure as measured_by
 
-    job = assemble(config, rows=kind_of(config))
+    job = assemble(config, rows=kind_of(config), here=measure)
     cpu = False if gpu else None
     found = plan(job, ranks=nproc, cpu=cpu)
     savings = _savings(job, found, what=what, words=(overrides, config_file, allow_import), cpu=cpu)

@@ -200,7 +200,7 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
         raise ConfigError(problems)
     if launch.nodes == 1:  # another machine's launcher may join a run that has begun
         check_destination(config, asked.resume)
-    look_over(config)
+    look_over(config, ranks=launch.most)
     run_dir = None if launch.nodes > 1 or asked.dry_run else _run_dir(config, asked.resume)
     return agent.start(
         launch, asked.words(run_dir), run_dir or (Path(config.output_dir) if config.output_dir else None)

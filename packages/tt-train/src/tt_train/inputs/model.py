@@ -19,6 +19,7 @@ from tt_train.errors import ConfigError, shell_word
 from tt_train.memory import DTYPES, KEEPS_BY_HOOKS, blocks
 from tt_train.registry import REFERENCE_FREE
 from tt_train.run_files import FinishedRun, read_json
+from tt_train.sharding import ways
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
 STATE_BYTES = {"adamw8bit": 2, "adamw_fp8": 2, "adamw4bit": 1}  # of a value that trains; AdamW's two moments: 8
@@ -58,15 +59,15 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
 
 
 def check_adapter(
-    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str]
+    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str], *, ranks: int | None = 1
 ) -> tt_peft.LoRAConfig | None:
     """The LoRAConfig, if any, tried on a model without memory: a target that matches nothing, and a model that the
-    device cannot hold, are found here."""
+    devices of ``ranks`` processes cannot hold, are found here. None: the run will be on another machine."""
     section, model = config.adapter, tt_models.build(model_config, device="meta")
     if wrong := activation_mistakes(model, config, device, notes):
         raise ConfigError(wrong)
     if section is None:
-        check_memory(model, config, device, notes)
+        check_memory(model, config, device if ranks else None, notes, ranks=ranks or 1)
         return None
     lora = lora_config(section)
     with warnings.catch_warnings(record=True) as said:
@@ -75,7 +76,7 @@ def check_adapter(
     if said:
         more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
         notes.append(f"adapter: {said[0].message}{more}")
-    check_memory(model, config, device, notes)
+    check_memory(model, config, device if ranks else None, notes, ranks=ranks or 1)
     if section.quantize_base and device is not None and device.type != "cpu":
         _try_nf4(device)
     if section.path is not None:
@@ -112,11 +113,14 @@ def _try_adapter(model: tt_models.Decoder, folder: Path) -> None:
     tt_peft.load_adapter(model, folder)
 
 
-def check_memory(model: nn.Module, config: RunConfig, device: torch.device | None, notes: list[str]) -> None:
+def check_memory(
+    model: nn.Module, config: RunConfig, device: torch.device | None, notes: list[str], *, ranks: int = 1
+) -> None:
     """ConfigError if the weights alone of ``model`` (on the meta device) are more than the device has in all; a note if
-    what trains takes more with its gradients and AdamW's moments."""
-    if device is None:
+    what trains takes more with its gradients and AdamW's moments. Each of ``ranks`` devices has its shard of them."""
+    if device is None or (ranks > 1 and config.parallel.cpu_offload):  # shards in the memory of the machines
         return
+    shards = 1 if device.type == "cpu" else ways(config, ranks)[1]  # processes on a CPU have one memory
     quantized = {id(m.weight) for m in model.modules() if isinstance(m, NF4Linear | QLoRALinear)}
     width = 2 if config.model.dtype == "bf16" else 4
     frozen = trained = 0.0
@@ -137,12 +141,12 @@ def check_memory(model: nn.Module, config: RunConfig, device: torch.device | Non
         cure = f"set adapter.quantize_base=true, lower adapter.rank or {cure}"
     try:
         refuse_too_large(
-            f"a model of {count:,} parameters (its weights alone)", int(frozen + 4 * trained), device, cure
+            f"a model of {count:,} parameters (its weights alone)", int((frozen + 4 * trained) / shards), device, cure
         )
     except ValueError as error:
         raise ConfigError([f"model: {error}"]) from None
     each = 4 + (0 if config.optimizer_in_backward else 4) + STATE_BYTES.get(config.optimizer.name, 8)
-    about, total = int(frozen + each * trained), total_memory(device)
+    about, total = int((frozen + each * trained) / shards), total_memory(device)
     if total is not None and about > total:
         notes.append(
             f"memory: weights, gradients and the optimizer's state take about {gigabytes(about)}, {device} has "
