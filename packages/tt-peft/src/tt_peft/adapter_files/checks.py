@@ -203,8 +203,9 @@ def _digest(shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _is_sampled(tensor: Tensor) -> bool:
-    """Whether it is dense and on a device; shards are gathered."""
-    return (type(tensor.detach()) is Tensor or is_sharded(tensor)) and not tensor.is_meta
+    """Whether it is dense, or a shard of a dense one, and on a device."""
+    own = tensor.to_local() if is_sharded(tensor) else tensor
+    return type(own.detach()) is Tensor and not tensor.is_meta
 
 
 def base_parameters(model: nn.Module) -> dict[str, Tensor]:
