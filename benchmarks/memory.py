@@ -32,9 +32,9 @@ def measure(how: str | int | None = None, optimizer: str = "adamw", in_backward:
 
     import tt_models
     from tt_train.config import OptimizerSection
-    from tt_train.losses import cross_entropy
+    from tt_train.losses.cross_entropy import cross_entropy
     from tt_train.memory import checkpoint_activations_
-    from tt_train.optim import decayed, make_optimizer
+    from tt_train.optim.optimizers import decayed, make_optimizer
     from tt_train.step import train_step
 
     def peak() -> float:

@@ -44,8 +44,8 @@ def ours(shape: str, method: str, dtype):
     import tt_models
     import tt_peft
     from tt_train.config import OptimizerSection
-    from tt_train.losses import cross_entropy
-    from tt_train.optim import decayed, make_optimizer
+    from tt_train.losses.cross_entropy import cross_entropy
+    from tt_train.optim.optimizers import decayed, make_optimizer
     from tt_train.step import train_step
 
     full = method == "full"

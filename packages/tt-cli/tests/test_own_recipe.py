@@ -179,7 +179,7 @@ def test_a_mistyped_file_name_is_answered_with_the_nearest(tt, words):
 
 
 LOSS = """
-from tt_train.losses import cross_entropy
+from tt_train.losses.cross_entropy import cross_entropy
 
 
 def tripled(model, batch):

@@ -10,7 +10,7 @@ import pytest
 from tt_train import ConfigError, compose
 from tt_train.config import SCHEMAS, DPOConfig, SFTConfig, to_dict, to_yaml
 from tt_train.keys.foreign import FOREIGN
-from tt_train.registry import PREFERENCE_LOSSES
+from tt_train.losses.table import PREFERENCE_LOSSES
 
 BASE = ["model.path=DIR", "data.train=rows.jsonl"]
 
@@ -449,7 +449,7 @@ def test_mistakes_of_a_preference_loss_are_found_in_the_config(words, line):
 def test_each_preference_loss_takes_the_keys_that_the_table_says(loss):
     import inspect
 
-    from tt_train import preferences
+    from tt_train.losses import preferences
 
     accepted = set(inspect.signature(getattr(preferences, loss)).parameters) - {"pairs", "judged", "beta"}
     assert accepted == set(PREFERENCE_LOSSES[loss])

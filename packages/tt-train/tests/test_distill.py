@@ -9,9 +9,9 @@ import torch.nn.functional as F
 import tt_models
 import tt_peft
 import tt_train
-from tt_train import distill
-from tt_train.distill import distillation
-from tt_train.losses import Summed
+from tt_train.losses import distill
+from tt_train.losses.cross_entropy import Summed
+from tt_train.losses.distill import distillation
 
 SIZES = {"vocab_size": 120, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 

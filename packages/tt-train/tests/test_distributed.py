@@ -2,7 +2,7 @@
 
 import torch
 
-from tt_train.distributed import World, world
+from tt_train.devices.distributed import World, world
 
 
 def test_one_process_is_a_world_of_its_own():

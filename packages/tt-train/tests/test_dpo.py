@@ -14,10 +14,10 @@ import torch
 import tt_data
 import tt_peft
 from tt_train import ConfigError, Interrupted, TrainingError, compose, load, train_step
-from tt_train.answers import answers_of
 from tt_train.build import build_optimizer, build_reference, load_model
 from tt_train.evaluate import answer
 from tt_train.job import assemble
+from tt_train.losses.answers import answers_of
 from tt_train.recipe_file import recipe_of
 from tt_train.recipes import dpo, sft
 from tt_train.reference import prepared

@@ -39,10 +39,10 @@ def test_transposed_experts_are_adapted_along_their_own_axes():
 
 def save_whole(model_dir, file, start):
     """Train two steps, and save the adapter's tensors as a file has them."""
-    from tt_train.distributed import world
-    from tt_train.losses import cross_entropy
-    from tt_train.optim import make_optimizer
-    from tt_train.sharding import shard_
+    from tt_train.devices.distributed import world
+    from tt_train.devices.sharding import shard_
+    from tt_train.losses.cross_entropy import cross_entropy
+    from tt_train.optim.optimizers import make_optimizer
     from tt_train.step import train_step
 
     here = world()

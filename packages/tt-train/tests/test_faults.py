@@ -93,7 +93,7 @@ PLACES = {
     "tt_train.run.checkpoints:TrainingState.save_if_due": (1, 2),
     "tt_ckpt:TrainCheckpoint.save": (1,),
     "tt_peft:save_adapter": (1,),
-    "tt_train.master_weights:call": (2, 3, 4),  # the first is a trial before weights load
+    "tt_train.optim.master_weights:call": (2, 3, 4),  # the first is a trial before weights load
     "torch.nn.utils:get_total_norm": (2,),
 }
 ERRORS = [OSError, MemoryError, KeyboardInterrupt]

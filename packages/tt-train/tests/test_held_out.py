@@ -11,12 +11,12 @@ import tt_train
 from tt_train import ConfigError, Interrupted, compose
 from tt_train.build import load_model, make_objective
 from tt_train.evaluate import evaluating, held_out_figures
-from tt_train.exact_match import _batches, exact_match
 from tt_train.inputs.questions import Question, questions
 from tt_train.job import assemble
-from tt_train.losses import Summed, cross_entropy
+from tt_train.losses.cross_entropy import Summed, cross_entropy
 from tt_train.recipes import dpo, sft
 from tt_train.run.console import Console
+from tt_train.run.exact_match import _batches, exact_match
 from tt_train.run_files import read_json, read_rows
 
 CPU = torch.device("cpu")
@@ -383,7 +383,7 @@ def evaluate_on_rank(words, folder):
     asked = questions(job.held_out, job.tokenizer, num=7)
     found = figures_of(job, model, size=2)
     found |= exact_match(model, job.tokenizer, asked, tokens_at_once=100, device=CPU)
-    (folder / f"{tt_train.distributed.world().rank}.json").write_text(json.dumps(found))
+    (folder / f"{tt_train.devices.distributed.world().rank}.json").write_text(json.dumps(found))
 
 
 @pytest.mark.parametrize("how", [[], ["parallel.replicate=2"]], ids=["sharded", "replicated"])

@@ -8,8 +8,8 @@ import torch
 import tt_ckpt
 from tt_train import ConfigError, TrainingError, compose
 from tt_train.job import assemble
-from tt_train.losses import Summed
-from tt_train.master_weights import InBackward, MasterWeights
+from tt_train.losses.cross_entropy import Summed
+from tt_train.optim.master_weights import InBackward, MasterWeights
 from tt_train.recipes import sft
 from tt_train.run.console import Console
 from tt_train.run_files import read_rows

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tt_train import ConfigError, TrainingError, compose, launch
-from tt_train.distributed import world
+from tt_train import ConfigError, TrainingError, compose
+from tt_train.devices import launch
+from tt_train.devices.distributed import world
 from tt_train.errors import ShownElsewhere
 from tt_train.keys.mistakes import world_mistakes
 from tt_train.run.stop import Stopped, StopRequest

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 import tt_models
 import tt_peft
-from tt_train.log_probs import linear_log_probs, token_log_probs
-from tt_train.losses import WeightGradient, cross_entropy, linear_cross_entropy
+from tt_train.losses.cross_entropy import WeightGradient, cross_entropy, linear_cross_entropy
+from tt_train.losses.log_probs import linear_log_probs, token_log_probs
 
 
 def inputs(vocab=97, rows=23, width=16):
@@ -119,7 +119,7 @@ HEADS = {
 def test_every_head_goes_by_chunks_and_equals_all_logits(head, softcap, monkeypatch):
     settings, tied = HEADS[head]
     model = model_of(settings, tied=tied, softcap=softcap)
-    monkeypatch.setattr("tt_train.losses.CHUNK_BYTES", 1)  # 16 positions at a time
+    monkeypatch.setattr("tt_train.losses.cross_entropy.CHUNK_BYTES", 1)  # 16 positions at a time
     monkeypatch.setattr(type(model), "logits", lambda *_: pytest.fail("all logits"))
     largest = []
     forward = F.linear
@@ -197,7 +197,9 @@ def test_dropout_of_an_adapted_head_is_the_same_in_the_backward_pass():
 
 @pytest.mark.parametrize("waiting", [1, 2**15])  # a product per chunk; one per few chunks
 def test_bf16_weight_gradients_of_many_products_stay_exact(waiting, monkeypatch):
-    monkeypatch.setattr("tt_train.losses.WAITING_BYTES", waiting)  # else all of so small a vocabulary is one product
+    monkeypatch.setattr(
+        "tt_train.losses.cross_entropy.WAITING_BYTES", waiting
+    )  # else all of so small a vocabulary is one product
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(2048, 32, generator=generator) + 0.5).bfloat16()
     weight = (torch.randn(300, 32, generator=generator) * 0.05).bfloat16()

@@ -12,11 +12,12 @@ import torch
 
 import tt_models
 import tt_peft
-from tt_train import ConfigError, compose, mfu
+from tt_train import ConfigError, compose
 from tt_train.config import AdapterSection, SFTConfig
 from tt_train.inputs.components import logger_mistakes
 from tt_train.inputs.model import lora_config
 from tt_train.recipes import sft
+from tt_train.run import mfu
 from tt_train.run.console import Console
 from tt_train.run_files import read_json, read_rows
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tt_models
-from tt_train.losses import cross_entropy, linear_cross_entropy
+from tt_train.losses.cross_entropy import cross_entropy, linear_cross_entropy
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -65,7 +65,9 @@ def test_half_precision_sums_in_fp32():
 
 @pytest.mark.parametrize("waiting", [1, 2**15])  # a product per chunk; one per four chunks
 def test_many_chunks_in_bf16_lose_no_more_of_the_gradient_than_one(waiting, monkeypatch):
-    monkeypatch.setattr("tt_train.losses.WAITING_BYTES", waiting)  # else all of so small a vocabulary is one product
+    monkeypatch.setattr(
+        "tt_train.losses.cross_entropy.WAITING_BYTES", waiting
+    )  # else all of so small a vocabulary is one product
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(4096, 64, generator=generator) + 0.5).bfloat16()
     weight = (torch.randn(500, 64, generator=generator) * 0.05).bfloat16()

@@ -5,7 +5,7 @@ import torch
 
 import tt_ckpt
 from tt_train import compose
-from tt_train.master_weights import MasterWeights, join, split_
+from tt_train.optim.master_weights import MasterWeights, join, split_
 from tt_train.recipes import sft
 from tt_train.run.console import Console
 
@@ -48,7 +48,7 @@ def test_the_two_halves_of_a_number_are_the_number_and_the_upper_one_is_the_near
 ])  # fmt: skip
 @pytest.mark.parametrize("together", [False, True])
 def test_updates_are_those_of_the_optimizer_in_fp32_bit_for_bit(make, together, monkeypatch):
-    monkeypatch.setattr("tt_train.master_weights._BUCKET", 40)  # several parameters, in several buckets
+    monkeypatch.setattr("tt_train.optim.master_weights._BUCKET", 40)  # several parameters, in several buckets
     torch.manual_seed(0)
     shapes = [(7, 5), (3,), (4, 2), (6, 6)]
     plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]

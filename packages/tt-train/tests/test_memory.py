@@ -316,7 +316,7 @@ def test_the_optimizer_in_the_backward_pass_or_after_it_is_one_trajectory(words,
 def test_the_fused_loss_and_plain_logits_are_one_trajectory(words, monkeypatch):
     import torch.nn.functional as F
 
-    from tt_train import losses
+    from tt_train.losses import cross_entropy as losses
 
     fused = trajectory(words)
 

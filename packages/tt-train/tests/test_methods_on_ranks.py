@@ -10,11 +10,11 @@ import tt_data
 from tt_train import compose
 from tt_train.build import build_optimizer, load_model, load_teacher, make_objective
 from tt_train.config import KDConfig
-from tt_train.distill import distillation
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
 from tt_train.evaluate import to_device
 from tt_train.fake_quantize import fake_quantize_
 from tt_train.job import assemble
+from tt_train.losses.distill import distillation
 from tt_train.step import train_step
 
 

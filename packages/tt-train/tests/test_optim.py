@@ -6,7 +6,7 @@ import torch
 from tt_train import ConfigError, TrainingError, compose
 from tt_train.config import OptimizerSection
 from tt_train.inputs import components
-from tt_train.optim import (
+from tt_train.optim.optimizers import (
     decayed,
     load_optimizer_tensors_,
     make_optimizer,
@@ -146,7 +146,7 @@ def test_an_optimizer_that_cannot_make_a_step_is_refused_before_weights_load(mon
         def __init__(self, params, lr, weight_decay=0.0):
             super().__init__(params, lr=lr)
 
-    monkeypatch.setattr("tt_train.optim.resolve", lambda name, known: Closure)
+    monkeypatch.setattr("tt_train.optim.optimizers.resolve", lambda name, known: Closure)
     config = compose("sft", overrides=["model.path=m", "data.train=d"])
     (line,) = components.mistakes(config, torch.device("cpu"))
     assert "cannot make a step on cpu" in line
@@ -172,7 +172,7 @@ class Counts(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("in_backward", [False, True])
 def test_numbers_that_an_optimizer_keeps_per_parameter_and_per_group_are_restored(monkeypatch, in_backward):
-    monkeypatch.setattr("tt_train.optim.resolve", lambda name, known: Counts)
+    monkeypatch.setattr("tt_train.optim.optimizers.resolve", lambda name, known: Counts)
 
     def trained(steps, state=None, start=None):
         parameters = [torch.nn.Parameter(torch.ones(4) * (i + 1) if start is None else start[i]) for i in range(2)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import tt_train
-from tt_train.preferences import PAIR_LOSSES, Judged, Pairs, kto, log1mexp
+from tt_train.losses.preferences import PAIR_LOSSES, Judged, Pairs, kto, log1mexp
 
 TOKENS = torch.tensor([[3, 7, 1, 5], [4, 2, 6, 5]])
 

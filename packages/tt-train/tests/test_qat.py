@@ -151,7 +151,7 @@ def test_it_learns_and_saves_a_normal_checkpoint_that_is_better_once_it_is_quant
 
 def held_out_loss(model, job):
     from tt_train.evaluate import held_out_figures
-    from tt_train.losses import cross_entropy
+    from tt_train.losses.cross_entropy import cross_entropy
 
     figures = held_out_figures(
         model, job.held_out, cross_entropy, micro_batch_size=4, pad_id=job.tokenizer.pad_id, device=job.device

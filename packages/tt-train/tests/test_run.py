@@ -16,7 +16,7 @@ import tt_data
 import tt_models
 from tt_train import ConfigError, Interrupted, TrainingError, compose, load, merge_run
 from tt_train.job import assemble
-from tt_train.losses import Summed, cross_entropy
+from tt_train.losses.cross_entropy import Summed, cross_entropy
 from tt_train.recipes import sft
 from tt_train.run.console import Console
 from tt_train.run.dir import find_run, list_runs

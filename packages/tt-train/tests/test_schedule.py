@@ -6,7 +6,7 @@ import torch
 import tt_train
 from tt_train import ConfigError, compose
 from tt_train.config import ScheduleSection
-from tt_train.schedule import learning_rate, rate_change, schedule_mistakes, schedule_notes, warmup_steps
+from tt_train.optim.schedule import learning_rate, rate_change, schedule_mistakes, schedule_notes, warmup_steps
 
 SHAPES = {
     "constant": ({}, "constant_with_warmup", {}),

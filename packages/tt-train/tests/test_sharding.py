@@ -10,12 +10,12 @@ import tt_data
 from tt_train import ConfigError, TrainingError, compose
 from tt_train.build import build_optimizer, load_model, make_objective
 from tt_train.config import AdapterSection, ParallelSection, RunConfig
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.sharding import copies, squared_norm, ways
 from tt_train.evaluate import to_device
 from tt_train.job import assemble
-from tt_train.losses import cross_entropy
+from tt_train.losses.cross_entropy import cross_entropy
 from tt_train.memory import blocks
-from tt_train.sharding import copies, squared_norm, ways
 from tt_train.step import train_step
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tt_train import TrainingError
-from tt_train.losses import Summed
+from tt_train.losses.cross_entropy import Summed
 from tt_train.step import train_step
 
 

@@ -51,7 +51,7 @@ def test_the_held_out_loss_before_step_1_is_that_of_the_base(train, tmp_path, mo
     from tt_train import load
     from tt_train.evaluate import held_out_figures
     from tt_train.job import assemble
-    from tt_train.losses import cross_entropy
+    from tt_train.losses.cross_entropy import cross_entropy
 
     path = train(tmp_path / "r", "max_steps=2", "eval_every=null")
     assert [step for step, _ in evaluated(path)] == [0, 2]

@@ -32,8 +32,8 @@ from tt_ckpt import files
 from tt_ckpt.redaction import redact
 from tt_cli.errors import FAILED, WRONG_INPUT
 from tt_cli.terminal import say
+from tt_train.devices.launch import RESTARTED
 from tt_train.errors import TrainingError, log_name
-from tt_train.launch import RESTARTED
 from tt_train.visible import visible
 
 _FINAL = {WRONG_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes that starting again would only repeat

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from tt_cli.terminal import answer, tell
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.launch import Place, joined, meet
 from tt_train.errors import TrainingError, counted
-from tt_train.launch import Place, joined, meet
 
 
 def check_ranks(here: Place | None, torchrun: Sequence[str], nproc: str | None, *, timeout_s: int) -> int:

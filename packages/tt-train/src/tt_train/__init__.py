@@ -8,27 +8,27 @@ if TYPE_CHECKING:
     from tt_train.composing import compose
     from tt_train.config import RunConfig
     from tt_train.errors import ConfigError, Interrupted, TrainingError
-    from tt_train.log_probs import linear_log_probs
-    from tt_train.losses import Summed, cross_entropy, linear_cross_entropy
+    from tt_train.losses.cross_entropy import Summed, cross_entropy, linear_cross_entropy
+    from tt_train.losses.log_probs import linear_log_probs
+    from tt_train.losses.preferences import dpo_loss
     from tt_train.models.load import load
     from tt_train.models.merge import merge_run
-    from tt_train.preferences import dpo_loss
-    from tt_train.schedule import learning_rate
+    from tt_train.optim.schedule import learning_rate
     from tt_train.step import train_step
 
 _HOMES = {
     "compose": "composing",
     "RunConfig": "config",
-    "Summed": "losses",
+    "Summed": "losses.cross_entropy",
     "ConfigError": "errors",
     "Interrupted": "errors",
     "TrainingError": "errors",
     "load": "models.load",
-    "cross_entropy": "losses",
-    "dpo_loss": "preferences",
-    "linear_cross_entropy": "losses",
-    "learning_rate": "schedule",
-    "linear_log_probs": "log_probs",
+    "cross_entropy": "losses.cross_entropy",
+    "dpo_loss": "losses.preferences",
+    "linear_cross_entropy": "losses.cross_entropy",
+    "learning_rate": "optim.schedule",
+    "linear_log_probs": "losses.log_probs",
     "merge_run": "models.merge",
     "train_step": "step",
 }

@@ -15,17 +15,18 @@ import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.sharding import is_sharded, shard_, ways
 from tt_train.inputs.model import folder_of
 from tt_train.job import Job
-from tt_train.losses import Objective
-from tt_train.master_weights import MasterWeights
+from tt_train.losses.cross_entropy import Objective
+from tt_train.losses.table import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE
 from tt_train.memory import DTYPES, checkpoint_activations_, compile_, offload_activations_
-from tt_train.optim import decayed, make_optimizer
+from tt_train.optim.master_weights import MasterWeights
+from tt_train.optim.optimizers import decayed, make_optimizer
 from tt_train.reference import START, Reference, adapter_off, log_probs_of
 from tt_train.reference_cache import ReferenceCache, reference_facts
-from tt_train.registry import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE, losses_of, resolve
-from tt_train.sharding import is_sharded, shard_, ways
+from tt_train.registry import losses_of, resolve
 
 
 def load_model(job: Job[RunConfig]) -> tt_models.Decoder:

@@ -13,10 +13,10 @@ from torch import nn
 import tt_data
 import tt_models
 from tt_data.collate import without_loss
-from tt_train.distributed import World, world
+from tt_train.devices.distributed import World, world
+from tt_train.devices.sharding import is_sharded, reshard_
 from tt_train.errors import TrainingError
-from tt_train.losses import IGNORE, Batch, Objective, Summed, cross_entropy
-from tt_train.sharding import is_sharded, reshard_
+from tt_train.losses.cross_entropy import IGNORE, Batch, Objective, Summed, cross_entropy
 from tt_train.step import agree, summed
 
 _ROLES: dict[str, str] = {

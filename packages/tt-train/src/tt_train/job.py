@@ -12,7 +12,8 @@ import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig, method_of
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.launch import everywhere
 from tt_train.errors import ConfigError, collect
 from tt_train.inputs import components
 from tt_train.inputs.methods import method_mistakes
@@ -29,9 +30,8 @@ from tt_train.inputs.rows import (
     wanted_rows,
 )
 from tt_train.keys.mistakes import missing, refuse_mistakes
-from tt_train.launch import everywhere
 from tt_train.memory import DTYPES
-from tt_train.schedule import schedule_mistakes, schedule_notes
+from tt_train.optim.schedule import schedule_mistakes, schedule_notes
 
 C = TypeVar("C", bound=RunConfig)
 C_co = TypeVar("C_co", bound=RunConfig, covariant=True)

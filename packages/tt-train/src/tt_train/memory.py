@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from tt_train.errors import TrainingError, counted
-from tt_train.losses import Batch
+from tt_train.losses.cross_entropy import Batch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}  # by the names that configs use
 

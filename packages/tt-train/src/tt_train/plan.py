@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import tt_data
 import tt_models
-from tt_train.answers import judged_objective, pair_objective
 from tt_train.build import (
     build_optimizer,
     build_reference,
@@ -26,17 +25,18 @@ from tt_train.build import (
     teacher_shape,
 )
 from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
-from tt_train.distill import distillation
+from tt_train.devices.sharding import ways
 from tt_train.errors import ConfigError
 from tt_train.inputs.model import check_adapter
 from tt_train.inputs.rows import Kind
 from tt_train.job import Job
 from tt_train.keys.mistakes import world_mistakes
-from tt_train.losses import Batch, Objective
+from tt_train.losses.answers import judged_objective, pair_objective
+from tt_train.losses.cross_entropy import Batch, Objective
+from tt_train.losses.distill import distillation
 from tt_train.memory import DTYPES, blocks, peak_memory_gib
-from tt_train.optim import make_optimizer, state_bytes
+from tt_train.optim.optimizers import make_optimizer, state_bytes
 from tt_train.reference import Reference, adapter_off, log_probs_of, prepared
-from tt_train.sharding import ways
 from tt_train.step import train_step
 from tt_train.trace import Peak, trace_step
 

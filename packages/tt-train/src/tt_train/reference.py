@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import tt_models
 import tt_peft
-from tt_train.answers import answers_of, trained_tokens
 from tt_train.config import PreferenceSection
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.sharding import reshard_
 from tt_train.errors import TrainingError
 from tt_train.evaluate import evaluating
-from tt_train.losses import Batch
-from tt_train.sharding import reshard_
+from tt_train.losses.answers import answers_of, trained_tokens
+from tt_train.losses.cross_entropy import Batch
 
 START = "reference"  # the name of a frozen copy of an adapter that does not start at its base
 

@@ -21,11 +21,11 @@ from tt_ckpt.safetensors_file import MappedFile, write_tensor_dict
 from tt_ckpt.shown import plain, quoted
 from tt_data.dataset import LogProbs
 from tt_train.config import RunConfig
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError, counted
 from tt_train.evaluate import evaluating, to_device
 from tt_train.job import Job
-from tt_train.losses import Batch
+from tt_train.losses.cross_entropy import Batch
 
 FORMAT = 1
 TENSORS = "log_probs.safetensors"

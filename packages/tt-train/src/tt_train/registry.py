@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tt_train.config import logger_options
 from tt_train.errors import ConfigError, did_you_mean, shell_word
 from tt_train.logger_table import LOGGERS, option_mistakes
+from tt_train.losses.table import LOSSES, PREFERENCE_LOSSES
 from tt_train.torchtune import names as torchtune
 
 if TYPE_CHECKING:
@@ -39,15 +40,6 @@ _ELSEWHERE = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": 
               "adamw_8bit": "adamw8bit", "adamw_bnb_8bit": "adamw8bit", "adamw_torch_8bit": "adamw8bit",
               "adamw_4bit": "adamw4bit", "adamw_torch_4bit": "adamw4bit", "ao_adamw_4bit": "adamw4bit",
               "ao_adamw_8bit": "adamw8bit", "ao_adamw_fp8": "adamw_fp8"}  # fmt: skip
-LOSSES = {"cross_entropy": "tt_train.losses.cross_entropy"}
-# the losses of preference tuning, and which keys of the section ``loss`` each of them has beside beta and sft_weight
-PREFERENCE_LOSSES: dict[str, tuple[str, ...]] = {
-    "sigmoid": ("label_smoothing",), "sigmoid_norm": ("label_smoothing",), "robust": ("label_smoothing",), "hinge": (),
-    "ipo": (), "kto_pair": (), "apo_zero": (), "sppo_hard": (), "simpo": ("label_smoothing", "margin"), "orpo": (),
-    "kto": ("desirable_weight", "undesirable_weight"),
-}  # fmt: skip
-PREFERENCE_KEYS = tuple(dict.fromkeys(key for keys in PREFERENCE_LOSSES.values() for key in keys))
-REFERENCE_FREE = ("simpo", "orpo")
 
 
 def recipe_names() -> list[str]:
@@ -129,7 +121,7 @@ def _in_folder(folder: Path) -> str:
 def losses_of(loss: "LossSection") -> dict[str, str]:
     """The losses that ``loss.name`` may be, with where each is."""
     if hasattr(loss, "beta"):  # a PreferenceSection
-        return {name: f"tt_train.preferences.{name}" for name in PREFERENCE_LOSSES}
+        return {name: f"tt_train.losses.preferences.{name}" for name in PREFERENCE_LOSSES}
     return LOSSES
 
 

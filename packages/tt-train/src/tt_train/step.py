@@ -8,11 +8,11 @@ from typing import Literal
 
 import torch
 
-from tt_train.distributed import World, world
+from tt_train.devices.distributed import World, world
+from tt_train.devices.sharding import add_up_gradients_, is_sharded, local, reduce_gradients_, squared_norm
 from tt_train.errors import TrainingError
-from tt_train.losses import Batch, CausalLM, Objective, Summed
-from tt_train.master_weights import InBackward, MasterWeights
-from tt_train.sharding import add_up_gradients_, is_sharded, local, reduce_gradients_, squared_norm
+from tt_train.losses.cross_entropy import Batch, CausalLM, Objective, Summed
+from tt_train.optim.master_weights import InBackward, MasterWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from tt_models.cpu import shapes_alone
 from tt_peft.nf4_linear import NF4Base
-from tt_train.losses import Batch, CausalLM, Objective
+from tt_train.losses.cross_entropy import Batch, CausalLM, Objective
 
 aten = torch.ops.aten
 _MASKED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,

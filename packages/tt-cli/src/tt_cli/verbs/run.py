@@ -17,7 +17,7 @@ from tt_train.errors import ConfigError, Interrupted, LostRank
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
-    from tt_train.launch import Place
+    from tt_train.devices.launch import Place
 
 # torchrun's options, which tt run takes too, and whether a value follows; newer ones are taken after -- only
 TORCHRUN = {
@@ -129,7 +129,7 @@ def command(
     """
     if any(name in os.environ for name in ("RANK", "SLURM_PROCID")):
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a rank waits for is said in words of ours
-    from tt_train.launch import place
+    from tt_train.devices.launch import place
 
     here = place()
     invocation.rank = here.rank if here is not None else 0
@@ -222,7 +222,7 @@ def _run_dir(config: "RunConfig", resume: str | None) -> Path:
 
 def _restarted(asked: _Asked, invocation: Invocation) -> _Asked:
     """The command as it is after a rank was lost: it continues its own run."""
-    from tt_train.launch import is_restarted
+    from tt_train.devices.launch import is_restarted
 
     if not is_restarted():
         return asked
@@ -233,7 +233,7 @@ def _restarted(asked: _Asked, invocation: Invocation) -> _Asked:
 
 def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
     """Train as one process of several: rank 0 prints and answers."""
-    from tt_train import launch
+    from tt_train.devices import launch
     from tt_train.inputs.components import pick_device
     from tt_train.keys.mistakes import world_mistakes
 

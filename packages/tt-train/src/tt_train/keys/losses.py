@@ -2,7 +2,7 @@
 loss and its formula."""
 
 from tt_train.config import PreferenceSection, RunConfig
-from tt_train.registry import PREFERENCE_KEYS, PREFERENCE_LOSSES, REFERENCE_FREE
+from tt_train.losses.table import PREFERENCE_KEYS, PREFERENCE_LOSSES, REFERENCE_FREE
 
 
 def loss_mistakes(config: RunConfig) -> list[str]:

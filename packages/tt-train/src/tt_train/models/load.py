@@ -17,9 +17,9 @@ from tt_models.limits import refuse_too_large, weight_bytes
 from tt_peft.adapter_files.folder import WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 from tt_train.errors import ConfigError
 from tt_train.inputs.model import lora_config, read_hf_config
-from tt_train.master_weights import join
 from tt_train.memory import DTYPES
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
+from tt_train.optim.master_weights import join
 from tt_train.recipe_file import repeating
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"

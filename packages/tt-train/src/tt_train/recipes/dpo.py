@@ -4,16 +4,17 @@ from functools import partial
 from pathlib import Path
 
 import tt_ckpt
-from tt_train.answers import judged_objective, pair_objective
 from tt_train.build import build_optimizer, build_reference, load_model, preference_loss
 from tt_train.config import DPOConfig, PreferenceSection
 from tt_train.evaluate import prompts
 from tt_train.job import Job, assemble
 from tt_train.keys.mistakes import refuse_mistakes
 from tt_train.keys.paths import absolute
-from tt_train.losses import Objective
+from tt_train.losses.answers import judged_objective, pair_objective
+from tt_train.losses.cross_entropy import Objective
 from tt_train.memory import explaining_memory
-from tt_train.optim import set_learning_rate
+from tt_train.optim.optimizers import set_learning_rate
+from tt_train.optim.schedule import learning_rate
 from tt_train.reference import prepared
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console
@@ -24,7 +25,6 @@ from tt_train.run.loop import Metrics, after_step, steps
 from tt_train.run.resume import check_destination
 from tt_train.run.start import announce, opening_facts, start
 from tt_train.run.stop import StopRequest
-from tt_train.schedule import learning_rate
 from tt_train.step import train_step
 
 Config = DPOConfig
@@ -34,7 +34,7 @@ def make_objective(loss: PreferenceSection) -> Objective:
     """What a step makes smaller: the mean over all its pairs, or over its judged answers for kto.
 
     For a loss of your own, copy this file (``tt cp dpo my_dpo.py``) and give ``loss=`` a function from
-    ``tt_train.preferences.Pairs`` to a loss for each pair: ``lambda pairs: pairs.rejected - pairs.chosen``.
+    ``tt_train.losses.preferences.Pairs`` to a loss for each pair: ``lambda pairs: pairs.rejected - pairs.chosen``.
     """
     objective = judged_objective if loss.name == "kto" else pair_objective
     return partial(objective, loss=preference_loss(loss), beta=loss.beta, sft_weight=loss.sft_weight)

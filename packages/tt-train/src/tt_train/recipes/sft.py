@@ -10,7 +10,8 @@ from tt_train.job import Job, assemble
 from tt_train.keys.mistakes import refuse_mistakes
 from tt_train.keys.paths import absolute
 from tt_train.memory import explaining_memory
-from tt_train.optim import set_learning_rate
+from tt_train.optim.optimizers import set_learning_rate
+from tt_train.optim.schedule import learning_rate
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
@@ -20,7 +21,6 @@ from tt_train.run.loop import Metrics, after_step, steps
 from tt_train.run.resume import check_destination
 from tt_train.run.start import announce, opening_facts, start
 from tt_train.run.stop import StopRequest
-from tt_train.schedule import learning_rate
 from tt_train.step import train_step
 
 Config = SFTConfig

@@ -13,15 +13,15 @@ import tt_ckpt
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig
+from tt_train.devices.launch import ending, is_lost
+from tt_train.devices.sharding import local
 from tt_train.errors import ConfigError, Interrupted, LostRank, counted
 from tt_train.job import Job
-from tt_train.launch import ending, is_lost
-from tt_train.master_weights import MasterWeights, join, split_
-from tt_train.optim import load_optimizer_tensors_, optimizer_tensors, state_bytes
+from tt_train.optim.master_weights import MasterWeights, join, split_
+from tt_train.optim.optimizers import load_optimizer_tensors_, optimizer_tensors, state_bytes
 from tt_train.run.dir import RunDir
 from tt_train.run.saved import check_tensors, held_groups
 from tt_train.run.stop import Stopped
-from tt_train.sharding import local
 from tt_train.step import StepResult
 
 _SAVED = ("step", "tokens", "elapsed_s", "row", "best", "evaluations_since_best", "judged", "token_stream")

@@ -15,7 +15,7 @@ from typing import Any, TypedDict, cast
 
 from tt_ckpt import commit, files
 from tt_ckpt.redaction import redact, redact_data
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
 from tt_train.report.summary import training_loss
 from tt_train.run.lock import LOCK, RunLock, writer_of

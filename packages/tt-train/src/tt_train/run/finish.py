@@ -14,11 +14,12 @@ import tt_data
 import tt_models
 import tt_peft
 from tt_train.config import RunConfig, named_sets
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.launch import everywhere
+from tt_train.devices.sharding import is_sharded
 from tt_train.errors import counted, shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
-from tt_train.launch import everywhere
 from tt_train.memory import DTYPES
 from tt_train.recipe_file import repeating
 from tt_train.report import write_report
@@ -32,7 +33,6 @@ from tt_train.run.model_card import model_card
 from tt_train.run.serving import own_template, serving_files, serving_of, to_record
 from tt_train.run_files import TEMPLATE_FILE, read_manifest
 from tt_train.series import set_of
-from tt_train.sharding import is_sharded
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}

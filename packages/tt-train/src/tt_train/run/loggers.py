@@ -14,7 +14,7 @@ import yaml
 
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.config import RunConfig, logger_options, to_dict
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
 from tt_train.logger_table import LOGGERS
 from tt_train.registry import resolve
 from tt_train.run.console import Console

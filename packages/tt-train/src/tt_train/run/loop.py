@@ -11,21 +11,21 @@ import torch
 
 import tt_data
 from tt_train.config import RunConfig
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
 from tt_train.errors import TrainingError, counted
 from tt_train.evaluate import answer, held_out_figures, to_device
-from tt_train.exact_match import exact_match
 from tt_train.inputs.questions import questions
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
-from tt_train.losses import Batch, Objective
+from tt_train.losses.cross_entropy import Batch, Objective
 from tt_train.memory import compile_seconds, memory_gib
-from tt_train.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.compare import STREAM, chained, digest_of
 from tt_train.run.console import Console, held_out_line
 from tt_train.run.dir import RunDir
+from tt_train.run.exact_match import exact_match
 from tt_train.run.loggers import Logger
+from tt_train.run.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.profile import Profile
 from tt_train.run.stop import StopRequest
 from tt_train.series import SERIES

@@ -11,10 +11,11 @@ from torch import nn
 
 import tt_ckpt
 from tt_train.config import RunConfig, to_dict, to_yaml
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.launch import decided, everywhere, is_restarted
 from tt_train.errors import ConfigError
 from tt_train.job import Job
-from tt_train.launch import decided, everywhere, is_restarted
+from tt_train.optim.schedule import rate_change
 from tt_train.recipe_file import copy_of
 from tt_train.reference_cache import weights_of
 from tt_train.registry import imports_of
@@ -36,7 +37,6 @@ from tt_train.run.resume import (
 )
 from tt_train.run.serving import own_template
 from tt_train.run_files import TEMPLATE_FILE, FinishedRun, read_rows
-from tt_train.schedule import rate_change
 
 
 def start(

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tt_train.log_probs import token_log_probs
-from tt_train.losses import IGNORE, Batch, CausalLM, Summed
-from tt_train.preferences import Judged, Pairs, rewards
+from tt_train.losses.cross_entropy import IGNORE, Batch, CausalLM, Summed
+from tt_train.losses.log_probs import token_log_probs
+from tt_train.losses.preferences import Judged, Pairs, rewards
 
 
 class Answers(NamedTuple):
@@ -58,7 +58,7 @@ def pair_objective(
     """``loss`` of each pair with a trained token in both answers, and ``sft_weight`` times the cross entropy of the
     chosen ones: a mean over their tokens in the whole step, of which the batch brings ``items_per_token``.
 
-    Rewards are those of ``tt_train.preferences.rewards``.
+    Rewards are those of ``tt_train.losses.preferences.rewards``.
     """
     answers = answers_of(model, batch)
     chosen, rejected = answers.take(slice(0, None, 2)), answers.take(slice(1, None, 2))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_train.distributed import world
-from tt_train.sharding import local, squared_norm
+from tt_train.devices.distributed import world
+from tt_train.devices.sharding import local, squared_norm
 
 _BUCKET = 2**22  # weights that are whole at a time while the optimizer runs
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tt_models
 from tt_models.moe import MoE
-from tt_train.losses import IGNORE, Batch
+from tt_train.losses.cross_entropy import IGNORE, Batch
 
 # name of the device -> dense bf16 operations per second, in 1e12, without sparsity; the first row that fits counts
 PEAKS: Sequence[tuple[str, float]] = (

@@ -7,10 +7,10 @@ from torch import Tensor
 
 import tt_data
 import tt_models
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
+from tt_train.devices.sharding import is_sharded
 from tt_train.evaluate import end_ids, evaluating, gather_embeddings
 from tt_train.inputs.questions import Question
-from tt_train.sharding import is_sharded
 
 MORE_TOKENS = 8  # than the expected answer has, which may be spelt with other tokens
 AT_ONCE = 128  # questions of a batch on one rank, at the most

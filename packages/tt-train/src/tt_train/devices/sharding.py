@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from tt_ckpt.ranks import is_dtensor
 from tt_train.config import RunConfig
-from tt_train.distributed import World
+from tt_train.devices.distributed import World
 from tt_train.memory import blocks
 
 if TYPE_CHECKING:

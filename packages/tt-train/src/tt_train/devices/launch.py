@@ -1,7 +1,7 @@
 """How the processes of a run find each other, and how a mistake that one of them finds ends all of them.
 
 ``tt run --nproc``, torchrun, Kubeflow (torchrun reads its PET_ variables) and SLURM all end in the same ``Place``, and
-then in the same ``tt_train.distributed.World``. https://docs.pytorch.org/docs/stable/elastic/run.html
+then in the same ``tt_train.devices.distributed.World``. https://docs.pytorch.org/docs/stable/elastic/run.html
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
-from tt_train.distributed import world
+from tt_train.devices.distributed import world
 from tt_train.errors import WRONG, ConfigError, ShownElsewhere, TrainingError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tt_train.losses import (
+from tt_train.losses.cross_entropy import (
     IGNORE,
     Batch,
     CausalLM,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tt_train.losses import (
+from tt_train.losses.cross_entropy import (
     IGNORE,
     CausalLM,
     WeightGradient,

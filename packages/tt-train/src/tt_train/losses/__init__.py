@@ -1,0 +1,1 @@
+"""What a run makes smaller: objectives, and what preference losses compare with."""

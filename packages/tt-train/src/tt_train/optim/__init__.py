@@ -1,0 +1,1 @@
+"""What updates the weights: optimizers, fp32 weights behind bf16, and the learning rate."""
