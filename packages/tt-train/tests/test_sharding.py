@@ -12,6 +12,7 @@ from tt_train.build import build_optimizer, load_model, make_objective
 from tt_train.config import AdapterSection, ParallelSection, RunConfig
 from tt_train.devices.distributed import world
 from tt_train.devices.sharding import copies, squared_norm, ways
+from tt_train.errors import ShownElsewhere
 from tt_train.evaluate import to_device
 from tt_train.job import assemble
 from tt_train.losses.cross_entropy import cross_entropy
@@ -132,10 +133,13 @@ def test_copies_are_not_updated_in_the_backward_pass(words, ranks):
 
 def refuses_copies(words):
     backward = ["optimizer_in_backward=true", "max_grad_norm=null", "parallel.replicate=2"]
-    with pytest.raises(ConfigError, match="gradients of copies are added up after the backward pass"):
-        assemble(compose("sft", overrides=[*words, *backward]))
-    with pytest.raises(ConfigError, match="the state of adamw8bit cannot be sharded; use adamw"):
-        assemble(compose("sft", overrides=[*words, "optimizer.name=adamw8bit", "parallel.shard=2"]))
+    for wrong, text in (
+        (backward, "gradients of copies are added up after the backward pass"),
+        (["optimizer.name=adamw8bit", "parallel.shard=2"], "the state of adamw8bit cannot be sharded; use adamw"),
+    ):
+        error, match = (ConfigError, text) if world().is_main else (ShownElsewhere, "another rank shows why")
+        with pytest.raises(error, match=match):
+            assemble(compose("sft", overrides=[*words, *wrong]))
 
 
 # ---- traps ----
