@@ -195,7 +195,7 @@ def tokenizers(session: nox.Session) -> None:
 
 @nox.session(name="gpu-trace", requires=["build"], default=False)
 def gpu_trace(session: nox.Session) -> None:
-    """Trace forward passes on a CUDA device that need not be there, with torch's CUDA build (several GB)."""
+    """Trace training steps on a CUDA device that need not be there, with torch's CUDA build (several GB)."""
     install(session, *wheels("tt-train"), "pytest")
     # of the index, and not the CPU build that PIP_FIND_LINKS may name
     session.install("--force-reinstall", "--no-deps", "torch", env={"PIP_FIND_LINKS": "", "UV_FIND_LINKS": ""})
