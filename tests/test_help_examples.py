@@ -89,7 +89,7 @@ def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: 
     scale, stage = tt_cli.quickstart.commands.Scale, tt_cli.quickstart.commands.Stage
     steps = {"num_rows": 40, "max_steps": 2, "learning_rate": 1e-3}
     tiny = scale(hidden_size=32, num_hidden_layers=1, num_held_out=4, num_base_held_out=5,
-                 pretrain=stage(**steps), finetune=stage(**steps))  # fmt: skip
+                 pretrain=stage(**steps), finetune=stage(**steps), preferences=stage(**steps))  # fmt: skip
     monkeypatch.setattr(tt_cli.quickstart.commands, "Scale", lambda: tiny)
     return place
 

@@ -1,6 +1,7 @@
 """The whole story at a size that takes seconds, and the verb around it."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import tt_train
 from tt_cli.quickstart import commands, story
 from tt_cli.quickstart.commands import Folders, Scale, Stage
 from tt_cli.quickstart.narrator import Narrator, StageLines, default_root
-from tt_cli.quickstart.rows import KINDS, TARGET
+from tt_cli.quickstart.rows import KINDS, PREFERRED, TARGET
 from tt_cli.quickstart.story import Outcome, tell
 
 TINY = Scale(
@@ -26,15 +27,18 @@ TINY = Scale(
     rank=2,
     num_held_out=10,
     num_base_held_out=5,
-    pretrain=Stage(num_rows=40, max_steps=3, learning_rate=1e-2, batch_size=4),
-    finetune=Stage(num_rows=20, max_steps=2, learning_rate=1e-2, batch_size=4),
+    pretrain=Stage(num_rows=40, max_steps=100, learning_rate=1e-2, batch_size=8),
+    finetune=Stage(num_rows=20, max_steps=10, learning_rate=1e-2, batch_size=4),
+    preferences=Stage(num_rows=12, max_steps=2, learning_rate=1e-2, batch_size=4),
 )
 GOOD = Outcome(
     seed=0,
     before={TARGET: 0.01, "add": 1.0},
-    after={TARGET: 0.99, "add": 0.5},
+    after={TARGET: 0.99, PREFERRED: 0.01, "add": 0.5},
     logits_apart=1e-6,
     answers_apart=0,
+    pairs=30,
+    preferred={TARGET: 0.9, PREFERRED: 0.95, "add": 0.5},
     question="Sort: b a",
     answer="a b",
     commands=[],
@@ -49,19 +53,28 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folders, Outcome]:
 
 def test_the_story_leaves_everything_that_it_names(told: tuple[Folders, Outcome]):
     folders, outcome = told
-    for path in (folders.pretrain_rows, folders.finetune_rows, folders.held_out_rows, folders.report):
+    for path in (
+        folders.pretrain_rows,
+        folders.finetune_rows,
+        folders.held_out_rows,
+        folders.pair_rows,
+        folders.report,
+    ):
         assert path.stat().st_size > 0
     for path in (folders.blank, folders.base, folders.merged):
         assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
             file.name for file in path.iterdir()
         }
-    assert (folders.lora_run / "adapter" / "adapter_model.safetensors").is_file()
-    assert set(outcome.before) == set(outcome.after) == {TARGET, *KINDS}
+    for run in (folders.lora_run, folders.dpo_run):
+        assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    assert set(outcome.before) == set(outcome.after) == set(outcome.preferred) == {TARGET, PREFERRED, *KINDS}
 
 
-def test_both_stages_trained_for_their_steps(told: tuple[Folders, Outcome]):
+def test_each_stage_trained_for_its_steps(told: tuple[Folders, Outcome]):
     folders, _ = told
-    for run, stage in ((folders.pretrain_run, TINY.pretrain), (folders.lora_run, TINY.finetune)):
+    for run, stage in (
+        (folders.pretrain_run, TINY.pretrain), (folders.lora_run, TINY.finetune), (folders.dpo_run, TINY.preferences)
+    ):  # fmt: skip
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows if row["step"]] == list(range(1, stage.max_steps + 1))
 
@@ -78,6 +91,44 @@ def test_merged_and_adapted_agree_and_differ_from_the_base(told: tuple[Folders, 
     assert not torch.allclose(base, merged, atol=1e-4)
 
 
+def test_the_rejected_answers_are_the_merged_models_own_wrong_ones(told: tuple[Folders, Outcome]):
+    folders, outcome = told
+    pairs = [json.loads(line) for line in folders.pair_rows.read_text().splitlines()]
+    assert 0 < len(pairs) == outcome.pairs <= TINY.preferences.num_rows
+    model, tokenizer = tt_train.load(folders.merged, device="cpu")
+    questions, chosen, rejected = (
+        [pair[key][0]["content"] for pair in pairs] for key in ("prompt", "chosen", "rejected")
+    )
+    said = story.answers(model, tokenizer, questions)
+    assert rejected == [answer.removesuffix("...") for answer in said]
+    for question, right, wrong in zip(questions, chosen, rejected, strict=True):
+        assert wrong != right == " ".join(sorted(question.removeprefix("Sort: ").split()))
+    other = {json.loads(line)["messages"][0]["content"] for path in (folders.finetune_rows, folders.held_out_rows)
+             for line in path.read_text().splitlines()}  # fmt: skip
+    assert other.isdisjoint(questions)
+
+
+def test_preferences_start_from_the_merged_model_and_move_it(told: tuple[Folders, Outcome]):
+    folders, _ = told
+    steps = [json.loads(line) for line in (folders.dpo_run / "metrics.jsonl").read_text().splitlines()]
+    first = next(row for row in steps if row["step"] == 1)
+    assert first["rewards_margin"] == 0  # the reference is the model that training starts from
+    ids = torch.arange(10).view(1, -1)
+    merged, preferred = (tt_train.load(path, device="cpu")[0](ids) for path in (folders.merged, folders.dpo_run))
+    assert not torch.allclose(merged, preferred, atol=1e-4)
+
+
+def test_a_model_that_is_never_wrong_has_no_preferences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(story, "write_pairs", lambda path, rows, given: 0)
+    outcome = tell(tmp_path / "qs", seed=3, scale=TINY, narrator=Narrator())
+    assert not (tmp_path / "qs" / "runs" / "dpo").exists()
+    assert outcome.preferred == outcome.after
+    assert "preferences: the merged model gave no wrong answer to learn from, expected some" in outcome.shortfalls
+    assert "tt run dpo" not in capsys.readouterr().err + " ".join(outcome.commands)
+
+
 def test_transformers_loads_base_and_merged(told: tuple[Folders, Outcome]):
     transformers = pytest.importorskip("transformers")
     folders, _ = told
@@ -92,7 +143,10 @@ def test_transformers_loads_base_and_merged(told: tuple[Folders, Outcome]):
 def test_the_same_seed_tells_the_same_story(told: tuple[Folders, Outcome], tmp_path: Path):
     folders, outcome = told
     again = tell(tmp_path / "qs", seed=3, scale=TINY, narrator=Narrator())
-    for weights in (Path("pretrain/model/model.safetensors"), Path("lora/adapter/adapter_model.safetensors")):
+    for weights in (
+        "pretrain/model/model.safetensors",
+        *(f"{run}/adapter/adapter_model.safetensors" for run in ("lora", "dpo")),
+    ):
         one, other = (load_file(root / "runs" / weights) for root in (folders.root, tmp_path / "qs"))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -101,7 +155,8 @@ def test_the_same_seed_tells_the_same_story(told: tuple[Folders, Outcome], tmp_p
 
 def test_the_commands_are_what_was_run(told: tuple[Folders, Outcome]):
     folders, outcome = told
-    for line, run in zip(outcome.commands[:2], (folders.pretrain_run, folders.lora_run), strict=True):
+    lines = [line for line in outcome.commands if line.startswith("tt run ")]
+    for line, run in zip(lines, (folders.pretrain_run, folders.lora_run, folders.dpo_run), strict=True):
         tt, verb, recipe, *words, dash_o, output = shlex.split(line)
         assert (tt, verb, dash_o, output) == ("tt", "run", "-o", str(run))
         typed = tt_train.compose(recipe, overrides=words)
@@ -131,9 +186,12 @@ def test_a_chat_turn_is_what_the_story_told(told: tuple[Folders, Outcome], tt_pr
 
 @pytest.mark.parametrize(("change", "told"), [
     ({"before": {TARGET: 0.10}}, "sort before: 10.0 %"),
-    ({"after": {TARGET: 0.90}}, "sort after: 90.0 %"),
+    ({"after": {TARGET: 0.90, PREFERRED: 0.01}}, "sort after: 90.0 %"),
     ({"logits_apart": 1e-3}, "logits 1e-03"),
     ({"answers_apart": 1}, "1 answers differ"),
+    ({"preferred": {PREFERRED: 0.8}}, "sort 3 or 7 after preferences: 80.0 % of held-out rows, expected over 80.0 %"),
+    ({"after": {TARGET: 0.99, PREFERRED: 0.95}}, "after preferences: 95.0 % of held-out rows, expected over 95.0 %"),
+    ({"pairs": 0}, "no wrong answer"),
 ])  # fmt: skip
 def test_each_shortfall_is_named(change: dict[str, object], told: str):
     assert GOOD.shortfalls == []
@@ -143,12 +201,13 @@ def test_each_shortfall_is_named(change: dict[str, object], told: str):
 
 def test_paths_that_yaml_would_misread_are_quoted(tmp_path: Path):
     folders = Folders(tmp_path / "a #b: c")
-    for words in (
-        commands.pretrain_words(folders, TINY, seed=0),
-        commands.lora_words(folders, TINY, seed=0),
-        commands.both_words(folders, TINY, seed=0),
+    for recipe, words in (
+        ("sft", commands.pretrain_words(folders, TINY, seed=0)),
+        ("sft", commands.lora_words(folders, TINY, seed=0)),
+        ("sft", commands.both_words(folders, TINY, seed=0)),
+        ("dpo", commands.dpo_words(folders, TINY, seed=0)),
     ):
-        config = tt_train.compose("sft", overrides=words)
+        config = tt_train.compose(recipe, overrides=words)
         rows = config.data.train if isinstance(config.data.train, list) else [config.data.train]
         assert str(config.model.path).startswith(str(folders.root))
         assert all(str(path).startswith(str(folders.root)) for path in rows)
@@ -209,7 +268,10 @@ def test_a_bar_that_is_missed_is_exit_code_1(tmp_path: Path, tt):
     assert answer.code == 1
     assert "error: sort after: 0.0 % of held-out rows, expected over 90.0 %" in answer.err
     assert f"tt run sft model.path={tmp_path}/qs/blank" in answer.err
+    assert "error: sort 3 or 7 after preferences: 0.0 % of held-out rows, expected over 80.0 %" in answer.err
+    assert f"tt run dpo model.path={tmp_path}/qs/merged" in answer.err
     assert "unseen questions" in answer.out
+    assert "with preferences" in answer.out
     assert torch.get_num_threads() == threads
 
 
@@ -219,7 +281,12 @@ def test_json_is_one_object_and_follows_the_seed(tmp_path: Path, tt):
     answer = tt("quickstart", "-o", str(root), "--seed", "6", "--json")
     assert answer.code == 1
     assert answer.json["ok"] is False
-    assert answer.json["errors"] == ["sort after: 0.0 % of held-out rows, expected over 90.0 %"]
+    assert answer.json["errors"] == [
+        "sort after: 0.0 % of held-out rows, expected over 90.0 %",
+        "sort 3 or 7 after preferences: 0.0 % of held-out rows, expected over 80.0 %",
+    ]
+    assert answer.json["pairs"] == len((root / "data" / "pairs.jsonl").read_text().splitlines()) > 0
+    assert answer.json["preferred"].keys() == {TARGET, PREFERRED, *KINDS}
     assert (answer.json["seed"], answer.json["output_dir"]) == (6, str(root))
     assert (root / "data" / "pretrain.jsonl").read_text() != _rows_of_seed(5, tmp_path)
 
@@ -242,6 +309,17 @@ def test_an_output_that_is_taken_is_refused(tmp_path: Path, kind: str, tt):
     answer = tt("quickstart", "-o", str(taken))
     assert answer.code == 2
     assert answer.err == f"error: {taken} exists and is not empty; name a new folder with -o DIR\n"
+
+
+def test_pairs_are_trained_in_the_template_that_the_model_answers_in(told: tuple[Folders, Outcome], tt):
+    folders, _ = told
+    answer = tt("data", "show", str(folders.pair_rows), "--tokenizer", str(folders.merged), "-n", "1")
+    assert answer.code == 0
+    pair = json.loads(folders.pair_rows.read_text().splitlines()[0])
+    tokenizer = tt_data.load_tokenizer(folders.merged)
+    for side in ("chosen", "rejected"):
+        shown = tokenizer.render([*pair["prompt"], *pair[side]])
+        assert shown in re.sub("[\u27e6\u27e7]", "", answer.out)
 
 
 def test_the_held_out_rows_are_scored_with_the_rows_template(told: tuple[Folders, Outcome]):

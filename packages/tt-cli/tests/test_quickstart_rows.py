@@ -12,7 +12,7 @@ import pytest
 
 from tt_cli.quickstart import rows as made
 from tt_cli.quickstart.commands import Scale
-from tt_cli.quickstart.rows import KINDS, TARGET, Row, Splits, make_splits, write_rows
+from tt_cli.quickstart.rows import KINDS, PREFERRED, TARGET, Row, Splits, make_splits, write_pairs, write_rows
 
 
 def _sum(question: str) -> str:
@@ -31,11 +31,12 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "reverse": lambda question: question.split(": ")[1][::-1],
     "sort": lambda question: " ".join(c for c in map(chr, range(97, 123)) if c in _letters(question)),
 }
+CHECKS["sort 3 or 7"] = CHECKS["sort"]
 
 
 def draw(kind: str, seed: int, number: int = 300) -> list[Row]:
     rng = random.Random(seed)
-    return [getattr(made, kind)(rng) for _ in range(number)]
+    return [getattr(made, kind.replace(" ", "_"))(rng) for _ in range(number)]
 
 
 @pytest.mark.parametrize("kind", CHECKS)
@@ -64,6 +65,12 @@ def test_letters_to_order_are_different_and_rarely_in_order_already():
     assert sum(row.question.endswith(row.answer) for row in rows) < 0.05 * len(rows)
 
 
+def test_preferences_are_about_as_many_letters_as_the_adapter_never_saw():
+    letters, other = ({len(set(_letters(row.question))) for row in draw(kind, 3)} for kind in (PREFERRED, TARGET))
+    assert letters == {3, 7}
+    assert other == {4, 5, 6}
+
+
 def test_the_knowledge_base_gives_each_fact_one_answer_in_every_phrasing():
     people = made.make_people(random.Random(4))
     known = {person.name: person for person in people}
@@ -90,7 +97,7 @@ def test_no_phrasing_is_shared_by_two_facts():
     assert len(set(forms)) == len(forms)
 
 
-SIZES = {"num_pretrain": 1000, "num_finetune": 300, "num_held_out": 50, "num_base_held_out": 25}
+SIZES = {"num_pretrain": 1000, "num_finetune": 300, "num_held_out": 50, "num_base_held_out": 25, "num_practice": 40}
 
 
 def questions(splits: Splits) -> dict[str, list[str]]:
@@ -108,11 +115,13 @@ def test_the_base_never_sees_the_target_kind():
     assert TARGET not in KINDS
     assert not any(row.kind == TARGET or "sort" in row.question.lower() for row in splits.pretrain)
     assert {row.kind for row in (*splits.finetune, *splits.held_out)} == {TARGET}
+    assert {row.kind for row in (*splits.practice, *splits.practice_held_out)} == {PREFERRED}
 
 
 def test_splits_have_the_sizes_and_shares_asked_for():
     splits = make_splits(0, **SIZES)
     assert (len(splits.finetune), len(splits.held_out), len(splits.base_held_out)) == (300, 50, 25)
+    assert (len(splits.practice), len(splits.practice_held_out)) == (40, 50)
     assert Counter(row.kind for row in splits.base_held_out) == dict.fromkeys(KINDS, 5)
     total = sum(KINDS.values())
     assert Counter(row.kind for row in splits.pretrain) == {kind: 1000 * part // total for kind, part in KINDS.items()}
@@ -121,9 +130,7 @@ def test_splits_have_the_sizes_and_shares_asked_for():
 @pytest.mark.parametrize("name", SIZES)
 def test_each_size_has_an_effect(name: str):
     larger = make_splits(0, **{**SIZES, name: SIZES[name] + 20})
-    split = {"num_pretrain": "pretrain", "num_finetune": "finetune", "num_held_out": "held_out"}.get(
-        name, "base_held_out"
-    )
+    split = name.removeprefix("num_")
     assert len(getattr(larger, split)) > len(getattr(make_splits(0, **SIZES), split))
 
 
@@ -152,5 +159,26 @@ def test_rows_are_written_as_chat_messages(tmp_path: Path):
 @pytest.mark.parametrize("seed", range(5))
 def test_there_are_enough_questions_for_the_real_thing(seed: int):
     scale = Scale()
-    splits = make_splits(seed, num_pretrain=scale.pretrain.num_rows, num_finetune=scale.finetune.num_rows)
+    splits = make_splits(
+        seed,
+        num_pretrain=scale.pretrain.num_rows,
+        num_finetune=scale.finetune.num_rows,
+        num_held_out=scale.num_held_out,
+        num_practice=scale.preferences.num_rows,
+    )
     assert (len(splits.pretrain), len(splits.finetune)) == (scale.pretrain.num_rows, scale.finetune.num_rows)
+    assert (len(splits.held_out), len(splits.practice)) == (scale.num_held_out, scale.preferences.num_rows)
+
+
+def test_only_wrong_answers_with_text_become_pairs(tmp_path: Path):
+    rows = [Row("sort", f"Sort: {question}", "a b") for question in ("b a", "a b", "b  a")]
+    path = tmp_path / "new" / "pairs.jsonl"
+    assert write_pairs(path, [*rows, Row("sort", "Sort: c a", "a c")], ["b a", "a b", " ", "a c d"]) == 2
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": right}],
+            "rejected": [{"role": "assistant", "content": wrong}],
+        }
+        for question, right, wrong in (("Sort: b a", "a b", "b a"), ("Sort: c a", "a c", "a c d"))
+    ]

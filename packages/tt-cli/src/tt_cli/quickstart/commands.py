@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+PREFERENCE_WORDS = ("loss.beta=0.3", "loss.sft_weight=0.5")  # nearer the model as it was; right answers stay likely
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One training stage: rows, and the settings that differ between the two stages."""
+    """One training stage: rows, and the settings that differ between the stages."""
 
-    num_rows: int
+    num_rows: int  # of preferences: questions that are asked; each wrong answer becomes a row
     max_steps: int
     learning_rate: float
     batch_size: int = 32
@@ -19,7 +21,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Sizes of the model, of its two training stages and of the held-out rows."""
+    """Sizes of the model, of its training stages and of the held-out rows."""
 
     hidden_size: int = 128
     num_hidden_layers: int = 3
@@ -29,6 +31,7 @@ class Scale:
     num_base_held_out: int = 100
     pretrain: Stage = Stage(num_rows=3570, max_steps=700, learning_rate=2e-3)
     finetune: Stage = Stage(num_rows=9600, max_steps=600, learning_rate=4e-3)
+    preferences: Stage = Stage(num_rows=2000, max_steps=80, learning_rate=5e-4)
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,14 @@ class Folders:
         return self.root / "merged"
 
     @property
+    def pair_rows(self) -> Path:
+        return self.root / "data" / "pairs.jsonl"
+
+    @property
+    def dpo_run(self) -> Path:
+        return self.root / "runs" / "dpo"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -85,6 +96,12 @@ def lora_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
     rows = [word("data.train", folders.finetune_rows), word("data.eval", folders.held_out_rows)]
     rows += [f"eval_every={max(scale.finetune.max_steps // 4, 1)}"]
     return [word("model.path", folders.base), *rows, *_adapter_words(scale), *_stage_words(scale.finetune, seed)]
+
+
+def dpo_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
+    """The ``key=value`` words that train a new adapter on the merged model, with pairs of right and wrong answers."""
+    words = [word("model.path", folders.merged), word("data.train", folders.pair_rows)]
+    return [*words, *PREFERENCE_WORDS, *_adapter_words(scale), *_stage_words(scale.preferences, seed)]
 
 
 def both_words(folders: Folders, scale: Scale, *, seed: int) -> list[str]:
@@ -126,9 +143,9 @@ def word(key: str, value: Path | Sequence[Path]) -> str:
     return f"{key}={text if same else json.dumps(text)}"
 
 
-def run_command(words: Sequence[str], output: Path) -> str:
-    """``tt run sft ...`` as it is typed."""
-    return typed("tt", "run", "sft", *words, "-o", output)
+def run_command(recipe: str, words: Sequence[str], output: Path) -> str:
+    """``tt run RECIPE ...`` as it is typed."""
+    return typed("tt", "run", recipe, *words, "-o", output)
 
 
 def chat_command(folders: Folders, question: str) -> str:
@@ -140,7 +157,8 @@ def go_on(folders: Folders, scale: Scale, question: str, *, seed: int) -> list[s
     """What to try next on what the quickstart left; the shell skips what stands behind #."""
     return [
         typed("tt", "chat", folders.lora_run, "--no-adapter") + "  # the base model, which has not changed",
-        run_command(both_words(folders, scale, seed=seed), folders.root / "runs" / "both") + "  # an adapter for both",
+        run_command("sft", both_words(folders, scale, seed=seed), folders.root / "runs" / "both")
+        + "  # an adapter for both",
         typed("tt", "generate", folders.merged, "-p", question),
         typed("tt", "report", folders.lora_run, folders.pretrain_run),
     ]
@@ -152,7 +170,7 @@ def on_your_own(folders: Folders, scale: Scale) -> list[str]:
     words = ["model.path=HuggingFaceTB/SmolLM2-135M-Instruct", word("data.train", folders.finetune_rows)]
     words += [word("data.eval", folders.held_out_rows), *_adapter_words(scale)]
     words += ["batch_size=32", "micro_batch_size=8", "optimizer.lr=5e-4"]
-    return [run_command(words, run), typed("tt", "chat", run), typed("tt", "merge", run, "-o", f"{run}-merged")]
+    return [run_command("sft", words, run), typed("tt", "chat", run), typed("tt", "merge", run, "-o", f"{run}-merged")]
 
 
 def typed(*words: str | Path) -> str:

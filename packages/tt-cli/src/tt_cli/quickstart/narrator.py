@@ -1,6 +1,7 @@
 """How the story reaches the reader: the narrative on stderr, the result on stdout."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +68,16 @@ class StageLines(LineConsole):
         """The story tells what came of it."""
 
 
-def show_scores(before: dict[str, float], after: dict[str, float], *, target: str) -> None:
-    """The table on stdout: exact match on unseen questions, before and after."""
+def show_scores(scores: Mapping[str, dict[str, float]], *, notes: Mapping[str, str]) -> None:
+    """The table on stdout: exact match on unseen questions by kind, of each model; kinds with notes first."""
     table = Table(box=None, pad_edge=False)
     table.add_column("unseen questions")
-    for name in ("base", "with adapter"):
+    for name in scores:
         table.add_column(name, justify="right")
-    for kind in sorted(before, key=lambda kind: kind != target):
-        note = " (the adapter's task)" if kind == target else ""
-        style = "bold" if kind == target else ""
-        table.add_row(Text(kind + note), percent(before[kind]), percent(after[kind]), style=style)
+    for kind in dict.fromkeys([*notes, *next(iter(scores.values()))]):
+        note = f" ({notes[kind]})" if kind in notes else ""
+        style = "bold" if kind in notes else ""
+        table.add_row(Text(kind + note), *(percent(model[kind]) for model in scores.values()), style=style)
     Terminal(sys.stdout).print(table)
 
 

@@ -1,6 +1,7 @@
 """The rows: questions of several kinds whose answers can be checked, drawn from a seeded generator, and their splits.
 
-The adapter learns a kind that the base never sees, and no held-out question is in a training split.
+The adapter learns a kind that the base never sees; preferences teach it one more. No held-out question is in a training
+split.
 """
 
 import json
@@ -16,6 +17,7 @@ PETS = ("cat", "dog", "owl", "fox", "hen", "crab", "mole", "toad")
 JOBS = ("baker", "pilot", "nurse", "miner", "poet", "judge", "tailor", "sailor")
 NUM_PEOPLE = 16
 TARGET = "sort"  # the kind that the base never sees, and that the adapter learns
+PREFERRED = "sort 3 or 7"  # the kind that the adapter fails at, and that preferences teach it: other numbers of letters
 KINDS = {"add": 4, "count": 2, "first": 5, "reverse": 8, "lookup": 2}  # the base's kinds: shares of its rows
 
 
@@ -96,6 +98,12 @@ def sort(rng: random.Random) -> Row:
     return Row("sort", f"Sort: {' '.join(letters)}", " ".join(sorted(letters)))
 
 
+def sort_3_or_7(rng: random.Random) -> Row:
+    """Three or seven different letters, in the order of the alphabet: as many as ``sort`` never has."""
+    letters = rng.sample(LETTERS, rng.choice((3, 7)))
+    return Row(PREFERRED, f"Sort: {' '.join(letters)}", " ".join(sorted(letters)))
+
+
 def look_up(people: list[Person]) -> Ask:
     """Questions about the knowledge base, each fact in eight phrasings."""
 
@@ -110,17 +118,26 @@ def look_up(people: list[Person]) -> Ask:
 class Splits:
     """``pretrain``: the base's kinds. ``finetune``: the target kind. ``held_out``: target rows to be scored on.
 
-    ``base_held_out``: unseen questions of the base's own kinds.
+    ``base_held_out``: unseen questions of the base's own kinds. ``practice``: questions whose wrong answers become
+    preferences. ``practice_held_out``: unseen ones of that kind.
     """
 
     pretrain: list[Row]
     finetune: list[Row]
     held_out: list[Row]
     base_held_out: list[Row]
+    practice: list[Row]
+    practice_held_out: list[Row]
 
 
 def make_splits(
-    seed: int, *, num_pretrain: int, num_finetune: int, num_held_out: int = 200, num_base_held_out: int = 100
+    seed: int,
+    *,
+    num_pretrain: int,
+    num_finetune: int,
+    num_held_out: int = 200,
+    num_base_held_out: int = 100,
+    num_practice: int = 0,
 ) -> Splits:
     """All rows of one quickstart; no question is there twice, in one split or in two."""
     rng = random.Random(seed)  # noqa: S311  (a data set, not a secret)
@@ -134,7 +151,14 @@ def make_splits(
     pretrain = [row for kind, ask in asks.items() for row in _draw(ask, rng, num_pretrain * KINDS[kind] // total, used)]
     rng.shuffle(pretrain)
     finetune = _draw(sort, rng, num_finetune, used)
-    return Splits(pretrain=pretrain, finetune=finetune, held_out=held_out, base_held_out=base_held_out)
+    return Splits(
+        pretrain=pretrain,
+        finetune=finetune,
+        held_out=held_out,
+        base_held_out=base_held_out,
+        practice=_draw(sort_3_or_7, rng, num_practice, used),
+        practice_held_out=_draw(sort_3_or_7, rng, num_held_out, used),
+    )
 
 
 def _draw(ask: Ask, rng: random.Random, number: int, used: set[str]) -> list[Row]:
@@ -154,9 +178,34 @@ def _draw(ask: Ask, rng: random.Random, number: int, used: set[str]) -> list[Row
 
 def write_rows(path: Path, rows: Iterable[Row]) -> Path:
     """Write ``rows`` as JSON lines of chat messages, the form that most data sets come in."""
+    return _write(path, ({"messages": [_turn("user", row.question), _turn("assistant", row.answer)]} for row in rows))
+
+
+def write_pairs(path: Path, rows: Iterable[Row], given: Iterable[str]) -> int:
+    """Write a preference for each row whose ``given`` answer is wrong: the right one over it. Returns their number.
+
+    An answer without any text cannot be rejected, and is left out. All are chat messages, so that they are trained in
+    the chat template, in which the model answers: plain texts would be joined without it.
+    """
+    pairs = [
+        {
+            "prompt": [_turn("user", row.question)],
+            "chosen": [_turn("assistant", row.answer)],
+            "rejected": [_turn("assistant", answer)],
+        }
+        for row, answer in zip(rows, given, strict=True)
+        if answer.strip() and answer != row.answer
+    ]
+    _write(path, pairs)
+    return len(pairs)
+
+
+def _turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
+def _write(path: Path, lines: Iterable[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
-        for row in rows:
-            turns = (("user", row.question), ("assistant", row.answer))
-            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+        file.writelines(json.dumps(line) + "\n" for line in lines)
     return path

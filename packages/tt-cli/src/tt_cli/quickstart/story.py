@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from tt_cli.quickstart import commands
 from tt_cli.quickstart.blank_model import llama_config, train_tokenizer, write_blank_model
 from tt_cli.quickstart.commands import Folders, Scale
 from tt_cli.quickstart.narrator import Narrator, percent
-from tt_cli.quickstart.rows import TARGET, Row, Splits, make_splits, write_rows
+from tt_cli.quickstart.rows import KINDS, PREFERRED, TARGET, Row, Splits, make_splits, write_pairs, write_rows
 
 BEFORE_BELOW, AFTER_ABOVE = 0.10, 0.90  # exact match on held-out rows of the target kind
+PREFERRED_ABOVE = 0.80  # the same after preference tuning, on held-out rows of the kind of the preferences
 SAME_LOGITS = 1e-4  # relative: how far merged and adapted may be apart in fp32
 MAX_NEW_TOKENS = 16  # of an answer that is scored
 BATCH = 100  # questions answered at once
@@ -31,6 +32,8 @@ class Outcome:
     after: dict[str, float]
     logits_apart: float  # merged and adapted, relative
     answers_apart: int  # held-out questions that merged and adapted answer differently
+    pairs: int  # wrong answers of the merged model that became preferences
+    preferred: dict[str, float]  # scores after preference tuning
     question: str  # of the turn of chat
     answer: str
     commands: list[str]
@@ -48,20 +51,27 @@ class Outcome:
             found.append(f"merged model: logits {self.logits_apart:.0e} from the adapted, expected {SAME_LOGITS:.0e}")
         if self.answers_apart:
             found.append(f"merged model: {self.answers_apart} answers differ from the adapted model's, expected none")
+        if not self.pairs:
+            found.append("preferences: the merged model gave no wrong answer to learn from, expected some")
+        elif not self.preferred[PREFERRED] > (bar := max(self.after[PREFERRED], PREFERRED_ABOVE)):
+            found.append(f"{PREFERRED} after preferences: {percent(self.preferred[PREFERRED])} of held-out rows, "
+                         f"expected over {percent(bar)}")  # fmt: skip
         return found
 
 
 def tell(root: Path, *, seed: int, scale: Scale, narrator: Narrator) -> Outcome:
-    """Make data, tokenizer and base model, fine-tune, score, chat, merge and report, all under ``root``."""
+    """Make data, tokenizer and base model, fine-tune, score, chat, merge, prefer and report, all under ``root``."""
     folders = Folders(root)
     splits = _make_rows(folders, scale, seed, narrator)
     _make_blank(folders, scale, seed, splits, narrator)
-    done = [_train("3 Base", folders.pretrain_run, commands.pretrain_words(folders, scale, seed=seed), narrator)]
+    narrator.part("3 Base", "the blank model, trained in full")
+    done = [_train("sft", folders.pretrain_run, commands.pretrain_words(folders, scale, seed=seed), narrator)]
     before, said_before, _ = _score(folders.base, splits)
     own, target = percent(_base_mean(before)), percent(before[TARGET])
     narrator.fact(f"unseen questions: {own} right on its own tasks, {target} on {TARGET}")
 
-    done.append(_train("4 Adapter", folders.lora_run, commands.lora_words(folders, scale, seed=seed), narrator))
+    narrator.part("4 Adapter", "LoRA on the base")
+    done.append(_train("sft", folders.lora_run, commands.lora_words(folders, scale, seed=seed), narrator))
     after, said_after, adapted = _score(folders.lora_run, splits)
     narrator.fact(f"unseen questions: {percent(after[TARGET])} right on {TARGET}")
 
@@ -71,6 +81,12 @@ def tell(root: Path, *, seed: int, scale: Scale, narrator: Narrator) -> Outcome:
     narrator.fact(f"{answer}    (the base alone: {said_before[0] or 'nothing'})")
     done.append(commands.typed("tt", "merge", folders.lora_run, "-o", folders.merged))
     logits_apart, answers_apart = _merge(folders, splits, adapted, said_after, done[-1], narrator)
+    preferred, pairs = after, _make_pairs(folders, splits, narrator)
+    if pairs:
+        done.append(_train("dpo", folders.dpo_run, commands.dpo_words(folders, scale, seed=seed), narrator))
+        preferred, _, _ = _score(folders.dpo_run, splits)
+        was, now = percent(after[PREFERRED]), percent(preferred[PREFERRED])
+        narrator.fact(f"unseen questions: {now} right on {PREFERRED}, {was} before")
     done.append(commands.typed("tt", "report", folders.lora_run, "-o", folders.report))
     _report(folders, done[-1], narrator)
     return Outcome(
@@ -79,6 +95,8 @@ def tell(root: Path, *, seed: int, scale: Scale, narrator: Narrator) -> Outcome:
         after=after,
         logits_apart=logits_apart,
         answers_apart=answers_apart,
+        pairs=pairs,
+        preferred=preferred,
         question=question,
         answer=answer,
         commands=done,
@@ -92,6 +110,7 @@ def _make_rows(folders: Folders, scale: Scale, seed: int, narrator: Narrator) ->
         num_finetune=scale.finetune.num_rows,
         num_held_out=scale.num_held_out,
         num_base_held_out=scale.num_base_held_out,
+        num_practice=scale.preferences.num_rows,
     )
     write_rows(folders.pretrain_rows, splits.pretrain)
     write_rows(folders.finetune_rows, splits.finetune)
@@ -114,17 +133,16 @@ def _make_blank(folders: Folders, scale: Scale, seed: int, splits: Splits, narra
     narrator.command(commands.typed("tt", "data", "show", folders.finetune_rows, "--tokenizer", folders.blank))
 
 
-def _train(title: str, run: Path, words: Sequence[str], narrator: Narrator) -> str:
-    """Train as ``tt run sft`` does with these words. Returns the command."""
+def _train(recipe: Literal["sft", "dpo"], run: Path, words: Sequence[str], narrator: Narrator) -> str:
+    """Train as ``tt run`` does with this recipe and these words. Returns the command."""
     from tt_train import compose
-    from tt_train.recipes import sft
+    from tt_train.recipes import dpo, sft
 
-    command = commands.run_command(words, run)
-    narrator.part(title, "the blank model, trained in full" if "adapter=null" in words else "LoRA on the base")
+    command = commands.run_command(recipe, words, run)
     narrator.command(command)
-    config = replace(compose("sft", overrides=words), output_dir=str(run))
+    config = replace(compose(recipe, overrides=words), output_dir=str(run))
     with closing(narrator.training_console()) as console:
-        sft.main(config, console=console)
+        {"sft": sft, "dpo": dpo}[recipe].main(config, console=console)
     return command
 
 
@@ -132,8 +150,12 @@ def _score(path: Path, splits: Splits) -> tuple[dict[str, float], list[str], tt_
     """Exact match by kind, the answers to the held-out rows, and the model."""
     model, tokenizer = _load(path)
     said = answers(model, tokenizer, [row.question for row in splits.held_out])
-    others = answers(model, tokenizer, [row.question for row in splits.base_held_out])
-    return by_kind(splits.held_out, said) | by_kind(splits.base_held_out, others), said, model
+    rest = [*splits.practice_held_out, *splits.base_held_out]
+    return (
+        by_kind(splits.held_out, said) | by_kind(rest, answers(model, tokenizer, [row.question for row in rest])),
+        said,
+        model,
+    )
 
 
 def _chat(run: Path, question: str, command: str, narrator: Narrator) -> str:
@@ -166,10 +188,21 @@ def _merge(
     return apart, others
 
 
+def _make_pairs(folders: Folders, splits: Splits, narrator: Narrator) -> int:
+    """Ask the merged model more questions; what it answers wrongly becomes preferences. Returns their number."""
+    merged, tokenizer = _load(folders.merged)
+    given = [said.removesuffix("...") for said in answers(merged, tokenizer, [row.question for row in splits.practice])]
+    pairs = write_pairs(folders.pair_rows, splits.practice, given)
+    narrator.part("7 Pairs", f"{len(given):,} lists of 3 or 7 letters to the merged model, which learned on 4 to 6: "
+                f"{pairs:,} wrong answers are rejected, the right ones chosen")  # fmt: skip
+    narrator.command(commands.typed("tt", "data", "show", folders.pair_rows, "--tokenizer", folders.merged))
+    return pairs
+
+
 def _report(folders: Folders, command: str, narrator: Narrator) -> None:
     from tt_train.report import write_report
 
-    narrator.part("7 Report", "one page and one picture")
+    narrator.part("8 Report", "one page and one picture")
     narrator.command(command)
     write_report([folders.lora_run], folders.report)
 
@@ -181,7 +214,7 @@ def _load(path: Path) -> tuple[tt_models.Decoder, Any]:
 
 
 def _base_mean(scores: dict[str, float]) -> float:
-    own = [score for kind, score in scores.items() if kind != TARGET]
+    own = [scores[kind] for kind in KINDS]
     return sum(own) / len(own)
 
 

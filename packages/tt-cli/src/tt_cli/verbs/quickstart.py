@@ -42,7 +42,8 @@ THREADS = 1  # two are up to twice as fast on idle cores, but several times slow
 def command(invocation: Invocation, output_dir: Path | None, seed: int, as_json: bool) -> int:
     """Make rows, a tokenizer and a small base model, fine-tune the model on a task that is new to it, and score it.
 
-    Takes one to two minutes on one CPU core. The exit code is 1 if the model did not learn the task.
+    Then train it to prefer right answers to its own wrong ones, and score it again. Takes about two minutes of CPU
+    time on one core. The exit code is 1 if the model did not learn the task, or did not learn from the preferences.
     """
     from tt_cli.errors import DONE, FAILED
     from tt_cli.quickstart.commands import Scale
@@ -91,14 +92,17 @@ def _as_json(outcome: "Outcome", root: Path, seconds: float) -> dict[str, Any]:
 
 def _show(outcome: "Outcome", root: Path, scale: "Scale", seconds: float) -> None:
     from tt_cli.quickstart import commands, narrator
-    from tt_cli.quickstart.rows import TARGET
+    from tt_cli.quickstart.rows import PREFERRED, TARGET
 
     click.echo()
-    narrator.show_scores(outcome.before, outcome.after, target=TARGET)
+    scores = {"base": outcome.before, "with adapter": outcome.after, "with preferences": outcome.preferred}
+    narrator.show_scores(scores, notes={TARGET: "the adapter's task", PREFERRED: "the preferences'"})
     if any(outcome.after[kind] < score for kind, score in outcome.before.items()):
         click.echo(
             f"The adapter was trained on {TARGET} alone and lost other tasks; the first two commands below keep them."
         )
+    if any(outcome.preferred[kind] < score for kind, score in outcome.after.items()):
+        click.echo(f"The preferences were about {PREFERRED} letters alone, and other tasks lost by them.")
     folders = commands.Folders(root)
     narrator.show_commands("What to try next", commands.go_on(folders, scale, outcome.question, seed=outcome.seed))
     narrator.show_commands("The same on a model of your own", commands.on_your_own(folders, scale))
