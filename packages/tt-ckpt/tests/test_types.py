@@ -43,7 +43,7 @@ def test_a_user_sees_types_and_mistakes(tmp_path):
         "torch._tensor.Tensor",
         "dict[str, Any]",
         "list[str]",
-        "dict[str, typing.Mapping[str, torch._tensor.Tensor]]",
+        "dict[str, tt_ckpt.train.tensor_groups.Group]",
         "dict[str, torch._C.dtype]",
     ]
     mistakes = [line for line in told if "[" in line and not line.startswith("Revealed")]
