@@ -25,7 +25,7 @@ aten = torch.ops.aten
 _MASKED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._index_put_impl_.default)  # fmt: skip
 _FROM_THE_HEAP = 2**25 - 2**16  # bytes: glibc maps a larger tensor, and unmaps it when it is freed
-_SCATTERED = 0.2  # of the tensors that come and go in the heap, measured (docs/plan.md)
+_SCATTERED = 0.2  # of the tensors that come and go in the heap, fitted to benchmarks/plan_memory.py
 _LIBRARIES = 60 * 2**20  # bytes: code and buffers that a first step loads, measured
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 2**14  # of a weight: its code, its block's scale, and the scale of the scales
 
