@@ -16,7 +16,7 @@ from torch.multiprocessing.spawn import start_processes
 
 from tt_train import compose
 from tt_train.job import assemble
-from tt_train.plan import kind_of, measure, plan
+from tt_train.models.plan import kind_of, measure, plan
 
 RUNS = {
     "full": ["data.max_seq_len=512"],

@@ -5,9 +5,9 @@ import re
 from pathlib import Path
 
 from tt_train.config import AdapterSection, PreferenceSection, ProfileSection, SFTConfig
-from tt_train.keys.foreign import FOREIGN
-from tt_train.keys.schema import all_keys, section_type
-from tt_train.registry import PREFERENCE_LOSSES
+from tt_train.settings.keys.foreign import FOREIGN
+from tt_train.settings.keys.schema import all_keys, section_type
+from tt_train.settings.registry import PREFERENCE_LOSSES
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -18,13 +18,13 @@ ASSEMBLY = {
     "build": "the model with its weights and adapter",
     "inputs.model": "the model and adapter of a config, before weights load",
     "job": "what a config names: tokenizer, rows and model",
-    "reference": "what a policy is compared with: the model without its adapter, or a frozen copy",
+    "references.reference": "what a policy is compared with: the model without its adapter, or a frozen copy",
     "run.finish": "the result of a run: adapter or model, with what is beside it",
     "models.export": "a Modelfile from the tokenizer and the config",
     "inputs.methods": "a teacher's weights and tokenizer; layers that are to be rounded",
-    "plan": "what a run of the model on its rows will need",
-    "trace": "the model's kernels on shapes, 4-bit layers among them",
-    "reference_cache": "log-probabilities of rows, kept as tensors",
+    "models.plan": "what a run of the model on its rows will need",
+    "models.trace": "the model's kernels on shapes, 4-bit layers among them",
+    "references.reference_cache": "log-probabilities of rows, kept as tensors",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "run.exact_match": "answers compared: generation out, text of it",
     "models.load": "tt_train.load",
@@ -75,28 +75,25 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("main", "__main__"),
     ),
     "tt_data": (
-        ("wording", "files", "messages", "order", "processes"),
-        ("template",),
-        ("text",),
-        ("examples", "report"),
-        ("rows",),
-        ("dataset", "mismatched", "packing", "views", "unread", "documents", "workers", "encode"),
+        ("wording",),
+        ("files", "messages", "processes"),
+        ("examples", "template"),
+        ("report", "text"),
+        ("rows", "token_rows"),
+        ("encoding", "show"),
         ("stream",),
-        ("cache", "collate", "loader", "show", "load", "datasets"),
+        ("batching", "loading"),
     ),
     "tt_train": (
-        ("config", "errors", "losses", "visible"),
-        ("keys", "logger_table", "memory", "series", "trace"),
-        ("devices", "fake_quantize", "torchtune"),
-        ("registry",),
-        ("optim", "recipe_file"),
-        ("composing", "step"),
-        ("evaluate", "run_files"),
-        ("inputs", "reference", "report"),
-        ("job",),
-        ("reference_cache",),
+        ("config", "errors", "losses"),
+        ("memory", "settings"),
+        ("devices", "records"),
+        ("optim", "report"),
+        ("inputs", "step"),
+        ("evaluate", "job"),
+        ("references",),
         ("build", "run"),
-        ("models", "plan", "recipes"),
+        ("models", "recipes"),
     ),
 }
 
@@ -226,7 +223,7 @@ def test_torchao_has_one_door(package):
 
 def test_nothing_heavy_is_loaded_with_the_command_line():
     heavy = {"torch", "transformers", "datasets", "omegaconf", "matplotlib", *LEAVES}
-    light = {"tt_cli", "tt_cli.main", "tt_train", "tt_train.registry", "tt_train.errors", "tt_train.report"}
+    light = {"tt_cli", "tt_cli.main", "tt_train", "tt_train.settings.registry", "tt_train.errors", "tt_train.report"}
     found = {
         name: tops(imported(tree, at_import_time=True)) & heavy
         for package in ("tt_cli", "tt_train")

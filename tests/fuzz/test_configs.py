@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from tt_ckpt.redaction import redact_data
 from tt_train import RunConfig, compose
-from tt_train.composing import compose_run
 from tt_train.config import AdapterSection, SFTConfig, to_dict, to_yaml
-from tt_train.keys.schema import all_keys
+from tt_train.settings.composing import compose_run
+from tt_train.settings.keys.schema import all_keys
 
 OURS = """\
 recipe: sft
@@ -138,7 +138,7 @@ def test_any_value_of_any_key_in_a_file_is_read_or_refused(tmp_path: Path, fuzz:
 
 
 def test_any_config_made_by_code_is_checked(fuzz: Any) -> None:
-    from tt_train.keys.mistakes import refuse_mistakes
+    from tt_train.settings.keys.mistakes import refuse_mistakes
 
     def read(plain: Any) -> None:
         config = SFTConfig(adapter=AdapterSection())

@@ -9,12 +9,12 @@ import pytest
 
 from tt_train.models.origin import find_origin
 from tt_train.models.prompt_form import trained_on
+from tt_train.records.run_files import read_manifest, read_rows
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
 from tt_train.report.summary import part_name, tokens_per_second, training_loss
 from tt_train.run.dir import list_runs, writer_of
 from tt_train.run.saved import check_state
-from tt_train.run_files import read_manifest, read_rows
 
 MANIFEST = {
     "format": 1, "state": "finished", "recipe": "sft", "method": "qlora", "base_model": "org/base",

@@ -7,7 +7,7 @@ import unicodedata
 from typing import Any
 
 from tt_cli.terminal import Door
-from tt_train.visible import visible
+from tt_train.records.visible import visible
 
 SEEDS = [
     b"a plain line\n",

@@ -17,14 +17,14 @@ import tt_peft
 from tt_models.masks import block_mask
 from tt_train.build import preference_loss
 from tt_train.config import OptimizerSection, PreferenceSection, QuantizationSection
-from tt_train.fake_quantize import fake_quantize_
+from tt_train.inputs.fake_quantize import fake_quantize_
 from tt_train.losses.answers import judged_objective, pair_objective
 from tt_train.losses.cross_entropy import cross_entropy
 from tt_train.losses.distill import distillation
 from tt_train.losses.preferences import PAIR_LOSSES
 from tt_train.memory import checkpoint_activations_
 from tt_train.optim.optimizers import decayed, make_optimizer
-from tt_train.reference import adapter_off, prepared
+from tt_train.references.reference import adapter_off, prepared
 from tt_train.step import train_step
 
 DEVICE = os.environ.get("TT_TRACE_DEVICE", "cuda")

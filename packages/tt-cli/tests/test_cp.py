@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tt_train import registry
+from tt_train.settings import registry
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from tt_cli import errors, terminal
 from tt_cli.group import Verb
 from tt_cli.talk import LONGEST
 from tt_cli.terminal import Door, OutputLost, answer, guarded, say
-from tt_train.visible import visible
+from tt_train.records.visible import visible
 
 TT = f"{sys.executable} -m tt_cli"
 

@@ -19,18 +19,18 @@ from tt_data import (
     InstructTemplate,
     Schema,
     batches,
-    encode,
     load_dataset,
     load_tokenizer,
     register_instruct_template,
     register_schema,
     show,
 )
-from tt_data import cache as cache_files
-from tt_data.dataset import write_numbers
+from tt_data.encoding import encode
 from tt_data.examples import Completion
+from tt_data.loading import cache as cache_files
 from tt_data.rows import schemas
 from tt_data.template import prompts
+from tt_data.token_rows.dataset import write_numbers
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": [{"role": "user", "content": f"hello {i}"}], "completion": [{"role": "assistant", "content": "the cat"}],
@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tt_data.cache.write_numbers", full)
+    monkeypatch.setattr("tt_data.loading.cache.write_numbers", full)
     with caplog.at_level(logging.WARNING):
         assert len(load_dataset(path, chatml, cache_dir=tmp_path / "cache")) == 9
     assert "the token cache was not written ([Errno 28] No space left on device)" in caplog.text

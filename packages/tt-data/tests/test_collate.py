@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tt_data import collate, load_dataset, load_tokenizer, padded_collate, padded_collate_dpo
-from tt_data.collate import without_loss
+from tt_data.batching.collate import without_loss
 
 
 def test_rows_are_padded_on_the_right() -> None:

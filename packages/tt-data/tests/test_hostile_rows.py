@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tt_data import load_dataset
-from tt_data.encode import build
+from tt_data.encoding.encode import build
 from tt_data.rows import tables
 from tt_data.rows.conversations import read_messages
 from tt_data.rows.json_files import MAX_LINE

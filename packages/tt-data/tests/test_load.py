@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tt_data import TokenDataset, load_dataset
-from tt_data.dataset import IGNORE_INDEX
+from tt_data.token_rows.dataset import IGNORE_INDEX
 
 USER, ANSWER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tt_data import batches, load_dataset, steps_per_epoch
-from tt_data.loader import Steps
+from tt_data.batching.loader import Steps
 
 
 def documents(tokenizer: Any, batch: dict[str, torch.Tensor]) -> list[str]:

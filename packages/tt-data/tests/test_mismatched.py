@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tt_data import batches, load_dataset, show, stats
-from tt_data.mismatched import mismatched
 from tt_data.template.spans import Encoded
+from tt_data.token_rows.mismatched import mismatched
 
 ROWS = [{"prompt": f"question {i} ", "completion": f"the answer {i} cat", "label": i % 3 == 0} for i in range(13)]
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tt_data import batches, load_dataset, steps_per_epoch
-from tt_data.loader import Steps
-from tt_data.order import interleave, quotas_of
+from tt_data.batching.loader import Steps
+from tt_data.token_rows.order import interleave, quotas_of
 
 
 @pytest.mark.parametrize(

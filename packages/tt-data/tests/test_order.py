@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from tt_data import rows_at, steps_per_epoch
-from tt_data.order import Permutation, place_in_mix
+from tt_data.token_rows.order import Permutation, place_in_mix
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

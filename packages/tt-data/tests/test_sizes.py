@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tt_data.dataset import TokenStore, read_numbers, write_numbers
-from tt_data.order import Permutation, rows_at
 from tt_data.stream.packed import PackedStream
 from tt_data.template.spans import Encoded, cut
+from tt_data.token_rows.dataset import TokenStore, read_numbers, write_numbers
+from tt_data.token_rows.order import Permutation, rows_at
 
 BEYOND = 2**31 + 100  # tokens: places do not fit into 32 bits, their bytes not into 33
 

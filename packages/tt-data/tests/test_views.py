@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tt_data import JoinedDataset, Subset, batches, load_dataset, show
-from tt_data.dataset import Dataset
-from tt_data.views import View
+from tt_data.token_rows.dataset import Dataset
+from tt_data.token_rows.views import View
 
 INDEXED = ("rendered", "documents", "document_names", "where", "length", "is_truncated", "__getitem__")
 

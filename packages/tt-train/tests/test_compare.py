@@ -8,9 +8,9 @@ import torch
 import tt_data
 from tt_train import ConfigError, compose
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json, read_rows
 from tt_train.run.compare import check_comparable, compare, digest_of
 from tt_train.run.console import Console
-from tt_train.run_files import read_json, read_rows
 
 
 class Silent(Console):
@@ -100,7 +100,7 @@ def test_the_digest_of_all_tokens_is_in_the_manifest_and_that_of_a_resumed_run_i
 def test_a_base_with_another_weight_has_another_hash(train, tmp_path, model_dir):
     import shutil
 
-    from tt_train.reference_cache import weights_of
+    from tt_train.references.reference_cache import weights_of
 
     other = tmp_path / "model"
     shutil.copytree(model_dir, other)

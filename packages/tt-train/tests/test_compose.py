@@ -9,8 +9,8 @@ import pytest
 
 from tt_train import ConfigError, compose
 from tt_train.config import SCHEMAS, DPOConfig, SFTConfig, to_dict, to_yaml
-from tt_train.keys.foreign import FOREIGN
 from tt_train.losses.table import PREFERENCE_LOSSES
+from tt_train.settings.keys.foreign import FOREIGN
 
 BASE = ["model.path=DIR", "data.train=rows.jsonl"]
 
@@ -239,7 +239,7 @@ def test_names_given_anew_replace_those_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_the_key_of_another_tool_leads_to_ours_or_is_absent_by_intent(name):
-    from tt_train.keys.schema import all_keys
+    from tt_train.settings.keys.schema import all_keys
 
     ours, note = FOREIGN[name]
     assert ours in {key for schema in SCHEMAS.values() for key in all_keys(schema)} if ours else note
@@ -266,8 +266,8 @@ def test_keys_that_people_bring_along_are_answered(name):
 @pytest.mark.parametrize(("package", "config"), [("trl", "SFTConfig"), ("peft", "LoraConfig")])
 def test_every_key_of_peers_is_answered_on_purpose(package, config):
     """A key that is spelt like one of ours by chance would send people the wrong way."""
-    from tt_train.keys.foreign import foreign_key
-    from tt_train.keys.schema import all_keys
+    from tt_train.settings.keys.foreign import foreign_key
+    from tt_train.settings.keys.schema import all_keys
 
     fields = dataclasses.fields(getattr(pytest.importorskip(package), config))
     ours = {key.rsplit(".", 1)[-1] for key in all_keys(SFTConfig)}
@@ -323,7 +323,7 @@ def test_a_dotted_name_is_imported_only_if_allowed(tmp_path, monkeypatch):
 
 
 def test_the_config_of_a_run_is_read_without_the_code_of_its_recipe(tmp_path):
-    from tt_train.composing import compose_run
+    from tt_train.settings.composing import compose_run
 
     text = to_yaml(compose("sft", overrides=[*BASE, "adapter.rank=4"])).replace("recipe: sft", "recipe: mine.py")
     (tmp_path / "config.yaml").write_text(text + "my_own_key: 3\n")
@@ -353,7 +353,7 @@ def typos(word, choice):
 
 @pytest.mark.parametrize(("slips", "with_section"), [(1, True), (2, True), (1, False)])
 def test_mistyped_keys_get_the_right_key_in_95_percent(slips, with_section):
-    from tt_train.keys.schema import all_keys, unknown_key
+    from tt_train.settings.keys.schema import all_keys, unknown_key
 
     keys = list(all_keys(SFTConfig))
     choice = random.Random(7)
@@ -387,7 +387,7 @@ BAD_VALUES = ["@@", "-1", "0", "[]", "[a]", "{a: b}", "{}", "null", "1e999", ".n
 
 
 def test_every_refusal_of_a_config_says_what_to_do():
-    from tt_train.keys.schema import all_keys
+    from tt_train.settings.keys.schema import all_keys
 
     refused = []
     for key in [*all_keys(SFTConfig), "nonsense", "model.nonsense", "data.columns.x.y", "batch_size.x"]:

@@ -3,8 +3,9 @@
 import pytest
 
 import tt_models
-from tt_train import compose, registry
+from tt_train import compose
 from tt_train.job import assemble
+from tt_train.settings import registry
 
 
 @pytest.mark.parametrize("name", registry.config_names())

@@ -18,13 +18,13 @@ from tt_train.build import build_optimizer, build_reference, load_model
 from tt_train.evaluate import answer
 from tt_train.job import assemble
 from tt_train.losses.answers import answers_of
-from tt_train.recipe_file import recipe_of
 from tt_train.recipes import dpo, sft
-from tt_train.reference import prepared
-from tt_train.registry import recipe_path
+from tt_train.records.run_files import read_rows
+from tt_train.references.reference import prepared
 from tt_train.report import write_report
 from tt_train.run.console import Console
-from tt_train.run_files import read_rows
+from tt_train.settings.recipe_file import recipe_of
+from tt_train.settings.registry import recipe_path
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
 
@@ -360,7 +360,7 @@ def test_cached_log_probabilities_give_the_same_curve_without_a_reference(run, t
     cache = f"loss.reference_cache={tmp_path / 'cache'}"
     assert_same_curve(run(*more, "data.eval=0.2", cache, name="making"), plain)
     monkeypatch.setattr("tt_train.build._frozen_copy", lambda *_: pytest.fail("a second model"))
-    monkeypatch.setattr("tt_train.reference.log_probs_of", lambda *_: pytest.fail("a pass of the reference"))
+    monkeypatch.setattr("tt_train.references.reference.log_probs_of", lambda *_: pytest.fail("a pass of the reference"))
     again = run(*more, "data.eval=0.2", cache, name="using")
     assert_same_curve(again, plain)
     assert again[0]["eval_loss"] == pytest.approx(plain[0]["eval_loss"], rel=1e-5)

@@ -8,7 +8,7 @@ import torch
 from tt_train import compose
 from tt_train.job import assemble
 from tt_train.recipes import dpo
-from tt_train.run_files import read_rows
+from tt_train.records.run_files import read_rows
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
 

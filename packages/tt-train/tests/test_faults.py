@@ -17,9 +17,9 @@ import tt_data
 from tt_ckpt import files
 from tt_train import ConfigError, Interrupted, compose
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json, read_rows
 from tt_train.run.console import Console
 from tt_train.run.dir import list_runs
-from tt_train.run_files import read_json, read_rows
 
 
 class Heard(Console):

@@ -74,7 +74,7 @@ def test_the_list_and_the_page_show_the_same_training_loss(tmp_path):
 
 @pytest.mark.parametrize("cut", range(0, 41))
 def test_the_last_bytes_of_a_file_give_its_last_whole_lines(tmp_path, cut):
-    from tt_train.run_files import read_rows
+    from tt_train.records.run_files import read_rows
 
     lines = [json.dumps({"step": step}) + "\n" for step in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))

@@ -15,9 +15,9 @@ from tt_train.inputs.questions import Question, questions
 from tt_train.job import assemble
 from tt_train.losses.cross_entropy import Summed, cross_entropy
 from tt_train.recipes import dpo, sft
+from tt_train.records.run_files import read_json, read_rows
 from tt_train.run.console import Console
 from tt_train.run.exact_match import _batches, exact_match
-from tt_train.run_files import read_json, read_rows
 
 CPU = torch.device("cpu")
 

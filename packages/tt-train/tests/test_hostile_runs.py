@@ -16,6 +16,7 @@ from tt_train.models.merge import merge_run
 from tt_train.models.prompt_form import trained_on
 from tt_train.models.verify import verify
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json, read_manifest, read_rows
 from tt_train.report import write_report
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
@@ -23,7 +24,6 @@ from tt_train.run.console import Console
 from tt_train.run.dir import RunDir, list_runs, writer_of
 from tt_train.run.lock import RunLock
 from tt_train.run.resume import new_path, probe_writable
-from tt_train.run_files import read_json, read_manifest, read_rows
 
 SECRET = "KEEP\n"
 

@@ -11,8 +11,8 @@ from tt_train.job import assemble
 from tt_train.losses.cross_entropy import Summed
 from tt_train.optim.master_weights import InBackward, MasterWeights
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_rows
 from tt_train.run.console import Console
-from tt_train.run_files import read_rows
 from tt_train.step import train_step
 
 BACKWARD = ["optimizer_in_backward=true", "max_grad_norm=null", "micro_batch_size=8"]

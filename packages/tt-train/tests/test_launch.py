@@ -14,8 +14,8 @@ from tt_train import ConfigError, TrainingError, compose
 from tt_train.devices import launch
 from tt_train.devices.distributed import world
 from tt_train.errors import ShownElsewhere
-from tt_train.keys.mistakes import world_mistakes
 from tt_train.run.stop import Stopped, StopRequest
+from tt_train.settings.keys.mistakes import world_mistakes
 
 
 def free_port():

@@ -17,9 +17,9 @@ from tt_train.config import AdapterSection, SFTConfig
 from tt_train.inputs.components import logger_mistakes
 from tt_train.inputs.model import lora_config
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json, read_rows
 from tt_train.run import mfu
 from tt_train.run.console import Console
-from tt_train.run_files import read_json, read_rows
 
 
 class Heard(Console):

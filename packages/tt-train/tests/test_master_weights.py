@@ -23,7 +23,7 @@ def run(path, words, *more, **kwargs):
 
 
 def figures(path):
-    from tt_train.run_files import read_rows
+    from tt_train.records.run_files import read_rows
 
     return list(read_rows(path / "metrics.jsonl"))
 
@@ -164,7 +164,7 @@ def test_a_bf16_run_says_which_dtype_does_what(tmp_path, words):
     config = compose("sft", overrides=[*words, *SMALL, "model.dtype=bf16", f"output_dir={tmp_path / 'r'}"])
     path = sft.main(config, console=console)
     assert "forward pass in bf16, trained weights in fp32, result in fp32" in console.notes
-    from tt_train.run_files import read_json
+    from tt_train.records.run_files import read_json
 
     assert read_json(path / "manifest.json")["precision"] == {"forward": "bf16", "trained": "fp32", "written": "fp32"}
     assert "bf16, trained in fp32, written in fp32" in (path / "report.html").read_text()

@@ -10,8 +10,8 @@ from tt_train.build import build_optimizer, load_model, make_objective
 from tt_train.job import assemble
 from tt_train.memory import checkpoint_activations_, compile_, offload_activations_
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_rows
 from tt_train.run.console import Console
-from tt_train.run_files import read_rows
 from tt_train.step import train_step
 
 CONFIG = {

@@ -12,7 +12,7 @@ from tt_train.build import build_optimizer, load_model, load_teacher, make_objec
 from tt_train.config import KDConfig
 from tt_train.devices.distributed import world
 from tt_train.evaluate import to_device
-from tt_train.fake_quantize import fake_quantize_
+from tt_train.inputs.fake_quantize import fake_quantize_
 from tt_train.job import assemble
 from tt_train.losses.distill import distillation
 from tt_train.step import train_step

@@ -10,11 +10,11 @@ import pytest
 
 import tt_data
 from tt_train import ConfigError
-from tt_train.composing import compose
 from tt_train.models.export import export, go_template, ollama_modelfile
 from tt_train.models.go_template import ollama_prompt
 from tt_train.models.modelfile import notes
 from tt_train.recipes import sft
+from tt_train.settings.composing import compose
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -14,8 +14,8 @@ import tt_models
 import tt_peft
 import tt_train
 from tt_train import ConfigError
-from tt_train.composing import compose
 from tt_train.recipes import sft
+from tt_train.settings.composing import compose
 
 TURNS = [{"role": "user", "content": "say alpha"}]
 OWN = (

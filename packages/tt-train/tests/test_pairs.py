@@ -27,7 +27,7 @@ def pairs_file(tmp_path_factory):
 
 
 def answers_of(model, batch):
-    """The log-probability of each answer, by the formula of ``tt_data.collate`` and all the logits."""
+    """The log-probability of each answer, by the formula of ``tt_data.batching.collate`` and all the logits."""
     logits = model(batch["input_ids"], position_ids=batch.get("position_ids"))[:, :-1].float()
     targets = batch["labels"][:, 1:]
     kept = targets != -100

@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from tt_train import ConfigError, compose
 from tt_train.build import build_optimizer, load_model, make_objective
 from tt_train.job import assemble
-from tt_train.plan import kind_of, largest_micro_batch, measure, plan, switches, with_config
+from tt_train.models.plan import kind_of, largest_micro_batch, measure, plan, switches, with_config
 from tt_train.step import train_step
 
 
@@ -22,7 +22,7 @@ def allocated_peak(job):
     """The most bytes of a second step that torch's CPU allocator has in use, on top of what it had before."""
     model = load_model(job)
     optimizer, objective = build_optimizer(job, model), make_objective(job.config)
-    from tt_train.plan import _steps
+    from tt_train.models.plan import _steps
 
     batches = next(_steps(job, job.config.micro_batch_size))
     train_step(model, batches, objective, optimizer)

@@ -12,7 +12,7 @@ import tt_train
 from tt_train import compose
 from tt_train.config import QuantizationSection
 from tt_train.errors import ConfigError
-from tt_train.fake_quantize import base_config, fake_quantize_, linear_layers
+from tt_train.inputs.fake_quantize import base_config, fake_quantize_, linear_layers
 from tt_train.job import assemble
 from tt_train.memory import blocks, checkpoint_activations_
 from tt_train.recipes import qat, sft

@@ -16,7 +16,7 @@ from tt_train import compose
 from tt_train.build import load_model
 from tt_train.errors import ConfigError
 from tt_train.job import assemble
-from tt_train.reference_cache import TENSORS, ReferenceCache, reference_facts, weights_of
+from tt_train.references.reference_cache import TENSORS, ReferenceCache, reference_facts, weights_of
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
 

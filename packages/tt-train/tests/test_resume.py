@@ -11,10 +11,10 @@ import torch
 import tt_ckpt
 from tt_train import ConfigError, Interrupted, compose, load
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json, read_rows
 from tt_train.run.console import Console
 from tt_train.run.dir import list_runs
 from tt_train.run.lock import RunLock
-from tt_train.run_files import read_json, read_rows
 
 
 class Heard(Console):

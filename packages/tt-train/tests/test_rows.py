@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from tt_train.composing import compose
 from tt_train.config import SFTConfig
 from tt_train.errors import ConfigError
 from tt_train.job import assemble, rows_to_train
-from tt_train.keys.paths import absolute
 from tt_train.recipes.sft import main
+from tt_train.settings.composing import compose
+from tt_train.settings.keys.paths import absolute
 
 PAIRS = [{"prompt": f"Say red {i}. ", "chosen": "red", "rejected": "blue"} for i in range(6)]
 TEXTS = [{"prompt": f"Say red {i}. ", "completion": "red"} for i in range(18)]

@@ -18,9 +18,9 @@ from tt_train import ConfigError, Interrupted, TrainingError, compose, load, mer
 from tt_train.job import assemble
 from tt_train.losses.cross_entropy import Summed, cross_entropy
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json
 from tt_train.run.console import Console
 from tt_train.run.dir import find_run, list_runs
-from tt_train.run_files import read_json
 
 
 class Silent(Console):
@@ -320,7 +320,7 @@ def test_token_rows_are_made_once_where_a_cache_is_named(tmp_path, words, plain_
     cache = f"data.cache_dir={tmp_path / 'cache'}"
     assert losses(run(tmp_path / "a", words, cache, "data.num_workers=2")) == plain_curve()
     assert any((tmp_path / "cache").iterdir())
-    monkeypatch.setattr("tt_data.load.build", lambda *_, **__: pytest.fail("encoded once more"))
+    monkeypatch.setattr("tt_data.loading.load.build", lambda *_, **__: pytest.fail("encoded once more"))
     assert losses(run(tmp_path / "b", words, cache)) == plain_curve()
 
 

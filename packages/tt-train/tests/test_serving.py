@@ -7,13 +7,13 @@ import pytest
 
 import tt_data
 import tt_train
-from tt_train.composing import compose
 from tt_train.models import merge
 from tt_train.models.export import export
 from tt_train.models.merge import merge_run
 from tt_train.recipes import sft
+from tt_train.records.run_files import FinishedRun
 from tt_train.run.serving import from_record
-from tt_train.run_files import FinishedRun
+from tt_train.settings.composing import compose
 
 TURNS = [{"role": "user", "content": "say alpha"}, {"role": "assistant", "content": "alpha"}]
 MINE = (

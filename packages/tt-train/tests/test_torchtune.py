@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from tt_train import ConfigError, compose, registry
-from tt_train.torchtune import names
-from tt_train.torchtune.migrate import migrate, migrate_file
+from tt_train import ConfigError, compose
+from tt_train.settings import registry
+from tt_train.settings.torchtune import names
+from tt_train.settings.torchtune.migrate import migrate, migrate_file
 
 QV, MLP = ["q_proj", "v_proj"], ["gate_proj", "up_proj", "down_proj"]
 QVK = [*QV, "k_proj"]

@@ -20,7 +20,7 @@ import tt_train
 from tt_train.models.export import export
 from tt_train.report import write_report
 from tt_train.run.dir import list_runs
-from tt_train.run_files import FinishedRun
+from tt_train.records.run_files import FinishedRun
 
 model, tokenizer = tt_train.load("runs/a")
 ids: list[int] = tokenizer.encode("a")

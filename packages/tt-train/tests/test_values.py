@@ -216,7 +216,7 @@ def test_what_is_no_file_of_text_is_refused_before_it_is_read(tmp_path, monkeypa
 
 
 def test_a_config_that_the_user_names_may_be_a_link_and_that_of_a_run_may_not_leave_it(tmp_path):
-    from tt_train.composing import compose_run
+    from tt_train.settings.composing import compose_run
 
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     (tmp_path / "run").mkdir()
@@ -249,7 +249,7 @@ BAD_SIZES = [
 @pytest.mark.parametrize(("key", "value", "expected"), BAD_SIZES, ids=[f"{k}={str(v)[:12]}" for k, v, _ in BAD_SIZES])
 def test_absurd_and_infinite_numbers_are_refused_with_the_bound_in_code_as_in_a_file(tmp_path, key, value, expected):
     from tt_train.config import AdapterSection, SFTConfig
-    from tt_train.keys.mistakes import mistakes
+    from tt_train.settings.keys.mistakes import mistakes
 
     config = SFTConfig(adapter=AdapterSection())
     section, _, name = key.rpartition(".")

@@ -6,8 +6,8 @@ import torch
 import tt_ckpt
 from tt_train import compose
 from tt_train.recipes import sft
+from tt_train.records.run_files import read_json, read_rows
 from tt_train.run.console import Console
-from tt_train.run_files import read_json, read_rows
 
 
 class Heard(Console):

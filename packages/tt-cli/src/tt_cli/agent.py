@@ -34,7 +34,7 @@ from tt_cli.errors import FAILED, WRONG_INPUT
 from tt_cli.terminal import say
 from tt_train.devices.launch import RESTARTED
 from tt_train.errors import TrainingError, log_name
-from tt_train.visible import visible
+from tt_train.records.visible import visible
 
 _FINAL = {WRONG_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes that starting again would only repeat
 SECOND_S = 3  # for the ranks to end after a second signal

@@ -30,9 +30,9 @@ from rich.text import Text
 
 from tt_ckpt.redaction import redact, redact_said
 from tt_cli.terminal import Door
+from tt_train.records.visible import visible
 from tt_train.run import console as plain
 from tt_train.run.console import MARKS, RunFacts
-from tt_train.visible import visible
 
 Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained
 SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample

@@ -25,7 +25,7 @@ from tt_ckpt.redaction import redact
 from tt_cli.group import Invocation, nearest_option
 from tt_cli.terminal import OutputLost, guarded, say, wants_color
 from tt_train.errors import WRONG, Interrupted, LostRank, ShownElsewhere, TrainingError, did_you_mean, log_name
-from tt_train.visible import visible
+from tt_train.records.visible import visible
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141
 _LONGEST = 1000  # characters of a path in a message

@@ -11,8 +11,8 @@ from click.shell_completion import CompletionItem
 
 from tt_cli.names import config_keys
 from tt_train.errors import closest, did_you_mean, shell_word
-from tt_train.keys.foreign import FOREIGN
-from tt_train.registry import RECIPES
+from tt_train.settings.keys.foreign import FOREIGN
+from tt_train.settings.registry import RECIPES
 
 # what other tools call these verbs
 ELSEWHERE = {"train": "run", "finetune": "run", "fine-tune": "run", "sft": "run", "tune": "run", "launch": "run",

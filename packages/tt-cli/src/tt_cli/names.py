@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from tt_train import registry
 from tt_train.errors import did_you_mean, shell_word
-from tt_train.torchtune import names as torchtune
+from tt_train.settings import registry
+from tt_train.settings.torchtune import names as torchtune
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -85,7 +85,7 @@ def _refuse_name(word: str, what: str) -> None:
 
 def refuse_run(name: str) -> None:
     """A run directory is not a folder of rows."""
-    from tt_train.run_files import is_run
+    from tt_train.records.run_files import is_run
 
     if is_run(Path(name)):
         raise ValueError(f"{name} is a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
@@ -100,7 +100,7 @@ def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: 
 def config_keys() -> list[str]:
     """Every key that a config of some recipe may have, dotted; not the hash of a recipe file, which a run writes."""
     from tt_train.config import SCHEMAS
-    from tt_train.keys.schema import all_keys
+    from tt_train.settings.keys.schema import all_keys
 
     keys = dict.fromkeys(key for schema in SCHEMAS.values() for key in all_keys(schema))
     return [key for key in keys if key != "recipe_sha256"]

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from tt_ckpt.redaction import redact, redact_data, redact_known, redact_said
-from tt_train.visible import visible
+from tt_train.records.visible import visible
 
 _COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text
 _BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")  # tqdm redraws a bar, or moves to another

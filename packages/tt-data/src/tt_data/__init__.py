@@ -1,8 +1,9 @@
 """Training rows to token ids and labels: tokenizers, chat templates, masks, packing, and an order that resumes."""
 
-from tt_data.collate import collate, padded_collate, padded_collate_dpo
-from tt_data.dataset import IGNORE_INDEX, Dataset, Row, TokenDataset
-from tt_data.datasets import (
+from tt_data.batching.collate import collate, padded_collate, padded_collate_dpo
+from tt_data.batching.loader import Batch, batches
+from tt_data.examples import Completion, Conversation, Judged, Pair, Text, Tokens
+from tt_data.loading.datasets import (
     alpaca_cleaned_dataset,
     alpaca_dataset,
     chat_dataset,
@@ -14,12 +15,8 @@ from tt_data.datasets import (
     stack_exchange_paired_dataset,
     stack_exchanged_paired_dataset,
 )
-from tt_data.examples import Completion, Conversation, Judged, Pair, Text, Tokens
-from tt_data.load import load_dataset
-from tt_data.loader import Batch, batches
+from tt_data.loading.load import load_dataset
 from tt_data.messages import Message, validate_messages
-from tt_data.order import rows_at, steps_per_epoch
-from tt_data.packing import pack
 from tt_data.report import Report, summary_lines
 from tt_data.rows.conversations import sharegpt_to_llama2_messages
 from tt_data.rows.hub import DATASETS, NamedDataset, register_dataset
@@ -45,7 +42,10 @@ from tt_data.template.spans import AddedTokens, Encoded, MarkedText, token_spans
 from tt_data.text.backend import Backend
 from tt_data.text.load import choose_template, load_tokenizer
 from tt_data.text.tokenizer import Tokenizer
-from tt_data.views import JoinedDataset, MixedDataset, PackedDataset, Subset
+from tt_data.token_rows.dataset import IGNORE_INDEX, Dataset, Row, TokenDataset
+from tt_data.token_rows.order import rows_at, steps_per_epoch
+from tt_data.token_rows.packing import pack
+from tt_data.token_rows.views import JoinedDataset, MixedDataset, PackedDataset, Subset
 
 __version__ = "0.1.0"
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NotRequired, TypedDict, cast
 
-from tt_data.dataset import IGNORE_INDEX, Dataset, Piece
 from tt_data.report import Report
 from tt_data.template.spans import Span, alternatives
 from tt_data.text.tokenizer import Tokenizer
+from tt_data.token_rows.dataset import IGNORE_INDEX, Dataset, Piece
 
 _COLOR, _INVERSE, _PLAIN = "\x1b[32m", "\x1b[7m", "\x1b[0m"
 _OPEN, _CLOSE = "\u27e6", "\u27e7"

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tt_train.composing import compose
     from tt_train.config import RunConfig
     from tt_train.errors import ConfigError, Interrupted, TrainingError
     from tt_train.losses.cross_entropy import Summed, cross_entropy, linear_cross_entropy
@@ -14,10 +13,11 @@ if TYPE_CHECKING:
     from tt_train.models.load import load
     from tt_train.models.merge import merge_run
     from tt_train.optim.schedule import learning_rate
+    from tt_train.settings.composing import compose
     from tt_train.step import train_step
 
 _HOMES = {
-    "compose": "composing",
+    "compose": "settings.composing",
     "RunConfig": "config",
     "Summed": "losses.cross_entropy",
     "ConfigError": "errors",

@@ -24,9 +24,9 @@ from tt_train.losses.table import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE
 from tt_train.memory import DTYPES, checkpoint_activations_, compile_, offload_activations_
 from tt_train.optim.master_weights import MasterWeights
 from tt_train.optim.optimizers import decayed, make_optimizer
-from tt_train.reference import START, Reference, adapter_off, log_probs_of
-from tt_train.reference_cache import ReferenceCache, reference_facts
-from tt_train.registry import losses_of, resolve
+from tt_train.references.reference import START, Reference, adapter_off, log_probs_of
+from tt_train.references.reference_cache import ReferenceCache, reference_facts
+from tt_train.settings.registry import losses_of, resolve
 
 
 def load_model(job: Job[RunConfig]) -> tt_models.Decoder:

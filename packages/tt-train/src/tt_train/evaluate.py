@@ -12,7 +12,7 @@ from torch import nn
 
 import tt_data
 import tt_models
-from tt_data.collate import without_loss
+from tt_data.batching.collate import without_loss
 from tt_train.devices.distributed import World, world
 from tt_train.devices.sharding import is_sharded, reshard_
 from tt_train.errors import TrainingError

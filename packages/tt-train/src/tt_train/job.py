@@ -29,9 +29,9 @@ from tt_train.inputs.rows import (
     training_rows,
     wanted_rows,
 )
-from tt_train.keys.mistakes import missing, refuse_mistakes
 from tt_train.memory import DTYPES
 from tt_train.optim.schedule import schedule_mistakes, schedule_notes
+from tt_train.settings.keys.mistakes import missing, refuse_mistakes
 
 C = TypeVar("C", bound=RunConfig)
 C_co = TypeVar("C_co", bound=RunConfig, covariant=True)

@@ -9,8 +9,8 @@ from tt_cli.group import Verb
 from tt_cli.names import source_of
 from tt_cli.options import json_option
 from tt_cli.terminal import print_json, say, wants_color
-from tt_train import registry
-from tt_train.torchtune import names as torchtune
+from tt_train.settings import registry
+from tt_train.settings.torchtune import names as torchtune
 
 KINDS = ("recipes", "configs", "models", "runs")
 

@@ -36,7 +36,7 @@ def command(file: Path, output: Path | None, devices: int, as_json: bool) -> Non
     Each key that differs or could not be carried over is a line on stderr. sft, LoRA, QLoRA, DoRA and DPO can be
     migrated, single or distributed. Nothing that the file names is loaded.
     """
-    from tt_train.torchtune.migrate import migrate_file
+    from tt_train.settings.torchtune.migrate import migrate_file
 
     found = migrate_file(file, devices=devices)
     text = found.yaml()

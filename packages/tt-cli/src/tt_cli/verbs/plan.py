@@ -14,7 +14,7 @@ from tt_cli.terminal import print_json
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
     from tt_train.job import Job
-    from tt_train.plan import Measured, Plan
+    from tt_train.models.plan import Measured, Plan
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SCALES = {"": 1.0, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -86,8 +86,8 @@ def command(
         raise click.UsageError("--measure makes its steps in one process; leave out --nproc")
     config = composed(what, config_file, overrides, allow_import)
     from tt_train.job import assemble
-    from tt_train.plan import kind_of, largest_micro_batch, plan
-    from tt_train.plan import measure as measured_by
+    from tt_train.models.plan import kind_of, largest_micro_batch, plan
+    from tt_train.models.plan import measure as measured_by
 
     job = assemble(config, rows=kind_of(config), here=measure)
     cpu = False if gpu else None
@@ -113,7 +113,7 @@ def _savings(
     job: "Job[RunConfig]", found: "Plan", *, what: str, words: tuple[Any, ...], cpu: bool | None
 ) -> list[tuple[str, int]]:
     """What each switch that is left would save, the most first."""
-    from tt_train.plan import plan, switches, with_config
+    from tt_train.models.plan import plan, switches, with_config
 
     overrides, config_file, allow_import = words
     rows: list[tuple[str, int]] = []

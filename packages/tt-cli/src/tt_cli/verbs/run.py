@@ -168,7 +168,7 @@ class _Asked:
     verbose: bool
 
     def config(self, processes: int = 1) -> "RunConfig":
-        from tt_train.keys.paths import home
+        from tt_train.settings.keys.paths import home
 
         config = composed(self.what, self.config_file, self.overrides, self.allow_import, devices=processes)
         return config if self.output_dir is None else replace(config, output_dir=home(self.output_dir))
@@ -188,8 +188,8 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
     from tt_cli import agent
     from tt_train.inputs.components import too_many_processes
     from tt_train.job import look_over
-    from tt_train.keys.mistakes import world_mistakes
     from tt_train.run.resume import check_destination
+    from tt_train.settings.keys.mistakes import world_mistakes
 
     launch = agent.asked_for(torchrun, nproc)
     config = asked.config(launch.most)
@@ -235,7 +235,7 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
     """Train as one process of several: rank 0 prints and answers."""
     from tt_train.devices import launch
     from tt_train.inputs.components import pick_device
-    from tt_train.keys.mistakes import world_mistakes
+    from tt_train.settings.keys.mistakes import world_mistakes
 
     store = launch.meet(here)
 
@@ -259,9 +259,9 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
 
 def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> int:
     from tt_cli.console import QuietConsole, console_here
-    from tt_train.recipe_file import recipe_of
-    from tt_train.registry import finding_modules_here
     from tt_train.run.compare import check_comparable, compare
+    from tt_train.settings.recipe_file import recipe_of
+    from tt_train.settings.registry import finding_modules_here
 
     recipe = recipe_of(config)
     if asked.compare is not None:

@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
-from tt_data.encode import TokenRow
+from tt_data.encoding.encode import TokenRow
 from tt_data.examples import Kind
 from tt_data.files import read_object, write_bytes
-from tt_data.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
-from tt_data.packing import join_documents, pack
 from tt_data.report import Report, Tally, add_reports
 from tt_data.stream.shuffled import StreamDataset
 from tt_data.stream.stream import Stream
+from tt_data.token_rows.dataset import Row, TokenDataset, TokenStore, to_row
+from tt_data.token_rows.order import Permutation, hash_of, interleave, place_in_mix, quotas_of, steps_per_epoch
+from tt_data.token_rows.packing import join_documents, pack
 
 _log = logging.getLogger(__name__)
 _MAX_INDEX = 64 << 20  # bytes of the file that keeps the counts

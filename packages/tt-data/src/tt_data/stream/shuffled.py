@@ -15,11 +15,8 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from tt_data.dataset import Row, TokenDataset, TokenStore, to_row
-from tt_data.encode import TokenRow, build, digest_of, encode_rows
+from tt_data.encoding.encode import TokenRow, build, digest_of, encode_rows
 from tt_data.examples import Judged, Kind, Pair
-from tt_data.mismatched import mismatched
-from tt_data.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
 from tt_data.report import Report, Tally, refuse_dropped
 from tt_data.rows.schemas import Read, Settings, choose_schema, fingerprint_of
 from tt_data.rows.sources import Source
@@ -27,6 +24,9 @@ from tt_data.stream.raw import Raw, RawStream
 from tt_data.stream.stream import Stream
 from tt_data.template.spans import Encoded
 from tt_data.text.tokenizer import Tokenizer
+from tt_data.token_rows.dataset import Row, TokenDataset, TokenStore, to_row
+from tt_data.token_rows.mismatched import mismatched
+from tt_data.token_rows.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
 
 _ENOUGH = 200  # rows of a stream, from which the share of bad ones is judged
 _OTHERS = 256  # judged rows at the beginning of a stream whose answers others are paired with

@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from tt_data.dataset import Piece, Row, TokenDataset
 from tt_data.examples import Kind
 from tt_data.report import Report
 from tt_data.text.tokenizer import Tokenizer
+from tt_data.token_rows.dataset import Piece, Row, TokenDataset
 
 
 class Stream(ABC):

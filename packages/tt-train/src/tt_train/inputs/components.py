@@ -14,10 +14,10 @@ from tt_train.config import RunConfig, logger_options
 from tt_train.devices.distributed import world
 from tt_train.devices.sharding import ways
 from tt_train.errors import ConfigError, counted, did_you_mean
-from tt_train.logger_table import LOGGER_PACKAGES
 from tt_train.losses.table import PREFERENCE_KEYS
 from tt_train.optim.optimizers import make_optimizer
-from tt_train.registry import OPTIMIZERS, losses_of, resolve
+from tt_train.settings.keys.logger_table import LOGGER_PACKAGES
+from tt_train.settings.registry import OPTIMIZERS, losses_of, resolve
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
 

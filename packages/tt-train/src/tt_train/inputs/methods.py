@@ -12,7 +12,7 @@ import tt_models
 import tt_peft
 from tt_ckpt.shown import quoted
 from tt_train.config import KDConfig, QATConfig, RunConfig
-from tt_train.fake_quantize import quantization_mistakes
+from tt_train.inputs.fake_quantize import quantization_mistakes
 from tt_train.inputs.model import folder_of
 
 _PROBES = 16  # rows that both tokenizers encode

@@ -19,7 +19,7 @@ from tt_train.devices.sharding import ways
 from tt_train.errors import ConfigError, shell_word
 from tt_train.losses.table import REFERENCE_FREE
 from tt_train.memory import DTYPES, KEEPS_BY_HOOKS, blocks
-from tt_train.run_files import FinishedRun, read_json
+from tt_train.records.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
 STATE_BYTES = {"adamw8bit": 2, "adamw_fp8": 2, "adamw4bit": 1}  # of a value that trains; AdamW's two moments: 8

@@ -1,7 +1,7 @@
 """From a batch of answers to their log-probabilities, and from these to an objective: sums that the step divides.
 
 Shapes: R rows of S tokens, A answers of a micro-batch, P pairs of them. Rows may be packed: ``answer_ids`` [R, S] says
-whose token is whose (``tt_data.collate``).
+whose token is whose (``tt_data.batching.collate``).
 """
 
 from collections.abc import Callable

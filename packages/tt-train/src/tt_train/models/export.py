@@ -16,8 +16,8 @@ from tt_train.models.modelfile import notes, ollama_modelfile
 from tt_train.models.ollama import adds_bos, go_template
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.models.prompt_form import prompt_form, trained_on
+from tt_train.records.run_files import read_json
 from tt_train.run.serving import generation_settings
-from tt_train.run_files import read_json
 
 __all__ = ["FORMATS", "commands", "export", "go_template", "ollama_modelfile"]
 

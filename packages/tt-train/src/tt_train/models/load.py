@@ -20,7 +20,7 @@ from tt_train.inputs.model import lora_config, read_hf_config
 from tt_train.memory import DTYPES
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.optim.master_weights import join
-from tt_train.recipe_file import repeating
+from tt_train.settings.recipe_file import repeating
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tt_data.template.prompts import get_instruct_template
 from tt_train.models.ollama import ANSWER, USER, go_template, literal, render_words
-from tt_train.run_files import number
+from tt_train.records.run_files import number
 
 MARK = '"'
 MAX_NUM_CTX = 8192  # Ollama reserves memory for all of it

@@ -11,7 +11,7 @@ import tt_data
 from tt_ckpt.shown import quoted
 from tt_models.config_keys import pop_quantization
 from tt_train.errors import ConfigError, closest, did_you_mean
-from tt_train.run_files import FinishedRun, is_run, read_json
+from tt_train.records.run_files import FinishedRun, is_run, read_json
 
 NF4, DENSE = "nf4", "dense"
 LONGEST_PATH = 1000  # characters in the name of a base

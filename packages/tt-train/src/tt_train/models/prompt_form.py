@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tt_train.run_files import FinishedRun
+from tt_train.records.run_files import FinishedRun
 
 
 def trained_on(path: Path) -> tuple[dict[str, Any], str | None]:

@@ -11,7 +11,7 @@ from tt_ckpt.shown import plain
 from tt_models import parity
 from tt_train.errors import ConfigError, shell_word
 from tt_train.models.load import load_base
-from tt_train.run_files import FinishedRun
+from tt_train.records.run_files import FinishedRun
 
 
 def verify(path: str | Path, *, seed: int = 0) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tt_ckpt.ranks import is_dtensor
 from tt_train.config import OptimizerSection
 from tt_train.errors import ConfigError, TrainingError, did_you_mean
 from tt_train.optim.master_weights import InBackward, MasterWeights, call
-from tt_train.registry import OPTIMIZERS, resolve
+from tt_train.settings.registry import OPTIMIZERS, resolve
 
 AnyOptimizer = torch.optim.Optimizer | MasterWeights
 _NUMBER = "#"  # after the name of an entry that is a number and no tensor

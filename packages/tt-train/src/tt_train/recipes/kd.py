@@ -8,8 +8,6 @@ from tt_train.build import build_optimizer, load_model, load_teacher
 from tt_train.config import KDConfig
 from tt_train.evaluate import prompts
 from tt_train.job import Job, assemble
-from tt_train.keys.mistakes import refuse_mistakes
-from tt_train.keys.paths import absolute
 from tt_train.losses.distill import distillation
 from tt_train.memory import explaining_memory
 from tt_train.optim.optimizers import set_learning_rate
@@ -23,6 +21,8 @@ from tt_train.run.loop import Metrics, after_step, steps
 from tt_train.run.resume import check_destination
 from tt_train.run.start import announce, opening_facts, start
 from tt_train.run.stop import StopRequest
+from tt_train.settings.keys.mistakes import refuse_mistakes
+from tt_train.settings.keys.paths import absolute
 from tt_train.step import train_step
 
 Config = KDConfig

@@ -9,10 +9,8 @@ import tt_ckpt
 from tt_train.build import build_optimizer, load_model, make_objective
 from tt_train.config import QATConfig
 from tt_train.evaluate import prompts
-from tt_train.fake_quantize import fake_quantize_
+from tt_train.inputs.fake_quantize import fake_quantize_
 from tt_train.job import Job, assemble
-from tt_train.keys.mistakes import refuse_mistakes
-from tt_train.keys.paths import absolute
 from tt_train.memory import explaining_memory
 from tt_train.optim.optimizers import set_learning_rate
 from tt_train.optim.schedule import learning_rate
@@ -25,6 +23,8 @@ from tt_train.run.loop import Metrics, after_step, steps
 from tt_train.run.resume import check_destination
 from tt_train.run.start import announce, opening_facts, start
 from tt_train.run.stop import StopRequest
+from tt_train.settings.keys.mistakes import refuse_mistakes
+from tt_train.settings.keys.paths import absolute
 from tt_train.step import train_step
 
 Config = QATConfig

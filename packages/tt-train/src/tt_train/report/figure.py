@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tt_ckpt.redaction import redact
+from tt_train.records.series import charts
 from tt_train.report.read import Run, measured, smooth
 from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline
-from tt_train.series import charts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

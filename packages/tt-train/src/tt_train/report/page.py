@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.redaction import redact
+from tt_train.records.series import SERIES, Series, charts
 from tt_train.report.figure import NO_PICTURE
 from tt_train.report.read import Run, measured, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
 from tt_train.report.sections import config_section, manifest_section, reproduce_section
 from tt_train.report.summary import as_figure, at, method_words
 from tt_train.report.tiles import comparison, tiles
-from tt_train.series import SERIES, Series, charts
 
 BUCKETS = 300  # of rows that are drawn; each keeps the lowest and the highest value of every curve
 TABLE_ROWS = 30

@@ -8,9 +8,9 @@ from typing import Any
 
 from tt_ckpt.shown import plain, quoted
 from tt_train.config import named_sets
-from tt_train.run_files import FinishedRun, json_lines, number
-from tt_train.series import MOST_OTHERS, SERIES, Series, other_series
-from tt_train.visible import visible
+from tt_train.records.run_files import FinishedRun, json_lines, number
+from tt_train.records.series import MOST_OTHERS, SERIES, Series, other_series
+from tt_train.records.visible import visible
 
 Row = dict[str, float | None]
 

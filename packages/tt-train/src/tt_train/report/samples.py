@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from tt_train.records.visible import visible
 from tt_train.report.read import Run
 from tt_train.report.summary import answers, is_closed, is_expected
-from tt_train.visible import visible
 
 PROMPTS = 12
 CHARACTERS = 4000  # of one prompt or answer

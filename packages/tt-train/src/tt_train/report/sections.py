@@ -10,10 +10,10 @@ import yaml
 
 from tt_train.config import SCHEMAS, AdapterSection, SFTConfig, to_dict
 from tt_train.errors import shell_word
-from tt_train.recipe_file import repeating
 from tt_train.report.read import Run, differences, flatten, value_at
 from tt_train.report.samples import clipped, dot, html_text
 from tt_train.report.summary import DASH
+from tt_train.settings.recipe_file import repeating
 
 SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
 PACKAGES = "environment.packages."

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tt_train.records.run_files import number
 from tt_train.report.read import Run
-from tt_train.run_files import number
 
 Row = Mapping[str, Any]
 SHARE = 0.05  # of the steps of a run of one epoch

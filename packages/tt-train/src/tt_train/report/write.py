@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from tt_train.records.run_files import naming
 from tt_train.report.figure import GENERATOR, picture
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
-from tt_train.run_files import naming
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path | None]:

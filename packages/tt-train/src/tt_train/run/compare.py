@@ -11,8 +11,8 @@ from tt_ckpt.commit import sha256_of
 from tt_ckpt.files import regular
 from tt_train.errors import ConfigError, counted
 from tt_train.losses.cross_entropy import IGNORE, Batch
+from tt_train.records.run_files import FinishedRun, is_run, read_rows
 from tt_train.run.resume import flat
-from tt_train.run_files import FinishedRun, is_run, read_rows
 
 STREAM = "token_stream"
 _EXACT = ("loss", "grad_norm", "lr", "tokens", "eval_loss")

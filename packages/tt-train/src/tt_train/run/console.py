@@ -6,8 +6,8 @@ from typing import Any
 
 from tt_ckpt.redaction import redact
 from tt_train.errors import counted
-from tt_train.series import SERIES
-from tt_train.visible import visible
+from tt_train.records.series import SERIES
+from tt_train.records.visible import visible
 
 MARKS = ("\u27e6", "\u27e7")  # around trained tokens where there is no colour
 

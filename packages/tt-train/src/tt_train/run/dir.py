@@ -17,10 +17,10 @@ from tt_ckpt import commit, files
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
+from tt_train.records.run_files import FinishedRun, is_run, naming, number, own_folder, read_manifest, read_rows
+from tt_train.records.visible import visible
 from tt_train.report.summary import training_loss
 from tt_train.run.lock import LOCK, RunLock, writer_of
-from tt_train.run_files import FinishedRun, is_run, naming, number, own_folder, read_manifest, read_rows
-from tt_train.visible import visible
 
 log = logging.getLogger("tt_train")
 

@@ -21,7 +21,8 @@ from tt_train.errors import counted, shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.memory import DTYPES
-from tt_train.recipe_file import repeating
+from tt_train.records.run_files import TEMPLATE_FILE, read_manifest
+from tt_train.records.series import set_of
 from tt_train.report import write_report
 from tt_train.report.figure import NO_PICTURE
 from tt_train.report.summary import part_name, tokens_per_second, training_loss
@@ -31,8 +32,7 @@ from tt_train.run.dir import RunDir
 from tt_train.run.loop import Metrics
 from tt_train.run.model_card import model_card
 from tt_train.run.serving import own_template, serving_files, serving_of, to_record
-from tt_train.run_files import TEMPLATE_FILE, read_manifest
-from tt_train.series import set_of
+from tt_train.settings.recipe_file import repeating
 
 _BESIDE = (".json", ".jinja", ".txt", ".model", ".tiktoken")
 _SHORT = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,11 +15,11 @@ import yaml
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.config import RunConfig, logger_options, to_dict
 from tt_train.devices.distributed import world
-from tt_train.logger_table import LOGGERS
-from tt_train.registry import resolve
+from tt_train.records.run_files import own_folder, read_manifest
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
-from tt_train.run_files import own_folder, read_manifest
+from tt_train.settings.keys.logger_table import LOGGERS
+from tt_train.settings.registry import resolve
 
 Row = dict[str, Any]
 Logger = Callable[[Row], None]  # takes a row of metrics.jsonl; its ``close``, if it has one, ends it

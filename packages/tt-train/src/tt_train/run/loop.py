@@ -19,6 +19,7 @@ from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.losses.cross_entropy import Batch, Objective
 from tt_train.memory import compile_seconds, memory_gib
+from tt_train.records.series import SERIES
 from tt_train.run.checkpoints import TrainingState, finite_or_none
 from tt_train.run.compare import STREAM, chained, digest_of
 from tt_train.run.console import Console, held_out_line
@@ -28,7 +29,6 @@ from tt_train.run.loggers import Logger
 from tt_train.run.mfu import count_tokens, flops_per_token, peak_flops
 from tt_train.run.profile import Profile
 from tt_train.run.stop import StopRequest
-from tt_train.series import SERIES
 from tt_train.step import StepResult
 
 log = logging.getLogger("tt_train")

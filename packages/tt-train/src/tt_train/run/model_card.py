@@ -6,8 +6,8 @@ from typing import Any
 
 from tt_train.config import RunConfig, to_yaml
 from tt_train.job import Job
+from tt_train.records.visible import visible
 from tt_train.report.summary import method_words
-from tt_train.visible import visible
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MARKUP = re.compile(r"[\\`*\[\]<>|!#&$~]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|://|@(?=\w)")

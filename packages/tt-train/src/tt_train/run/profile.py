@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 
 from tt_train.config import ProfileSection
 from tt_train.errors import counted
-from tt_train.run_files import own_folder
+from tt_train.records.run_files import own_folder
 
 MOST_BYTES = 512 * 2**20  # of a trace, compressed
 _SNAPSHOT_ENTRIES = 100_000  # allocations and frees

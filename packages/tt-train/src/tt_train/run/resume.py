@@ -16,10 +16,10 @@ from tt_ckpt.shown import listed, plain
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.job import Job
-from tt_train.registry import imports_of
+from tt_train.records.run_files import MARKER, FinishedRun, is_run
 from tt_train.run.dir import list_runs
 from tt_train.run.saved import check_state
-from tt_train.run_files import MARKER, FinishedRun, is_run
+from tt_train.settings.registry import imports_of
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {

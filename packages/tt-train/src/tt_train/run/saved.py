@@ -14,7 +14,7 @@ from tt_ckpt.ranks import is_dtensor
 from tt_ckpt.shown import plain, quoted
 from tt_ckpt.train.tensor_groups import Group
 from tt_train.errors import ConfigError
-from tt_train.run_files import number
+from tt_train.records.run_files import number
 
 _COUNTS = ("step", "tokens", "evaluations_since_best", "judged", "steps_total")
 _CURE = "choose another checkpoint, or start a new run"

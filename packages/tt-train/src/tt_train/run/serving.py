@@ -14,7 +14,7 @@ from tt_ckpt.files import regular
 from tt_data.template.prompts import INSTRUCT_TEMPLATES, our_name
 from tt_data.template.sources import find_templates
 from tt_data.text.load import find_tokenizer
-from tt_train.run_files import TEMPLATE_FILE, read_json
+from tt_train.records.run_files import TEMPLATE_FILE, read_json
 
 _TEMPLATE_FILES = ("chat_template*", "additional_chat_templates")
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",

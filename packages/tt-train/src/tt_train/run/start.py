@@ -16,9 +16,8 @@ from tt_train.devices.launch import decided, everywhere, is_restarted
 from tt_train.errors import ConfigError
 from tt_train.job import Job
 from tt_train.optim.schedule import rate_change
-from tt_train.recipe_file import copy_of
-from tt_train.reference_cache import weights_of
-from tt_train.registry import imports_of
+from tt_train.records.run_files import TEMPLATE_FILE, FinishedRun, read_rows
+from tt_train.references.reference_cache import weights_of
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console, RunFacts
 from tt_train.run.dir import RunDir
@@ -36,7 +35,8 @@ from tt_train.run.resume import (
     read_checkpoint,
 )
 from tt_train.run.serving import own_template
-from tt_train.run_files import TEMPLATE_FILE, FinishedRun, read_rows
+from tt_train.settings.recipe_file import copy_of
+from tt_train.settings.registry import imports_of
 
 
 def start(

@@ -1,0 +1,1 @@
+"""Batches of token rows: padded, and in an order that continues."""

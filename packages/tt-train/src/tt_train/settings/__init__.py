@@ -1,0 +1,1 @@
+"""From YAML, overrides and names to a checked config."""
