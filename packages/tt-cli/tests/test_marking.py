@@ -1,6 +1,6 @@
 """Rows as text: colour or marks, cut in the middle, harmless to the terminal."""
 
-from tt_cli.console import mark, shorten
+from tt_cli.marking import mark, shorten
 from tt_train.records.visible import visible
 
 ROW = [("<user> 2+2?\n", False), ("<assistant> ", False), ("4", True), ("</s>", True)]

@@ -5,12 +5,11 @@ Nothing is read as markup, control characters are shown as escapes, and secrets 
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-import click
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.file_proxy import FileProxy
 from rich.progress import (
@@ -28,13 +27,13 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from tt_ckpt.redaction import redact, redact_said
-from tt_cli.terminal import Door
+from tt_ckpt.redaction import redact
+from tt_cli.marking import mark, shorten
+from tt_cli.terminal import Door, is_hushed, say
 from tt_train.records.visible import visible
 from tt_train.run import console as plain
-from tt_train.run.console import MARKS, RunFacts
+from tt_train.run.console import RunFacts
 
-Pieces = Sequence[tuple[str, bool]]  # text, and whether its tokens are trained
 SAMPLE_LIMIT = 600  # characters of each trained or untrained stretch of the sample
 
 
@@ -80,8 +79,8 @@ class Bars(Progress):
 
 @contextmanager
 def byte_progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
-    """Gives ``progress(bytes done, bytes in all)`` for what runs inside; None if stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    """Gives ``progress(bytes done, bytes in all)`` for what runs inside; None if stderr is not a terminal, or -q."""
+    if not sys.stderr.isatty() or is_hushed():
         yield None
         return
     columns = (
@@ -123,6 +122,13 @@ class QuietConsole(LineConsole):
 
     def warn(self, text: str) -> None:
         logging.getLogger("tt_train").warning("%s", text)
+
+
+class WarningConsole(QuietConsole):
+    """For -q: warnings only."""
+
+    def warn(self, text: str) -> None:
+        say(f"warning: {text}", err=True)
 
 
 class TerminalConsole(LineConsole):
@@ -208,7 +214,9 @@ class RunEta(ProgressColumn):
 
 
 def console_here() -> LineConsole:
-    """The rich console when stderr is a terminal, plain lines anywhere else."""
+    """The rich console when stderr is a terminal, plain lines anywhere else; warnings only if the user said -q."""
+    if is_hushed():
+        return WarningConsole()
     terminal = Terminal(sys.stderr)
     return TerminalConsole(terminal) if sys.stderr.isatty() and not terminal.is_dumb_terminal else LineConsole()
 
@@ -253,40 +261,3 @@ def _model(facts: RunFacts) -> str:
     return (
         f"{facts.model}: {facts.parameters:,} parameters, {facts.trainable:,} trained ({share:.2f} %, {facts.method})"
     )
-
-
-def mark(pieces: Pieces, *, color: bool) -> str:
-    """The row as text. Adjacent pieces of one kind share their marks."""
-    open_mark, close_mark = MARKS
-    shown = []
-    for piece, trained in _joined(pieces):
-        text = redact_said(piece)
-        if not trained:
-            shown.append(visible(text))
-        elif color:
-            # Line by line, so that a pager which resets the colour at line ends shows all of it.
-            shown.append("\n".join(click.style(line, fg="green") if line else "" for line in visible(text).split("\n")))
-        else:
-            shown.append(f"{open_mark}{visible(text)}{close_mark}")
-    return "".join(shown)
-
-
-def shorten(pieces: Pieces, *, limit: int) -> list[tuple[str, bool]]:
-    """``pieces`` with at most ``limit`` characters in each run of one kind: its start and its end."""
-    half = limit // 2
-
-    def cut(text: str) -> str:
-        left_out = f" [... {len(text) - 2 * half} characters ...] "
-        return text if len(text) <= limit else text[:half] + left_out + text[-half:]
-
-    return [(cut(text), trained) for text, trained in _joined(pieces)]
-
-
-def _joined(pieces: Pieces) -> list[tuple[str, bool]]:
-    joined: list[tuple[str, bool]] = []
-    for text, trained in pieces:
-        if joined and joined[-1][1] == trained:
-            joined[-1] = (joined[-1][0] + text, trained)
-        else:
-            joined.append((text, trained))
-    return joined

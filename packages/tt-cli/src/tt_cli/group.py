@@ -9,16 +9,11 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from tt_cli.names import config_keys
+from tt_cli.names import ELSEWHERE, config_keys
+from tt_cli.terminal import hush
 from tt_train.errors import closest, did_you_mean, shell_word
 from tt_train.settings.keys.foreign import FOREIGN
 from tt_train.settings.registry import RECIPES
-
-# what other tools call these verbs
-ELSEWHERE = {"train": "run", "finetune": "run", "fine-tune": "run", "sft": "run", "tune": "run", "launch": "run",
-             "infer": "generate", "inference": "generate", "predict": "generate", "list": "ls", "copy": "cp",
-             "show": "cat", "check": "validate", "push": "upload", "pull": "download", "info": "env",
-             "version": "env", "gguf": "convert", "dataset": "data", "plot": "report", "fuse": "merge"}  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -45,6 +40,7 @@ class LazyGroup(click.Group):
     ) -> None:
         super().__init__(name, help=help, invoke_without_command=True, callback=_help_when_alone, **more)
         self.subcommand_metavar = "VERB [ARGS]..."
+        self.params += spoken_options()
         self.sections = sections
         self.table = {verb: row for table in sections.values() for verb, row in table.items()}
 
@@ -62,15 +58,22 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if name not in self.table and not name.startswith("-"):
-            hint = did_you_mean(name, self.table)
-            if name == "help":
-                hint = f"; the help is {ctx.command_path} --help"
-            elif "run" in self.table and (name in RECIPES or name.endswith((".yaml", ".yml", ".py"))):
-                hint = f"; did you mean tt run {shell_word(name)}?"
-            elif ELSEWHERE.get(name.lower()) in self.table:
-                hint = f"; did you mean {ELSEWHERE[name.lower()]!r}?"
-            raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{hint}", ctx)
+            raise click.UsageError(f"{ctx.command_path} has no verb '{name}'{self._meant(ctx, name)}", ctx)
         return super().resolve_command(ctx, args)
+
+    def _meant(self, ctx: click.Context, name: str) -> str:
+        """What an unknown verb may mean: a recipe, a config, another tool's word, or a slip."""
+        if name == "help":
+            return f"; the help is {ctx.command_path} --help"
+        meant = ""
+        if "run" in self.table:
+            if name in RECIPES or name.endswith((".yaml", ".yml", ".py")):
+                return f"; did you mean tt run {shell_word(name)}?"
+            meant = ELSEWHERE.get(name.lower().replace("_", "-"), "")
+        verb, _, more = meant.partition(" ")
+        if verb in self.table:
+            return f"; did you mean {f'tt {meant}' if more else repr(verb)}?"
+        return f"; {meant}" if more else did_you_mean(name, self.table)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.table))
@@ -84,7 +87,7 @@ class LazyGroup(click.Group):
 
 
 class Verb(click.Command):
-    """A command with ``-v`` and examples; if it takes ``--json``, it also fails in JSON.
+    """A command with ``-q``, ``-v`` and examples; if it takes ``--json``, it also fails in JSON.
 
     ``examples``: commands as a user types them, shown under the options. A test runs every one.
     """
@@ -92,16 +95,7 @@ class Verb(click.Command):
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = examples
-        self.params.append(
-            click.Option(
-                ["-v", "--verbose"],
-                is_flag=True,
-                is_eager=True,
-                expose_value=False,
-                callback=_set_verbose,
-                help="Show the traceback of an error.",
-            )
-        )
+        self.params += spoken_options()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         # Noted before parsing, so that a mistake in the options is answered in JSON as well.
@@ -193,5 +187,24 @@ def _key_hint(name: str, value: str) -> str:
     return f"; did you mean {shell_word(f'{key}={value}')}?{f' ({note})' if note else ''}"
 
 
-def _set_verbose(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
-    ctx.ensure_object(Invocation).verbose |= value
+def spoken_options() -> list[click.Parameter]:
+    """``-q`` and ``-v``, which every verb takes, before or after its name."""
+    kinds: list[tuple[list[str], Callable[[click.Context], None], str]] = [
+        (["-q", "--quiet"], lambda _: hush(), "Show only results, warnings and errors."),
+        (["-v", "--verbose"], _set_verbose, "Show the traceback of an error."),
+    ]
+    return [
+        click.Option(
+            names,
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            callback=lambda ctx, _param, given, act=act: act(ctx) if given else None,
+            help=help,
+        )
+        for names, act, help in kinds
+    ]
+
+
+def _set_verbose(ctx: click.Context) -> None:
+    ctx.ensure_object(Invocation).verbose = True

@@ -14,6 +14,37 @@ from tt_train.settings.torchtune import names as torchtune
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
 
+_FROM_NOTHING = "a run with model.name instead of model.path starts from random weights: tt run sft model.name=..."
+_SERVE = "tt does not serve models; tt export RUN -o DIR prints the commands for vLLM, llama.cpp and Ollama"
+_NO_PAGE = "tt has no web page to work in; tt quickstart shows the commands"
+_LOGIN = "tt reads the token from HF_TOKEN, or the one that `hf auth login` has stored"
+_ONLINE = "tt has no recipe that generates while it trains; tt run dpo learns from preferences"
+# what other tools call a verb: ours, with its first words, or what to do
+ELSEWHERE = {
+    **dict.fromkeys(("train", "finetune", "fine-tune", "finetune-lora", "finetune-full", "finetune-qlora", "lora",
+                     "qlora", "tune", "launch"), "run"),
+    **dict.fromkeys(("finetune-adapter", "finetune-adapter-v2"), "run sft adapter.rank=8"),
+    **{name: f"run dpo loss.name={name}" for name in ("kto", "orpo", "simpo", "ipo")}, "cpo": "run dpo",
+    **dict.fromkeys(("distill", "gkd"), "run kd"), **dict.fromkeys(("grpo", "rloo", "ppo", "online-dpo"), _ONLINE),
+    "pretrain": _FROM_NOTHING, "resume": "run --resume auto", "continue": "run --resume auto",
+    **dict.fromkeys(("serve", "server", "api", "vllm-serve", "deploy", "host"), _SERVE),
+    **dict.fromkeys(("webui", "webchat", "studio", "ui", "board"), _NO_PAGE),
+    **dict.fromkeys(("login", "auth", "logout"), _LOGIN),
+    **dict.fromkeys(("infer", "inference", "predict", "complete", "sample"), "generate"), "talk": "chat",
+    **dict.fromkeys(("evaluate", "evaluation", "lm-eval", "test", "perplexity", "eleuther-eval"), "eval"),
+    **dict.fromkeys(("merge-lora", "fuse", "merge-adapter"), "merge"), "quantise": "quantize",
+    **dict.fromkeys(("convert-checkpoint", "convert-hf-checkpoint", "convert-to-litgpt", "convert-from-litgpt",
+                     "convert-pretrained-checkpoint", "gguf"), "convert"),
+    **dict.fromkeys(("preprocess", "dataset", "tokenize", "preview", "prepare"), "data show"),
+    **dict.fromkeys(("list", "models", "configs", "recipes", "runs"), "ls"), "copy": "cp", "fetch": "cp",
+    **dict.fromkeys(("show", "print"), "cat"), **dict.fromkeys(("check", "lint", "dry-run"), "validate"),
+    "push": "upload", **dict.fromkeys(("pull", "get"), "download"),
+    **dict.fromkeys(("info", "version", "doctor", "diagnose", "about"), "env"), "plot": "report",
+    **dict.fromkeys(("estimate-memory", "estimate", "benchmark"), "plan"), "demo": "quickstart", "init": "quickstart",
+    **dict.fromkeys(("follow", "tail", "monitor", "status", "log", "logs"), "watch"),
+    **dict.fromkeys(("rm", "prune", "clean", "cleanup", "gc"), "rm-checkpoints"),
+}  # fmt: skip
+
 
 def runnable_names() -> list[str]:
     """The names that `tt run`, `tt cat` and `tt cp` take: recipes, then configs."""

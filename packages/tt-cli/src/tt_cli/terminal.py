@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
@@ -39,6 +39,7 @@ class Door:
         self.raw = stream
         self.answers = answers
         self.lost: OutputLost | None = None
+        self.hushed = False  # by -q: of this stream, only warnings and errors
 
     @property
     def encoding(self) -> str:
@@ -51,8 +52,11 @@ class Door:
 
     def write(self, text: str) -> int:
         """Spelt out and without secrets; what draws the bars of libraries passes."""
+        drawn = _from_tqdm()
+        if drawn and self.hushed:
+            return len(text)
         bar = _BAR.match(text)
-        own = bar[0] if bar is not None and _from_tqdm() else ""
+        own = bar[0] if bar is not None and drawn else ""
         return self.write_raw(own + visible(redact(text[len(own) :])))
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -147,8 +151,25 @@ def say(text: object = "", *, err: bool = False, nl: bool = True, styled: bool =
 
 
 def tell(text: str) -> None:
-    """A line on stderr about what was loaded or written."""
-    say(text, err=True)
+    """A line on stderr about what was loaded or written; none if the user asked for quiet."""
+    if not is_hushed():
+        say(text, err=True)
+
+
+def tell_rows(lines: Sequence[str]) -> None:
+    """``tt_data.summary_lines``: what the rows are, which -q leaves out, then what may be wrong with them."""
+    for number, line in enumerate(lines):
+        say(line, err=True) if number else tell(line)
+
+
+def hush() -> None:
+    """From now on stderr has warnings and errors only."""
+    _door(sys.stderr, answers=False).hushed = True
+
+
+def is_hushed() -> bool:
+    """Whether the user asked for quiet."""
+    return isinstance(sys.stderr, Door) and sys.stderr.hushed
 
 
 def answer(text: object, *, nl: bool = True) -> None:

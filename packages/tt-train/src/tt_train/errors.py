@@ -66,12 +66,27 @@ def one_line(text: str) -> str:
 
 
 def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """The known word that ``word`` is most like, if it is like one at all; capitals and dashes do not count."""
+    """The known word that ``word`` is most like, if it is like one at all; capitals and dashes do not count.
+
+    A word that is one slip of the keyboard away comes first, however short: ``sl`` is ``ls``.
+    """
     if len(word) > 200:
         return None
     folded = {name.lower().replace("-", "_"): name for name in known}
-    close = difflib.get_close_matches(word.lower().replace("-", "_"), list(folded), n=1, cutoff=cutoff)
+    word = word.lower().replace("-", "_")
+    slips = [name for name in folded if _is_slip(word, name)]
+    close = difflib.get_close_matches(word, slips or list(folded), n=1, cutoff=0.0 if slips else cutoff)
     return folded[close[0]] if close else None
+
+
+def _is_slip(typed: str, meant: str) -> bool:
+    """Whether one letter is missing, too much or another one, or two neighbours have changed places."""
+    start = 0
+    while start < min(len(typed), len(meant)) and typed[start] == meant[start]:
+        start += 1
+    typed, meant = typed[start:], meant[start:]
+    swapped = typed[1::-1] + typed[2:] == meant and len(typed) > 1
+    return swapped or typed[1:] == meant or typed == meant[1:] or (typed[1:] == meant[1:] and bool(typed))
 
 
 def log_name(rank: int) -> str:

@@ -9,7 +9,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.options import Number, dtype_option, json_option, torch_dtype
-from tt_cli.terminal import answer, print_json
+from tt_cli.terminal import answer, print_json, tell
 
 if TYPE_CHECKING:
     from tt_ckpt import AdapterConversion
@@ -119,7 +119,7 @@ def command(
         return
     verb = "would write" if dry_run else "wrote and read back"
     size = f"{done.num_bytes / 1e9:.2f} GB, {', '.join(done.dtypes)}"
-    click.echo(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}{_of(done.epochs)}", err=True)
+    tell(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}{_of(done.epochs)}")
     answer(done.destination)
 
 
@@ -132,8 +132,8 @@ def _tell_adapter(adapter: "AdapterConversion", *, as_json: bool, dry_run: bool)
     if as_json:
         print_json(asdict(adapter))
         return
-    click.echo(f"from {adapter.source}{_of(adapter.epochs)}", err=True)
+    tell(f"from {adapter.source}{_of(adapter.epochs)}")
     verb = "would write" if dry_run else "wrote and read back"
     facts = f"rank {adapter.rank}, alpha {adapter.alpha:g}, {', '.join(adapter.target_modules)}"
-    click.echo(f"{verb} {adapter.num_tensors} tensors: {facts}; the base is {adapter.base}", err=True)
+    tell(f"{verb} {adapter.num_tensors} tensors: {facts}; the base is {adapter.base}")
     answer(adapter.destination)

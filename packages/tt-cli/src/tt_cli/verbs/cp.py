@@ -7,7 +7,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runnable, source_of
-from tt_cli.terminal import answer
+from tt_cli.terminal import answer, tell
 from tt_train.errors import shell_word
 
 
@@ -40,7 +40,7 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
             raise FileNotFoundError(f"no folder {target.parent} to copy {name} to; --make-parents creates it")
         target.parent.mkdir(parents=True)
     if no_clobber and os.path.lexists(target):
-        click.echo(f"{target} exists and was kept", err=True)
+        tell(f"{target} exists and was kept")
         return
     if os.path.lexists(target) and not force:
         raise FileExistsError(

@@ -10,7 +10,7 @@ import click
 from tt_cli.group import ConfigVerb
 from tt_cli.names import composed, refuse_run, runnable_names
 from tt_cli.options import COUNT, Number, config_words, json_option
-from tt_cli.terminal import print_json, say, wants_color
+from tt_cli.terminal import print_json, say, tell_rows, wants_color
 from tt_train.errors import shell_word
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def command(
     if as_json:
         print_json(dataset.report, said={"shown": [_with_names(sample) for sample in shown]})
         return
-    click.echo("\n".join(tt_data.summary_lines(dataset.report)), err=True)
+    tell_rows(tt_data.summary_lines(dataset.report))
     for sample in shown:
         say(tt_data.as_text(sample, color=wants_color(sys.stdout)).rstrip("\n") + "\n", styled=True)
 

@@ -7,7 +7,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.options import json_option
-from tt_cli.terminal import answer, print_json
+from tt_cli.terminal import answer, print_json, tell
 
 
 @click.command(
@@ -52,5 +52,5 @@ def command(
     if as_json:
         print_json(asdict(done))
         return
-    click.echo(f"{len(done.files)} files, {done.num_bytes / 1e9:.2f} GB, {done.num_verified} checked by hash", err=True)
+    tell(f"{len(done.files)} files, {done.num_bytes / 1e9:.2f} GB, {done.num_verified} checked by hash")
     answer(done.path)

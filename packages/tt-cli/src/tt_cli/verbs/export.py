@@ -61,5 +61,5 @@ def command(
         print_json(done)
         return
     for line in done["commands"]:
-        click.echo(f"  {line}", err=True)
+        tell(f"  {line}")
     answer(done["path"])

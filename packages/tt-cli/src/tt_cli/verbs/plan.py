@@ -9,7 +9,7 @@ import click
 from tt_cli.group import ConfigVerb
 from tt_cli.names import composed
 from tt_cli.options import config_words, json_option
-from tt_cli.terminal import print_json
+from tt_cli.terminal import print_json, tell
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -104,7 +104,7 @@ def command(
         print_json(_as_data(found, savings, fitting, measured, seconds))
         return
     for note in job.notes:
-        click.echo(note, err=True)
+        tell(note)
     for line in _lines(found, savings, memory, fitting, measured, seconds):
         click.echo(line)
 

@@ -7,7 +7,8 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.options import json_option
-from tt_cli.terminal import print_json
+from tt_cli.terminal import print_json, tell
+from tt_train.errors import counted
 
 
 @click.command(
@@ -41,11 +42,9 @@ def command(
         print_json(asdict(done))
         return
     verb = "would send" if dry_run else "sent"
-    click.echo(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)", err=True)
+    tell(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)")
     if done.left_out:
-        click.echo(
-            f"left out {len(done.left_out)}files that are not part of a model: {_by_ending(done.left_out)}", err=True
-        )
+        tell(f"left out {counted(len(done.left_out), 'file')} that a model does not need: {_by_ending(done.left_out)}")
     click.echo(done.url or repo)
 
 

@@ -5,7 +5,7 @@ import click
 from tt_cli.group import ConfigVerb
 from tt_cli.names import composed
 from tt_cli.options import config_words, json_option
-from tt_cli.terminal import print_json
+from tt_cli.terminal import print_json, tell, tell_rows
 
 
 @click.command(
@@ -30,6 +30,7 @@ def command(
         held_out = job.held_out.report if job.held_out else None
         print_json({"config": what, "data": job.data_report, "held_out": held_out, "notes": job.notes})
         return
-    for line in [*job.notes, *job.data_lines]:
-        click.echo(line, err=True)
+    for line in job.notes:
+        tell(line)
+    tell_rows(job.data_lines)
     click.echo(f"{what}: no mistakes found")
