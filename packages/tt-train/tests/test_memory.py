@@ -306,6 +306,15 @@ def test_however_a_step_is_split_it_is_one_trajectory(words, packing):
         assert_same_trajectory(trajectory(words, *more, f"micro_batch_size={size}"), whole)
 
 
+@pytest.mark.parametrize("adapter", [[], [LORA[0], LORA[2]], [LORA[0], "adapter.use_dora=true"]])
+def test_packed_rows_and_rows_apart_are_one_trajectory(words, adapter):
+    """A step is the whole data set, since a pack is a row: 37 rows apart, or the few packs that hold them."""
+    more = [*adapter, "batch_size=37", "data.max_seq_len=64"]
+    packed = [*more, "data.packing=true", "micro_batch_size=1"]
+    assert len(assemble(compose("sft", overrides=[*words, *packed])).train) < 20
+    assert_same_trajectory(trajectory(words, *packed), trajectory(words, *more, "micro_batch_size=37"))
+
+
 @pytest.mark.parametrize("adapter", [[], LORA])
 @pytest.mark.parametrize("how", ["false", "selective"])
 def test_the_optimizer_in_the_backward_pass_or_after_it_is_one_trajectory(words, adapter, how):
