@@ -1,6 +1,7 @@
 """Checks of the six packages: `nox` runs them, `nox -l` lists them, `nox -s quickstart` trains as a new user would."""
 
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -162,6 +163,33 @@ def quickstart(session: nox.Session) -> None:
     install(session, *wheels("tt-cli"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("tt", "quickstart", *session.posargs, env=offline)
+
+
+@nox.session(requires=["build"], default=False)
+def release(session: nox.Session) -> None:
+    """Rehearse the release of a package: `nox -s release -- tt-models`. Nothing is tagged or uploaded."""
+    if len(session.posargs) != 1 or session.posargs[0] not in PACKAGES:
+        session.error(f"name one package, such as nox -s release -- tt-models; packages: {', '.join(PACKAGES)}")
+    package, away = session.posargs[0], Path(session.create_tmp()).resolve() / "release"
+    version = PACKAGES[package]["project"]["version"]
+    changes = (ROOT / "packages" / package / "CHANGELOG.md").read_text(encoding="utf-8")
+    dated = re.search(rf"^## \[?{re.escape(version)}\]? - \d{{4}}-\d\d-\d\d$", changes, re.MULTILINE)
+    shutil.rmtree(away, ignore_errors=True)
+    install(session, "hatchling", "twine", "pip")
+    with session.chdir(ROOT / "packages" / package):
+        session.run("hatchling", "build", "-t", "sdist", "-t", "wheel", "-d", str(away), silent=True)
+    files = sorted(away.iterdir())
+    session.run("twine", "check", "--strict", *map(str, files))
+    [archive] = [file for file in files if file.suffix == ".gz"]
+    # what the index would build from the archive, with the siblings that it requires
+    install(session, "--no-build-isolation", *wheels(package)[:-1], str(archive))
+    session.run("python", "-m", "pip", "check")
+    session.run("python", "-I", "tests/installed_files.py", package, str(ROOT), env=CALM)
+    for file in files:
+        session.log(f"{file.name}: {file.stat().st_size:,} bytes")
+    if not dated:
+        session.warn(f"CHANGELOG.md has no dated section for {version}; RELEASING.md says what comes before a tag")
+    session.log(f"the next command would be: git tag -s {package}-v{version} -m '{package} {version}'")
 
 
 @nox.session(requires=["build"], default=False)

@@ -1,10 +1,13 @@
-"""Run in a wheel's environment: the package comes from the wheel, with its marker, licence and every module."""
+"""Run in a wheel's environment: the package comes from the wheel, whole, and requires no more than it may."""
 
 import importlib
 import importlib.metadata
 import pkgutil
+import re
 import sys
 from pathlib import Path
+
+MOST = {"tt-models": 0, "tt-cli": 44}  # distributions beyond those that torch itself requires
 
 package, repository = sys.argv[1], Path(sys.argv[2])
 name = package.replace("-", "_")
@@ -14,6 +17,21 @@ folder = Path(module.__file__ or "").parent
 
 def _ignored(path: Path) -> bool:
     return any(part == "__pycache__" or part.startswith(".") for part in path.relative_to(repository).parts)
+
+
+def _required(distribution: str, found: set[str]) -> set[str]:
+    """The installed distributions that ``distribution`` requires, its extras aside, and what those require."""
+    for line in importlib.metadata.requires(distribution) or []:
+        name = re.sub(r"[-_.]+", "-", (re.match(r"[\w.-]+", line) or [""])[0]).lower()
+        if name in found or ("extra ==" in line and "report" not in line):  # tt-cli asks for tt-train[report]
+            continue
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # of another system or Python
+            continue
+        found.add(name)
+        _required(name, found)
+    return found
 
 
 problems = []
@@ -35,6 +53,9 @@ for found in pkgutil.walk_packages(module.__path__, f"{name}."):
         importlib.import_module(found.name)
     except ImportError as error:
         problems.append(f"{found.name} does not import with what {package} declares: {error}")
+beyond = {one for one in _required(package, set()) - _required("torch", {"torch"}) if not one.startswith("tt-")}
+if len(beyond) > MOST.get(package, 99):
+    problems.append(f"{package} requires {len(beyond)} distributions beyond torch's: {', '.join(sorted(beyond))}")
 if problems:
     sys.exit("\n".join(problems))
-print(f"{package}: {len(expected)} files, every module imports")
+print(f"{package}: {len(expected)} files, every module imports; {len(beyond)} requirements beyond torch's")
