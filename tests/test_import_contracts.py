@@ -49,7 +49,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("shown", "cpu", "masks", "sampling", "limits", "norm", "mlp", "rope"),
         ("config_keys", "config"),
         ("kv_cache", "attention", "decoder"),
-        ("llama", "moe", "generate", "parity"),
+        ("llama", "moe", "prompts", "generate", "parity"),
         ("families",),
         ("auto",),
     ),

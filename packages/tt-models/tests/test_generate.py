@@ -9,7 +9,7 @@ import torch
 
 import tt_models
 from tt_models.auto import FAMILIES
-from tt_models.sampling import Sampling, filtered, penalize, sample
+from tt_models.sampling import Draws, Sampling, draw, filtered, penalize, row_seed, sample
 
 generate_module = importlib.import_module("tt_models.generate")  # tt_models.generate is the function
 
@@ -222,7 +222,8 @@ def test_the_penalty_is_not_rounded_to_the_dtype_of_the_model():
 
 def test_samples_follow_the_probabilities():
     logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]]).expand(20000, -1)
-    drawn = sample(logits, Sampling(temperature=0.8), generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(20000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = sample(logits, Sampling(temperature=0.8), uniform_B=uniform)
     frequencies, probabilities = torch.bincount(drawn, minlength=4) / 20000, (logits[0] / 0.8).softmax(0)
     standard_errors = (probabilities * (1 - probabilities) / 20000).sqrt()
     assert ((frequencies - probabilities).abs() <= 6 * standard_errors).all()
@@ -310,6 +311,103 @@ def test_ids_of_any_integer_type_are_read(small):
     expected = tt_models.generate(model, ids, **settings)
     for dtype in (torch.int32, torch.uint8):
         assert tt_models.generate(model, ids.to(dtype), **settings).equal(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gemma3_text", "qwen3_moe", "gpt_oss", "phi3"])
+def test_a_batch_whose_rows_leave_one_by_one_answers_as_each_prompt_alone(model_type, dtype, small):
+    model = small(model_type, 1).to(dtype)
+    prompts = [[7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21], [30, 31, 32, 33, 34], [5], [40, 41, 42]]
+    most, settings = [4, 12, 1, 9, 12], {"temperature": 0, "repetition_penalty": 1.3}
+    alone = [
+        [token for _, token in tt_models.stream_rows(model, [prompt], max_new_tokens=12, **settings)]
+        for prompt in prompts
+    ]
+    ends = [alone[4][5]]
+    expected = [row[: min((row.index(end) + 1 for end in ends if end in row), default=12)] for row in alone]
+    found = [[] for _ in prompts]
+    for row, token in tt_models.stream_rows(model, prompts, max_new_tokens=most, eos_ids=ends, **settings):
+        found[row].append(token)
+    assert found == [row[:count] for row, count in zip(expected, most, strict=True)]
+    assert len({len(row) for row in found}) > 2
+
+
+def test_rows_that_have_stopped_are_not_computed(small, monkeypatch):
+    model, sizes = small(), []
+
+    def spy(model, token, cache):
+        sizes.append(len(token))
+        return real(model, token, cache)
+
+    real = generate_module.decode_one_token
+    monkeypatch.setattr(generate_module, "decode_one_token", spy)
+    pairs = list(tt_models.stream_rows(model, [[7]] * 4, max_new_tokens=[1, 3, 6, 2], temperature=0))
+    assert sizes == [3, 2, 1, 1, 1]
+    assert [row for row, _ in pairs].count(2) == 6
+    sizes.clear()
+    answered = []
+    for row, _ in tt_models.stream_rows(
+        model, [[7], [8]], max_new_tokens=9, temperature=0, stop=lambda row: row == answered[0]
+    ):
+        answered.append(row)
+    assert sizes == [1] * 8
+    sizes.clear()
+    ids = torch.tensor([[7, 8], [9, 10], [30, 31]])
+    free = tt_models.generate(model, ids, max_new_tokens=8, temperature=0)
+    sizes.clear()
+    tt_models.generate(model, ids, max_new_tokens=8, temperature=0, eos_ids=[int(free[1, 3])])
+    assert sizes[-1] < 3
+    assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_seeded_row_draws_the_same_tokens_in_any_batch(dtype, small):
+    model = small("mistral", 1).to(dtype)
+    prompts = [[7, 8, 9, 10, 11, 12], [20, 21], [30, 31, 32], [20, 21]]
+    settings = {"max_new_tokens": 12, "temperature": 0.9, "top_k": 40, "top_p": 0.95, "eos_ids": [3, 4, 5]}
+    together = {}
+    for row, token in tt_models.stream_rows(model, prompts, seed=5, **settings):
+        together.setdefault(row, []).append(token)
+    for row, prompt in enumerate(prompts):
+        own = tt_models.stream_rows(model, [prompt], seed=[row_seed(5, row)], **settings)
+        assert [token for _, token in own] == together[row]
+    assert together[1] != together[3]  # the same prompt
+    first = tt_models.generate(model, prompts[:1], seed=5, **settings)[0, 6:].tolist()
+    assert first == together[0][: len(first)]
+
+
+def test_seeds_that_follow_each_other_share_no_row():
+    rows = [{row_seed(seed, row) for row in range(50)} for seed in range(20)]
+    assert len(set().union(*rows)) == 1000
+    assert row_seed(2**32) != row_seed(0)
+    assert Draws(7, 2).next([0, 1]).tolist() == [Draws(7, 2).next([row]).item() for row in (0, 1)]
+
+
+@pytest.mark.parametrize("seed", [[1], [1, 2, 3], [1, None], [1, -1], "12", 1.5])
+def test_seeds_that_are_not_one_per_row_are_refused(seed, small):
+    with pytest.raises(ValueError, match="seed must be"):
+        tt_models.generate(small(), [[7], [8]], max_new_tokens=2, seed=seed)
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf]])
+    almost_1 = 1 - 2**-53
+    found = draw(logits.expand(4, -1), torch.tensor([0.0, 0.2, 0.3, almost_1], dtype=torch.float64))
+    assert found.tolist() == [1, 1, 3, 3]
+
+
+def test_a_short_row_fills_its_own_context_after_the_longest_has_left(small):
+    model = small("mistral")  # which can read 128 tokens
+    long, short = list(range(5, 60)) * 2, [7, 8, 9]
+    settings = {"temperature": 0}
+    alone = list(tt_models.stream(model, [short], max_new_tokens=126, **settings))
+    rows = list(tt_models.stream_rows(model, [long, short], max_new_tokens=[19, 126], **settings))
+    assert [token for row, token in rows if row == 1] == alone
+    assert [row for row, _ in rows].count(0) == 19
+    with pytest.raises(ValueError, match="3 prompt tokens and max_new_tokens=127 exceed"):
+        tt_models.stream_rows(model, [long, short], max_new_tokens=[19, 127])
+    with pytest.raises(ValueError, match="one number or one per row, got 1 for 2 rows"):
+        tt_models.stream_rows(model, [long, short], max_new_tokens=[19])
 
 
 def test_compiled_step_gives_the_same_text(small, monkeypatch):

@@ -14,7 +14,7 @@ from tt_models.families.olmo2 import Olmo2Config
 from tt_models.families.phi import Phi3Config
 from tt_models.families.qwen import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from tt_models.families.smollm3 import SmolLM3Config
-from tt_models.generate import generate, stream
+from tt_models.generate import generate, stream, stream_rows
 from tt_models.kv_cache import KVCache
 from tt_models.llama import LlamaConfig, llama_mlp_width
 from tt_models.mlp import MLP
@@ -22,12 +22,13 @@ from tt_models.moe import Experts, MoE, load_balancing_loss, record_router_logit
 from tt_models.norm import RMSNorm
 from tt_models.parity import verify
 from tt_models.rope import Rope
+from tt_models.sampling import row_seed
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "build", "get_config", "list_models", "config_from_hf", "config_to_hf", "generate", "stream", "KVCache",
-    "ModelConfig", "Decoder", "record_router_logits", "load_balancing_loss", "verify",
+    "build", "get_config", "list_models", "config_from_hf", "config_to_hf", "generate", "stream", "stream_rows",
+    "row_seed", "KVCache", "ModelConfig", "Decoder", "record_router_logits", "load_balancing_loss", "verify",
     # the blocks, and the configurations of the families
     "Attention", "MLP", "RMSNorm", "Rope", "Block", "Experts", "MoE", "LlamaConfig", "MistralConfig", "MixtralConfig",
     "GemmaConfig", "Gemma2Config", "Gemma3Config", "Qwen2Config", "Qwen3Config", "Qwen3MoeConfig", "Phi3Config",

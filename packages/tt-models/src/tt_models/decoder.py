@@ -95,6 +95,8 @@ class Stack(nn.Module):
         too_long = length + seq_len > self.max_positions and not stretches
         if too_long and cache is None and position_ids_BS is not None:
             too_long = position_ids_BS.device.type == "cpu" and int(position_ids_BS.max()) >= self.max_positions
+        if too_long and cache is not None and cache.first is not None:  # left padding takes no positions
+            too_long = length + seq_len - int(cache.first.min()) > self.max_positions
         if too_long:
             raise ValueError(
                 f"{length + seq_len} tokens are more than max_position_embeddings {self.max_positions}: "

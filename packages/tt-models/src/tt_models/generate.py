@@ -5,17 +5,16 @@ import itertools
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
-from tt_models.sampling import EndIds, Sampling, check_seed, is_token_id, numbers_of, sample, seen_tokens
+from tt_models.prompts import Prompts, checked_lengths, left_padded, left_padded_positions
+from tt_models.sampling import Draws, EndIds, Sampling, is_token_id, numbers_of, sample, seen_tokens
 from tt_models.shown import shown
-
-Prompts = Tensor | Sequence[Sequence[int]]
 
 
 def prefill(model: Decoder, input_ids_BS: Tensor, cache: KVCache, position_ids_BS: Tensor | None = None) -> Tensor:
@@ -67,101 +66,52 @@ def evaluating(modules: Collection[nn.Module]) -> Iterator[None]:
                     module.__dict__["training"] = True
 
 
+class Step(NamedTuple):
+    """The next token of each row that is still in the batch, and the logits that it was drawn from."""
+
+    rows: list[int]  # the number of each row among the prompts
+    tokens: Tensor  # int64[len(rows)]
+    logits: Tensor  # [len(rows), V]
+
+
 @torch.no_grad()
 def steps(
     model: Decoder,
     input_ids_BS: Tensor,
     lengths_B: Tensor | None,
     *,
-    max_new_tokens: int,
+    num_steps: int,
     sampling: Sampling,
-    seed: int | None,
+    draws: Draws,
     compile: bool,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tokens of each step, int64[B], and the logits [B, V] that they were drawn from."""
+    finished: Collection[int],
+) -> Iterator[Step]:
+    """Up to ``num_steps`` steps. Rows whose number is in ``finished`` leave before the next one is computed."""
     weight = model.model.embed_tokens.weight
-    generator = None if seed is None else torch.Generator(weight.device).manual_seed(seed)
     batch, room = input_ids_BS.shape  # and one column more than is filled: a full cache would be compiled once more
-    room += max_new_tokens
+    room += num_steps
     cache = KVCache(model.config, batch_size=batch, max_seq_len=room, device=weight.device, dtype=weight.dtype)
     decode = compiled_decode_one_token() if compile else decode_one_token
     seen_BV = seen_tokens(input_ids_BS, lengths_B, weight.shape[0]) if sampling.repetition_penalty != 1.0 else None
-    modules = list(model.modules())
+    modules, rows = list(model.modules()), list(range(batch))
     with evaluating(modules):
         logits = prefill(model, input_ids_BS, cache, left_padded_positions(input_ids_BS, lengths_B))
-    for step in range(max_new_tokens):
-        token = sample(logits, sampling, seen_BV=seen_BV, generator=generator)
-        yield token, logits
-        if step + 1 == max_new_tokens:
+    for step in range(num_steps):
+        uniform = draws.next(rows) if sampling.temperature else None
+        token = sample(logits, sampling, seen_BV=seen_BV, uniform_B=uniform)
+        yield Step(rows, token, logits)
+        if step + 1 == num_steps or all(row in finished for row in rows):
             return
         if seen_BV is not None:
             seen_BV.scatter_(1, token[:, None], True)
         input_ids_BS = torch.cat((input_ids_BS, token[:, None]), dim=1)
+        if any(row in finished for row in rows):
+            places = cache.keep_([place for place, row in enumerate(rows) if row not in finished])
+            rows, kept = [rows[place] for place in places], torch.tensor(places, device=token.device)
+            input_ids_BS, token, seen_BV = input_ids_BS[kept], token[kept], None if seen_BV is None else seen_BV[kept]
         with evaluating(modules):
             outgrown = model.model.outgrows_context(cache, 1)
             logits = reread(model, input_ids_BS, cache) if outgrown else decode(model, token, cache)
-
-
-def left_padded(
-    prompts: Prompts, prompt_lengths: Tensor | Sequence[int] | None, pad_id: int, model: Decoder
-) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor [B, S] on the model's device, and their lengths if they differ; ValueError if invalid."""
-    weight = model.model.embed_tokens.weight
-    device, vocab_size = weight.device, weight.shape[0]
-    if weight.is_meta:
-        raise ValueError("the model is on the meta device, without weights: load them before generating")
-    if not isinstance(prompts, Tensor):
-        given: Any = prompts
-        if isinstance(given, str) or not isinstance(given, Sequence) or not len(given):
-            raise ValueError(f"prompts must be lists of token ids, at least one, got {shown(prompts)}")
-        lengths = [len(prompt) if isinstance(prompt, Sequence | Tensor) else 0 for prompt in prompts]
-        if 0 in lengths:
-            wrong = prompts[lengths.index(0)]
-            raise ValueError(f"prompt {lengths.index(0)} must be a list with at least one token id, got {shown(wrong)}")
-        if len({*lengths}) > 1 and not 0 <= pad_id < vocab_size:
-            raise ValueError(f"pad_id must be in [0, {vocab_size}) if prompts are padded, got {pad_id}")
-        prompt_lengths = torch.tensor(lengths)
-        for number, prompt in enumerate(prompts):
-            odd = [one for one in prompt if not is_token_id(one)]
-            if odd:
-                raise ValueError(f"prompt {number}: a token id must be a whole number, got {shown(odd[0])}")
-        prompts = torch.tensor([[pad_id] * (max(lengths) - len(prompt)) + list(prompt) for prompt in prompts])
-    if prompts.dim() != 2 or prompts.numel() == 0:
-        raise ValueError(f"prompts must be [batch, tokens] with at least one token, got {list(prompts.shape)}")
-    if prompts.is_floating_point() or prompts.is_complex() or prompts.dtype == torch.bool:
-        raise ValueError(f"prompts must be integers, the ids of tokens, got {prompts.dtype}")
-    prompts = prompts.long()
-    if int(prompts.min()) < 0 or int(prompts.max()) >= vocab_size:
-        raise ValueError(f"token ids must be in [0, {vocab_size}), got {int(prompts.min())} to {int(prompts.max())}")
-    prompt_lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths)
-    if prompt_lengths is None or bool((prompt_lengths == prompts.shape[1]).all()):
-        return prompts.to(device), None
-    rows, longest = prompts.shape
-    if prompt_lengths.shape != (rows,) or not bool(((prompt_lengths > 0) & (prompt_lengths <= longest)).all()):
-        raise ValueError(f"prompt_lengths must be {rows} numbers from 1 to {longest}")
-    return prompts.to(device), prompt_lengths.to(device)
-
-
-def left_padded_positions(input_ids_BS: Tensor, lengths_B: Tensor | None) -> Tensor | None:
-    """Position ids of rows padded on the left: each prompt counts from 0, and every padding token is alone."""
-    if lengths_B is None:
-        return None
-    seq_len = input_ids_BS.shape[1]
-    columns = torch.arange(seq_len, device=input_ids_BS.device)
-    return (columns - (seq_len - lengths_B[:, None])).clamp(min=0)
-
-
-def check_room(model: Decoder, seq_len: int, max_new_tokens: int) -> None:
-    """ValueError if the text would become longer than the model can read."""
-    if not is_token_id(max_new_tokens) or not 1 <= max_new_tokens <= 2**31:
-        raise ValueError(f"max_new_tokens must be at least 1 and at most 2**31, got {shown(max_new_tokens)}")
-    longest = model.config.max_position_embeddings
-    scaling = model.config.rope_scaling or {}
-    if seq_len + max_new_tokens - 1 > longest and scaling.get("rope_type") != "dynamic":
-        raise ValueError(
-            f"{seq_len} prompt tokens and max_new_tokens={max_new_tokens} exceed max_position_embeddings {longest}: "
-            f"at most {max(0, longest - seq_len + 1)} new tokens fit"
-        )
 
 
 class Options(TypedDict, total=False):
@@ -173,7 +123,7 @@ class Options(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float
     eos_ids: EndIds
-    seed: int | None
+    seed: int | Sequence[int] | None
     pad_id: int | None
     prompt_lengths: Tensor | Sequence[int] | None
     compile: bool
@@ -208,7 +158,7 @@ def generate(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     eos_ids: EndIds = (),
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     pad_id: int | None = None,
     prompt_lengths: Tensor | Sequence[int] | None = None,
     compile: bool = False,
@@ -220,26 +170,33 @@ def generate(
     ``input_ids`` may be lists of unequal length; rows of unequal length in a tensor are padded on the left and need
     ``prompt_lengths`` [B]. ``temperature=0`` is greedy; for the other numbers see ``Sampling``. A row stops at
     one of ``eos_ids`` (an id, several or None; it is kept) and is filled up with ``pad_id`` (default: the first end
-    id, else 0). ``seed`` makes it repeatable; None draws from torch's global generator. ``compile`` compiles the step
+    id, else 0); it leaves the batch then, and the others take less time.
+
+    ``seed`` makes it repeatable: a number, or one per row, and a row draws the same tokens in whatever batch it is (as
+    far as its logits are the same); None draws from torch's global generator. ``compile`` compiles the step
     of one token. ``until`` is asked after each token, with bool[B] for the rows that have stopped, whether that is
     enough; by default when all have. Processes that share a model's weights must agree on it, since each token is
     theirs together. ``return_logits`` returns the logits [B, n, V] of each step too.
     """
-    check_seed(seed)
     end_ids = numbers_of(eos_ids, model.model.embed_tokens.num_embeddings)
     if pad_id is not None and not is_token_id(pad_id):
         raise ValueError(f"pad_id must be a token id, or None, got {shown(pad_id)}")
     fill = pad_id if pad_id is not None else next(iter(end_ids), 0)
     ids, lengths = left_padded(input_ids, prompt_lengths, fill, model)
-    check_room(model, ids.shape[1], max_new_tokens)
+    num_steps = checked_lengths(model, ids, lengths, max_new_tokens)[0]
     sampling = Sampling(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    ends = torch.tensor(end_ids, dtype=torch.int64, device=ids.device)
-    finished = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    batch, ends = ids.shape[0], torch.tensor(end_ids, dtype=torch.int64, device=ids.device)
+    finished = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    left: set[int] = set()
     columns, kept = [ids], []
-    found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
-    for token, logits in found:
+    for rows, token, logits in steps(
+        model, ids, lengths, num_steps=num_steps, sampling=sampling, draws=Draws(seed, batch), compile=compile,
+        finished=left,
+    ):  # fmt: skip
+        if len(rows) < batch:
+            token = ids.new_full((batch,), fill).index_copy_(0, torch.tensor(rows, device=ids.device), token)
         columns.append(torch.where(finished, fill, token)[:, None])
         if return_logits:
             kept.append(logits)
@@ -247,8 +204,24 @@ def generate(
             finished = finished | torch.isin(token, ends)
         if until(finished) if until is not None else ends.numel() and bool(finished.all()):
             break
+        if ends.numel() and not return_logits:  # which has the logits of every row
+            left.update(finished.nonzero()[:, 0].tolist())
+            if len(left) == batch:
+                left.discard(rows[0])  # all have stopped, and more is asked for
     text = torch.cat(columns, dim=1)
     return (text, torch.stack(kept, dim=1)) if return_logits else text
+
+
+class StreamOptions(TypedDict, total=False):
+    """What ``stream`` and ``stream_rows`` accept besides the number of tokens."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    eos_ids: EndIds
+    compile: bool
 
 
 def stream(
@@ -256,24 +229,55 @@ def stream(
     input_ids: Prompts,
     *,
     max_new_tokens: int,
+    seed: int | None = None,
+    **options: Unpack[StreamOptions],
+) -> Iterator[int]:
+    """Continue one prompt [1, S] token by token, up to an end id, which is not yielded; see ``generate``."""
+    found = stream_rows(model, input_ids, max_new_tokens=max_new_tokens, seed=seed, **options)
+    if len(input_ids) != 1:
+        raise ValueError(f"stream continues one prompt, got {len(input_ids)}")
+    end_ids = frozenset(numbers_of(options.get("eos_ids", ()), model.model.embed_tokens.num_embeddings))
+    return itertools.takewhile(lambda number: number not in end_ids, (token for _, token in found))
+
+
+def stream_rows(
+    model: Decoder,
+    input_ids: Prompts,
+    *,
+    max_new_tokens: int | Sequence[int],
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
     eos_ids: EndIds = (),
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     compile: bool = False,
-) -> Iterator[int]:
-    """Continue one prompt [1, S] token by token, up to an end id, which is not yielded; see ``generate``."""
-    check_seed(seed)
+    stop: Callable[[int], bool] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Continue prompts together: (row, token) for each token as it comes, end ids included.
+
+    A row leaves the batch after an end id, after its ``max_new_tokens`` (one number, or one per row), or if
+    ``stop(row)``, which is asked once the row's token was taken from the iterator. ``seed`` and the others: see
+    ``generate``.
+    """
     end_ids = frozenset(numbers_of(eos_ids, model.model.embed_tokens.num_embeddings))
-    ids, lengths = left_padded(input_ids, None, 0, model)
-    if ids.shape[0] != 1:
-        raise ValueError(f"stream continues one prompt, got {ids.shape[0]}")
-    check_room(model, ids.shape[1], max_new_tokens)
+    ids, lengths = left_padded(input_ids, None, next(iter(end_ids), 0), model)
+    most = checked_lengths(model, ids, lengths, max_new_tokens)
     sampling = Sampling(
         repetition_penalty=repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    found = steps(model, ids, lengths, max_new_tokens=max_new_tokens, sampling=sampling, seed=seed, compile=compile)
-    return itertools.takewhile(lambda number: number not in end_ids, (int(token[0]) for token, _ in found))
+    left: set[int] = set()
+    found = steps(
+        model, ids, lengths, num_steps=max(most), sampling=sampling, draws=Draws(seed, ids.shape[0]), compile=compile,
+        finished=left,
+    )  # fmt: skip
+
+    def pairs() -> Iterator[tuple[int, int]]:
+        for number, step in enumerate(found, start=1):
+            for row, token in zip(step.rows, step.tokens.tolist(), strict=True):
+                yield row, token
+                if token in end_ids or number >= most[row] or (stop is not None and stop(row)):
+                    left.add(row)
+
+    return pairs()

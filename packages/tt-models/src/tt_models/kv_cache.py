@@ -54,6 +54,11 @@ class LayerCache:
         store[:, :, slots] = new[:, :, -kept:].detach().to(store.dtype)  # autocast computes in a different dtype
         return seen
 
+    def move_(self, sources: list[int], targets: list[int]) -> None:
+        """Copy rows onto others."""
+        for store in (self.keys, self.values):
+            store[targets] = store[sources]
+
 
 class KVCache:
     """Keys and values of up to ``batch_size`` sequences of up to ``max_seq_len`` tokens.
@@ -91,6 +96,24 @@ class KVCache:
     def reset(self) -> None:
         """Forget all sequences."""
         self.rows, self.length, self.first = 0, 0, None
+
+    def keep_(self, rows: list[int]) -> list[int]:
+        """Forget all rows but these, in place; where each row came from, in the order in which they are then.
+
+        Those at the end take the places of the ones that leave: no other is copied.
+        """
+        kept, places = set(rows), list(range(len(rows)))
+        free = [place for place in places if place not in kept]
+        moved = [row for row in rows if row >= len(rows)]
+        for place, row in zip(free, moved, strict=True):
+            places[place] = row
+        if moved:
+            for layer in self.layers:
+                layer.move_(moved, free)
+        if self.first is not None:
+            self.first = self.first[torch.tensor(places, device=self.first.device)]
+        self.rows = len(places)
+        return places
 
     def check_room(self, batch: int, seq_len: int) -> None:
         """ValueError if ``seq_len`` more tokens of ``batch`` rows do not fit."""

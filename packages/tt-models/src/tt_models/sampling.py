@@ -1,8 +1,10 @@
 """Sampling: from logits to a token, and the checks of its settings, seed and end ids. B: batch, V: vocabulary."""
 
+import hashlib
 import operator
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import torch
@@ -62,6 +64,37 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed must be a whole number from 0 to 2**64 - 1, or None, got {shown(seed)}")
 
 
+def row_seed(seed: int, *numbers: int) -> int:
+    """A seed for the row, or the sample of a row, with these numbers: no two share their draws, as seed + 1 would."""
+    words = " ".join(map(str, (operator.index(seed), *numbers)))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8])
+
+
+class Draws:
+    """Numbers in [0, 1), one per row and step. A seeded row draws the same ones in whatever batch it is.
+
+    ``seed``: one for all ``rows``, which then draw with ``row_seed(seed, row)``; one per row; or None for torch's
+    global generator.
+    """
+
+    def __init__(self, seed: int | Sequence[int] | None, rows: int) -> None:
+        several = isinstance(seed, Sequence) and not isinstance(seed, str)
+        for one in seed if several else [seed]:  # type: ignore[union-attr]
+            check_seed(one)
+        if several and (len(seed) != rows or None in seed):  # type: ignore[arg-type, operator]
+            raise ValueError(f"seed must be one number or one per row, got {shown(seed)} for {rows} rows")
+        self.generators: list[Random] | None = None
+        if seed is not None:
+            seeds: Any = seed if several else [row_seed(seed, row) for row in range(rows)]  # type: ignore[arg-type]
+            self.generators = [Random(operator.index(one)) for one in seeds]  # noqa: S311
+
+    def next(self, rows: Sequence[int]) -> Tensor:
+        """float64[len(rows)], on the CPU."""
+        if self.generators is None:
+            return torch.rand(len(rows), dtype=torch.float64)
+        return torch.tensor([self.generators[row].random() for row in rows], dtype=torch.float64)
+
+
 def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
     """One id or several, None for none, as plain numbers; ValueError for an id that the model does not have."""
     if eos_ids is None:
@@ -77,10 +110,12 @@ def numbers_of(eos_ids: EndIds, vocab_size: int) -> list[int]:
 
 
 def sample(
-    logits_BV: Tensor, sampling: Sampling, *, seen_BV: Tensor | None = None, generator: torch.Generator | None = None
+    logits_BV: Tensor, sampling: Sampling, *, uniform_B: Tensor | None = None, seen_BV: Tensor | None = None
 ) -> Tensor:
     """A token per row, int64[B]; ``seen_BV`` marks the tokens that ``repetition_penalty`` acts on.
 
+    ``uniform_B``: numbers in [0, 1), each of which chooses the token of its row (default: from torch's global
+    generator).
     ValueError if logits are not finite: the largest of nan is a token like any other, and its text looks like one.
     """
     if sampling.repetition_penalty != 1.0 and seen_BV is not None:
@@ -93,7 +128,23 @@ def sample(
         )
     if sampling.temperature == 0:
         return best_B.indices
-    return torch.multinomial(filtered(logits_BV, sampling).softmax(dim=-1), 1, generator=generator)[:, 0]
+    if uniform_B is None:
+        uniform_B = torch.rand(logits_BV.shape[0], dtype=torch.float64)
+    return draw(filtered(logits_BV, sampling), uniform_B)
+
+
+def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """The token at which the sum of the probabilities, in the order of the ids, exceeds ``uniform_B``; int64[B].
+
+    One number per row instead of one per token of the vocabulary, as torch.multinomial takes; a row's token depends on
+    its own logits and number alone.
+    """
+    device = logits_BV.device
+    if device.type == "mps":  # without fp64
+        logits_BV = logits_BV.cpu()
+    sums_BV = logits_BV.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    at_B1 = uniform_B.to(sums_BV.device)[:, None] * sums_BV[:, -1:]
+    return torch.searchsorted(sums_BV, at_B1, right=True)[:, 0].to(device)  # right: a sum that does not grow is passed
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
