@@ -6,14 +6,8 @@ import torch
 from tt_train import ConfigError, TrainingError, compose
 from tt_train.config import OptimizerSection
 from tt_train.inputs import components
-from tt_train.optim.optimizers import (
-    decayed,
-    load_optimizer_tensors_,
-    make_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-    state_bytes,
-)
+from tt_train.optim.optimizers import decayed, make_optimizer, set_learning_rate
+from tt_train.optim.state import load_optimizer_tensors_, optimizer_tensors, state_bytes
 
 
 @pytest.mark.parametrize(
@@ -274,3 +268,79 @@ def test_a_damaged_state_is_named_and_not_copied():
     ]:
         with pytest.raises(ValueError, match=said):
             load_optimizer_tensors_(optimizer, bad, {parameter: "w"})
+
+
+# ---- a small state under shards --------------------------------------------------------------------------------------
+
+SHAPES = {
+    "even": (64, 256),
+    "uneven": (63, 256),
+    "small": (7, 3),
+    "vector": (96,),
+    "fp32 as shards": (128, 100),
+}  # fmt: skip  (50 blocks; a third of it is not whole blocks, so it has none)
+
+
+def small_state_steps(name, steps, *, placement=None, state=None, weights=None):
+    """Weights and state after some steps on gradients that are known, by shards of a mesh or whole."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def laid(tensor):
+        return tensor if placement is None else distribute_tensor(tensor, placement, [Shard(0)])
+
+    torch.manual_seed(0)
+    start = {key: torch.randn(shape) for key, shape in SHAPES.items()}
+    parameters = {key: torch.nn.Parameter(laid((weights or start)[key].clone())) for key in SHAPES}
+    optimizer = make_optimizer([{"params": list(parameters.values())}], OptimizerSection(name=name, lr=0.1))
+    names = {parameter: key for key, parameter in parameters.items()}
+    if state:
+        load_optimizer_tensors_(optimizer, state, names)
+    for step in steps:
+        set_learning_rate(optimizer, 0.1 / (step + 1))
+        for index, parameter in enumerate(parameters.values()):
+            numbers = torch.arange(parameter.numel()).view(parameter.shape)
+            parameter.grad = laid(torch.sin(numbers * (step + 3.0) + index))
+        optimizer.step()
+    whole = {key: parameter.detach() if placement is None else parameter.detach().full_tensor()
+             for key, parameter in parameters.items()}  # fmt: skip
+    return whole, optimizer_tensors(optimizer, names)
+
+
+def compare_small_states(name, folder):
+    """On 3 ranks: shards against the whole, a stop in between, and other numbers of ranks in both directions."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import init_device_mesh
+
+    import tt_ckpt
+
+    mesh = init_device_mesh("cpu", (3,))
+    expected, _ = small_state_steps(name, range(6))
+    found, _ = small_state_steps(name, range(6), placement=mesh)
+    precise, _ = small_state_steps("adamw", range(6))
+    torch.testing.assert_close(found.pop("fp32 as shards"), precise["fp32 as shards"], rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    half, parts = small_state_steps(name, range(3), placement=mesh)
+    assert all(type(tensor) is torch.Tensor for tensor in parts.values())
+    checkpoint = tt_ckpt.TrainCheckpoint(folder / name)
+    checkpoint.save(3, tensors={"optimizer": parts}, state={})
+    saved = dict(checkpoint.restore().tensors["optimizer"])
+    assert {"even/exp_avg[0:22].codes", "fp32 as shards/exp_avg[43:86]"} <= saved.keys()
+    again, _ = small_state_steps(name, range(3, 6), placement=mesh, state=saved, weights=half)
+    one, _ = small_state_steps(name, range(3, 6), state=saved, weights=half)
+    whole_half, whole_state = small_state_steps(name, range(3))
+    three, _ = small_state_steps(name, range(3, 6), placement=mesh, state=whole_state, weights=whole_half)
+    for key, tensor in found.items():
+        assert torch.equal(again[key], tensor), key
+        assert torch.equal(one[key], tensor), key
+        assert torch.equal(three[key], tensor), key
+    fourth, _ = small_state_steps(name, [3], placement=mesh, state=whole_state, weights=whole_half)
+    torch.testing.assert_close(fourth, small_state_steps(name, range(4))[0], rtol=1e-6, atol=1e-6)
+    if dist.get_rank() == 0:
+        part = {key: value for key, value in saved.items() if "[0:22]" not in key}
+        with pytest.raises(ValueError, match="which are not all of 64"):
+            small_state_steps(name, [], state=part)
+
+
+@pytest.mark.parametrize("name", LOW_BIT)
+def test_a_small_state_under_shards_is_that_of_one_process_and_continues_in_any_world(name, ranks, tmp_path):
+    ranks(3, compare_small_states, name, tmp_path)

@@ -60,21 +60,25 @@ def test_two_ranks_write_the_run_of_one_process(method, words, ranks, tmp_path):
         assert samples[0] == samples[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+SMALL_STATE = {"8 bits": ["optimizer.name=adamw8bit"]}
+
+
+@pytest.mark.parametrize("method", [*METHODS, *SMALL_STATE])
 def test_resume_is_bitwise_at_the_same_world_size_and_close_at_another(method, words, ranks, tmp_path, monkeypatch):
     monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
-    words = [*words, *METHODS[method], "save_every=2", "keep_last=9", "micro_batch_size=2", "samples.num=0"]
+    more = (METHODS | SMALL_STATE)[method]
+    words = [*words, *more, "save_every=2", "keep_last=9", "micro_batch_size=2", "samples.num=0"]
     ranks(2, run, [*words, f"output_dir={tmp_path / 'two'}"])
     checkpoint = tmp_path / "two" / "checkpoints" / "step-000002"
     ranks(2, run, [*words, f"output_dir={tmp_path / 'again'}"], str(checkpoint))
     expected, again = weights(tmp_path / "two"), weights(tmp_path / "again")
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
-    if "dropout" in str(METHODS[method]):  # which is drawn by rank
+    if "dropout" in str(more):  # which is drawn by rank
         return
     others = [(1, checkpoint)] if method != "full" else [(4, checkpoint), (2, tmp_path / "4/checkpoints/step-000004")]
     for size, where in others:
         ranks(size, run, [*words, f"output_dir={tmp_path / str(size)}"], str(where))
         for one, other in zip(rows(tmp_path / "two"), rows(tmp_path / str(size)), strict=True):
-            rel = 1e-5 if method != "bf16" else 2e-2
+            rel = {"bf16": 2e-2, "8 bits": 1e-3}.get(method, 1e-5)  # a rounded number may flip
             assert other["loss"] == pytest.approx(one["loss"], rel=rel)
             assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=10 * rel)

@@ -17,6 +17,7 @@ from tt_train.evaluate import to_device
 from tt_train.job import assemble
 from tt_train.losses.cross_entropy import cross_entropy
 from tt_train.memory import blocks
+from tt_train.optim.master_weights import InBackward
 from tt_train.step import train_step
 
 
@@ -67,6 +68,8 @@ CASES = {
     "qdora": ["adapter.rank=4", "adapter.quantize_base=true", "adapter.use_dora=true", "activation_checkpointing=true"],
     "pissa": ["adapter.rank=4", "adapter.init=pissa", "adapter.quantize_base=true"],
     "dora": ["adapter.rank=4", "adapter.use_dora=true"],
+    "loftq": ["adapter.rank=4", "adapter.init=loftq", "adapter.quantize_base=true"],
+    "head alone": ["adapter.rank=4", "adapter.target_modules=[lm_head]"],
 }
 WAYS = {
     "two replicas": (2, ["parallel.replicate=2"]),
@@ -112,8 +115,8 @@ def test_many_ranks_train_what_one_process_does(case, way, words, tied_dir, rank
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("way", ["two shards", "two replicas of two shards"])
-def test_shards_are_updated_in_the_backward_pass_as_one_process_does_it(way, words, ranks, tmp_path):
+@pytest.mark.parametrize("way", WAYS)
+def test_each_update_in_the_backward_pass_is_that_of_one_process(way, words, ranks, tmp_path):
     words = [*words, "optimizer_in_backward=true", "max_grad_norm_of=parameter", "activation_checkpointing=selective"]
     results, weights = trajectory([*words, "micro_batch_size=8"])
     size, more = WAYS[way]
@@ -127,19 +130,16 @@ def test_shards_are_updated_in_the_backward_pass_as_one_process_does_it(way, wor
         torch.testing.assert_close(found["weights"][name], weight, rtol=1e-5, atol=1e-5)
 
 
-def test_copies_are_not_updated_in_the_backward_pass(words, ranks):
-    ranks(2, refuses_copies, words)
+def test_copies_whose_gradients_come_in_another_order_are_not_added_up(ranks):
+    ranks(2, another_order)
 
 
-def refuses_copies(words):
-    backward = ["optimizer_in_backward=true", "max_grad_norm=null", "parallel.replicate=2"]
-    for wrong, text in (
-        (backward, "gradients of copies are added up after the backward pass"),
-        (["optimizer.name=adamw8bit", "parallel.shard=2"], "the state of adamw8bit cannot be sharded; use adamw"),
-    ):
-        error, match = (ConfigError, text) if world().is_main else (ShownElsewhere, "another rank shows why")
-        with pytest.raises(error, match=match):
-            assemble(compose("sft", overrides=[*words, *wrong]))
+def another_order():
+    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = InBackward(*(torch.optim.SGD([weight], lr=0.1) for weight in weights))
+    loss = weights[1 - world().rank].sum()
+    with pytest.raises(TrainingError, match="in another order on another rank"), optimizer.updating(1.0, None):
+        loss.backward()
 
 
 # ---- traps ----
@@ -317,6 +317,17 @@ def test_a_full_run_is_sharded_and_an_adapter_replicated_unless_the_config_says_
 ):
     config = RunConfig(parallel=ParallelSection(**parallel), adapter=AdapterSection() if adapter else None)
     assert ways(config, size) == expected
+
+
+def test_what_shards_cannot_do_is_refused_before_weights_load(words, ranks):
+    ranks(2, refuses, words, ["adapter.rank=4", "adapter.dtype=bf16", "parallel.shard=2"], "are not rounded to bf16")
+    ranks(2, refuses, words, ["parallel.cpu_offload=true", "parallel.replicate=2"], "nothing is sharded")
+
+
+def refuses(words, wrong, text):
+    error, match = (ConfigError, text) if world().is_main else (ShownElsewhere, "another rank shows why")
+    with pytest.raises(error, match=match):
+        assemble(compose("sft", overrides=[*words, *wrong]))
 
 
 @pytest.mark.parametrize("parallel", [{"shard": 3}, {"replicate": 3}, {"shard": 2, "replicate": 1}])

@@ -155,8 +155,14 @@ class QLoRALinear(NF4Base, LoRALinear):
         if not self.weight.is_meta:
             self.load_base_("weight", self.weight.detach())
 
+    def needs_dense(self) -> bool:
+        return bool(self._from_loss())
+
     def base_loaded_(self, tensor: Tensor) -> None:
         """Adapters that start from what quantization loses (LoftQ) see the dense weight now or never."""
-        for adapter in self.adapters.values():
-            if isinstance(adapter, LowRank) and adapter.spec.config.init == "loftq" and not adapter.started:
-                start_from_loss_(adapter, tensor, self.weight)
+        for adapter in self._from_loss():
+            start_from_loss_(adapter, tensor, self.weight)
+
+    def _from_loss(self) -> list[LowRank]:
+        low_ranks = [adapter for adapter in self.adapters.values() if isinstance(adapter, LowRank)]
+        return [each for each in low_ranks if each.spec.config.init == "loftq" and not each.started]

@@ -60,7 +60,7 @@ class NF4Base(nn.Linear):
         """Quantize the blocks that this rank holds of the dense weight ``tensor``, of which no other value is read.
 
         Returns those. Every rank must call this. The largest magnitudes of all blocks travel, since the scales of the
-        blocks are quantized together.
+        blocks are quantized together. Adapters that start from the dense weight (LoftQ) read all of it, on every rank.
         """
         codes, spread = self.codes, self.spread
         assert spread is not None
@@ -76,6 +76,8 @@ class NF4Base(nn.Linear):
         spread.scales = scales_of(every, name=self.weight_name)
         made = type(codes).from_local(packed, shape=codes.shape, stride=codes.stride(), **like)
         self.codes = nn.Parameter(made, requires_grad=False)
+        if self.needs_dense():
+            self.base_loaded_(tensor.to(device, dtype))
         return own
 
     def file_parameters(self) -> dict[str, Tensor]:
@@ -92,6 +94,10 @@ class NF4Base(nn.Linear):
         if self.spread.scales is None:
             return self.file_parameters()["weight"]
         return from_codes(whole(self.codes), self.spread.scales, self.spread.shape, self.spread.dtype)
+
+    def needs_dense(self) -> bool:
+        """Whether ``base_loaded_`` does something."""
+        return False
 
     def base_loaded_(self, tensor: Tensor) -> None:
         """Called with the dense weight, before it is gone."""

@@ -6,10 +6,11 @@ keeps everything, and only gradients travel, once per step: the way of adapters,
 frozen base need not be gathered. ``replicate x shard`` is HSDP: copies of sharded groups.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import prod
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +81,17 @@ def shard_(
     mesh = mesh if replicate > 1 else mesh["shard"]
     layers = list(blocks(model))
     sharded = [fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload) for module in (*layers, model)]
+    model.hidden_states = functools.partial(_for_backward, model.hidden_states)  # type: ignore[assignment, arg-type]
     register_fsdp_forward_method(model, "hidden_states")
     setattr(model, _EVERY, reduce_every_micro_batch)
     for before, after in pairwise(sharded[:-1]):
         before.set_modules_to_forward_prefetch([after])
+
+
+def _for_backward(hidden_states: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """FSDP reduces gradients if what the forward pass gave needs one, also if only the output projection trains."""
+    found = hidden_states(*args, **kwargs)
+    return found.requires_grad_() if torch.is_grad_enabled() and not found.requires_grad else found
 
 
 def is_sharded(model: object) -> "TypeGuard[FSDPModule]":

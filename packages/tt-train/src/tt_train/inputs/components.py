@@ -17,7 +17,7 @@ from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.losses.table import PREFERENCE_KEYS
 from tt_train.optim.optimizers import make_optimizer
 from tt_train.settings.keys.logger_table import LOGGER_PACKAGES
-from tt_train.settings.registry import OPTIMIZERS, losses_of, resolve
+from tt_train.settings.registry import losses_of, resolve
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
 
@@ -120,17 +120,10 @@ def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
         found.append(
             "parallel.cpu_offload: offloads shards, and nothing is sharded; set parallel.shard, or leave it out"
         )
-    if config.optimizer_in_backward and shard == 1:
-        found.append(
-            "optimizer_in_backward: gradients of copies are added up after the backward pass; set parallel.shard to "
-            "2 or more, or leave it out"
-        )
-    if shard > 1 and OPTIMIZERS.get(config.optimizer.name, "").startswith("torchao."):
-        found.append(f"optimizer.name: the state of {config.optimizer.name} cannot be sharded; use adamw")
-    if shard > 1 and adapter is not None and adapter.init == "loftq":
-        found.append("adapter.init: loftq needs each matrix whole when it is quantized; set parallel.shard=1")
     if shard > 1 and adapter is not None and adapter.dtype == "bf16":
-        found.append("adapter.dtype: bf16 is not for a sharded adapter; leave it out, or set parallel.shard=1")
+        found.append(
+            "adapter.dtype: shards train in fp32 and are not rounded to bf16; leave it out, or set parallel.shard=1"
+        )
     return found
 
 

@@ -35,7 +35,8 @@ from tt_train.losses.cross_entropy import Batch, Objective
 from tt_train.losses.distill import distillation
 from tt_train.memory import DTYPES, blocks, peak_memory_gib
 from tt_train.models.trace import Peak, trace_step
-from tt_train.optim.optimizers import make_optimizer, state_bytes
+from tt_train.optim.optimizers import make_optimizer
+from tt_train.optim.state import state_bytes
 from tt_train.references.reference import Reference, adapter_off, log_probs_of, prepared
 from tt_train.settings.keys.mistakes import world_mistakes
 from tt_train.step import train_step

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_train.devices.distributed import world
+from tt_ckpt.ranks import is_dtensor
+from tt_train.devices.distributed import World, world
 from tt_train.devices.sharding import local, squared_norm
+from tt_train.errors import TrainingError
 
 _BUCKET = 2**22  # weights that are whole at a time while the optimizer runs
 
@@ -159,6 +161,8 @@ class InBackward(MasterWeights):
         if now is None or gradient is None:  # somebody else's backward pass, which adds gradients up
             return
         here = world()
+        if here.size > 1 and not is_dtensor(gradient):
+            self._add_up_(gradient, parameter, here)
         square = torch.tensor(squared_norm([gradient], here.size), dtype=torch.float64)
         norm = math.sqrt(float(here.sum(square))) * now.scale
         now.norms.append(norm)
@@ -171,6 +175,17 @@ class InBackward(MasterWeights):
             with self.whole([parameter]):
                 call(optimizer)
         parameter.grad = None
+
+    def _add_up_(self, gradient: Tensor, parameter: nn.Parameter, here: World) -> None:
+        """Give every rank the sum of all ranks' gradients of a parameter that is whole on each."""
+        number = next(index for index, each in enumerate(self.parameters()) if each is parameter)
+        total = here.sum(torch.cat([gradient.reshape(-1).float(), gradient.new_tensor([number], dtype=torch.float32)]))
+        if float(total[-1]) != number * here.size:
+            raise TrainingError(
+                "optimizer_in_backward: gradients become complete in another order on another rank; use the same model "
+                "on all, or leave it out"
+            )
+        gradient.copy_(total[:-1].view(gradient.shape))
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

@@ -1,22 +1,19 @@
-"""Optimizers by name, and their state in a checkpoint."""
+"""Optimizers by name."""
 
 import inspect
 import logging
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tt_ckpt.ranks import is_dtensor
 from tt_train.config import OptimizerSection
-from tt_train.errors import ConfigError, TrainingError, did_you_mean
-from tt_train.optim.master_weights import InBackward, MasterWeights, call
+from tt_train.errors import ConfigError, did_you_mean
+from tt_train.optim.master_weights import InBackward, MasterWeights
 from tt_train.settings.registry import OPTIMIZERS, resolve
 
 AnyOptimizer = torch.optim.Optimizer | MasterWeights
-_NUMBER = "#"  # after the name of an entry that is a number and no tensor
 
 
 def make_optimizer(
@@ -100,119 +97,3 @@ def set_learning_rate(optimizer: AnyOptimizer, value: float) -> None:
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate
-
-
-# ---- the optimizer's state in a checkpoint ----
-
-
-def state_bytes(optimizer: MasterWeights) -> int:
-    """How much the optimizer will keep for its parameters; it is called once per shape to find out."""
-    sizes: dict[torch.Size, int] = {}
-    total = 0
-    for one, group, parameter in _members(optimizer):
-        if parameter.shape not in sizes:
-            state = _first_state(one, group, parameter)
-            sizes[parameter.shape] = sum(tensor.nbytes for tensor in _flat(state).values())
-        total += sizes[parameter.shape]
-    return total
-
-
-def optimizer_tensors(optimizer: AnyOptimizer, names: dict[nn.Parameter, str]) -> dict[str, Tensor]:
-    """The optimizer's state as flat, plain tensors: ``<parameter name>/<entry>``.
-
-    The parts of a tensor of 8 or 4 bits are ``<entry>.codes``, ``<entry>.scale`` and so on; a number is a tensor named
-    ``<entry>#``. What an optimizer counts per group of parameters is saved with the first of them, as ``group:<key>#``.
-    TrainingError if it keeps something else, which could not be restored.
-    """
-    state = optimizer.state
-    found: dict[str, Tensor] = {}
-    for parameter, name in names.items():
-        found |= {f"{name}/{entry}": tensor for entry, tensor in _flat(state.get(parameter, {})).items()}
-    for group, counts in optimizer.counted() if isinstance(optimizer, MasterWeights) else ():
-        name = names[group["params"][0]]
-        found |= {f"{name}/{entry}": tensor for entry, tensor in _flat(counts, "group:").items()}
-    return found
-
-
-def load_optimizer_tensors_(
-    optimizer: AnyOptimizer, tensors: Mapping[str, Tensor], names: dict[nn.Parameter, str]
-) -> None:
-    """The inverse of ``optimizer_tensors``; ValueError if names, shapes or dtypes are not the saved ones."""
-    known, saved = set(names.values()), defaultdict[str, dict[str, Tensor]](dict)
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        if name not in known:
-            raise ValueError(f"the checkpoint has optimizer state for {name[:200]!r}, which this run does not train")
-        saved[name][entry] = value
-    for one, group, parameter in _members(optimizer):
-        name = names[parameter]
-        counts = {entry: saved[name].pop(entry) for entry in list(saved[name]) if entry.startswith("group:")}
-        for entry, value in counts.items():
-            group[entry.removeprefix("group:").removesuffix(_NUMBER)] = value.item()
-        if saved[name]:
-            state = _first_state(one, group, parameter)
-            _fill_(state, saved[name], name)
-            one.state[parameter] = state
-
-
-def _fill_(state: dict[str, Any], saved: Mapping[str, Tensor], name: str) -> None:
-    """Write saved values into the first state of the parameter ``name``, where the optimizer has put it."""
-    expected = _flat(state)
-    for entry in sorted(expected.keys() ^ saved.keys()):
-        what = "is missing" if entry in expected else "is not one that this optimizer keeps"
-        raise ValueError(f"optimizer state {entry[:200]!r} of {name} {what}")
-    for entry, tensor in expected.items():
-        found = saved[entry]
-        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-            has = f"{list(found.shape)} ({found.dtype}), not {list(tensor.shape)} ({tensor.dtype})"
-            raise ValueError(f"optimizer state {entry[:200]!r} of {name} has shape {has}")
-        if entry.endswith(_NUMBER):
-            state[entry.removesuffix(_NUMBER)] = found.item()
-        else:
-            tensor.copy_(found)
-
-
-def _members(optimizer: AnyOptimizer) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], nn.Parameter]]:
-    """Every parameter, with the optimizer and the group that it is in."""
-    for one in optimizer.optimizers if isinstance(optimizer, MasterWeights) else (optimizer,):
-        for group in one.param_groups:
-            yield from ((one, group, parameter) for parameter in group["params"])
-
-
-@torch.no_grad()
-def _first_state(optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> dict[str, Any]:
-    """What the optimizer keeps for ``parameter`` after its first step: a copy of it makes one, on zeros.
-
-    So nothing need be known of an optimizer to restore its state, and a saved tensor must fit what the optimizer made.
-    """
-    zeros = nn.Parameter(torch.zeros_like(parameter, dtype=torch.float32))
-    zeros.grad = torch.zeros_like(zeros)
-    double: torch.optim.Optimizer = object.__new__(type(optimizer))
-    vars(double).update(vars(optimizer))
-    double.state, double.param_groups = defaultdict(dict), [{**group, "params": [zeros]}]
-    call(double)
-    first: dict[str, Any] = double.state[zeros]
-    return first
-
-
-def _flat(entries: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The entries of a parameter as plain tensors; TrainingError for one that could not be restored."""
-    flat: dict[str, Tensor] = {}
-    for entry, value in entries.items():
-        if isinstance(value, Tensor):
-            flat |= {f"{prefix}{entry}{part}": tensor for part, tensor in _parts(value).items()}
-        elif isinstance(value, int | float):
-            flat[f"{prefix}{entry}{_NUMBER}"] = torch.tensor(value)
-        elif value is not None:
-            kind = type(value).__name__
-            raise TrainingError(
-                f"optimizer: it keeps {entry!r} as a {kind}, which no checkpoint holds; use another one"
-            )
-    return flat
-
-
-def _parts(value: Tensor) -> dict[str, Tensor]:
-    """A tensor, or the plain ones that a tensor of few bits is made of."""
-    if type(value) in (Tensor, nn.Parameter) or is_dtensor(value):
-        return {"": value}
-    return {f".{name}": getattr(value, name) for name in value.__tensor_flatten__()[0]}  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from tt_train.devices.sharding import local
 from tt_train.errors import ConfigError, Interrupted, LostRank, counted
 from tt_train.job import Job
 from tt_train.optim.master_weights import MasterWeights, join, split_
-from tt_train.optim.optimizers import load_optimizer_tensors_, optimizer_tensors, state_bytes
+from tt_train.optim.state import keeps_few_bits, load_optimizer_tensors_, optimizer_tensors, state_bytes
 from tt_train.run.dir import RunDir
 from tt_train.run.saved import check_tensors, held_groups
 from tt_train.run.stop import Stopped
@@ -218,7 +218,8 @@ class TrainingState:
 
     def restore(self, saved: tt_ckpt.TrainState) -> None:
         """Put a checkpoint into the model and the optimizer."""
-        here, groups = self._tensors(), held_groups(saved, self._weights())
+        whole = {"adapter", *(["optimizer"] if keeps_few_bits(self.optimizer) else [])}
+        here, groups = self._tensors(), held_groups(saved, self._weights(), whole=whole)
         group = "adapter" if self.job.lora is not None else "model"
         check_tensors(saved.path, group, groups.get(group), here[group])
         if "lost_bits" in groups or (self.job.lora is not None and "lost_bits" in here):

@@ -3,7 +3,7 @@
 Beside ``checkpoints``, so that what an attacker may have written is read in one small file.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,16 @@ class HeldTensors(Mapping[str, Tensor]):
         return len(self.group)
 
 
-def held_groups(saved: tt_ckpt.TrainState, weights: Mapping[str, Tensor]) -> dict[str, Mapping[str, Tensor]]:
+def held_groups(
+    saved: tt_ckpt.TrainState, weights: Mapping[str, Tensor], *, whole: Collection[str]
+) -> dict[str, Mapping[str, Tensor]]:
     """The groups of a checkpoint that any number of ranks saved; this rank reads what it holds of the tensors of
-    ``weights``, and of what the optimizer keeps for them."""
+    ``weights``, and of what the optimizer keeps for them. ``whole``: groups whose files may be laid out differently
+    from the parameters, as those of an adapter are; their tensors are read whole."""
     spread = {name: weight for name, weight in weights.items() if is_dtensor(weight)}
 
     def like(key: str, shape: tuple[int, ...]) -> Tensor | None:
         weight = spread.get(key, spread.get(key.rpartition("/")[0]))
         return weight if weight is not None and tuple(weight.shape) == shape else None
 
-    # an adapter is read whole: its files may lay it out differently from its parameters
-    return {name: group if name == "adapter" else HeldTensors(group, like) for name, group in saved.tensors.items()}
+    return {name: group if name in whole else HeldTensors(group, like) for name, group in saved.tensors.items()}
