@@ -242,12 +242,70 @@ def test_a_component_becomes_ours_and_what_differs_is_said(theirs, change, ours,
     assert any(said in problem for problem in found.problems)
 
 
+def test_distillation_becomes_kd(theirs):
+    theirs |= {
+        "teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"},
+        "teacher_checkpointer": {"_component_": "torchtune.training.FullModelHFCheckpointer", "model_type": "LLAMA3",
+                                 "checkpoint_dir": "/data/teacher", "checkpoint_files": ["model.safetensors"]},
+        "kd_loss": {"_component_": "torchtune.modules.loss.ForwardKLWithChunkedOutputLoss"}, "kd_ratio": 0.25,
+    }  # fmt: skip
+    found = migrate(theirs)
+    assert found.config["recipe"] == "kd"
+    assert found.config["kd"] == {
+        "teacher": "/data/teacher", "teacher_dtype": "bf16", "divergence": "forward", "cross_entropy_weight": 0.75
+    }  # fmt: skip
+    (teacher,) = (line for line in found.problems if line.startswith("kd.teacher"))
+    assert "hub id of these weights is meta-llama/Meta-Llama-3.1-8B-Instruct" in teacher
+    assert not any("not known; look" in line for line in found.problems if "brand_new_key" not in line)
+    theirs |= {"kd_loss": {"_component_": "torchtune.modules.loss.ReverseKLLoss"}, "teacher_checkpointer": {}}
+    found = migrate(theirs)
+    assert found.config["kd"]["divergence"] == "reverse"
+    assert found.config["kd"]["teacher"] == "meta-llama/Meta-Llama-3.1-8B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "section"),
+    [({"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer", "groupsize": 32},
+      {"weights": "int4", "group_size": 32, "activations": "int8"}),
+     ({"_component_": "torchao.quantization.qat.Int4WeightOnlyQATQuantizer"}, {"weights": "int4", "group_size": 256})],
+)  # fmt: skip
+def test_quantization_aware_training_becomes_qat(theirs, quantizer, section):
+    found = migrate(theirs | {"quantizer": quantizer, "fake_quant_after_n_steps": 100})
+    assert (found.config["recipe"], found.config["quantization"]) == ("qat", section)
+    assert found.config["adapter"]["dropout"] == 0.0  # it was 0.1, which is said
+    for said in ("qat has no dropout", "rounded from the first step on", "the sum of base and adapter is rounded"):
+        assert any(said in line for line in found.problems), said
+
+
+def test_data_sets_that_are_read_in_one_way_become_a_list(theirs):
+    rows = {"_component_": "torchtune.datasets.chat_dataset", "conversation_style": "openai", "split": "train",
+            "conversation_column": "messages"}  # fmt: skip
+    several = [rows | {"source": "json", "data_files": "a.json"}, rows | {"source": "someone/chats"}]
+    data = migrate(theirs | {"dataset": several}).config["data"]
+    assert data["train"] == ["a.json", "someone/chats"]
+    assert (data["schema"], data["max_seq_len"]) == ("openai", 4096)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"teacher_model": {"_component_": "torchtune.models.llama3_1.llama3_1_8b"}}, "distillation is not migrated"),
         ({"policy_model": {"_component_": "torchtune.models.mistral.mistral_7b"}}, "PPO is not supported"),
-        ({"quantizer": {"_component_": "torchtune.training.quantization.Int8DynActInt4WeightQATQuantizer"}}, "aware"),
+        (
+            {"teacher_model": {}, "kd_loss": {"_component_": "torchtune.modules.loss.SymmetricKLLoss"}},
+            "forward or reverse",
+        ),
+        ({"quantizer": {"_component_": "torchtune.training.quantization.SomeQuantizer"}}, "SomeQuantizer is not known"),
+        ({"dataset": [{"_component_": "torchtune.datasets.alpaca_dataset"}] * 2}, "alpaca is read in its own way"),
+        (
+            {
+                "dataset": [
+                    {"_component_": "torchtune.datasets.text_completion_dataset", "source": "a.jsonl", "column": c}
+                    for c in ("text", "story")
+                ]
+            },
+            "they differ in more than their source",
+        ),
+        ({"dataset": ["a.jsonl"]}, "expected data sets"),
         ({"model": {"_component_": "torchtune.models.llama3_2_vision.llama3_2_vision_11b"}}, "images"),
         ({"dataset": {"_component_": "torchtune.datasets.multimodal.the_cauldron_dataset"}}, "images"),
         ({"dataset": {"_component_": "my.rows"}}, "my.rows is not known"),

@@ -14,9 +14,11 @@ from tt_train.settings.keys.text import NotPlainError, compose_text, read_text
 from tt_train.settings.keys.values import of_node
 from tt_train.settings.torchtune import tables
 from tt_train.settings.torchtune.carry import Carry
+from tt_train.settings.torchtune.methods import carry_quantizer, carry_teacher
 from tt_train.settings.torchtune.rows import carry_rows
 from tt_train.settings.torchtune.training import carry_memory, carry_optimizer, carry_output, carry_steps
 
+_METHODS = {"teacher_model": "kd", "quantizer": "qat"}  # key that only its recipe has -> ours
 LONGEST = 131_072  # tokens of a row, where torchtune cut none: as long as any of its models' rows
 
 
@@ -60,8 +62,13 @@ def migrate(values: dict[str, Any], *, devices: int = 1) -> Migration:
     theirs = _resolved(_flat(values))
     carry = Carry(theirs, devices=devices, is_old=any("torchtune.utils." in str(value) for value in theirs.values()))
     is_preference = _carry_loss(carry)
-    carry.ours = {"recipe": "dpo" if is_preference else "sft", "model": {}, **carry.ours}
+    recipe = "dpo" if is_preference else next((ours for key, ours in _METHODS.items() if key in values), "sft")
+    carry.ours = {"recipe": recipe, "model": {}, **carry.ours}
+    if recipe == "kd":
+        carry_teacher(carry)
     _carry_model(carry)
+    if recipe == "qat":
+        carry_quantizer(carry)
     carry_rows(carry, longest=LONGEST)
     carry_steps(carry)
     carry_optimizer(carry)
@@ -72,7 +79,19 @@ def migrate(values: dict[str, Any], *, devices: int = 1) -> Migration:
             continue
         why = tables.DROPPED.get(key.partition(".")[0] if key.partition(".")[0] in tables.DROPPED else key)
         carry.say(key, why or "not known; look for it with tt cat sft, or leave it out")
-    order = ("recipe", "model", "adapter", "data", "loss", "batch_size", "micro_batch_size", "epochs", "max_steps")
+    order = (
+        "recipe",
+        "model",
+        "adapter",
+        "kd",
+        "quantization",
+        "data",
+        "loss",
+        "batch_size",
+        "micro_batch_size",
+        "epochs",
+        "max_steps",
+    )
     ours = {key: carry.ours[key] for key in (*order, *carry.ours) if key in carry.ours}
     return Migration(ours, carry.problems)
 
@@ -85,11 +104,9 @@ def _refuse_other_recipes(values: dict[str, Any]) -> None:
     if family in tables.NO_MODELS:
         raise ConfigError([f"model: {model}: {tables.NO_MODELS[family]}"])
     for mark, why in (
-        ("teacher_model", "distillation is not migrated; write a config for it here: tt cat kd"),
         ("policy_model", "PPO is not supported; tt run dpo trains on preferences"),
         ("PPOLoss", "PPO is not supported; tt run dpo trains on preferences"),
         ("reward_and_value_model", "PPO is not supported; tt run dpo trains on preferences"),
-        ("QATQuantizer", "quantization-aware training is not migrated; write a config for it here: tt cat qat"),
     ):
         if mark in text:
             raise ConfigError([f"{mark}: {why}"])

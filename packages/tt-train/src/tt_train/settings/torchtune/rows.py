@@ -16,8 +16,9 @@ def carry_rows(carry: Carry, *, longest: int) -> None:
     _carry_tokenizer(carry)
     sources = carry.take("dataset")
     if isinstance(sources, list):
-        raise ConfigError(["dataset: several data sets are not migrated; name their files under data.train, as a list"])
-    data = _rows(carry, carry.component("dataset"), carry.section("dataset"))
+        data = _several(carry, sources)
+    else:
+        data = _rows(carry, carry.component("dataset"), carry.section("dataset"))
     data["max_seq_len"] = data.pop("own_length", None) or cut or longest
     data["drop_duplicates"] = False  # torchtune keeps every row
     carry.ours["data"] = data
@@ -27,6 +28,30 @@ def carry_rows(carry: Carry, *, longest: int) -> None:
         carry.set("data.eval", _rows(carry, validation, options)["train"])
     if carry.take("shuffle") is False:
         carry.set("data.shuffle", False)
+
+
+def _several(carry: Carry, sources: list[Any]) -> dict[str, Any]:
+    """The keys of ``data`` for data sets one after the other, which must be read in the same way."""
+    if not sources or not all(isinstance(each, dict) for each in sources):
+        raise ConfigError(["dataset: expected data sets, each with a _component_"])
+    carry.section("dataset")  # what concerns all of them, such as packed, is said below
+    every = [_rows(carry, str(each.get("_component_")), {key: value for key, value in each.items()
+                                                         if key != "_component_"}) for each in sources]  # fmt: skip
+    trains = [train for data in every for train in _listed(data.pop("train"))]
+    named = [
+        train for train in trains if train in {source for source, _, _ in tables.DATASETS.values()} and "/" not in train
+    ]
+    if named or any(data != every[0] for data in every):
+        why = f"{named[0]} is read in its own way" if named else "they differ in more than their source"
+        raise ConfigError(
+            [f"dataset: {why}, and a list in data.train is read in one way; write all rows as files of messages, and "
+             "name these"]
+        )  # fmt: skip
+    return {"train": trains, **every[0]}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _carry_tokenizer(carry: Carry) -> None:
