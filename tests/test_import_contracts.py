@@ -67,7 +67,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("formats",),
     ),
     "tt_cli": (
-        ("names", "terminal", "marking", "console", "group", "options", "talk"),
+        ("names", "terminal", "marking", "console", "screen", "completion", "group", "options", "talk"),
         ("errors", "quickstart"),
         ("agent",),
         ("check",),

@@ -13,7 +13,8 @@ from tt_train.records.run_files import read_manifest, read_rows
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
 from tt_train.report.summary import part_name, tokens_per_second, training_loss
-from tt_train.run.dir import list_runs, writer_of
+from tt_train.run.listing import list_runs
+from tt_train.run.lock import writer_of
 from tt_train.run.saved import check_state
 
 MANIFEST = {

@@ -6,7 +6,7 @@ import pytest
 
 from tt_train.report.read import read_run
 from tt_train.report.summary import headline, last_part, part_name, step_tokens, tokens_per_second, training_loss
-from tt_train.run.dir import list_runs
+from tt_train.run.listing import list_runs
 
 
 def make(losses, tokens, *, per_epoch=None, speed=10.0):
@@ -95,7 +95,7 @@ def test_a_list_of_runs_reads_the_end_of_long_metrics_and_the_summary_of_a_finis
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run / "manifest.json").write_text(json.dumps({"state": "stopped"}))
     assert list_runs(tmp_path / "runs")[0]["loss"] == 2.0
-    monkeypatch.setattr("tt_train.run.dir._LAST_BYTES", 2000)
+    monkeypatch.setattr("tt_train.run.listing._LAST_BYTES", 2000)
     (listed,) = list_runs(tmp_path / "runs")
     assert (listed["step"], listed["loss"]) == (1000, 2.0)
     (run / "manifest.json").write_text(json.dumps({"state": "finished", "summary": {"steps": 1000, "loss_last": 2.5}}))

@@ -21,8 +21,9 @@ from tt_train.report import write_report
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
 from tt_train.run.console import Console
-from tt_train.run.dir import RunDir, list_runs, writer_of
-from tt_train.run.lock import RunLock
+from tt_train.run.dir import RunDir
+from tt_train.run.listing import list_runs
+from tt_train.run.lock import RunLock, writer_of
 from tt_train.run.resume import new_path, probe_writable
 
 SECRET = "KEEP\n"

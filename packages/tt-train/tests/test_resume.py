@@ -13,7 +13,7 @@ from tt_train import ConfigError, Interrupted, compose, load
 from tt_train.recipes import sft
 from tt_train.records.run_files import read_json, read_rows
 from tt_train.run.console import Console
-from tt_train.run.dir import list_runs
+from tt_train.run.listing import list_runs
 from tt_train.run.lock import RunLock
 
 

@@ -20,7 +20,8 @@ from tt_train.losses.cross_entropy import Summed, cross_entropy
 from tt_train.recipes import sft
 from tt_train.records.run_files import read_json
 from tt_train.run.console import Console
-from tt_train.run.dir import find_run, list_runs
+from tt_train.run.dir import find_run
+from tt_train.run.listing import list_runs
 
 
 class Silent(Console):

@@ -19,7 +19,7 @@ from pathlib import Path
 import tt_train
 from tt_train.models.export import export
 from tt_train.report import write_report
-from tt_train.run.dir import list_runs
+from tt_train.run.listing import list_runs
 from tt_train.records.run_files import FinishedRun
 
 model, tokenizer = tt_train.load("runs/a")

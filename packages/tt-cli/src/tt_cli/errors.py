@@ -69,6 +69,9 @@ def _reported(command: click.Command, args: Sequence[str] | None) -> int:
 def _invoke(command: click.Command, args: Sequence[str] | None, invocation: Invocation) -> Any:
     """As click's ``main``, which would take a helper's broken pipe for stdout's, and an EOFError for Ctrl-D."""
     if "_TT_COMPLETE" in os.environ:
+        from tt_cli.completion import register
+
+        register()
         return command.main(args, prog_name="tt", standalone_mode=False)
     words = sys.argv[1:] if args is None else list(args)
     try:

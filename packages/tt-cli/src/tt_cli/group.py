@@ -98,6 +98,8 @@ class Verb(click.Command):
         self.params += spoken_options()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # for completion
+            return super().parse_args(ctx, args)
         # Noted before parsing, so that a mistake in the options is answered in JSON as well.
         if any("--json" in param.opts for param in self.params):
             ctx.ensure_object(Invocation).json = "--json" in args

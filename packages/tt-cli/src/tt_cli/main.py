@@ -22,6 +22,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "validate": ("tt_cli.verbs.validate", "Check a config, its model and its rows without loading weights."),
         "plan": ("tt_cli.verbs.plan", "Show the memory, steps and time that a run will need."),
         "run": ("tt_cli.verbs.run", "Train with a recipe, a config or your own recipe file."),
+        "watch": ("tt_cli.verbs.watch", "Follow a run from another terminal."),
         "report": ("tt_cli.verbs.report", "Write an HTML page and a PNG about one run or several."),
     },
     "Use a model": {
@@ -38,6 +39,8 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "verify": ("tt_cli.verbs.verify", "Compare a model with the same model in transformers."),
     },
     "Diagnose": {
+        "rm-checkpoints": ("tt_cli.verbs.rm_checkpoints", "Free the space of a run's checkpoints."),
+        "completion": ("tt_cli.verbs.completion", "Print the completion script of bash, zsh or fish."),
         "env": ("tt_cli.verbs.env", "Show versions and devices, for a bug report."),
     },
 }

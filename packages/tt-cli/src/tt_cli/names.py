@@ -1,8 +1,9 @@
 """Recipes, configs and their keys by name: looked up, and completed in the shell. Imports no torch."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -122,9 +123,29 @@ def refuse_run(name: str) -> None:
         raise ValueError(f"{name} is a run directory, not rows; give its config, {Path(name) / 'config.yaml'}")
 
 
+def complete_runs(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Run directories under ./runs, newest first; else files and folders.
+
+    A name that a shell would have to quote is left to the shell, which knows how.
+    """
+    from tt_train.records.run_files import is_run
+
+    runs = [path for path in Path("runs").glob("*") if is_run(path) and shell_word(path) == str(path)]
+    runs.sort(key=lambda path: -(path / "manifest.json").stat().st_mtime_ns)
+    found = [CompletionItem(str(path)) for path in runs if str(path).startswith(incomplete)]
+    return found or [CompletionItem(incomplete, type="file")]
+
+
 def complete_runnable(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Names first, and files for those who have their own."""
     named = [CompletionItem(name) for name in runnable_names() if name.startswith(incomplete)]
+    return named or [CompletionItem(incomplete, type="file")]
+
+
+def complete_config(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Configs by name, and files."""
+    names = [*registry.config_names(), *torchtune.PAIRS]
+    named = [CompletionItem(name) for name in names if name.startswith(incomplete)]
     return named or [CompletionItem(incomplete, type="file")]
 
 
@@ -137,6 +158,29 @@ def config_keys() -> list[str]:
     return [key for key in keys if key != "recipe_sha256"]
 
 
-def complete_keys(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Keys of a config, to which the user adds ``=value``."""
-    return [CompletionItem(key) for key in config_keys() if key.startswith(incomplete)]
+def complete_keys(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of the recipe's config with their ``=``, and after it the values that a key takes, or files."""
+    from tt_train.config import SCHEMAS
+    from tt_train.settings.keys.schema import all_keys, is_section, type_of
+
+    recipe = registry.RECIPES.get(ctx.params.get("what") or "")
+    schemas = [SCHEMAS[recipe]] if recipe in SCHEMAS else list(SCHEMAS.values())
+    key, sign, value = incomplete.partition("=")
+    if not sign:
+        keys = dict.fromkeys(key for schema in schemas for key in all_keys(schema) if not is_section(schema, key))
+        return [CompletionItem(f"{key}=") for key in keys if key.startswith(incomplete) and key != "recipe_sha256"]
+    for schema in schemas:
+        with suppress(KeyError):
+            values = [word for word in _values(key, type_of(schema, key)) if word.startswith(value)]
+            return [CompletionItem(f"{key}={word}") for word in values] or [CompletionItem(value, type="file")]
+    return []
+
+
+def _values(key: str, kind: Any) -> list[str]:
+    """The words that a key of this type takes; none if it takes other values."""
+    from tt_train.settings.keys.mistakes import CHOICES
+    from tt_train.settings.keys.schema import plain
+
+    if key == "optimizer.name":
+        return list(registry.OPTIMIZERS)
+    return list(CHOICES.get(key, ())) or (["true", "false"] if plain(kind)[0] is bool else [])

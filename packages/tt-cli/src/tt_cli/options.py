@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from tt_cli.names import complete_keys, complete_runnable
+from tt_cli.names import complete_config, complete_keys, complete_runnable
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ def config_words(metavar: str = "RECIPE|CONFIG|FILE.py", *, optional: bool = Fal
             "config_file",
             metavar="CONFIG",
             type=click.Path(),
+            shell_complete=complete_config,
             help="YAML file, or name of a config that comes with tt (`tt ls configs`).",
         ),
         click.option(
@@ -73,6 +74,13 @@ def config_words(metavar: str = "RECIPE|CONFIG|FILE.py", *, optional: bool = Fal
 def json_option(function: Function) -> Function:
     """``--json``, given to the verb as ``as_json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print the answer as one JSON object.")(function)
+
+
+def dry_run_option(function: Function) -> Function:
+    """``--dry-run`` of a verb that writes."""
+    return click.option("--dry-run", is_flag=True, help="Check, say what would be written or removed, and stop.")(
+        function
+    )
 
 
 def base_option(function: Function) -> Function:

@@ -10,8 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tt_ckpt import commit
 from tt_ckpt.files import TMP_PREFIX
 from tt_ckpt.shown import format_size, plain, quoted
@@ -55,6 +53,8 @@ def links(directory: Path) -> list[Path]:
 
 def manifest_facts(step: int, world_size: int) -> dict[str, Any]:
     """The keys that every manifest has, beside those of its files and groups."""
+    import torch  # which looking at a folder does not need
+
     return {
         "format": "tt-ckpt training checkpoint",
         "version": FORMAT_VERSION,
@@ -102,10 +102,16 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
-    """Remove checkpoints older than the newest ``keep_last`` whole ones; a damaged one does not count.
+    """Remove the checkpoints that ``superseded`` names."""
+    for path in superseded(directory, keep_last, kept_names):
+        remove(path)
 
-    ``kept_names`` always stay. The one just saved is among them: after a return to an older step it may have the lowest
-    number.
+
+def superseded(directory: Path, keep_last: int, kept_names: Collection[str]) -> list[Path]:
+    """The checkpoints older than the newest ``keep_last`` whole ones; a damaged one does not count.
+
+    ``kept_names`` are never among them. The one just saved is a kept name: after a return to an older step it may have
+    the lowest number.
     """
     found, kept = candidates(directory), 0
     while found and kept < keep_last:
@@ -114,9 +120,7 @@ def prune(directory: Path, keep_last: int, kept_names: Collection[str]) -> None:
         except (OSError, ValueError):
             continue
         kept += 1
-    for path in found:
-        if path.name not in kept_names:
-            remove(path)
+    return [path for path in found if path.name not in kept_names]
 
 
 def remove(path: Path) -> None:

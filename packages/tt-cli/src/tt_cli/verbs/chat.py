@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import click
 
 from tt_cli.group import Verb
+from tt_cli.names import complete_runs
 from tt_cli.options import base_option, sampling_options
 from tt_cli.talk import Messages, Sampling, Speaker, check_text, read_prompts
 from tt_cli.terminal import answer, say
@@ -28,7 +29,7 @@ COMMANDS = {
         'tt chat Qwen/Qwen3-0.6B --system "Answer in one sentence." --temperature 0.7',
     ],
 )
-@click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
+@click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path(), shell_complete=complete_runs)
 @click.option("--system", metavar="TEXT", help="System message to start the conversation with.")
 @click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option

@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
+from tt_cli.names import complete_runs
 from tt_cli.options import base_option, chosen_output, dtype_option, json_option, output_option, torch_dtype
 from tt_cli.terminal import answer, print_json, tell
 
@@ -17,7 +18,7 @@ from tt_cli.terminal import answer, print_json, tell
         "tt export runs/first -o for-ollama --to ollama",
     ],
 )
-@click.argument("run", type=click.Path())
+@click.argument("run", type=click.Path(), shell_complete=complete_runs)
 @output_option("Directory to write.")
 @click.option(
     "--to",

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
+from tt_cli.names import complete_runs
 from tt_cli.options import base_option, json_option, sampling_options
 from tt_cli.talk import Sampling, Speaker, check_text, read_prompt, show_answer
 from tt_cli.terminal import print_json
@@ -21,7 +22,7 @@ from tt_train.errors import shell_word
         'echo "Once upon a time" | tt generate --raw --temperature 0.8',
     ],
 )
-@click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path())
+@click.argument("model", required=False, metavar="[RUN|MODEL]", type=click.Path(), shell_complete=complete_runs)
 @click.argument("question", required=False, metavar="[PROMPT]")
 @click.option(
     "-p", "--prompt", metavar="TEXT", show_default="standard input", help="Prompt to answer, the same as PROMPT."

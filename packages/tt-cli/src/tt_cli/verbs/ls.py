@@ -1,18 +1,32 @@
 """``tt ls``: what there is to run, to copy, to build and to talk to."""
 
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
 from typing import Any
 
 import click
 
+from tt_ckpt.shown import format_size
 from tt_cli.group import Verb
 from tt_cli.names import source_of
 from tt_cli.options import json_option
 from tt_cli.terminal import print_json, say, wants_color
+from tt_train.errors import did_you_mean
 from tt_train.settings import registry
 from tt_train.settings.torchtune import names as torchtune
 
 KINDS = ("recipes", "configs", "models", "runs")
+SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {  # the list is in the order of time
+    "time": lambda run: 0,
+    "loss": lambda run: tuple((run[key] is None, run[key]) for key in ("best_eval_loss", "loss")),
+    "size": lambda run: -run["bytes"],
+}
+STATES = ("running", "stopped", "failed", "dead", "finished", "damaged")  # as tt_train.run.listing, which is slow
+
+
+def _one_of(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 @click.command(
@@ -20,22 +34,45 @@ KINDS = ("recipes", "configs", "models", "runs")
     cls=Verb,
     examples=[
         "tt ls",
-        "tt ls runs",
         "tt ls configs --json",
+        "tt ls runs --sort loss --recipe sft --base qwen3",
+        "tt ls runs --status stopped",
     ],
 )
 @click.argument("kind", required=False, type=click.Choice(KINDS))
+@click.option(
+    "--sort",
+    type=click.Choice(list(SORTS)),
+    show_default="time",
+    help="Order of runs: newest, lowest held-out loss, or largest first.",
+)
+@click.option("--recipe", metavar="NAME", help="Only runs of this recipe.")
+@click.option("--base", metavar="TEXT", help="Only runs whose base model has TEXT in its name.")
+@click.option("--status", type=click.Choice(STATES), metavar="STATE", help=f"Only runs that are {_one_of(STATES)}.")
 @json_option
-def command(kind: str | None, as_json: bool) -> None:
-    """List recipes and configs, or one kind of thing; runs are those in ./runs, newest first."""
+def command(
+    kind: str | None, sort: str | None, recipe: str | None, base: str | None, status: str | None, as_json: bool
+) -> None:
+    """List recipes and configs, or one kind of thing; runs are those in ./runs.
+
+    The loss of a run is its training loss over the last epoch or the last steps; HELD-OUT is its lowest held-out loss.
+    """
+    given = {"--sort": sort, "--recipe": recipe, "--base": base, "--status": status}
+    if kind != "runs" and (option := next((name for name, value in given.items() if value is not None), None)):
+        raise click.UsageError(f"{option} is for runs; did you mean tt ls runs {option} ...?")
     found = {name: _LISTS[name]() for name in ((kind,) if kind else ("recipes", "configs"))}
+    if kind == "runs":
+        found = {"runs": _chosen(found["runs"], sort or "time", recipe=recipe, base=base, status=status)}
     if as_json:
         print_json(found)
         return
     for name, rows in found.items():
         if kind is None:
             say(click.style(name, bold=True) if wants_color(sys.stdout) else name, styled=True)
-        for line in _table(rows, headed=name == "runs") or [f"no {name} here"]:
+        shown = [_in_columns(row) for row in rows] if name == "runs" else rows
+        filtered = any(value is not None for option, value in given.items() if option != "--sort")
+        nothing = f"no such {name} here" if filtered else f"no {name} here"
+        for line in _table(shown, headed=name in ("runs", "configs")) or [nothing]:
             click.echo(("" if kind else "  ") + line)
 
 
@@ -77,9 +114,43 @@ def _models() -> list[dict[str, Any]]:
 
 
 def _runs() -> list[dict[str, Any]]:
-    from tt_train.run.dir import list_runs
+    from tt_train.run.listing import list_runs
 
     return [dict(run) for run in list_runs("runs")]
+
+
+def _chosen(
+    runs: list[dict[str, Any]], sort: str, *, recipe: str | None, base: str | None, status: str | None
+) -> list[dict[str, Any]]:
+    if recipe is not None and recipe not in registry.RECIPES and all(run["recipe"] != recipe for run in runs):
+        raise ValueError(f"--recipe: no recipe '{recipe}'{did_you_mean(recipe, registry.RECIPES)} (`tt ls recipes`)")
+    wanted = {recipe, registry.RECIPES.get(recipe or "")}
+    kept = [
+        run
+        for run in runs
+        if (recipe is None or run["recipe"] in wanted)
+        and (base is None or base.lower() in (run["model"] or "").lower())
+        and status in (None, run["state"])
+    ]
+    return sorted(kept, key=SORTS[sort])
+
+
+def _in_columns(run: dict[str, Any]) -> dict[str, Any]:
+    """A run for people: the end of a long base, steps of how many, a size with its unit."""
+    model, step, total = run["model"] or "", run["step"], run["steps_total"]
+    held_out = None if run["best_eval_loss"] is None else f"{run['best_eval_loss']:.4f} at {run['best_step']}"
+    return {
+        "path": run["path"],
+        "recipe": run["recipe"],
+        "method": run["method"],
+        "base": "/".join(PurePath(model).parts[-2:]) if len(model) > 30 else model,
+        "state": run["state"],
+        "step": f"{step}/{total}" if step is not None and total is not None else step,
+        "held-out": held_out,
+        "loss": run["loss"],
+        "size": format_size(run["bytes"]),
+        "changed": run["changed"][:16].replace("T", " "),
+    }
 
 
 _LISTS = {"recipes": _recipes, "configs": _configs, "models": _models, "runs": _runs}

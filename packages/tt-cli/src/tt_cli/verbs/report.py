@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
+from tt_cli.names import complete_runs
 from tt_cli.options import json_option
 from tt_cli.terminal import answer, print_json
 
@@ -17,7 +18,7 @@ from tt_cli.terminal import answer, print_json
         "tt report runs/first runs/second -o comparison.html",
     ],
 )
-@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, metavar="[RUN]...", type=click.Path(path_type=Path), shell_complete=complete_runs)
 @click.option(
     "-o",
     "--output",

@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
+from tt_cli.names import complete_runs
 from tt_cli.options import json_option
 from tt_cli.terminal import print_json, tell
 from tt_train.errors import counted
@@ -19,7 +20,7 @@ from tt_train.errors import counted
         "tt upload merged my-name/my-model --public",
     ],
 )
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), shell_complete=complete_runs)
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Make a new repository public. [default: private]")
 @click.option("--revision", metavar="NAME", show_default="main", help="Branch to commit to.")

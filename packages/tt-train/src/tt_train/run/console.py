@@ -41,6 +41,12 @@ def named_figures(row: dict[str, Any]) -> list[str]:
     return [f"{key} {value:.4f}" for key, value in row.items() if value is not None and key not in SERIES]
 
 
+def step_line(row: dict[str, Any]) -> str:
+    """A row of metrics.jsonl in a line, such as ``step 3 loss 1.2000 lr 1.00e-04``."""
+    shown = [f"{name} {row[key]:{form}}{unit}" for key, name, form, unit in _STEP if row.get(key) is not None]
+    return " ".join([*shown, *named_figures(row)])
+
+
 def held_out_line(row: dict[str, Any]) -> str:
     """The figures of held-out rows, such as ``held-out loss 1.2000, perplexity 3.32, loss_news 1.1000``."""
     known = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_exact_match": "exact match"}
@@ -83,8 +89,7 @@ class Console:
 
     def step(self, row: dict[str, Any]) -> None:
         """After a step: ``row`` is its line in metrics.jsonl."""
-        shown = [f"{name} {row[key]:{form}}{unit}" for key, name, form, unit in _STEP if row.get(key) is not None]
-        self.note(" ".join([*shown, *named_figures(row)]))
+        self.note(step_line(row))
 
     def note(self, text: str) -> None:
         """A fact worth a line."""

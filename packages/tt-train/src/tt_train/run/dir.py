@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 from tt_ckpt import commit, files
 from tt_ckpt.redaction import redact, redact_data
-from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
-from tt_train.records.run_files import FinishedRun, is_run, naming, number, own_folder, read_manifest, read_rows
+from tt_train.records.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
 from tt_train.records.visible import visible
-from tt_train.report.summary import training_loss
-from tt_train.run.lock import LOCK, RunLock, writer_of
+from tt_train.run.listing import list_runs
+from tt_train.run.lock import LOCK, RunLock
 
 log = logging.getLogger("tt_train")
 
@@ -35,6 +34,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        from tt_train.devices.distributed import world  # loads torch, which finding a run does not need
+
         self.rank = world().rank
         path.mkdir(parents=True, exist_ok=True)
         self._handler: logging.Handler | None = None
@@ -201,69 +202,6 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 class _RedactingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return visible(redact(super().format(record)))
-
-
-class ListedRun(TypedDict):
-    """A row of ``tt ls runs``; None if the run does not say. ``loss``: see ``training_loss``."""
-
-    path: str
-    recipe: str | None
-    model: str | None
-    method: str | None
-    state: str | None
-    step: int | None
-    loss: float | None
-
-
-def list_runs(root: str | Path = "runs") -> list[ListedRun]:
-    """The runs under ``root``, newest first: path, state, model, last step and training loss.
-
-    A run whose files are not as a run writes them has the state ``damaged``.
-    """
-    folder = Path(root)
-    found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
-    found.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True)
-    return [_describe(path) for path in found]
-
-
-def _describe(path: Path) -> ListedRun:
-    manifest: dict[str, Any] = {}
-    last: dict[str, Any] = {}
-    loss = None
-    try:
-        manifest = read_manifest(path)
-        state = state_of(path, manifest)
-        rows = [
-            {key: row.get(key) for key in _HEADLINE}
-            for row in read_rows(path / "metrics.jsonl", last_bytes=_LAST_BYTES)
-        ]
-        last, loss = rows[-1] if rows else {}, training_loss(rows)
-        if state == "finished" and (path / "metrics.jsonl").stat().st_size > _LAST_BYTES:
-            loss = number((manifest.get("summary") or {}).get("loss_last"))  # over all rows that count
-    except (OSError, ValueError) as error:
-        log.warning("%s", error)
-        state = "damaged"
-    return {
-        "path": str(path),
-        "recipe": manifest.get("recipe"),
-        "model": manifest.get("base_model"),
-        "method": manifest.get("method"),
-        "state": state,
-        "step": last.get("step"),
-        "loss": loss,
-    }
-
-
-_HEADLINE = ("step", "epoch", "loss", "tokens")
-_LAST_BYTES = 8_000_000  # of metrics.jsonl, for the last step and the loss of a run that is not finished
-
-
-def state_of(path: Path, manifest: dict[str, Any]) -> str | None:
-    """``running``, ``stopped``, ``failed``, ``finished``, or ``dead``: running, as it says, but its process is gone."""
-    state = manifest.get("extension") or manifest.get("state")
-    if state == "running" and writer_of(path) is None:
-        return "dead"
-    return None if state is None else str(state)
 
 
 def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Path:

@@ -17,7 +17,7 @@ from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.job import Job
 from tt_train.records.run_files import MARKER, FinishedRun, is_run
-from tt_train.run.dir import list_runs
+from tt_train.run.listing import list_runs
 from tt_train.run.saved import check_state
 from tt_train.settings.registry import imports_of
 

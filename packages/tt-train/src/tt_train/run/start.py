@@ -144,7 +144,7 @@ def announce(
     config = replace(job.config, output_dir=None)
     run.write_text("config.yaml", to_yaml(config))
     run.update_manifest(config=to_dict(config), parameters=facts.parameters, trainable=facts.trainable,
-                        precision=facts.precision)  # fmt: skip
+                        precision=facts.precision, steps_total=job.steps_total)  # fmt: skip
     run.set_state("running")
     state.recorded(decided(lambda: next((r for r in run.rows("metrics.jsonl") if r.get("step") == state.step), None)))
     run.keep_until(state.step - 1 if state.row else state.step)

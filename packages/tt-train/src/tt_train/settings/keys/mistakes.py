@@ -14,7 +14,7 @@ from tt_train.settings.keys.schema import section_type
 from tt_train.settings.keys.values import fits
 from tt_train.settings.keys.wrong_type import shown, type_problem
 
-_CHOICES = {
+CHOICES = {
     "model.dtype": ("bf16", "fp32"),
     "adapter.dtype": ("bf16", "fp32"),
     "adapter.init": ("kaiming", "gaussian", "pissa", "loftq"),
@@ -132,7 +132,7 @@ def _wrong_types(values: Any, schema: type, prefix: str) -> list[str]:
 
 def _wrong_choices(plain: dict[str, Any]) -> list[str]:
     found = []
-    for key, known in _CHOICES.items():
+    for key, known in CHOICES.items():
         value = _look_up(plain, key)
         if key == "model.dtype" and value in ("fp16", "float16", "half"):
             found.append("model.dtype: fp16 overflows in training (its largest number is 65,504); use bf16 or fp32")
