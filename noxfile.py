@@ -157,6 +157,19 @@ def docs(session: nox.Session) -> None:
     in_dev(session, "pytest", "tests/test_docs.py", *session.posargs)
 
 
+@nox.session(reuse_venv=True)
+def site(session: nox.Session) -> None:
+    """Build the documentation as a web site, links and anchors checked; `nox -s site -- serve` shows it."""
+    install(session, "mkdocs-material", "mkdocstrings[python]")
+    pages, away = Path(session.create_tmp()).resolve() / "pages", ROOT / ".nox" / "site" / "html"
+    env = {"TT_SITE_PAGES": str(pages), "NO_MKDOCS_2_WARNING": "1"}
+    session.run("python", "docs/site/stage.py", str(pages))
+    session.run("mkdocs", "build", "--quiet", "--strict", "-f", "docs/site/mkdocs.yml", "-d", str(away), env=env)
+    session.log(f"the first page is {away / 'index.html'}")
+    if session.posargs == ["serve"]:
+        session.run("python", "-m", "http.server", "--bind", "127.0.0.1", "--directory", str(away), "8000")
+
+
 @nox.session(requires=["build"])
 def quickstart(session: nox.Session) -> None:
     """Install the wheels and run `tt quickstart`, as a new user would; it needs no network and no model."""
