@@ -53,6 +53,7 @@ def test_two_ranks_prefer_as_one_process_does(case, words, preferences, ranks, m
     assert len(found[1]) == 6
     assert found[1][0]["rewards_margin"] == 0.0
     for step, (one, two) in enumerate(zip(found[1], found[2], strict=True)):
+        assert list(one) == list(two)  # in the same order
         for key, value in one.items():
             if key in ("loss", "grad_norm", "tokens") or key.startswith(("rewards", "log")):
                 assert two[key] == pytest.approx(value, rel=1e-4 if step else 1e-5, abs=2e-5), (step, key)

@@ -12,7 +12,7 @@ import torch
 
 import tt_models
 import tt_peft
-from tt_train import ConfigError, compose
+from tt_train import ConfigError, TrainingError, compose
 from tt_train.config import AdapterSection, SFTConfig
 from tt_train.inputs.components import logger_mistakes
 from tt_train.inputs.model import lora_config
@@ -242,6 +242,27 @@ def test_a_logger_of_ones_own_gets_its_options(train, tmp_path, monkeypatch):
     assert got[1]["step"] == 1
 
 
+def test_a_logger_that_does_not_start_is_named(train, tmp_path, monkeypatch):
+    module = types.ModuleType("my_loggers")
+    module.Mine = lambda run, config, step: {}["no key"]
+    monkeypatch.setitem(sys.modules, "my_loggers", module)
+    with pytest.raises(TrainingError, match="loggers: my_loggers.Mine does not start: KeyError: 'no key'; correct it"):
+        train(tmp_path / "r", "loggers=[my_loggers.Mine]", allow_import=["my_loggers"])
+
+
+def test_options_that_a_logger_of_ones_own_does_not_take_are_found_before_weights_load(words, monkeypatch):
+    monkeypatch.undo()  # the checks of loggers
+    module = types.ModuleType("my_loggers")
+    module.Mine = lambda run, config, step, *, volume=1: print
+    monkeypatch.setitem(sys.modules, "my_loggers", module)
+    for options, found in (("{volum: 2}", 1), ("{volume: 2}", 0), ("{step: 2}", 1)):
+        config = compose("sft", overrides=[*words, f"loggers={{my_loggers.Mine: {options}}}"],
+                         allow_import=["my_loggers"])  # fmt: skip
+        lines = logger_mistakes(config)
+        assert len(lines) == found
+        assert all(line.startswith("loggers.my_loggers.Mine: cannot be called with") for line in lines)
+
+
 def test_a_logger_that_fails_at_its_first_row_ends_the_run_and_later_only_warns(train, tmp_path, monkeypatch):
     module, rows = types.ModuleType("my_loggers"), []
 
@@ -260,7 +281,7 @@ def test_a_logger_that_fails_at_its_first_row_ends_the_run_and_later_only_warns(
     module.Mine = Mine
     monkeypatch.setitem(sys.modules, "my_loggers", module)
     options = {"allow_import": ["my_loggers"]}
-    with pytest.raises(OSError, match="no network"):
+    with pytest.raises(TrainingError, match="my_loggers.Mine takes no figures: OSError: no network; correct it"):
         train(tmp_path / "first", "loggers={my_loggers.Mine: {works: 0}}", **options)
     rows.clear()
     console = Heard()

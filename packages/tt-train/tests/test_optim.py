@@ -8,6 +8,7 @@ from tt_train.config import OptimizerSection
 from tt_train.inputs import components
 from tt_train.optim.optimizers import decayed, make_optimizer, set_learning_rate
 from tt_train.optim.state import load_optimizer_tensors_, optimizer_tensors, state_bytes
+from tt_train.recipes import sft
 
 
 @pytest.mark.parametrize(
@@ -121,6 +122,12 @@ def test_what_a_run_decays(words, more):
             ["optimizer.name=adamw8bit", "optimizer.options={is_paged: true}"],
             "is_paged: adamw8bit has no such argument",
         ),
+        (
+            ["optimizer.options={fused: true, foreach: true}"],
+            "optimizer.options: adamw cannot be made of these values: `fused` and `foreach` cannot be `True` together",
+        ),
+        (["optimizer.options={fused: sometimes}"], "optimizer.options.fused: expected true or false, got 'sometimes'"),
+        (["optimizer.options={amsgrad: 7}"], "optimizer.options.amsgrad: expected true or false, got 7"),
     ],
 )
 def test_an_option_that_the_optimizer_does_not_take_is_refused_before_weights_load(words, said):
@@ -141,10 +148,47 @@ def test_an_optimizer_that_cannot_make_a_step_is_refused_before_weights_load(mon
             super().__init__(params, lr=lr)
 
     monkeypatch.setattr("tt_train.optim.optimizers.resolve", lambda name, known: Closure)
-    config = compose("sft", overrides=["model.path=m", "data.train=d"])
+    config = compose("sft", overrides=["model.path=m", "data.train=d", "adapter.rank=2"])
     (line,) = components.mistakes(config, torch.device("cpu"))
     assert "cannot make a step on cpu" in line
     assert "closure" in line
+
+
+@pytest.mark.parametrize("error", [RuntimeError("not built"), KeyError("three"), AssertionError()])
+def test_whatever_the_constructor_of_an_optimizer_raises_is_a_mistake_in_the_config(monkeypatch, error):
+    class Picky(torch.optim.SGD):
+        def __init__(self, params, lr, weight_decay=0.0, power=1):
+            raise error
+
+    monkeypatch.setattr("tt_train.optim.optimizers.resolve", lambda name, known: Picky)
+    config = compose("sft", overrides=["model.path=m", "data.train=d", "optimizer.options={power: 2}"])
+    (line,) = components.mistakes(config, torch.device("cpu"))
+    assert line.startswith("optimizer.options: adamw cannot be made of these values: ")
+    assert str(error) in line
+    assert type(error).__name__ in line or "not built" in line
+
+
+def test_an_optimizer_of_matrices_alone_trains_an_adapter_and_is_refused_for_norms_before_weights_load(
+    words, tmp_path, monkeypatch
+):
+    muon = ["optimizer.name=torch.optim.Muon", "max_steps=2", "samples.num=0", f"output_dir={tmp_path}/r"]
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    for adapter, found in (["adapter.rank=2"], 0), ([], 1), (["adapter.rank=2", "adapter.use_dora=true"], 1):
+        config = compose("sft", overrides=[*words, *muon, *adapter], allow_import=["torch.optim"])
+        lines = components.mistakes(config, torch.device("cpu"))
+        assert len(lines) == found
+        if found:
+            assert "Muon only supports 2D parameters" in lines[0]
+        else:
+            assert sft.main(config).is_dir()
+
+
+def test_an_option_that_torchs_fused_kernel_does_not_have_is_used_without_it():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    section = OptimizerSection(options={"foreach": True})
+    optimizer = make_optimizer([{"params": [parameter]}], section)
+    (group,) = optimizer.param_groups
+    assert (group["fused"], group["foreach"]) == (None, True)
 
 
 class Counts(torch.optim.Optimizer):

@@ -145,10 +145,15 @@ def test_a_file_in_place_of_the_cache_is_named_and_held_out_rows_have_no_split_o
     ("more", "said"),
     [
         ([], None),
-        (["adapter.rank=4"], "rank is 2 for "),
-        (["adapter.alpha=99"], "scaling is "),
-        (["adapter.target_modules=[q_proj]"], "the adapter does not fit this model"),
-        (["adapter.use_dora=true"], "use_dora is False for "),
+        (["adapter.rank=4"], "adapter.rank: adapter.path has 2; write adapter.rank=2"),
+        (["adapter.alpha=99"], "adapter.alpha: adapter.path has 16; write adapter.alpha=16"),
+        (["adapter.target_modules=[q_proj]"], "write 'adapter.target_modules=[q_proj, v_proj]'"),
+        (["adapter.target_modules=all-linear"], "write 'adapter.target_modules=[q_proj, v_proj]'"),
+        (["adapter.target_modules=[v_proj, q_proj]"], None),
+        (["adapter.target_modules=[model.layers.0.self_attn.q_proj]"], "adapter.target_modules: adapter.path has"),
+        (["adapter.rank_pattern={q_proj: 3}"], "rank is 2 for "),
+        (["adapter.use_dora=true"], "adapter.use_dora: adapter.path has false; write adapter.use_dora=false"),
+        (["adapter.modules_to_save=[lm_head]"], "adapter.modules_to_save: adapter.path has null"),
     ],
 )
 def test_an_adapter_to_start_from_that_does_not_fit_is_found_before_weights_load(words, found, tmp_path, more, said):

@@ -112,6 +112,15 @@ def test_a_pattern_of_files_is_kept_with_its_folder(composed, tmp_path, monkeypa
     assert absolute(composed(TEXTS, "data.train=no*.jsonl")).data.train == "no*.jsonl"
 
 
+def test_folders_that_a_run_makes_are_found_again_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model.path=org/model", "data.train=org/rows", "data.cache_dir=rows", "loss.reference_cache=new/refs"]
+    config = absolute(compose("dpo", overrides=words))
+    assert (config.data.cache_dir, config.loss.reference_cache) == (f"{tmp_path}/rows", f"{tmp_path}/new/refs")
+    assert (config.model.path, config.data.train) == ("org/model", "org/rows")  # of the hub
+    assert absolute(compose("dpo", overrides=words[:2])).loss.reference_cache is None
+
+
 def test_the_new_keys_have_defaults():
     data = SFTConfig().data
     assert (data.schema, data.max_dropped_share, data.drop_duplicates) == (None, 0.1, True)

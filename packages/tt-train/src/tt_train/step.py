@@ -140,7 +140,7 @@ def agree(parts: Sequence[Summed], here: World, *, loss: float, square: float = 
             raise TrainingError("loss: names different metrics on different ranks; name the same for every micro-batch")
         if names:
             added = here.sum(torch.tensor([sums[name] for name in names], dtype=torch.float64)).tolist()
-            sums = dict(zip(names, added, strict=True))
+            sums |= dict(zip(names, added, strict=True))  # in the order in which the objective names them
     loss, square, items = numbers[0], numbers[1], int(numbers[2])
     means = {name: value / items for name, value in sums.items()} if items else {}
     return Total(loss=loss, square=square, count=items, tokens=int(numbers[3]), means=means)

@@ -15,8 +15,8 @@ from tt_train.devices.distributed import world
 from tt_train.devices.sharding import ways
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.losses.table import PREFERENCE_KEYS
-from tt_train.optim.optimizers import make_optimizer
-from tt_train.settings.keys.logger_table import LOGGER_PACKAGES
+from tt_train.optim.optimizers import decayed, make_optimizer
+from tt_train.settings.keys.logger_table import LOGGER_PACKAGES, LOGGERS
 from tt_train.settings.registry import losses_of, resolve
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
@@ -136,22 +136,38 @@ def _optimizer_mistakes(config: RunConfig, device: torch.device) -> list[str]:
             f"optimizer_in_backward: batch_size {batch} is accumulated over micro-batches of {micro}, and each would "
             f"be a step of its own; set micro_batch_size={batch // size} or batch_size={micro * size}"
         )
-    parameter = torch.nn.Parameter(torch.zeros(1, device=device))
+    section, parameters = config.optimizer, _like_trained(config, device)
+    key, cure = ("optimizer.options", "correct or leave out an option") if section.options else (
+        "optimizer", "use another one")  # fmt: skip
     try:
-        optimizer = make_optimizer([{"params": [parameter]}], config.optimizer)
+        optimizer = make_optimizer(decayed(parameters), section)
     except ConfigError as error:
         return found + error.problems
-    except (ValueError, TypeError) as error:
-        return [*found, f"optimizer: {name} does not accept this value: {error}; correct it, or leave it out"]
+    except Exception as error:  # whatever torch's, or somebody's own, constructor raises
+        return [*found, f"{key}: {name} cannot be made of these values: {_said(error)}; {cure}"]
     if device.type != "cpu" and name.startswith("adamw") and name != "adamw":
         return found  # torchao's would be compiled
-    parameter.grad = torch.zeros_like(parameter)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except Exception as error:  # whatever somebody's own optimizer raises
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        found.append(f"optimizer: {name} cannot make a step on {device}: {line}; use another one")
+    except Exception as error:
+        found.append(f"{key}: {name} cannot make a step on {device}: {_said(error)}; {cure}")
     return found
+
+
+def _like_trained(config: RunConfig, device: torch.device) -> list[torch.nn.Parameter]:
+    """A parameter of each number of dimensions that the run trains: some optimizers take matrices alone."""
+    adapter = config.adapter
+    vectors = adapter is None or adapter.use_dora or bool(adapter.modules_to_save)
+    shapes = [(1, 1), (1,)] if vectors else [(1, 1)]
+    return [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error, with its kind if that is all that it says."""
+    line = next(iter(str(error).splitlines()), "")
+    return line if line and not isinstance(error, KeyError) else f"{type(error).__name__} {line}".strip()
 
 
 def _loss_mistakes(config: RunConfig) -> list[str]:
@@ -179,6 +195,7 @@ def logger_mistakes(config: RunConfig) -> list[str]:
         package = LOGGER_PACKAGES.get(name)
         if package is not None and not is_installed(package):
             found.append(f"loggers: {name} is not installed; pip install {package.replace('_', '-')}, or leave it out")
+        found += _call_mistakes(name, options[name]) if name not in LOGGER_PACKAGES else []
     for name, variable in _RECEIVES_KEY.items():
         if name in options and (url := options[name].get("tracking_uri") or os.environ.get(variable)):
             if name == "mlflow" and not {"MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD"} & os.environ.keys():
@@ -188,6 +205,15 @@ def logger_mistakes(config: RunConfig) -> list[str]:
             except ValueError as error:
                 found.append(str(error))
     return found
+
+
+def _call_mistakes(name: str, options: dict[str, Any]) -> list[str]:
+    """A line if a logger of one's own does not take its options."""
+    try:
+        inspect.signature(resolve(name, LOGGERS)).bind(None, {}, 0, **options)
+    except TypeError as error:
+        return [f"loggers.{name}: cannot be called with (run, config, step) and its options: {error}"]
+    return []
 
 
 # where the client of a logger sends its key

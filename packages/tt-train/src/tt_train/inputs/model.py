@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import nn
 
 import tt_ckpt
@@ -80,7 +81,7 @@ def check_adapter(
     if section.quantize_base and device is not None and device.type != "cpu":
         _try_nf4(device)
     if section.path is not None:
-        _try_adapter(model, Path(section.path))
+        _try_adapter(model, section, Path(section.path))
     return lora
 
 
@@ -97,20 +98,44 @@ def _try_nf4(device: torch.device) -> None:
         ) from error
 
 
-def _try_adapter(model: tt_models.Decoder, folder: Path) -> None:
+def _try_adapter(model: tt_models.Decoder, section: AdapterSection, folder: Path) -> None:
     """ConfigError, ValueError if the adapter that training starts from does not fit the one of the config."""
     if not (folder / "adapter_config.json").is_file():
         near = folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else None
         cure = f"did you mean {near}?" if near else "give the folder of an adapter"
         raise ConfigError([f"adapter.path: {folder} has no adapter_config.json; {cure}"])
     settings = read_json(folder / "adapter_config.json")
+    unlike = _unlike(section, settings)
     if settings.get("modules_to_save") or settings.get("trainable_token_indices"):
-        return  # these need the weights of the base
+        if unlike and not settings.get("rank_pattern") and not settings.get("alpha_pattern"):
+            raise ConfigError(unlike)
+        return  # what else could be wrong needs the weights of the base
     for module in model.modules():
         own = list(module.parameters(recurse=False))
         if own and all(parameter.requires_grad for parameter in own):
             module.to_empty(device="cpu", recurse=False)
-    tt_peft.load_adapter(model, folder)
+    try:
+        tt_peft.load_adapter(model, folder)
+    except ValueError as error:
+        raise ConfigError(unlike or [f"adapter.path: {error}"]) from error
+
+
+# the settings that an adapter must share with its file, under their names there
+_IN_FILE = {"r": "rank", "lora_alpha": "alpha", "use_dora": "use_dora", "use_rslora": "use_rslora",
+            "target_modules": "target_modules", "modules_to_save": "modules_to_save"}  # fmt: skip
+
+
+def _unlike(section: AdapterSection, settings: dict[str, Any]) -> list[str]:
+    """A line for each key that differs from the ``adapter_config.json`` at ``adapter.path``, with what to write."""
+    found = []
+    for theirs, ours in _IN_FILE.items():
+        there, here = settings.get(theirs), getattr(section, ours)
+        if isinstance(there, list):
+            there = sorted(map(str, there))
+        if there != (sorted(here) if isinstance(here, list) else here) and (there or here):
+            word = yaml.safe_dump(there, default_flow_style=True, width=10**6).splitlines()[0]
+            found.append(f"adapter.{ours}: adapter.path has {word}; write {shell_word(f'adapter.{ours}={word}')}")
+    return found
 
 
 def check_memory(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tt_train.config import OptimizerSection
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.optim.master_weights import InBackward, MasterWeights
+from tt_train.settings.keys.wrong_type import shown
 from tt_train.settings.registry import OPTIMIZERS, resolve
 
 AnyOptimizer = torch.optim.Optimizer | MasterWeights
@@ -53,8 +54,8 @@ def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) ->
     if wrong := _wrong_options(section, accepted):
         raise ConfigError(wrong)
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
-    try:
-        return optimizer_class(groups, **chosen | given)  # type: ignore[no-any-return]
+    try:  # with copies: a constructor that fails may have written what it was given into the groups
+        return optimizer_class([dict(group) for group in groups], **chosen | given)  # type: ignore[no-any-return]
     except (RuntimeError, TypeError, ValueError):  # a subclass tensor, a device or an option without a fused kernel
         if "fused" not in chosen or "fused" in given:
             raise
@@ -80,13 +81,21 @@ def _wrong_options(section: OptimizerSection, accepted: Mapping[str, inspect.Par
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
     known = [key for key in list(accepted)[1:] if key not in ours]
     found = []
-    for key in section.options:
+    for key, value in section.options.items():
         if key in ours:
             found.append(f"optimizer.options.{key}: write optimizer.{key}")
         elif key not in known and not takes_any:
             near = did_you_mean(key, known) or (f"; it takes {', '.join(known)}" if known else "; it takes none")
             found.append(f"optimizer.options.{key}: {section.name} has no such argument{near}")
+        elif key in known and _is_switch(accepted[key]) and not isinstance(value, bool | None):
+            found.append(f"optimizer.options.{key}: expected true or false, got {shown(value)}")
     return found
+
+
+def _is_switch(parameter: inspect.Parameter) -> bool:
+    """Whether an argument is true or false; any other value would count as true."""
+    kinds = (bool, "bool", "bool | None", "Optional[bool]", bool | None)
+    return isinstance(parameter.default, bool) or parameter.annotation in kinds
 
 
 def set_learning_rate(optimizer: AnyOptimizer, value: float) -> None:

@@ -89,7 +89,7 @@ def train(job: Job[DPOConfig], run: RunDir, saved: tt_ckpt.TrainState | None, co
                 state.restore(saved)
         announce(job, run, state, saved, console)
         # from here on, whatever ends the run early leaves a checkpoint of the last whole step
-        with state.kept(console.warn), open_loggers(config, run, state.step) as loggers:
+        with state.kept(console.warn), open_loggers(config, run, state.step, console) as loggers:
             asked = prompts(job.rows_to_show, job.tokenizer, num=config.samples.num, max_prompt=config.data.max_seq_len)
             metrics = Metrics(job=job, run=run, state=state, objective=objective, prompts=asked, loggers=loggers,
                               console=console, stop=stop, prepare=prepare)  # fmt: skip

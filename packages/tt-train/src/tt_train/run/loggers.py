@@ -15,6 +15,7 @@ import yaml
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.config import RunConfig, logger_options, to_dict
 from tt_train.devices.distributed import world
+from tt_train.errors import TrainingError
 from tt_train.records.run_files import own_folder, read_manifest
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
@@ -30,8 +31,9 @@ def open_loggers(config: RunConfig, run: RunDir, step: int, console: Console | N
     """The loggers that the config names, closed at the end, whatever ends it; ``step``: what the run continues from.
 
     A logger is what ``factory(run, config, step, **options)`` gives: a function that takes a row of metrics.jsonl. What
-    it holds of later steps belongs to a continuation that was given up. Its first row must succeed. If a later one
-    fails, such as without network, the logger gets no more rows, a warning says so, and training continues.
+    it holds of later steps belongs to a continuation that was given up. It must start, and its first row must succeed.
+    If a later one fails, such as without network, the logger gets no more rows, a warning says so, and training
+    continues.
     """
     console = console or Console()
     if not world().is_main:
@@ -40,7 +42,8 @@ def open_loggers(config: RunConfig, run: RunDir, step: int, console: Console | N
     with ExitStack() as stack:
         loggers: list[Logger] = []
         for name, options in logger_options(config).items():
-            logger = resolve(name, LOGGERS)(run, redact_data(to_dict(config)), step, **options)
+            with _named(name, "does not start"):
+                logger = resolve(name, LOGGERS)(run, redact_data(to_dict(config)), step, **options)
             if callable(close := getattr(logger, "close", None)):
                 stack.callback(_or_warn, close, f"{name} could not be closed", console)
             loggers.append(_guarded(name, logger, console))
@@ -54,7 +57,8 @@ def _guarded(name: str, logger: Logger, console: Console) -> Logger:
     def log_row(row: Row) -> None:
         nonlocal state
         if state == "new":
-            logger(redact_data(row))
+            with _named(name, "takes no figures"):
+                logger(redact_data(row))
             state = "works"
         elif state == "works" and not _or_warn(
             lambda: logger(redact_data(row)), f"{name} gets no figures from step {row['step']} on", console
@@ -62,6 +66,16 @@ def _guarded(name: str, logger: Logger, console: Console) -> Logger:
             state = "failed"
 
     return log_row
+
+
+@contextmanager
+def _named(name: str, consequence: str) -> Iterator[None]:
+    """A failure inside as an error that names the logger."""
+    try:
+        yield
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise TrainingError(f"loggers: {name} {consequence}: {what}; correct it, or leave it out") from error
 
 
 def _or_warn(action: Callable[[], None], consequence: str, console: Console) -> bool:

@@ -12,25 +12,27 @@ C = TypeVar("C", bound=RunConfig)
 
 def at_home(config: C) -> C:
     """The config with ``~/`` at the start of a path as the home folder. A shell leaves it alone inside a word."""
-    return replace(_with_paths(config, home), output_dir=home(config.output_dir))
+    return replace(_with_paths(config, home, home), output_dir=home(config.output_dir))
 
 
 def absolute(config: C) -> C:
     """The config with every local path absolute, so that its run directory works from any folder."""
-    return _with_paths(config, _absolute)
+    return _with_paths(config, _absolute, lambda folder: folder and str(Path(folder).resolve()))
 
 
-def _with_paths(config: C, change: Callable[[Any], Any]) -> C:
+def _with_paths(config: C, change: Callable[[Any], Any], folder: Callable[[Any], Any]) -> C:
+    """``change`` for what is read, which may be a hub id or a registered name; ``folder`` for what a run may make."""
     if isinstance(config, KDConfig):
         config = replace(config, kd=replace(config.kd, teacher=change(config.kd.teacher)))
     model = replace(config.model, path=change(config.model.path), tokenizer=change(config.model.tokenizer))
     adapter = config.adapter and replace(config.adapter, path=change(config.adapter.path))
-    rows = {key: change(getattr(config.data, key)) for key in ("train", "template", "cache_dir")}
+    rows = {key: change(getattr(config.data, key)) for key in ("train", "template")}
+    rows["cache_dir"] = folder(config.data.cache_dir)
     sets = named_sets(config.data.eval)  # their names are not paths
     rows["eval"] = {name: change(each) for name, each in sets.items()} if sets else change(config.data.eval)
     loss = config.loss
     if isinstance(loss, PreferenceSection):
-        loss = replace(loss, reference_cache=change(loss.reference_cache))
+        loss = replace(loss, reference_cache=folder(loss.reference_cache))
     return replace(config, model=model, adapter=adapter, data=replace(config.data, **rows), loss=loss)
 
 
