@@ -81,17 +81,20 @@ def shard_(
     mesh = mesh if replicate > 1 else mesh["shard"]
     layers = list(blocks(model))
     sharded = [fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload) for module in (*layers, model)]
-    model.hidden_states = functools.partial(_for_backward, model.hidden_states)  # type: ignore[assignment, arg-type]
+    model.hidden_states = functools.partial(_for_backward, model, model.hidden_states)  # type: ignore[assignment, arg-type]
     register_fsdp_forward_method(model, "hidden_states")
     setattr(model, _EVERY, reduce_every_micro_batch)
     for before, after in pairwise(sharded[:-1]):
         before.set_modules_to_forward_prefetch([after])
 
 
-def _for_backward(hidden_states: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    """FSDP reduces gradients if what the forward pass gave needs one, also if only the output projection trains."""
+def _for_backward(model: nn.Module, hidden_states: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """FSDP reduces gradients if what the forward pass gave needs one, also if only the output projection trains.
+
+    A pass outside of training, such as that of a reference, gives what needs none.
+    """
     found = hidden_states(*args, **kwargs)
-    return found.requires_grad_() if torch.is_grad_enabled() and not found.requires_grad else found
+    return found.requires_grad_() if model.training and torch.is_grad_enabled() and not found.requires_grad else found
 
 
 def is_sharded(model: object) -> "TypeGuard[FSDPModule]":
