@@ -19,7 +19,7 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 HERE = f"{sys.version_info.major}.{sys.version_info.minor}"  # the Python that runs nox is the default
 TOOLS = ["ruff", "mypy", "types-PyYAML", "pytest"]
 # independent references, and what they need for old tokenizer files: the tests compare with them; no package needs them
-ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf", "zstandard", "hypothesis"]
+ORACLES = ["transformers", "peft", "trl", "tiktoken", "protobuf", "gguf", "zstandard", "hypothesis", "lm-eval"]
 TOKENIZERS = [
     "qwen2_5",
     "qwen3",

@@ -63,6 +63,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tuned").mkdir()
     factors = {"layers.0.attn.v_proj.lora_a.weight": (2, 32), "layers.0.attn.v_proj.lora_b.weight": (16, 2)}
     torch.save({name: torch.ones(size) for name, size in factors.items()}, folder / "tuned" / "adapter_0.pt")
+    (folder / "my_metrics.py").write_text("def f1(prompts, answers, expected):\n    return {'f1': 0.5}\n")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "my_task.yaml").write_text(
+        "task: my_task\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.jsonl}}\ntest_split: test\n"
+        "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+        "metric_list: [{metric: bits_per_byte, aggregation: bits_per_byte}]\n"
+    )
     before = Path.cwd()
     os.chdir(folder)
     try:

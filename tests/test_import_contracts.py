@@ -27,6 +27,10 @@ ASSEMBLY = {
     "references.reference_cache": "log-probabilities of rows, kept as tensors",
     "evaluate": "held-out loss and samples: batches in, generation out",
     "run.exact_match": "answers compared: generation out, text of it",
+    "evals.answer": "generation out, text of it",
+    "evals.score": "a model asked in batches: its tokenizer, its weights",
+    "evals.harness": "lm-eval's model: text in, text out",
+    "evals.models": "models and rows side by side",
     "models.load": "tt_train.load",
     "models.merge": "tt_train.merge_run",
     "models.origin": "where the base of an adapter is, and whether its files are read as they are",
@@ -39,8 +43,11 @@ OPTIONAL: dict[str, set[str]] = {
     "tt_models": {"transformers"},  # tt_models.parity compares with it
     "tt_data": {"tiktoken", "zstandard", "compression"},  # compression.zstd of Python 3.14, zstandard before it
     "tt_ckpt": {"gguf"},  # of its extra
-    "tt_train": {"wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "matplotlib"},  # matplotlib of its extra
-}
+    "tt_train": {"wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "matplotlib",  # matplotlib of its extra
+                 "lm_eval", "tqdm", "numpy"},  # of its extra eval
+}  # fmt: skip
+# Modules that an optional library imports, or whoever has checked that it is there: they may begin with it.
+PLUGINS = {"tt_train.evals.harness": {"lm_eval", "tqdm"}}
 
 
 # Floors of a package, from the ground up: a wing (or a module beside the wings) knows only what is on a floor below it.
@@ -94,6 +101,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("references",),
         ("build", "run"),
         ("models", "recipes"),
+        ("evals",),
     ),
 }
 
@@ -211,7 +219,8 @@ def test_what_is_imported_is_declared(package):
 @pytest.mark.parametrize("package", PACKAGES)
 def test_what_is_optional_is_imported_where_it_is_used(package):
     for name, tree in modules(package):
-        early = tops(imported(tree, at_import_time=True)) & OPTIONAL.get(package, set())
+        early = tops(imported(tree, at_import_time=True)) & OPTIONAL.get(package, set()) - PLUGINS.get(name, set())
+        assert not imported(tree, at_import_time=True) & PLUGINS.keys(), f"{name} imports a plug-in"
         assert not early, f"{name} imports {sorted(early)} when it is imported itself"
 
 

@@ -44,6 +44,23 @@ def test_smaller_batches_fit_and_larger_ones_are_refused(small, close):
         model(torch.randint(0, 60, (4, 2)), cache=cache)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_rows_that_are_repeated_continue_in_different_ways(small, close, family):
+    """Each with its own end, behind left padding and beyond a window."""
+    model = small(family)
+    texts = [torch.randint(1, 60, (length,)) for length in (17, 12)]
+    ends = torch.randint(1, 60, (5, 4))
+    ids = torch.stack([torch.nn.functional.pad(text, (17 - len(text), 0)) for text in texts])
+    cache = cache_of(model, length=21)
+    model(ids, (torch.arange(17) - torch.tensor([[0], [5]])).clamp(min=0), cache)
+    cache.repeat_rows(torch.tensor([2, 3]))
+    found = model(ends, cache=cache)
+    for row, text in enumerate([texts[0]] * 2 + [texts[1]] * 3):
+        close(found[row : row + 1], model(torch.cat((text, ends[row]))[None])[:, len(text) :], 256)
+    with pytest.raises(ValueError, match="tokens of 5 rows, got"):
+        cache.repeat_rows(torch.tensor([2, 3]))
+
+
 def test_reset_forgets(small):
     model = small("mistral")
     ids = torch.randint(0, 60, (2, 20))

@@ -75,9 +75,21 @@ def test_all_17_names_of_configs_and_8_of_recipes_are_known_in_any_case():
     assert compose("llama2/7b_lora").adapter.rank == 16  # ours
 
 
+def test_the_yaml_of_an_evaluation_is_answered_with_the_line_that_does_it():
+    component = {"_component_": "torchtune.utils.FullModelHFCheckpointer", "checkpoint_dir": "/tmp/llama 2"}
+    theirs = {"checkpointer": component, "tasks": ["a", "b"], "limit": 5, "max_seq_length": 4096, "seed": 217}
+    with pytest.raises(ConfigError) as refused:
+        migrate({**theirs, "quantizer": {"_component_": "torchtune.utils.quantization.Int8WeightOnlyQuantizer"}})
+    [line] = refused.value.problems
+    assert line == (
+        "tasks: an evaluation: it is a verb, tt eval '/tmp/llama 2' --tasks a,b --limit 5 --max-length 4096 "
+        "--seed 217, after tt quantize has written MODEL"
+    )
+
+
 @pytest.mark.parametrize("name", ["generation", "Eleuther_Evaluation", "quantization", "generate", "quantize"])
 def test_a_name_whose_work_is_a_verb_or_missing_here_is_answered(name):
-    with pytest.raises(ConfigError, match=r"a verb here: tt generate|not supported yet; tt merge"):
+    with pytest.raises(ConfigError, match=r"a verb here: tt (generate|eval)|not supported yet; tt merge"):
         compose(name)
 
 

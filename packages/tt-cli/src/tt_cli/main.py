@@ -28,6 +28,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "Use a model": {
         "chat": ("tt_cli.verbs.chat", "Chat with the newest run, or with any run or model."),
         "generate": ("tt_cli.verbs.generate", "Answer one prompt with a run or a model."),
+        "eval": ("tt_cli.verbs.eval", "Evaluate runs or models on benchmark tasks or on your own rows."),
         "merge": ("tt_cli.verbs.merge", "Write a run as one Hugging Face model, adapter merged."),
         "export": ("tt_cli.verbs.export", "Write a run for vLLM, llama.cpp or Ollama."),
     },

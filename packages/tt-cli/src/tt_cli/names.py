@@ -83,6 +83,8 @@ def composed(
     for before, word in zip(("", *overrides), overrides, strict=False):
         if not before.endswith(("=", ":")):  # model.path = MODEL is answered as that
             _refuse_name(word, what)
+    if (what.lower() if config_file is None else config_file.lower()) in ("eleuther_eval", "eleuther_evaluation"):
+        _answer_evaluation(what, overrides)
     is_config = is_config_name(what) or os.path.isfile(what)  # noqa: PTH113  (a name may be too long)
     if config_file is not None and is_config and not what.endswith(".py"):
         raise click.UsageError(
@@ -91,6 +93,21 @@ def composed(
     return compose(
         what, config=config_file, overrides=overrides, allow_import=allow_import, complete=complete, devices=devices
     )
+
+
+def _answer_evaluation(what: str, overrides: tuple[str, ...]) -> None:
+    """torchtune's evaluation is a verb here: ConfigError with the line that does it, these KEY=VALUE words included."""
+    import yaml
+
+    from tt_train import ConfigError
+    from tt_train.settings.torchtune.verbs import EVALUATION, evaluation
+
+    words = [word.partition("=") for word in overrides]
+    try:
+        given = {key: yaml.safe_load(value) for key, _, value in words}
+    except yaml.YAMLError:
+        given = {}
+    raise ConfigError([f"{what}: a verb here: {evaluation(EVALUATION | given)}"])
 
 
 def is_config_name(word: str) -> bool:

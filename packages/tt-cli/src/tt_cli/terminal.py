@@ -51,9 +51,9 @@ class Door:
         return getattr(self.raw, name)
 
     def write(self, text: str) -> int:
-        """Spelt out and without secrets; what draws the bars of libraries passes."""
+        """Spelt out and without secrets; what draws the bars of libraries passes, to a terminal."""
         drawn = _from_tqdm()
-        if drawn and self.hushed:
+        if drawn and (self.hushed or not self.raw.isatty()):
             return len(text)
         bar = _BAR.match(text)
         own = bar[0] if bar is not None and drawn else ""

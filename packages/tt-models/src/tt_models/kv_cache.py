@@ -115,6 +115,17 @@ class KVCache:
         self.rows = len(places)
         return places
 
+    def repeat_rows(self, counts_B: Tensor) -> None:
+        """Make ``counts_B[i]`` rows of row i, which may then continue in different ways; no count is 0."""
+        if counts_B.shape != (self.rows,):
+            raise ValueError(f"KVCache has the tokens of {self.rows} rows, got {list(counts_B.shape)} counts")
+        for layer in self.layers:
+            layer.keys = layer.keys[: self.rows].repeat_interleave(counts_B, dim=0)
+            layer.values = layer.values[: self.rows].repeat_interleave(counts_B, dim=0)
+        if self.first is not None:
+            self.first = self.first.repeat_interleave(counts_B)
+        self.batch_size = self.rows = self.layers[0].keys.shape[0]
+
     def check_room(self, batch: int, seq_len: int) -> None:
         """ValueError if ``seq_len`` more tokens of ``batch`` rows do not fit."""
         if batch > self.batch_size:

@@ -169,6 +169,17 @@ def _import_mistakes(key: str, name: str, module: str, allow_import: Sequence[st
     return []
 
 
+def allowed_import(key: str, name: str, allow_import: Sequence[str]) -> Any:
+    """The object of a dotted name that the command line allows; ConfigError says what is wrong with it."""
+    module = name.rpartition(".")[0]
+    if module not in allow_import:
+        raise ConfigError([f"{key}: {name!r} is code of yours; to let it be imported, add --allow-import {module}"])
+    _ALLOWED.add(name)
+    if problems := _import_mistakes(key, name, module, allow_import):
+        raise ConfigError(problems)
+    return resolve(name, {})
+
+
 def imports_of(config: "RunConfig") -> dict[str, str | None]:
     """The modules behind dotted names of a config, each with the SHA-256 of its file: a run is what they say, too."""
     found: dict[str, str | None] = {}

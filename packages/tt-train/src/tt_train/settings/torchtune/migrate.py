@@ -17,6 +17,7 @@ from tt_train.settings.torchtune.carry import Carry
 from tt_train.settings.torchtune.methods import carry_quantizer, carry_teacher
 from tt_train.settings.torchtune.rows import carry_rows
 from tt_train.settings.torchtune.training import carry_memory, carry_optimizer, carry_output, carry_steps
+from tt_train.settings.torchtune.verbs import evaluation
 
 _METHODS = {"teacher_model": "kd", "quantizer": "qat"}  # key that only its recipe has -> ours
 LONGEST = 131_072  # tokens of a row, where torchtune cut none: as long as any of its models' rows
@@ -110,8 +111,9 @@ def _refuse_other_recipes(values: dict[str, Any]) -> None:
     ):
         if mark in text:
             raise ConfigError([f"{mark}: {why}"])
+    if "tasks" in values and "optimizer" not in values:
+        raise ConfigError([f"tasks: an evaluation: it is a verb, {evaluation(_resolved(_flat(values)))}"])
     for mark, why in (
-        ("tasks", "an evaluation: evaluation by lm-evaluation-harness is not supported yet"),
         ("max_new_tokens", "a generation: it is a verb, tt generate MODEL -p PROMPT"),
         ("prompt", "a generation: it is a verb, tt generate MODEL -p PROMPT"),
         ("quantizer", "a quantization: quantization is not supported yet"),

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tt_train.settings.torchtune.verbs import EVALUATION, evaluation
+
 # its recipes and ours; None: no recipe here, and ELSEWHERE says what to do
 RECIPES: dict[str, str | None] = {
     "full_finetune_single_device": "sft",
@@ -18,7 +20,7 @@ _GENERATE = (  # with the values of torchtune's config
     "a verb here: tt generate MODEL -p 'Hello, my name is' --max-new-tokens 300 --temperature 0.8 --top-k 300 "
     "--seed 1234"
 )
-_EVAL = "evaluation is not supported yet; tt merge RUN -o DIR writes what lm-evaluation-harness reads"
+_EVAL = f"a verb here: {evaluation(EVALUATION)}"  # with the values of torchtune's config
 _QUANTIZE = "quantization is not supported yet; tt merge RUN -o DIR writes what other tools quantize"
 ELSEWHERE = {"generate": _GENERATE, "generation": _GENERATE, "eleuther_eval": _EVAL, "eleuther_evaluation": _EVAL,
              "quantize": _QUANTIZE, "quantization": _QUANTIZE}  # fmt: skip

@@ -1,0 +1,1 @@
+"""Evaluation of runs and models: by lm-evaluation-harness, and on rows of one's own."""
