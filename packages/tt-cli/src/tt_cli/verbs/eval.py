@@ -33,8 +33,8 @@ class EvalVerb(Verb):
     cls=EvalVerb,
     examples=[
         "tt eval runs/first --data rows.jsonl",
-        "tt eval Qwen/Qwen3-0.6B runs/first --tasks my_task --include-path tasks --limit 200",
-        "tt eval runs/first --data rows.jsonl --metric my_metrics:f1 --allow-import my_metrics",
+        "tt eval Qwen/Qwen3-0.6B runs/first --tasks my_task --include-path tasks",
+        "tt eval --data rows.jsonl --metric my_metrics:f1 --allow-import my_metrics",
     ],
 )
 @click.argument("models", nargs=-1, metavar="[RUN|MODEL]...", type=click.Path())
@@ -100,7 +100,7 @@ class EvalVerb(Verb):
     type=TOKENS,
     metavar="N",
     show_default="8 more than the longest expected answer",
-    help="With --data: maximum number of tokens of an answer.",
+    help="Maximum number of new tokens.",
 )
 @click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option
