@@ -17,13 +17,14 @@ import tt_peft
 from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
 from tt_train.devices.distributed import world
 from tt_train.devices.sharding import is_sharded, shard_, ways
+from tt_train.errors import ConfigError
 from tt_train.inputs.model import folder_of
 from tt_train.job import Job
 from tt_train.losses.cross_entropy import Objective
 from tt_train.losses.table import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE
-from tt_train.memory import DTYPES, checkpoint_activations_, compile_, offload_activations_
+from tt_train.memory import DTYPES, blocks, checkpoint_activations_, compile_, offload_activations_
 from tt_train.optim.master_weights import MasterWeights
-from tt_train.optim.optimizers import decayed, make_optimizer
+from tt_train.optim.optimizers import HIDDEN, decayed, make_optimizer
 from tt_train.references.reference import START, Reference, adapter_off, log_probs_of
 from tt_train.references.reference_cache import ReferenceCache, reference_facts
 from tt_train.settings.registry import losses_of, resolve
@@ -170,11 +171,21 @@ def trainable_groups(job: Job[RunConfig], model: tt_models.Decoder) -> list[dict
     """The trained parameters: matrices and vectors, or LoRA+'s groups with their share of the learning rate."""
     section, adapter = job.config.optimizer, job.config.adapter
     if adapter is None or adapter.lora_plus_ratio == 1.0:
-        return decayed(parameter for parameter in model.parameters() if parameter.requires_grad)
-    groups = tt_peft.lora_plus_groups(
-        model, lr=section.lr, ratio=adapter.lora_plus_ratio, weight_decay=section.weight_decay
-    )
-    return [{**group, "lr_scale": group["lr"] / section.lr} for group in groups]
+        groups = decayed(parameter for parameter in model.parameters() if parameter.requires_grad)
+    else:
+        groups = tt_peft.lora_plus_groups(
+            model, lr=section.lr, ratio=adapter.lora_plus_ratio, weight_decay=section.weight_decay
+        )
+        groups = [{**group, "lr_scale": group["lr"] / section.lr} for group in groups]
+    if section.name != "muon":
+        return groups
+    hidden = {id(parameter) for parameter in blocks(model).parameters() if parameter.dim() == 2}
+    if not any(id(parameter) in hidden for group in groups for parameter in group["params"]):
+        raise ConfigError(
+            ["optimizer.name: muon is for matrices of blocks, and no matrix of a block trains; use adamw"]
+        )
+    return [{**group, "params": part, HIDDEN: is_hidden} for group in groups for is_hidden in (True, False)
+            if (part := [each for each in group["params"] if (id(each) in hidden) == is_hidden])]  # fmt: skip
 
 
 def make_objective(config: RunConfig) -> Objective:

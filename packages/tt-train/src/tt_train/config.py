@@ -125,7 +125,7 @@ class OptimizerSection:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    momentum: float = 0.0  # sgd only
+    momentum: float = 0.0  # sgd, rmsprop and muon, where 0 means 0.95
     options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class, such as {amsgrad: true}
 
 

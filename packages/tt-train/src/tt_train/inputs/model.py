@@ -23,7 +23,7 @@ from tt_train.memory import DTYPES, KEEPS_BY_HOOKS, blocks
 from tt_train.records.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
-STATE_BYTES = {"adamw8bit": 2, "adamw_fp8": 2, "adamw4bit": 1}  # of a value that trains; AdamW's two moments: 8
+STATE_BYTES = {"adamw8bit": 2, "adamw_fp8": 2, "adamw4bit": 1, "muon": 4}  # of a value that trains; AdamW: 8
 
 
 def model_folder(config: RunConfig) -> Path | None:

@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from tt_train.optim.master_weights import InBackward, MasterWeights
 from tt_train.settings.keys.wrong_type import shown
 from tt_train.settings.registry import OPTIMIZERS, resolve
 
+HIDDEN = "hidden_matrices"  # in a group of parameters: whether they are what ``muon`` is for
 AnyOptimizer = torch.optim.Optimizer | MasterWeights
 
 
@@ -27,8 +29,8 @@ def make_optimizer(
     """
     if in_backward:
         each = [[{**group, "params": [parameter]}] for group in groups for parameter in group["params"]]
-        return InBackward(*(_torch_optimizer(one, section) for one in each), narrow=narrow)
-    return MasterWeights(_torch_optimizer(groups, section), narrow=narrow, together=section.name not in OPTIMIZERS)
+        return InBackward(*(made for one in each for made in _torch_optimizers(one, section)), narrow=narrow)
+    return MasterWeights(*_torch_optimizers(groups, section), narrow=narrow, together=section.name not in OPTIMIZERS)
 
 
 def decayed(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
@@ -41,6 +43,19 @@ def decayed(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+def _torch_optimizers(groups: list[dict[str, Any]], section: OptimizerSection) -> list[torch.optim.Optimizer]:
+    """One optimizer; for ``muon`` another one, AdamW, for what is not a matrix of a block."""
+    if section.name != "muon":
+        return [_torch_optimizer(groups, section)]
+    hidden = [group for group in groups if group.get(HIDDEN, group["params"][0].dim() == 2)]
+    rest = [group for group in groups if not any(group is other for other in hidden)]
+    plain = OptimizerSection()
+    options = {"adjust_lr_fn": "match_rms_adamw", **section.options}
+    muon = replace(section, betas=plain.betas, eps=plain.eps, options=options)
+    adamw = replace(section, name="adamw", momentum=plain.momentum, options={})
+    return [_torch_optimizer(part, own) for part, own in ((hidden, muon), (rest, adamw)) if part]
+
+
 def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) -> torch.optim.Optimizer:
     optimizer_class = _resolved(section.name)
     accepted = inspect.signature(optimizer_class).parameters
@@ -50,6 +65,9 @@ def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) ->
     for key in ("betas", "eps", "momentum"):
         if key not in accepted and getattr(section, key) != getattr(defaults, key):
             raise ConfigError([f"optimizer.{key}: {section.name} has no {key}; leave it out"])
+    if section.name == "muon":  # whose numbers of these names are others
+        del chosen["eps"]
+        chosen = {key: value for key, value in chosen.items() if key != "momentum" or value}
     chosen = {key: value for key, value in chosen.items() if key in accepted}
     if wrong := _wrong_options(section, accepted):
         raise ConfigError(wrong)

@@ -32,7 +32,7 @@ RECIPES = {
     **{theirs: ours for theirs, ours in torchtune.RECIPES.items() if ours is not None},
 }
 OPTIMIZERS = {"adamw": "torch.optim.AdamW", "adam": "torch.optim.Adam", "sgd": "torch.optim.SGD",
-              "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop",
+              "adagrad": "torch.optim.Adagrad", "rmsprop": "torch.optim.RMSprop", "muon": "torch.optim.Muon",
               "adamw8bit": "torchao.optim.AdamW8bit", "adamw4bit": "torchao.optim.AdamW4bit",
               "adamw_fp8": "torchao.optim.AdamWFp8"}  # fmt: skip
 # what other tools call these optimizers

@@ -10,7 +10,7 @@ _EVAL = "an evaluation gives samples and the held-out loss over all trained toke
 _UPLOAD = "run tt upload RUN/adapter NAME/REPO after training"
 _LOGGERS = "[tensorboard], [wandb], [trackio], [mlflow] or [comet]; metrics.jsonl is always written"
 _KERNEL = "torch's scaled_dot_product_attention chooses the kernel"
-_OPTIMIZERS = "adamw, adam, sgd, adagrad, rmsprop, adamw8bit, adamw4bit or adamw_fp8"
+_OPTIMIZERS = "adamw, adam, sgd, adagrad, rmsprop, muon, adamw8bit, adamw4bit or adamw_fp8"
 _LOGGED = "metrics.jsonl logs every step"
 
 # their key -> (ours, what differs); without ours, why it is absent
