@@ -87,8 +87,12 @@ def test_statistics_count_tokens(chatml: Any) -> None:
         assert part["count"] == sum(part["from"] <= length < part["to"] for length in lengths)
     assert found["dropped"] == dataset.report["dropped"]
     assert json.dumps(found)
-    with pytest.raises(ValueError, match="bins must be positive"):
-        stats(dataset, bins=0)
+    every_third = stats(dataset, sample=len(dataset) // 3)
+    assert sum(part["count"] for part in every_third["lengths"]["histogram"]) <= len(dataset) // 3
+    assert every_third["tokens"] == sum(len(dataset[i]["input_ids"]) for i in range(0, len(dataset), 4))
+    for wrong in ({"bins": 0}, {"sample": 0}):
+        with pytest.raises(ValueError, match="bins and sample must be positive"):
+            stats(dataset, **wrong)
 
 
 def test_statistics_of_packs_tell_the_efficiency(chatml: Any, make_chat_rows: Any) -> None:

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from importlib.resources import files
 from importlib.util import find_spec
 
 import pytest
@@ -289,6 +290,39 @@ def test_turns_of_a_prompt_are_shown_apart_and_rows_are_named_by_where_they_are_
     assert 'Prompt</b><span class="source">row of the training data</span>' in page
     assert page.count("<pre>first &lt;b&gt;</pre>") == 3
     assert "<pre>plain</pre>" in page
+
+
+def test_rows_and_environment_are_beside_each_other(make_run):
+    data = {"report": {"schema": "openai", "form": "chat", "rows": 90, "dropped": {"no answer": 3}, "truncated": 2}}
+    data |= {"lengths": {"p50": 40, "p90": 80, "max": 128}, "share_trained": 0.256}
+    environment = {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "devices": []}
+    page = page_of(make_run("one", manifest={"data": data, "environment": environment}), make_run("two", manifest={}))
+    section = page[page.index("<h2>Data and environment") :]
+    for fact in ("openai, chat", "3 no answer", "p50 40, p90 80, max 128", "25.6%", "3.11.7", "2.13.0"):
+        assert f"<td>{fact}</td><td>" in section  # and a cell for the run that says nothing
+    hostile = {"data": {"report": [1], "lengths": {"p50": "<b>"}, "share_trained": "x"}}
+    assert "<b>, p90" not in page_of(make_run("three", manifest=hostile))
+
+
+def test_text_of_a_report_has_enough_contrast():
+    """4.5 to 1 on every background, as WCAG 2 (1.4.3) asks, in each of the palettes."""
+    css = (files("tt_train.report") / "report.css").read_text()
+    blocks = re.findall(r":root.*?\{(.*?)\}", css, re.DOTALL)
+    palettes = [dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6});", block)) for block in blocks]
+    palettes = [palette for palette in palettes if "page" in palette]
+    assert len(palettes) == 3
+    for palette in palettes:
+        for ink in ("ink", "soft", "faint", "accent", "good", "bad"):
+            for ground in ("page", "card", "wash"):
+                dark, light = sorted((luminance(palette[ink]), luminance(palette[ground])))
+                assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
+
+
+def luminance(colour):
+    """https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def test_long_and_many_samples_are_cut(make_run):

@@ -163,13 +163,16 @@ def _drawn(text: str, trained: bool, typed: bool, color: bool) -> str:
     return "\n".join(f"{codes}{line}{_PLAIN}" if line and codes else line for line in text.split("\n"))
 
 
-def stats(dataset: Dataset, *, bins: int = 10) -> Stats:
-    """Lengths (quantiles and a histogram of ``bins``), the share of tokens that is trained, and the report's counts."""
-    if bins <= 0:
-        raise ValueError(f"bins must be positive, got {bins}")
+def stats(dataset: Dataset, *, bins: int = 10, sample: int | None = None) -> Stats:
+    """Lengths (quantiles and a histogram of ``bins``), the share of tokens that is trained, and the report's counts.
+
+    With ``sample`` the lengths and tokens are those of at most so many rows, at equal distances.
+    """
+    if bins <= 0 or (sample is not None and sample <= 0):
+        raise ValueError(f"bins and sample must be positive, got {bins} and {sample}")
     lengths: list[int] = []
     trained = 0
-    for i in range(len(dataset)):
+    for i in range(0, len(dataset), 1 if sample is None else -(-len(dataset) // sample)):
         row = _row(dataset, i)
         labels = [row[key] for key in row if key.endswith("labels")]
         lengths.append(sum(map(len, labels)))

@@ -15,7 +15,7 @@ from tt_train.records.series import SERIES, Series, charts
 from tt_train.report.figure import NO_PICTURE
 from tt_train.report.read import Run, measured, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
-from tt_train.report.sections import config_section, manifest_section, reproduce_section
+from tt_train.report.sections import config_section, facts_section, manifest_section, reproduce_section
 from tt_train.report.summary import as_figure, at, method_words
 from tt_train.report.tiles import comparison, tiles
 
@@ -49,6 +49,7 @@ def page(runs: Sequence[Run], *, has_picture: bool = True) -> str:
         "samples": samples_section(runs),
         "config": config_section(runs),
         "reproduce": reproduce_section(runs),
+        "facts_of_runs": facts_section(runs),
         "manifest": manifest_section(runs),
         "data": _json({"runs": data, "charts": drawn}),
     }

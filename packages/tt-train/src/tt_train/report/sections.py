@@ -12,7 +12,7 @@ from tt_train.config import SCHEMAS, AdapterSection, SFTConfig, to_dict
 from tt_train.errors import shell_word
 from tt_train.report.read import Run, differences, flatten, value_at
 from tt_train.report.samples import clipped, dot, html_text
-from tt_train.report.summary import DASH
+from tt_train.report.summary import DASH, at
 from tt_train.settings.recipe_file import repeating
 
 SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
@@ -140,7 +140,11 @@ def reproduce_section(runs: Sequence[Run]) -> str:
             commands.append((f"What made {what}", command))
         commands.append((f"Repeat {what} from its resolved config", repeating(_near(run.path), run.manifest)))
         if len(runs) == 1:
-            commands.append(("Talk to it", f"tt chat {_typed(run.path)}"))
+            path = _typed(run.path)
+            commands.append(("Talk to it", f"tt chat {path}"))
+            if isinstance(run.config.get("adapter"), dict):
+                commands.append(("Merge it into a model directory", f"tt merge {path} -o merged"))
+            commands.append(("Evaluate it on your own rows", f"tt eval {path} --data rows.jsonl"))
     commands.append(("Write this page again", "tt report " + " ".join(_typed(run.path) for run in runs)))
     rows = "".join(
         f'<div class="command"><div><p class="why">{html_text(why)}</p><pre>{html_text(command)}</pre></div>'
@@ -172,6 +176,51 @@ def _near(path: Path) -> Path:
     """The path, relative if it is below the working directory."""
     here, absolute = Path.cwd(), path.absolute()
     return absolute.relative_to(here) if absolute.is_relative_to(here) else path
+
+
+def facts_section(runs: Sequence[Run]) -> str:
+    """The rows and the environment of each run, as a table: a row for each fact, a column for each run."""
+    found = [_data_facts(run.manifest) | _environment_facts(run.manifest) for run in runs]
+    names = list(dict.fromkeys(name for one in found for name in one))
+    if not names:
+        return ""
+    heads = "".join(f'<th scope="col">{dot(index)}{html_text(run.name)}</th>' for index, run in enumerate(runs))
+    heads = heads if len(runs) > 1 else '<th scope="col">Value</th>'
+    body = "".join(
+        f'<tr><th scope="row">{name}</th>{"".join(f"<td>{clipped(one.get(name, DASH))}</td>" for one in found)}</tr>'
+        for name in names
+    )
+    return (
+        '<section><div class="bar"><h2>Data and environment</h2></div><div class="card scroll" tabindex="0">'
+        f'<table class="keys"><thead><tr><th scope="col">Fact</th>{heads}</tr></thead><tbody>{body}</tbody></table>'
+        "</div></section>"
+    )
+
+
+def _data_facts(manifest: dict[str, Any]) -> dict[str, str]:
+    report, lengths = at(manifest, "data.report"), at(manifest, "data.lengths")
+    report, facts = report if isinstance(report, dict) else {}, {}
+    if report:
+        facts["Kind of rows"] = f"{_fact(report.get('schema'))}, {_fact(report.get('form'))}"
+        dropped = report.get("dropped")
+        dropped = dropped if isinstance(dropped, dict) else {}
+        facts["Rows read"] = _fact(report.get("rows"))
+        facts["Dropped"] = ", ".join(f"{_fact(count)} {_fact(why)}" for why, count in dropped.items()) or "none"
+        facts["Cut at max_seq_len"] = _fact(report.get("truncated"))
+    if isinstance(lengths, dict):
+        facts["Tokens per row"] = ", ".join(f"{name} {_fact(lengths.get(name))}" for name in ("p50", "p90", "max"))
+    if isinstance(share := at(manifest, "data.share_trained"), float):
+        facts["Trained share of tokens"] = f"{share:.1%}"
+    return facts
+
+
+def _environment_facts(manifest: dict[str, Any]) -> dict[str, str]:
+    keys = {
+        "Python": "environment.python", "System": "environment.platform", "CPU": "environment.cpu",
+        "Devices": "environment.devices", "torch": "environment.packages.torch",
+        "tt-train": "environment.packages.tt-train", "Processes": "ranks", "Commit": "git.commit",
+    }  # fmt: skip
+    return {name: _fact(value) for name, key in keys.items() if (value := at(manifest, key)) not in (None, [], {})}
 
 
 def manifest_section(runs: Sequence[Run]) -> str:
