@@ -140,9 +140,41 @@ def test_instruct_prompts_are_trained_as_they_are_asked(chatml: Any, llama: Any,
 
 def test_a_prompt_that_makes_one_token_with_its_completion_is_told(chatml: Any) -> None:
     dataset = load_dataset([{"prompt": "hel", "completion": "lo"}, {"prompt": "hello", "completion": " cat"}], chatml)
-    assert [
-        "make one token" in note and "(1 row, the first at rows:0)" in note for note in dataset.report["notes"]
-    ] == [True]
+    (note,) = (note for note in dataset.report["notes"] if "make one token" in note)
+    assert "(1 row, the first at rows:0)" in note
+
+
+def test_a_pair_whose_prompt_makes_tokens_with_its_answers_is_kept_with_one_prompt(chatml: Any) -> None:
+    rows = [{"prompt": "hel", "chosen": "lo", "rejected": " cat"}, {"prompt": "the c", "chosen": "at", "rejected": "x"}]
+    dataset = load_dataset(rows, chatml)
+    assert dataset.report["dropped"] == {}
+    for row, given in zip(dataset, rows, strict=True):
+        begins = [next(i for i, label in enumerate(row[f"{side}_labels"]) if label != -100)
+                  for side in ("chosen", "rejected")]  # fmt: skip
+        assert begins[0] == begins[1]
+        assert row["chosen_input_ids"][: begins[0]] == row["rejected_input_ids"][: begins[0]]
+        for side in ("chosen", "rejected"):
+            assert chatml.decode(row[f"{side}_input_ids"]).startswith(given["prompt"] + given[side])
+
+
+@pytest.mark.parametrize("answers", [{"completion": " cat"}, {"chosen": " cat", "rejected": " dog"}])
+def test_a_prompt_that_is_text_is_noted_as_trained_without_the_chat_template(
+    chatml: Any, make_model: Any, tmp_path: Path, answers: dict[str, str]
+) -> None:
+    turns = {"prompt": [{"role": "user", "content": "the"}]}
+    turns |= {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
+    for row, tokenizer, noted in (
+        ({"prompt": "the", **answers}, chatml, True),
+        (turns, chatml, False),
+        ({"prompt": "the", **answers}, load_tokenizer(make_model(tmp_path / "plain", ["<e>"], eos_token="<e>")), False),
+    ):
+        notes = load_dataset([row], tokenizer).report["notes"]
+        assert [note for note in notes if "without the model's chat template" in note] == (notes if noted else [])
+        assert bool(notes) == noted
+    assert load_dataset([{"text": "the cat"}], chatml).report["notes"] == []  # no prompt, no turn
+    if "completion" in answers:  # a prompt by a template that was asked for
+        asked = load_dataset([{"instruction": "the", "output": " cat"}], chatml, template="alpaca")
+        assert not any("without the model's" in note for note in asked.report["notes"])
 
 
 @pytest.mark.parametrize("name", ["Llama2ChatFormat", "torchtune.data.ChatMLFormat", "MistralChatFormat"])

@@ -39,8 +39,10 @@ ROWS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_the_schema_is_detected_and_reported(chatml: Any, name: str) -> None:
     dataset = load_dataset([ROWS[name]], chatml)
+    notes = dataset.report["notes"]
+    assert len(notes) == (name == "prompt_completion")  # that no chat template is used
     assert dataset.report == {
-        "schema": name, "rows": 1, "dropped": {}, "truncated": 0, "problems": [], "notes": [],
+        "schema": name, "rows": 1, "dropped": {}, "truncated": 0, "problems": [], "notes": notes,
         "files_left_out": [],
         "no_end_token": 1 if name == "pretokenized" else 0,
         "form": "text" if name in ("prompt_completion", "text", "pretokenized") else "chat",

@@ -25,7 +25,10 @@ def test_notes_of_one_kind_add_up_over_tallies_and_name_the_first_row() -> None:
     ]
 
 
-def test_the_summary_has_a_line_for_all_rows_and_one_for_each_thing_to_know(chatml: Any) -> None:
+def test_the_summary_has_a_line_for_all_rows_and_one_for_each_thing_to_know(make_model: Any, tmp_path: Any) -> None:
+    from tt_data import load_tokenizer
+
+    chatml = load_tokenizer(make_model(tmp_path / "model", ["<e>"], eos_token="<e>"))
     rows = [{"prompt": "the", "completion": f"cat {i}"} for i in range(3)]
     assert summary_lines(load_dataset(rows, chatml).report) == ["3 prompt_completion rows; dropped: none; truncated: 0"]
     bad = [{"prompt": "the", "completion": ""} for _ in range(5)]

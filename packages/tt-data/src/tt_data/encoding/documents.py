@@ -81,7 +81,7 @@ def _runs(flags: Sequence[bool]) -> list[Span]:
 def as_pair(chosen: Encoded, rejected: Encoded) -> tuple[Encoded, Encoded]:
     """Both sides with the same masked ids. Raises BadRowError if the prompts differ.
 
-    A token may contain the end of the prompt and the beginning of just one answer. Then both answers begin before it.
+    Tokens may contain the end of the prompt and the beginning of just one answer. Then both answers begin before them.
     """
     if chosen.ids == rejected.ids:
         raise BadRowError(
@@ -89,6 +89,8 @@ def as_pair(chosen: Encoded, rejected: Encoded) -> tuple[Encoded, Encoded]:
         )
     if len(chosen.trained) == len(rejected.trained) == 1:
         start = min(chosen.trained[0][0], rejected.trained[0][0])
+        if _PROMPT_MERGES in (*chosen.notes, *rejected.notes):  # of one prompt, which is text
+            start = next((i for i in range(start) if chosen.ids[i] != rejected.ids[i]), start)
         if chosen.ids[:start] == rejected.ids[:start]:
             chosen = replace(chosen, trained=[(start, chosen.trained[0][1])])
             rejected = replace(rejected, trained=[(start, rejected.trained[0][1])])

@@ -29,6 +29,10 @@ from tt_data.token_rows.dataset import TokenDataset, TokenStore
 
 Batch = Sequence[tuple[int, Mapping[str, Any]]]  # line and row
 _BATCH = 512
+_NO_TEMPLATE = (
+    "the prompt is text and is followed by its answer without the model's chat template; for the template, write it as "
+    "turns: prompt: [{role: user, content: ...}]"
+)
 _MOST_BAD = 100_000  # rows at the beginning of which none can be used
 
 
@@ -194,6 +198,8 @@ def encode_rows(
         if any(message.asked for answer in chats for message in answer.messages):
             noted += not_trained(chats, settings.train_on)
         noted += [note for part in kept[-1].parts for note in part.notes]
+        if tokenizer.has_chat_template and not isinstance(read, InstructReader):
+            noted += [_NO_TEMPLATE for answer in several if isinstance(answer, Completion) and answer.prompt]
         for note in dict.fromkeys(noted):
             tally.note(note, where)
     return kept
