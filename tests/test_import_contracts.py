@@ -21,6 +21,7 @@ ASSEMBLY = {
     "references.reference": "what a policy is compared with: the model without its adapter, or a frozen copy",
     "run.finish": "the result of a run: adapter or model, with what is beside it",
     "models.export": "a Modelfile from the tokenizer and the config",
+    "models.gguf": "a GGUF file of the merged weights, with the tokenizer and the config",
     "inputs.methods": "a teacher's weights and tokenizer; layers that are to be rounded",
     "models.plan": "what a run of the model on its rows will need",
     "models.trace": "the model's kernels on shapes, 4-bit layers among them",

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from tt_train.models.export import commands
 from tt_train.models.modelfile import parameters, quoted, stops
 from tt_train.models.ollama import _gaps
+from tt_train.models.servers import adapter_commands, commands
 from tt_train.report import write_report
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
@@ -186,7 +186,11 @@ def test_a_shell_takes_every_shown_command_as_it_is_meant(name, tmp_path, monkey
     path = Path(name)
     typed = f"./{name}" if name.startswith("-") else name
     assert words(commands(path, "hf")[0]) == ["vllm", "serve", typed]
-    assert words(commands(path, "hf")[1])[2:5] == [typed, "--outfile", f"{typed}.gguf"]
+    assert words(commands(path, "hf")[1])[-1] == typed
+    assert words(commands(path, "hf")[2])[2:5] == [typed, "-o", f"{typed}.gguf"]
+    assert words(commands(path, "gguf")[0])[:3] == ["llama-cli", "-m", typed]
+    assert words(adapter_commands(path, "gguf", path, 8)[0])[2] == typed
+    assert words(adapter_commands(path, "hf", path, 8)[0])[2] == typed
     create, run = commands(path, "ollama")
     assert words(create)[3:] == ["-f", f"{typed}/Modelfile"]
     assert re.fullmatch(r"[A-Za-z0-9._-]+", words(create)[2])

@@ -54,7 +54,7 @@ def save_hf(
     or not at all. FileExistsError if it has weights already, unless ``overwrite``.
     """
     folder, origin = Path(path).expanduser(), None if source is None else resolve(source)
-    weights = _weights_of(model, dtype, config)
+    weights = weights_of(model, dtype, config)
     layout = choose_layout([] if origin is None else [origin], weights.specs, max_shard_size)
 
     def write(weights: Weights) -> None:
@@ -95,7 +95,7 @@ def save_weights(
         compare(again, weights, where=folder, progress=advance)
 
 
-def _weights_of(
+def weights_of(
     model: nn.Module, dtype: torch.dtype | Mapping[str, torch.dtype] | None, config: Mapping[str, Any]
 ) -> Weights:
     """The base tensors of ``model`` under the names in the files; each is split, gathered and cast when it is read."""

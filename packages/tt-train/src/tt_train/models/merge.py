@@ -25,7 +25,7 @@ from tt_peft.merge import merged_weight
 from tt_train.errors import ConfigError
 from tt_train.models.load import add_adapter_, load_stopped, model_config
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
-from tt_train.run.serving import Serving, from_record, serving_of
+from tt_train.run.serving import Files, Serving, from_record, serving_of
 
 
 def merge_run(
@@ -60,8 +60,8 @@ def merge_run(
 # ---- tensor by tensor --------------------------------------------------------------------------------------------
 
 
-class _RefusedError(Exception):
-    """A value of a tensor is not finite, or overflows."""
+class RefusedError(Exception):
+    """A value of a tensor is not finite, or overflows; the cause says which."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
                 return cast_tensor(name, tensor, specs[name].dtype)
             merged, losses[name] = merged_weight(name, tensor, [(change, change.delta())], dtype=specs[name].dtype)
         except ValueError as error:
-            raise _RefusedError from error
+            raise RefusedError from error
         return merged
 
     weights = Weights(specs=specs, get=get, config=tt_ckpt.read_config(origin.model), format="hf", files=())
@@ -148,7 +148,7 @@ def _merge_tensors(
     beside = {**serving.files, **files}
     try:
         save_weights(weights, target.expanduser(), merged.layout, source=origin.model, files=beside)
-    except _RefusedError:
+    except RefusedError:
         return False
     _say(tt_peft.MergeReport(tuple(merged.losses.values())), origin, tell)
     return True
@@ -175,21 +175,33 @@ def _merge_model(
         _refuse_small(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
     if dry_run:
         return
-    if model is not None and origin.model is not None:
-        tt_ckpt.load_weights(model, origin.model, device="cpu")  # each tensor in the dtype that its file has
-    if origin.stopped is not None:
-        model = load_stopped(origin, torch.device("cpu"), model=model)
-    assert model is not None  # only a stopped run may have no weights
-    model, tokenizer = model.eval(), load_tokenizer(origin)
-    if origin.adapter is not None:
-        add_adapter_(model, tokenizer, origin)
-    if any(hasattr(module, "adapter_params") for module in model.modules()):
-        _say(tt_peft.merge_lora_(model, dtype=dtype), origin, tell)
+    model, tokenizer = merged_model(origin, dtype, model=model, tell=tell), load_tokenizer(origin)
     is_plain = origin.places == (origin.model,)  # its files are its own
     serving = None if is_plain else _serving(origin, tokenizer)
     config = merged_config(origin, serving, model)
     beside = {**(serving.files if serving is not None else {}), **files}
     tt_ckpt.save_hf(model, target, config=config, source=origin.model, dtype=dtype or stored, files=beside)
+
+
+def merged_model(
+    origin: Origin,
+    dtype: torch.dtype | None,
+    *,
+    model: tt_models.Decoder | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> tt_models.Decoder:
+    """The whole model in memory with its adapter merged in place. ``model``: that of the base, on the meta device."""
+    if origin.model is not None:
+        model = model or tt_models.build(model_config(origin.model), device="meta")
+        tt_ckpt.load_weights(model, origin.model, device="cpu")  # each tensor in the dtype that its file has
+    if origin.stopped is not None:
+        model = load_stopped(origin, torch.device("cpu"), model=model)
+    assert model is not None  # only a stopped run may have no weights
+    if origin.adapter is not None:
+        add_adapter_(model.eval(), load_tokenizer(origin), origin)
+    if any(hasattr(module, "adapter_params") for module in model.modules()):
+        _say(tt_peft.merge_lora_(model, dtype=dtype), origin, tell)
+    return model.eval()
 
 
 # ---- what both need ----------------------------------------------------------------------------------------------
@@ -201,6 +213,11 @@ def _say(report: tt_peft.MergeReport, origin: Origin, tell: Callable[[str], None
         tell(f"{report}{'; --dtype fp32 keeps all of it' if rounded else ''}")
         if origin.base_words is not None:
             tell(origin.base_words)
+
+
+def serving_files_of(origin: Origin, tokenizer: tt_data.Tokenizer) -> Files:
+    """The files of the tokenizer, its templates and generation settings that differ from the base's."""
+    return _serving(origin, tokenizer).files
 
 
 def _serving(origin: Origin, tokenizer: tt_data.Tokenizer) -> Serving:

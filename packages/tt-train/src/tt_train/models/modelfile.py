@@ -22,8 +22,9 @@ def ollama_modelfile(
     form: str = "chat",
     config: Mapping[str, Any] | None = None,
     generation: Mapping[str, Any] | None = None,
+    source: str = ".",
 ) -> str:
-    """A Modelfile for the folder that it is in.
+    """A Modelfile for the folder that it is in, or for the GGUF file ``source`` there.
 
     ``form``: from ``prompt_form``: ``chat``, ``text`` or the name of an instruct template.
     ``config`` and ``generation``: the contents of config.json and generation_config.json. They give the length of the
@@ -32,7 +33,7 @@ def ollama_modelfile(
     Raises:
         ConfigError: if no Go template renders as the chat template does.
     """
-    lines = ["FROM ."]
+    lines = [f"FROM {source}"]
     if form != "chat":
         lines.append(f"TEMPLATE {3 * MARK}{text_template(form)}{3 * MARK}")
     elif tokenizer.has_chat_template:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,9 @@ from tt_ckpt.shown import quoted
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
 _TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": "model.norm.weight", "output.weight": OUTPUT}
+_TOP_OF = {ours: name for name, ours in _TOP.items()}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")
 _MATRICES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
@@ -86,6 +89,46 @@ def architecture_of(name: object, num_experts: int, path: Path) -> Architecture:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: architecture {quoted(name)} is not converted{hint}; known: {known}")
     return ARCHITECTURES[name]
+
+
+def architecture_for(model_type: str) -> str:
+    """The architecture under which a model is written."""
+    kinds = {arch.model_type: name for name, arch in ARCHITECTURES.items()} | {"mistral": "llama", "mixtral": "llama"}
+    if model_type not in kinds:
+        close = difflib.get_close_matches(model_type[:80], kinds, 1, 0.5)
+        hint = f"; the nearest is {close[0]}" if close else ""
+        raise ValueError(
+            f"config.json: model_type {quoted(model_type)} is not written as GGUF{hint}; known: {', '.join(kinds)}"
+        )
+    return kinds[model_type]
+
+
+def gguf_names(model_type: str, keys: Iterable[str]) -> dict[str, list[str]]:
+    """GGUF name -> the Hugging Face names of its tensor; several, in their order, if experts are stacked.
+
+    ValueError that names a tensor for which the architecture has no place.
+    """
+    arch = MIXTRAL if model_type == "mixtral" else ARCHITECTURES[architecture_for(model_type)]
+    layer = {ours: name for name, ours in arch.layer.items()}
+    stacked = {ours: name for name, ours in arch.experts.items()}
+    found: dict[str, dict[int, str]] = {}
+    for key in keys:
+        name, expert = _TOP_OF.get(key), 0
+        if name is None and (match := _LAYER.fullmatch(key)) is not None:
+            block, local, kind = match.groups()
+            if (inside := _EXPERT.fullmatch(local)) is not None:
+                expert, own = int(inside[2]), stacked.get(f"{inside[1]}.{{}}.{inside[3]}")
+            else:
+                own = layer.get(local)
+            if own and (kind == "weight" or own in arch.biases):
+                name = f"blk.{block}.{own}.{kind}"
+        if name is None:
+            raise ValueError(f"tensor {quoted(key)} has no place in a GGUF file of a {model_type} model")
+        found.setdefault(name, {})[expert] = key
+    for name, parts in found.items():
+        if sorted(parts) != list(range(len(parts))):
+            raise ValueError(f"the experts of {name} are not numbered from 0: {sorted(parts)[:8]}")
+    return {name: [parts[i] for i in range(len(parts))] for name, parts in found.items()}
 
 
 def rename(arch: Architecture, name: str, path: Path) -> str:

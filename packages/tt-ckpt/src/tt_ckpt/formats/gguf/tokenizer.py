@@ -16,8 +16,8 @@ from tt_ckpt.formats.gguf.file import GGUF
 from tt_ckpt.formats.gguf.splits import BOS_FIRST, COMPOSED, DIGITS, SPLITS, WHOLE_WORDS, split_name
 from tt_ckpt.shown import quoted
 
-_UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-_SPACE = "\u2581"
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # types of tokens
+SPACE = "\u2581"
 _LONGEST_TOKEN, _MAX_CHARACTERS = 1024, 1 << 24  # far beyond any vocabulary: every split of a token is tried as a merge
 _ENDS = ("eos", "eot", "eom")
 
@@ -107,7 +107,7 @@ def _vocabulary(gguf: GGUF) -> tuple[list[str], list[int], list[float]]:
             raise ValueError(f"{path}: tokenizer.ggml.{key}: expected {len(tokens)} numbers; download it again")
     types, scores = lists["token_type"], lists["scores"]
     count = len(tokens)
-    while count and types[count - 1] == _UNUSED and tokens[count - 1] == f"[PAD{count - 1}]":
+    while count and types[count - 1] == UNUSED and tokens[count - 1] == f"[PAD{count - 1}]":
         count -= 1
     tokens = tokens[:count]
     if len(set(tokens)) != len(tokens):
@@ -129,9 +129,9 @@ def _token_text(gguf: GGUF, tokens: list[str], key: str) -> str | None:
 def _added(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return [
-        {"id": index, "content": token, **plain, "special": kind != _USER}
+        {"id": index, "content": token, **plain, "special": kind != USER}
         for index, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (_UNKNOWN, _CONTROL, _USER) and token
+        if kind in (UNKNOWN, CONTROL, USER) and token
     ]
 
 
@@ -205,7 +205,7 @@ _SPELT = re.compile(f"[{re.escape(''.join(_SPELLINGS.values()))}]*")
 
 def _respelt(token: str, kind: int) -> str:
     """A token in the alphabet that the merges use, if the file has it as plain text."""
-    if kind in (_UNKNOWN, _CONTROL, _USER) or _SPELT.fullmatch(token):
+    if kind in (UNKNOWN, CONTROL, USER) or _SPELT.fullmatch(token):
         return token
     return "".join(_SPELLINGS[byte] for byte in token.encode())
 
@@ -217,16 +217,16 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], types: list[int], scores: list
     """Pieces, merged by the best score first: https://github.com/google/sentencepiece (BPE)."""
     prefix = gguf.values.get("tokenizer.ggml.add_space_prefix", True)
     gemma = str(gguf.values.get("general.architecture")).startswith("gemma")
-    spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    spaces: dict[str, Any] = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     steps = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     if prefix:
-        spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": _SPACE}, spaces]}
+        spaces = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN), None)
+    unknown = next((token for token, kind in zip(tokens, types, strict=True) if kind == UNKNOWN), None)
     vocab = {token: index for index, token in enumerate(tokens)}
     given = gguf.values.get("tokenizer.ggml.merges")
     if isinstance(given, list):
@@ -238,13 +238,13 @@ def _sentencepiece(gguf: GGUF, tokens: list[str], types: list[int], scores: list
         "pre_tokenizer": None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": steps},
-        "model": _bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in types),
+        "model": _bpe(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=BYTE in types),
     }
 
 
 def _merges(tokens: list[str], types: list[int], scores: list[float]) -> list[list[str]]:
     """Every way to make a piece of two others, the best piece first. Gemma ranks pieces by number, not by score."""
-    plain = {token for token, kind in zip(tokens, types, strict=True) if kind in (1, _USER, _UNUSED)}
+    plain = {token for token, kind in zip(tokens, types, strict=True) if kind in (NORMAL, USER, UNUSED)}
     found: list[tuple[float, int, int, str]] = []
     for token, score in zip(tokens, scores, strict=True):
         if token in plain:
