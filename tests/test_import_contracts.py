@@ -75,7 +75,8 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("formats",),
     ),
     "tt_cli": (
-        ("names", "terminal", "marking", "console", "screen", "completion", "group", "options", "talk"),
+        ("names", "terminal", "marking", "console", "screen", "completion", "group", "options"),
+        ("prompts", "reply", "talk"),
         ("errors", "quickstart"),
         ("agent",),
         ("check",),

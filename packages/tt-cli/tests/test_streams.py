@@ -16,7 +16,7 @@ import pytest
 
 from tt_cli import errors, terminal
 from tt_cli.group import Verb
-from tt_cli.talk import LONGEST
+from tt_cli.prompts import LONGEST
 from tt_cli.terminal import Door, OutputLost, answer, guarded, say
 from tt_train.records.visible import visible
 
@@ -84,7 +84,7 @@ def test_a_broken_locale_shows_escapes(locale, tmp_path):
 )
 def test_a_prompt_that_is_not_text_or_too_long_is_one_line(tt, lora_run, monkeypatch, verb, data, said):
     stdin(monkeypatch, data)
-    done = tt(verb, str(lora_run), "--max-new-tokens", "2")
+    done = tt(verb, str(lora_run), "-q", "--max-new-tokens", "2")
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert said in done.err
 
@@ -93,7 +93,7 @@ def test_nul_and_control_characters_in_prompts_are_text(tt, lora_run, monkeypatc
     stdin(monkeypatch, b"a\0b\x1b[2J")
     assert tt("generate", str(lora_run), "--json", "--max-new-tokens", "2").json["prompt"] == "a\0b\x1b[2J"
     stdin(monkeypatch, b"\xef\xbb\xbf/system \x1b]0;x\x07\nred\0\n\n/exit\nnever")
-    done = tt("chat", str(lora_run), "--max-new-tokens", "2")
+    done = tt("chat", str(lora_run), "-q", "--max-new-tokens", "2")
     assert (done.code, done.err) == (0, "")
 
 

@@ -95,6 +95,19 @@ def byte_progress(label: str) -> Iterator[Callable[[int, int], None] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextmanager
+def count_progress(label: str, total: int) -> Iterator[Callable[[float], None]]:
+    """Gives ``advance(count)``, which moves a bar on stderr."""
+    columns = (
+        TextColumn("{task.description} {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, terminal=Terminal(sys.stderr), transient=True) as bar:
+        task = bar.add_task(visible(label), total=total)
+        yield lambda count: bar.advance(task, count)
+
+
 class LineConsole(plain.Console):
     """tt_train's plain lines; remembers where the run writes, from the moment that it has begun."""
 

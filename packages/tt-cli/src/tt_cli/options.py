@@ -129,30 +129,22 @@ def chosen_output(word: Path | None, option: Path | None) -> Path:
 
 
 def sampling_options(function: Function) -> Function:
-    """``--max-new-tokens``, ``--temperature``, ``--top-k``, ``--top-p`` and ``--seed``: the fields of ``Sampling``."""
+    """How tokens are drawn and where an answer ends: the fields of ``tt_cli.talk.Sampling``, None if not given."""
+    own = "generation_config.json's"
     return _all_of(
-        click.option(
-            "--max-new-tokens",
-            type=TOKENS,
-            metavar="N",
-            default=512,
-            show_default=True,
-            help="Maximum number of new tokens.",
-        ),
-        click.option(
-            "--temperature",
-            type=TEMPERATURE,
-            metavar="T",
-            default=0.0,
-            show_default=True,
-            help="Sampling temperature; 0 always takes the likeliest token.",
-        ),
-        click.option("--top-k", type=AT_LEAST_ONE, metavar="K", help="Sample from the K likeliest tokens only."),
-        click.option(
-            "--top-p",
-            type=SHARE,
-            metavar="P",
-            help="Sample from the likeliest tokens whose probabilities add up to P.",
-        ),
+        click.option("--max-new-tokens", type=TOKENS, metavar="N", show_default=f"{own}, or 512",
+                     help="Maximum number of new tokens."),
+        click.option("--temperature", type=TEMPERATURE, metavar="T", show_default=f"{own}, or 0",
+                     help="Sampling temperature; 0 always takes the likeliest token."),
+        click.option("--top-k", type=COUNT, metavar="K", show_default=own,
+                     help="Sample from the K likeliest tokens only; 0: from all."),
+        click.option("--top-p", type=SHARE, metavar="P", show_default=own,
+                     help="Sample from the likeliest tokens whose probabilities add up to P; 1: from all."),
+        click.option("--min-p", type=Number(click.FloatRange(0, 1)), metavar="P", show_default=own,
+                     help="Sample from tokens at least P times as likely as the likeliest one."),
+        click.option("--repetition-penalty", type=Number(click.FloatRange(0.001, 1000)), metavar="X", show_default=own,
+                     help="Above 1: tokens of the prompt and the answer become less likely; 1: no penalty."),
+        click.option("--stop", metavar="TEXT", multiple=True, show_default=own,
+                     help="Text that ends the answer and is not part of it. Can be repeated."),
         click.option("--seed", type=SEED, metavar="N", help="Random seed; the same seed gives the same answer."),
-    )(function)
+    )(function)  # fmt: skip

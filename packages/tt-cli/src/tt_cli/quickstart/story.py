@@ -165,8 +165,8 @@ def _chat(run: Path, question: str, command: str, narrator: Narrator) -> str:
     narrator.part("5 Chat", "one turn with the base and its adapter")
     narrator.command(command)
     speaker = Speaker(str(run))
-    greedy = Sampling(max_new_tokens=64, temperature=0.0, top_k=None, top_p=None, seed=None)
-    return "".join(speaker.reply(speaker.prompt_ids([{"role": "user", "content": question}]), greedy))
+    ids = speaker.prompt_ids([{"role": "user", "content": question}])
+    return "".join(piece for _, _, piece in speaker.replies([ids], Sampling(max_new_tokens=64)))
 
 
 def _merge(

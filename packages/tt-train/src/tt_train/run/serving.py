@@ -111,7 +111,7 @@ def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, 
         files[file.name] = file
     files |= _template_files(folders, folder, source, own_template(tokenizer, template))
     generation = generation_settings(places)
-    nearest = next((place / _GENERATION for place in folders if (place / _GENERATION).is_file()), None)
+    nearest = generation_file(places)
     stated = generation.get("eos_token_id")
     if stated is None and source is not None and (source / "config.json").is_file():
         stated = read_json(source / "config.json").get("eos_token_id")
@@ -126,8 +126,14 @@ def serving_files(places: Sequence[Path], tokenizer: Any, template: str | None, 
 
 def generation_settings(places: Sequence[Path]) -> dict[str, Any]:
     """The nearest generation_config.json; {} if there is none."""
+    file = generation_file(places)
+    return {} if file is None else read_json(file)
+
+
+def generation_file(places: Sequence[Path]) -> Path | None:
+    """The nearest generation_config.json, if there is one."""
     files = [(place if place.is_dir() else place.parent) / _GENERATION for place in places]
-    return next((read_json(file) for file in files if file.is_file()), {})
+    return next((file for file in files if file.is_file()), None)
 
 
 def _template_files(folders: Sequence[Path], tokenizer: Path, source: Path | None, own: str | None) -> Files:

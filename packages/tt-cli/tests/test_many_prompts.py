@@ -1,0 +1,130 @@
+"""``tt generate --prompts``: rows in, rows out, in their order, as one by one."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+MIXED = [
+    {"id": "first", "prompt": "Repeat the word red."},
+    {"id": 2, "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "blue"}]},
+    {"text": "Repeat the words red, blue, green, black, white, brown, pink and grey."},
+    {"prompt": "red \u20ac \U0001f600"},
+]
+
+
+def write(path: Path, *rows: object) -> str:
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def answers(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("words", [(), ("--temperature", "1.5", "--seed", "3", "--num-samples", "2")])
+def test_a_file_of_prompts_is_answered_as_one_by_one(tt, lora_run, tmp_path, words):
+    prompts, out = write(tmp_path / "prompts.jsonl", *MIXED), tmp_path / "answers.jsonl"
+    options = ("--max-new-tokens", "9", *words)
+    done = tt("generate", str(lora_run), "--prompts", prompts, "-o", str(out), *options)
+    assert (done.code, done.out) == (0, ""), done.err
+    rows = answers(out.read_text())
+    samples = 2 if words else 1
+    assert [row["line"] for row in rows] == [line for line in (1, 2, 3, 4) for _ in range(samples)]
+    assert [row["id"] for row in rows][::samples] == ["first", 2, None, None]
+    assert rows[0]["prompt"] == MIXED[0]["prompt"]
+    assert rows[2 * samples]["prompt"] == MIXED[2]["text"]
+    assert f"{4 * samples} answers to 4 prompts in {out}" in done.err
+    assert "per second" in done.err
+    alone = tt("generate", str(lora_run), "--prompts", prompts, "--batch-size", "1", *options)
+    assert answers(alone.out) == rows
+    first = tt("generate", str(lora_run), "-p", MIXED[0]["prompt"], "--json", *options).json
+    assert [sample["text"] for sample in first["samples"]] == [row["text"] for row in rows[:samples]]
+
+
+def test_lines_of_text_are_prompts_and_the_answers_go_into_a_pipe(tt, lora_run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Repeat red.\n\n  \nRepeat blue.\n"))
+    done = tt("generate", str(lora_run), "--prompts", "-", "--max-new-tokens", "3")
+    assert [(row["line"], row["prompt"]) for row in answers(done.out)] == [(1, "Repeat red."), (4, "Repeat blue.")]
+
+
+def test_broken_lines_are_named_before_weights_load(tt, lora_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tt_train.load", lambda *_, **__: pytest.fail("weights load"))
+    prompts = write(
+        tmp_path / "prompts.jsonl",
+        {"prompt": "red"}, '{"prompt": "red",,}\n', "[1]\n", {"id": 3}, {"prompt": ""}, {"prompt": 5},
+        {"prompt": "a", "text": "b"}, {"messages": []}, {"messages": [{"role": "usr", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, '"\\ud800"\n',
+        '{"prompt": "\\ud800"}\n',
+    )  # fmt: skip
+    done = tt("generate", str(lora_run), "--prompts", prompts)
+    lines = done.err.splitlines()
+    assert (done.code, done.out, len(lines)) == (2, "", 11)
+    for number, said in zip(range(2, 12), (
+        "column 18: ", "expected an object", "expected one of prompt, text and messages, got only 'id'",
+        "prompt must be a text that is not empty", "prompt must be a text", "got prompt and text", "messages",
+        "did you mean 'user'", "the last message is the assistant's", "expected an object",
+    ), strict=True):  # fmt: skip
+        assert f"{prompts}, line {number}" in lines[number - 2]
+        assert said in lines[number - 2]
+    assert "1 more lines like these" in lines[-1]
+
+
+def test_a_prompt_that_does_not_fit_has_an_error_in_its_place_and_the_others_are_answered(tt, lora_run, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "red"}, {"id": 5, "prompt": "red " * 300}, {"prompt": "b"})
+    done = tt("generate", str(lora_run), "--prompts", prompts, "--max-new-tokens", "2", "--json")
+    assert (done.code, done.json["ok"]) == (1, False)
+    assert (done.json["prompts"], done.json["answers"], done.json["failed"]) == (3, 2, 1)
+    assert "can read 128 with the answer" in done.json["rows"][1]["error"]
+    assert [row.get("finish") is not None for row in done.json["rows"]] == [True, False, True]
+    assert "1 of 3 prompts have no answer; their rows say why" in done.err
+
+
+def test_keys_that_are_not_used_are_told(tt, lora_run, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", {"prompt": "red", "completion": "red", "temperature": 0.5})
+    done = tt("generate", str(lora_run), "--prompts", prompts, "--max-new-tokens", "2")
+    assert "'completion' is not used (1 row)" in done.err
+    assert "'temperature' is not used (1 row)" in done.err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--prompts", "{p}", "-p", "red"), "another prompt; give only one of them"),
+    (("-o", "out.jsonl", "-p", "red"), "-o is for the answers to --prompts"),
+    (("--prompts", "{p}", "-o", "{p}"), "already there"),
+    (("--prompts", "{p}x"), "no such file"),
+    (("--prompts", "{p}", "--num-samples", "2"), "at temperature 0 all answers are the same"),
+    (("--prompts", "{p}", "--top-p", "0.5"), "--top-p has no effect at temperature 0"),
+    (("--prompts", "{p}", "--system", "Be brief."), "has a system message of its own"),
+    (("--prompts", "{p}", "--raw"), "messages need the chat template"),
+    (("--prompts", "{e}"), "no prompts; write one per line"),
+    (("-p", " "), "the prompt is empty"),
+])  # fmt: skip
+def test_what_does_not_go_together_is_one_line(tt, lora_run, tmp_path, words, said):
+    prompts, empty = write(tmp_path / "prompts.jsonl", *MIXED), write(tmp_path / "empty.jsonl", "\n")
+    done = tt("generate", str(lora_run), *(word.format(p=prompts, e=empty) for word in words))
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert said in done.err
+
+
+def test_the_settings_of_the_model_are_followed_and_told(
+    tt, lora_run, train_run, write_tiny_model, rows_file, tmp_path
+):
+    model = write_tiny_model(tmp_path / "model")
+    settings = {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "stop_strings": ["red"], "typical_p": 0.9}
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    options = ("generate", str(model), "-p", "red", "--json", "--max-new-tokens", "4", "--seed", "1")
+    done = tt(*options)
+    assert done.json["sampling"] == {
+        "max_new_tokens": 4, "temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": None, "repetition_penalty": 1.0,
+        "stop": ["red"], "seed": 1,
+    }  # fmt: skip
+    assert "generation_config.json: temperature 1.5, top_k 50, top_p 0.9, stop ('red',)" in done.err
+    assert "not supported, no effect here: typical_p=0.9" in done.err
+    greedy = tt(*options, "--temperature", "0", "--stop", "x")
+    assert (greedy.json["sampling"]["temperature"], greedy.json["sampling"]["stop"]) == (0, ["x"])
+    (model / "generation_config.json").write_text('{"do_sample": true, "top_p": "many"}')
+    wrong = tt(*options)
+    assert wrong.code == 2
+    assert "generation_config.json: top_p: expected a number from 0 to 1, got 'many'" in wrong.err
