@@ -44,6 +44,7 @@ OPTIONAL: dict[str, set[str]] = {
     "tt_models": {"transformers"},  # tt_models.parity compares with it
     "tt_data": {"tiktoken", "zstandard", "compression"},  # compression.zstd of Python 3.14, zstandard before it
     "tt_ckpt": {"gguf"},  # of its extra
+    "tt_cli": {"packaging", "huggingface_hub"},  # of tt env, which looks at what tt-ckpt and tt-data bring
     "tt_train": {"wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "matplotlib",  # matplotlib of its extra
                  "lm_eval", "tqdm", "numpy"},  # of its extra eval
 }  # fmt: skip
@@ -76,6 +77,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "tt_cli": (
         ("names", "terminal", "marking", "console", "screen", "completion", "group", "options"),
+        ("torchrun_words",),
         ("prompts", "reply", "talk"),
         ("errors", "quickstart"),
         ("agent",),

@@ -32,19 +32,6 @@ def test_light_commands_import_neither_torch_nor_rich_nor_more_of_a_leaf_than_re
     assert {name for name in modules if name.startswith("tt_ckpt")} == {"tt_ckpt", "tt_ckpt.redaction"}
 
 
-def test_completion_offers_verbs_and_recipes_without_torch(tt_process):
-    def complete(words: str, position: int) -> list[str]:
-        wanted = {"_TT_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}
-        answer = tt_process(python=["-X", "importtime"], env={**os.environ, **wanted})
-        assert "| torch" not in answer.err
-        return [line.partition(",")[2] for line in answer.out.splitlines()]
-
-    assert complete("tt r", 1) == ["run", "report"]
-    assert "sft" in complete("tt run s", 2)
-    assert "sft" in complete("tt cp ", 2)
-    assert "adapter.rank" in complete("tt run sft adap", 3)
-
-
 def test_alone_it_prints_its_help_on_stdout(tt):
     answer = tt()
     assert answer.code == 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tt_cli.main import main
-from tt_cli.verbs.run import TORCHRUN
+from tt_cli.torchrun_words import TORCHRUN
 
 
 @pytest.fixture

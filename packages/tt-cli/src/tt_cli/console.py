@@ -109,12 +109,13 @@ def count_progress(label: str, total: int) -> Iterator[Callable[[float], None]]:
 
 
 class LineConsole(plain.Console):
-    """tt_train's plain lines; remembers where the run writes, from the moment that it has begun."""
+    """tt_train's plain lines; remembers what the run is and where it writes, from the moment that it has begun."""
 
     run_dir: Path | None = None
+    facts: RunFacts | None = None
 
     def start(self, facts: RunFacts) -> None:
-        self.run_dir = Path(facts.run_dir)
+        self.run_dir, self.facts = Path(facts.run_dir), facts
         super().start(facts)
 
     def end(self, summary: dict[str, Any]) -> None:
@@ -153,7 +154,7 @@ class TerminalConsole(LineConsole):
         self.task = TaskID(0)
 
     def start(self, facts: RunFacts) -> None:
-        self.run_dir = Path(facts.run_dir)
+        self.run_dir, self.facts = Path(facts.run_dir), facts
         self._line("model", _model(facts), soft_wrap=False)
         for number, line in enumerate(facts.data):
             self.warn(line) if number else self._line("data", line, soft_wrap=False)

@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from tt_ckpt.redaction import redact
-from tt_cli.group import Invocation, nearest_option
+from tt_cli.group import Invocation
 from tt_cli.terminal import OutputLost, guarded, say, wants_color
 from tt_train.errors import WRONG, Interrupted, LostRank, ShownElsewhere, TrainingError, did_you_mean, log_name
 from tt_train.records.visible import visible
@@ -110,6 +110,7 @@ def report(error: Exception, invocation: Invocation) -> None:
     lines = [f"rank {invocation.rank}: {line}" if invocation.rank else line for line in lines_of(error)]
     keep_for_launcher(error, lines, exit_code(error, invocation))
     if isinstance(error, ShownElsewhere):
+        _answer_in_json(lines, invocation)
         return
     prefix = click.style("error:", fg="red", bold=True) if wants_color(sys.stderr) else "error:"
     for line in lines:
@@ -118,8 +119,14 @@ def report(error: Exception, invocation: Invocation) -> None:
         say(line, err=True)
     if not isinstance(error, click.ClickException | Interrupted):
         _show_trace(error, invocation)
-    if invocation.json:
-        say(json.dumps({"ok": False, "errors": lines}, indent=2))
+    _answer_in_json(lines, invocation)
+
+
+def _answer_in_json(lines: list[str], invocation: Invocation) -> None:
+    """The one object of a verb that failed, if it is to answer in JSON; of several ranks, the first answers."""
+    if invocation.json and not invocation.rank:
+        run = {} if invocation.run_dir is None else {"run": str(invocation.run_dir)}
+        say(json.dumps({"ok": False, "errors": lines, **run}, indent=2))
 
 
 def keep_for_launcher(error: Exception, lines: list[str], code: int) -> None:
@@ -228,10 +235,7 @@ def lines_of(error: Exception) -> list[str]:
 
 def _usage(error: click.UsageError) -> str:
     text = error.format_message().rstrip(".")
-    if isinstance(error, click.NoSuchOption):
-        text = f"no option {error.option_name}"
-        text += nearest_option(error.option_name, error.ctx.command) if error.ctx else ""
-    elif isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
+    if isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
         given = error.message.partition("'")[2].partition("'")[0]
         option = f"{error.param.opts[-1]}: " if isinstance(error.param, click.Option) else ""
         text = f"{option}{error.message.rstrip('.')}{did_you_mean(given, error.param.type.choices)}"

@@ -1,7 +1,7 @@
 """The two click classes of ``tt``: a group that imports a verb when it is asked for, and a verb."""
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +11,14 @@ from click.shell_completion import CompletionItem
 
 from tt_cli.names import ELSEWHERE, config_keys
 from tt_cli.terminal import hush
-from tt_train.errors import closest, did_you_mean, shell_word
+from tt_train.errors import closest, did_you_mean, shell_word, slip
 from tt_train.settings.keys.foreign import FOREIGN
 from tt_train.settings.registry import RECIPES
+
+_SEEN = "what is on the command line can be seen by every user of the machine (ps) and stays in the shell's history; "
+_TOKEN_ELSEWHERE = f"{_SEEN}set HF_TOKEN, or run `hf auth login` once, and leave the option out"
+# options of other tools that no verb has, and why
+REFUSED = dict.fromkeys(("--hf-token", "--hf_token", "--token", "--api-key", "--wandb-key"), _TOKEN_ELSEWHERE)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -73,7 +78,15 @@ class LazyGroup(click.Group):
         verb, _, more = meant.partition(" ")
         if verb in self.table:
             return f"; did you mean {f'tt {meant}' if more else repr(verb)}?"
-        return f"; {meant}" if more else did_you_mean(name, self.table)
+        if more:
+            return f"; {meant}"
+        near = did_you_mean(name, self.table)
+        if near or "run" not in self.table:
+            return near
+        if recipe := closest(name, RECIPES, cutoff=0.8):
+            return f"; did you mean tt run {recipe}?"
+        theirs = closest(name, ELSEWHERE, cutoff=0.8)
+        return self._meant(ctx, theirs) if theirs and theirs != name else ""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(map(len, self.table))
@@ -92,6 +105,8 @@ class Verb(click.Command):
     ``examples``: commands as a user types them, shown under the options. A test runs every one.
     """
 
+    more_options: Collection[str] = ()  # names that the verb takes beside its own
+
     def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.examples = examples
@@ -107,11 +122,28 @@ class Verb(click.Command):
             raise click.UsageError("an empty argument (an unset shell variable?); leave it out or give it a value", ctx)
         for word in args:
             self._refuse_half_option(ctx, word)
+        given = list(args)  # the parser empties its list
         try:
             return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            # -json is taken for -j, and -vx for -v and -x
+            typed = next((word for word in given if word.startswith(error.option_name)), error.option_name)
+            name, sign, value = typed.partition("=")
+            if why := REFUSED.get(name):
+                raise click.UsageError(f"{name}: {why}", ctx) from None
+            following = given[given.index(typed) + 1 :] if typed in given else []
+            hint = self.meant(name, value if sign else _value_after(following))
+            raise click.UsageError(f"no option {name}{hint}", ctx) from None
         except click.BadOptionUsage as error:
             error.ctx = error.ctx or ctx
             raise
+
+    def meant(self, name: str, value: str) -> str:
+        """What an unknown option may mean: ``; did you mean '--resume'?``, or nothing."""
+        known = {option.lstrip("-"): option for param in self.params for option in param.opts}
+        known |= {word: f"--{word}" for word in self.more_options if slip(name.lstrip("-"), word) is not None}
+        near = closest(name.lstrip("-"), [word for word in known if len(word) > 1])
+        return f"; did you mean '{known[near]}'?" if near else ""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if not self.examples:
@@ -140,19 +172,10 @@ class Verb(click.Command):
 class ConfigVerb(Verb):
     """A verb that takes ``key=value`` words: a word with dashes is answered with the key that it may mean."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        given = list(args)  # the parser empties its list
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            word = error.option_name
-            index = next((i for i, typed in enumerate(given) if typed.startswith(word)), len(given))  # -vx hides its -x
-            name, _, value = given[index].partition("=") if index < len(given) else (word, "", "")
-            value = value or _value_after(given[index + 1 :])
-            hint = nearest_option(name, self) or _key_hint(name, value)
-            if value.endswith((".yaml", ".yml")):
-                hint = f"; did you mean --config {shell_word(value)}?"
-            raise click.UsageError(f"no option {name}{hint}", ctx) from None
+    def meant(self, name: str, value: str) -> str:
+        if value.endswith((".yaml", ".yml")):
+            return f"; did you mean --config {shell_word(value)}?"
+        return super().meant(name, value) or _key_hint(name, value)
 
 
 def _help_when_alone() -> None:
@@ -164,13 +187,6 @@ def _help_when_alone() -> None:
 def _value_after(words: Sequence[str]) -> str:
     """The value of ``--key value``, where the next word is one."""
     return words[0] if words and "=" not in words[0] and not words[0].startswith("-") else "VALUE"
-
-
-def nearest_option(name: str, command: click.Command) -> str:
-    """``; did you mean '--resume'?``; the dashes that all options share say nothing."""
-    known = {option.lstrip("-"): option for param in command.params for option in param.opts}
-    near = closest(name.lstrip("-"), [word for word in known if len(word) > 1])
-    return f"; did you mean '--{near}'?" if near else ""
 
 
 def _key_hint(name: str, value: str) -> str:

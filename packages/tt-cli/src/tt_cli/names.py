@@ -15,7 +15,7 @@ from tt_train.settings.torchtune import names as torchtune
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
 
-_FROM_NOTHING = "a run with model.name instead of model.path starts from random weights: tt run sft model.name=..."
+_FROM_NOTHING = "a run with model.name instead of model.path starts from random weights: tt run sft model.name=NAME"
 _SERVE = "tt does not serve models; tt export RUN -o DIR prints the commands for vLLM, llama.cpp and Ollama"
 _NO_PAGE = "tt has no web page to work in; tt quickstart shows the commands"
 _LOGIN = "tt reads the token from HF_TOKEN, or the one that `hf auth login` has stored"

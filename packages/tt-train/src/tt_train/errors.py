@@ -74,19 +74,34 @@ def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
         return None
     folded = {name.lower().replace("-", "_"): name for name in known}
     word = word.lower().replace("-", "_")
-    slips = [name for name in folded if _is_slip(word, name)]
-    close = difflib.get_close_matches(word, slips or list(folded), n=1, cutoff=0.0 if slips else cutoff)
+    slips = {name: cost for name in folded if (cost := slip(word, name)) is not None}
+    likeliest = [name for name, cost in slips.items() if cost == min(slips.values())]
+    close = difflib.get_close_matches(word, likeliest or list(folded), n=1, cutoff=0.0 if slips else cutoff)
     return folded[close[0]] if close else None
 
 
-def _is_slip(typed: str, meant: str) -> bool:
-    """Whether one letter is missing, too much or another one, or two neighbours have changed places."""
+def slip(typed: str, meant: str) -> int | None:
+    """How unlikely it is to type one word for the other, from 0, if one slip of the keyboard tells them apart.
+
+    A slip: two neighbours have changed places, or a letter was typed twice, or as the key beside it (0); one was left
+    out (1); one is too much or another one (2). None if the words differ by more.
+    """
     start = 0
     while start < min(len(typed), len(meant)) and typed[start] == meant[start]:
         start += 1
-    typed, meant = typed[start:], meant[start:]
-    swapped = typed[1::-1] + typed[2:] == meant and len(typed) > 1
-    return swapped or typed[1:] == meant or typed == meant[1:] or (typed[1:] == meant[1:] and bool(typed))
+    before, typed, meant = typed[:start], typed[start:], meant[start:]
+    if typed[1::-1] + typed[2:] == meant and len(typed) > 1:
+        return 0
+    if typed and typed[1:] == meant:
+        return 0 if before.endswith(typed[0]) else 2
+    if typed == meant[1:]:
+        return 1
+    if typed and meant and typed[1:] == meant[1:]:
+        return 0 if any(typed[0] + meant[0] in row or meant[0] + typed[0] in row for row in _KEYBOARD) else 2
+    return None
+
+
+_KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm", "1234567890")
 
 
 def log_name(rank: int) -> str:

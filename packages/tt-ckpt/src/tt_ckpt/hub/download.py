@@ -61,12 +61,14 @@ def download(
     allow: Sequence[str] = WANTED,
     ignore: Sequence[str] = UNWANTED,
     retry_s: float = 120.0,
+    dry_run: bool = False,
 ) -> Download:
     """Fetch a repository into the hub's cache, or into ``output_dir``, and compare every file with the hub's hash.
 
     ``revision``: branch, tag or commit. ``allow``, ``ignore``: patterns of file names; the default is safetensors,
     JSON, tokenizer and license files. Files that were fetched before are not fetched again; other files with their
     names are a FileExistsError. Interrupted transfers resume. Temporary failures are retried for ``retry_s`` seconds.
+    ``dry_run``: ask the hub which files these are, check the disk, and write nothing.
     """
     started = time.monotonic()
     check_endpoint()
@@ -89,7 +91,11 @@ def download(
         logger.warning("%s: no safetensors among the wanted files, only pickles or GGUF; see tt convert", repo_id)
     if output_dir is not None:
         _refuse_own_files(repo_id, wanted, Path(output_dir))
-    _check_space(repo_id, wanted, output_dir)
+    place = _check_space(repo_id, wanted, output_dir)
+    names, num_bytes = [file.name for file in wanted], sum(file.size for file in wanted)
+    if dry_run:
+        return Download(repo_id=repo_id, revision=sha, path=str(place), files=names, num_bytes=num_bytes,
+                        num_verified=0, seconds=round(time.monotonic() - started, 3))  # fmt: skip
     options: dict[str, Any] = {"allow_patterns": [_literal(file.name) for file in wanted], "local_dir": output_dir}
     limit_bodies(max((file.size for file in wanted), default=0) + 1)
     path = Path(retrying(repo_id, until, lambda: _fetch(repo_id, revision, options)))
@@ -102,15 +108,9 @@ def download(
     for file in wanted:  # the repository itself may have a git-lfs pointer or a web page in the place of a file
         with (path / file.name).open("rb") as opened:
             refuse_placeholder(path / file.name, opened.read(1024))
-    return Download(
-        repo_id=repo_id,
-        revision=sha,
-        path=str(path),
-        files=[file.name for file in wanted],
-        num_bytes=sum(file.size for file in wanted),
-        num_verified=sum(1 for file in wanted if file.sha256 or file.git_sha1),
-        seconds=round(time.monotonic() - started, 3),
-    )
+    return Download(repo_id=repo_id, revision=sha, path=str(path), files=names, num_bytes=num_bytes,
+                    num_verified=sum(1 for file in wanted if file.sha256 or file.git_sha1),
+                    seconds=round(time.monotonic() - started, 3))  # fmt: skip
 
 
 def _from_cache(repo_id: str, revision: str | None, output_dir: str | Path | None) -> Download:
@@ -198,17 +198,20 @@ def _literal(name: str) -> str:
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
-def _check_space(repo_id: str, wanted: list[_Remote], output_dir: str | Path | None) -> None:
+def _check_space(repo_id: str, wanted: list[_Remote], output_dir: str | Path | None) -> Path:
+    """The folder to download to, which has room."""
     import shutil
 
     from huggingface_hub import constants
 
-    root = Path(output_dir or constants.HF_HUB_CACHE).absolute()
+    place = Path(output_dir or constants.HF_HUB_CACHE)
+    root = place.absolute()
     while not root.exists():
         root = root.parent
     needed, free = sum(file.size for file in wanted), shutil.disk_usage(root).free
     if needed > free:
         raise OSError(f"{repo_id}: needs {format_size(needed)}, {root} has {format_size(free)} free")
+    return place
 
 
 def _check_target(folder: Path) -> None:

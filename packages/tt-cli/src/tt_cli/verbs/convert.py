@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tt_cli.group import Verb
-from tt_cli.options import Number, dtype_option, json_option, torch_dtype
+from tt_cli.options import Number, dry_run_option, dtype_option, json_option, torch_dtype
 from tt_cli.terminal import answer, print_json, tell
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     help="For --to peft: lora_alpha of the adapter, if torchtune did not write an adapter_config.json.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the files in DESTINATION once the new ones are complete.")
-@click.option("--dry-run", is_flag=True, help="Check SOURCE, print what would be written, and write nothing.")
+@dry_run_option
 @json_option
 def command(
     source: str,
@@ -115,7 +115,7 @@ def command(
             progress=progress,
         )
     if as_json:
-        print_json(asdict(done))
+        print_json({**asdict(done), "dry_run": dry_run})
         return
     verb = "would write" if dry_run else "wrote and read back"
     size = f"{done.num_bytes / 1e9:.2f} GB, {', '.join(done.dtypes)}"
@@ -130,7 +130,7 @@ def _of(epochs: Sequence[int]) -> str:
 
 def _tell_adapter(adapter: "AdapterConversion", *, as_json: bool, dry_run: bool) -> None:
     if as_json:
-        print_json(asdict(adapter))
+        print_json({**asdict(adapter), "dry_run": dry_run})
         return
     tell(f"from {adapter.source}{_of(adapter.epochs)}")
     verb = "would write" if dry_run else "wrote and read back"

@@ -7,7 +7,8 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runnable, source_of
-from tt_cli.terminal import answer, tell
+from tt_cli.options import dry_run_option, json_option
+from tt_cli.terminal import answer, print_json, tell
 from tt_train.errors import shell_word
 
 
@@ -24,7 +25,11 @@ from tt_train.errors import shell_word
 @click.option("-n", "--no-clobber", is_flag=True, help="Keep an existing file, and exit with 0.")
 @click.option("-f", "--force", is_flag=True, help="Replace an existing file.")
 @click.option("--make-parents", is_flag=True, help="Create the missing folders of DESTINATION.")
-def command(name: str, destination: str, no_clobber: bool, force: bool, make_parents: bool) -> None:
+@dry_run_option
+@json_option
+def command(
+    name: str, destination: str, no_clobber: bool, force: bool, make_parents: bool, dry_run: bool, as_json: bool
+) -> None:
     """Copy the recipe or config NAME to DESTINATION, a file or a folder, and print the path of the copy.
 
     A name without a suffix gets .py for a recipe and .yaml for a config. An existing file is an error.
@@ -35,19 +40,25 @@ def command(name: str, destination: str, no_clobber: bool, force: bool, make_par
     target = _target(destination, source)
     if target.is_dir():
         raise IsADirectoryError(f"{target} is a folder; name a file in it")
-    if not target.parent.is_dir():
-        if not make_parents:
-            raise FileNotFoundError(f"no folder {target.parent} to copy {name} to; --make-parents creates it")
-        target.parent.mkdir(parents=True)
-    if no_clobber and os.path.lexists(target):
-        tell(f"{target} exists and was kept")
-        return
-    if os.path.lexists(target) and not force:
+    if not target.parent.is_dir() and not make_parents:
+        raise FileNotFoundError(f"no folder {target.parent} to copy {name} to; --make-parents creates it")
+    exists = os.path.lexists(target)
+    if exists and not no_clobber and not force:
         raise FileExistsError(
             f"{target} exists; name another file, or replace it: tt cp -f {name} {shell_word(destination)}"
         )
-    target.write_text(text, encoding="utf-8")
-    answer(target)
+    kept = exists and no_clobber
+    if not kept and not dry_run:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    if as_json:
+        print_json({"file": str(target), "copied": not kept, "dry_run": dry_run})
+    elif kept:
+        tell(f"{target} exists and {'would be' if dry_run else 'was'} kept")
+    else:
+        if dry_run:
+            tell(f"would {'replace' if exists else 'write'} {target} ({len(text.splitlines())} lines)")
+        answer(target)
 
 
 def _target(destination: str, source: str) -> Path:

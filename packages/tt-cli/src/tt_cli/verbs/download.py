@@ -1,13 +1,17 @@
 """``tt download``: a repository of the hub, checked by hash."""
 
+import fnmatch
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from tt_ckpt.shown import listed
 from tt_cli.group import Verb
-from tt_cli.options import json_option
+from tt_cli.options import dry_run_option, json_option
 from tt_cli.terminal import answer, print_json, tell
+from tt_train.errors import counted
 
 
 @click.command(
@@ -24,6 +28,8 @@ from tt_cli.terminal import answer, print_json, tell
 @click.option(
     "-o",
     "--output",
+    "--output-dir",
+    "output",
     metavar="DIR",
     type=click.Path(path_type=Path),
     show_default="the hub's cache",
@@ -37,9 +43,20 @@ from tt_cli.terminal import answer, print_json, tell
     help="Download only files that match. Can be repeated.",
 )
 @click.option("--ignore", multiple=True, metavar="PATTERN", help="Leave out files that match. Can be repeated.")
+@click.option(
+    "--ignore-patterns", multiple=True, metavar="PATTERN", hidden=True, help="The same, as torchtune spells it."
+)
+@dry_run_option
 @json_option
 def command(
-    repo: str, revision: str | None, output: Path | None, allow: tuple[str, ...], ignore: tuple[str, ...], as_json: bool
+    repo: str,
+    revision: str | None,
+    output: Path | None,
+    allow: tuple[str, ...],
+    ignore: tuple[str, ...],
+    ignore_patterns: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Download the hub repository REPO and print its directory. The same command resumes an interrupted download.
 
@@ -47,10 +64,25 @@ def command(
     """
     from tt_ckpt.hub import download as hub
 
-    wanted, unwanted = allow or hub.WANTED, ignore or hub.UNWANTED
-    done = hub.download(repo, revision=revision, output_dir=output, allow=wanted, ignore=unwanted)
+    wanted, unwanted = allow or hub.WANTED, (*ignore, *_for_us(ignore_patterns)) or hub.UNWANTED
+    done = hub.download(repo, revision=revision, output_dir=output, allow=wanted, ignore=unwanted, dry_run=dry_run)
     if as_json:
-        print_json(asdict(done))
+        print_json({**asdict(done), "dry_run": dry_run})
         return
-    tell(f"{len(done.files)} files, {done.num_bytes / 1e9:.2f} GB, {done.num_verified} checked by hash")
+    size = f"{counted(len(done.files), 'file')}, {done.num_bytes / 1e9:.2f} GB"
+    tell(f"would download {size}: {listed(done.files)}" if dry_run else f"{size}, {done.num_verified} checked by hash")
     answer(done.path)
+
+
+def _for_us(patterns: Sequence[str]) -> list[str]:
+    """torchtune's --ignore-patterns, without those that leave out the weights that tt reads.
+
+    torchtune wanted one set of weights and read pickles, so its commands ignore safetensors. Here it is the other way.
+    """
+    kept = []
+    for pattern in patterns:
+        if fnmatch.fnmatch("model.safetensors", pattern):
+            tell(f"--ignore-patterns {pattern}: not followed, since tt reads safetensors and leaves out pickles")
+        else:
+            kept.append(pattern)
+    return kept

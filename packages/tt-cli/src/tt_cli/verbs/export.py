@@ -7,7 +7,15 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
-from tt_cli.options import base_option, chosen_output, dtype_option, json_option, output_option, torch_dtype
+from tt_cli.options import (
+    base_option,
+    chosen_output,
+    dry_run_option,
+    dtype_option,
+    json_option,
+    output_option,
+    torch_dtype,
+)
 from tt_cli.terminal import answer, print_json, tell
 
 
@@ -41,7 +49,7 @@ from tt_cli.terminal import answer, print_json, tell
 @click.option("--adapter", is_flag=True, help="Write only the adapter, for a server that has the base.")
 @dtype_option("that of each tensor in the base")
 @base_option
-@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
+@dry_run_option
 @json_option
 def command(
     run: str,
@@ -83,6 +91,8 @@ def command(
     if written is not None:
         size = f"{written.num_bytes / 1e9:.2f} GB, {written.type}, relative error {written.error:.2g}"
         tell(f"wrote and read back {written.num_tensors} tensors ({size})")
+    if dry_run:
+        tell(f"would write {target} to {done['path']}")
     for line in done["commands"]:
         tell(f"  {line}")
     answer(done["path"])

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from tt_ckpt.shown import format_size
 from tt_cli.group import Verb
 from tt_cli.names import source_of
 from tt_cli.options import json_option
@@ -137,6 +136,8 @@ def _chosen(
 
 def _in_columns(run: dict[str, Any]) -> dict[str, Any]:
     """A run for people: the end of a long base, steps of how many, a size with its unit."""
+    from tt_ckpt.shown import format_size
+
     model, step, total = run["model"] or "", run["step"], run["steps_total"]
     held_out = None if run["best_eval_loss"] is None else f"{run['best_eval_loss']:.4f} at {run['best_step']}"
     return {

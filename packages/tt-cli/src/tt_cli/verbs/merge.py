@@ -6,7 +6,15 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
-from tt_cli.options import base_option, chosen_output, dtype_option, json_option, output_option, torch_dtype
+from tt_cli.options import (
+    base_option,
+    chosen_output,
+    dry_run_option,
+    dtype_option,
+    json_option,
+    output_option,
+    torch_dtype,
+)
 from tt_cli.terminal import answer, print_json, tell
 
 
@@ -22,7 +30,7 @@ from tt_cli.terminal import answer, print_json, tell
 @output_option("Model directory to write.")
 @dtype_option("that of each tensor in the base")
 @base_option
-@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
+@dry_run_option
 @json_option
 def command(
     run: str,
@@ -43,6 +51,8 @@ def command(
     done = export(run, target_folder, dtype=torch_dtype(dtype), base=base or None, dry_run=dry_run, tell=tell)
     written = done["path"]
     if as_json:
-        print_json({"model": str(written)})
-    else:
-        answer(written)
+        print_json({"model": str(written), "dry_run": dry_run})
+        return
+    if dry_run:
+        tell(f"would write a model directory to {written}")
+    answer(written)

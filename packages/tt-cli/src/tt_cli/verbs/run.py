@@ -5,49 +5,23 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from tt_cli.group import ConfigVerb, Invocation, pass_invocation
+from tt_cli.group import Invocation, pass_invocation
 from tt_cli.names import composed
-from tt_cli.options import AT_LEAST_ONE, config_words
-from tt_cli.terminal import answer, tell
+from tt_cli.options import AT_LEAST_ONE, config_words, json_option
+from tt_cli.terminal import answer, is_hushed, print_json, tell
+from tt_cli.torchrun_words import RunVerb
 from tt_train.errors import ConfigError, Interrupted, LostRank
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
     from tt_train.devices.launch import Place
+    from tt_train.run.console import RunFacts
 
-# torchrun's options, which tt run takes too, and whether a value follows; newer ones are taken after -- only
-TORCHRUN = {
-    **dict.fromkeys(
-        ("nnodes", "nproc-per-node", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts",
-         "monitor-interval", "start-method", "event-log-handler", "role", "log-dir", "redirects", "tee",
-         "local-ranks-filter", "duplicate-stdout-filters", "duplicate-stderr-filters", "node-rank", "master-addr",
-         "master-port", "local-addr", "logs-specs", "numa-binding", "signals-to-handle", "shutdown-timeout"), True),
-    **dict.fromkeys(("standalone", "module", "no-python", "run-path", "virtual-local-rank"), False),
-}  # fmt: skip
 _PET = ("PET_NNODES", "PET_NPROC_PER_NODE", "PET_NODE_RANK", "PET_RDZV_ENDPOINT")  # of a pod of Kubeflow's trainer
-
-
-class RunVerb(ConfigVerb):
-    """``tt run``: options of torchrun may be anywhere before ``--``, and all that comes after it is for torchrun."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        cut = args.index("--") if "--" in args else len(args)
-        ours, theirs, behind = args[:cut], [], args[cut + 1 :]
-        index = 0
-        while index < len(ours):
-            name = ours[index].partition("=")[0].removeprefix("--").replace("_", "-")
-            if not ours[index].startswith("--") or name not in TORCHRUN:
-                index += 1
-                continue
-            length = 2 if TORCHRUN[name] and "=" not in ours[index] else 1
-            theirs += ours[index : index + length]
-            del ours[index : index + length]
-        ctx.ensure_object(Invocation).launch = [*theirs, *behind]
-        return super().parse_args(ctx, ours)
 
 
 @click.command(
@@ -105,6 +79,7 @@ class RunVerb(ConfigVerb):
     show_default=True,
     help="Time that --check waits for the processes.",
 )
+@json_option
 @pass_invocation
 def command(
     invocation: Invocation,
@@ -119,6 +94,7 @@ def command(
     check: bool,
     check_timeout: int,
     allow_import: tuple[str, ...],
+    as_json: bool,
 ) -> int | None:
     """Train a model with a recipe, a config or your own recipe file.
 
@@ -142,10 +118,13 @@ def command(
     if check:
         from tt_cli.check import check_ranks
 
+        if as_json:
+            raise click.UsageError("--json has no result to print with --check; give only one of the two")
         return check_ranks(None if launches else here, invocation.launch, nproc, timeout_s=check_timeout)
     if what is None:
         raise click.UsageError("missing argument 'RECIPE|CONFIG|FILE.py'", click.get_current_context())
-    asked = _Asked(what, overrides, config_file, output_dir, resume, dry_run, compare, allow_import, invocation.verbose)
+    asked = _Asked(what, overrides, config_file, output_dir, resume, dry_run, compare, allow_import, as_json,
+                   invocation.verbose)  # fmt: skip
     if launches:
         return _launch(asked, nproc, invocation.launch)
     if here is not None and here.size > 1:
@@ -165,6 +144,7 @@ class _Asked:
     dry_run: bool
     compare: str | None
     allow_import: tuple[str, ...]
+    as_json: bool
     verbose: bool
 
     def config(self, processes: int = 1) -> "RunConfig":
@@ -179,7 +159,8 @@ class _Asked:
                    "--compare": self.compare}  # fmt: skip
         given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
         given += [word for module in self.allow_import for word in ("--allow-import", module)]
-        given += ["--dry-run"] * self.dry_run + ["-v"] * self.verbose
+        flags = {"--dry-run": self.dry_run, "--json": self.as_json, "-v": self.verbose, "-q": is_hushed()}
+        given += [flag for flag, is_set in flags.items() if is_set]
         return ["run", self.what, *self.overrides, *given]
 
 
@@ -259,6 +240,7 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
 
 def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> int:
     from tt_cli.console import QuietConsole, console_here
+    from tt_train.records.run_files import read_manifest
     from tt_train.run.compare import check_comparable, compare
     from tt_train.settings.recipe_file import recipe_of
     from tt_train.settings.registry import finding_modules_here
@@ -272,15 +254,39 @@ def _train(asked: _Asked, invocation: Invocation, config: "RunConfig") -> int:
         try:
             run_dir = recipe.main(config, console=console, resume=asked.resume, dry_run=asked.dry_run)
         except Interrupted:
-            if console.run_dir is not None and shows:  # else it was stopped before there was anything to say
+            if (
+                console.run_dir is not None and shows and not asked.as_json
+            ):  # else it was stopped before there was anything to say
                 answer(console.run_dir)
             raise
         finally:
             invocation.run_dir = console.run_dir
-    if asked.dry_run or not shows:
+    if not shows:
+        return 0
+    if asked.dry_run:
+        tell(f"would train, and write to {run_dir}; nothing was written")
+        if asked.as_json:
+            print_json({"run": None, "dry_run": True, **_about(console.facts)})
         return 0
     same, lines = (True, []) if asked.compare is None else compare(run_dir, Path(asked.compare))
     for line in lines:
         tell(line)
-    answer(run_dir)
+    if asked.as_json:
+        facts = read_manifest(run_dir)
+        differences = None if asked.compare is None or same else lines
+        print_json({"run": str(run_dir), "dry_run": False, **{name: facts.get(key) for name, key in _FACTS.items()},
+                    "summary": facts.get("summary"), "differences": differences})  # fmt: skip
+    else:
+        answer(run_dir)
     return 0 if same else 1
+
+
+# what --json says of a run -> the key of its manifest
+_FACTS = {"model": "base_model", "method": "method", "parameters": "parameters", "trainable": "trainable",
+          "steps_total": "steps_total", "device": "device"}  # fmt: skip
+
+
+def _about(facts: "RunFacts | None") -> dict[str, Any]:
+    """The same before a run has a manifest."""
+    said = {name: None if facts is None else getattr(facts, name) for name in _FACTS}
+    return {**said, "summary": None, "differences": None}

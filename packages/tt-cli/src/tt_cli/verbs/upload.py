@@ -7,7 +7,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
-from tt_cli.options import json_option
+from tt_cli.options import dry_run_option, json_option
 from tt_cli.terminal import print_json, tell
 from tt_train.errors import counted
 
@@ -25,7 +25,7 @@ from tt_train.errors import counted
 @click.option("--public", is_flag=True, help="Make a new repository public. [default: private]")
 @click.option("--revision", metavar="NAME", show_default="main", help="Branch to commit to.")
 @click.option("--message", metavar="TEXT", default="Upload with tt", show_default=True, help="Commit message.")
-@click.option("--dry-run", is_flag=True, help="List the files that would be sent, and send nothing.")
+@dry_run_option
 @json_option
 def command(
     path: Path, repo: str, public: bool, revision: str | None, message: str, dry_run: bool, as_json: bool
@@ -40,7 +40,7 @@ def command(
 
     done = upload(results_of(path), repo, private=not public, revision=revision, message=message, dry_run=dry_run)
     if as_json:
-        print_json(asdict(done))
+        print_json({**asdict(done), "dry_run": dry_run})
         return
     verb = "would send" if dry_run else "sent"
     tell(f"{verb} {', '.join(done.files)} ({done.num_bytes / 1e6:.1f} MB)")

@@ -103,7 +103,12 @@ def find_config(name: str | Path) -> Path:
         raise ConfigError([f"{name}: a recipe, not a config; tt ls configs lists those"])
     if text in torchtune.ELSEWHERE:
         raise ConfigError([f"{name}: {torchtune.ELSEWHERE[text]}"])
-    known = [*RECIPES, *known, *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind))]
+    known = [
+        *RECIPES,
+        *torchtune.RECIPES,
+        *known,
+        *(file.name for kind in ("*.y*ml", "*.py") for file in Path().glob(kind)),
+    ]
     raise ConfigError(
         [f"{name}: neither a recipe, a registered config nor a file{did_you_mean(text, known)}; see tt ls"]
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 from tt_train.config import OPTIONS
-from tt_train.errors import closest
+from tt_train.errors import closest, slip
 from tt_train.settings.keys.foreign import FOREIGN, foreign_key
 
 
@@ -78,13 +78,17 @@ def all_keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 def unknown_key(schema: type, key: str) -> str:
     """``unknown key``, with what another tool's key is called here, or the nearest one: spelt alike, or elsewhere."""
+    keys = list(all_keys(schema))
+    near = closest(key, keys)
+    is_theirs = key.lower().replace("-", "_") in FOREIGN
+    if near and slip(key, near) is not None and not is_theirs:  # scedule.decay, although decay is a key of others
+        return f"unknown key; did you mean {near!r}?"
     if said := foreign_key(key):
         return f"unknown key; {said}"
-    keys = list(all_keys(schema))
     homes: dict[str, str] = {}  # the last part of a key -> the first key that ends with it
     for known in keys:
         homes.setdefault(known.rsplit(".", 1)[-1], known)
-    last, near = key.rsplit(".", 1)[-1], closest(key, keys)
+    last = key.rsplit(".", 1)[-1]
     home = homes.get(last) or (None if near else homes.get(closest(last, homes) or ""))
     if home is None and closest(last, homes, cutoff=0.8) is None and (theirs := closest(last, FOREIGN, cutoff=0.8)):
         return f"unknown key; {foreign_key(theirs)}"  # learing_rate
