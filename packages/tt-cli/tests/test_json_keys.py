@@ -66,6 +66,7 @@ CALLS = [
     "data show rows.jsonl --tokenizer MODEL",
     "watch runs/one",
     "report runs/one",
+    "eval runs/one --data rows.jsonl --max-new-tokens 2",
     "generate runs/one red --max-new-tokens 2",
     "merge runs/one -o out",
     "merge runs/one -o out --dry-run",
