@@ -32,7 +32,11 @@ SLIPS = [
     ("run sft +GOOD --resume=atuo", "did you mean 'auto'?"),
     ("run full_finetune_distributed +GOOD optimizer.lr=a", "optimizer.lr: expected a number"),
     ("run lora_dpo_single_device +GOOD", "the recipe dpo trains a chosen and a rejected answer"),
-    ("run generate", "generate: a verb here: tt generate MODEL -p"),
+    ("run generate", "generate: a verb here: tt generate MODEL --raw -p 'Hello, my name is' --max-new-tokens 300"),
+    (
+        "run generate --config generation prompt=Hi checkpointer.checkpoint_dir=my top_k=null temperature=0.5",
+        "generate: a verb here: tt generate my --raw -p Hi --max-new-tokens 300 --temperature 0.5 --seed 1234",
+    ),
     ("run stf --config c.yaml", "stf: unknown recipe; did you mean 'sft'?"),
     ("run c.yaml --config c.yaml", "'c.yaml' is itself a config; give only one of the two"),
     ("run sft c.yaml", "did you mean --config c.yaml?"),

@@ -83,8 +83,7 @@ def composed(
     for before, word in zip(("", *overrides), overrides, strict=False):
         if not before.endswith(("=", ":")):  # model.path = MODEL is answered as that
             _refuse_name(word, what)
-    if (what.lower() if config_file is None else config_file.lower()) in ("eleuther_eval", "eleuther_evaluation"):
-        _answer_evaluation(what, overrides)
+    _answer_verb(what, config_file, overrides)
     is_config = is_config_name(what) or os.path.isfile(what)  # noqa: PTH113  (a name may be too long)
     if config_file is not None and is_config and not what.endswith(".py"):
         raise click.UsageError(
@@ -95,19 +94,23 @@ def composed(
     )
 
 
-def _answer_evaluation(what: str, overrides: tuple[str, ...]) -> None:
-    """torchtune's evaluation is a verb here: ConfigError with the line that does it, these KEY=VALUE words included."""
+def _answer_verb(what: str, config_file: str | None, overrides: tuple[str, ...]) -> None:
+    """What torchtune runs and is a verb here: ConfigError with the line that does it, with these KEY=VALUE words."""
+    from tt_train.settings.torchtune.verbs import VERBS
+
+    if (what.lower() if config_file is None else config_file.lower()) not in VERBS:
+        return
     import yaml
 
     from tt_train import ConfigError
-    from tt_train.settings.torchtune.verbs import EVALUATION, evaluation
 
     words = [word.partition("=") for word in overrides]
     try:
         given = {key: yaml.safe_load(value) for key, _, value in words}
     except yaml.YAMLError:
         given = {}
-    raise ConfigError([f"{what}: a verb here: {evaluation(EVALUATION | given)}"])
+    values, line = VERBS[what.lower() if config_file is None else config_file.lower()]
+    raise ConfigError([f"{what}: a verb here: {line(values | given)}"])
 
 
 def is_config_name(word: str) -> bool:

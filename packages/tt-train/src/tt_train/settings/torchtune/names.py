@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tt_train.settings.torchtune.verbs import EVALUATION, evaluation
+from tt_train.settings.torchtune.verbs import EVALUATION, GENERATION, evaluation, generation
 
 # its recipes and ours; None: no recipe here, and ELSEWHERE says what to do
 RECIPES: dict[str, str | None] = {
@@ -16,10 +16,7 @@ RECIPES: dict[str, str | None] = {
     "eleuther_eval": None,
     "quantize": None,
 }
-_GENERATE = (  # with the values of torchtune's config
-    "a verb here: tt generate MODEL -p 'Hello, my name is' --max-new-tokens 300 --temperature 0.8 --top-k 300 "
-    "--seed 1234"
-)
+_GENERATE = f"a verb here: {generation(GENERATION)}"  # with the values of torchtune's config
 _EVAL = f"a verb here: {evaluation(EVALUATION)}"  # with the values of torchtune's config
 _QUANTIZE = "quantization is not supported yet; tt merge RUN -o DIR writes what other tools quantize"
 ELSEWHERE = {"generate": _GENERATE, "generation": _GENERATE, "eleuther_eval": _EVAL, "eleuther_evaluation": _EVAL,

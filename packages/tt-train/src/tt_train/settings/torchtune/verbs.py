@@ -1,12 +1,16 @@
 """What is a recipe in torchtune and a verb here, as a command: for its names, and for its YAML."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tt_train.errors import shell_word
 
 # of torchtune's config eleuther_evaluation
 EVALUATION: dict[str, Any] = {"tasks": ["truthfulqa_mc2"], "batch_size": 32, "max_seq_length": 4096, "seed": 217}
+
+# of torchtune's config generation
+GENERATION: dict[str, Any] = {"prompt": "Hello, my name is", "max_new_tokens": 300, "temperature": 0.8, "top_k": 300,
+                              "seed": 1234}  # fmt: skip
 
 
 def evaluation(values: Mapping[str, Any]) -> str:
@@ -27,3 +31,21 @@ def evaluation(values: Mapping[str, Any]) -> str:
         line += ["--dtype", str(values["dtype"])]
     quantizes = values.get("quantizer") is not None or values.get("quantizer._component_") is not None
     return " ".join(line) + (", after tt quantize has written MODEL" if quantizes else "")
+
+
+def generation(values: Mapping[str, Any]) -> str:
+    """The ``tt generate`` line that does what generate does with these values; it puts the prompt into no template."""
+    line = ["tt generate", shell_word(str(values.get("checkpointer.checkpoint_dir") or "MODEL")), "--raw", "-p"]
+    line.append(shell_word(str(values.get("prompt") or "TEXT")))
+    for key in ("max_new_tokens", "temperature", "top_k", "seed"):
+        if values.get(key) is not None:
+            line += [f"--{key.replace('_', '-')}", shell_word(str(values[key]))]
+    quantizes = values.get("quantizer") is not None or values.get("quantizer._component_") is not None
+    return " ".join(line) + (", after tt quantize has written MODEL" if quantizes else "")
+
+
+# torchtune's recipes and configs that are verbs here: the values of its config, and the line that they make
+VERBS: dict[str, tuple[dict[str, Any], Callable[[Mapping[str, Any]], str]]] = {
+    **dict.fromkeys(("eleuther_eval", "eleuther_evaluation"), (EVALUATION, evaluation)),
+    **dict.fromkeys(("generate", "generation"), (GENERATION, generation)),
+}
