@@ -305,3 +305,60 @@ def test_a_run_with_a_template_of_its_own_is_asked_in_it(tt, train_run, model_di
     assert generate(tt, str(run), "-p", "red") == generate(tt, str(run), "-p", "[INST] red [/INST]", "--raw") | {
         "prompt": "red"
     }
+
+
+def test_compare_answers_with_the_adapter_and_without_it(tt, lora_run, model_dir, monkeypatch):
+    with_it, without = (generate(tt, str(path), "-p", "red")["text"] for path in (lora_run, model_dir))
+    options = ("chat", str(lora_run), "-q", "--max-new-tokens", "12")
+    expected = f"with the adapter:\n{with_it}\nwithout the adapter:\n{without}\n"
+    pipe(monkeypatch, "/compare red")
+    assert tt(*options).out == expected
+    pipe(monkeypatch, "red", "/compare")
+    assert tt(*options).out == f"{with_it}\n{expected}"
+    pipe(monkeypatch, "/compare red", "red")
+    compared = tt(*options).out
+    pipe(monkeypatch, "red", "red")
+    assert compared == expected + tt(*options).out.removeprefix(f"{with_it}\n")
+    pipe(monkeypatch, "/compare red")
+    refused = tt("chat", str(model_dir))
+    assert (refused.code, "has no adapter here" in refused.err) == (2, True)
+
+
+def test_retry_draws_another_answer_in_the_place_of_the_first(tt, lora_run, monkeypatch, tmp_path):
+    options = ("chat", str(lora_run), "-q", "--max-new-tokens", "8", "--temperature", "2", "--seed", "1")
+    pipe(monkeypatch, "red")
+    first = tt(*options).out
+    pipe(monkeypatch, "red", "/retry", f"/save {tmp_path / 'chat.jsonl'}")
+    both = tt(*options).out
+    assert both.startswith(first)
+    assert (second := both.removeprefix(first)) != first
+    messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
+    assert messages == [{"role": "user", "content": "red"}, {"role": "assistant", "content": second[:-1]}]
+    pipe(monkeypatch, "red", "/retry")
+    refused = tt("chat", str(lora_run), "-q", "--max-new-tokens", "2")
+    assert (refused.code, "at temperature 0 the answer would be the same" in refused.err) == (2, True)
+
+
+def test_a_saved_chat_is_a_row_to_train_on(tt, lora_run, model_dir, train_run, tmp_path, monkeypatch):
+    rows = tmp_path / "chat.jsonl"
+    pipe(monkeypatch, "red", f"/save {rows}", "blue", f"/save {rows}")
+    done = tt("chat", str(lora_run), "--system", "Be brief.", "--max-new-tokens", "2")
+    assert (done.code, done.err.count(f"1 row appended to {rows}")) == (0, 2)
+    saved = [json.loads(line)["messages"] for line in rows.read_text().splitlines()]
+    assert [[turn["role"] for turn in turns] for turns in saved] == [
+        ["system", "user", "assistant"], ["system", "user", "assistant", "user", "assistant"],
+    ]  # fmt: skip
+    shown = tt("data", "show", str(rows), "--tokenizer", str(model_dir), "--stats", "--json")
+    assert (shown.code, shown.json["rows"]) == (0, 2)
+    for words in (f"/save {rows}", "/save x.txt"):
+        pipe(monkeypatch, words)
+        assert tt("chat", str(lora_run)).code == 2
+
+
+def test_a_conversation_that_outgrows_the_context_says_which_messages_it_no_longer_reads(tt, lora_run, monkeypatch):
+    pipe(monkeypatch, *["red red red red red red"] * 6)
+    done = tt("chat", str(lora_run), "-q", "--max-new-tokens", "4")
+    assert done.code == 0, done.err
+    told = [line for line in done.err.splitlines() if "no longer read" in line]
+    assert "can read 128 with the answer: its first 2 messages are no longer read)" in told[0]
+    assert len(done.out.splitlines()) >= 6
