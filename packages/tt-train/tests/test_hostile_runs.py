@@ -407,3 +407,24 @@ def test_a_finished_run_whose_checkpoints_are_damaged_names_its_result(evil, mod
         (folder / "state.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"its result is in .*evil/adapter: a new run .* adapter\.path=.*adapter$"):
         train(evil, model_dir, rows_file, "max_steps=2", resume="auto")
+
+
+def test_evaluations_of_a_stranger_are_escaped_and_damaged_ones_are_named(tmp_path):
+    from tt_train.records.evaluations import newest
+
+    folder = tmp_path / "evals"
+    folder.mkdir()
+    row = {"task": "<script>x</script>", "metric": "\x1b[31m", "filter": "none", "value": 0.5, "stderr": "soon"}
+    (folder / "1-results.json").write_text(json.dumps({"results": [row, {**row, "value": "high"}, 7]}))
+    (folder / "2-results.json").write_text("{")
+    (folder / "3-results.json").symlink_to("/etc/passwd")
+    problems: list[str] = []
+    [figure] = newest(tmp_path, problems)
+    assert (figure["value"], figure["stderr"]) == (0.5, None)
+    assert [line.partition(":")[0] for line in problems] == ["evals/2-results.json", "evals/3-results.json"]
+    from tt_train.report.read import Run
+    from tt_train.report.sections import evaluations_section
+
+    html = evaluations_section([Run(path=tmp_path, name="a", rows=[], evaluations=[figure])])
+    assert "<script>" not in html
+    assert "\x1b" not in html

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt import files
-from tt_train.records.run_files import number, own_folder, read_json
-
-FOLDER = "evals"  # of a run directory
+from tt_train.records.evaluations import FOLDER
+from tt_train.records.run_files import number, own_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +90,3 @@ def save(run: Path, name: str, text: str) -> Path:
         path = folder / f"{stamp}-{count}-{name}"
     files.replace_text(path, text)
     return path
-
-
-def newest(run: Path) -> list[dict[str, Any]]:
-    """The figures in a run's evaluations: of each task and metric the newest, with the file that it is from."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    folder = own_folder(run, FOLDER)
-    for path in sorted(folder.glob("*.json")) if folder.is_dir() else []:
-        rows = read_json(path).get("results")
-        for row in rows if isinstance(rows, list) else []:
-            if isinstance(row, dict) and number(row.get("value")) is not None:
-                found[str(row.get("task")), str(row.get("metric")), str(row.get("filter"))] = {**row, "file": path.name}
-    return list(found.values())

@@ -15,7 +15,13 @@ from tt_train.records.series import SERIES, Series, charts
 from tt_train.report.figure import NO_PICTURE
 from tt_train.report.read import Run, measured, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
-from tt_train.report.sections import config_section, facts_section, manifest_section, reproduce_section
+from tt_train.report.sections import (
+    config_section,
+    evaluations_section,
+    facts_section,
+    manifest_section,
+    reproduce_section,
+)
 from tt_train.report.summary import as_figure, at, method_words
 from tt_train.report.tiles import comparison, tiles
 
@@ -46,6 +52,7 @@ def page(runs: Sequence[Run], *, has_picture: bool = True) -> str:
         "charts": _charts(drawn, data, has_picture),
         "thinned": "Long runs are drawn by the lowest and highest of every stretch." if thinned else "",
         "table": "".join(_table(run, others, several=len(runs) > 1) for run in runs if run.rows),
+        "evaluations": evaluations_section(runs),
         "samples": samples_section(runs),
         "config": config_section(runs),
         "reproduce": reproduce_section(runs),

@@ -8,6 +8,7 @@ from typing import Any
 
 from tt_ckpt.shown import plain, quoted
 from tt_train.config import named_sets
+from tt_train.records.evaluations import newest
 from tt_train.records.run_files import FinishedRun, json_lines, number
 from tt_train.records.series import MOST_OTHERS, SERIES, Series, other_series
 from tt_train.records.visible import visible
@@ -26,6 +27,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def column(self, name: str) -> list[float | None]:
@@ -84,6 +86,7 @@ def read_run(path: Path, *, name: str) -> Run:
         others=[other_series(key, dashed=2 * count < len(rows), sets=sets) for key, count in others.items()],
         config=config,
         manifest=_unless_damaged("manifest.json", lambda: run.manifest, path, problems),
+        evaluations=newest(path, problems),
         samples=[record for record in json_lines(path / "samples.jsonl", problems) if "prompt" in record],
         problems=problems,
     )

@@ -19,6 +19,33 @@ SHOWN_ELSEWHERE = ("command", "config", "summary")  # keys of the manifest
 PACKAGES = "environment.packages."
 
 
+def evaluations_section(runs: Sequence[Run]) -> str:
+    """The figures of ``tt eval``: a row for each task and metric, a column for each run."""
+    found = [{(one["task"], one["metric"], one["filter"]): one for one in run.evaluations} for run in runs]
+    keys = list(dict.fromkeys(key for of_run in found for key in of_run))
+    if not keys:
+        return ""
+    names = [f"{dot(index)}{html_text(run.name)}" for index, run in enumerate(runs)] if len(runs) > 1 else ["Value"]
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ["Metric", *names])
+    body = ""
+    for task, metric, filter_name in keys:
+        cells = "".join(f"<td>{_evaluated(of_run.get((task, metric, filter_name)))}</td>" for of_run in found)
+        label = metric if filter_name == "none" else f"{metric} ({filter_name})"
+        body += f'<tr><th scope="row">{html_text(task)}</th><td>{html_text(label)}</td>{cells}</tr>'
+    return (
+        '<section><div class="bar"><h2>Evaluations</h2></div><div class="card scroll" tabindex="0"><table class="keys">'
+        f'<thead><tr><th scope="col">Task</th>{heads}</tr></thead><tbody>{body}</tbody></table></div></section>'
+    )
+
+
+def _evaluated(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return DASH
+    error = "" if figure["stderr"] is None else f" \u00b1 {figure['stderr']:.4f}"
+    rows = "" if figure["rows"] is None else f" ({figure['rows']:,.0f} rows)"
+    return html_text(f"{figure['value']:.4f}{error}{rows}")
+
+
 def config_section(runs: Sequence[Run]) -> str:
     """The keys that were set (of one run) or that differ (of several) in a table; the whole configs are folded."""
     if not any(run.config for run in runs):
