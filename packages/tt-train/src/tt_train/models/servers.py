@@ -39,11 +39,11 @@ def adapter_commands(path: Path, to: str, base: Path, rank: int) -> list[str]:
 
 
 def adapter_warnings(adapter: Path, *, trained_on_nf4: bool) -> list[str]:
-    """Sentences on what vLLM and SGLang refuse of an adapter folder, or compute otherwise."""
+    """Sentences on what vLLM refuses of an adapter folder, or on what it computes otherwise."""
     settings = read_adapter_config(adapter)
     config = config_from_peft(settings, adapter / "adapter_config.json")
     merge = "leave out --adapter to merge it"
-    found = [f"vLLM and SGLang refuse an adapter with {what}; {merge}" for what in unusual(settings, config)]
+    found = [f"vLLM refuses an adapter with {what}; {merge}" for what in unusual(settings, config)]
     if (rank := largest_rank(adapter)) > VLLM_RANKS[-1]:
         found.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this adapter has {rank}; {merge}")
     if trained_on_nf4:

@@ -1,5 +1,6 @@
 """What goes into a GGUF file: a model or an adapter under GGUF's names, each setting and tensor checked beforehand."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.
 _QUANTIZATION_VERSION = 2
 _EXACT = ("token_embd.weight", "output.weight")  # Q8_0 in a Q4_0 file: their errors reach every logit
 _EMBEDDING, _ROUTER = "token_embd.weight", "ffn_gate_inp.weight"
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_IDS = {"bos": "bos", "eos": "eos", "pad": "padding"}
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -49,6 +52,7 @@ def plan_model(
     vocabulary = vocabulary_of(folder, shapes[_EMBEDDING][0], config.get("eos_token_id"))
     found = values_of(config, shapes) | vocabulary.values | dict(values or {})
     found |= {"general.type": "model", "general.file_type": _FILE_TYPES[kind]}
+    found["general.name"] = _name(str(found.get("general.name", "model")), strips=vocabulary.strips_as_phi3)
     if any(one.startswith("Q") for one in kinds.values()):
         found["general.quantization_version"] = _QUANTIZATION_VERSION
     notes = [*vocabulary.notes, *attention_note(config)]
@@ -67,6 +71,16 @@ def plan_model(
             yield from in_pieces(_as_in_gguf(tensor, key, config))
 
     return GGUFPlan(kind=kind, values=found, kinds=kinds, shapes=shapes, rows=rows, notes=tuple(notes))
+
+
+def _name(name: str, *, strips: bool) -> str:
+    """llama.cpp takes white space away after the added tokens of models that are called phi-3, and of no others.
+
+    It fails to load such a model if it lacks a token of Phi 3's.
+    """
+    if strips:
+        return name if _PHI3.search(name) else f"{name} (phi-3)"
+    return _PHI3.sub("phi 3", name)
 
 
 def tensors_of(
@@ -108,7 +122,8 @@ def read_back_tokenizer(plan: GGUFPlan, config: Mapping[str, Any]) -> dict[str, 
     """The tokenizer's files as this package's reader makes them from the keys of a plan: name -> text."""
     where = Path("tokenizer.json")
     embedding = GGUFTensor(file=where, start=0, kind="F32", shape=plan.shapes[_EMBEDDING], row_bytes=0)
-    return tokenizer_files(GGUF(path=where, values=plan.values, tensors={_EMBEDDING: embedding}), dict(config))
+    ids = {f"{name}_token_id": plan.values.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS.items()}
+    return tokenizer_files(GGUF(path=where, values=plan.values, tensors={_EMBEDDING: embedding}), {**config, **ids})
 
 
 def plan_adapter(

@@ -17,15 +17,19 @@ from tt_ckpt.shown import listed, quoted
 
 _LIMIT = 64_000_000
 _NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-_FLAGS = {"trim_offsets", "add_prefix_space", "use_regex", "type"}
+_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}  # of the added tokens of Phi 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """``values``: keys of the file. ``notes``: a sentence for each thing that llama.cpp does differently."""
+    """``values``: keys of the file. ``notes``: a sentence for each thing that llama.cpp does differently.
+
+    ``strips_as_phi3``: whether white space after added tokens is taken away as llama.cpp does by the name of a model.
+    """
 
     values: dict[str, Any]
     notes: tuple[str, ...]
+    strips_as_phi3: bool
 
 
 def vocabulary_of(folder: Path, rows: int, ends: object = None) -> Vocabulary:
@@ -66,7 +70,12 @@ def vocabulary_of(folder: Path, rows: int, ends: object = None) -> Vocabulary:
     values |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
     ids = {token: index for index, token in enumerate(tokens)}
     values |= _special(folder, body, ids, ends, notes)
-    return Vocabulary(values=values, notes=tuple(notes))
+    strips = {one["content"] for one in body.get("added_tokens") or () if one.get("rstrip") and not one.get("lstrip")}
+    others = {one["content"] for one in body.get("added_tokens") or ()} - strips
+    as_phi3 = bool(strips) and others == _KEEP_SPACE
+    if not as_phi3 and any(one.get("rstrip") or one.get("lstrip") for one in body.get("added_tokens") or ()):
+        notes.append("the tokenizer takes white space away beside some added tokens, llama.cpp keeps it")
+    return Vocabulary(values=values, notes=tuple(notes), strips_as_phi3=as_phi3)
 
 
 def _tokens(file: Path, body: Mapping[str, Any], rows: int) -> tuple[list[str], list[int], list[str]]:
@@ -82,14 +91,10 @@ def _tokens(file: Path, body: Mapping[str, Any], rows: int) -> tuple[list[str], 
         raise ValueError(f"{file}: {len(ids)} tokens, the model has {rows} embeddings; use the tokenizer of the model")
     tokens = [ids.get(index, f"[PAD{index}]") for index in range(rows)]
     types = [(BYTE if ids[index] in bytes_ else NORMAL) if index in ids else UNUSED for index in range(rows)]
-    strips = []
     for one in added:
         if one["id"] < rows:
             special, unknown = one.get("special", False), one["content"] == body["model"].get("unk_token")
             types[one["id"]] = UNKNOWN if unknown else CONTROL if special else USER
-            strips += [one["content"]] if one.get("lstrip") or one.get("rstrip") else []
-    if strips:
-        notes.append(f"llama.cpp keeps white space beside {listed(strips, 3)}, the tokenizer takes it away")
     if len(set(tokens)) != len(tokens):
         raise ValueError(f"{file}: a token with two ids; a GGUF file cannot contain it")
     return tokens, types, notes
