@@ -324,10 +324,29 @@ def test_what_shards_cannot_do_is_refused_before_weights_load(words, ranks):
     ranks(2, refuses, words, ["parallel.cpu_offload=true", "parallel.replicate=2"], "nothing is sharded")
 
 
-def refuses(words, wrong, text):
+class OfPlainTensors(torch.optim.SGD):
+    """An optimizer that does not know DTensors, as those of bitsandbytes do not."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.data.add_(torch.ones(parameter.shape))
+
+
+def test_an_optimizer_of_ones_own_that_does_not_know_shards_is_refused_before_weights_load(words, ranks, monkeypatch):
+    name = f"{__name__}.OfPlainTensors"
+    monkeypatch.setattr("tt_train.settings.registry._ALLOWED", {name})
+    ranks(2, refuses, words, [f"optimizer.name={name}", "parallel.shard=2"], "step on shards", [__name__])
+    ranks(2, assembles, words, [f"optimizer.name={name}", "parallel.replicate=2"], [__name__])
+
+
+def assembles(words, more, modules):
+    assemble(compose("sft", overrides=[*words, *more], allow_import=modules))
+
+
+def refuses(words, wrong, text, modules=()):
     error, match = (ConfigError, text) if world().is_main else (ShownElsewhere, "another rank shows why")
     with pytest.raises(error, match=match):
-        assemble(compose("sft", overrides=[*words, *wrong]))
+        assembles(words, wrong, modules)
 
 
 @pytest.mark.parametrize("parallel", [{"shard": 3}, {"replicate": 3}, {"shard": 2, "replicate": 1}])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tt_ckpt.hub.endpoint import check_url
+from tt_ckpt.ranks import is_dtensor
 from tt_train.config import RunConfig, logger_options
 from tt_train.devices.distributed import world
 from tt_train.devices.sharding import ways
@@ -17,7 +18,7 @@ from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.losses.table import PREFERENCE_KEYS
 from tt_train.optim.optimizers import decayed, make_optimizer
 from tt_train.settings.keys.logger_table import LOGGER_PACKAGES, LOGGERS
-from tt_train.settings.registry import losses_of, resolve
+from tt_train.settings.registry import OPTIMIZERS, losses_of, resolve
 
 _DEVICES = ("auto", "cpu", "cuda", "cuda:0", "xpu", "mps")
 
@@ -152,7 +153,10 @@ def _optimizer_mistakes(config: RunConfig, device: torch.device) -> list[str]:
     try:
         optimizer.step()
     except Exception as error:
-        found.append(f"{key}: {name} cannot make a step on {device}: {_said(error)}; {cure}")
+        where = str(device)
+        if is_dtensor(parameters[0]):
+            key, where, cure = "optimizer", f"shards on {device}", "set parallel.shard=1, or use another one"
+        found.append(f"{key}: {name} cannot make a step on {where}: {_said(error)}; {cure}")
     return found
 
 
@@ -160,8 +164,26 @@ def _like_trained(config: RunConfig, device: torch.device) -> list[torch.nn.Para
     """A parameter of each number of dimensions that the run trains: some optimizers take matrices alone."""
     adapter = config.adapter
     vectors = adapter is None or adapter.use_dora or bool(adapter.modules_to_save)
-    shapes = [(1, 1), (1,)] if vectors else [(1, 1)]
-    return [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    tensors = [torch.zeros(shape, device=device) for shape in ([(1, 1), (1,)] if vectors else [(1, 1)])]
+    return [torch.nn.Parameter(tensor) for tensor in _as_shards(config, tensors)]
+
+
+def _as_shards(config: RunConfig, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """These tensors as shards of this rank, if it has any and the optimizer is one's own, which may not know shards.
+
+    Those of torch and torchao know them.
+    """
+    try:
+        replicate, shard = ways(config, world().size)
+    except ValueError:  # _parallel_mistakes says so
+        return tensors
+    if shard == 1 or config.optimizer.name in OPTIMIZERS:
+        return tensors
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh(tensors[0].device.type, (replicate, shard), mesh_dim_names=("replicate", "shard"))["shard"]
+    return [DTensor.from_local(tensor, mesh, [Shard(0)], run_check=False) for tensor in tensors]
 
 
 def _said(error: Exception) -> str:
