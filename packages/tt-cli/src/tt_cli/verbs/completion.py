@@ -11,7 +11,7 @@ from tt_cli.terminal import answer
     "completion",
     cls=Verb,
     examples=[
-        'eval "$(tt completion bash)"',
+        "tt completion bash",
         "tt completion zsh",
         "tt completion fish",
     ],

@@ -1,6 +1,7 @@
 """Names that a config or a command may use, and what they stand for. Importing this loads no torch, no recipe."""
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.abc
@@ -58,8 +59,13 @@ def recipe_path(name: str) -> Path:
 
 def config_names() -> list[str]:
     """The configs that come with the package, such as ``llama/tiny_lora``; torchtune's are ``torchtune.PAIRS``."""
+    return list(_config_names())
+
+
+@functools.cache
+def _config_names() -> tuple[str, ...]:
     folder = HERE / "configs"
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    return tuple(sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")))
 
 
 def named_config(name: str, *, devices: int = 1) -> str | None:
