@@ -138,7 +138,10 @@ for version in PYTHONS:
 @nox.session(requires=["build"])
 @nox.parametrize("package", list(PACKAGES))
 def wheel(session: nox.Session, package: str) -> None:
-    """Test a wheel in a fresh environment with only its declared dependencies, from another folder."""
+    """Test a wheel in a fresh environment with only its declared dependencies, from another folder.
+
+    Tests of several forked processes run in the session `tests` only: they take the longest, and the same files.
+    """
     install(session, *wheels(package), "pytest")
     away = Path(session.create_tmp()) / package
     shutil.rmtree(away, ignore_errors=True)
@@ -148,7 +151,7 @@ def wheel(session: nox.Session, package: str) -> None:
     with session.chdir(away):
         session.run("python", "-I", str(ROOT / "tests" / "installed_files.py"), package, str(ROOT), env=CALM)
         options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", ".", "-p", "no:cacheprovider"]
-        session.run("pytest", *options, "tests", *session.posargs, env=CALM)
+        session.run("pytest", *options, "tests", *session.posargs, env=CALM | {"TT_ONE_PROCESS": "1"})
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"])

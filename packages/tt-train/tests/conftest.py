@@ -1,6 +1,7 @@
 """A tiny model directory, its tokenizer and a file of rows, made once; copies are cheap."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -136,6 +137,8 @@ def on_rank(rank, size, store, function, args):
 @pytest.fixture
 def ranks(tmp_path):
     """``ranks(size, function, *args)`` calls the function on so many forked processes, each with its rank."""
+    if os.environ.get("TT_ONE_PROCESS"):
+        pytest.skip("TT_ONE_PROCESS: what several processes do does not depend on how the package was installed")
     import torch._dynamo  # seconds in every forked rank, once here
     import torch.distributed.fsdp
     import torch.multiprocessing
