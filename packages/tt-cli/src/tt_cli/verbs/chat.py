@@ -15,7 +15,7 @@ from tt_cli.group import Verb
 from tt_cli.names import complete_runs
 from tt_cli.options import base_option, sampling_options
 from tt_cli.prompts import check_text, read_lines
-from tt_cli.reply import Reply
+from tt_cli.reply import Reply, Stats
 from tt_cli.talk import Messages, Sampling, Speaker, tell_cut, tell_room
 from tt_cli.terminal import answer, say, tell
 from tt_train.errors import did_you_mean
@@ -123,6 +123,7 @@ class Chat:
         turns = [*self.turns, {"role": "user", "content": prompt}]
         said: list[str] = []
         replies: list[Reply] = []
+        self.speaker.stats = Stats()
         try:
             ids = self._ids(turns)
             tell_room(self.speaker, ids, self.settings)
