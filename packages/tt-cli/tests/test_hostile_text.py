@@ -190,8 +190,8 @@ def test_what_a_model_says_even_if_a_sequence_comes_in_pieces(shown, lora_run, m
     from tt_data import Tokenizer
 
     said = ["a", "\x1b", "]0;PW", "NED\x07", "\r", "b\nc\td", "\x1b[A", "\u202e", "\u20ac", "\n", "x" * 5000]
-    monkeypatch.setattr("tt_models.stream", lambda *_, **__: iter(range(len(said))))
-    monkeypatch.setattr(Tokenizer, "decode", lambda _, ids: "".join(said[i] for i in ids))
+    monkeypatch.setattr("tt_models.stream_rows", lambda *_, **__: ((0, 90 + i) for i in range(len(said))))
+    monkeypatch.setattr(Tokenizer, "decode", lambda _, ids: "".join(said[i - 90] for i in ids))
     expected = "a\\x1b]0;PWNED\\x07\\rb\r\nc\td\\x1b[A\\u202e\u20ac\r\n" + "x" * 5000
     where = lora_run.parents[1]
     assert expected in shown("generate", "runs/one", "red", cwd=where, code=0)
@@ -202,8 +202,8 @@ def test_generated_text_in_a_pipe_is_exactly_what_the_model_says(tt, lora_run, m
     from tt_data import Tokenizer
 
     said = ["\x1b[31m", "\r", "\u202e[red]:smile:", "hf_" + "a" * 30]
-    monkeypatch.setattr("tt_models.stream", lambda *_, **__: iter(range(len(said))))
-    monkeypatch.setattr(Tokenizer, "decode", lambda _, ids: "".join(said[i] for i in ids))
+    monkeypatch.setattr("tt_models.stream_rows", lambda *_, **__: ((0, 90 + i) for i in range(len(said))))
+    monkeypatch.setattr(Tokenizer, "decode", lambda _, ids: "".join(said[i - 90] for i in ids))
     assert tt("generate", str(lora_run), "red").out == "".join(said) + "\n"
 
 
