@@ -130,6 +130,10 @@ def test_several_models_are_side_by_side_and_each_run_keeps_its_results(model_di
     ("names", "message"),
     [
         (["made_choise"], "there is no task 'made_choise'; did you mean 'made_choice'?"),
+        (
+            ["tasks/mine.yaml"],
+            "no task 'tasks/mine.yaml'; give the name in the file, and its folder: --include-path tasks",
+        ),
         (["made_code"], "task made_code: it runs code that the model writes; .* --confirm-run-unsafe-code"),
         (["made_hub"], "task made_hub: its rows are not on this machine, and the hub cannot be reached: "),
     ],

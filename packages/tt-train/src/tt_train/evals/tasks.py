@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt.shown import plain
-from tt_train.errors import ConfigError, did_you_mean, one_line
+from tt_train.errors import ConfigError, did_you_mean, one_line, shell_word
 from tt_train.evals.results import Figure, figures_of
 
 Tell = Callable[[str], None]
@@ -68,18 +68,21 @@ def find_tasks(settings: Settings) -> Any:
         manager = TaskManager(include_path=paths or None)
     unknown = [name for name in settings.tasks if not _matches(manager, name)]
     if unknown:
-        listed = "; lm_eval ls tasks lists them all"
-        raise ConfigError([f"--tasks: there is no task {name!r}{did_you_mean(name, manager.all_tasks) or listed}"
-                           for name in unknown])  # fmt: skip
+        raise ConfigError([f"--tasks: there is no task {name!r}{_meant(name, manager)}" for name in unknown])
     return manager
 
 
 def _matches(manager: Any, name: str) -> list[str]:
-    """The tasks that ``name``, which may be a pattern such as ``mmlu_*`` or a YAML file, stands for."""
-    if name.endswith((".yaml", ".yml")) and Path(name).is_file():
-        return [name]
+    """The tasks that ``name``, which may be a pattern such as ``mmlu_*``, stands for."""
     found: list[str] = manager.match_tasks([name])
     return found
+
+
+def _meant(name: str, manager: Any) -> str:
+    """What an unknown name may mean. A file is not taken: it may name Python, which only --include-path allows."""
+    if name.endswith((".yaml", ".yml")):
+        return f"; give the name in the file, and its folder: --include-path {shell_word(Path(name).parent)}"
+    return did_you_mean(name, manager.all_tasks) or "; lm_eval ls tasks lists them all"
 
 
 def load_tasks(manager: Any, settings: Settings) -> Loaded:
