@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import tt_models
 import tt_peft
 import tt_train
-from tt_train.losses import distill
+from tt_train.losses import chunks
 from tt_train.losses.cross_entropy import Summed
 from tt_train.losses.distill import distillation
 
@@ -70,11 +70,17 @@ def compare(model, teacher, batch, known=120, **options):
         close(gradient, expected)
 
 
+def several_chunks(monkeypatch):
+    """Of 16 positions at most, in blocks of 5 rows."""
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CACHED_BYTES", 5 * 4 * 120)
+
+
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 def test_loss_and_gradients_equal_the_formula_over_all_logits(batch, monkeypatch, divergence, temperature, weight):
-    monkeypatch.setattr(distill, "chunk_of", lambda weight: 14)  # several chunks, of 7 positions
+    several_chunks(monkeypatch)
     options = {"divergence": divergence, "temperature": temperature, "cross_entropy_weight": weight}
     compare(model_of(), model_of(seed=1, hidden=40), batch, **options)
 
@@ -82,7 +88,7 @@ def test_loss_and_gradients_equal_the_formula_over_all_logits(batch, monkeypatch
 @pytest.mark.parametrize("divergence", ["forward", "reverse"])
 @pytest.mark.parametrize("kind", ["tied", "softcap", "head lora", "lora", "frozen head"])
 def test_every_kind_of_head_gives_the_same(batch, monkeypatch, divergence, kind):
-    monkeypatch.setattr(distill, "chunk_of", lambda weight: 14)
+    several_chunks(monkeypatch)
     more = {"tie_word_embeddings": kind == "tied"}
     if kind == "softcap":
         more |= {"model_type": "gemma2", "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8}

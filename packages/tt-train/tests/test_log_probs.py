@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 import tt_models
 import tt_peft
-from tt_train.losses.cross_entropy import WeightGradient, cross_entropy, linear_cross_entropy
+from tt_train.losses.chunks import WeightGradient
+from tt_train.losses.cross_entropy import cross_entropy, linear_cross_entropy
 from tt_train.losses.log_probs import linear_log_probs, token_log_probs
 
 
@@ -31,7 +32,8 @@ def reference(hidden, weight, labels, softcap):
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("chunk", [None, 1, 7])
-def test_log_probs_and_both_gradients_equal_those_of_all_logits(frozen, softcap, chunk):
+def test_log_probs_and_both_gradients_equal_those_of_all_logits(frozen, softcap, chunk, monkeypatch):
+    monkeypatch.setattr("tt_train.losses.chunks.CACHED_BYTES", 3 * 4 * 97)  # blocks of 3 rows
     hidden, weight, labels = inputs()
     upstream = torch.randn(labels.shape, generator=torch.Generator().manual_seed(2))  # a different one per position
     trained = [x for name, x in (("hidden", hidden), ("weight", weight)) if name != frozen]
@@ -119,11 +121,13 @@ HEADS = {
 def test_every_head_goes_by_chunks_and_equals_all_logits(head, softcap, monkeypatch):
     settings, tied = HEADS[head]
     model = model_of(settings, tied=tied, softcap=softcap)
-    monkeypatch.setattr("tt_train.losses.cross_entropy.CHUNK_BYTES", 1)  # 16 positions at a time
+    monkeypatch.setattr("tt_train.losses.chunks.CHUNK_BYTES", 1)  # 16 positions at a time
     monkeypatch.setattr(type(model), "logits", lambda *_: pytest.fail("all logits"))
     largest = []
-    forward = F.linear
-    monkeypatch.setattr(F, "linear", lambda *a: largest.append(forward(*a)) or largest[-1])
+    for module, name in ((F, "linear"), (torch, "mm")):
+        product = getattr(module, name)
+        noted = lambda *a, product=product, **k: largest.append(product(*a, **k)) or largest[-1]  # noqa: E731
+        monkeypatch.setattr(module, name, noted)
     generator = torch.Generator().manual_seed(4)
     ids = torch.randint(0, 61, (3, 30), generator=generator)
     labels = ids.clone()
@@ -195,11 +199,7 @@ def test_dropout_of_an_adapted_head_is_the_same_in_the_backward_pass():
     torch.testing.assert_close(gradient[7, 2], (high - low) / 2e-2, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("waiting", [1, 2**15])  # a product per chunk; one per few chunks
-def test_bf16_weight_gradients_of_many_products_stay_exact(waiting, monkeypatch):
-    monkeypatch.setattr(
-        "tt_train.losses.cross_entropy.WAITING_BYTES", waiting
-    )  # else all of so small a vocabulary is one product
+def test_bf16_weight_gradients_of_many_products_stay_exact():
     generator = torch.Generator().manual_seed(0)
     hidden = (torch.randn(2048, 32, generator=generator) + 0.5).bfloat16()
     weight = (torch.randn(300, 32, generator=generator) * 0.05).bfloat16()

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, N positions (flattened), D hidden size, V vocabular
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tt_peft import NF4Linear
 from tt_peft.full_modules import SavedModule
 from tt_peft.lowrank import AdapterModule
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable
 
 T = TypeVar("T")
 
@@ -62,9 +64,6 @@ class Summed(NamedTuple):
 
 Objective = Callable[[CausalLM, Batch], Summed]
 IGNORE = -100
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at a time
-WAITING_BYTES = 128 * 2**20  # of bf16 gradients by logits that wait for one product
-PRODUCTS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
 
 
 def cross_entropy(model: CausalLM, batch: Batch, *, label_smoothing: float = 0.0) -> Summed:
@@ -114,11 +113,6 @@ def by_chunks(formula: Callable[[Tensor, Tensor], T], model: CausalLM, hidden_ND
     return [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
 
 
-def chunk_of(weight: Tensor) -> int:
-    """Positions whose fp32 logits are alive at a time."""
-    return max(16, CHUNK_BYTES // (4 * weight.shape[0]))
-
-
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -138,7 +132,8 @@ def linear_cross_entropy(
         hidden: [..., D]; weight: [V, D]; labels: [...] the target of each position (not shifted), -100 to ignore.
         reduction: ``mean`` over the positions not ignored (nan if there are none, as in torch), or ``sum``.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
-        chunk_size: positions at a time; by default what keeps the fp32 logits of a chunk under 64 MB.
+        chunk_size: positions at a time; by default what keeps the logits of a chunk under 64 MB (128 MB if a weight in
+            bf16 trains).
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
@@ -151,74 +146,9 @@ def linear_cross_entropy(
     if not bool(keep.all()):
         hidden_ND, labels_N = hidden_ND[keep], labels_N[keep]
     total: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        *differentiable(hidden_ND, weight), labels_N, label_smoothing, softcap, chunk_size or chunk_of(weight)
+        *differentiable(hidden_ND, weight), labels_N, label_smoothing, softcap, chunk_size
     )
     return total if reduction == "sum" else total / labels_N.numel()
-
-
-def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, detached if no gradient is wanted: ``ctx.needs_input_grad`` is true under ``no_grad`` as well."""
-    return tensors if torch.is_grad_enabled() else tuple(tensor.detach() for tensor in tensors)
-
-
-class WeightGradient:
-    """The sum over chunks of ``grad.T @ hidden``.
-
-    A product of bf16 factors is rounded once, and those of a long sequence would be lost in a bf16 sum that grows. So
-    chunks wait until a product of many positions pays, and every few products the sum is added up in fp32.
-    """
-
-    def __init__(self, weight_VD: Tensor) -> None:
-        self.few_VD = torch.zeros_like(weight_VD)
-        self.many_VD: Tensor | None = None
-        self.products = 0
-        low = weight_VD.dtype.itemsize < 4
-        self.most = WAITING_BYTES // (weight_VD.dtype.itemsize * weight_VD.shape[0]) if low else 0  # positions
-        self.buffer_RV: Tensor | None = None
-        self.hidden: list[Tensor] = []
-        self.filled = 0
-
-    def of_chunk(self, grad_CV: Tensor, hidden_CD: Tensor) -> Tensor:
-        """``grad_CV`` (fp32) in the dtype of the weight; its product with ``hidden_CD`` will be in ``total``."""
-        rows = len(grad_CV)
-        if rows > self.most:  # nothing waits
-            narrow_CV = grad_CV.to(self.few_VD.dtype)
-            self._multiply(narrow_CV, hidden_CD)
-            return narrow_CV
-        self.make_room(rows)
-        if self.buffer_RV is None:
-            self.buffer_RV = self.few_VD.new_empty(self.most, grad_CV.shape[1])
-        part_CV = self.buffer_RV[self.filled : self.filled + rows]
-        part_CV.copy_(grad_CV)
-        self.hidden.append(hidden_CD)
-        self.filled += rows
-        return part_CV
-
-    def make_room(self, rows: int) -> None:
-        """Multiply what waits, unless ``rows`` more positions can wait with it."""
-        if self.filled + rows > self.most:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self.filled:
-            assert self.buffer_RV is not None
-            self._multiply(self.buffer_RV[: self.filled], torch.cat(self.hidden))
-            self.hidden, self.filled = [], 0
-
-    def _multiply(self, grad_CV: Tensor, hidden_CD: Tensor) -> None:
-        if self.products == PRODUCTS_IN_LOW_PRECISION and self.few_VD.dtype.itemsize < 4:
-            self.many_VD, self.products = self._sum().float(), 0
-            self.few_VD.zero_()
-        self.few_VD.addmm_(grad_CV.T, hidden_CD)
-        self.products += 1
-
-    def _sum(self) -> Tensor:
-        return self.few_VD if self.many_VD is None else self.many_VD.add_(self.few_VD)
-
-    def total(self) -> Tensor:
-        self._flush()
-        self.buffer_RV = None
-        return self._sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -232,33 +162,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         smoothing: float,
         softcap: float | None,
-        chunk: int,
+        size: int | None,
     ) -> Tensor:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = WeightGradient(weight_VD) if needs_weight else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, len(labels_N), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = F.linear(hidden_ND[part], weight_VD).float()
-            loss, grad_CV = _loss_and_gradient_(
-                logits_CV, labels_N[part], smoothing, softcap, needs_hidden or needs_weight
-            )
-            total += loss
-            if grad_CV is None:
-                continue
-            if grad_weight is None:
-                grad_CV = grad_CV.to(weight_VD.dtype)
-            else:
-                grad_CV = grad_weight.of_chunk(grad_CV, hidden_ND[part])
-            del logits_CV  # before the products, which take memory of their own
+        loss_N = torch.zeros(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
+        formula = partial(
+            _loss_and_gradient_, smoothing=smoothing, softcap=softcap, needs_gradient=needs_hidden or needs_weight
+        )
+        for part, logits_CV in chunks(hidden_ND, weight_VD, size=size, trains=needs_weight):
+            by_rows_(formula, logits_CV, labels_N[part], loss_N[part])
             if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
-            del grad_CV
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
             if grad_weight is not None:
-                grad_weight.make_room(chunk)
+                grad_weight.add(logits_CV, hidden_ND[part])
         ctx.gradients = grad_hidden_ND, None if grad_weight is None else grad_weight.total()
-        return total
+        return loss_N.sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -270,28 +190,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient_(
-    logits_CV: Tensor, labels_C: Tensor, smoothing: float, softcap: float | None, needs_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The summed loss, and its gradient by the logits, which is written over them."""
-    if softcap:
-        logits_CV.div_(softcap).tanh_()
-        slope_CV = 1 - logits_CV.square() if needs_gradient else None
-        logits_CV.mul_(softcap)
-    log_z_C = log_sum(logits_CV)
-    picked_C = logits_CV.gather(1, labels_C[:, None]).squeeze(1)
-    loss = (log_z_C - (1 - smoothing) * picked_C).sum()
+    logits_RV: Tensor,
+    labels_R: Tensor,
+    loss_R: Tensor,
+    *,
+    smoothing: float,
+    softcap: float | None,
+    needs_gradient: bool,
+) -> None:
+    """Write the loss of each position; its gradient by the logits, if it is needed, is written over them."""
+    slope_RV = cap_(logits_RV, softcap, slope=needs_gradient)
+    log_z_R = torch.logsumexp(logits_RV, dim=-1)
+    picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
+    torch.sub(log_z_R, (1 - smoothing) * picked_R, out=loss_R)
     if smoothing:
-        loss = loss - smoothing * logits_CV.mean(dim=-1).sum()
+        loss_R.sub_(smoothing * logits_RV.mean(dim=-1))
     if not needs_gradient:
-        return loss, None
-    grad_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
+        return
+    logits_RV.sub_(log_z_R[:, None]).exp_()
     if smoothing:
-        grad_CV.sub_(smoothing / logits_CV.shape[1])
-    grad_CV.scatter_add_(1, labels_C[:, None], torch.full_like(picked_C, smoothing - 1)[:, None])
-    return loss, grad_CV.mul_(slope_CV) if softcap and slope_CV is not None else grad_CV
-
-
-def log_sum(logits_CV: Tensor) -> Tensor:
-    """``logsumexp`` of each row, [C], with an eighth of the memory beside them that torch takes."""
-    parts = logits_CV.split(max(1, -(-len(logits_CV) // 8)))  # type: ignore[no-untyped-call]
-    return torch.cat([torch.logsumexp(part, dim=-1) for part in parts])
+        logits_RV.sub_(smoothing / logits_RV.shape[1])
+    logits_RV.scatter_add_(1, labels_R[:, None], torch.full_like(picked_R, smoothing - 1)[:, None])
+    if slope_RV is not None:
+        logits_RV.mul_(slope_RV)

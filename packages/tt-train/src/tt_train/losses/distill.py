@@ -1,9 +1,11 @@
 """Knowledge distillation: the student's distribution over the next token follows a teacher's.
 
 https://arxiv.org/abs/1503.02531. Neither the student's nor the teacher's logits are ever held for all positions.
-Shapes: N trained positions, C positions of a chunk, D hidden size, V vocabulary that both know.
+Shapes: N trained positions, C positions of a chunk, R of a block of its rows, D hidden size, V vocabulary that both
+know.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tt_train.losses.cross_entropy import (
-    IGNORE,
-    Batch,
-    CausalLM,
-    Summed,
-    WeightGradient,
-    chunk_of,
-    differentiable,
-    output_projection,
-)
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable
+from tt_train.losses.cross_entropy import IGNORE, Batch, CausalLM, Summed, output_projection
 
 
 def distillation(
@@ -70,11 +64,9 @@ class _Formula:
         self.known = min(student.output_weight.shape[0], teacher.output_weight.shape[0])
         self.chunk = max(8, min(chunk_of(student.output_weight), chunk_of(teacher.output_weight)) // 2)
 
-    def log_teacher(self, teacher_CD: Tensor) -> Tensor:
+    def log_teacher(self, logits_CV: Tensor) -> Tensor:
         """log p of the teacher, [C, V] in fp32."""
-        with torch.no_grad():
-            logits_CV = self.teacher.logits(teacher_CD).float()[:, : self.known]
-            return F.log_softmax(logits_CV / self.temperature, dim=-1)
+        return F.log_softmax(logits_CV.float()[:, : self.known] / self.temperature, dim=-1)
 
     def terms(self, logits_CV: Tensor, log_teacher_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, KL, CE), sums over the chunk, from the student's logits in fp32."""
@@ -105,15 +97,28 @@ class _Formula:
         grad_CV[:, : self.known] += by_kl_CV.mul_((1 - self.weight_of_ce) * self.temperature)
         return grad_CV
 
+    def rows_(
+        self, logits_RV: Tensor, teacher_RV: Tensor, targets_R: Tensor, *, sums: Tensor, needs_gradient: bool
+    ) -> None:
+        """Add ``terms`` to ``sums``; the gradient by the logits, if it is needed, is written over them."""
+        slope_RV = cap_(logits_RV, self.student.logit_softcap, slope=needs_gradient)
+        log_teacher_RV = self.log_teacher(teacher_RV)
+        sums += torch.stack(self.terms(logits_RV, log_teacher_RV, targets_R))
+        if needs_gradient:
+            logits_RV.copy_(self.gradient(logits_RV, log_teacher_RV, targets_R))
+            if slope_RV is not None:
+                logits_RV.mul_(slope_RV)
+
     def by_autograd(self, hidden_ND: Tensor, teacher_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``terms`` of all chunks, whose logits are computed again in the backward pass."""
 
         def of_chunk(hidden_CD: Tensor, teacher_CD: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self.terms(self.student.logits(hidden_CD).float(), self.log_teacher(teacher_CD), targets_C)
+            with torch.no_grad():
+                log_teacher_CV = self.log_teacher(self.teacher.logits(teacher_CD))
+            return self.terms(self.student.logits(hidden_CD).float(), log_teacher_CV, targets_C)
 
         rows = (torch.split(each, self.chunk) for each in (hidden_ND, teacher_ND, targets_N))
-        chunks = zip(*rows, strict=True)
-        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in zip(*rows, strict=True)]
         loss, kl, ce = (torch.stack(each).sum() for each in zip(*parts, strict=True))
         return loss, kl, ce
 
@@ -129,25 +134,13 @@ class _LinearDistillation(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = WeightGradient(weight_VD) if needs_weight else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
-        softcap = formula.student.logit_softcap
-        for start in range(0, len(targets_N), formula.chunk):
-            part = slice(start, start + formula.chunk)
-            logits_CV = F.linear(hidden_ND[part], weight_VD).float()
-            if softcap:
-                logits_CV = softcap * torch.tanh(logits_CV / softcap)
-            log_teacher_CV = formula.log_teacher(teacher_ND[part])
-            sums += torch.stack(formula.terms(logits_CV, log_teacher_CV, targets_N[part]))
-            if not (needs_hidden or needs_weight):
-                continue
-            grad_CV = formula.gradient(logits_CV, log_teacher_CV, targets_N[part])
-            if softcap:
-                grad_CV.mul_(1 - (logits_CV / softcap).square_())
-            if grad_weight is None:
-                grad_CV = grad_CV.to(weight_VD.dtype)
-            else:
-                grad_CV = grad_weight.of_chunk(grad_CV, hidden_ND[part])
+        of_rows = partial(formula.rows_, sums=sums, needs_gradient=needs_hidden or needs_weight)
+        for part, logits_CV in chunks(hidden_ND, weight_VD, trains=needs_weight):
+            by_rows_(of_rows, logits_CV, formula.teacher.logits(teacher_ND[part]), targets_N[part])
             if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
+            if grad_weight is not None:
+                grad_weight.add(logits_CV, hidden_ND[part])
         ctx.gradients = grad_hidden_ND, None if grad_weight is None else grad_weight.total()
         loss, kl, ce = sums.unbind()
         ctx.mark_non_differentiable(kl, ce)

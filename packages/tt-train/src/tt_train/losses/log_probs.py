@@ -1,24 +1,17 @@
 """Log-probabilities of given tokens under an output projection, without ever holding all logits.
 
-Shapes: N positions (flattened), D hidden size, V vocabulary, C positions of a chunk.
+Shapes: N positions (flattened), D hidden size, V vocabulary, C positions of a chunk, R of a block of its rows.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tt_train.losses.cross_entropy import (
-    IGNORE,
-    CausalLM,
-    WeightGradient,
-    by_chunks,
-    chunk_of,
-    differentiable,
-    log_sum,
-    output_projection,
-)
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunks, differentiable
+from tt_train.losses.cross_entropy import IGNORE, CausalLM, by_chunks, output_projection
 
 
 class TokenLogProbs(NamedTuple):
@@ -52,7 +45,8 @@ def linear_log_probs(
     Args:
         hidden: [..., D]; weight: [V, D]; labels: [...] the target of each position (not shifted), -100 to ignore.
         softcap: logits become ``softcap * tanh(logits / softcap)`` first.
-        chunk_size: positions at a time; by default what keeps the fp32 logits of a chunk under 64 MB.
+        chunk_size: positions at a time; by default what keeps the logits of a chunk under 64 MB (128 MB if a weight in
+            bf16 trains).
 
     Returns:
         two tensors of the shape of ``labels``.
@@ -63,7 +57,7 @@ def linear_log_probs(
         )
     keep = labels != IGNORE
     found = _LinearLogProbs.apply(  # type: ignore[no-untyped-call]
-        *differentiable(hidden[keep], weight), labels[keep], softcap, chunk_size or chunk_of(weight)
+        *differentiable(hidden[keep], weight), labels[keep], softcap, chunk_size
     )
     zeros = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     return TokenLogProbs(*(zeros.masked_scatter(keep, kept) for kept in found))
@@ -72,25 +66,18 @@ def linear_log_probs(
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None, chunk: int
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, softcap: float | None, size: int | None
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, ctx.trains = ctx.needs_input_grad[:2]
         log_probs_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
         mean_logits_N = torch.empty_like(log_probs_N)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not ctx.trains else None
-        for start in range(0, len(labels_N), chunk):
-            part = slice(start, start + chunk)
-            logits_CV, slope_CV = _logits(hidden_ND[part], weight_VD, softcap, slope=grad_hidden_ND is not None)
-            mean_logits_N[part] = logits_CV.mean(dim=-1)
-            picked_C = logits_CV.gather(1, labels_N[part, None]).squeeze(1)
-            log_z_C = log_sum(logits_CV)
-            log_probs_N[part] = picked_C - log_z_C
+        formula = partial(_log_probs_, softcap=softcap, needs_gradient=grad_hidden_ND is not None)
+        for part, logits_CV in chunks(hidden_ND, weight_VD, size=size):
+            by_rows_(formula, logits_CV, labels_N[part], log_probs_N[part], mean_logits_N[part])
             if grad_hidden_ND is not None:
-                grad_CV = _gradient_(logits_CV, labels_N[part], log_z_C, slope_CV).to(weight_VD.dtype)
-                del logits_CV  # before the product, which takes memory of its own
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
-                del grad_CV
-        ctx.softcap, ctx.chunk = softcap, chunk
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
+        ctx.softcap, ctx.size = softcap, size
         ctx.save_for_backward(*((hidden_ND, weight_VD, labels_N) if ctx.trains else (grad_hidden_ND,)))
         ctx.mark_non_differentiable(mean_logits_N)
         return log_probs_N, mean_logits_N
@@ -103,32 +90,44 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, labels_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = WeightGradient(weight_VD)
-        for start in range(0, len(labels_N), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            logits_CV, slope_CV = _logits(hidden_ND[part], weight_VD, ctx.softcap, slope=True)
-            whole_CV = _gradient_(logits_CV, labels_N[part], log_sum(logits_CV), slope_CV).mul_(grad_N[part, None])
-            grad_CV = grad_weight.of_chunk(whole_CV, hidden_ND[part])
-            del logits_CV, whole_CV
+        formula = partial(_gradient_, softcap=ctx.softcap)
+        for part, logits_CV in chunks(hidden_ND, weight_VD, size=ctx.size, trains=True):
+            by_rows_(formula, logits_CV, labels_N[part], grad_N[part])
+            grad_weight.add(logits_CV, hidden_ND[part])
             if grad_hidden_ND is not None:
-                torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[part])
-            grad_weight.make_room(ctx.chunk)
+                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
         return grad_hidden_ND, grad_weight.total(), None, None, None
 
 
-def _logits(
-    hidden_CD: Tensor, weight_VD: Tensor, softcap: float | None, *, slope: bool
-) -> tuple[Tensor, Tensor | None]:
-    """In fp32 after the cap, and the slope of the cap if it is asked for."""
-    logits_CV = F.linear(hidden_CD, weight_VD).float()
-    if not softcap:
-        return logits_CV, None
-    logits_CV.div_(softcap).tanh_()
-    slope_CV = 1 - logits_CV.square() if slope else None
-    return logits_CV.mul_(softcap), slope_CV
+def _log_probs_(
+    logits_RV: Tensor,
+    labels_R: Tensor,
+    log_probs_R: Tensor,
+    mean_R: Tensor,
+    *,
+    softcap: float | None,
+    needs_gradient: bool,
+) -> None:
+    """Write both results; the gradient of the log-probabilities, if it is needed, is written over the logits."""
+    slope_RV = cap_(logits_RV, softcap, slope=needs_gradient)
+    torch.mean(logits_RV, dim=-1, out=mean_R)
+    picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
+    log_z_R = torch.logsumexp(logits_RV, dim=-1)
+    torch.sub(picked_R, log_z_R, out=log_probs_R)
+    if needs_gradient:
+        _differentiate_(logits_RV, labels_R, log_z_R, slope_RV)
 
 
-def _gradient_(logits_CV: Tensor, labels_C: Tensor, log_z_C: Tensor, slope_CV: Tensor | None) -> Tensor:
-    """That of the log-probabilities by the logits before the cap, written over the logits."""
-    grad_CV = logits_CV.sub_(log_z_C[:, None]).exp_().neg_()
-    grad_CV.scatter_add_(1, labels_C[:, None], torch.ones_like(log_z_C)[:, None])
-    return grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+def _gradient_(logits_RV: Tensor, labels_R: Tensor, grad_R: Tensor, *, softcap: float | None) -> None:
+    """Write the gradient of the loss over the logits; ``grad_R`` is that by the log-probabilities."""
+    slope_RV = cap_(logits_RV, softcap, slope=True)
+    _differentiate_(logits_RV, labels_R, torch.logsumexp(logits_RV, dim=-1), slope_RV)
+    logits_RV.mul_(grad_R[:, None])
+
+
+def _differentiate_(logits_RV: Tensor, labels_R: Tensor, log_z_R: Tensor, slope_RV: Tensor | None) -> None:
+    """Write the gradient of the log-probabilities by the logits before the cap over the logits."""
+    logits_RV.sub_(log_z_R[:, None]).exp_().neg_()
+    logits_RV.scatter_add_(1, labels_R[:, None], torch.ones_like(log_z_R)[:, None])
+    if slope_RV is not None:
+        logits_RV.mul_(slope_RV)
