@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 
+import tt_models
 from tt_train import ConfigError, compose
 from tt_train.inputs import components
 from tt_train.job import assemble
@@ -188,22 +189,78 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_the_run_and_stat
     assert any("memory: weights, gradients and the optimizer's state take about 0.0 GB" in note for note in job.notes)
 
 
-def test_shards_on_several_devices_and_a_plan_for_another_machine_need_not_fit_here(words, monkeypatch):
-    import tt_models
-    from tt_train.inputs.model import check_memory
+@pytest.fixture
+def memory(monkeypatch):
+    """Says how many bytes a GPU, and the machine, has in all."""
 
-    for module in ("tt_models.limits", "tt_train.inputs.model"):
-        monkeypatch.setattr(f"{module}.total_memory", lambda device: 100_000)  # the weights have more bytes
+    def has(gpu, machine):
+        for module in ("tt_models.limits", "tt_train.inputs.model"):
+            monkeypatch.setattr(f"{module}.total_memory", lambda device: machine if device.type == "cpu" else gpu)
+
+    return has
+
+
+def fits(job, device, processes, *more, recipe="sft", words=()):
+    """Whether the weights of a run with these words are not refused."""
+    from tt_train.inputs.model import Processes, check_memory
+
+    config = compose(recipe, overrides=[*words, *more]) if words else job.config
+    model = tt_models.build(job.model_config, device="meta")
+    try:
+        check_memory(model, config, torch.device(device), [], processes=Processes(*processes))
+    except ConfigError as error:
+        return "its weights alone" not in str(error)
+    return True
+
+
+def test_shards_on_several_devices_and_a_plan_for_another_machine_need_not_fit_here(words, memory):
+    memory(100_000, 100_000)  # the weights have more bytes
     with pytest.raises(ConfigError, match="its weights alone"):
         assemble(compose("sft", overrides=words))
-    job = assemble(compose("sft", overrides=words), here=False)
-    model, gpu = tt_models.build(job.model_config, device="meta"), torch.device("cuda")
-    for ranks in (1, 2):
-        with pytest.raises(ConfigError, match="its weights alone"):
-            check_memory(model, job.config, torch.device("cpu"), [], ranks=ranks)
-    with pytest.raises(ConfigError, match="its weights alone"):
-        check_memory(model, job.config, gpu, [])
-    check_memory(model, job.config, gpu, [], ranks=1000)
+    job = assemble(compose("sft", overrides=words), elsewhere=1)
+    assert not any(fits(job, "cpu", (ranks, ranks)) for ranks in (1, 2, 1000))
+    assert not fits(job, "cuda", (1, 1))
+    assert fits(job, "cuda", (1000, 8))
+    assert fits(job, "cpu", (1000, 2))  # of a thousand machines
+
+
+def test_shards_that_are_offloaded_and_copies_on_a_cpu_share_the_memory_of_the_machine(words, memory):
+    memory(0, 10**9)
+    job = assemble(compose("sft", overrides=words))
+    size = 4 * sum(p.numel() for p in tt_models.build(job.model_config, device="meta").parameters())
+    offloaded = ["parallel.cpu_offload=true"]
+    memory(0, size + 100)
+    assert fits(job, "cuda", (4, 4), *offloaded, words=words)  # four quarters
+    assert not fits(job, "cpu", (2, 2), "parallel.replicate=2", words=words)  # two copies
+    assert fits(job, "cpu", (2, 1), "parallel.replicate=2", words=words)  # on two machines
+    memory(0, size // 2)
+    assert not fits(job, "cuda", (4, 4), *offloaded, words=words)
+    assert fits(job, "cuda", (4, 2), *offloaded, words=words)
+
+
+def test_the_frozen_copy_of_dpo_is_sharded_and_the_teacher_of_kd_is_whole_in_each_process(words, memory):
+    memory(10**9, 10**9)
+    job = assemble(compose("sft", overrides=words))
+    count = sum(p.numel() for p in tt_models.build(job.model_config, device="meta").parameters())
+    folder = next(word.removeprefix("model.path=") for word in words if word.startswith("model.path="))
+    taught = ["kd.teacher=" + folder, "kd.teacher_dtype=fp32"]
+    memory(2 * count + 100, 0)
+    assert fits(job, "cuda", (4, 4), words=words, recipe="dpo")  # a quarter of 8 bytes each
+    assert not fits(job, "cuda", (3, 3), words=words, recipe="dpo")
+    memory(5 * count + 100, 0)
+    assert fits(job, "cuda", (4, 4), *taught, words=words, recipe="kd")  # a quarter of 4 bytes, and 4
+    assert not fits(job, "cuda", (3, 3), *taught, words=words, recipe="kd")
+
+
+def test_shards_that_do_not_divide_the_processes_are_named_before_they_start(words):
+    from tt_train.inputs.model import Processes
+    from tt_train.job import look_over
+
+    config = compose("sft", overrides=[*words, "adapter.rank=4", "parallel.shard=2"])
+    with pytest.raises(ConfigError) as found:
+        look_over(config, processes=Processes(3, 3))
+    assert found.value.problems == ["parallel: shard 2 does not divide the 3 processes; take one of 1, 3"]
+    look_over(config, processes=Processes(4, 4))
 
 
 def test_the_frozen_copy_that_a_full_preference_run_compares_with_counts(words, monkeypatch):

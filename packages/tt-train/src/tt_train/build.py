@@ -18,7 +18,7 @@ from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
 from tt_train.devices.distributed import world
 from tt_train.devices.sharding import is_sharded, shard_, ways
 from tt_train.errors import ConfigError
-from tt_train.inputs.model import folder_of
+from tt_train.inputs.model import folder_of, teacher_shape
 from tt_train.job import Job
 from tt_train.losses.cross_entropy import Objective
 from tt_train.losses.table import LOSSES, PREFERENCE_KEYS, REFERENCE_FREE
@@ -97,13 +97,6 @@ def load_teacher(job: Job[KDConfig]) -> tt_models.Decoder:
     folder, dtype = folder_of(section.teacher, key="kd.teacher"), DTYPES[section.teacher_dtype]
     tt_ckpt.load_weights(model, folder, dtype=dtype, device=job.device)
     return model.eval().requires_grad_(False)
-
-
-def teacher_shape(config: KDConfig) -> tt_models.Decoder:
-    """The teacher on the meta device."""
-    assert config.kd.teacher is not None
-    shape = tt_models.config_from_hf(tt_ckpt.read_config(folder_of(config.kd.teacher, key="kd.teacher")))
-    return tt_models.build(shape, device="meta", dtype=DTYPES[config.kd.teacher_dtype]).requires_grad_(False)
 
 
 def _adapt(model: tt_models.Decoder, lora: tt_peft.LoRAConfig) -> None:

@@ -17,7 +17,15 @@ from tt_train.devices.launch import everywhere
 from tt_train.errors import ConfigError, collect
 from tt_train.inputs import components
 from tt_train.inputs.methods import method_mistakes
-from tt_train.inputs.model import check_adapter, check_headers, model_folder, read_hf_config, vocabulary_mistakes
+from tt_train.inputs.model import (
+    ONE_PROCESS,
+    Processes,
+    check_adapter,
+    check_headers,
+    model_folder,
+    read_hf_config,
+    vocabulary_mistakes,
+)
 from tt_train.inputs.questions import question_notes
 from tt_train.inputs.rows import (
     Kind,
@@ -131,30 +139,33 @@ class Job(Generic[C_co]):
         return self.config.epochs * self.steps_per_epoch
 
 
-def assemble(config: C, *, rows: Kind | None = None, here: bool = True) -> Job[C]:
+def assemble(config: C, *, rows: Kind | None = None, elsewhere: int | None = None) -> Job[C]:
     """Read everything that the config names but the weights. ConfigError holds every mistake that was found.
 
     ``rows``: what the recipe trains on: ``single`` answers, ``pair``s of a chosen and a rejected one, or ``judged``
     answers; by default what the loss of the config is over. A mistake that one of several ranks finds ends all of them.
-    ``here``: False for a plan of a run on another machine, whose memory may be larger.
+    ``elsewhere``: the number of processes of a run that is planned for another machine, whose memory may be larger.
     """
-    job = everywhere(lambda: _assemble(config, rows, ranks=world().size if here else None))
+    processes = Processes(elsewhere or world().size, world().local_size)
+    job = everywhere(lambda: _assemble(config, rows, processes=processes, here=elsewhere is None))
     assert job is not None
     return job
 
 
-def look_over(config: RunConfig, *, ranks: int = 1, first: int = 64) -> None:
+def look_over(config: RunConfig, *, processes: Processes = ONE_PROCESS, first: int = 64) -> None:
     """ConfigError for every mistake that ``assemble`` finds, but in the ``first`` rows alone: before ranks start."""
-    _assemble(config, None, ranks=ranks, first=first)
+    _assemble(config, None, processes=processes, first=first)
 
 
-def _assemble(config: C, rows: Kind | None, *, ranks: int | None, first: int | None = None) -> Job[C] | None:
+def _assemble(
+    config: C, rows: Kind | None, *, processes: Processes, here: bool = True, first: int | None = None
+) -> Job[C] | None:
     """None if only the ``first`` rows are to be looked at."""
     refuse_mistakes(config)
     problems: list[str] = []
     notes: list[str] = []
     device = collect(problems, "device", lambda: components.pick_device(config.device))
-    problems += components.mistakes(config, device)
+    problems += components.mistakes(config, device, ranks=processes.all)
     notes += components.device_notes(config, device)
     model_path = collect(problems, "model.path", lambda: model_folder(config))
     hf_config = model_config = lora = train = held_out = None
@@ -164,7 +175,8 @@ def _assemble(config: C, rows: Kind | None, *, ranks: int | None, first: int | N
     if hf_config is not None:
         model_config = collect(problems, "model.path", lambda: tt_models.config_from_hf(hf_config))
     if model_config is not None:
-        lora = collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes, ranks=ranks))
+        fits = processes if here else None
+        lora = collect(problems, "adapter", lambda: check_adapter(config, model_config, device, notes, processes=fits))
         collect(problems, "model.path", lambda: check_headers(model_config, model_path))
     tokenizer = read_tokenizer(config, model_path, problems)
     if tokenizer is not None and model_config is not None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from tt_train.job import Job
     from tt_train.models.plan import Measured, Plan
 
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SCALES = {"": 1.0, "G": 1e9, "T": 1e12, "P": 1e15}
 _ABOUT = {
     "weights": "weights of the model, and of frozen models beside it",
@@ -31,10 +30,11 @@ _ABOUT = {
 def _bytes(_ctx: click.Context, _param: click.Parameter, text: str | None) -> int | None:
     if text is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0 or not found[2]:  # 24 alone would be 24 bytes
-        raise click.BadParameter(f"expected a size with a unit, such as 24GiB, got {text!r}")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:  # 24 alone would be 24 bytes, and 24G may mean either
+        raise click.BadParameter(f"expected a size with a unit, such as 24GiB (2**30) or 80GB (10**9), got {text!r}")
+    unit: int = (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
+    return round(float(found[1]) * unit)
 
 
 def _flops(_ctx: click.Context, _param: click.Parameter, text: str | None) -> float | None:
@@ -59,7 +59,7 @@ def _flops(_ctx: click.Context, _param: click.Parameter, text: str | None) -> fl
 @click.option("--nproc", metavar="N", type=click.IntRange(1, 2**16), default=1, show_default=True,
               help="Number of processes; memory is that of one of them.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", callback=_bytes,
-              help="Find the largest micro_batch_size that fits, such as 24GiB.")  # fmt: skip
+              help="Find the largest micro_batch_size that fits: 24GiB (of 2**30 bytes) or 80GB (10**9).")  # fmt: skip
 @click.option("--gpu", is_flag=True, help="Plan for a GPU, although the run's device on this machine is a CPU.")
 @click.option("--flops", metavar="RATE", callback=_flops,
               help="Operations per second that a process achieves, such as 300T: gives the time.")  # fmt: skip
@@ -89,11 +89,11 @@ def command(
     from tt_train.models.plan import kind_of, largest_micro_batch, plan
     from tt_train.models.plan import measure as measured_by
 
-    job = assemble(config, rows=kind_of(config), here=measure)
+    job = assemble(config, rows=kind_of(config), elsewhere=None if measure else nproc)
     cpu = False if gpu else None
     found = plan(job, ranks=nproc, cpu=cpu)
     savings = _savings(job, found, what=what, words=(overrides, config_file, allow_import), cpu=cpu)
-    fitting = None if memory is None else largest_micro_batch(job, memory, cpu=cpu)
+    fitting = None if memory is None else largest_micro_batch(job, memory, ranks=nproc, cpu=cpu)
     measured = measured_by(job) if measure else None
     seconds: float | None = None
     if measured is not None:
@@ -162,7 +162,7 @@ def _lines(
         lines += [f"  {size / 2**30:9.2f} GiB  {word}" for word, size in savings]
     if memory is not None:
         what = f"micro_batch_size={fitting} is the largest that fits" if fitting else "not even micro_batch_size=1 fits"
-        lines.append(f"{what} into {memory / 2**30:.4g} GiB")
+        lines.append(f"{what} into {memory / 2**30:.4g} GiB{each}")
     lines.append(f"{found.steps:,} steps of about {found.tokens:,.0f} tokens, {found.flops:.3g} operations each")
     if measured:
         lines.append(f"measured: {measured.seconds:.3g} s a step, {measured.growth / 2**30:.2f} GiB more at the peak")

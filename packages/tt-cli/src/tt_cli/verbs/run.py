@@ -168,6 +168,7 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
     """Start the processes, after the mistakes that can be found by one."""
     from tt_cli import agent
     from tt_train.inputs.components import too_many_processes
+    from tt_train.inputs.model import Processes
     from tt_train.job import look_over
     from tt_train.run.resume import check_destination
     from tt_train.settings.keys.mistakes import world_mistakes
@@ -181,7 +182,7 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
         raise ConfigError(problems)
     if launch.nodes == 1:  # another machine's launcher may join a run that has begun
         check_destination(config, asked.resume)
-    look_over(config, ranks=launch.most)
+    look_over(config, processes=Processes(launch.most, launch.nproc))
     run_dir = None if launch.nodes > 1 or asked.dry_run else _run_dir(config, asked.resume)
     return agent.start(
         launch, asked.words(run_dir), run_dir or (Path(config.output_dir) if config.output_dir else None)

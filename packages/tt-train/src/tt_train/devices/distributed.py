@@ -17,13 +17,15 @@ from torch import Tensor
 class World:
     """This process among all that train one model. Each reads its own share of every batch (data parallel).
 
-    rank: from 0 to ``size - 1``. local_rank: the rank among the processes of this machine, which chooses the GPU.
+    rank: from 0 to ``size - 1``. local_rank: the rank among the ``local_size`` processes of this machine, which chooses
+    the GPU.
     Every method is a collective: if one rank calls it, all must, in the same order. A world of one has no one to ask.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -68,8 +70,11 @@ def world() -> World:
     """The world of this process: that of ``torch.distributed`` if it is initialized, else a world of one."""
     if not dist.is_available() or not dist.is_initialized():
         return World()
-    rank = dist.get_rank()
-    return World(rank=rank, size=dist.get_world_size(), local_rank=int(os.environ.get("LOCAL_RANK", rank)))
+    rank, size = dist.get_rank(), dist.get_world_size()
+    local_rank, local_size = (
+        int(os.environ.get(f"LOCAL_{name}", one)) for name, one in (("RANK", rank), ("WORLD_SIZE", size))
+    )
+    return World(rank=rank, size=size, local_rank=local_rank, local_size=local_size)
 
 
 def _device(device: torch.device) -> torch.device:

@@ -84,11 +84,11 @@ def device_notes(config: RunConfig, device: torch.device | None) -> list[str]:
     return [f"device: auto took {device} ({name})"]
 
 
-def mistakes(config: RunConfig, device: torch.device | None) -> list[str]:
-    """A line for each thing that the device, the optimizer, the loss or the loggers cannot do."""
+def mistakes(config: RunConfig, device: torch.device | None, *, ranks: int) -> list[str]:
+    """A line for each thing that the device, the optimizer, the loss or the loggers cannot do in so many processes."""
     found = _device_mistakes(config, device) if device is not None else []
-    found += _optimizer_mistakes(config, device if device is not None and not found else torch.device("cpu"))
-    found += _parallel_mistakes(config, world().size)
+    found += _optimizer_mistakes(config, device if device is not None and not found else torch.device("cpu"), ranks)
+    found += parallel_mistakes(config, ranks)
     return found + _loss_mistakes(config) + logger_mistakes(config) + _data_mistakes(config)
 
 
@@ -108,7 +108,7 @@ def _device_mistakes(config: RunConfig, device: torch.device) -> list[str]:
     return []
 
 
-def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
+def parallel_mistakes(config: RunConfig, size: int) -> list[str]:
     """What does not fit the ``size`` processes of the run."""
     if size == 1:
         return []
@@ -128,9 +128,9 @@ def _parallel_mistakes(config: RunConfig, size: int) -> list[str]:
     return found
 
 
-def _optimizer_mistakes(config: RunConfig, device: torch.device) -> list[str]:
+def _optimizer_mistakes(config: RunConfig, device: torch.device, size: int) -> list[str]:
     """What the optimizer says to its arguments, to a step of one number, and to a step in the backward pass."""
-    name, batch, micro, size = config.optimizer.name, config.batch_size, config.micro_batch_size, world().size
+    name, batch, micro = config.optimizer.name, config.batch_size, config.micro_batch_size
     found = []
     if config.optimizer_in_backward and batch > micro * size:
         found.append(

@@ -4,7 +4,7 @@ import re
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -13,9 +13,9 @@ from torch import nn
 import tt_ckpt
 import tt_models
 import tt_peft
-from tt_models.limits import gigabytes, refuse_too_large, total_memory
+from tt_models.limits import gigabytes, refuse_too_large, total_memory, weight_bytes
 from tt_peft import NF4Linear, QLoRALinear
-from tt_train.config import AdapterSection, PreferenceSection, RunConfig
+from tt_train.config import AdapterSection, KDConfig, PreferenceSection, RunConfig
 from tt_train.devices.sharding import ways
 from tt_train.errors import ConfigError, shell_word
 from tt_train.losses.table import REFERENCE_FREE
@@ -24,6 +24,16 @@ from tt_train.records.run_files import FinishedRun, read_json
 
 NF4_BYTES = 0.5 + 1 / 64  # of a value: its four bits, and the scale of its block
 STATE_BYTES = {"adamw8bit": 2, "adamw_fp8": 2, "adamw4bit": 1, "muon": 4}  # of a value that trains; AdamW: 8
+
+
+class Processes(NamedTuple):
+    """Of a run: all of them, and those on this machine."""
+
+    all: int
+    here: int
+
+
+ONE_PROCESS = Processes(1, 1)
 
 
 def model_folder(config: RunConfig) -> Path | None:
@@ -60,15 +70,16 @@ def lora_config(section: AdapterSection) -> tt_peft.LoRAConfig:
 
 
 def check_adapter(
-    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str], *, ranks: int | None = 1
+    config: RunConfig, model_config: Any, device: torch.device | None, notes: list[str], *, processes: Processes | None
 ) -> tt_peft.LoRAConfig | None:
     """The LoRAConfig, if any, tried on a model without memory: a target that matches nothing, and a model that the
-    devices of ``ranks`` processes cannot hold, are found here. None: the run will be on another machine."""
+    devices of the processes cannot hold, are found here. None: the run will be on another machine."""
     section, model = config.adapter, tt_models.build(model_config, device="meta")
     if wrong := activation_mistakes(model, config, device, notes):
         raise ConfigError(wrong)
     if section is None:
-        check_memory(model, config, device if ranks else None, notes, ranks=ranks or 1)
+        if processes is not None:
+            check_memory(model, config, device, notes, processes=processes)
         return None
     lora = lora_config(section)
     with warnings.catch_warnings(record=True) as said:
@@ -77,7 +88,8 @@ def check_adapter(
     if said:
         more = f" (and {len(said) - 1} more such modules)" if len(said) > 1 else ""
         notes.append(f"adapter: {said[0].message}{more}")
-    check_memory(model, config, device if ranks else None, notes, ranks=ranks or 1)
+    if processes is not None:
+        check_memory(model, config, device, notes, processes=processes)
     if section.quantize_base and device is not None and device.type != "cpu":
         _try_nf4(device)
     if section.path is not None:
@@ -139,13 +151,24 @@ def _unlike(section: AdapterSection, settings: dict[str, Any]) -> list[str]:
 
 
 def check_memory(
-    model: nn.Module, config: RunConfig, device: torch.device | None, notes: list[str], *, ranks: int = 1
+    model: nn.Module, config: RunConfig, device: torch.device | None, notes: list[str], *, processes: Processes
 ) -> None:
     """ConfigError if the weights alone of ``model`` (on the meta device) are more than the device has in all; a note if
-    what trains takes more with its gradients and AdamW's moments. Each of ``ranks`` devices has its shard of them."""
-    if device is None or (ranks > 1 and config.parallel.cpu_offload):  # shards in the memory of the machines
+    what trains takes more with its gradients and AdamW's moments.
+
+    Each process has its shard of them. Processes on a CPU, and shards that are offloaded to it, share its memory. A
+    teacher is whole in each process, a frozen copy of the model is sharded as the model is.
+    """
+    if device is None:
         return
-    shards = 1 if device.type == "cpu" else ways(config, ranks)[1]  # processes on a CPU have one memory
+    try:
+        shards = ways(config, processes.all)[1]
+    except ValueError:  # components.mistakes names it
+        return
+    offloaded = shards > 1 and config.parallel.cpu_offload
+    home = torch.device("cpu") if offloaded else device
+    together = processes.here if home.type == "cpu" else 1
+    teacher = 0 if offloaded else _teacher_bytes(config)
     quantized = {id(m.weight) for m in model.modules() if isinstance(m, NF4Linear | QLoRALinear)}
     width = 2 if config.model.dtype == "bf16" else 4
     frozen = trained = 0.0
@@ -159,24 +182,45 @@ def check_memory(
     compares = isinstance(loss, PreferenceSection) and loss.name not in REFERENCE_FREE and loss.reference_cache is None
     if compares and config.adapter is None:
         frozen += count * width  # a frozen copy of the whole model
-    cure = "take a smaller model"
+    cure = "take a smaller model" if not teacher else "take a smaller model or teacher"
     if config.adapter is None:
         cure = f"train an adapter (adapter.rank=8) or {cure}"
     elif not config.adapter.quantize_base:
         cure = f"set adapter.quantize_base=true, lower adapter.rank or {cure}"
     try:
         refuse_too_large(
-            f"a model of {count:,} parameters (its weights alone)", int((frozen + 4 * trained) / shards), device, cure
+            f"a model of {count:,} parameters{' with its teacher' if teacher else ''}"
+            f"{f' in {together} processes' if together > 1 else ''} (its weights alone)",
+            int(together * ((frozen + 4 * trained) / shards + teacher)),
+            home,
+            cure,
         )
     except ValueError as error:
         raise ConfigError([f"model: {error}"]) from None
     each = 4 + (0 if config.optimizer_in_backward else 4) + STATE_BYTES.get(config.optimizer.name, 8)
-    about, total = int((frozen + each * trained) / shards), total_memory(device)
+    about, total = int(together * ((frozen + each * trained) / shards + teacher)), total_memory(home)
     if total is not None and about > total:
         notes.append(
-            f"memory: weights, gradients and the optimizer's state take about {gigabytes(about)}, {device} has "
+            f"memory: weights, gradients and the optimizer's state take about {gigabytes(about)}, {home} has "
             f"{gigabytes(total)}; {cure}"
         )
+
+
+def teacher_shape(config: KDConfig) -> tt_models.Decoder:
+    """The teacher on the meta device."""
+    assert config.kd.teacher is not None
+    shape = tt_models.config_from_hf(tt_ckpt.read_config(folder_of(config.kd.teacher, key="kd.teacher")))
+    return tt_models.build(shape, device="meta", dtype=DTYPES[config.kd.teacher_dtype]).requires_grad_(False)
+
+
+def _teacher_bytes(config: RunConfig) -> int:
+    """Of the weights of the teacher, if there is one. One that cannot be read has none: methods.py names it."""
+    if not isinstance(config, KDConfig) or config.kd.teacher is None:
+        return 0
+    try:
+        return weight_bytes(teacher_shape(config))
+    except (ConfigError, ValueError, OSError):
+        return 0
 
 
 def activation_mistakes(

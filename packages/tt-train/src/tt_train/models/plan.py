@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import tt_data
 import tt_models
+from tt_models.limits import weight_bytes
 from tt_train.build import (
     build_optimizer,
     build_reference,
@@ -22,12 +23,12 @@ from tt_train.build import (
     make_objective,
     model_shape,
     preference_loss,
-    teacher_shape,
 )
 from tt_train.config import DPOConfig, KDConfig, PreferenceSection, RunConfig
 from tt_train.devices.sharding import ways
 from tt_train.errors import ConfigError
-from tt_train.inputs.model import check_adapter
+from tt_train.inputs.components import parallel_mistakes
+from tt_train.inputs.model import check_adapter, teacher_shape
 from tt_train.inputs.rows import Kind
 from tt_train.job import Job
 from tt_train.losses.answers import judged_objective, pair_objective
@@ -80,14 +81,10 @@ def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Pla
         ConfigError: the batch does not divide by the ranks.
     """
     config = job.config
-    if problems := world_mistakes(config, ranks):
+    if problems := [*world_mistakes(config, ranks), *parallel_mistakes(config, ranks)]:
         raise ConfigError(problems)
     batch, tokens = _largest(job, config.micro_batch_size)
-    passes = config.batch_size // (config.micro_batch_size * ranks)
-    peak, model = _trace(job, batch, passes, cpu=cpu)
-    shard = ways(config, ranks)[1]
-    if shard > 1:
-        peak = replace(peak, parts=_sharded(peak.parts, model, shard, whole_gradients=passes > 1, config=config))
+    peak, model = _trace(job, batch, config.batch_size // (config.micro_batch_size * ranks), ranks=ranks, cpu=cpu)
     every = list(model.parameters())
     flops = peak.flops * tokens / batch["input_ids"].numel()
     rows, length = batch["input_ids"].shape
@@ -97,15 +94,21 @@ def plan(job: Job[RunConfig], *, ranks: int = 1, cpu: bool | None = None) -> Pla
     )  # fmt: skip
 
 
-def _trace(job: Job[RunConfig], batch: Batch, passes: int, *, cpu: bool | None) -> tuple[Peak, nn.Module]:
+def _trace(job: Job[RunConfig], batch: Batch, passes: int, *, ranks: int, cpu: bool | None) -> tuple[Peak, nn.Module]:
+    """The peak on one of the ranks, each of which makes so many passes in a step."""
     config = job.config
+    cpu = job.device.type == "cpu" if cpu is None else cpu
     model = model_shape(job, device="meta").train()
     objective, prepare, frozen = _work(job, model, loads=False)
     peak = trace_step(
         model, batch, objective, accumulates=passes > 1, prepare=prepare, frozen=frozen,
         narrow=job.lora is None and job.dtype == torch.bfloat16, state_bytes=_state_bytes(config),
-        drops_gradients=config.optimizer_in_backward, cpu=job.device.type == "cpu" if cpu is None else cpu,
+        drops_gradients=config.optimizer_in_backward, cpu=cpu,
     )  # fmt: skip
+    shard = ways(config, ranks)[1]
+    if shard > 1:
+        sharded = _sharded(peak.parts, model, frozen, shard, whole_gradients=passes > 1, config=config, cpu=cpu)
+        peak = replace(peak, parts=sharded)
     return peak, model
 
 
@@ -173,9 +176,17 @@ def _steps(job: Job[RunConfig], micro_batch_size: int) -> Iterator[list[Batch]]:
 
 
 def _sharded(
-    parts: dict[str, int], model: nn.Module, shard: int, *, whole_gradients: bool, config: RunConfig
+    parts: dict[str, int],
+    model: nn.Module,
+    others: Sequence[nn.Module],
+    shard: int,
+    *,
+    whole_gradients: bool,
+    config: RunConfig,
+    cpu: bool,
 ) -> dict[str, int]:
-    """The parts on one of ``shard`` ranks: a share of every weight, and what is gathered at a time."""
+    """The parts on one of ``shard`` ranks: a share of every weight, and what is gathered at a time. A teacher is whole
+    on each; what is outside the blocks of a sharded copy stays gathered after its forward pass."""
     every = {p for p in model.parameters() if p.requires_grad}
     trained = sum(p.numel() for p in every)
     gathered = {id(p): p.nbytes for p in model.parameters()}
@@ -187,20 +198,31 @@ def _sharded(
     largest = max(sum(reduced.get(id(p), 0) for p in one.parameters()) for one in blocks(model))
     outside = sum(size for one, size in reduced.items() if one not in in_blocks)
     accumulated = whole_gradients and not config.parallel.reduce_every_micro_batch
+    whole = sum(map(weight_bytes, others))
+    if isinstance(config, KDConfig):
+        frozen -= whole
+    else:
+        inside = sum(weight_bytes(one) for other in others for one in blocks(other))
+        root, whole = root + whole - inside, 0
+    kept = 0 if config.parallel.cpu_offload and not cpu else 1  # shards are in the memory of the machine
     return {
         **parts,
-        "weights": (frozen + 4 * trained) // shard + 2 * block + root,
-        "gradients": 4 * trained // shard + (4 * trained if accumulated else largest + outside),
-        "optimizer": round(parts["optimizer"] / shard),
+        "weights": kept * (frozen + 4 * trained) // shard + whole + 2 * block + root,
+        "gradients": kept * 4 * trained // shard + (4 * trained if accumulated else largest + outside),
+        "optimizer": kept * round(parts["optimizer"] / shard),
     }
 
 
-def largest_micro_batch(job: Job[RunConfig], memory: int, *, cpu: bool | None = None) -> int:
-    """The largest ``micro_batch_size`` whose peak fits into ``memory`` bytes; 0 if not even 1 does."""
+def largest_micro_batch(job: Job[RunConfig], memory: int, *, ranks: int = 1, cpu: bool | None = None) -> int:
+    """The largest ``micro_batch_size`` whose peak fits into ``memory`` bytes of each rank; 0 if not even 1 does.
+
+    Unless the optimizer runs in the backward, gradients of an earlier micro-batch of the step are there.
+    """
+    passes = 1 if job.config.optimizer_in_backward else 2
 
     def peak_of(size: int) -> int:
         other = with_config(job, replace(job.config, micro_batch_size=size, batch_size=size))
-        return _trace(job, _largest(other, size)[0], passes=2, cpu=cpu)[0].total
+        return _trace(job, _largest(other, size)[0], passes, ranks=ranks, cpu=cpu)[0].total
 
     first, second = peak_of(1), peak_of(2)
     if first > memory:
@@ -213,7 +235,7 @@ def largest_micro_batch(job: Job[RunConfig], memory: int, *, cpu: bool | None = 
 
 def with_config(job: Job[RunConfig], config: RunConfig) -> Job[RunConfig]:
     """The job with another config, of the same model and rows."""
-    lora = check_adapter(config, job.model_config, job.device, [], ranks=None)
+    lora = check_adapter(config, job.model_config, job.device, [], processes=None)
     return replace(job, config=config, lora=lora, dtype=DTYPES[config.model.dtype])
 
 

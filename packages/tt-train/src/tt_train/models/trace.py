@@ -20,12 +20,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tt_models.cpu import shapes_alone
 from tt_peft.nf4_linear import NF4Base
 from tt_train.losses.cross_entropy import Batch, CausalLM, Objective
+from tt_train.models.heap import MAPPED, Heap
 
 aten = torch.ops.aten
 _MASKED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._index_put_impl_.default)  # fmt: skip
-_FROM_THE_HEAP = 2**25 - 2**16  # bytes: glibc maps a larger tensor, and unmaps it when it is freed
-_SCATTERED = 0.2  # of the tensors that come and go in the heap, fitted to benchmarks/plan_memory.py
 _LIBRARIES = 60 * 2**20  # bytes: code and buffers that a first step loads, measured
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 2**14  # of a weight: its code, its block's scale, and the scale of the scales
 
@@ -186,15 +185,18 @@ def trace_step(
 
 
 def _held_back(live: _Live) -> int:
-    """What a process on Linux keeps beyond the tensors in use.
-
-    glibc maps large tensors, and takes smaller ones from its heap, which does not shrink: its largest size counts, and
-    what small objects between freed tensors keep from being used again.
-    """
-    heap = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP)
-    mapped = live.most_at_once(lambda piece: piece.size >= _FROM_THE_HEAP)
-    passing = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP and piece.part in ("activations", "logits"))
-    return heap + mapped - live.peak + round(_SCATTERED * passing) + _LIBRARIES
+    """What a process on Linux keeps beyond the tensors in use when most are: holes of the heap, and libraries."""
+    heap, mapped, most = Heap(), 0, 0
+    for index, came in live.events:
+        size = live.pieces[index].size
+        if size >= MAPPED - 2**16:
+            mapped += size if came else -size
+        elif came:
+            heap.take(index, size)
+        else:
+            heap.free(index)
+        most = max(most, heap.size + mapped)
+    return most - live.peak + _LIBRARIES
 
 
 def _drop_gradient(parameter: Tensor) -> None:
