@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 
 def config(model_dir, rows_file, *more):
     return ["sft", f"model.path={model_dir}", f"data.train={rows_file}", "max_steps=3", "data.max_seq_len=64", *more]
@@ -31,13 +33,30 @@ def test_measured_steps_give_the_time(tt, model_dir, rows_file):
 
 
 def test_a_size_or_a_rate_that_is_none_is_refused(tt, model_dir, rows_file):
-    for text in ("much", "24"):  # not 24 bytes
+    for text in ("much", "24", "24G", "0GB", "24 gbit"):  # not 24 bytes; G may mean either
         found = tt("plan", *config(model_dir, rows_file), "--memory", text)
         assert found.code == 2
-        assert f"expected a size with a unit, such as 24GiB, got '{text}'" in found.err
+        assert f"expected a size with a unit, such as 24GiB (2**30) or 80GB (10**9), got '{text}'" in found.err
     found = tt("plan", *config(model_dir, rows_file), "--flops", "0")
     assert found.code == 2
     assert "expected operations per second" in found.err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("80GB", 80 * 10**9), ("80 GiB", 80 * 2**30), ("1.5tib", 3 * 2**39), ("500MB", 500 * 10**6), ("64kb", 64_000)],
+)
+def test_gb_are_powers_of_ten_and_gib_of_two(text, size):
+    from tt_cli.verbs.plan import _bytes
+
+    assert _bytes(None, None, text) == size
+
+
+def test_processes_that_cannot_share_the_weights_are_named_as_in_a_run(tt, model_dir, rows_file):
+    words = ["parallel.shard=2", "batch_size=6", "micro_batch_size=1"]
+    found = tt("plan", *config(model_dir, rows_file, *words), "--nproc", "3")
+    assert found.code == 2
+    assert "parallel: shard 2 does not divide the 3 processes; take one of 1, 3" in found.err
 
 
 def test_a_mistake_in_the_config_is_that_of_validate(tt, model_dir, rows_file):

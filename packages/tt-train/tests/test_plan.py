@@ -100,6 +100,30 @@ def test_shards_divide_what_trains(words):
     assert plan(adapted, ranks=4).peak.parts["weights"] == plan(adapted).peak.parts["weights"]
 
 
+def test_the_largest_micro_batch_of_sharded_ranks_is_larger_and_fits_each(words):
+    job = job_of(words, "model.dtype=fp32", "batch_size=8", "micro_batch_size=1")
+    other = with_config(job, dataclasses.replace(job.config, micro_batch_size=2, batch_size=16))
+    memory = plan(other, ranks=4).peak.total
+    assert memory < plan(job).peak.total  # one process cannot do it
+    assert largest_micro_batch(job, memory) == 0
+    assert largest_micro_batch(job, memory, ranks=4) >= 2
+
+
+def test_shards_that_are_offloaded_are_not_on_the_gpu(words):
+    words = [*words, "model.dtype=fp32", "batch_size=8", "micro_batch_size=1"]
+    kept, away = (plan(job_of(words, f"parallel.cpu_offload={on}"), ranks=4, cpu=False) for on in ("false", "true"))
+    assert away.peak.parts["optimizer"] == 0 < kept.peak.parts["optimizer"]
+    assert away.peak.parts["weights"] == kept.peak.parts["weights"] - kept.parameters  # a quarter of 4 bytes each
+
+
+def test_a_teacher_is_whole_on_every_rank(words):
+    folder = next(word.removeprefix("model.path=") for word in words if word.startswith("model.path="))
+    words = [*words, "model.dtype=fp32", "batch_size=8", "micro_batch_size=1"]
+    taught = job_of(words, f"kd.teacher={folder}", "kd.teacher_dtype=fp32", recipe="kd")
+    alone = plan(job_of(words), ranks=4).peak.parts["weights"]
+    assert plan(taught, ranks=4).peak.parts["weights"] == alone + 4 * plan(job_of(words)).parameters
+
+
 def test_a_batch_that_does_not_divide_by_the_ranks_is_named(words):
     with pytest.raises(ConfigError, match="batch_size: 4 is not a multiple of micro_batch_size .*; nearest that are: "):
         plan(job_of(words, "batch_size=4", "micro_batch_size=1"), ranks=3)

@@ -165,17 +165,17 @@ def trace_step(
     if drops_gradients:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
-    for parameter in trained if accumulates else ():
-        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        live.add(parameter.grad, "gradients")
     with shapes_alone(FakeTensor if cpu else None), watch:
         (made,) = prepare([batch])
-        loss = objective(cast(CausalLM, _Marked(model, watch)), made).loss
-        watch.part = "activations"
-        loss.backward()  # type: ignore[no-untyped-call]
-        for parameter in trained:
-            if parameter.grad is not None:
-                live.name(parameter.grad, "gradients")
+        for _ in range(2 if accumulates else 1):  # the gradients of the first one are in the way of the second one
+            watch.flops = 0
+            loss = objective(cast(CausalLM, _Marked(model, watch)), made).loss
+            watch.part = "activations"
+            loss.backward()  # type: ignore[no-untyped-call]
+            del loss
+            for parameter in trained:
+                if parameter.grad is not None:
+                    live.name(parameter.grad, "gradients")
     parts = Counter({"weights": 0, "gradients": 0, "optimizer": state, "activations": 0, "logits": 0, "allocator": 0})
     for piece in live.at_peak():
         parts[piece.part] += piece.size
