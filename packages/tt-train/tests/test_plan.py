@@ -39,8 +39,11 @@ def allocated_peak(job):
 @pytest.mark.parametrize("more", [[], ["adapter.rank=4"], ["activation_checkpointing=true"], ["model.dtype=bf16"]])
 def test_what_a_step_is_said_to_allocate_is_what_torch_allocates(words, more):
     job = job_of(words, "model.dtype=fp32", "batch_size=4", "micro_batch_size=4", "data.shuffle=false", *more)
-    parts = plan(job).peak.parts
+    found = plan(job)
+    parts = found.peak.parts
     said = parts["activations"] + parts["logits"] + parts["gradients"]
+    if job.config.model.dtype == "bf16":  # in so small a model the optimizer's step takes the most
+        said += parts["optimizer"] - 10 * found.parameters
     assert said == pytest.approx(allocated_peak(job), rel=0.1)
 
 
@@ -56,7 +59,9 @@ def test_bf16_weights_keep_the_bits_that_they_lack_and_gradients_in_fp32(words):
     found = plan(job_of(words, "model.dtype=bf16", "batch_size=4", "micro_batch_size=2"))
     assert found.peak.parts["weights"] == 2 * found.parameters
     assert found.peak.parts["gradients"] == 4 * found.parameters
-    assert found.peak.parts["optimizer"] == pytest.approx(10 * found.parameters, rel=0.01)
+    # 8 bytes of state, the 2 that are lacking, and all weights in fp32 while the optimizer runs, since they are few
+    largest = max(p.numel() for p in load_model(job_of(words)).parameters())
+    assert found.peak.parts["optimizer"] == pytest.approx(14 * found.parameters + 4 * largest, rel=0.01)
 
 
 def test_a_base_of_4_bits_is_counted_as_such(words):

@@ -20,7 +20,7 @@ _SCALES = {"": 1.0, "G": 1e9, "T": 1e12, "P": 1e15}
 _ABOUT = {
     "weights": "weights of the model, and of frozen models beside it",
     "gradients": "gradients of what trains, in fp32",
-    "optimizer": "state of the optimizer, and the bits that bf16 weights lack",
+    "optimizer": "state of the optimizer, the bits that bf16 weights lack, and some in fp32 while it runs",
     "activations": "what the backward pass needs, and the gradients on their way",
     "logits": "logits and gradients of the loss",
     "allocator": "libraries, and freed memory that the process keeps",
@@ -112,7 +112,7 @@ def command(
 def _savings(
     job: "Job[RunConfig]", found: "Plan", *, what: str, words: tuple[Any, ...], cpu: bool | None
 ) -> list[tuple[str, int]]:
-    """What each switch that is left would save, the most first."""
+    """What each switch that is left would save, the most first; not what is less than a hundredth of the tensors."""
     from tt_train.models.plan import plan, switches, with_config
 
     overrides, config_file, allow_import = words
@@ -120,7 +120,8 @@ def _savings(
     for word in switches(job.config):
         other = with_config(job, composed(what, config_file, (*overrides, word), allow_import))
         rows.append((word, found.peak.total - plan(other, ranks=found.ranks, cpu=cpu).peak.total))
-    return sorted((row for row in rows if row[1] > found.peak.total // 100), key=lambda row: -row[1])
+    least = (found.peak.total - found.peak.parts["allocator"]) // 100
+    return sorted((row for row in rows if row[1] > least), key=lambda row: -row[1])
 
 
 def _as_data(

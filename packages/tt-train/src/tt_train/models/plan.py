@@ -36,10 +36,12 @@ from tt_train.losses.cross_entropy import Batch, Objective
 from tt_train.losses.distill import distillation
 from tt_train.memory import DTYPES, blocks, peak_memory_gib
 from tt_train.models.trace import Peak, trace_step
+from tt_train.optim.master_weights import scratch_bytes
 from tt_train.optim.optimizers import make_optimizer
 from tt_train.optim.state import state_bytes
 from tt_train.references.reference import Reference, adapter_off, log_probs_of, prepared
 from tt_train.settings.keys.mistakes import world_mistakes
+from tt_train.settings.registry import OPTIMIZERS
 from tt_train.step import train_step
 
 Prepare = Callable[[Sequence[Batch]], Sequence[Batch]]
@@ -104,6 +106,7 @@ def _trace(job: Job[RunConfig], batch: Batch, passes: int, *, ranks: int, cpu: b
         model, batch, objective, accumulates=passes > 1, prepare=prepare, frozen=frozen,
         narrow=job.lora is None and job.dtype == torch.bfloat16, state_bytes=_state_bytes(config),
         drops_gradients=config.optimizer_in_backward, cpu=cpu,
+        scratch=partial(scratch_bytes, together=config.optimizer.name not in OPTIMIZERS),
     )  # fmt: skip
     shard = ways(config, ranks)[1]
     if shard > 1:
@@ -227,9 +230,12 @@ def largest_micro_batch(job: Job[RunConfig], memory: int, *, ranks: int = 1, cpu
     first, second = peak_of(1), peak_of(2)
     if first > memory:
         return 0
-    most = min(MOST_ROWS, 1 + int((memory - first) / max(1, second - first)))  # memory grows by as much with each row
+    most = min(MOST_ROWS, 1 + int((memory - first) / max(1, second - first)))  # rows differ, so this is a guess
+    step = max(1, most // 16)
     while most > 1 and peak_of(most) > memory:
-        most -= max(1, most // 16)
+        most = max(1, most - step)
+    while most + step <= MOST_ROWS and peak_of(most + step) <= memory:
+        most += step
     return most
 
 

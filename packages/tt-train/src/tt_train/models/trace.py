@@ -20,11 +20,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from tt_models.cpu import shapes_alone
 from tt_peft.nf4_linear import NF4Base
 from tt_train.losses.cross_entropy import Batch, CausalLM, Objective
-from tt_train.models.heap import MAPPED, Heap
 
 aten = torch.ops.aten
 _MASKED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._index_put_impl_.default)  # fmt: skip
+_FROM_THE_HEAP = 2**25 - 2**16  # bytes: glibc maps a larger tensor, and unmaps it when it is freed
+_SCATTERED = 0.2  # of the tensors that come and go in the heap, fitted to benchmarks/plan_memory.py
 _LIBRARIES = 60 * 2**20  # bytes: code and buffers that a first step loads, measured
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 2**14  # of a weight: its code, its block's scale, and the scale of the scales
 
@@ -146,6 +147,7 @@ def trace_step(
     state_bytes: float,
     accumulates: bool,
     drops_gradients: bool,
+    scratch: Callable[[Sequence[nn.Parameter]], int],
     cpu: bool,
 ) -> Peak:
     """What the second and every later step of training ``model``, which is on the meta device, needs.
@@ -153,8 +155,9 @@ def trace_step(
     batch: a real micro-batch. accumulates: whether others came before it in the step, so that there are gradients.
     prepare: what the recipe does to micro-batches first. frozen: further models, on the meta device, that the objective
     or ``prepare`` uses. narrow: fp32 weights are kept as bf16 and the bits that it lacks. state_bytes: of the
-    optimizer, for each trained weight. drops_gradients: the optimizer runs in the backward. cpu: the blocks compute as
-    on a CPU, which keeps less than their formulas.
+    optimizer, for each trained weight. drops_gradients: the optimizer runs in the backward. scratch: bytes that the
+    optimizer takes while it runs, of these parameters. cpu: the blocks compute as on a CPU, which keeps less than their
+    formulas.
     """
     live, mode = _Live(), FakeTensorMode(allow_non_fake_inputs=True)
     trained = _give_shapes_(model, live, mode, narrow=narrow)
@@ -165,38 +168,40 @@ def trace_step(
     if drops_gradients:
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
+    for parameter in trained if accumulates else ():
+        parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        live.add(parameter.grad, "gradients")
     with shapes_alone(FakeTensor if cpu else None), watch:
         (made,) = prepare([batch])
-        for _ in range(2 if accumulates else 1):  # the gradients of the first one are in the way of the second one
-            watch.flops = 0
-            loss = objective(cast(CausalLM, _Marked(model, watch)), made).loss
-            watch.part = "activations"
-            loss.backward()  # type: ignore[no-untyped-call]
-            del loss
-            for parameter in trained:
-                if parameter.grad is not None:
-                    live.name(parameter.grad, "gradients")
+        loss = objective(cast(CausalLM, _Marked(model, watch)), made).loss
+        watch.part = "activations"
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in trained:
+            if parameter.grad is not None:
+                live.name(parameter.grad, "gradients")
     parts = Counter({"weights": 0, "gradients": 0, "optimizer": state, "activations": 0, "logits": 0, "allocator": 0})
-    for piece in live.at_peak():
-        parts[piece.part] += piece.size
+    weights, gradients = sum(p.size for p in live.pieces if p.part == "weights"), sum(4 * p.numel() for p in trained)
+    update = scratch(trained)
+    if not drops_gradients and weights + gradients + update > live.peak:  # the optimizer's step takes the most
+        parts.update({"weights": weights, "gradients": gradients, "optimizer": update})
+    else:
+        for piece in live.at_peak():
+            parts[piece.part] += piece.size
     if cpu and sys.platform == "linux":
         parts["allocator"] = _held_back(live)
     return Peak(dict(parts), watch.flops)
 
 
 def _held_back(live: _Live) -> int:
-    """What a process on Linux keeps beyond the tensors in use when most are: holes of the heap, and libraries."""
-    heap, mapped, most = Heap(), 0, 0
-    for index, came in live.events:
-        size = live.pieces[index].size
-        if size >= MAPPED - 2**16:
-            mapped += size if came else -size
-        elif came:
-            heap.take(index, size)
-        else:
-            heap.free(index)
-        most = max(most, heap.size + mapped)
-    return most - live.peak + _LIBRARIES
+    """What a process on Linux keeps beyond the tensors in use.
+
+    glibc maps large tensors, and takes smaller ones from its heap, which does not shrink: its largest size counts, and
+    what small objects between freed tensors keep from being used again.
+    """
+    heap = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP)
+    mapped = live.most_at_once(lambda piece: piece.size >= _FROM_THE_HEAP)
+    passing = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP and piece.part in ("activations", "logits"))
+    return heap + mapped - live.peak + round(_SCATTERED * passing) + _LIBRARIES
 
 
 def _drop_gradient(parameter: Tensor) -> None:

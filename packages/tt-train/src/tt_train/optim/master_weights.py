@@ -188,6 +188,14 @@ class InBackward(MasterWeights):
         gradient.copy_(total[:-1].view(gradient.shape))
 
 
+def scratch_bytes(parameters: Iterable[nn.Parameter], *, together: bool) -> int:
+    """What ``MasterWeights.step`` takes while it runs: the fp32 weights that are whole at a time, and the bits that one
+    of them lacked, which torch widens to add them."""
+    narrow = [parameter for parameter in parameters if parameter.dtype == torch.bfloat16]
+    whole = _size(narrow) if together else max(map(_size, _buckets(narrow)), default=0)
+    return 4 * (whole + max((parameter.numel() for parameter in narrow), default=0))
+
+
 def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
