@@ -1,4 +1,4 @@
-"""What ``tt plan`` says of eight runs, and the growth of the resident memory that each of them has on this CPU.
+"""What ``tt plan`` says of nine runs, and the growth of the resident memory that each of them has on this CPU.
 
 python benchmarks/plan_memory.py MODEL
 
@@ -23,6 +23,7 @@ RUNS = {
     "LoRA": ["data.max_seq_len=512", "adapter.rank=8"],
     "QLoRA": ["data.max_seq_len=512", "adapter.rank=8", "adapter.quantize_base=true"],
     "checkpointing": ["data.max_seq_len=1024", "activation_checkpointing=true"],
+    "LoRA, checkpointing": ["data.max_seq_len=1024", "adapter.rank=8", "activation_checkpointing=true"],
     "long": ["data.max_seq_len=2048", "adapter.rank=8", "micro_batch_size=1", "batch_size=2"],
     "packed": ["data.max_seq_len=1024", "data.packing=true", "micro_batch_size=1", "batch_size=2"],
     "dpo": ["data.max_seq_len=512", "adapter.rank=8", "micro_batch_size=1", "batch_size=2"],

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tt_models
 from tt_models.prompts import left_padded, left_padded_positions
-from tt_train.losses.cross_entropy import chunk_of, log_sum
+from tt_train.losses.chunks import by_rows_, chunk_of
 
 Ids = tuple[int, ...]
 Group = tuple[Ids, list[Ids]]  # a context and its continuations
@@ -89,10 +89,15 @@ def _read_on(model: tt_models.Decoder, contexts: Sequence[Ids], counts: Tensor, 
 
 def _next_token(model: tt_models.Decoder, hidden_ND: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
     """The log-probability of each label in fp32, and whether it is the likeliest token; never all logits at once."""
-    log_probs, likeliest = [], []
-    size = chunk_of(model.output_weight)
-    for start in range(0, len(labels_N), size):
-        logits_CV, labels_C = model.logits(hidden_ND[start : start + size]).float(), labels_N[start : start + size]
-        log_probs.append(logits_CV.gather(1, labels_C[:, None]).squeeze(1) - log_sum(logits_CV))
-        likeliest.append(logits_CV.argmax(dim=-1) == labels_C)
-    return torch.cat(log_probs), torch.cat(likeliest)
+    log_probs_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
+    likeliest_N = torch.empty_like(log_probs_N, dtype=torch.bool)
+    for start in range(0, len(labels_N), size := chunk_of(model.output_weight)):
+        part = slice(start, start + size)
+        by_rows_(_of_rows, model.logits(hidden_ND[part]), labels_N[part], log_probs_N[part], likeliest_N[part])
+    return log_probs_N, likeliest_N
+
+
+def _of_rows(logits_RV: Tensor, labels_R: Tensor, log_probs_R: Tensor, likeliest_R: Tensor) -> None:
+    picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
+    torch.sub(picked_R, torch.logsumexp(logits_RV, dim=-1), out=log_probs_R)
+    torch.eq(logits_RV.argmax(dim=-1), labels_R, out=likeliest_R)

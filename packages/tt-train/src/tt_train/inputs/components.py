@@ -84,7 +84,7 @@ def device_notes(config: RunConfig, device: torch.device | None) -> list[str]:
     return [f"device: auto took {device} ({name})"]
 
 
-def mistakes(config: RunConfig, device: torch.device | None, *, ranks: int) -> list[str]:
+def mistakes(config: RunConfig, device: torch.device | None, *, ranks: int = 1) -> list[str]:
     """A line for each thing that the device, the optimizer, the loss or the loggers cannot do in so many processes."""
     found = _device_mistakes(config, device) if device is not None else []
     found += _optimizer_mistakes(config, device if device is not None and not found else torch.device("cpu"), ranks)
