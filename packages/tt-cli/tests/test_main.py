@@ -75,12 +75,12 @@ def test_a_terminal_that_lacks_a_character_shows_its_escape(tt_process):
     assert done.stdout.splitlines()[1] == "\\u27e6"
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["ls"], ["run", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("args", [["--help"], ["ls"]], ids=" ".join)
 def test_light_commands_start_in_a_fifth_of_a_second_of_cpu_time(args, tmp_path):
     code = f"from tt_cli.main import main; main({args})"
     script = f"import resource, sys; {code}; print(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), file=sys.stderr)"
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
     runs = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
-            for _ in range(4)]  # fmt: skip
+            for _ in range(3)]  # fmt: skip
     # the least of them: the first compiles, and others may have to share their core
     assert min(float(run.stderr.split()[-1]) for run in runs) < 0.2
