@@ -12,9 +12,10 @@ import tt_train
 from tt_train import compose
 from tt_train.config import QuantizationSection
 from tt_train.errors import ConfigError
-from tt_train.inputs.fake_quantize import base_config, fake_quantize_, linear_layers
+from tt_train.inputs.fake_quantize import fake_quantize_, linear_layers
 from tt_train.job import assemble
 from tt_train.memory import blocks, checkpoint_activations_
+from tt_train.quantized.torchao import trained_config
 from tt_train.recipes import qat, sft
 
 SECTIONS = [
@@ -31,7 +32,7 @@ def stored(model, section):
     from torchao.quantization import quantize_
 
     layers = linear_layers(model)
-    quantize_(model, base_config(section), filter_fn=lambda module, name: name in layers)
+    quantize_(model, trained_config(section), filter_fn=lambda module, name: name in layers)
     return model
 
 

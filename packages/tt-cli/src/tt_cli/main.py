@@ -30,6 +30,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "generate": ("tt_cli.verbs.generate", "Answer one prompt with a run or a model."),
         "eval": ("tt_cli.verbs.eval", "Evaluate runs or models on benchmark tasks or on your own rows."),
         "merge": ("tt_cli.verbs.merge", "Write a run as one Hugging Face model, adapter merged."),
+        "quantize": ("tt_cli.verbs.quantize", "Write a run or a model in 8 or 4 bits."),
         "export": ("tt_cli.verbs.export", "Write a run for vLLM, llama.cpp or Ollama."),
     },
     "Model files": {

@@ -191,8 +191,8 @@ def without_noise() -> Iterator[None]:
             theirs.enable_progress_bar()
 
 
-def load_reference(path: str | Path) -> nn.Module:
-    """A directory through transformers, fp32, in evaluation mode; softcaps and sinks need its plain attention.
+def load_reference(path: str | Path, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """A directory through transformers, in evaluation mode; softcaps and sinks need its plain attention.
 
     Without its settings for generation: a repetition penalty is not part of the model.
     """
@@ -201,7 +201,7 @@ def load_reference(path: str | Path) -> nn.Module:
     attention = "eager" if AutoConfig.from_pretrained(path).model_type in ("gemma2", "gpt_oss") else "sdpa"
     reference: nn.Module
     reference, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+        path, dtype=dtype, attn_implementation=attention, output_loading_info=True
     )
     if found["missing_keys"]:
         missing = sorted(found["missing_keys"])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tt_train.losses.preferences import dpo_loss
     from tt_train.models.load import load
     from tt_train.models.merge import merge_run
+    from tt_train.models.quantize import quantize_run
     from tt_train.optim.schedule import learning_rate
     from tt_train.settings.composing import compose
     from tt_train.step import train_step
@@ -30,6 +31,7 @@ _HOMES = {
     "learning_rate": "optim.schedule",
     "linear_log_probs": "losses.log_probs",
     "merge_run": "models.merge",
+    "quantize_run": "models.quantize",
     "train_step": "step",
 }
 
@@ -47,6 +49,7 @@ __all__ = [
     "linear_log_probs",
     "load",
     "merge_run",
+    "quantize_run",
     "train_step",
 ]
 

@@ -75,7 +75,7 @@ def write_config(path: Path, config: Mapping[str, Any], specs: Mapping[str, Tens
     config = dict(config)
     counts: Counter[torch.dtype] = Counter()
     for spec in specs.values():
-        if spec.dtype.is_floating_point:
+        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:  # 8-bit floats are of quantized weights
             counts[spec.dtype] += spec.nbytes // spec.dtype.itemsize
     for key in ("dtype", "torch_dtype"):
         if key in config and counts:

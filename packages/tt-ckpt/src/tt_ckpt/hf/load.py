@@ -57,6 +57,7 @@ def load_weights(
     Parameters on the meta device are created on ``device`` (default: the CPU) in ``dtype`` (default: the file's).
     Others keep their device and dtype unless these are given. Adapter parameters are left alone. A module with
     ``load_base_(name, tensor)`` receives its tensors through it, each in memory that the next one overwrites.
+    Quantized files are refused, unless a module has the attribute ``reads_quantized``.
     ``progress(done, total)`` counts bytes.
 
     Raises FileNotFoundError or ValueError, in one line, if a tensor is missing, unexpected, damaged, of another shape,
@@ -104,7 +105,7 @@ def _plan(model: nn.Module, path: str | Path) -> _Plan:
     directory = resolve(path)
     tensors = open_tensors(directory)
     config = read_config(directory) if (directory / "config.json").exists() else {}
-    if config.get("quantization_config") or config.get("quantization"):
+    if not any(getattr(module, "reads_quantized", False) for module in model.modules()):
         refuse_quantized(directory, config)
     specs, used = tensors.specs, set[str]()
     plan = _Plan(directory=directory, tensors=tensors, fills=[], equal=[])

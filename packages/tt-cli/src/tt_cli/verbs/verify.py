@@ -46,7 +46,7 @@ def command(ctx: click.Context, model: str, output: Path | None, seed: int, as_j
         for name, error in certificate["errors"].items():
             numbers = (error, certificate["reference_errors"].get(name), certificate["limits"][name])
             click.echo("  ".join([f"{name:24}", *(f"{_number(number):>12}" for number in numbers)]))
-        if not certificate["passed"]:
+        if not certificate["passed"] and "worst_gradient" in certificate:
             click.echo(f"the least accurate gradient: {certificate['worst_gradient']}")
         for part in certificate.get("not_reached", ()):
             click.echo(f"not reached: {part}")

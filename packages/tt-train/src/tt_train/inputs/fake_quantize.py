@@ -1,16 +1,12 @@
 """Quantization-aware training: linear layers compute with weights rounded as they will be stored, by torchao.
 
-https://arxiv.org/abs/1712.05877. Only here does tt_train import torchao, and only if a run asks for it. The parameters
-stay what they are, under their names: what is saved is a normal checkpoint, and quantizing it is a separate step.
+https://arxiv.org/abs/1712.05877. The parameters stay what they are, under their names: what is saved is a normal
+checkpoint, and quantizing it is a separate step (``tt quantize``).
 """
 
 import functools
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,9 +15,7 @@ from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRALinear
 from tt_train.config import QuantizationSection
 from tt_train.memory import blocks
-
-if TYPE_CHECKING:
-    from torchao.core.config import AOBaseConfig
+from tt_train.quantized.torchao import roundings, trained_config
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -37,9 +31,9 @@ def fake_quantize_(model: nn.Module, section: QuantizationSection) -> list[str]:
     """
     if problems := quantization_mistakes(model, section):
         raise ValueError("\n".join(problems))
-    config, layers = base_config(section), linear_layers(model)
+    config, layers = trained_config(section), linear_layers(model)
     for layer in layers.values():
-        weights, inputs = _roundings(config, layer.in_features, layer.out_features)
+        weights, inputs = roundings(config, layer.in_features, layer.out_features)
         layer.forward = functools.partial(_rounded, layer, weights, inputs)  # type: ignore[method-assign]
     return list(layers)
 
@@ -79,50 +73,6 @@ def quantization_mistakes(model: nn.Module, section: QuantizationSection) -> lis
     if stacked:
         found.append(f"model: {stacked[0]} is not a linear layer; qat does not support stacked experts")
     return found
-
-
-def base_config(section: QuantizationSection) -> "AOBaseConfig":
-    """The config with which ``torchao.quantization.quantize_`` stores the trained weights."""
-    with _quietly():
-        from torchao.quantization import (
-            Int8DynamicActivationIntxWeightConfig,
-            IntxWeightOnlyConfig,
-            PerAxis,
-            PerGroup,
-        )
-
-    dtype = {"int4": torch.int4, "int8": torch.int8}[section.weights]  # type: ignore[attr-defined]
-    granularity = PerAxis(0) if section.group_size is None else PerGroup(section.group_size)
-    if section.activations is None:
-        return IntxWeightOnlyConfig(weight_dtype=dtype, granularity=granularity)
-    return Int8DynamicActivationIntxWeightConfig(weight_dtype=dtype, weight_granularity=granularity)
-
-
-def _roundings(config: "AOBaseConfig", in_features: int, out_features: int) -> tuple[Rounding, Rounding | None]:
-    """torchao's rounding of the weights, and of the inputs, of one layer."""
-    with _quietly():
-        from torchao.quantization import quantize_
-        from torchao.quantization.qat import QATConfig
-
-    probe = nn.Sequential(nn.Linear(in_features, out_features, bias=False, device="meta"))
-    with _quietly():
-        quantize_(probe, QATConfig(config, step="prepare"))
-    prepared: Any = probe[0]
-    return prepared.weight_fake_quantizer, prepared.activation_fake_quantizer
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without torchao's and torch's warnings about extensions and enums, which mean nothing to a run."""
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _rounded(layer: nn.Linear, weights: Rounding, inputs: Rounding | None, x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import tt_ckpt
 import tt_data
 import tt_models
 import tt_peft
+from tt_ckpt.hf.stored_tensors import open_tensors
+from tt_ckpt.hf.weights import EMBEDDING
 from tt_ckpt.shown import plain
 from tt_models.limits import refuse_too_large, weight_bytes
 from tt_peft.adapter_files.folder import WEIGHTS_FILE, read_adapter_config, read_adapter_weights
@@ -20,6 +22,8 @@ from tt_train.inputs.model import lora_config, read_hf_config
 from tt_train.memory import DTYPES
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.optim.master_weights import join
+from tt_train.quantized.stored import expect_, is_torchao
+from tt_train.quantized.trial import computing_problem
 from tt_train.settings.recipe_file import repeating
 
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
@@ -68,6 +72,8 @@ def load(
 
 def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> tt_models.Decoder:
     """A Hugging Face model directory as one of our models; ``dtype``: ``saved_dtype`` by default."""
+    if is_torchao(tt_ckpt.read_config(source)):
+        return load_quantized(source, device=device, dtype=dtype)
     dtype = dtype or saved_dtype(source, device)
     model = tt_models.build(model_config(source), device="meta", dtype=dtype)
     refuse_too_large(f"{source}: the model", weight_bytes(model), device, "use a smaller model, or a larger machine")
@@ -75,9 +81,41 @@ def load_base(source: Path, *, device: torch.device, dtype: torch.dtype | None =
     return model.eval()
 
 
-def model_config(source: Path) -> tt_models.ModelConfig:
-    """The config of a Hugging Face model directory, read strictly; ValueError names the file."""
+def load_quantized(
+    source: Path, *, device: torch.device, dtype: torch.dtype | None = None, as_dense: bool = False
+) -> tt_models.Decoder:
+    """A directory whose linear layers torchao has quantized, as ``tt quantize`` or transformers wrote it.
+
+    Weights keep the form in which files have them, and so does the memory that they need; ``as_dense`` gives a plain
+    model in fp32 instead, of the matrices that they stand for. ConfigError for another
+    ``dtype`` than that of the directory, and for a format whose kernels this machine does not have.
+    """
+    tensors = open_tensors(source)
+    model = tt_models.build(model_config(source, quantized=True), device="meta")
+    names = expect_(model, tensors, as_dense=as_dense)
+    stored = tensors.specs[EMBEDDING].dtype if EMBEDDING in tensors.specs else None
+    if dtype not in (None, stored):
+        asked, kept = (str(kind).removeprefix("torch.") for kind in (dtype, stored))
+        raise ConfigError([f"{source}: its weights are quantized and compute in {kept}, not in {asked}"])
+    refuse_too_large(f"{source}: the model", tensors.nbytes, device, "use a smaller model, or a larger machine")
+    tt_ckpt.load_weights(model, source, device=device)
+    model = model.eval().requires_grad_(False)
+    if as_dense:
+        return model.float()
+    layer = model.get_submodule(names[0].removesuffix(".weight"))
+    if problem := computing_problem(layer, stored or torch.bfloat16, device):
+        raise ConfigError([f"{source}: {problem}"])
+    return model
+
+
+def model_config(source: Path, *, quantized: bool = False) -> tt_models.ModelConfig:
+    """The config of a Hugging Face model directory, read strictly; ValueError names the file.
+
+    ``quantized``: accept weights that torchao has quantized.
+    """
     stated = tt_ckpt.read_config(source)
+    if quantized and is_torchao(stated):
+        stated = {key: value for key, value in stated.items() if key != "quantization_config"}
     try:
         return tt_models.config_from_hf(stated)
     except ValueError as error:

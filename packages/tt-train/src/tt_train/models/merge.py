@@ -138,7 +138,7 @@ def _merge_tensors(
     tell: Callable[[str], None] | None,
 ) -> bool:
     """Write them. False if something is wrong with them: nothing is written, and the merge by a model says what."""
-    _refuse_small(target, merged.weights.nbytes)
+    refuse_small(target, merged.weights.nbytes)
     if dry_run:
         return True
     serving = merged.serving or _serving(origin, load_tokenizer(origin))
@@ -172,14 +172,12 @@ def _merge_model(
     if origin.model is not None:
         model = tt_models.build(model_config(origin.model), device="meta")
         dtypes = {name: dtype or stored.get(name, torch.bfloat16) for name in model.state_dict()}
-        _refuse_small(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
+        refuse_small(target, sum(dtypes[name].itemsize * one.numel() for name, one in model.named_parameters()))
     if dry_run:
         return
     model, tokenizer = merged_model(origin, dtype, model=model, tell=tell), load_tokenizer(origin)
-    is_plain = origin.places == (origin.model,)  # its files are its own
-    serving = None if is_plain else _serving(origin, tokenizer)
-    config = merged_config(origin, serving, model)
-    beside = {**(serving.files if serving is not None else {}), **files}
+    config, own = beside_model(origin, tokenizer, model)
+    beside = {**own, **files}
     tt_ckpt.save_hf(model, target, config=config, source=origin.model, dtype=dtype or stored, files=beside)
 
 
@@ -224,6 +222,15 @@ def _serving(origin: Origin, tokenizer: tt_data.Tokenizer) -> Serving:
     return serving_of(origin.places, tokenizer, None if origin.run is None else origin.run.template, origin.model)
 
 
+def beside_model(
+    origin: Origin, tokenizer: tt_data.Tokenizer, model: tt_models.Decoder
+) -> tuple[dict[str, Any], Files]:
+    """config.json of the merged ``model``, and the files that differ from the base's."""
+    is_plain = origin.places == (origin.model,)  # its files are its own
+    serving = None if is_plain else _serving(origin, tokenizer)
+    return merged_config(origin, serving, model), {} if serving is None else serving.files
+
+
 def merged_config(origin: Origin, serving: Serving | None, model: tt_models.Decoder | None = None) -> dict[str, Any]:
     """config.json of the merged model: the vocabulary size of ``model``, the special tokens of its tokenizer."""
     if origin.model is None:
@@ -239,8 +246,8 @@ def merged_config(origin: Origin, serving: Serving | None, model: tt_models.Deco
     return config
 
 
-def _refuse_small(target: Path, nbytes: int) -> None:
-    """ConfigError if the disk of ``target`` has no room for the merged weights."""
+def refuse_small(target: Path, nbytes: int) -> None:
+    """ConfigError if the disk of ``target`` has no room for ``nbytes``."""
     try:
         check_room(target, nbytes)
     except OSError as error:

@@ -18,7 +18,7 @@ RECIPES: dict[str, str | None] = {
 }
 _GENERATE = f"a verb here: {generation(GENERATION)}"  # with the values of torchtune's config
 _EVAL = f"a verb here: {evaluation(EVALUATION)}"  # with the values of torchtune's config
-_QUANTIZE = "quantization is not supported yet; tt merge RUN -o DIR writes what other tools quantize"
+_QUANTIZE = "a verb here: tt quantize MODEL -o DIR --to int4 --group-size 256"  # with the values of torchtune's config
 ELSEWHERE = {"generate": _GENERATE, "generation": _GENERATE, "eleuther_eval": _EVAL, "eleuther_evaluation": _EVAL,
              "quantize": _QUANTIZE, "quantization": _QUANTIZE}  # fmt: skip
 
