@@ -36,6 +36,7 @@ ASSEMBLY = {
     "models.merge": "tt_train.merge_run",
     "models.quality": "a model before and after quantization: rows in, generation out",
     "models.quantize": "tt_train.quantize_run",
+    "models.quantization_plan": "which layers of a model are quantized",
     "models.origin": "where the base of an adapter is, and whether its files are read as they are",
     "models.verify": "a certificate: what the weights give here and in transformers",
     "run.serving": "the files of a tokenizer beside the weights, and whether they have changed",

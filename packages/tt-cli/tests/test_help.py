@@ -54,7 +54,7 @@ def test_the_help_of_every_verb_has_examples_of_that_verb(name, tt):
 
 def test_the_same_option_has_the_same_words_in_every_verb():
     own = {"--output", "--output-dir", "--config", "--seed", "--system", "--revision", "--dry-run", "--to", "--nproc",
-           "--dtype", "--allow-import", "--stats", "--batch-size"}  # fmt: skip
+           "--dtype", "--allow-import", "--stats", "--batch-size", "--data"}  # fmt: skip
     said: dict[str, set[str | None]] = {}
     for name, command in VERBS.items():
         for option in command.params:

@@ -19,7 +19,8 @@ from tt_train.errors import ConfigError, TrainingError
 from tt_train.inputs.fake_quantize import fake_quantize_
 from tt_train.models import quantize, verify
 from tt_train.models.quality import agreement
-from tt_train.models.quantize import Asked, plan_of, quantize_run
+from tt_train.models.quantization_plan import Asked, plan_of
+from tt_train.models.quantize import quantize_run
 from tt_train.quantized import stored, trial
 from tt_train.quantized.formats import ALIASES, FORMATS, find_format
 from tt_train.recipes import qat, sft

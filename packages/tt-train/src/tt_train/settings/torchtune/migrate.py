@@ -17,7 +17,7 @@ from tt_train.settings.torchtune.carry import Carry
 from tt_train.settings.torchtune.methods import carry_quantizer, carry_teacher
 from tt_train.settings.torchtune.rows import carry_rows
 from tt_train.settings.torchtune.training import carry_memory, carry_optimizer, carry_output, carry_steps
-from tt_train.settings.torchtune.verbs import evaluation
+from tt_train.settings.torchtune.verbs import evaluation, quantization
 
 _METHODS = {"teacher_model": "kd", "quantizer": "qat"}  # key that only its recipe has -> ours
 LONGEST = 131_072  # tokens of a row, where torchtune cut none: as long as any of its models' rows
@@ -116,10 +116,11 @@ def _refuse_other_recipes(values: dict[str, Any]) -> None:
     for mark, why in (
         ("max_new_tokens", "a generation: it is a verb, tt generate MODEL -p PROMPT"),
         ("prompt", "a generation: it is a verb, tt generate MODEL -p PROMPT"),
-        ("quantizer", "a quantization: quantization is not supported yet"),
     ):
         if mark in values and "optimizer" not in values:
             raise ConfigError([f"{mark}: {why}"])
+    if "quantizer" in values and "optimizer" not in values:
+        raise ConfigError([f"quantizer: a quantization: it is a verb, {quantization(_resolved(_flat(values)))}"])
     for key in ("model", "optimizer"):
         if not isinstance(values.get(key), dict):
             raise ConfigError([f"{key}: missing; a config of torchtune's fine-tuning has it, with a _component_"])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from tt_train.settings.torchtune.verbs import EVALUATION, GENERATION, evaluation, generation
+from tt_train.settings.torchtune.verbs import EVALUATION, GENERATION, QUANTIZATION, evaluation, generation, quantization
 
 # its recipes and ours; None: no recipe here, and ELSEWHERE says what to do
 RECIPES: dict[str, str | None] = {
@@ -18,7 +18,7 @@ RECIPES: dict[str, str | None] = {
 }
 _GENERATE = f"a verb here: {generation(GENERATION)}"  # with the values of torchtune's config
 _EVAL = f"a verb here: {evaluation(EVALUATION)}"  # with the values of torchtune's config
-_QUANTIZE = "a verb here: tt quantize MODEL -o DIR --to int4 --group-size 256"  # with the values of torchtune's config
+_QUANTIZE = f"a verb here: {quantization(QUANTIZATION)}"
 ELSEWHERE = {"generate": _GENERATE, "generation": _GENERATE, "eleuther_eval": _EVAL, "eleuther_evaluation": _EVAL,
              "quantize": _QUANTIZE, "quantization": _QUANTIZE}  # fmt: skip
 

@@ -7,6 +7,21 @@ from tt_train.errors import shell_word
 
 # of torchtune's config eleuther_evaluation
 EVALUATION: dict[str, Any] = {"tasks": ["truthfulqa_mc2"], "batch_size": 32, "max_seq_length": 4096, "seed": 217}
+# and of quantization
+QUANTIZATION: dict[str, Any] = {"quantizer._component_": "Int4WeightOnlyQuantizer", "quantizer.groupsize": 256}
+_QUANTIZERS = {"Int8WeightOnlyQuantizer": "int8", "Int4WeightOnlyQuantizer": "int4",
+               "Int8DynActInt4WeightQuantizer": "int8-dynamic-int4", "Int4WeightOnlyGPTQQuantizer": "int4"}  # fmt: skip
+
+
+def quantization(values: Mapping[str, Any]) -> str:
+    """The ``tt quantize`` line that does what quantize does with these values of its YAML, keys joined by dots."""
+    kind = str(values.get("quantizer._component_")).rpartition(".")[2]
+    folder, to = str(values.get("checkpointer.checkpoint_dir") or "MODEL"), _QUANTIZERS.get(kind, "FORMAT")
+    line = ["tt quantize", shell_word(folder), "-o DIR --to", to]
+    if values.get("quantizer.groupsize") is not None and to != "int8":
+        line += ["--group-size", shell_word(str(values["quantizer.groupsize"]))]
+    return " ".join(line) + (", the nearest to GPTQ, which is not offered" if "GPTQ" in kind else "")
+
 
 # of torchtune's config generation
 GENERATION: dict[str, Any] = {"prompt": "Hello, my name is", "max_new_tokens": 300, "temperature": 0.8, "top_k": 300,
@@ -48,4 +63,5 @@ def generation(values: Mapping[str, Any]) -> str:
 VERBS: dict[str, tuple[dict[str, Any], Callable[[Mapping[str, Any]], str]]] = {
     **dict.fromkeys(("eleuther_eval", "eleuther_evaluation"), (EVALUATION, evaluation)),
     **dict.fromkeys(("generate", "generation"), (GENERATION, generation)),
+    **dict.fromkeys(("quantize", "quantization"), (QUANTIZATION, quantization)),
 }
