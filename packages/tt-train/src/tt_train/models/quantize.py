@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import tt_ckpt
+import tt_data
 import tt_models
 from tt_ckpt.hf.base_tensors import base_tensors, split_sources
 from tt_ckpt.hf.save import choose_layout, save_weights
@@ -22,7 +23,7 @@ from tt_ckpt.shown import format_size, plain
 from tt_models.limits import weight_bytes
 from tt_train.errors import ConfigError, TrainingError, shell_word
 from tt_train.models.load import load_quantized, model_config
-from tt_train.models.merge import MergedModel, merged_model, refuse_full, refuse_small
+from tt_train.models.merge import beside_model, merged_model, refuse_full, refuse_small
 from tt_train.models.origin import Base, Origin, find_origin, load_tokenizer
 from tt_train.models.quality import TEXT, Row, facts, measure, rows_of, same_next_token
 from tt_train.models.quantization_plan import Plan, chosen, plan_of, trained_for
@@ -81,13 +82,13 @@ def quantize_run(
         say(str(plan))
     if dry_run:
         return {"path": str(target), "format": name, "dry_run": True}
-    merged = merged_model(origin, dtype, tell, shape)
-    model = merged.model.to(device, dtype or _most_common(merged.model)).requires_grad_(False)
+    model, tokenizer = merged_model(origin, dtype, model=shape, tell=tell), load_tokenizer(origin)
+    model = model.to(device, dtype or _most_common(model)).requires_grad_(False)
     if origin.model is None:
         plan = plan_of(model, asked)
         say(str(plan))
-    rows = rows or rows_of(None, merged.tokenizer, longest=min(LONGEST_ROW, model.config.max_position_embeddings))
-    return _quantize_and_write(merged, plan, origin, target, rows, TEXT if data is None else str(data), say)
+    rows = rows or rows_of(None, tokenizer, longest=min(LONGEST_ROW, model.config.max_position_embeddings))
+    return _quantize_and_write(model, tokenizer, plan, origin, target, rows, TEXT if data is None else str(data), say)
 
 
 def _refuse_quantized(origin: Origin) -> None:
@@ -103,7 +104,8 @@ def _most_common(model: nn.Module) -> torch.dtype:
 
 
 def _quantize_and_write(
-    merged: MergedModel,
+    model: tt_models.Decoder,
+    tokenizer: tt_data.Tokenizer,
     plan: Plan,
     origin: Origin,
     target: Path,
@@ -111,11 +113,11 @@ def _quantize_and_write(
     source: str,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    model, tokenizer = merged.model, merged.tokenizer
+    config, beside = beside_model(origin, tokenizer, model)
     before, size_before = measure(model, tokenizer, rows), weight_bytes(model)
     metadata, noise = quantize_(model, plan)
     after = measure(model, tokenizer, rows)
-    weights = _weights(model, {**merged.config, "quantization_config": _config(plan)})
+    weights = _weights(model, {**config, "quantization_config": _config(plan)})
     report = {
         "format": plan.format,
         "group_size": plan.group_size,
@@ -130,7 +132,7 @@ def _quantize_and_write(
         "device": str(model.model.embed_tokens.weight.device),
         "versions": {name: version(name) for name in ("torch", "torchao")},
     }
-    files = {**merged.files, REPORT: json.dumps(report, indent=2) + "\n"}
+    files = {**beside, REPORT: json.dumps(report, indent=2) + "\n"}
     layout = choose_layout([], weights.specs, SHARD)
     names = [name for name in weights.specs if name.rpartition(".")[0] not in plan.layers or name.endswith(".bias")]
     every = metadata_of(metadata, names)
