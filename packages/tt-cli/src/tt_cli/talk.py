@@ -54,7 +54,7 @@ class Speaker:
         self.has_adapter = adapter and origin.adapter is not None
         self.limit: int | None = None  # tokens that it can read; of a model without files known once it is loaded
         if origin.model is not None:
-            self.limit = model_config(origin.model).max_position_embeddings
+            self.limit = model_config(origin.model, quantized=True).max_position_embeddings
         self.stats = Stats()
         self.model: Any = None
         report, template = trained_on(Path(self.path))
