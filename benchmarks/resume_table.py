@@ -33,6 +33,10 @@ METHODS = {
     "QLoRA": [*LORA, "adapter.quantize_base=true"],
     "dpo, LoRA": [*LORA[:1], *LORA[2:]],
     "dpo, full": [],
+    "kd, full": ["kd.teacher_dtype=fp32"],
+    "kd, LoRA": [*LORA, "kd.teacher_dtype=fp32"],
+    "qat, full": [],
+    "qat, LoRA": [*LORA[:1], *LORA[2:]],
 }
 FEATURES = {
     "": [],
@@ -44,7 +48,16 @@ FEATURES = {
     "checkpointing": ["activation_checkpointing=true"],
     "best step": ["data.eval=0.2", "eval_every=2", "save_every=4"],
 }
-ONLY_BASE = {"full, bf16", "LoRA, sharded", "DoRA", "QLoRA"}  # with these two features only: the rest is shared code
+ONLY_BASE = {
+    "full, bf16",
+    "LoRA, sharded",
+    "DoRA",
+    "QLoRA",
+    "kd, full",
+    "kd, LoRA",
+    "qat, full",
+    "qat, LoRA",
+}  # with these two features only: the rest is shared code
 FEW = {"", "packing"}
 
 
@@ -90,14 +103,14 @@ def train(rank, size, store, recipe, words, stop_at, resume):
     torch.set_num_threads(1)
     import tt_train.run.finish
     from tt_train import Interrupted, compose
-    from tt_train.recipes import dpo, sft
+    from tt_train.recipes import dpo, kd, qat, sft
 
     tt_train.run.finish.write_report = lambda runs: ("", "")
     if size > 1:
         torch.distributed.init_process_group(
             "gloo", store=torch.distributed.FileStore(str(store), size), rank=rank, world_size=size
         )
-    module = {"sft": sft, "dpo": dpo}[recipe]
+    module = {"sft": sft, "dpo": dpo, "kd": kd, "qat": qat}[recipe]
     try:
         module.main(compose(recipe, overrides=words), console=stopped_console(stop_at, rank == size - 1), resume=resume)
         assert stop_at is None, "the signal came too late"
@@ -114,7 +127,9 @@ def start(folder, number, size, *arguments):
 def measure(folder, method, words, size):
     from tt_train.run.compare import compare
 
-    recipe = "dpo" if method.startswith("dpo") else "sft"
+    recipe = method.partition(",")[0]
+    recipe = recipe if recipe in ("dpo", "kd", "qat") else "sft"
+    words = [*words, f"kd.teacher={folder / 'model'}"] if recipe == "kd" else words
     base = [f"model.path={folder / 'model'}", "model.dtype=fp32", "device=cpu", "batch_size=8", "micro_batch_size=2",
             "max_steps=12", "samples.num=0", "data.max_seq_len=96", "optimizer.lr=2e-3", "save_every=5",
             f"data.train={folder / ('pairs' if recipe == 'dpo' else 'rows')}.jsonl", *words]  # fmt: skip

@@ -42,6 +42,7 @@ SLIPS = [
     ("run sft c.yaml", "did you mean --config c.yaml?"),
     ("run c.yaml sft", "'sft' is not KEY=VALUE; write sft --config c.yaml"),
     ("run sft sft", "the recipe is given already"),
+    ("run seed=3 sft", "'sft' is not KEY=VALUE; the recipe comes first: sft seed=3"),
     ("run sft rows.jsonl", "did you mean data.train=rows.jsonl?"),
     ("run sft MODEL", "did you mean model.path=MODEL?"),
     ("run MODEL", "a model is named by a key: tt run sft model.path=MODEL"),

@@ -7,7 +7,8 @@ import torch
 
 import tt_ckpt
 from tt_train import ConfigError, TrainingError, compose
-from tt_train.job import assemble
+from tt_train.inputs.model import Processes
+from tt_train.job import assemble, look_over
 from tt_train.losses.cross_entropy import Summed
 from tt_train.optim.master_weights import InBackward, MasterWeights
 from tt_train.recipes import sft
@@ -247,3 +248,14 @@ def test_what_an_update_in_the_backward_pass_cannot_do_is_refused_before_weights
     with pytest.raises(ConfigError) as caught:
         assemble(compose("sft", overrides=[*words, *BACKWARD, *more]))
     assert said in str(caught.value)
+
+
+def test_what_the_launcher_of_several_ranks_refuses_is_counted_for_all_of_them(words):
+    config = compose("sft", overrides=[*words, *BACKWARD, "micro_batch_size=4", "adapter.rank=2"])
+    look_over(config, processes=Processes(2, 2))  # one micro-batch on each
+    assemble(config, elsewhere=2)  # of tt plan --nproc 2
+    with pytest.raises(ConfigError, match="set micro_batch_size=8 or batch_size=4"):
+        look_over(config)
+    offload = compose("sft", overrides=[*words, "adapter.rank=2", "parallel.cpu_offload=true"])
+    with pytest.raises(ConfigError, match="offloads shards, and nothing is sharded"):
+        look_over(offload, processes=Processes(2, 2))

@@ -125,9 +125,10 @@ def _refuse_name(word: str, what: str) -> None:
     if word.endswith((".yaml", ".yml")) or is_config_name(word):
         raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean --config {shell_word(word)}?")
     if word in registry.RECIPES:
-        cure = (
-            "the recipe is given already" if what in registry.RECIPES else f"write {word} --config {shell_word(what)}"
-        )
+        known = what in registry.RECIPES
+        cure = "the recipe is given already" if known else f"write {word} --config {shell_word(what)}"
+        if "=" in what:
+            cure = f"the recipe comes first: {word} {shell_word(what)}"
         raise click.UsageError(f"'{word}' is not KEY=VALUE; {cure}")
     if word.lower().endswith((".jsonl", ".json", ".csv", ".parquet")):
         raise click.UsageError(f"'{word}' is not KEY=VALUE; did you mean {shell_word(f'data.train={word}')}?")
