@@ -69,6 +69,8 @@ CASES = {
     "pissa": ["adapter.rank=4", "adapter.init=pissa", "adapter.quantize_base=true"],
     "dora": ["adapter.rank=4", "adapter.use_dora=true"],
     "loftq": ["adapter.rank=4", "adapter.init=loftq", "adapter.quantize_base=true"],
+    "sgd": ["optimizer.name=sgd", "optimizer.momentum=0.5"],
+    "adagrad": ["optimizer.name=adagrad"],
     "head alone": ["adapter.rank=4", "adapter.target_modules=[lm_head]"],
 }
 WAYS = {

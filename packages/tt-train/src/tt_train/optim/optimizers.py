@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tt_ckpt.ranks import is_dtensor
 from tt_train.config import OptimizerSection
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.optim.master_weights import InBackward, MasterWeights
@@ -68,6 +69,8 @@ def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) ->
     if section.name == "muon":  # whose numbers of these names are others
         del chosen["eps"]
         chosen = {key: value for key, value in chosen.items() if key != "momentum" or value}
+    if section.name not in ("adamw", "adam") and any(is_dtensor(each) for group in groups for each in group["params"]):
+        del chosen["fused"]  # torch has no such kernel of others for shards
     chosen = {key: value for key, value in chosen.items() if key in accepted}
     if wrong := _wrong_options(section, accepted):
         raise ConfigError(wrong)
