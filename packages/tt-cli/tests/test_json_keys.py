@@ -20,7 +20,7 @@ VERBS = {name: cli.get_command(_CTX, name) or cli for name in cli.table if name 
 
 def table() -> dict[str, list[str]]:
     """Verb -> the keys that the page promises."""
-    section = PAGE.read_text(encoding="utf-8").split("## Keys of `--json`")[1]
+    section = PAGE.read_text(encoding="utf-8").split("## Keys of JSON output")[1]
     return {
         verb: re.findall(r"`(\w+)`", keys.split(";")[0])  # what follows is there for some questions only
         for verb, keys in re.findall(r"^\| `tt ([\w -]+)` \| (.*) \|$", section, flags=re.MULTILINE)
@@ -77,6 +77,7 @@ CALLS = [
     "migrate old.yaml",
     "rm-checkpoints runs/one",
     "rm-checkpoints runs/one --dry-run",
+    "quantize runs/one -o out --to int8 --dry-run",
     "env",
 ]
 
@@ -105,7 +106,7 @@ def test_stdout_is_one_object_with_the_promised_keys(tt, place, words):
 
 @pytest.mark.parametrize("words", [f"run {GOOD} -o runs/three", "merge runs/one -o out", "export runs/one -o out",
                                    "convert MODEL out --to meta", "cp sft new.py", "rm-checkpoints runs/one",
-                                   "upload runs/one me/it"])  # fmt: skip
+                                   "upload runs/one me/it", "quantize runs/one -o out --to int8"])  # fmt: skip
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(tt, place, words):
     before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
     answer = tt(*words.split(), "--dry-run")

@@ -5,7 +5,15 @@ from pathlib import Path
 import click
 
 from tt_cli.group import Verb
-from tt_cli.options import AT_LEAST_ONE, base_option, chosen_output, dtype_option, json_option, output_option
+from tt_cli.options import (
+    AT_LEAST_ONE,
+    base_option,
+    chosen_output,
+    dry_run_option,
+    dtype_option,
+    json_option,
+    output_option,
+)
 from tt_cli.options import torch_dtype as as_torch
 from tt_cli.terminal import answer, print_json, tell
 
@@ -43,7 +51,7 @@ from tt_cli.terminal import answer, print_json, tell
 @dtype_option("that of most weights")
 @base_option
 @click.option("--list", "listing", is_flag=True, help="Try every format on this machine and show what runs.")
-@click.option("--dry-run", is_flag=True, help="Check that it can be done, and write nothing.")
+@dry_run_option
 @json_option
 def command(
     model: str | None,
@@ -77,8 +85,10 @@ def command(
     if as_json:
         print_json(done)
         return
+    if dry_run:
+        tell(f"would write {done['format']} to {target}")
     for line in [] if dry_run else serve_commands(target):
-        click.echo(f"  {line}", err=True)
+        tell(f"  {line}")
     answer(done["path"])
 
 
