@@ -73,7 +73,8 @@ def closest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | No
     if len(word) > 200:
         return None
     folded = {name.lower().replace("-", "_"): name for name in known}
-    word = word.lower().replace("-", "_")
+    if (word := word.lower().replace("-", "_")) in folded:
+        return folded[word]
     slips = {name: cost for name in folded if (cost := slip(word, name)) is not None}
     likeliest = [name for name, cost in slips.items() if cost == min(slips.values())]
     close = difflib.get_close_matches(word, likeliest or list(folded), n=1, cutoff=0.0 if slips else cutoff)
