@@ -122,6 +122,21 @@ def test_long_text_of_a_note_is_not_wrapped(terminal):
     assert "x" * 300 in shown(terminal)
 
 
+@pytest.mark.parametrize(("width", "shown"), [(60, 0), (104, 1), (300, 4)])
+def test_a_line_of_progress_has_room_for_its_step(width, shown):
+    """Named figures are left out from the end if the terminal is narrow: ``step 5/20`` was ``ste...``."""
+    screen = io.StringIO()
+    console = TerminalConsole(Terminal(file=screen, force_terminal=True, width=width, color_system=None))
+    console.start(replace(FACTS, data=[]))
+    figures = {"rewards_chosen": 0.25, "rewards_rejected": 0.5, "rewards_margin": 0.125, "rewards_accuracy": 1.0}
+    console.step(ROW | {"tokens_per_s": 12345.6} | figures)
+    console.progress.refresh()
+    console.close()
+    text = screen.getvalue()
+    assert "step 5/20" in text
+    assert [name in text for name in ("accuracy", "margin", "chosen", "rejected")] == [i < shown for i in range(4)]
+
+
 def test_figures_that_a_run_does_not_have_are_left_out():
     rows = dict(summary_rows({"run_dir": "r", "steps": 0, "loss_first": None, "loss_last": None, "eval_loss": None}))
     assert rows == {"steps": "0", "run": "r"}

@@ -145,6 +145,9 @@ class WarningConsole(QuietConsole):
         say(f"warning: {text}", err=True)
 
 
+_BESIDE_FIGURES = 46  # columns of a line of progress: the step, ten of the bar, the time left
+
+
 class TerminalConsole(LineConsole):
     """The same on a terminal, with rich."""
 
@@ -178,8 +181,13 @@ class TerminalConsole(LineConsole):
             return
         speed = row.get("tokens_per_s")  # absent if the run was stopped before it was measured
         figures = [] if row.get("loss") is None else [f"loss {row['loss']:.4f}"]  # None: nothing was trained on
-        figures += [text for text in plain.named_figures(row) if not text.startswith("eval_")]
+        named = [text for text in plain.named_figures(row) if not text.startswith("eval_")]
+        named.sort(key=lambda text: ("accuracy" not in text, "margin" not in text))  # those that say most come first
         figures += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+        room = self.terminal.width - _BESIDE_FIGURES - len("  ".join(figures))
+        while named and len("  ".join(named)) + 2 > room:
+            named.pop()
+        figures[1:1] = named
         self.progress.update(self.task, completed=row["step"], figures="  ".join(figures), eta=row.get("eta_s"))
         if row.get("eval_loss") is not None:
             self.note(f"step {row['step']}: {plain.held_out_line(row)}")
