@@ -99,3 +99,12 @@ def test_the_states_are_those_of_a_run():
     from tt_train.run import listing
 
     assert STATES == listing.STATES
+
+
+def test_a_file_that_is_missing_is_named_in_words_and_a_run_that_vanishes_is_left_out(tt, caplog, monkeypatch):
+    Path("runs/old/metrics.jsonl").unlink()
+    assert tt("ls", "runs").code == 0
+    assert caplog.messages == ["runs/old/metrics.jsonl: No such file or directory"]
+    monkeypatch.setattr("tt_train.run.listing.is_run", lambda path: True)
+    (Path("runs") / "gone").mkdir()
+    assert names(tt) == ["new", "mid", "old"]

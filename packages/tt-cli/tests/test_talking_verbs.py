@@ -251,8 +251,11 @@ def test_the_run_is_listed(tt, beside_the_run):
     assert [Path(run["path"]).name for run in runs] == ["one"]
     assert runs[0]["step"] == 3
     head, line = tt("ls", "runs").out.splitlines()
-    assert head.split() == ["PATH", "RECIPE", "MODEL", "METHOD", "STATE", "STEP", "LOSS"]
-    assert (line.split()[0], line.split()[-1]) == ("runs/one", f"{runs[0]['loss']:.4f}")
+    assert head.split() == [
+        "PATH", "RECIPE", "METHOD", "BASE", "STATE", "STEP", "HELD-OUT", "LOSS", "SIZE", "CHANGED"
+    ]  # fmt: skip
+    assert line.split()[0] == "runs/one"
+    assert f"{runs[0]['loss']:.4f}" in line.split()
 
 
 def test_before_step_1_the_sample_is_marked_and_counts_are_told(tt, model_dir, rows_file, tmp_path):

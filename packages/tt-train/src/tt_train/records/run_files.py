@@ -27,7 +27,7 @@ CURE = "restore it from a copy, or start a new run"
 _CONFIG_BYTES = 500_000
 _LINE_BYTES = 4_000_000
 _ROWS_BYTES = 2_000_000_000
-_LAST_STEP = 1 << 53
+LAST_STEP = 1 << 53
 _DEPTH = 50
 _LARGEST = 1e100
 
@@ -229,7 +229,7 @@ def read_rows(
     told = [] if problems is None else problems
     for row in json_lines(path, told, last_bytes=last_bytes):
         step = row.get("step")
-        if type(step) is not int or not 0 <= step < _LAST_STEP:
+        if type(step) is not int or not 0 <= step < LAST_STEP:
             told.append(f"{path.name}: a row left out (its step is {quoted(step)})")
             continue
         for key in SERIES:

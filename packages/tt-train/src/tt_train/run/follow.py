@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tt_ckpt import files
-from tt_train.records.run_files import is_plain, number, read_manifest
+from tt_train.records.run_files import LAST_STEP, is_plain, number, read_manifest
 from tt_train.run.listing import state_of
 
 _LOOK_BYTES = 64_000_000  # of new lines at a time
@@ -76,7 +76,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(row, dict) or not is_plain(row) or type(row.get("step")) is not int or row["step"] < 0:
+    if not isinstance(row, dict) or not is_plain(row) or type(row.get("step")) is not int:
+        return None
+    if not 0 <= row["step"] < LAST_STEP:
         return None
     figures = {key: number(value) for key, value in row.items() if not isinstance(value, str)}
     return {**figures, "step": row["step"]}

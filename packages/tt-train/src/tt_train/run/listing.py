@@ -4,10 +4,12 @@ import logging
 import os
 import stat
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypedDict
 
+from tt_ckpt.shown import plain
 from tt_train.records.run_files import is_run, number, read_manifest, read_rows
 from tt_train.report.summary import training_loss
 from tt_train.run.lock import writer_of
@@ -46,9 +48,11 @@ def list_runs(root: str | Path = "runs") -> list[ListedRun]:
     A run whose files are not as a run writes them has the state ``damaged``.
     """
     folder = Path(root)
-    found = [path for path in folder.iterdir() if is_run(path)] if folder.is_dir() else []
-    times = {path: (path / "manifest.json").stat().st_mtime_ns for path in found}
-    return [_describe(path, times[path] / 1e9) for path in sorted(found, key=lambda path: -times[path])]
+    times: dict[Path, int] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(FileNotFoundError):  # removed at this moment
+            times |= {path: (path / "manifest.json").stat().st_mtime_ns} if is_run(path) else {}
+    return [_describe(path, times[path] / 1e9) for path in sorted(times, key=lambda path: -times[path])]
 
 
 def _describe(path: Path, changed: float) -> ListedRun:
@@ -66,7 +70,8 @@ def _describe(path: Path, changed: float) -> ListedRun:
         if state == "finished" and (path / "metrics.jsonl").stat().st_size > _LAST_BYTES:
             loss = number((manifest.get("summary") or {}).get("loss_last"))  # over all rows that count
     except (OSError, ValueError) as error:
-        log.warning("%s", error)
+        said = f"{plain(error.filename)}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        log.warning("%s", said)
         state = "damaged"
     return {
         "path": str(path),
