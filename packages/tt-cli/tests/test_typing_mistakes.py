@@ -137,3 +137,7 @@ def test_a_path_with_a_space_is_quoted_once_in_a_suggested_command(tt, tmp_path,
     answer = tt(*words)
     assert answer.code == 2, answer.err
     assert shlex.join(word.replace("HERE", str(tmp_path)) for word in suggested) in answer.err
+
+
+def test_a_missing_word_of_a_few_is_asked_for_with_those_words(tt):
+    assert tt("completion").err == "error: missing SHELL: one of 'bash', 'zsh', 'fish' (see tt completion --help)\n"

@@ -236,9 +236,12 @@ def lines_of(error: Exception) -> list[str]:
 def _usage(error: click.UsageError) -> str:
     text = error.format_message().rstrip(".")
     if isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
+        words = error.param.type.choices
         given = error.message.partition("'")[2].partition("'")[0]
         option = f"{error.param.opts[-1]}: " if isinstance(error.param, click.Option) else ""
-        text = f"{option}{error.message.rstrip('.')}{did_you_mean(given, error.param.type.choices)}"
+        text = f"{option}{error.message.rstrip('.')}{did_you_mean(given, words)}"
+        if isinstance(error, click.MissingParameter):  # it has no message
+            text = f"missing {error.param.human_readable_name}: one of {', '.join(map(repr, words))}"
     elif isinstance(error, click.BadParameter):
         text = text.replace("integer range", "whole number").replace("float range", "number")
     where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
