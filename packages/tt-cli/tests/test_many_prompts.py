@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tt_cli.prompts import read_prompts, row_file
+from tt_cli.verbs import generate
+from tt_train.errors import ConfigError
+
 MIXED = [
     {"id": "first", "prompt": "Repeat the word red."},
     {"id": 2, "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "blue"}]},
@@ -79,7 +83,7 @@ def test_a_prompt_that_does_not_fit_has_an_error_in_its_place_and_the_others_are
     assert (done.json["prompts"], done.json["answers"], done.json["failed"]) == (3, 2, 1)
     assert "can read 128 with the answer" in done.json["rows"][1]["error"]
     assert [row.get("finish") is not None for row in done.json["rows"]] == [True, False, True]
-    assert "1 of 3 prompts have no answer; their rows say why" in done.err
+    assert "1 of 3 prompts has no answer; the rows say why" in done.err
 
 
 def test_keys_that_are_not_used_are_told(tt, lora_run, tmp_path):
@@ -128,3 +132,77 @@ def test_the_settings_of_the_model_are_followed_and_told(
     wrong = tt(*options)
     assert wrong.code == 2
     assert "generation_config.json: top_p: expected a number from 0 to 1, got 'many'" in wrong.err
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ('{"prompt": "a", "id": NaN}', "line 1: id: NaN and infinity are not JSON"),
+    ('{"prompt": "a", "id": [1e999]}', "line 1: id: NaN and infinity are not JSON"),
+    ('{"prompt": "a", "id": "\\udcff"}', "line 1: id: character 2 is not UTF-8"),
+    ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "line 1: has a number of too many digits"),
+    ('[\n {"prompt": "a"}\n]', "line 1: JSON of several lines is not read; write each object on a line of its own"),
+    ('{\n "prompt": "a"\n}', "line 1: JSON of several lines is not read"),
+    ('[{"prompt": "a"}, {"prompt": "b"}]', "line 1: expected an object"),
+])  # fmt: skip
+def test_what_could_not_be_written_again_or_is_not_one_object_per_line_is_named(tmp_path, text, said):
+    path = tmp_path / "prompts"  # no suffix: the first line decides
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(str(path))
+    assert said in str(caught.value.problems[0])
+
+
+def test_a_table_is_refused_and_a_line_in_brackets_is_a_prompt(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,id\na,1\n")
+    with pytest.raises(ValueError, match="a table is not read here"):
+        read_prompts(str(tmp_path / "rows.csv"))
+    (tmp_path / "prompts").write_text("[INST] red [/INST]\n")
+    assert read_prompts(str(tmp_path / "prompts"))[0].content == "[INST] red [/INST]"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_rows_on_standard_output_are_json_in_every_encoding(monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with row_file(None) as write:
+        write({"text": "\xe9 \u4e2d \U0001f600"})
+    assert json.loads(stream.buffer.getvalue().decode(encoding)) == {"text": "\xe9 \u4e2d \U0001f600"}
+
+
+def test_after_ctrl_c_the_file_has_every_answer_so_far_and_they_are_counted(tt, lora_run, tmp_path, monkeypatch):
+    def stopped(asker, jobs, answered=generate._Asker._replies):
+        if jobs[0][0] == 1:
+            raise KeyboardInterrupt
+        return answered(asker, jobs)
+
+    monkeypatch.setattr(generate._Asker, "_replies", stopped)
+    prompts, out = write(tmp_path / "prompts.jsonl", {"prompt": "red red"}, {"prompt": "a"}), tmp_path / "answers.jsonl"
+    words = ("generate", str(lora_run), "--prompts", prompts, "-o", str(out), "--max-new-tokens", "2")
+    done = tt(*words, "--batch-size", "1")
+    assert [row["line"] for row in answers(out.read_text())] == [1]
+    assert (done.code, f"1 answer to 2 prompts in {out}" in done.err) == (130, True), done.err
+
+
+def test_without_an_answer_no_file_is_left(tt, lora_run, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("broken weights")
+
+    monkeypatch.setattr("tt_train.load", broken)
+    prompts, out = write(tmp_path / "prompts.txt", "red"), tmp_path / "answers.jsonl"
+    done = tt("generate", str(lora_run), "--prompts", prompts, "-o", str(out))
+    assert (done.code, out.exists()) == (2, False)
+    assert f"in {out}" not in done.err
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--temperature", "1e-300"), "1e-5 to 1e5, got 1e-300"),
+    (("--stop", ""), "--stop: an empty text"),
+    (("--num-samples", "1000000000", "--temperature", "1"), "--num-samples"),
+    (("--prompts", "{p}", "-o", "{d}"), "a folder; name a new file in it"),
+    (("--prompts", "{p}", "-o", "/dev/null"), "not a regular file; name a new file, or leave out -o"),
+])  # fmt: skip
+def test_options_out_of_bounds_are_told_before_weights_load(tt, lora_run, tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr("tt_train.load", lambda *_, **__: pytest.fail("weights load"))
+    prompts = write(tmp_path / "prompts.txt", "red")
+    asked = () if "--prompts" in words else ("-p", "red")
+    done = tt("generate", str(lora_run), *asked, *(word.format(p=prompts, d=tmp_path) for word in words))
+    assert (done.code, done.out, said in done.err) == (2, "", True), done.err

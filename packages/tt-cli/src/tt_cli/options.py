@@ -33,6 +33,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic in newer rel
 COUNT = Number(click.IntRange(0, 10**9))
 AT_LEAST_ONE = Number(click.IntRange(1, 10**9))
 TOKENS = Number(click.IntRange(1, 2**24))
+SAMPLES = Number(click.IntRange(1, 10_000))  # each is in memory, with those of some hundred prompts
 SEED = Number(click.IntRange(0, 2**64 - 1))  # torch's
 SHARE = Number(click.FloatRange(0, 1, min_open=True))
 TEMPERATURE = Number(click.FloatRange(0, 100))

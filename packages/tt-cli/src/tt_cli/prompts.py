@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tt_cli.terminal import tell
+from tt_cli.terminal import is_utf8, tell
 from tt_train.errors import ConfigError
 
 LONGEST = 1 << 20  # bytes of a prompt: a hundred pages, more than most models read
@@ -51,14 +51,17 @@ def read_prompts(source: str) -> list[Prompt]:
     found: list[Prompt] = []
     mistakes: list[str] = []
     unused: Counter[str] = Counter()
-    is_json: bool | None = {".txt": False, ".jsonl": True, ".json": True}.get(Path(source).suffix.lower())
+    suffix = Path(source).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        raise ValueError(f'{name}: a table is not read here; write a line {{"prompt": "..."}} for each of its rows')
+    is_json: bool | None = {".txt": False, ".jsonl": True, ".json": True}.get(suffix)
     for number, line in enumerate(_lines_of(source), start=1):
         if not line.strip():
             continue
         where = f"{name}, line {number}"
         try:
             text = _decoded(line, where).strip("\r\n")
-            is_json = text.lstrip().startswith("{") if is_json is None else is_json
+            is_json = _starts_json(text) if is_json is None else is_json
             found.append(_row(text, number, where, unused) if is_json else Prompt(line=number, content=text))
         except ValueError as error:
             mistakes.append(str(error))
@@ -72,7 +75,14 @@ def read_prompts(source: str) -> list[Prompt]:
     return found
 
 
+def _starts_json(text: str) -> bool:
+    """Whether a file whose first line this is has objects, or a list of them, which is then a mistake with its line."""
+    return text.lstrip().startswith(("{", "[{")) or text.strip() == "["
+
+
 def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
+    if number == 1 and text.strip() in ("[", "{"):
+        raise ValueError(f"{where}: JSON of several lines is not read; write each object on a line of its own")
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
@@ -81,6 +91,8 @@ def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
         raise ValueError(f"{where}, column {column}: {error.msg.lower()}, near {near!r}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply to be read") from None
+    except ValueError:  # not of JSON, but of Python's int
+        raise ValueError(f"{where}: has a number of too many digits") from None
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected an object such as {{"prompt": "..."}}, got a {type(row).__name__}')
     keys = [key for key in _KEYS if row.get(key) is not None]
@@ -94,6 +106,7 @@ def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
         raise ValueError(f"{where}: {key} must be a text that is not empty")
     if isinstance(content, str):
         check_text(content, where)
+    _check_json(row.get("id"), f"{where}: id")
     return Prompt(line=number, id=row.get("id"), key="prompt" if key == "text" else key, content=content)
 
 
@@ -103,7 +116,7 @@ def _turns(value: Any, where: str) -> list[dict[str, Any]]:
 
     try:
         messages = [message.to_dict() for message in read_messages(value)]
-        check_text(json.dumps(messages, ensure_ascii=False, default=str), "messages")
+        _check_json(messages, "messages")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
     if not messages:
@@ -166,13 +179,28 @@ def check_text(text: str, where: str) -> str:
     return text
 
 
+def _check_json(value: Any, where: str) -> None:
+    """ValueError if ``value`` cannot be written again: NaN and infinity are not JSON, and lone surrogates not UTF-8."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError(f"{where}: nested too deeply") from None
+    except ValueError:
+        raise ValueError(f"{where}: NaN and infinity are not JSON; write a number, a text or null") from None
+    check_text(text, where)
+
+
 @contextmanager
 def row_file(path: Path | None) -> Iterator[Any]:
-    """A function that appends a row to a new file of JSON lines, or prints it if ``path`` is None."""
+    """A function that appends a row to a new file of JSON lines, or prints it if ``path`` is None.
+
+    A file without a row is removed at the end, so that the same command can be given again.
+    """
     if path is None:
         from tt_cli.terminal import answer
 
-        yield lambda row: answer(json.dumps(row, ensure_ascii=False))
+        in_ascii = not is_utf8(sys.stdout)  # another encoding has its own escapes, which JSON has not
+        yield lambda row: answer(json.dumps(row, ensure_ascii=in_ascii))
         return
     from tt_ckpt.files import create
 
@@ -182,4 +210,8 @@ def row_file(path: Path | None) -> Iterator[Any]:
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
             file.flush()
 
-        yield write
+        try:
+            yield write
+        finally:
+            if not file.tell():
+                path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 Finish = Literal["end", "stop", "length", "context"]
+CUT: tuple[Finish, ...] = ("length", "context")
 _WINDOW, _KEPT = 96, 32  # tokens decoded again for each new one, and those that stay of them
 
 
@@ -68,7 +69,7 @@ class Reply:
     @property
     def cut(self) -> bool:
         """Whether the model would have said more."""
-        return self.finish in ("length", "context")
+        return self.finish in CUT
 
 
 @dataclass

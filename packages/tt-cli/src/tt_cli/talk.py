@@ -89,7 +89,13 @@ class Speaker:
             followed = {name: value for name, value in followed.items() if name not in ("top_k", "top_p", "min_p")}
         if followed:
             tell(f"generation_config.json: {', '.join(f'{name} {value}' for name, value in followed.items())}")
-        return Sampling(**chosen)
+        if "" in chosen["stop"]:
+            raise ValueError("--stop: an empty text, which is in every answer (an unset shell variable?); leave it out")
+        found = Sampling(**chosen)
+        from tt_models.sampling import Sampling as Drawn
+
+        Drawn(**found.drawn)  # its mistakes are told before the weights load
+        return found
 
     def raw_ids(self, text: str) -> list[int]:
         """``text`` as it stands, as the beginning of a document."""

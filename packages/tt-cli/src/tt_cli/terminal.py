@@ -179,6 +179,12 @@ def answer(text: object, *, nl: bool = True) -> None:
     door.flush()
 
 
+def is_utf8(stream: TextIO) -> bool:
+    """Whether what is written to ``stream`` leaves as UTF-8."""
+    raw = stream.raw if isinstance(stream, Door) else stream
+    return str(raw.encoding or "utf-8").lower().replace("_", "-") in ("utf-8", "utf8")
+
+
 def print_json(facts: Mapping[str, Any], *, said: Mapping[str, Any] | None = None) -> None:
     """Print ``facts`` as the verb's one JSON object; ``ok`` says that there were no mistakes.
 

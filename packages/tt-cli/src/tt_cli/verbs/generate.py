@@ -11,12 +11,12 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
-from tt_cli.options import AT_LEAST_ONE, base_option, json_option, sampling_options
+from tt_cli.options import AT_LEAST_ONE, SAMPLES, base_option, json_option, sampling_options
 from tt_cli.prompts import Prompt, check_text, read_prompt, read_prompts, row_file
-from tt_cli.reply import Reply
+from tt_cli.reply import CUT, Reply
 from tt_cli.talk import Messages, Sampling, Speaker, show_answer, tell_cut, tell_room
 from tt_cli.terminal import answer, is_hushed, print_json, say, tell
-from tt_train.errors import shell_word
+from tt_train.errors import counted, shell_word
 
 _CHUNK = 8  # batches whose prompts are sorted by length together
 
@@ -54,7 +54,7 @@ _CHUNK = 8  # batches whose prompts are sorted by length together
 @click.option(
     "--batch-size", type=AT_LEAST_ONE, metavar="N", default=16, show_default=True, help="Prompts answered at a time."
 )
-@click.option("--num-samples", type=AT_LEAST_ONE, metavar="N", default=1, show_default=True, help="Answers per prompt.")
+@click.option("--num-samples", type=SAMPLES, metavar="N", default=1, show_default=True, help="Answers per prompt.")
 @click.option("--system", metavar="TEXT", help="System message before the prompt.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a template.")
 @click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
@@ -91,8 +91,8 @@ def command(
         raise click.UsageError(f"--prompts {prompts} and another prompt; give only one of them")
     else:
         path = None if output in (None, "-") else Path(str(output))
-        if path is not None and os.path.lexists(path):
-            raise ValueError(f"{path}: already there; remove it, or name another file for the answers")
+        if path is not None:
+            _check_new(path)
         rows = read_prompts(prompts)
         _check_turns(rows, raw=raw, system=system)
     speaker = Speaker(model, adapter=not no_adapter, base=base)
@@ -144,15 +144,22 @@ class _Asker:
         """Answer all prompts in batches, in their order, as JSON lines. Returns how many could not be answered."""
         answered: list[dict[str, Any]] = []
         counts = {"prompts": len(rows), "answers": 0, "failed": 0, "cut": 0}
-        try:
-            with row_file(path) as write, _progress(len(rows)) as advance:
-                put = answered.append if as_json and path is None else write
-                size = self.batch_size * _CHUNK
+        with row_file(path) as write, _progress(len(rows)) as advance:
+            put = answered.append if as_json and path is None else write
+            size = self.batch_size * _CHUNK
+            try:
                 for start in range(0, len(rows), size):
-                    for row in self._chunk(start, rows[start : start + size], counts, advance):
-                        put(row)
-        finally:
-            self._tell_counts(counts, path)
+                    made: dict[tuple[int, int], dict[str, Any]] = {}
+                    try:
+                        self._answer(start, rows[start : start + size], made, advance)
+                    finally:  # after Ctrl-C, too: what was answered is kept
+                        for number, sample in sorted(made):
+                            row, found = rows[number], made[number, sample]
+                            put({"line": row.line, "id": row.id, "sample": sample, row.key: row.content, **found})
+                            counts["failed" if "error" in found else "answers"] += 1
+                            counts["cut"] += found.get("finish") in CUT
+            finally:
+                self._tell_counts(counts, path)
         if as_json:
             facts: dict[str, Any] = {"ok": not counts["failed"], "model": self.speaker.path, **counts}
             facts |= {
@@ -170,35 +177,28 @@ class _Asker:
         turns = row.content if row.key == "messages" else [{"role": "user", "content": row.content}]
         return self.speaker.prompt_ids([*self.opening, *turns])
 
-    def _chunk(
-        self, start: int, rows: Sequence[Prompt], counts: dict[str, int], advance: Any
-    ) -> Iterator[dict[str, Any]]:
-        """The answers to some rows, the longest prompts first, given back in the order of the rows."""
+    def _answer(
+        self, start: int, rows: Sequence[Prompt], made: dict[tuple[int, int], dict[str, Any]], advance: Any
+    ) -> None:
+        """Put the answers to some rows into ``made``, by prompt and sample, the longest prompts first."""
         from tt_data import TemplateError
 
         jobs: list[tuple[int, int, list[int]]] = []
-        made: dict[tuple[int, int], dict[str, Any]] = {}
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, start=start):
             try:
                 ids = self.ids_of(row)
                 problem = self.speaker.too_long(ids)
             except (ValueError, TemplateError) as error:
                 problem = str(error)
             if problem is None:
-                jobs += [(start + number, sample, ids) for sample in range(self.num_samples)]
+                jobs += [(number, sample, ids) for sample in range(self.num_samples)]
             else:
-                made[start + number, 0] = {"error": problem}
-                counts["failed"] += 1
+                made[number, 0] = {"error": problem}
                 advance(1)
         for some in _batches(sorted(jobs, key=lambda job: -len(job[2])), self.batch_size):
             for (number, sample, _), reply in zip(some, self._replies(some), strict=True):
                 made[number, sample] = {"text": reply.text.given, **_figures(reply)}
-                counts["cut"] += reply.cut
-                counts["answers"] += 1
                 advance(1 / self.num_samples)
-        for number, sample in sorted(made):
-            row = rows[number - start]
-            yield {"line": row.line, "id": row.id, "sample": sample, row.key: row.content, **made[number, sample]}
 
     def _replies(self, jobs: Sequence[tuple[int, int, list[int]]]) -> list[Reply]:
         """The whole answers of a batch."""
@@ -211,12 +211,14 @@ class _Asker:
     def _tell_counts(self, counts: dict[str, int], path: Path | None) -> None:
         """What became of the prompts, and the throughput; also after an interruption."""
         facts = self.speaker.stats.facts()
-        where = "" if path is None else f" in {path}"
+        where = f" in {path}" if path is not None and counts["answers"] + counts["failed"] else ""
         cut = f", {counts['cut']} of them cut" if counts["cut"] else ""
-        tell(f"{counts['answers']} answers to {counts['prompts']} prompts{where}{cut}; {facts['tokens']:,} tokens in "
+        answers, prompts = counted(counts["answers"], "answer"), counted(counts["prompts"], "prompt")
+        tell(f"{answers} to {prompts}{where}{cut}; {counted(self.speaker.stats.tokens, 'token')} in "
              f"{facts['seconds']:,.1f} s, {facts['tokens_per_s'] or 0:,.1f} per second")  # fmt: skip
         if counts["failed"]:
-            say(f"{counts['failed']} of {counts['prompts']} prompts have no answer; their rows say why", err=True)
+            have = "has" if counts["failed"] == 1 else "have"
+            say(f"{counts['failed']:,} of {prompts} {have} no answer; the rows say why", err=True)
 
 
 def _figures(reply: Reply) -> dict[str, Any]:
@@ -234,6 +236,17 @@ def _progress(total: int) -> Any:
     from tt_cli.console import count_progress
 
     return count_progress("prompts", total)
+
+
+def _check_new(path: Path) -> None:
+    """What is at ``path`` stays; only a file is worth the advice to remove it."""
+    if not os.path.lexists(path):
+        return
+    if path.is_dir():
+        raise ValueError(f"{path}: a folder; name a new file in it")
+    if path.is_file() or path.is_symlink():
+        raise ValueError(f"{path}: already there; remove it, or name another file for the answers")
+    raise ValueError(f"{path}: not a regular file; name a new file, or leave out -o for standard output")
 
 
 def _check_turns(rows: Sequence[Prompt], *, raw: bool, system: str | None) -> None:
