@@ -1,6 +1,7 @@
 """``tt eval``: tables and JSON of runs and models, on local tasks and on rows; wrong use is told at once."""
 
 import json
+import os
 
 import pytest
 
@@ -59,6 +60,8 @@ def test_rows_of_ones_own_need_no_harness_and_answer_in_json(tt, model_dir, held
         (["--data", "a", "--num-fewshot", "2"], "--num-fewshot is for --tasks; leave it out"),
         (["--data", "a", "--limit", "0.5"], "--limit: with --data a whole number of rows"),
         (["--data", "a", "-o", "."], "-o: . is a folder; name a file in it"),
+        (["--data", "a", "-o", __file__], "test_eval.py: already there; remove it, or name another file"),
+        (["--data", "a", "-o", "no-such/r.json"], "no-such: no such folder for the results; make it, or choose"),
         (["--data", "no-such.jsonl"], "no-such.jsonl"),
         (
             ["--data", "a", "--metric", "m:f"],
@@ -72,6 +75,14 @@ def test_wrong_use_is_told_in_a_line(tt, model_dir, words, message, monkeypatch)
     assert answer.code == 2
     [line] = answer.err.splitlines()
     assert message in line
+
+
+def test_a_run_that_cannot_be_written_is_told_before_weights_load(tt, lora_run, held_out, monkeypatch):
+    monkeypatch.setattr("tt_train.evals.score.load", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("os.access", lambda path, mode: not (mode & os.W_OK and str(lora_run) in str(path)))
+    answer = tt("eval", str(lora_run), "--data", held_out)
+    assert answer.code == 2
+    assert "the results cannot be written here; name a file elsewhere with -o" in answer.err
 
 
 def test_torchtunes_evaluation_is_answered_with_the_line_that_does_it(tt):

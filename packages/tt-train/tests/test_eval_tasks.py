@@ -197,3 +197,13 @@ def test_the_harness_finds_the_model_by_its_name(model_dir, tasks):
         f"path={model_dir},max_length=64", {"device": "cpu", "batch_size": "2"}
     )
     assert (model.max_length, model.scorer.batch_size) == (64, 2)
+
+
+def test_evaluations_of_a_run_at_the_same_time_keep_a_file_each(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tt_train.evals.results import save
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda number: save(tmp_path, "results.json", str(number)), range(8)))
+    assert sorted(path.read_text() for path in paths) == [str(number) for number in range(8)]

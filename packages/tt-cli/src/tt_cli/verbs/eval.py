@@ -139,11 +139,11 @@ def command(ctx: click.Context, /, nproc: str | None, **asked: Any) -> int | Non
         if here is not None:
             raise click.UsageError("this process is a rank already; leave out --nproc", ctx)
         from tt_cli import agent
-        from tt_train.evals.models import check_models
 
-        check_models(_models(asked), asked["base"])
+        _check(asked)
         return agent.start(agent.asked_for([], nproc), ["eval", *ctx.meta["words"]], None)
     if here is None or here.size == 1:
+        _check(asked)
         _evaluate(asked)
         return None
     from tt_train.inputs.components import pick_device
@@ -177,6 +177,13 @@ def _refuse_idle(ctx: click.Context, asked: dict[str, Any]) -> None:
         raise click.UsageError("--limit: with --data a whole number of rows", ctx)
     if asked["output"] is not None and asked["output"].is_dir():
         raise click.UsageError(f"-o: {asked['output']} is a folder; name a file in it", ctx)
+
+
+def _check(asked: dict[str, Any]) -> None:
+    """ConfigError for models that are not there and results that cannot be written."""
+    from tt_train.evals.models import check_models, check_places
+
+    check_places(check_models(_models(asked), asked["base"]), asked["output"], samples=asked["log_samples"])
 
 
 def _models(asked: dict[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """Several models evaluated one after the other, by one process or by many that share the work of each."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ import tt_data
 import tt_train
 from tt_ckpt import files
 from tt_ckpt.redaction import redact_data
+from tt_ckpt.shown import plain
 from tt_train.devices.distributed import world
 from tt_train.devices.launch import everywhere
 from tt_train.errors import ConfigError
@@ -22,6 +24,7 @@ from tt_train.evals.rows import Rows, evaluate_rows, rows_of
 from tt_train.evals.score import ModelOptions, Scorer, open_model
 from tt_train.evals.tasks import Loaded, Settings, evaluate, find_tasks, load_tasks
 from tt_train.models.origin import Origin, find_origin
+from tt_train.records.evaluations import FOLDER
 
 Progress = Callable[[str, int, int], None]
 Tell = Callable[[str], None]
@@ -38,12 +41,29 @@ class Report:
     samples: list[dict[str, Any]] = field(default_factory=list)
 
 
-def check_models(paths: Sequence[str], base: Sequence[str]) -> None:
+def check_models(paths: Sequence[str], base: Sequence[str]) -> list[Origin]:
     """ConfigError if one of them is not there, before the first is evaluated."""
-    for path in paths:
-        find_origin(path, tuple(base) or None)
+    origins = [find_origin(path, tuple(base) or None) for path in paths]
     if len(set(paths)) < len(paths):
         raise ConfigError([f"{next(path for path in paths if paths.count(path) > 1)}: given twice; give it once"])
+    return origins
+
+
+def check_places(origins: Sequence[Origin], output: Path | None, *, samples: bool) -> None:
+    """ConfigError if the results cannot be written, before hours are spent on them. What is there stays."""
+    if output is not None:
+        for path in (output, output.with_suffix(".samples.jsonl"))[: 2 if samples else 1]:
+            if os.path.lexists(path):
+                raise ConfigError([f"{plain(path)}: already there; remove it, or name another file for the results"])
+        places = [output.absolute().parent]
+    else:
+        runs = [origin.run.path for origin in origins if origin.run is not None]
+        places = [next(place for place in (run / FOLDER, run) if place.is_dir()) for run in runs]
+    for place in places:
+        if not place.is_dir():
+            raise ConfigError([f"{plain(place)}: no such folder for the results; make it, or choose another -o"])
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError([f"{plain(place)}: the results cannot be written here; name a file elsewhere with -o"])
 
 
 def on_tasks(

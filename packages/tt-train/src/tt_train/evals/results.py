@@ -1,7 +1,6 @@
 """The figures of an evaluation: as rows, as a table of several models, and as files in a run directory."""
 
 import datetime
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,8 +84,12 @@ def save(run: Path, name: str, text: str) -> Path:
     folder.mkdir(exist_ok=True)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path, count = folder / f"{stamp}-{name}", 1
-    while os.path.lexists(path):
-        count += 1
-        path = folder / f"{stamp}-{count}-{name}"
-    files.replace_text(path, text)
-    return path
+    while True:
+        try:
+            with files.create(path) as file:  # new, also if another process evaluates the run at the same time
+                file.write(text.encode("utf-8", "backslashreplace"))
+                files.sync(file)
+            return path
+        except FileExistsError:
+            count += 1
+            path = folder / f"{stamp}-{count}-{name}"
