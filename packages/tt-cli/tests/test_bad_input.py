@@ -459,3 +459,15 @@ def test_an_output_that_cannot_be_written_is_found_before_step_1(refused, here):
 def test_a_header_that_asks_for_more_than_there_is(refused, here):
     (here / "model" / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     refused("generate", "model", "red", parts=("model.safetensors",))
+
+
+@pytest.mark.parametrize("words", [
+    ("generate", "~no-such-user/run", "hi"), ("convert", "~no-such-user/model", "out"),
+    ("convert", "{m}", "~no-such-user/out"), ("merge", "{m}", "-o", "~no-such-user/out"),
+    ("validate", "~/config.yaml"),
+])  # fmt: skip
+def test_a_home_folder_that_is_not_there_is_wrong_input_and_no_fault_of_ours(tt, model_dir, monkeypatch, words):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user who has none
+    answer = tt(*(word.format(m=model_dir) for word in words))
+    assert (answer.code, answer.out) == (2, "")
+    assert "there is no such home folder; write the path without ~" in answer.err

@@ -18,7 +18,7 @@ def resolve(path: str | Path) -> Path:
     """
     if len(str(path)) > _LONGEST:
         raise ValueError(f"{quoted(str(path))}: no directory has so long a name; give a model directory or hub id")
-    local = Path(path).expanduser()
+    local = from_home(path)
     if local.is_dir():
         return local
     shown = plain(Path(path))
@@ -45,6 +45,14 @@ def resolve(path: str | Path) -> Path:
         if "did you mean" not in close:
             raise
         raise type(error)(f"{error}{close}") from None  # runs/frist looks like a repository
+
+
+def from_home(path: str | Path) -> Path:
+    """``path`` with ``~`` as the home folder; FileNotFoundError if there is no such user, or none that has a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{plain(path)}: there is no such home folder; write the path without ~") from None
 
 
 def _similar(path: Path) -> str:

@@ -26,7 +26,7 @@ from tt_ckpt.hf.directory import (
 from tt_ckpt.hf.mismatch import refuse_missing_layers
 from tt_ckpt.hf.save import choose_layout, counter, write_shards
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast, compare
-from tt_ckpt.model_path import resolve
+from tt_ckpt.model_path import from_home, resolve
 from tt_ckpt.shown import plain, quoted
 
 Format = Literal["hf", "meta", "torchtune"]
@@ -77,7 +77,7 @@ def convert(
     float32 for a GGUF file with quantized tensors). ``max_shard_size`` is for hf, ``num_parts`` (model-parallel parts)
     for meta. ``progress(done, total)`` counts bytes, each twice: written and read back.
     """
-    started, target = time.monotonic(), Path(destination).expanduser()
+    started, target = time.monotonic(), from_home(destination)
     if to not in FORMATS:
         raise ValueError(f"to: expected one of {', '.join(FORMATS)}, got {to!r}")
     base = None if config is None else resolve(config)
@@ -116,7 +116,7 @@ def convert(
 
 def _open(source: str | Path, allow_pickle: bool, base: Path | None) -> tuple[Path, Weights]:
     """The path and the weights of a model. A GGUF file is given itself, or is the only one in a directory."""
-    path = Path(source).expanduser()
+    path = from_home(source)
     file = path if is_gguf(path) else None
     if file is None:
         path = resolve(source)

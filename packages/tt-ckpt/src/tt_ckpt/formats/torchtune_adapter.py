@@ -21,7 +21,7 @@ from tt_ckpt.formats.pickles import read_pickled
 from tt_ckpt.formats.torchtune import Family, family_of
 from tt_ckpt.formats.translation import rotated_heads, to_half_split
 from tt_ckpt.hf.directory import CONFIG_BYTES, check_destination, new_directory, read_config
-from tt_ckpt.model_path import resolve
+from tt_ckpt.model_path import from_home, resolve
 from tt_ckpt.safetensors_file import MappedFile, write_tensor_dict
 from tt_ckpt.shown import plain, quoted
 
@@ -71,8 +71,8 @@ def convert_adapter(
     ``config``: the base model (directory or hub id), if its config.json is not beside the adapter. ``alpha``:
     lora_alpha, if no adapter_config.json beside the adapter has it, as in 0.1. Raises ValueError, FileNotFoundError.
     """
-    started, target = time.monotonic(), Path(destination).expanduser()
-    file, epochs = _find(Path(source).expanduser())
+    started, target = time.monotonic(), from_home(destination)
+    file, epochs = _find(from_home(source))
     settings = _settings(file)
     base = resolve(config) if config is not None else _folder_with_config(file)
     base_config = read_config(base)

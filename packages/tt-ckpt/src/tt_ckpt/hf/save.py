@@ -21,7 +21,7 @@ from tt_ckpt.hf.base_tensors import base_tensors, meta, split_sources
 from tt_ckpt.hf.directory import copy_companions, new_directory, write_config
 from tt_ckpt.hf.stored_tensors import INDEX_NAME, SINGLE_NAME, open_tensors
 from tt_ckpt.hf.weights import Weights, cast_tensor, compare
-from tt_ckpt.model_path import resolve
+from tt_ckpt.model_path import from_home, resolve
 from tt_ckpt.ranks import is_dtensor
 from tt_ckpt.safe_names import check_basename
 from tt_ckpt.safetensors_file import TensorSpec, canonical_order, spec_of, write_tensors
@@ -53,7 +53,7 @@ def save_hf(
     over ranks is gathered tensor by tensor: every rank must call this, and rank 0 writes. The directory appears whole
     or not at all. FileExistsError if it has weights already, unless ``overwrite``.
     """
-    folder, origin = Path(path).expanduser(), None if source is None else resolve(source)
+    folder, origin = from_home(path), None if source is None else resolve(source)
     weights = weights_of(model, dtype, config)
     layout = choose_layout([] if origin is None else [origin], weights.specs, max_shard_size)
 

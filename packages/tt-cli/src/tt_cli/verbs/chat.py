@@ -6,7 +6,6 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
@@ -186,13 +185,14 @@ class Chat:
     def save(self, name: str) -> None:
         """Append the conversation to a file of rows."""
         from tt_ckpt.files import append_text
+        from tt_ckpt.model_path import from_home
 
         if not name.endswith(".jsonl"):
             raise ValueError("/save needs the name of a file, such as /save chat.jsonl")
         if not self.turns:
             raise ValueError("there is nothing to save yet")
         rows = _rows(self.speaker.form, self.opening, self.turns)
-        append_text(Path(name).expanduser(), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        append_text(from_home(name), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         tell(f"{len(rows)} {'row' if len(rows) == 1 else 'rows'} appended to {name}")
 
     def _last_prompt(self) -> str:

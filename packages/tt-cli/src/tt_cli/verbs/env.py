@@ -121,7 +121,7 @@ def _variables() -> dict[str, str]:
 
 def _tilde(path: str | Path) -> str:
     """A path without the name of the user."""
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # noqa: PTH111  (Path.home() fails for a user without one)
     return str(path).replace(home, "~") if len(home) > 1 else str(path)
 
 

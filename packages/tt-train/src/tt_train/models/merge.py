@@ -19,6 +19,7 @@ from tt_ckpt.hf.directory import check_room
 from tt_ckpt.hf.save import Layout, choose_layout, save_weights
 from tt_ckpt.hf.stored_tensors import open_tensors
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast_tensor, is_finite
+from tt_ckpt.model_path import from_home
 from tt_ckpt.shown import plain
 from tt_peft.adapter_files.low_rank import read_low_rank
 from tt_peft.merge import merged_weight
@@ -49,7 +50,7 @@ def merge_run(
         ConfigError: ``output`` is not empty or cannot be written, there is no room for the weights, or a part of the
             run, its adapter or its base is missing.
     """
-    target, origin = Path(output), find_origin(path, base)
+    target, origin = from_home(output), find_origin(path, base)
     refuse_full(target)
     merged = merged_tensors(origin, dtype)
     if merged is None or not _merge_tensors(merged, origin, target, files or {}, dry_run=dry_run, tell=tell):
@@ -147,7 +148,7 @@ def _merge_tensors(
     weights = replace(merged.weights, config=merged_config(origin, serving))
     beside = {**serving.files, **files}
     try:
-        save_weights(weights, target.expanduser(), merged.layout, source=origin.model, files=beside)
+        save_weights(weights, target, merged.layout, source=origin.model, files=beside)
     except RefusedError:
         return False
     _say(tt_peft.MergeReport(tuple(merged.losses.values())), origin, tell)

@@ -18,6 +18,7 @@ import tt_models
 from tt_ckpt.hf.base_tensors import base_tensors, split_sources
 from tt_ckpt.hf.save import choose_layout, save_weights
 from tt_ckpt.hf.weights import Weights
+from tt_ckpt.model_path import from_home
 from tt_ckpt.safetensors_file import spec_of
 from tt_ckpt.shown import format_size, plain
 from tt_models.limits import weight_bytes
@@ -63,7 +64,7 @@ def quantize_run(
     Raises:
         ConfigError: an unknown format, one that does not run here, or a model that is quantized already.
     """
-    target, say = Path(output), tell or (lambda text: None)
+    target, say = from_home(output), tell or (lambda text: None)
     refuse_full(target)
     origin = find_origin(path, base)
     asked = chosen(to, group_size, trained_for(origin), say)
@@ -137,8 +138,8 @@ def _quantize_and_write(
     names = [name for name in weights.specs if name.rpartition(".")[0] not in plan.layers or name.endswith(".bias")]
     every = metadata_of(metadata, names)
     layout = replace(layout, metadata=dict.fromkeys(layout.files, every))
-    save_weights(weights, target.expanduser(), layout, source=origin.model, files=files)
-    _check_again(model, target.expanduser(), rows)
+    save_weights(weights, target, layout, source=origin.model, files=files)
+    _check_again(model, target, rows)
     for line in summary(report):
         say(line)
     return {"path": str(target), "dry_run": False, **report}

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tt_ckpt.model_path import from_home
 from tt_train.config import KDConfig, PreferenceSection, RunConfig, named_sets
 
 C = TypeVar("C", bound=RunConfig)
@@ -38,7 +39,7 @@ def _with_paths(config: C, change: Callable[[Any], Any], folder: Callable[[Any],
 
 def home(path: Any) -> Any:
     """A path, a list of paths or the names of a mapping, with ``~/`` as the home folder."""
-    return _each(path, lambda text: str(Path(text).expanduser()) if text.startswith("~/") else text)
+    return _each(path, lambda text: str(from_home(text)) if text.startswith("~/") else text)
 
 
 def _absolute(path: Any) -> Any:
