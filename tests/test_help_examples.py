@@ -63,6 +63,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tuned").mkdir()
     factors = {"layers.0.attn.v_proj.lora_a.weight": (2, 32), "layers.0.attn.v_proj.lora_b.weight": (16, 2)}
     torch.save({name: torch.ones(size) for name, size in factors.items()}, folder / "tuned" / "adapter_0.pt")
+    (folder / "prompts.jsonl").write_text('{"prompt": "a row"}\n')
     (folder / "my_metrics.py").write_text("def f1(prompts, answers, expected):\n    return {'f1': 0.5}\n")
     (folder / "tasks").mkdir()
     (folder / "tasks" / "my_task.yaml").write_text(
