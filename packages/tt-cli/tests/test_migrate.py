@@ -85,4 +85,4 @@ def test_ls_shows_the_recipe_of_each_config(tt):
 def test_a_name_whose_work_is_a_verb_here_says_which(tt, words):
     said = tt(*words)
     assert said.code == 2
-    assert "tt generate MODEL -p 'Hello, my name is' --max-new-tokens 300" in said.err
+    assert "tt generate MODEL --raw -p 'Hello, my name is' --max-new-tokens 300" in said.err

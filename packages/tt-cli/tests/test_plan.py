@@ -12,7 +12,7 @@ def config(model_dir, rows_file, *more):
 def test_a_plan_shows_memory_by_part_steps_and_time(tt, model_dir, rows_file):
     found = tt("plan", *config(model_dir, rows_file), "--memory", "100GiB", "--flops", "1T")
     assert found.code == 0, found.err
-    for words in ("parameters", "activations", "in all", "what would save memory", "3 steps", "time: about"):
+    for words in ("parameters", "weights of the model", "in all", "what would save memory", "3 steps", "time: about"):
         assert words in found.out
     assert "is the largest that fits into 100 GiB" in found.out
 

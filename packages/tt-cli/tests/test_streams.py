@@ -170,8 +170,9 @@ def test_secrets_are_removed_from_everything_that_is_written(capsys, monkeypatch
     assert "correct-horse" not in "".join(capsys.readouterr())
 
 
-def test_bars_of_tqdm_move_and_their_names_do_not(capsys):
+def test_bars_of_tqdm_move_and_their_names_do_not(capsys, monkeypatch):
     tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with guarded():
         for _ in tqdm.tqdm(range(2), desc="\x1b[2J\rmodel\x07", position=1, ascii=True):
             pass
@@ -181,6 +182,14 @@ def test_bars_of_tqdm_move_and_their_names_do_not(capsys):
     assert "\x1b[A" in err
     assert not set(err.replace("\x1b[A", "").replace("\r\\x1b", "").replace("\r ", "")) & {"\x1b", "\x07"}
     assert "\\rno bar" in err
+
+
+def test_bars_of_tqdm_are_for_a_terminal(capsys):
+    tqdm = pytest.importorskip("tqdm")
+    with guarded():
+        list(tqdm.tqdm(range(2), desc="drawn"))
+        print("said", file=sys.stderr)
+    assert capsys.readouterr().err == "said\n"
 
 
 def test_an_exit_with_a_message_shows_it(capsys):
