@@ -6,6 +6,7 @@ Public functions call ``resolve`` first and pass a ``Path`` on.
 import difflib
 from pathlib import Path
 
+from tt_ckpt.safe_names import from_home
 from tt_ckpt.shown import plain, quoted
 
 _LONGEST = 4096
@@ -45,14 +46,6 @@ def resolve(path: str | Path) -> Path:
         if "did you mean" not in close:
             raise
         raise type(error)(f"{error}{close}") from None  # runs/frist looks like a repository
-
-
-def from_home(path: str | Path) -> Path:
-    """``path`` with ``~`` as the home folder; FileNotFoundError if there is no such user, or none that has a home."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise FileNotFoundError(f"{plain(path)}: there is no such home folder; write the path without ~") from None
 
 
 def _similar(path: Path) -> str:

@@ -30,3 +30,11 @@ def safe_file(directory: Path, name: object) -> Path:
     """The path of ``name`` inside ``directory``; if something is there, it must pass ``regular``."""
     path = directory / check_basename(name, where=directory)
     return regular(path, directory) if os.path.lexists(path) else path
+
+
+def from_home(path: str | Path) -> Path:
+    """``path`` with ``~`` as the home folder; FileNotFoundError if there is no such user, or none that has a home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise FileNotFoundError(f"{plain(path)}: there is no such home folder; write the path without ~") from None

@@ -26,7 +26,8 @@ from tt_ckpt.hf.directory import (
 from tt_ckpt.hf.mismatch import refuse_missing_layers
 from tt_ckpt.hf.save import choose_layout, counter, write_shards
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast, compare
-from tt_ckpt.model_path import from_home, resolve
+from tt_ckpt.model_path import resolve
+from tt_ckpt.safe_names import from_home
 from tt_ckpt.shown import plain, quoted
 
 Format = Literal["hf", "meta", "torchtune"]

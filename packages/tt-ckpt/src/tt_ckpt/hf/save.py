@@ -21,9 +21,9 @@ from tt_ckpt.hf.base_tensors import base_tensors, meta, split_sources
 from tt_ckpt.hf.directory import copy_companions, new_directory, write_config
 from tt_ckpt.hf.stored_tensors import INDEX_NAME, SINGLE_NAME, open_tensors
 from tt_ckpt.hf.weights import Weights, cast_tensor, compare
-from tt_ckpt.model_path import from_home, resolve
+from tt_ckpt.model_path import resolve
 from tt_ckpt.ranks import is_dtensor
-from tt_ckpt.safe_names import check_basename
+from tt_ckpt.safe_names import check_basename, from_home
 from tt_ckpt.safetensors_file import TensorSpec, canonical_order, spec_of, write_tensors
 from tt_ckpt.shown import UNITS
 

@@ -16,9 +16,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from tt_ckpt import commit, model_path, ranks
+from tt_ckpt import commit, ranks
 from tt_ckpt.files import read_json
-from tt_ckpt.safe_names import check_basename
+from tt_ckpt.safe_names import check_basename, from_home
 from tt_ckpt.safetensors_file import write_tensor_dict
 from tt_ckpt.shown import listed, plain
 from tt_ckpt.train import run_folder
@@ -67,7 +67,7 @@ class TrainCheckpoint:
     def __init__(self, directory: str | Path, *, keep_last: int = 2, timeout_s: float | None = None) -> None:
         if keep_last < 2:
             raise ValueError(f"keep_last must be at least 2, in case the newest is damaged; got {keep_last}")
-        self.directory = model_path.from_home(directory)
+        self.directory = from_home(directory)
         self.keep_last = keep_last
         self.timeout_s = timeout_s
         self.keep: set[int] = set()

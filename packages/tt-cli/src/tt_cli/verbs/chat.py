@@ -185,7 +185,7 @@ class Chat:
     def save(self, name: str) -> None:
         """Append the conversation to a file of rows."""
         from tt_ckpt.files import append_text
-        from tt_ckpt.model_path import from_home
+        from tt_ckpt.safe_names import from_home
 
         if not name.endswith(".jsonl"):
             raise ValueError("/save needs the name of a file, such as /save chat.jsonl")

@@ -12,6 +12,7 @@ import tt_data
 from tt_ckpt import commit
 from tt_ckpt.files import copy
 from tt_ckpt.formats.gguf.writer import GGUFWritten
+from tt_ckpt.safe_names import from_home
 from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.models.gguf import TYPES, Progress, write_adapter, write_model
@@ -72,7 +73,7 @@ def export(
         ValueError: a setting, tensor or tokenizer that a GGUF file cannot express; nothing is written.
     """
     _check_words(to, type, adapter=adapter, dtype=dtype)
-    target, origin = Path(output), find_origin(path, base)
+    target, origin = from_home(output), find_origin(path, base)
     if to == "gguf":
         if target.suffix != ".gguf":
             name = plain(target)

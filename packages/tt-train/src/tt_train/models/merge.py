@@ -19,7 +19,6 @@ from tt_ckpt.hf.directory import check_room
 from tt_ckpt.hf.save import Layout, choose_layout, save_weights
 from tt_ckpt.hf.stored_tensors import open_tensors
 from tt_ckpt.hf.weights import EMBEDDING, Weights, cast_tensor, is_finite
-from tt_ckpt.model_path import from_home
 from tt_ckpt.shown import plain
 from tt_peft.adapter_files.low_rank import read_low_rank
 from tt_peft.merge import merged_weight
@@ -50,8 +49,7 @@ def merge_run(
         ConfigError: ``output`` is not empty or cannot be written, there is no room for the weights, or a part of the
             run, its adapter or its base is missing.
     """
-    target, origin = from_home(output), find_origin(path, base)
-    refuse_full(target)
+    origin, target = find_origin(path, base), refuse_full(output)
     merged = merged_tensors(origin, dtype)
     if merged is None or not _merge_tensors(merged, origin, target, files or {}, dry_run=dry_run, tell=tell):
         _merge_model(origin, target, dtype, files or {}, dry_run=dry_run, tell=tell)
@@ -255,9 +253,14 @@ def refuse_small(target: Path, nbytes: int) -> None:
         raise ConfigError([f"{plain(target)}: {error.strerror}"]) from error
 
 
-def refuse_full(target: Path) -> None:
-    """ConfigError if ``target`` is not empty or cannot be written. Nothing is left there."""
+def refuse_full(output: str | Path) -> Path:
+    """``output`` with ``~`` as the home folder; ConfigError if it is not empty or cannot be written, or has no home.
+
+    Nothing is left there.
+    """
+    target = Path(output)
     try:
+        target = target.expanduser()
         with suppress(FileNotFoundError):
             target.lstat()  # raises if a name is too long or a parent is a file
         if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
@@ -266,5 +269,8 @@ def refuse_full(target: Path) -> None:
         probe = place / f"{TMP_PREFIX}{secrets.token_hex(8)}"
         create(probe).close()
         probe.unlink()
+        return target
+    except RuntimeError:  # of expanduser
+        raise ConfigError([f"{plain(target)}: there is no such home folder; write the path without ~"]) from None
     except OSError as error:
         raise ConfigError([f"{plain(target)}: cannot be written ({error.strerror}); choose another -o"]) from error

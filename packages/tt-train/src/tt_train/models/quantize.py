@@ -18,7 +18,6 @@ import tt_models
 from tt_ckpt.hf.base_tensors import base_tensors, split_sources
 from tt_ckpt.hf.save import choose_layout, save_weights
 from tt_ckpt.hf.weights import Weights
-from tt_ckpt.model_path import from_home
 from tt_ckpt.safetensors_file import spec_of
 from tt_ckpt.shown import format_size, plain
 from tt_models.limits import weight_bytes
@@ -64,8 +63,7 @@ def quantize_run(
     Raises:
         ConfigError: an unknown format, one that does not run here, or a model that is quantized already.
     """
-    target, say = from_home(output), tell or (lambda text: None)
-    refuse_full(target)
+    target, say = refuse_full(output), tell or (lambda text: None)
     origin = find_origin(path, base)
     asked = chosen(to, group_size, trained_for(origin), say)
     name = asked.format

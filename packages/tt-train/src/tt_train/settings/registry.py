@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tt_ckpt.model_path import from_home
 from tt_train.config import logger_options
 from tt_train.errors import ConfigError, did_you_mean, shell_word
 from tt_train.losses.table import LOSSES, PREFERENCE_LOSSES
@@ -87,7 +86,11 @@ def named_config(name: str, *, devices: int = 1) -> str | None:
 
 def find_config(name: str | Path) -> Path:
     """The path of a YAML file; ConfigError says what else the name may have meant."""
-    text = str(from_home(name)) if str(name).startswith("~/") else str(name)
+    text = str(name)
+    if text.startswith("~/"):
+        from tt_ckpt.safe_names import from_home
+
+        text = str(from_home(name))
     path = Path(text)
     if "://" in text:
         raise ConfigError([f"{name}: an address, not a file; download it, look at it, and name the file"])

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tt_ckpt.model_path import from_home
+from tt_ckpt.safe_names import from_home
 from tt_train.config import KDConfig, PreferenceSection, RunConfig, named_sets
 
 C = TypeVar("C", bound=RunConfig)
