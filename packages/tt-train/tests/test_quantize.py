@@ -1,7 +1,9 @@
 """tt quantize: what is written is what transformers computes, is as small as it says, and is trusted in nothing."""
 
+import ast
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from tt_train.models.quality import agreement
 from tt_train.models.quantization_plan import Asked, plan_of
 from tt_train.models.quantize import quantize_run
 from tt_train.quantized import stored, trial
+from tt_train.quantized import torchao as quantized_torchao
 from tt_train.quantized.formats import ALIASES, FORMATS, find_format
 from tt_train.recipes import qat, sft
 
@@ -511,3 +514,16 @@ def test_weights_stay_quantized_in_memory(written):
         held += sum(part.nbytes for part in parts) if parts else parameter.nbytes
     assert held == report["bytes_after"]
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_torchao_is_imported_without_its_warnings():
+    """It warns of extensions for other machines: on a CPU each answer of a quantized model began with them."""
+    tree = ast.parse(Path(quantized_torchao.__file__).read_text())
+    quiet = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "quietly" in ast.unparse(node.items[0])]
+    quiet += [node for node in tree.body if isinstance(node, ast.If)]  # TYPE_CHECKING
+
+    def imports(nodes):
+        found = {node for top in nodes for node in ast.walk(top) if isinstance(node, ast.Import | ast.ImportFrom)}
+        return {node for node in found if "torchao" in ast.unparse(node)}
+
+    assert imports([tree]) == imports(quiet) != set()

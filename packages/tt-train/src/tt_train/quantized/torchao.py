@@ -97,7 +97,8 @@ def _intx(weights: str, group_size: int | None, *, inputs: bool) -> "AOBaseConfi
 
 def as_dict(config: "AOBaseConfig") -> dict[str, Any]:
     """The config as ``config.json`` has it."""
-    from torchao.core.config import config_to_dict
+    with quietly():
+        from torchao.core.config import config_to_dict
 
     found: dict[str, Any] = config_to_dict(config)
     return found
@@ -175,7 +176,8 @@ def described(weight: Any) -> str:
 
 def joined(kind: str, parts: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Tensor:
     """The tensor of the class ``kind`` made of ``parts`` and of what ``attributes_of`` gave."""
-    import torchao.quantization
+    with quietly():
+        import torchao.quantization
 
     made: Tensor = getattr(torchao.quantization, kind)(**parts, **attributes)
     return made
