@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,17 @@ def test_after_ctrl_c_the_file_has_every_answer_so_far_and_they_are_counted(tt, 
     done = tt(*words, "--batch-size", "1")
     assert [row["line"] for row in answers(out.read_text())] == [1]
     assert (done.code, f"1 answer to 2 prompts in {out}" in done.err) == (130, True), done.err
+
+
+def test_no_bar_folds_the_rows_on_a_terminal(monkeypatch):
+    made = []
+    monkeypatch.setattr("tt_cli.console.count_progress", lambda *words: made.append(words) or nullcontext(print))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    for shown, terminal in ((False, True), (False, False), (True, True)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal, raising=False)
+        with generate._progress(3, shown=shown):
+            pass
+    assert made == [("prompts", 3)] * 2
 
 
 def test_without_an_answer_no_file_is_left(tt, lora_run, tmp_path, monkeypatch):

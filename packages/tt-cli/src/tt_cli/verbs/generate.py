@@ -144,20 +144,11 @@ class _Asker:
         """Answer all prompts in batches, in their order, as JSON lines. Returns how many could not be answered."""
         answered: list[dict[str, Any]] = []
         counts = {"prompts": len(rows), "answers": 0, "failed": 0, "cut": 0}
-        with row_file(path) as write, _progress(len(rows)) as advance:
+        with row_file(path) as write:
             put = answered.append if as_json and path is None else write
-            size = self.batch_size * _CHUNK
             try:
-                for start in range(0, len(rows), size):
-                    made: dict[tuple[int, int], dict[str, Any]] = {}
-                    try:
-                        self._answer(start, rows[start : start + size], made, advance)
-                    finally:  # after Ctrl-C, too: what was answered is kept
-                        for number, sample in sorted(made):
-                            row, found = rows[number], made[number, sample]
-                            put({"line": row.line, "id": row.id, "sample": sample, row.key: row.content, **found})
-                            counts["failed" if "error" in found else "answers"] += 1
-                            counts["cut"] += found.get("finish") in CUT
+                with _progress(len(rows), shown=put is not write or path is not None) as advance:
+                    self._put_all(rows, put, counts, advance)
             finally:
                 self._tell_counts(counts, path)
         if as_json:
@@ -169,6 +160,20 @@ class _Asker:
             }
             print_json(facts, said={"rows": answered} if path is None else {})
         return counts["failed"]
+
+    def _put_all(self, rows: Sequence[Prompt], put: Any, counts: dict[str, int], advance: Any) -> None:
+        """Give the rows of all answers to ``put``, in the order of the prompts, and count them."""
+        size = self.batch_size * _CHUNK
+        for start in range(0, len(rows), size):
+            made: dict[tuple[int, int], dict[str, Any]] = {}
+            try:
+                self._answer(start, rows[start : start + size], made, advance)
+            finally:  # after Ctrl-C, too: what was answered is kept
+                for number, sample in sorted(made):
+                    row, found = rows[number], made[number, sample]
+                    put({"line": row.line, "id": row.id, "sample": sample, row.key: row.content, **found})
+                    counts["failed" if "error" in found else "answers"] += 1
+                    counts["cut"] += found.get("finish") in CUT
 
     def ids_of(self, row: Prompt) -> list[int]:
         """The tokens of a prompt."""
@@ -229,9 +234,12 @@ def _batches(jobs: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (jobs[start : start + size] for start in range(0, len(jobs), size))
 
 
-def _progress(total: int) -> Any:
-    """Gives ``advance(prompts)``, which moves a bar if stderr is a terminal."""
-    if not sys.stderr.isatty() or is_hushed():
+def _progress(total: int, *, shown: bool) -> Any:
+    """Gives ``advance(prompts)``, which moves a bar if stderr is a terminal.
+
+    ``shown``: False if rows go to standard output. On a terminal they are the progress, and a bar would fold them.
+    """
+    if not sys.stderr.isatty() or is_hushed() or (not shown and sys.stdout.isatty()):
         return nullcontext(lambda count: None)
     from tt_cli.console import count_progress
 
