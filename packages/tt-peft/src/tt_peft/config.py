@@ -95,29 +95,27 @@ class LoRAConfig:
         is_all = isinstance(targets, str) and targets.lower() == "all-linear"
         if is_all or (isinstance(targets, list | tuple) and [*targets] == ["all-linear"]):
             object.__setattr__(self, "target_modules", "all-linear")
-        for name in ("target_modules", "exclude_modules"):
+        lists = ["target_parameters", "modules_to_save", "quantize_skip", "layers_pattern"]
+        for name in ("exclude_modules", "target_modules"):
             if not getattr(self, name):
                 object.__setattr__(self, name, ())
             elif not isinstance(getattr(self, name), str):
-                self._make_tuple(name)
-        for name in ("target_parameters", "modules_to_save", "quantize_skip", "layers_pattern"):
-            self._make_tuple(name)
+                lists.insert(0, name)
+        for name in lists:
+            value = getattr(self, name)
+            several = isinstance(value, Collection) and not isinstance(value, str | Mapping)
+            if several:
+                _check_count(name, len(value))
+            names = (value,) if isinstance(value, str) else tuple(value or ()) if several or not value else (None,)
+            if not all(isinstance(n, str) and n for n in names):
+                raise ValueError(f"{name} must be names, got {shown(value)}")
+            object.__setattr__(self, name, names)
         if self.layers_to_transform is not None:
             given: object = self.layers_to_transform
             layers = tuple(given) if isinstance(given, Sequence) else (given,)
             if not all(type(layer) is int for layer in layers):
                 raise ValueError(f"layers_to_transform must be whole numbers, got {shown(given)}")
             object.__setattr__(self, "layers_to_transform", layers)
-
-    def _make_tuple(self, name: str) -> None:
-        value = getattr(self, name)
-        several = isinstance(value, Collection) and not isinstance(value, str | Mapping)
-        if several:
-            _check_count(name, len(value))
-        names = (value,) if isinstance(value, str) else tuple(value or ()) if several or not value else (None,)
-        if not all(isinstance(n, str) and n for n in names):
-            raise ValueError(f"{name} must be names, got {shown(value)}")
-        object.__setattr__(self, name, names)
 
     @functools.cached_property
     def ranks(self) -> Patterns[int]:
