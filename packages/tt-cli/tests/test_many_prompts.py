@@ -218,3 +218,21 @@ def test_options_out_of_bounds_are_told_before_weights_load(tt, lora_run, tmp_pa
     asked = () if "--prompts" in words else ("-p", "red")
     done = tt("generate", str(lora_run), *asked, *(word.format(p=prompts, d=tmp_path) for word in words))
     assert (done.code, done.out, said in done.err) == (2, "", True), done.err
+
+
+def test_without_a_template_parts_are_one_text_and_a_prompt_without_tokens_has_an_error_in_its_place(
+    tt, write_tiny_model, tmp_path
+):
+    model = write_tiny_model(tmp_path / "plain", chat_template=None)
+    parts = [{"type": "text", "text": "red "}, {"type": "text", "text": "blue"}]
+    prompts = write(
+        tmp_path / "prompts.jsonl", {"messages": [{"role": "user", "content": parts}]}, {"prompt": "red blue"}
+    )
+    first, second = answers(tt("generate", str(model), "--prompts", prompts, "--max-new-tokens", "3").out)
+    assert (first["text"], first["prompt_tokens"]) == (second["text"], second["prompt_tokens"])
+    empty = write_tiny_model(
+        tmp_path / "empty", chat_template="{% if messages[0].content != 'red' %}{{ messages[0].content }}{% endif %}"
+    )
+    done = tt("generate", str(empty), "--prompts", write(tmp_path / "two", "red\nblue\n"), "--max-new-tokens", "3")
+    first, second = answers(done.out)
+    assert (done.code, "the prompt has no tokens" in first["error"], second["finish"]) == (1, True, "length")

@@ -114,6 +114,8 @@ class Speaker:
         if len(messages) > 1:
             raise ValueError(f"{self.path} has no chat template, so it can take one message, not {len(messages)}")
         text = messages[-1]["content"]
+        if isinstance(text, list):  # parts, which a chat template would read; all are text
+            text = "".join(part["text"] for part in text)
         if self.form != "text":
             from tt_data.template.prompts import get_instruct_template
 
@@ -124,6 +126,8 @@ class Speaker:
 
     def too_long(self, ids: Sequence[int]) -> str | None:
         """Why ``ids`` cannot be answered, if they cannot."""
+        if not ids:
+            return f"the prompt has no tokens; write one that the template and tokenizer of {self.path} keep"
         if self.limit is None or len(ids) < self.limit:
             return None
         return f"the prompt has {len(ids)} tokens, and {self.path} can read {self.limit} with the answer; shorten it"
