@@ -108,3 +108,10 @@ def test_a_file_that_is_missing_is_named_in_words_and_a_run_that_vanishes_is_lef
     monkeypatch.setattr("tt_train.run.listing.is_run", lambda path: True)
     (Path("runs") / "gone").mkdir()
     assert names(tt) == ["new", "mid", "old"]
+
+
+def test_a_folder_of_runs_that_is_a_link_to_itself_has_no_runs(tt, tmp_path, monkeypatch):
+    (tmp_path / "loop").mkdir()
+    monkeypatch.chdir(tmp_path / "loop")
+    Path("runs").symlink_to("runs")
+    assert tt("watch").err.startswith(f"error: no run found under {tmp_path}/loop/runs; name one")

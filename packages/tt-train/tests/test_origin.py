@@ -102,6 +102,9 @@ def test_a_stopped_run_merges_to_what_its_finished_one_is(model_dir, words, tmp_
     assert {tensor.dtype for tensor in stopped.values()} == {torch.float32}
     assert stopped.keys() == finished.keys()
     assert all(torch.equal(tensor, finished[name]) for name, tensor in stopped.items())
+    said: list[str] = []
+    tt_train.load(folder, tell=said.append)
+    assert said == [f"{folder} has no result yet; this is its checkpoint of step 2"]
 
 
 def test_a_merge_that_overflows_fp16_is_refused_with_a_dtype_that_fits(model_dir, tmp_path):

@@ -49,7 +49,8 @@ def load(
         dtype: that of the run or of the files by default; on a CPU, fp16 files become fp32.
         adapter: False gives the base model of a run or adapter.
         base: the directory of a base that has moved, ``nf4`` or ``dense``, or both; see ``find_origin``.
-        tell: is called with a sentence that says how the base is loaded, if the adapter was trained on a 4-bit base.
+        tell: is called with a sentence that says how the base is loaded, if the adapter was trained on a 4-bit base,
+            and which checkpoint is loaded, if the run has no result.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: what is missing, and how to fix it.
@@ -60,7 +61,7 @@ def load(
     if tell is not None and origin.base_words is not None and adapter:
         tell(origin.base_words)
     if origin.stopped is not None:
-        model = load_stopped(origin, device, dtype=dtype, adapter=adapter)
+        model = load_stopped(origin, device, dtype=dtype, adapter=adapter, tell=tell)
     else:
         assert origin.model is not None  # only a stopped run may have none
         model = load_base(origin.model, device=device, dtype=dtype)
@@ -205,6 +206,7 @@ def load_stopped(
     dtype: torch.dtype | None = None,
     adapter: bool = True,
     model: tt_models.Decoder | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> tt_models.Decoder:
     """The model of a run without a result: its newest checkpoint, loaded onto ``model`` or onto the base."""
     run = origin.stopped
@@ -218,6 +220,8 @@ def load_stopped(
     config = run.compose(f"device={device}", *moved)
     dtype = dtype or DTYPES[config.model.dtype]
     saved = checkpoints.restore(newest)
+    if adapter and tell is not None:
+        tell(f"{run.path} has no result yet; this is its checkpoint of step {saved.step}")
     if model is not None:
         pass
     elif origin.model is not None:

@@ -192,7 +192,7 @@ def merged_model(
         model = model or tt_models.build(model_config(origin.model), device="meta")
         tt_ckpt.load_weights(model, origin.model, device="cpu")  # each tensor in the dtype that its file has
     if origin.stopped is not None:
-        model = load_stopped(origin, torch.device("cpu"), model=model)
+        model = load_stopped(origin, torch.device("cpu"), model=model, tell=tell)
     assert model is not None  # only a stopped run may have no weights
     if origin.adapter is not None:
         add_adapter_(model.eval(), load_tokenizer(origin), origin)

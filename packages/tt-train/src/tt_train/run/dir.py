@@ -209,7 +209,7 @@ def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Pa
     if path is None:
         runs = list_runs(root)
         if not runs:
-            raise ConfigError([f"no run found under {Path(root).resolve()}; name one, or start with: tt run sft ..."])
+            raise ConfigError([f"no run found under {Path(root).absolute()}; name one, or start with: tt run sft ..."])
         return Path(runs[0]["path"])
     folder = Path(path)
     if is_run(folder):
