@@ -48,10 +48,16 @@ if missing := expected - set(files):
     problems.append(f"not in the wheel: {', '.join(sorted(missing))}")
 if module.__version__ != importlib.metadata.version(package):
     problems.append(f"__version__ {module.__version__} is not the wheel's {importlib.metadata.version(package)}")
+optional = {
+    re.split(r"[^\w.-]", line)[0].replace("-", "_").lower()
+    for line in importlib.metadata.requires(package) or [] if "extra ==" in line
+}  # fmt: skip
 for found in pkgutil.walk_packages(module.__path__, f"{name}."):
     try:
         importlib.import_module(found.name)
     except ImportError as error:
+        if (error.name or "").partition(".")[0] in optional:  # the plug-in of an extra
+            continue
         problems.append(f"{found.name} does not import with what {package} declares: {error}")
 beyond = {one for one in _required(package, set()) - _required("torch", {"torch"}) if not one.startswith("tt-")}
 if len(beyond) > MOST.get(package, 99):
