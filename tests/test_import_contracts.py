@@ -100,9 +100,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "tt_train": (
         ("config", "errors", "losses"),
-        ("memory", "settings"),
+        ("memory", "quantized", "settings"),
         ("devices", "records"),
-        ("optim", "quantized", "report"),
+        ("optim", "report"),
         ("inputs", "step"),
         ("evaluate", "job"),
         ("references",),

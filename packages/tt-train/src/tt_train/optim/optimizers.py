@@ -1,7 +1,6 @@
 """Optimizers by name."""
 
 import inspect
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +12,7 @@ from tt_ckpt.ranks import is_dtensor
 from tt_train.config import OptimizerSection
 from tt_train.errors import ConfigError, did_you_mean
 from tt_train.optim.master_weights import InBackward, MasterWeights
+from tt_train.quantized.torchao import quietly
 from tt_train.settings.keys.wrong_type import shown
 from tt_train.settings.registry import OPTIMIZERS, resolve
 
@@ -85,15 +85,8 @@ def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) ->
 
 
 def _resolved(name: str) -> Any:
-    # torchao warns about each of its extensions that was built for a different Python, and torch about torchao
-    levels = [(log, log.level) for log in map(logging.getLogger, ("torchao", "torch.utils._pytree"))]
-    for log, _ in levels:
-        log.setLevel(logging.ERROR)
-    try:
+    with quietly():
         return resolve(name, OPTIMIZERS)
-    finally:
-        for log, level in levels:
-            log.setLevel(level)
 
 
 def _wrong_options(section: OptimizerSection, accepted: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -79,7 +79,7 @@ def vocabulary_of(folder: Path, rows: int, ends: object = None) -> Vocabulary:
 
 
 def _tokens(file: Path, body: Mapping[str, Any], rows: int) -> tuple[list[str], list[int], list[str]]:
-    """A token and its type for every embedding. Tokens beyond the embeddings are left out, and said so."""
+    """A token and its type for every embedding. Tokens beyond the embeddings are left out and reported."""
     vocab, added = body["model"]["vocab"], body.get("added_tokens") or []
     bytes_ = {f"<0x{byte:02X}>" for byte in range(256)} if body["model"].get("byte_fallback") else set()
     ids = {index: token for token, index in vocab.items()} | {one["id"]: one["content"] for one in added}
