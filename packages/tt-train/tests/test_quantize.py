@@ -69,9 +69,9 @@ def logits(folder):
 
 
 def in_transformers(folder, **options):
-    from transformers import AutoModelForCausalLM
+    transformers = pytest.importorskip("transformers")
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options).eval()
 
 
 def metadata(folder, name="model.safetensors"):
@@ -94,7 +94,7 @@ def test_transformers_computes_the_same_bits_from_the_directory(written, name):
 
 @pytest.mark.parametrize("name", HERE)
 def test_the_config_is_the_one_that_transformers_writes(written, name):
-    from transformers import TorchAoConfig
+    TorchAoConfig = pytest.importorskip("transformers").TorchAoConfig
 
     found = json.loads((written(name)[0] / "config.json").read_text())["quantization_config"]
     assert list(found["quant_type"]) == ["default"]
@@ -139,7 +139,8 @@ def test_int4_computes_what_its_matrices_stand_for(written):
 
 def test_a_directory_that_transformers_quantized_and_saved_is_read(tmp_path, wide_dir):
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
-    from transformers import TorchAoConfig
+
+    TorchAoConfig = pytest.importorskip("transformers").TorchAoConfig
 
     for config in (Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()):
         folder = tmp_path / type(config).__name__
@@ -316,6 +317,7 @@ def test_a_directory_that_does_not_compute_the_same_when_read_back_is_an_error(t
 
 @pytest.mark.parametrize("name", ["int8-dynamic", "int4"])
 def test_a_quantized_directory_gets_a_certificate(written, name, monkeypatch):
+    pytest.importorskip("transformers")
     folder, _ = written(name)
     found = verify.verify(folder)
     assert found["passed"]
