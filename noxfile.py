@@ -152,6 +152,7 @@ def wheel(session: nox.Session, package: str) -> None:
         session.run("python", "-I", str(ROOT / "tests" / "installed_files.py"), package, str(ROOT), env=CALM)
         options = ["-c", str(ROOT / "pyproject.toml"), "--rootdir", ".", "-p", "no:cacheprovider"]
         session.run("pytest", *options, "tests", *session.posargs, env=CALM | {"TT_ONE_PROCESS": "1"})
+    shutil.rmtree(session.virtualenv.location)  # six of them take as much as the disk of a CI machine may have left
 
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"])
