@@ -58,7 +58,8 @@ PLUGINS = {"tt_train.evals.harness": {"lm_eval", "tqdm"}}
 # Floors of a package, from the ground up: a wing (or a module beside the wings) knows only what is on a floor below it.
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
     "tt_models": (
-        ("shown", "cpu", "masks", "sampling", "limits", "norm", "mlp", "rope"),
+        ("shown", "cpu", "masks", "sampling", "limits"),
+        ("norm", "mlp", "rope"),
         ("config_keys", "config"),
         ("kv_cache", "attention", "decoder"),
         ("llama", "moe", "prompts", "generate", "parity"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import tt_models
-from tt_models.cpu import gated, rotate
+from tt_models.cpu.elementwise import gated, rotate
 from tt_models.masks import block_mask, document_starts, interval_mask
 from tt_models.moe import mix
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm

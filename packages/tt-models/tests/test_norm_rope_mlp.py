@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tt_models import cpu
-from tt_models.cpu import few_rows, linear, rotate
+from tt_models.cpu import blocks, elementwise
+from tt_models.cpu.elementwise import rotate
+from tt_models.cpu.products import few_rows, linear
 from tt_models.mlp import ACTIVATIONS, MLP
 from tt_models.moe import Experts
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm, normalized
@@ -191,7 +192,7 @@ def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch, close):
     with torch.no_grad():
         expected = norm(x)
     gradients = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
-    monkeypatch.setattr(cpu, "BLOCK", 100)  # 4 rows
+    monkeypatch.setattr(blocks, "BLOCK", 100)  # 4 rows
     with torch.no_grad():
         assert norm(x).equal(expected)
     found = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
@@ -206,19 +207,19 @@ def test_gating_in_blocks_is_gating_with_the_same_gradients(activation, dtype, m
     gate, up = (torch.randn(3, 7, 16, dtype=dtype, requires_grad=True) for _ in range(2))
     expected, upstream = act(gate) * up, torch.randn(3, 7, 16, dtype=dtype)
     gradients = torch.autograd.grad(expected, (gate, up), upstream)
-    monkeypatch.setattr(cpu, "GATED_BLOCK", 64)
-    found = cpu.gated(act, gate, up)
+    monkeypatch.setattr(elementwise, "GATED_BLOCK", 64)
+    found = elementwise.gated(act, gate, up)
     assert found.grad_fn.name() == "GatedActivationBackward"
     assert found.equal(expected)
     for one, other in zip(torch.autograd.grad(found, (gate, up), upstream), gradients, strict=True):
         assert one.equal(other)
     with torch.no_grad():
-        assert cpu.gated(act, gate, up).equal(expected)
+        assert elementwise.gated(act, gate, up).equal(expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, monkeypatch, close):
-    monkeypatch.setattr(cpu, "BLOCK", 60)  # two columns
+    monkeypatch.setattr(blocks, "BLOCK", 60)  # two columns
     x, upstream = (torch.randn(2, 3, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(3)[None], dtype)
     expected = x * cos + x.roll(4, -1) * sin
@@ -246,8 +247,8 @@ def test_the_norm_of_one_row_is_that_of_many(dtype, close):
 
 
 def test_gradients_per_sample_go_through_every_block(monkeypatch, close):
-    monkeypatch.setattr(cpu, "GATED_BLOCK", 8)
-    monkeypatch.setattr(cpu, "BLOCK", 8)
+    monkeypatch.setattr(elementwise, "GATED_BLOCK", 8)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
     parameters, x = dict(layers.named_parameters()), torch.randn(3, 4, 8)
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)
@@ -265,8 +266,8 @@ def test_gradients_per_sample_go_through_every_block(monkeypatch, close):
 
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch, close):
-    monkeypatch.setattr(cpu, "GATED_BLOCK", 8)
-    monkeypatch.setattr(cpu, "BLOCK", 8)
+    monkeypatch.setattr(elementwise, "GATED_BLOCK", 8)
+    monkeypatch.setattr(blocks, "BLOCK", 8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
     x = torch.randn(3, 4, 8, requires_grad=True)
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)
@@ -281,27 +282,28 @@ def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch,
 
     assert layers[0](x).grad_fn.name() == "NormAndWeightBackward"
     found = product_with_the_hessian()
-    monkeypatch.setattr(cpu, "is_eager", lambda _: False)
+    for module in (blocks, elementwise):
+        monkeypatch.setattr(module, "is_eager", lambda _: False)
     assert layers[0](x).grad_fn.name() != "NormAndWeightBackward"
     for one, other in zip(found, product_with_the_hessian(), strict=True):
         close(one, other, 256)
 
 
 def test_gradients_with_a_graph_are_wanted_for_some_inputs_only(monkeypatch, close):
-    monkeypatch.setattr(cpu, "GATED_BLOCK", 8)
+    monkeypatch.setattr(elementwise, "GATED_BLOCK", 8)
     gate, up = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
-    (slope,) = torch.autograd.grad(cpu.gated(torch.sigmoid, gate, up).sum(), gate, create_graph=True)
+    (slope,) = torch.autograd.grad(elementwise.gated(torch.sigmoid, gate, up).sum(), gate, create_graph=True)
     s = gate.sigmoid()
     close(slope, s * (1 - s) * up)
     close(torch.autograd.grad(slope.sum(), gate)[0], s * (1 - s) * (1 - 2 * s) * up)
-    (slope,) = torch.autograd.grad(cpu.gated(torch.sigmoid, gate, gate * 2).sum(), gate, create_graph=True)
+    (slope,) = torch.autograd.grad(elementwise.gated(torch.sigmoid, gate, gate * 2).sum(), gate, create_graph=True)
     close(slope, 2 * gate * s * (1 - s) + 2 * s)  # each factor counted once
 
 
 def test_norm_with_weights_of_another_dtype_promotes_however_many_rows_there_are(monkeypatch):
     norm, x = away_from_neutral(RMSNorm(8)), torch.randn(30, 8).bfloat16()
     expected = norm(x)
-    monkeypatch.setattr(cpu, "BLOCK", 100)
+    monkeypatch.setattr(blocks, "BLOCK", 100)
     with torch.no_grad():
         assert norm(x).equal(expected)
         assert norm(x).dtype == torch.float32

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tt_models.cpu import linear, rotate
+from tt_models.cpu.elementwise import rotate
+from tt_models.cpu.products import linear
 from tt_models.kv_cache import LayerCache
 from tt_models.masks import Documents, Mask, flex_attend, interval_mask
 from tt_models.rope import Rope

@@ -12,7 +12,7 @@ import torch
 from tt_models import llama
 from tt_models.config import ModelConfig
 from tt_models.config_keys import nearest
-from tt_models.cpu import keep_freed_memory
+from tt_models.cpu.blocks import keep_freed_memory
 from tt_models.decoder import Decoder, init_weights_
 from tt_models.families import gemma, gpt_oss, mistral, mixtral, olmo2, phi, qwen, smollm3
 from tt_models.limits import LONGEST_KEY, MOST_KEYS, refuse_too_large, weight_bytes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig
-from tt_models.cpu import linear, product
+from tt_models.cpu.products import linear, product
 from tt_models.kv_cache import KVCache
 from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask, split_documents
 from tt_models.rope import Rope

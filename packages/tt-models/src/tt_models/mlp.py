@@ -6,7 +6,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tt_models.cpu import gated, linear
+from tt_models.cpu.elementwise import gated
+from tt_models.cpu.products import linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tt_models.cpu import gated
+from tt_models.cpu.elementwise import gated
 from tt_models.decoder import Decoder
 from tt_models.mlp import activation_named
 

@@ -6,7 +6,8 @@ Three roundings exist among the families; in fp32 the first two are the same.
 import torch
 from torch import Tensor, nn
 
-from tt_models.cpu import by_rows, rms_norm
+from tt_models.cpu.blocks import by_rows
+from tt_models.cpu.elementwise import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import QK_NORM, ModelConfig, sized
-from tt_models.cpu import linear
+from tt_models.cpu.products import linear
 from tt_models.decoder import Decoder
 from tt_models.llama import attention_of, mlp_of, norm_of, rope_of
 from tt_models.norm import LateRoundingRMSNorm

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig, sized
 from tt_models.config_keys import given_twice
-from tt_models.cpu import gated, linear
+from tt_models.cpu.elementwise import gated
+from tt_models.cpu.products import linear
 from tt_models.decoder import Decoder
 from tt_models.llama import blocks_of, norm_of, rope_of
 from tt_models.mlp import activation_named

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from tt_models.cpu import shapes_alone
+from tt_models.cpu.blocks import shapes_alone
 from tt_peft.nf4_linear import NF4Base
 from tt_train.losses.cross_entropy import Batch, CausalLM, Objective
 

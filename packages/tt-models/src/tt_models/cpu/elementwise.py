@@ -1,22 +1,20 @@
-"""The blocks' formulas made fast on a CPU: ``rms_norm``, ``gated``, ``rotate`` and ``linear``.
+"""``rms_norm``, ``gated`` and ``rotate``.
 
-Each of the four computes its formula as written. On a CPU, if nobody watches (no compiler, torch.func or DTensor), it
-computes the same bits in blocks of rows that fit in the cache of a core, with its own backward pass. In decoding,
-a few rows in bf16 use the product that reads the weight fastest. Each kernel is here because a benchmark shows what
-it saves (benchmarks/models_speed.py and models_decode.py).
+Each computes its formula as written. On a CPU, if nobody watches (no compiler, torch.func or DTensor), it computes the
+same bits in blocks of rows that fit in the cache of a core, with its own backward pass (benchmarks/models_speed.py).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-BLOCK = 2**16  # elements of a block
-GATED_BLOCK = 2**17  # of gate and up
-MOST_ROWS = 16  # of a product in decoding: from 32 rows on nothing is gained
+from tt_models.cpu import blocks
+from tt_models.cpu.blocks import by_rows, in_blocks, is_eager, row_blocks
+
+GATED_BLOCK = 2**17  # elements of a block of gate and up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,119 +43,12 @@ def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dim = cos.shape[-1]
     if dim != x_BHSD.shape[-1]:
         return torch.cat((rotate(x_BHSD[..., :dim], cos, sin), x_BHSD[..., dim:]), dim=-1)
-    if x_BHSD.numel() <= BLOCK or x_BHSD.device.type != "cpu" or not is_eager(x_BHSD):
+    if x_BHSD.numel() <= blocks.BLOCK or x_BHSD.device.type != "cpu" or not is_eager(x_BHSD):
         return x_BHSD * cos + x_BHSD.roll(dim // 2, -1) * sin  # rolling by a half exchanges the pairs
     if not torch.is_grad_enabled():
         return _rotate_halves(x_BHSD, cos, sin)
     y: Tensor = Rotate.apply(x_BHSD, cos, sin)  # type: ignore[no-untyped-call]
     return y
-
-
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``.
-
-    Layers of another class than ``nn.Linear`` (adapted, quantized), layers with hooks and layers with a ``forward`` of
-    their own are called as they are.
-    """
-    if type(layer) is not nn.Linear or is_watched(layer):
-        return layer(x)  # type: ignore[no-any-return]
-    weight, bias = layer._parameters["weight"], layer._parameters["bias"]  # not by attribute: this runs for each token
-    assert weight is not None
-    return product(x, weight, bias)
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``, as ``linear`` computes it."""
-    return few_rows(x, weight, bias) if is_decoding(x, weight) else F.linear(x, weight, bias)
-
-
-def by_rows(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``formula(x)``, which treats each row alone and keeps the shape; without gradient, block by block."""
-    if torch.is_grad_enabled() or x.numel() <= BLOCK or not in_blocks(x):
-        return formula(x)
-    y = torch.empty_like(x, dtype=formula(x.view(-1, x.shape[-1])[:1]).dtype)
-    for y_block, x_block in row_blocks(y, x):
-        y_block.copy_(formula(x_block))
-    return y
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed buffers of up to 32 MB, as it does once one of that size was freed.
-
-    Until then each activation of such a size is mapped, zeroed and unmapped again, layer by layer: a fifth of a forward
-    pass of 134M in a fresh process (``man 3 mallopt``, M_MMAP_THRESHOLD).
-    Nothing is written to the buffer, so this costs next to nothing; other allocators just free it.
-    """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
-
-
-# when a kernel may be used
-
-
-def _has_numbers(x: Tensor) -> bool:
-    return type(x) is Tensor or type(x) is nn.Parameter
-
-
-_SHAPE: type[Tensor] | None = None
-
-
-@contextmanager
-def shapes_alone(kind: type[Tensor] | None) -> Iterator[None]:
-    """Inside, tensors of this type, which have a shape and no numbers, go through the kernels in one block.
-
-    A plan of memory sees what a kernel keeps. Without it such tensors take the formulas.
-    """
-    global _SHAPE
-    _SHAPE, before = kind, _SHAPE
-    try:
-        yield
-    finally:
-        _SHAPE = before
-
-
-def is_eager(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor with memory of its own, neither compiled, distributed nor under torch.func."""
-    plain = _has_numbers(x) or type(x) is _SHAPE
-    return plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-
-
-def in_blocks(*tensors: Tensor) -> bool:
-    """Whether ``row_blocks`` may be used: contiguous on a CPU."""
-    return all(is_eager(x) and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
-
-
-def row_blocks(*tensors: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, ...]]:
-    """Two-dimensional views of the same rows of each, as many as have ``size`` elements in the first one."""
-    size = (size or BLOCK) if _has_numbers(tensors[0]) else tensors[0].numel()
-    rows = max(1, size // tensors[0].shape[-1])
-    return zip(*(x.view(-1, x.shape[-1]).split(rows) for x in tensors), strict=True)  # type: ignore[no-untyped-call]
-
-
-def is_watched(layer: nn.Module) -> bool:
-    """Whether calling the layer does more than its class says, or its weight is not a parameter (FSDP 1)."""
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    return bool(hooks) or "forward" in layer.__dict__ or "weight" not in layer._parameters
-
-
-def is_decoding(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are a few rows in bf16 on a CPU, and no gradient is wanted."""
-    if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or x.numel() > MOST_ROWS * x.shape[-1]:
-        return False
-    plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
-
-
-# the kernels
-
-
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` with the weight as the left factor, so that oneDNN need not reorder it."""
-    shape = (*x.shape[:-1], weight.shape[0])
-    if x.numel() == x.shape[-1]:
-        out = torch.mv(weight, x.reshape(-1))
-    else:
-        out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t().contiguous()
-    return (out if bias is None else out + bias).view(shape)
 
 
 def _norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -277,7 +168,7 @@ def _rotate_halves(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The same bits as the formula of ``rotate``."""
     y_BHSD = torch.empty_like(x_BHSD)
     shape = x_BHSD.shape[:1] + cos.shape[1:]
-    size = BLOCK if _has_numbers(x_BHSD) else x_BHSD.numel()
+    size = blocks.BLOCK if blocks.has_numbers(x_BHSD) else x_BHSD.numel()
     columns = max(1, size // (x_BHSD.shape[1] * x_BHSD.shape[3]))
     for row in zip(x_BHSD, y_BHSD, cos.expand(shape), sin.expand(shape), strict=True):
         for x, y, c, s in zip(*(part.split(columns, dim=1) for part in row), strict=True):
