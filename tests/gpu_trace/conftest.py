@@ -1,12 +1,15 @@
 """A CUDA device that is not there, as far as training needs it: shapes, dtypes and devices, and no numbers.
 
-FakeTensorMode computes a tensor's shape and device and refuses to mix devices, as a GPU does. Three things need more:
+FakeTensorMode computes a tensor's shape and device and refuses to mix devices, as a GPU does. Four things need more:
 
 - Numbers. Every number that code asks for is 1, and every mask is True everywhere, so that shapes are known.
 - The backward pass, since torch's engine asks the driver for the device. ``backward`` walks the same graph in Python.
 - flex_attention, which compiles a kernel. ``flex_by_formula`` computes it with its mask and its bound on scores.
+- Streams, of which FSDP2 and offloading ask the driver: an ``Idle`` one, for which nobody waits. Other ranks are those
+  of torch's fake process group, which give every collective the shape that it should have.
 """
 
+import importlib
 import inspect
 import os
 from collections import Counter, defaultdict
@@ -15,7 +18,10 @@ from unittest import mock
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tt_peft.nf4_linear import NF4Base
@@ -90,6 +96,80 @@ def by_hand_fixture(monkeypatch):
     return backward, flex_by_formula
 
 
+class Idle:
+    """A stream, or an event on it, of a device that computes nothing, and that device for FSDP2."""
+
+    def __init__(self, *_, **__):
+        self.Stream = self.Event = self.current_stream = Idle
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def record_event(self):
+        return self
+
+    record = record_event
+
+    def wait_stream(self, _):
+        pass
+
+    wait_event = wait_stream
+
+    def stream(self, stream):
+        return stream
+
+    def current_device(self):
+        return 0
+
+
+@pytest.fixture(name="idle")
+def idle_fixture(monkeypatch):
+    """Streams of the device, for code that asks torch.accelerator for them."""
+    monkeypatch.setattr(torch, "Stream", Idle)
+    monkeypatch.setattr(torch.accelerator, "current_stream", Idle)
+
+
+@pytest.fixture(name="among")
+def among_fixture(monkeypatch, idle):
+    """``among(size)``: this process is rank 0 of so many, of which none but this one is there."""
+
+    def among(size):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        for name in ("_fsdp_collectives", "_fsdp_init", "_fsdp_param_group", "_fsdp_state"):
+            module = importlib.import_module(f"torch.distributed.fsdp._fully_shard.{name}")
+            monkeypatch.setattr(module, "_get_device_handle", Idle)
+        monkeypatch.setattr("tt_train.devices.sharding.init_device_mesh", with_numbers)
+        monkeypatch.setattr("tt_train.step.zlib.crc32", lambda _: 1 / size)  # every sum over the ranks is 1
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.Tensor, "register_hook", note_hook)
+        monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", Engine)
+
+    yield among
+    _AT_THE_END.clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def with_numbers(*args, **kwargs):
+    with unset_fake_temporarily():
+        return init_device_mesh(*args, **kwargs)
+
+
+def note_hook(tensor, hook):
+    """``Tensor.register_hook`` for ``backward``."""
+    tensor.grad_fn.metadata.setdefault("hooks", []).append((tensor.output_nr, hook))
+
+
+_AT_THE_END = []  # of ``backward``: what to call
+
+
+class Engine:
+    queue_callback = _AT_THE_END.append
+
+
 def put_on_(model):
     """Give a model of the meta device weights on the device, and quantize those that are to be NF4 there."""
     made = {}
@@ -137,6 +217,9 @@ def backward(loss):
         while ready:
             node = ready.pop()
             grads = given.pop(node, {})
+            for index, hook in node.metadata.pop("hooks", ()):
+                if index in grads and (changed := hook(grads[index])) is not None:
+                    grads[index] = changed
             found = run(node, grads) if grads else [None] * len(node.next_functions)
             for (after, index), grad in zip(node.next_functions, found, strict=True):
                 if after is None:
@@ -149,6 +232,9 @@ def backward(loss):
                 waits[after] -= 1
                 if not waits[after]:
                     ready.append(after)
+            ready.sort(key=lambda node: hasattr(node, "variable"))  # leaves first, as the engine does
+        while _AT_THE_END:
+            _AT_THE_END.pop()()
 
 
 def waiting(root):

@@ -10,19 +10,22 @@ from functools import partial
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import tt_models
 import tt_peft
 from tt_models.masks import block_mask
+from tt_peft.nf4_linear import NF4Base
 from tt_train.build import preference_loss
 from tt_train.config import OptimizerSection, PreferenceSection, QuantizationSection
+from tt_train.devices.sharding import shard_
 from tt_train.inputs.fake_quantize import fake_quantize_
 from tt_train.losses.answers import judged_objective, pair_objective
 from tt_train.losses.cross_entropy import cross_entropy
 from tt_train.losses.distill import distillation
 from tt_train.losses.preferences import PAIR_LOSSES
-from tt_train.memory import checkpoint_activations_
+from tt_train.memory import Offload, checkpoint_activations_, offload_activations_
 from tt_train.optim.optimizers import decayed, make_optimizer
 from tt_train.references.reference import adapter_off, prepared
 from tt_train.step import train_step
@@ -167,6 +170,65 @@ def test_optimizers_stay_on_the_device(traced, name, narrow, in_backward):
     model = small("qwen3_8b", dtype=torch.float32)
     with traced(model):
         step(model, [rows()], cross_entropy, optimizer=section, narrow=narrow, in_backward=in_backward)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("adapter", ["full", "qdora"])
+def test_offloaded_activations_come_back_to_the_device(traced, idle, monkeypatch, adapter, checkpointed):
+    back, unpack = [], Offload.unpack
+
+    def noted(self, packed):
+        back.append(packed)
+        return unpack(self, packed)
+
+    monkeypatch.setattr("tt_train.memory.Tensor", FakeTensor)  # no tensor has the type of a plain one here
+    monkeypatch.setattr(Offload, "SMALLEST", 64)
+    monkeypatch.setattr(Offload, "unpack", noted)
+    model = small("qwen3_8b", ADAPTERS[adapter])
+    if checkpointed:
+        checkpoint_activations_(model)
+    offload_activations_(model)
+    with traced(model):
+        step(model, [rows()], cross_entropy)
+    copies = [packed for packed in back if isinstance(packed, tuple)]
+    assert len(copies) >= 2
+    assert {(device.type, copy.device.type) for device, copy in copies} == {(DEVICE, "cpu")}
+
+
+SHARDED = {  # adapter, replicate, options of shard_
+    "full": ("full", 1, {}),
+    "full-hsdp": ("full", 2, {"reduce_every_micro_batch": True}),
+    "lora": ("lora", 1, {}),
+    "qlora-hsdp": ("qlora", 2, {}),
+    "qdora": ("qdora", 1, {}),
+}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("case", SHARDED)
+def test_shards_stay_on_the_device(traced, among, case, checkpointed):
+    adapter, replicate, options = SHARDED[case]
+    among(2 * replicate)
+    model = small("qwen3_8b", ADAPTERS[adapter], dtype=torch.float32 if adapter == "full" else torch.bfloat16)
+    if checkpointed:
+        checkpoint_activations_(model)
+    device, compute_dtype = torch.device(DEVICE), torch.bfloat16 if adapter == "full" else None
+    with traced():
+        tt_peft.spread_nf4_(model)
+        shard_(model, device=device, shard=2, replicate=replicate, compute_dtype=compute_dtype, **options)
+        model.to_empty(device=DEVICE)
+        for layer in model.modules():
+            if isinstance(layer, NF4Base):
+                layer.load_slice_(torch.empty(layer.spread.shape), device=device, dtype=torch.bfloat16)
+        assert all(parameter.to_local().numel() < parameter.numel() for parameter in model.parameters())
+        step(model, [rows(), rows(packed=True)], cross_entropy)
+
+
+def test_gradients_of_copies_are_added_up_on_the_device(traced, among):
+    among(2)
+    model = small("qwen3_8b", LORA)
+    with traced(model):
+        step(model, [rows()], cross_entropy)
 
 
 @pytest.mark.parametrize("weights", ["int4", "int8"])
