@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import tt_models
 from tt_models.attention import Attention
+from tt_models.cpu import one_query
 from tt_models.norm import RMSNorm
 from tt_models.rope import Rope
 
@@ -119,3 +121,31 @@ def test_dynamic_rope_stretches_beyond_its_length_like_transformers(random_hf_co
     close(model(ids), reference(ids, use_cache=False).logits, 256)
     close(model(ids[:, :50]), reference(ids[:, :50], use_cache=False).logits, 256)
     assert not torch.allclose(model(ids)[:, :50], model(ids[:, :50]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [6, 3, 1])
+@pytest.mark.parametrize(
+    ("dtype", "kernel"), [("float32", "other"), ("bfloat16", "other"), ("bfloat16", "avx512_bf16")]
+)
+def test_one_query_attends_as_exactly_as_sdpa(dtype, kernel, kv_heads, masked, monkeypatch):
+    monkeypatch.setattr(one_query, "kernel", lambda: kernel)
+    monkeypatch.setattr(one_query, "BLOCK", 3000)  # five heads at once
+    q = torch.randn(4, 6, 1, 16, dtype=getattr(torch, dtype))
+    keys, values = (torch.randn(4, kv_heads, 50, 16, dtype=q.dtype)[:, :, :37] for _ in range(2))  # of a cache
+    mask = (torch.arange(37) >= torch.tensor([0, 3, 36, 11])[:, None])[:, None, None] if masked else None
+    exact = F.scaled_dot_product_attention(
+        *(x.double() for x in (q, keys, values)), attn_mask=mask, scale=0.3, enable_gqa=True
+    )
+    usual = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=0.3, enable_gqa=True)
+    with torch.no_grad():
+        found = one_query.attend_one_query(q, keys, values, mask, 0.3)
+    assert (found.shape, found.dtype) == (q.shape, q.dtype)
+    error, allowed = (found - exact).square().mean(), (usual - exact).square().mean()
+    assert error.sqrt() < 2 * allowed.sqrt() + 1e-9
+
+
+def test_one_query_with_a_gradient_has_one():
+    q, keys, values = (torch.randn(1, 2, 1, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    one_query.attend_one_query(q, keys, values, None, 1.0).sum().backward()
+    assert values.grad.eq(1).all()

@@ -9,6 +9,7 @@ import torch
 
 import tt_models
 from tt_models.auto import FAMILIES
+from tt_models.cpu.products import Packed, kernel
 from tt_models.sampling import Draws, Sampling, draw, filtered, penalize, row_seed, sample
 
 generate_module = importlib.import_module("tt_models.generate")  # tt_models.generate is the function
@@ -358,6 +359,29 @@ def test_rows_that_have_stopped_are_not_computed(small, monkeypatch):
     tt_models.generate(model, ids, max_new_tokens=8, temperature=0, eos_ids=[int(free[1, 3])])
     assert sizes[-1] < 3
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3_moe", "phi3", "gemma2"])
+def test_packed_weights_give_the_same_logits(model_type, small, monkeypatch):
+    model, made = small(model_type).bfloat16(), []
+    settings = {"max_new_tokens": 9, "temperature": 0, "return_logits": True}
+
+    class Spied(Packed):
+        def __init__(self, model):
+            super().__init__(model)
+            made.append(self)
+
+    monkeypatch.setattr(generate_module, "Packed", Spied)
+    for prompts in ([[7, 8, 9]], [[7, 8, 9], [20], [30, 31]]):
+        expected = tt_models.generate(model, prompts, **settings)
+        assert not made  # the answer is short
+        with monkeypatch.context() as patch:
+            patch.setattr(generate_module, "PACK_AFTER", 2)
+            found = tt_models.generate(model, prompts, **settings)
+        assert found[0].equal(expected[0])
+        assert found[1].equal(expected[1])
+        copies = made.pop().copies.values()
+        assert kernel() != "avx512_bf16" or any(copy is not None for _, _, copy in copies)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from tt_models.cpu import blocks, elementwise
+from tt_models.cpu import blocks, elementwise, products
 from tt_models.cpu.elementwise import rotate
-from tt_models.cpu.products import few_rows, linear
+from tt_models.cpu.products import linear, weight_left
 from tt_models.mlp import ACTIVATIONS, MLP
 from tt_models.moe import Experts
 from tt_models.norm import LateRoundingRMSNorm, OffsetRMSNorm, RMSNorm, normalized
@@ -163,7 +163,74 @@ def test_few_rows_are_the_same_product(bias, rows, close):
         found = linear(layer, x)
         assert found.shape == (rows, 1, 48)
         close(found, layer(x))
-        close(few_rows(x.float(), layer.weight.float()), x.float() @ layer.weight.float().T)
+        close(weight_left(x.float(), layer.weight.float()), x.float() @ layer.weight.float().T)
+
+
+@pytest.mark.skipif(products.kernel() != "avx512_bf16", reason="no weight is packed here")
+@pytest.mark.parametrize("rows", [1, 2, 16, 40])
+def test_a_packed_weight_multiplies_to_the_same_bits(rows):
+    layers = [nn.Linear(1200, width, bias=False).bfloat16() for width in (48, 16, 33)]
+    biased, x = nn.Linear(1200, 40).bfloat16(), torch.randn(rows, 1, 1200).bfloat16()
+    packed = products.Packed(nn.ModuleList(layers))
+    with torch.no_grad():
+        expected = [layer(x) for layer in (*layers, biased)]
+        for _ in range(2):
+            with products.reading(packed):
+                found = [*products.linears(layers, x), linear(biased, x)]
+            assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    assert [copy is not None for _, _, copy in packed.copies.values()] == [True, True]  # three in one, and one
+
+
+@pytest.mark.skipif(products.kernel() != "avx512_bf16", reason="no weight is packed here")
+def test_a_weight_that_changed_is_not_read_from_its_copy():
+    layer, x = nn.Linear(64, 8, bias=False).bfloat16(), torch.ones(1, 64).bfloat16()
+    packed = products.Packed(layer)
+    with torch.no_grad(), products.reading(packed):
+        linear(layer, x)
+        layer.weight.fill_(1.0)
+        assert linear(layer, x).eq(64).all()
+        layer.weight = nn.Parameter(torch.full_like(layer.weight, 2.0))
+        assert linear(layer, x).eq(128).all()
+
+
+def test_no_more_weights_are_packed_than_fit_in_half_of_the_memory(monkeypatch):
+    monkeypatch.setattr(products, "kernel", lambda: "avx512_bf16")
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, _: weight)
+    first, second = (nn.Parameter(torch.ones(8, 64).bfloat16()) for _ in range(2))
+    monkeypatch.setattr(products, "total_memory", lambda _: 2 * 3 * first.nbytes)  # two weights and one copy
+    packed = products.Packed(nn.ParameterList([first, second]))
+    assert packed.copy_of(first) is not None
+    assert packed.copy_of(second) is None
+    monkeypatch.setattr(products, "total_memory", lambda _: None)
+    assert products.Packed(nn.ParameterList([first])).copy_of(first) is None
+
+
+@pytest.mark.parametrize(
+    ("narrowed", "amx", "bf16", "expected"),
+    [
+        (None, True, True, "amx"),
+        ("AVX512_CORE_AMX", True, True, "amx"),
+        ("AVX512_CORE_BF16", True, True, "avx512_bf16"),
+        ("AVX512_CORE", True, True, "other"),
+        ("avx2", False, True, "other"),
+        ("", False, True, "avx512_bf16"),
+        (None, False, False, "other"),
+    ],
+)
+def test_the_kernel_of_a_few_rows_follows_from_the_cpu(narrowed, amx, bf16, expected, monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    if narrowed is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", narrowed)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    assert products.kernel.__wrapped__() == expected
+    layer, x = nn.Linear(32, 48).bfloat16(), torch.randn(3, 32).bfloat16()
+    monkeypatch.setattr(products, "kernel", lambda: expected)
+    with torch.no_grad():
+        left = products.weight_left(x, layer.weight, layer.bias)
+        assert linear(layer, x).equal(left if expected == "amx" else layer(x))
 
 
 def test_linear_calls_the_layer_wherever_somebody_may_be_watching():

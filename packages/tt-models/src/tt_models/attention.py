@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_models.cpu.elementwise import rotate
-from tt_models.cpu.products import linear
+from tt_models.cpu.one_query import attend_one_query
+from tt_models.cpu.products import linear, linears
 from tt_models.kv_cache import LayerCache
 from tt_models.masks import Documents, Mask, flex_attend, interval_mask
 from tt_models.rope import Rope
@@ -68,7 +69,7 @@ class Attention(nn.Module):
     def project(self, x_BSE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [B, S, heads, D] each."""
         shape = (*x_BSE.shape[:2], -1, self.head_dim)
-        q, k, v = (linear(layer, x_BSE).view(shape) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(shape) for y in linears((self.q_proj, self.k_proj, self.v_proj), x_BSE))
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         return q, k, v
@@ -125,6 +126,8 @@ def attend(
         return flex_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale=scale, softcap=softcap, sinks=sinks)
     if softcap is not None or sinks is not None:
         return plain_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale, softcap, sinks, dropout)
+    if not causal and q_BHSD.shape[2] == 1 and q_BHSD.device.type == "cpu" and not dropout:
+        return attend_one_query(q_BHSD, k_BNKD, v_BNKD, mask, scale)
     grouped = q_BHSD.shape[1] != k_BNKD.shape[1]
     return F.scaled_dot_product_attention(
         q_BHSD, k_BNKD, v_BNKD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tt_models.cpu.elementwise import gated
-from tt_models.cpu.products import linear
+from tt_models.cpu.products import linear, linears
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -40,5 +40,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] to the same shape."""
-        gate, up = linear(self.gate_proj, x), linear(self.up_proj, x)
+        gate, up = linears((self.gate_proj, self.up_proj), x)
         return linear(self.down_proj, gated(self.activation, gate, up))
