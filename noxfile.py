@@ -264,7 +264,5 @@ def fuzz(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=[f"dev-{HERE}"], default=False)
 def bench(session: nox.Session) -> None:
-    """Measure the figures of benchmarks/ on this machine: `nox -s bench -- start_up`."""
-    chosen = session.posargs or sorted(path.stem for path in ROOT.glob("benchmarks/[a-z]*.py"))
-    for name in chosen:
-        in_dev(session, "python", f"benchmarks/{name}.py")
+    """Measure tt beside its peers: `nox -s bench -- --suite cpu`; `nox -s bench -- --help` lists the rest."""
+    in_dev(session, "python", "benchmarks/harness.py", *session.posargs)

@@ -15,7 +15,7 @@ from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec, row_norms, star
 from tt_peft.nf4 import dense, frozen_linear
 from tt_peft.nf4_linear import NF4Base
 
-FUSE_FROM_ROWS = 256  # measured: benchmarks/peft_linear.py
+FUSE_FROM_ROWS = 256  # measured: the suite layer of benchmarks/
 
 
 class LoRALinear(AdapterModule, nn.Linear):

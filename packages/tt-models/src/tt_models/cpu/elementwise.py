@@ -1,7 +1,7 @@
 """``rms_norm``, ``gated`` and ``rotate``.
 
 Each computes its formula as written. On a CPU, if nobody watches (no compiler, torch.func or DTensor), it computes the
-same bits in blocks of rows that fit in the cache of a core, with its own backward pass (benchmarks/models_speed.py).
+same bits in blocks of rows that fit in the cache of a core, with its own backward pass (suite cpu of benchmarks/).
 """
 
 from collections.abc import Callable

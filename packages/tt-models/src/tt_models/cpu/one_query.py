@@ -1,4 +1,4 @@
-"""Attention of one query per row, as in decoding: benchmarks/models_decode.py shows what it saves.
+"""Attention of one query per row, as in decoding: the suite decode of benchmarks/ shows what it saves.
 
 B: batch, H: query heads, N: key-value heads, G: query heads of a group, K: keys, D: head dimension.
 """

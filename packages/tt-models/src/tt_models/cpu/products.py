@@ -3,7 +3,7 @@
 Instructions that multiply bf16 (avx512_bf16, AMX) want a weight in pairs of its columns, so each product rearranges it,
 which takes longer than the product of a few rows. With avx512_bf16 a long generation keeps rearranged copies
 (``Packed``), and without a copy F.linear is the fastest. With AMX the weight is read as the left factor, which is not
-rearranged. On any other CPU F.linear is as fast as both. Measured by benchmarks/models_decode.py.
+rearranged. On any other CPU F.linear is as fast as both. Measured by the suite decode of benchmarks/.
 """
 
 import functools
