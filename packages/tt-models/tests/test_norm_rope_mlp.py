@@ -301,6 +301,18 @@ def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, 
         assert rotate(x, cos, sin).equal(expected)
 
 
+def test_a_block_fills_the_cache_of_a_core_within_bounds(tmp_path):
+    assert blocks.core_cache(tmp_path / "missing") == 2**20
+    for index, (level, size) in enumerate([("1", "48K"), ("2", "512K"), ("3", "32768K")]):
+        (tmp_path / f"index{index}").mkdir()
+        (tmp_path / f"index{index}" / "level").write_text(f"{level}\n")
+        (tmp_path / f"index{index}" / "size").write_text(f"{size}\n")
+    assert blocks.core_cache(tmp_path) == 2**19
+    (tmp_path / "index1" / "size").write_text("half a megabyte\n")
+    assert blocks.core_cache(tmp_path) == 2**20
+    assert [blocks.block_size(2**bits) for bits in (10, 18, 19, 20, 21, 30)] == [2**16, 2**16, 2**17] + 3 * [2**18]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_norm_of_one_row_is_that_of_many(dtype, close):
     norm, x = away_from_neutral(RMSNorm(24, eps=1e-3)).to(dtype), torch.randn(1, 2, 24, dtype=dtype)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import tt_models
+from tt_train.losses.chunks import probabilities
 from tt_train.losses.cross_entropy import cross_entropy, linear_cross_entropy
 
 CONFIG = {
@@ -49,6 +50,19 @@ def test_leading_shape_is_free_and_a_frozen_weight_gets_no_gradient():
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, labels), rtol=1e-5, atol=1e-5)
     loss.backward()
     assert shaped.grad.shape == shaped.shape
+
+
+@pytest.mark.parametrize("scale", [0.01, 5.0, 80.0])
+def test_probabilities_and_their_normalizer_are_as_exact_as_those_of_log_softmax(scale):
+    logits = torch.randn(7, 30_000, generator=torch.Generator().manual_seed(0)) * scale
+    logits[0] += 1e4
+    logits[1, 5:] = -torch.inf
+    exact = logits.double()
+    p, log_z = probabilities(logits)
+    own_error = (logits.log_softmax(-1)[2:] - exact.log_softmax(-1)[2:]).abs().max()
+    last_digits = torch.finfo(torch.float32).eps * exact.logsumexp(-1).abs()
+    assert ((log_z - exact.logsumexp(-1)).abs() <= own_error + 2 * last_digits).all()
+    torch.testing.assert_close(p.double(), exact.softmax(-1), rtol=3e-5, atol=1e-12)
 
 
 def test_no_trained_position_gives_a_zero_sum():

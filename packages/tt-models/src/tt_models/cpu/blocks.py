@@ -2,11 +2,33 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-BLOCK = 2**16  # elements of a block
+
+def core_cache(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> int:
+    """Bytes of the second-level cache of a core; 1 MiB if the system does not say."""
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, size = ((index / name).read_text().strip() for name in ("level", "size"))
+            if level == "2":
+                return int(size.removesuffix("K")) * 2**10
+        except (OSError, ValueError):
+            continue
+    return 2**20
+
+
+def block_size(cache: int) -> int:
+    """Elements of a block: in fp32 one block fills the cache, within bounds.
+
+    Operations on less than 2^16 elements cost more to call than to compute; above 2^18 the calls cost nothing.
+    """
+    return int(min(max(cache // 4, 2**16), 2**18))
+
+
+BLOCK = block_size(core_cache())
 
 
 def by_rows(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

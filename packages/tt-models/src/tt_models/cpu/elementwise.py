@@ -14,7 +14,8 @@ from torch import Tensor
 from tt_models.cpu import blocks
 from tt_models.cpu.blocks import by_rows, in_blocks, is_eager, row_blocks
 
-GATED_BLOCK = 2**17  # elements of a block of gate and up
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+GATED_BLOCK = 2 * blocks.BLOCK  # elements of a block of gate and up
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -78,7 +79,7 @@ class NormAndWeight(torch.autograd.Function):
         for x_block, y_block, scale_block in row_blocks(x, y, scale):
             x_32 = x_block.float()
             torch.rsqrt(x_32.square().mean(-1, keepdim=True).add_(eps), out=scale_block)
-            torch.mul((x_32 * scale_block).to(x.dtype), weight, out=y_block)
+            torch.mul(_times(x_32, scale_block, of=x_block).to(x.dtype), weight, out=y_block)
         return y, scale
 
     @staticmethod
@@ -104,8 +105,13 @@ class NormAndWeight(torch.autograd.Function):
             if needs_x:
                 g = (gy * weight).float()
                 shrink = (g * x_32).sum(-1, keepdim=True).mul_(s.pow(3)).div_(x.shape[-1])
-                gx.copy_(g.mul_(s).sub_(x_32 * shrink))
+                gx.copy_(g.mul_(s).sub_(_times(x_32, shrink, of=x_block)))
         return grad_x if needs_x else None, grad_weight.to(weight.dtype) if needs_weight else None, None
+
+
+def _times(x_32: Tensor, scale: Tensor, *, of: Tensor) -> Tensor:
+    """``x_32 * scale``, in place unless ``x_32`` is ``of`` itself."""
+    return x_32 * scale if x_32 is of else x_32.mul_(scale)
 
 
 class GatedActivation(torch.autograd.Function):
@@ -136,6 +142,11 @@ class GatedActivation(torch.autograd.Function):
             return *_with_graph(lambda gate, up: ctx.activation(gate) * up, (gate, up), grad), None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for g, u, dy, dg, du in row_blocks(gate, up, grad.contiguous(), grad_gate, grad_up, size=GATED_BLOCK):
+            if ctx.activation is F.silu:
+                active = F.silu(g)
+                torch.mul(dy, active, out=du)
+                _silu_backward(torch.mul(dy, u, out=active), g, grad_input=dg)
+                continue
             with torch.enable_grad():
                 leaf = g.detach().requires_grad_()
                 active = ctx.activation(leaf)
@@ -165,17 +176,21 @@ class Rotate(torch.autograd.Function):
 
 
 def _rotate_halves(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same bits as the formula of ``rotate``."""
-    y_BHSD = torch.empty_like(x_BHSD)
-    shape = x_BHSD.shape[:1] + cos.shape[1:]
-    size = blocks.BLOCK if blocks.has_numbers(x_BHSD) else x_BHSD.numel()
-    columns = max(1, size // (x_BHSD.shape[1] * x_BHSD.shape[3]))
-    for row in zip(x_BHSD, y_BHSD, cos.expand(shape), sin.expand(shape), strict=True):
-        for x, y, c, s in zip(*(part.split(columns, dim=1) for part in row), strict=True):
-            torch.mul(x, c, out=y)
-            for half, other, sine in zip(y.chunk(2, -1), reversed(x.chunk(2, -1)), s.chunk(2, -1), strict=True):
-                half.add_(other * sine)
-    return y_BHSD
+    """The same bits as the formula of ``rotate``.
+
+    Heads that lie side by side are one row, against tables repeated for each head: short rows are slow.
+    """
+    x_BSHD, half = x_BHSD.transpose(1, 2), x_BHSD.shape[-1] // 2
+    if not x_BSHD.is_contiguous():
+        return x_BHSD * cos + x_BHSD.roll(half, -1) * sin
+    y_BSHD = torch.empty_like(x_BSHD)
+    parts = x_BSHD, y_BSHD, cos.transpose(1, 2), sin.transpose(1, 2)
+    each = x_BSHD.numel() // x_BSHD.shape[1]  # elements of a column
+    columns = max(1, (blocks.BLOCK if blocks.has_numbers(x_BHSD) else x_BHSD.numel()) // each)
+    for x, y, c, s in zip(*(torch.split(part, columns, dim=1) for part in parts), strict=True):
+        c, s = (table.expand(-1, -1, x.shape[2], -1).flatten(2) for table in (c, s))
+        torch.mul(x.flatten(2), c, out=y.flatten(2)).add_(x.roll(half, -1).flatten(2).mul_(s))
+    return y_BSHD.transpose(1, 2)
 
 
 def _with_graph(formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import tt_models
 from tt_models.prompts import left_padded, left_padded_positions
-from tt_train.losses.chunks import by_rows_, chunk_of
+from tt_train.losses.chunks import by_rows_, chunk_of, probabilities
 
 Ids = tuple[int, ...]
 Group = tuple[Ids, list[Ids]]  # a context and its continuations
@@ -99,5 +99,5 @@ def _next_token(model: tt_models.Decoder, hidden_ND: Tensor, labels_N: Tensor) -
 
 def _of_rows(logits_RV: Tensor, labels_R: Tensor, log_probs_R: Tensor, likeliest_R: Tensor) -> None:
     picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
-    torch.sub(picked_R, torch.logsumexp(logits_RV, dim=-1), out=log_probs_R)
+    torch.sub(picked_R, probabilities(logits_RV)[1], out=log_probs_R)
     torch.eq(logits_RV.argmax(dim=-1), labels_R, out=likeliest_R)

@@ -37,10 +37,10 @@ def chunks(
         yield part, torch.mm(hidden_ND[part], weight_VD.T, out=logits_CV)
 
 
-def by_rows_(formula: Callable[..., object], logits_CV: Tensor, *others: Tensor) -> None:
+def by_rows_(formula: Callable[..., Tensor | None], logits_CV: Tensor, *others: Tensor) -> None:
     """``formula`` of each block of rows: the logits in fp32, and the same rows of ``others``, where it puts results.
 
-    What it leaves in the logits is written back. Of logits without numbers, the first block stands for all: the others
+    What it returns is written over the logits. Of logits without numbers, the first block stands for all: the others
     take the same memory, one after the other.
     """
     size = CACHED_BYTES if logits_CV.device.type == "cpu" else CHUNK_BYTES // 2
@@ -49,10 +49,19 @@ def by_rows_(formula: Callable[..., object], logits_CV: Tensor, *others: Tensor)
     for start in starts[:1] if isinstance(logits_CV, FakeTensor) else starts:
         rows = slice(start, start + each)
         logits_RV = logits_CV[rows].float()
-        formula(logits_RV, *(other[rows] for other in others))
-        if logits_CV.dtype != torch.float32:
-            logits_CV[rows] = logits_RV
-        del logits_RV  # before the next one
+        result_RV = formula(logits_RV, *(other[rows] for other in others))
+        if result_RV is not None:
+            logits_CV[rows] = result_RV
+        del logits_RV, result_RV  # before the next ones
+
+
+def probabilities(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of each row, and the logarithm of its sum of exponentials, with one exponential per logit.
+
+    That logarithm comes from the likeliest token: its probability is at least 1 / V, so it has all its digits.
+    """
+    p_RV = logits_RV.softmax(dim=-1)
+    return p_RV, logits_RV.amax(dim=-1) - p_RV.amax(dim=-1).log()
 
 
 def cap_(logits_RV: Tensor, softcap: float | None, *, slope: bool) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tt_peft import NF4Linear
 from tt_peft.full_modules import SavedModule
 from tt_peft.lowrank import AdapterModule
-from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable, probabilities
 
 T = TypeVar("T")
 
@@ -169,7 +169,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = WeightGradient(weight_VD) if needs_weight else None
         loss_N = torch.zeros(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
         formula = partial(
-            _loss_and_gradient_, smoothing=smoothing, softcap=softcap, needs_gradient=needs_hidden or needs_weight
+            _loss_and_gradient, smoothing=smoothing, softcap=softcap, needs_gradient=needs_hidden or needs_weight
         )
         for part, logits_CV in chunks(hidden_ND, weight_VD, size=size, trains=needs_weight):
             by_rows_(formula, logits_CV, labels_N[part], loss_N[part])
@@ -189,7 +189,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return scaled[0], scaled[1], None, None, None, None
 
 
-def _loss_and_gradient_(
+def _loss_and_gradient(
     logits_RV: Tensor,
     labels_R: Tensor,
     loss_R: Tensor,
@@ -197,19 +197,17 @@ def _loss_and_gradient_(
     smoothing: float,
     softcap: float | None,
     needs_gradient: bool,
-) -> None:
-    """Write the loss of each position; its gradient by the logits, if it is needed, is written over them."""
+) -> Tensor | None:
+    """Write the loss of each position; returns its gradient by the logits, if it is needed."""
     slope_RV = cap_(logits_RV, softcap, slope=needs_gradient)
-    log_z_R = torch.logsumexp(logits_RV, dim=-1)
+    p_RV, log_z_R = probabilities(logits_RV)
     picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
     torch.sub(log_z_R, (1 - smoothing) * picked_R, out=loss_R)
     if smoothing:
         loss_R.sub_(smoothing * logits_RV.mean(dim=-1))
     if not needs_gradient:
-        return
-    logits_RV.sub_(log_z_R[:, None]).exp_()
+        return None
     if smoothing:
-        logits_RV.sub_(smoothing / logits_RV.shape[1])
-    logits_RV.scatter_add_(1, labels_R[:, None], torch.full_like(picked_R, smoothing - 1)[:, None])
-    if slope_RV is not None:
-        logits_RV.mul_(slope_RV)
+        p_RV.sub_(smoothing / logits_RV.shape[1])
+    p_RV.scatter_add_(1, labels_R[:, None], torch.full_like(picked_R, smoothing - 1)[:, None])
+    return p_RV if slope_RV is None else p_RV.mul_(slope_RV)

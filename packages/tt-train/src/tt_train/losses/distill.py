@@ -97,17 +97,17 @@ class _Formula:
         grad_CV[:, : self.known] += by_kl_CV.mul_((1 - self.weight_of_ce) * self.temperature)
         return grad_CV
 
-    def rows_(
+    def rows(
         self, logits_RV: Tensor, teacher_RV: Tensor, targets_R: Tensor, *, sums: Tensor, needs_gradient: bool
-    ) -> None:
-        """Add ``terms`` to ``sums``; the gradient by the logits, if it is needed, is written over them."""
+    ) -> Tensor | None:
+        """Add ``terms`` to ``sums``; returns the gradient by the logits, if it is needed."""
         slope_RV = cap_(logits_RV, self.student.logit_softcap, slope=needs_gradient)
         log_teacher_RV = self.log_teacher(teacher_RV)
         sums += torch.stack(self.terms(logits_RV, log_teacher_RV, targets_R))
-        if needs_gradient:
-            logits_RV.copy_(self.gradient(logits_RV, log_teacher_RV, targets_R))
-            if slope_RV is not None:
-                logits_RV.mul_(slope_RV)
+        if not needs_gradient:
+            return None
+        grad_RV = self.gradient(logits_RV, log_teacher_RV, targets_R)
+        return grad_RV if slope_RV is None else grad_RV.mul_(slope_RV)
 
     def by_autograd(self, hidden_ND: Tensor, teacher_ND: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``terms`` of all chunks, whose logits are computed again in the backward pass."""
@@ -134,7 +134,7 @@ class _LinearDistillation(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_weight = WeightGradient(weight_VD) if needs_weight else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
-        of_rows = partial(formula.rows_, sums=sums, needs_gradient=needs_hidden or needs_weight)
+        of_rows = partial(formula.rows, sums=sums, needs_gradient=needs_hidden or needs_weight)
         for part, logits_CV in chunks(hidden_ND, weight_VD, trains=needs_weight):
             by_rows_(of_rows, logits_CV, formula.teacher.logits(teacher_ND[part]), targets_N[part])
             if grad_hidden_ND is not None:

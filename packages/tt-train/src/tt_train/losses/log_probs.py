@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunks, differentiable
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunks, differentiable, probabilities
 from tt_train.losses.cross_entropy import IGNORE, CausalLM, by_chunks, output_projection
 
 
@@ -72,7 +72,7 @@ class _LinearLogProbs(torch.autograd.Function):
         log_probs_N = torch.empty(len(labels_N), dtype=torch.float32, device=hidden_ND.device)
         mean_logits_N = torch.empty_like(log_probs_N)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not ctx.trains else None
-        formula = partial(_log_probs_, softcap=softcap, needs_gradient=grad_hidden_ND is not None)
+        formula = partial(_log_probs, softcap=softcap, needs_gradient=grad_hidden_ND is not None)
         for part, logits_CV in chunks(hidden_ND, weight_VD, size=size):
             by_rows_(formula, logits_CV, labels_N[part], log_probs_N[part], mean_logits_N[part])
             if grad_hidden_ND is not None:
@@ -90,7 +90,7 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, labels_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = WeightGradient(weight_VD)
-        formula = partial(_gradient_, softcap=ctx.softcap)
+        formula = partial(_gradient, softcap=ctx.softcap)
         for part, logits_CV in chunks(hidden_ND, weight_VD, size=ctx.size, trains=True):
             by_rows_(formula, logits_CV, labels_N[part], grad_N[part])
             grad_weight.add(logits_CV, hidden_ND[part])
@@ -99,7 +99,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return grad_hidden_ND, grad_weight.total(), None, None, None
 
 
-def _log_probs_(
+def _log_probs(
     logits_RV: Tensor,
     labels_R: Tensor,
     log_probs_R: Tensor,
@@ -107,27 +107,23 @@ def _log_probs_(
     *,
     softcap: float | None,
     needs_gradient: bool,
-) -> None:
-    """Write both results; the gradient of the log-probabilities, if it is needed, is written over the logits."""
+) -> Tensor | None:
+    """Write both results; returns the gradient of the log-probabilities, if it is needed."""
     slope_RV = cap_(logits_RV, softcap, slope=needs_gradient)
     torch.mean(logits_RV, dim=-1, out=mean_R)
     picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
-    log_z_R = torch.logsumexp(logits_RV, dim=-1)
+    p_RV, log_z_R = probabilities(logits_RV)
     torch.sub(picked_R, log_z_R, out=log_probs_R)
-    if needs_gradient:
-        _differentiate_(logits_RV, labels_R, log_z_R, slope_RV)
+    return _differentiated_(p_RV, labels_R, slope_RV) if needs_gradient else None
 
 
-def _gradient_(logits_RV: Tensor, labels_R: Tensor, grad_R: Tensor, *, softcap: float | None) -> None:
-    """Write the gradient of the loss over the logits; ``grad_R`` is that by the log-probabilities."""
+def _gradient(logits_RV: Tensor, labels_R: Tensor, grad_R: Tensor, *, softcap: float | None) -> Tensor:
+    """That of the loss; ``grad_R`` is that by the log-probabilities."""
     slope_RV = cap_(logits_RV, softcap, slope=True)
-    _differentiate_(logits_RV, labels_R, torch.logsumexp(logits_RV, dim=-1), slope_RV)
-    logits_RV.mul_(grad_R[:, None])
+    return _differentiated_(logits_RV.softmax(dim=-1), labels_R, slope_RV).mul_(grad_R[:, None])
 
 
-def _differentiate_(logits_RV: Tensor, labels_R: Tensor, log_z_R: Tensor, slope_RV: Tensor | None) -> None:
-    """Write the gradient of the log-probabilities by the logits before the cap over the logits."""
-    logits_RV.sub_(log_z_R[:, None]).exp_().neg_()
-    logits_RV.scatter_add_(1, labels_R[:, None], torch.ones_like(log_z_R)[:, None])
-    if slope_RV is not None:
-        logits_RV.mul_(slope_RV)
+def _differentiated_(p_RV: Tensor, labels_R: Tensor, slope_RV: Tensor | None) -> Tensor:
+    """The gradient of the log-probabilities by the logits before the cap, in the memory of the probabilities."""
+    p_RV.neg_().scatter_add_(1, labels_R[:, None], torch.ones_like(p_RV[:, :1]))
+    return p_RV if slope_RV is None else p_RV.mul_(slope_RV)
