@@ -77,11 +77,53 @@ def test_ids_and_spans_equal_the_library(name: str) -> None:
     assert used > 1000
 
 
-def test_control_characters_and_other_letters_go_to_the_library() -> None:
+ODD_PIECES = (
+    "caf\u00e9", "\u2019s", "\u2019", "\u4e2d\u6587", "e\u0301", "\u0301", " \u0301", "\u00a0", "\u2028", "\U0001f600",
+    "\ufb01", "\u017f", "\u0661", "\u00b2", "\u200b", "\x0b", "\x1c", "\x00",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("normalizer", [None, "NFC", "NFKC", "NFD"])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_few_other_letters_are_encoded_with_their_word_alone_and_equal_the_library(
+    name: str, normalizer: str | None
+) -> None:
+    data = json.loads(library(PATTERNS[name], texts(300, seed=1)).to_str())
+    data["normalizer"] = normalizer and {"type": normalizer}
+    tokenizer = JsonTokenizer(json.dumps(data))
+    assert tokenizer._words is not None
+    rng = random.Random(5)
+    used = 0
+    for _ in range(500):
+        pieces = rng.choices(PIECES, k=rng.randint(8, 40))
+        for _ in range(rng.randint(1, 2)):
+            pieces.insert(rng.randint(0, len(pieces)), rng.choice(ODD_PIECES))
+        text = "".join(pieces)
+        cuts = sorted(rng.sample(range(len(text) + 1), rng.choice([2, 4])))
+        row = MarkedText(text, list(zip(cuts[::2], cuts[1::2], strict=True)))
+        found = tokenizer._words.encode(row.text, row.trained)
+        used += found is not None
+        cache, tokenizer._words = tokenizer._words, None
+        (expected,) = tokenizer.encode_batch([row])
+        tokenizer._words = cache
+        assert found in (None, expected), row
+    assert used > 250
+
+
+def test_text_of_other_letters_goes_to_the_library() -> None:
     cache = JsonTokenizer(library(None, texts(50, seed=1)).to_str())._words
     assert cache is not None
-    for text in ("caf\u00e9", "a\x1cb", "a\x00", "a\x0bb", "\u2028"):
+    for text in ("\u4e2d\u6587\u4e2d\u6587 a b", "a\x00", "\u2028"):
         assert cache.encode(text, []) is None
+
+
+def test_text_is_not_cut_in_a_token_that_contains_a_space() -> None:
+    data = json.loads(library(None, texts(50, seed=1)).to_str())
+    data["added_tokens"].append({**data["added_tokens"][0], "id": 449, "content": "the cat", "normalized": True})
+    data["normalizer"] = {"type": "NFKC"}
+    tokenizer = JsonTokenizer(json.dumps(data))
+    assert tokenizer._words is not None
+    assert tokenizer._words.encode("a long text with the\u00a0cat in it", []) is None
 
 
 def variants() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -13,6 +14,7 @@ from tt_data.text.patterns import KNOWN_PATTERNS
 MAX_ID = (1 << 24) - 1  # of a token: the largest vocabularies have a quarter of a million
 _MAX_TOKEN = 4096  # characters
 _MAX_ADDED, _MAX_ADDED_TOKEN, _MAX_ADDED_CHARACTERS = 1 << 16, 256, 1_000_000
+_log = logging.getLogger(__name__)
 _LARGEST = sys.float_info.max  # of a score: NaN and infinity are not below it
 _MAX_WORD = 1000  # characters of a word that WordPiece splits, in a time that grows with their square
 _HARMLESS = frozenset((
@@ -182,3 +184,15 @@ def first_token(processor: Any) -> int | None:
     except (LookupError, TypeError):  # there is no first token, or the processor is broken
         return None
     return index if _is_id(index) else None
+
+
+def warn_of_other_ids(tokens: Sequence[dict[str, Any]], added: dict[int, Any], name: str) -> None:
+    """Warn about ids: a token that is not in the model's vocabulary gets the next free one, whatever the file says."""
+    found = {token.content: index for index, token in added.items()}
+    for token in tokens:
+        if found.get(token["content"], token["id"]) != token["id"]:
+            _log.warning(
+                "%s: the added token %a has id %d in the file, but the library gives it %d, which is used here",
+                name, token["content"], token["id"], found[token["content"]],
+            )  # fmt: skip
+            return

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import secrets
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, chain
 from typing import Any
 
 from tt_data.files import json_kind, parse_json
 from tt_data.template.spans import Encoded, MarkedText, Span, alternatives, check_unicode, join_spans, substitute
-from tt_data.text.json_checks import check_tokenizer, first_token, regex_letters
+from tt_data.text.json_checks import check_tokenizer, first_token, regex_letters, warn_of_other_ids
 from tt_data.text.patterns import byte_letters, splitting_pattern
+from tt_data.text.stretches import CUT, ODD, has_few_odd, stretches
 from tt_data.text.trial import try_out
 from tt_data.wording import said
 
 MAX_BYTES = 64 << 20  # the largest known, Gemma 3's, has 34 MB
-_log = logging.getLogger(__name__)
 _MAX_WORDS = 200_000  # in the cache of words
 _MAX_LETTERS = 100  # of a word that is kept: a longer one hardly comes twice
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -47,7 +47,7 @@ class JsonTokenizer:
         self.first = first_token(data.get("post_processor"))
         self._tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
         added = self._tokenizer.get_added_tokens_decoder()
-        _warn_of_other_ids(data.get("added_tokens", []), added, name)
+        warn_of_other_ids(data.get("added_tokens", []), added, name)
         self.added: dict[str, int] = {token.content: index for index, token in added.items()}
         self.control: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
         self._typed = alternatives(self.control)
@@ -146,74 +146,88 @@ class JsonTokenizer:
 
 
 class _Words(dict[str, tuple[int, ...]]):
-    """The ids of words, made by the model when they are first asked for. ``lengths``: the characters of each id."""
+    """The ids of words, made by the model when they are first asked for, and of stretches with odd characters, made by
+    the library. ``lengths``: the characters of each id of a word."""
 
-    def __init__(self, model: Any, added: dict[str, int]) -> None:
+    def __init__(self, tokenizer: Any, added: dict[str, int]) -> None:
         super().__init__({token: (index,) for token, index in added.items()})
         self.lengths = {index: len(token) for token, index in added.items()}
-        self._model, self._letters = model, byte_letters()
+        self._library, self._model, self._letters = tokenizer, tokenizer.model, byte_letters()
 
     def __missing__(self, word: str) -> tuple[int, ...]:
-        tokens = self._model.tokenize("".join(self._letters[ord(c)] for c in word))
-        ids = tuple(token.id for token in tokens)
-        self.lengths.update((token.id, len(token.value)) for token in tokens)
+        if ODD.search(word):
+            ids = tuple(self._library.encode(word, add_special_tokens=False).ids)
+        else:
+            tokens = self._model.tokenize("".join(self._letters[ord(c)] for c in word))
+            ids = tuple(token.id for token in tokens)
+            self.lengths.update((token.id, len(token.value)) for token in tokens)
         if len(self) < _MAX_WORDS and len(word) <= _MAX_LETTERS:
             self[word] = ids
         return ids
 
+    def token_at(self, word: str, first: int, last: int, *, ends: bool) -> int | None:
+        """The token of ``word`` that contains its character ``first``; with ``ends``, the last one of those with a
+        character up to ``last``. None if the library does not say."""
+        if ODD.search(word):
+            encoding = self._library.encode(word, add_special_tokens=False)
+            found = _token_spans(encoding, [(first, last + 1)], len(encoding.ids))
+            return (found[-1][1] - 1 if ends else found[0][0]) if found else None
+        place, reached = last if ends else first, accumulate(self.lengths[index] for index in self[word])
+        return next(token for token, end in enumerate(reached) if place < end)
+
 
 class WordCache:
-    """ASCII text through a byte-level BPE, each distinct word once: several times faster than the library, same ids.
+    """Text through a byte-level BPE, each distinct word once: several times faster than the library, same ids.
 
     Byte-level BPE splits text into words by a regular expression and merges within each word alone, so the ids of a
-    word do not depend on its place. ``encode`` gives None for text that the library must encode.
+    word do not depend on its place. A word that is not plain ASCII is encoded by the library, together with the words
+    up to a place where the text can be cut (``stretches``). ``encode`` gives None for text that the library must
+    encode.
     """
 
     def __init__(self, tokenizer: Any, pattern: re.Pattern[str], added: dict[str, int]) -> None:
-        self._words = _Words(tokenizer.model, added)
+        self._words = _Words(tokenizer, added)
         self._pattern = pattern
         ordered = sorted(added, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, ordered))})") if ordered else None
+        self._cuts = not any(CUT.search(token) for token in added)  # else a cut may be inside a token
 
     def encode(self, text: str, spans: Sequence[Span]) -> Encoded | None:
         """Ids, and the tokens that contain a character of each span."""
-        if not text.isascii() or _CONTROLS.search(text):
+        plain = text.isascii() and not _CONTROLS.search(text)
+        if not plain and not (self._cuts and has_few_odd(text)):
             return None
-        pieces = self._split.split(text) if self._split else [text]
         words: list[str] = []
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(self._split.split(text) if self._split else [text]):
             if number % 2:
                 words.append(piece)
-                continue
-            found = self._pattern.findall(piece)
-            if sum(map(len, found)) != len(piece):
-                return None
-            words += found
+            elif plain:
+                words += self._pattern.findall(piece)
+            else:
+                for place, part in enumerate(stretches(piece)):
+                    words += (part,) if place % 2 else self._pattern.findall(part)
         parts = list(map(self._words.__getitem__, words))
         ids = list(chain.from_iterable(parts))
-        if not spans:
-            return Encoded(ids)
-        if spans == [(0, len(text))]:
-            return Encoded(ids, [(0, len(ids))] if ids else [])
-        ends = list(accumulate(map(len, words)))  # from characters to words, then to tokens: a byte is a character here
-        counts = list(accumulate(map(len, parts)))
-        edges: list[int] = []  # the tokens of the first and the last character of each span
-        word = 0
-        for place in chain.from_iterable((start, end - 1) for start, end in spans if start < end):
-            while ends[word] <= place:
-                word += 1
-            token, reached = counts[word] - len(parts[word]), ends[word] - len(words[word])
-            for index in parts[word]:
-                reached += self._words.lengths[index]
-                if place < reached:
-                    break
-                token += 1
-            edges.append(token)
+        ends = list(accumulate(map(len, words)))  # the characters behind each word
+        if (ends[-1] if ends else 0) != len(text):
+            return None
+        if not spans or spans == [(0, len(text))]:
+            return Encoded(ids, [(0, len(ids))] if spans and ids else [])
+        counts = list(accumulate(map(len, parts), initial=0))  # the tokens before each word
         joined: list[Span] = []
-        for first, last in zip(edges[::2], edges[1::2], strict=True):
-            if joined and first <= joined[-1][1]:
-                first = joined.pop()[0]
-            joined.append((first, last + 1))
+        for start, end in spans:
+            edges: list[int] = []
+            for place in (start, end - 1) if start < end else ():
+                word = bisect_right(ends, place)
+                begin = ends[word] - len(words[word])
+                clip = max(start, begin) - begin, min(end, ends[word]) - 1 - begin
+                token = self._words.token_at(words[word], *clip, ends=bool(edges))
+                if token is None:
+                    return None
+                edges.append(counts[word] + token)
+            if edges and joined and edges[0] <= joined[-1][1]:
+                edges[0] = joined.pop()[0]
+            joined += [(edges[0], edges[1] + 1)] if edges else []
         return Encoded(ids, joined)
 
 
@@ -247,18 +261,6 @@ def library_error(error: BaseException, about: str) -> BaseException:
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         return error  # an interrupt
     return ValueError(f"{about} ({said(error)}); download the file again, or do not trust it")
-
-
-def _warn_of_other_ids(tokens: Sequence[dict[str, Any]], added: dict[int, Any], name: str) -> None:
-    """Warn about ids: a token that is not in the model's vocabulary gets the next free one, whatever the file says."""
-    found = {token.content: index for index, token in added.items()}
-    for token in tokens:
-        if found.get(token["content"], token["id"]) != token["id"]:
-            _log.warning(
-                "%s: the added token %a has id %d in the file, but the library gives it %d, which is used here",
-                name, token["content"], token["id"], found[token["content"]],
-            )  # fmt: skip
-            return
 
 
 def _rename_tokens(source: str, names: dict[str, str]) -> str:
