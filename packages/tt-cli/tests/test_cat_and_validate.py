@@ -101,6 +101,23 @@ def test_validate_reads_the_head_of_a_stream_and_says_so(tt, words):
     assert "some.jsonl (the first 256 rows): 128 of 256 rows cannot be used (128 empty)" in answer.err
 
 
+def test_validate_checks_a_sample_of_large_data_and_says_so(tt, words):
+    bad = {4321, 11_999}  # one between the rows of the sample, and the last one
+    Path("some.jsonl").write_text(
+        "".join(json.dumps({"text": "" if i in bad else f"row {i}"}) + "\n" for i in range(12_000))
+    )
+    large = (words[0], "data.train=some.jsonl", "batch_size=10", "schedule.warmup_steps=1199")  # of about 1,200 steps
+    answer = tt("validate", "sft", *large)
+    assert (answer.code, answer.out) == (0, "sft: no mistakes found in the config and the sample of the rows\n")
+    assert "(a sample: 4,200 of 12,000 rows were read, of each large source the first 100, the last 100 " in answer.err
+    assert "some.jsonl:12000: column 'text' is empty\n" in answer.err
+    assert "only a sample of the rows was checked; --all-rows checks them all" in answer.err
+    assert "is not below" not in answer.err
+    report = tt("validate", "sft", *large, "--all-rows", "--json").json["data"]
+    assert (report["rows"], report["dropped"], "sampled_from" in report) == (11_998, {"empty": 2}, False)
+    assert report["problems"][0] == "some.jsonl:4322: column 'text' is empty"
+
+
 def test_a_mistake_in_a_file_names_its_line(tt, words):
     Path("mine.yaml").write_text("batch_size: 4\noptimizer:\n  lrr: 3\n")
     answer = tt("validate", "mine.yaml", *words)

@@ -13,6 +13,7 @@ from tt_data.wording import counted, visible
 MAX_PROBLEMS = 20
 DUPLICATE = "duplicate"  # a reason for leaving a row out that is not a fault of the row
 _FILES = 10  # that are named in a note
+SAMPLE_ENDS, SAMPLE_SPREAD = 100, 4_000  # rows of a sample: at either end of a source, and between them
 
 
 class Share(TypedDict):
@@ -36,6 +37,7 @@ class Report(TypedDict):
     form: str  # chat, text, or chat+text
     partial: NotRequired[bool]  # whether there are more rows than the ``read`` ones
     read: NotRequired[int]
+    sampled_from: NotRequired[int]  # all rows, if the ``read`` ones are not the first but a sample
     files_left_out: NotRequired[list[str]]
     streaming: NotRequired[bool]
     packs: NotRequired[int]
@@ -53,6 +55,7 @@ class Tally:
 
     seen: int = 0
     partial: bool = False  # whether there are more rows than were seen
+    sampled_from: int = 0  # all rows, if those that were seen are a sample
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
     no_end: int = 0
@@ -120,6 +123,8 @@ class Tally:
         }  # fmt: skip
         if self.partial:
             report |= {"partial": True, "read": self.seen}
+        if self.sampled_from:
+            report["sampled_from"] = self.sampled_from
         return {**report, "streaming": True} if streaming else report
 
     def _unread_note(self) -> str:
@@ -158,6 +163,8 @@ def add_reports(reports: Sequence[Report], schema: str, rows: int) -> Report:
     if any(report.get("partial") for report in reports):
         total["partial"] = True
         total["read"] = sum(report["read"] if report.get("partial") else _seen(report) for report in reports)
+    if any("sampled_from" in report for report in reports):
+        total["sampled_from"] = sum(report.get("sampled_from", _seen(report)) for report in reports)
     return total
 
 
@@ -165,12 +172,13 @@ def _seen(report: Report) -> int:
     return report["rows"] + sum(report["dropped"].values())
 
 
-def refuse_dropped(report: Report, share: float, *, name: str) -> None:
-    """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them."""
+def refuse_dropped(report: Report, share: float, *, name: str, spare: int = 0) -> None:
+    """Raise ValueError if more than ``share`` of the rows are bad. Duplicates are not: nothing is lost with them.
+    ``spare``: the number of bad ones that may be an accident of the sample."""
     dropped = {reason: count for reason, count in report["dropped"].items() if reason != DUPLICATE}
     bad = sum(dropped.values())
     seen = _seen(report)
-    if bad > share * seen:
+    if bad - spare > share * seen:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         raise ValueError(
             f"{name}: {bad:,} of {seen:,} rows cannot be used ({reasons}), max_dropped_share allows {share:.0%}: "
@@ -188,6 +196,11 @@ def summary_lines(report: Report, *, problems: int = 3) -> list[str]:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report["dropped"].items()) or "none"
     so_far = f" (first {counted(report['read'], 'row')} read)" if report.get("partial") else ""
     so_far = " read so far" if report.get("streaming") and not so_far else so_far
+    if "sampled_from" in report:
+        so_far = (
+            f" (a sample: {report['read']:,} of {counted(report['sampled_from'], 'row')} were read, of each large "
+            f"source the first {SAMPLE_ENDS}, the last {SAMPLE_ENDS} and {SAMPLE_SPREAD:,} at even distances)"
+        )
     rows = counted(report["rows"], f"{report['schema']} row")
     lines = [f"{rows}{so_far}; dropped: {dropped}; truncated: {report['truncated']:,}"]
     if report.get("no_end_token"):

@@ -76,8 +76,12 @@ class Job(Generic[C_co]):
 
     @property
     def num_rows(self) -> int | None:
-        """Sequences of an epoch, packs if rows are packed; a stream does not know."""
-        return None if isinstance(self.train, tt_data.Stream) else len(self.train)
+        """Sequences of an epoch, packs if rows are packed; a stream does not know. Of a sample: about as many."""
+        if isinstance(self.train, tt_data.Stream):
+            return None
+        report = self.train.report
+        share = report["sampled_from"] / report["read"] if "sampled_from" in report else 1
+        return round(len(self.train) * share)
 
     @property
     def row_count(self) -> str:
@@ -139,15 +143,16 @@ class Job(Generic[C_co]):
         return self.config.epochs * self.steps_per_epoch
 
 
-def assemble(config: C, *, rows: Kind | None = None, elsewhere: int | None = None) -> Job[C]:
+def assemble(config: C, *, rows: Kind | None = None, elsewhere: int | None = None, sample: bool = False) -> Job[C]:
     """Read everything that the config names but the weights. ConfigError holds every mistake that was found.
 
     ``rows``: what the recipe trains on: ``single`` answers, ``pair``s of a chosen and a rejected one, or ``judged``
     answers; by default what the loss of the config is over. A mistake that one of several ranks finds ends all of them.
     ``elsewhere``: the number of processes of a run that is planned for another machine, whose memory may be larger.
+    ``sample``: read a sample of large data, to check it; the job cannot train.
     """
     processes = Processes(elsewhere or world().size, world().local_size)
-    job = everywhere(lambda: _assemble(config, rows, processes=processes, here=elsewhere is None))
+    job = everywhere(lambda: _assemble(config, rows, processes=processes, here=elsewhere is None, sample=sample))
     assert job is not None
     return job
 
@@ -158,8 +163,9 @@ def look_over(config: RunConfig, *, processes: Processes = ONE_PROCESS, first: i
 
 
 def _assemble(
-    config: C, rows: Kind | None, *, processes: Processes, here: bool = True, first: int | None = None
-) -> Job[C] | None:
+    config: C, rows: Kind | None, *, processes: Processes, here: bool = True, first: int | None = None,
+    sample: bool = False,
+) -> Job[C] | None:  # fmt: skip
     """None if only the ``first`` rows are to be looked at."""
     refuse_mistakes(config)
     problems: list[str] = []
@@ -182,12 +188,12 @@ def _assemble(
     if tokenizer is not None and model_config is not None:
         problems += vocabulary_mistakes(tokenizer, model_config)
         length = sequence_length(config, model_config, notes)
-        some: dict[str, Any] = {}
+        some: dict[str, Any] = {"sample": sample and not config.data.streaming}
         if first is not None and not config.data.streaming:
             some = {"limit": first, "packing": False, "max_dropped_share": None}
         train = collect(problems, "data.train", lambda: training_rows(config, tokenizer, length, **some))
         if train is not None and config.data.eval is not None:
-            parts = collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length))
+            parts = collect(problems, "data.eval", lambda: hold_out(config, train, tokenizer, length, sample=sample))
             train, held_out = parts or (train, None)
         if train is not None:
             method = functools.partial(method_mistakes, config, model_config, lora, train, length)

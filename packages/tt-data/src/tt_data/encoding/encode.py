@@ -65,14 +65,20 @@ def build(
         if not builder.left:
             tally.partial = True
             break
+        before = tally.seen
         builder.read(number, source)
+        tally.sampled_from += source.sampled_from or tally.seen - before
+    if not any(source.sampled_from for source in sources):
+        tally.sampled_from = 0
+    tally.partial = tally.partial or bool(tally.sampled_from)
     kept = len(builder.truncated)
     if tally.dropped and (not kept or settings.on_bad_row == "error"):
         raise bad_rows(names, kept, tally, settings)
     if fingerprint is None:
-        quick = settings.limit is not None  # no file is read whole
+        quick = settings.limit is not None or settings.sample  # no file is read whole
         content = [quick_digest(found.path) if quick and found.path else found.digest() for found in sources]
-        fingerprint = fingerprint_of([str(settings.limit), *content] if quick else content, tokenizer, settings)
+        some = [str(settings.limit or tally.sampled_from)] if quick else []
+        fingerprint = fingerprint_of([*some, *content], tokenizer, settings)
     return TokenDataset(
         tokenizer, schema="+".join(builder.schemas), stores=builder.stores, names=names, places=builder.places,
         truncated=builder.truncated, desirable=builder.desirable if builder.kind == "judged" else None, tally=tally,

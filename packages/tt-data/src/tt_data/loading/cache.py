@@ -24,7 +24,7 @@ from tt_data.token_rows.dataset import TokenDataset, TokenStore, read_numbers, w
 from tt_data.wording import visible
 
 _log = logging.getLogger(__name__)
-_FORMAT = 4  # of a cached data set; every change of it gets a new number
+_FORMAT = 5  # of a cached data set; every change of it gets a new number
 _MAX_META = 256 << 20  # bytes: it names every source file
 _COLUMNS = {"places": "q", "truncated": "b", "desirable": "b"}
 

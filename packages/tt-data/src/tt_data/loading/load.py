@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol, TypedDict, Unpack, cast, overload
 
 from tt_data.encoding.encode import build
 from tt_data.loading import cache
+from tt_data.loading.sample import sampled
 from tt_data.messages import TrainOn
-from tt_data.report import refuse_dropped
+from tt_data.report import SAMPLE_ENDS, refuse_dropped
 from tt_data.rows.hub import Part
 from tt_data.rows.schemas import OnBadRow, Settings, fingerprint_of
 from tt_data.rows.sources import is_hub_id, open_sources, resolve_name
@@ -58,6 +59,7 @@ class LoadOptions(TypedDict, total=False):
     data_files: Any
     revision: str | None
     limit: int | None
+    sample: bool
 
 
 @overload
@@ -99,7 +101,7 @@ def load_dataset(
     on_bad_row: OnBadRow = "drop", special_tokens: SpecialTokensInText = "text", drop_duplicates: bool = True,
     max_dropped_share: float | None = None, buffer: int = 10_000, cache_dir: str | Path | None = None,
     num_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None, data_files: Any = None,
-    revision: str | None = None, limit: int | None = None,
+    revision: str | None = None, limit: int | None = None, sample: bool = False,
 ) -> Dataset | Stream:  # fmt: skip
     """Token ids and labels of the rows of a file, several files, a directory, a hub id, a registered name, rows in
     memory, or a mix ``{source: weight}`` of these.
@@ -122,6 +124,8 @@ def load_dataset(
     Reading:
         split, data_dir, data_files, revision: as in ``datasets.load_dataset``; all but the last work for directories.
         limit: stop reading after this many usable rows.
+        sample: of a source of more than 10,000 rows, read the first, the last and others at even distances, to check
+            it quickly.
         streaming: read during training, shuffled within ``buffer`` rows.
         cache_dir: keep token rows there and read them next time.
         num_workers: processes that encode rows (for a stream: an argument of ``batches``). A process that does not
@@ -133,7 +137,7 @@ def load_dataset(
         columns={} if columns is None else columns, train_on=train_on, max_seq_len=max_seq_len, packing=packing,
         seed=seed, streaming=streaming, template=template, schema=schema, on_bad_row=on_bad_row,
         special_tokens=special_tokens, drop_duplicates=drop_duplicates, max_dropped_share=max_dropped_share,
-        buffer=buffer, cache_dir=cache_dir, num_workers=num_workers, timeout_s=timeout_s, limit=limit,
+        buffer=buffer, cache_dir=cache_dir, num_workers=num_workers, timeout_s=timeout_s, limit=limit, sample=sample,
         part=Part(split=split, data_dir=data_dir, data_files=data_files, revision=revision),
     )  # fmt: skip
     return load(source, tokenizer, settings)
@@ -150,7 +154,9 @@ def load(source: Source | Mix, tokenizer: Tokenizer, settings: Settings) -> Data
     if settings.template is not None or settings.special_tokens != "text":
         tokenizer = choose_template(tokenizer, settings.template, special_tokens=settings.special_tokens)
     sources = open_sources(source, settings.part)
-    known = settings.read is None and settings.limit is None
+    if settings.sample:
+        sources = [sampled(found) for found in sources]
+    known = settings.read is None and settings.limit is None and not settings.sample
     fingerprint = fingerprint_of([found.digest() for found in sources], tokenizer, settings) if known else None
     cache_dir = Path(settings.cache_dir) if known and settings.cache_dir is not None else None
     rows = cache.load(str(fingerprint), tokenizer, cache_dir) if cache_dir is not None else None
@@ -161,7 +167,8 @@ def load(source: Source | Mix, tokenizer: Tokenizer, settings: Settings) -> Data
     rows.seed, rows.max_seq_len = settings.seed, settings.max_seq_len
     rows.files_left_out = [file for found in sources for file in found.beside]
     if settings.max_dropped_share is not None:
-        refuse_dropped(rows.report, settings.max_dropped_share, name=", ".join(rows.names[:3]))
+        spare = sum(2 * SAMPLE_ENDS for found in sources if found.sampled_from)
+        refuse_dropped(rows.report, settings.max_dropped_share, name=", ".join(rows.names[:3]), spare=spare)
     if settings.packing and settings.max_seq_len:
         return PackedDataset(rows, max_seq_len=settings.max_seq_len, seed=settings.seed)
     return rows

@@ -65,6 +65,7 @@ class Settings:
     num_workers: int = 0
     timeout_s: float = 300.0
     limit: int | None = None
+    sample: bool = False
     read: Read | None = None
     read_as: str = ""
 
@@ -94,6 +95,8 @@ class Settings:
             raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
         if self.packing and self.max_seq_len is None:
             raise ValueError("packing needs max_seq_len: the length of a packed row")
+        if self.sample and (self.streaming or self.limit is not None):
+            raise ValueError("sample: not with streaming or limit, which read the first rows")
         if self.limit is not None and (self.limit < 1 or self.packing):
             raise ValueError(f"limit must be at least 1 and not with packing, which needs all rows; got {self.limit}")
         object.__setattr__(self, "columns", dict(self.columns))

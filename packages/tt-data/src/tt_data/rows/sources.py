@@ -31,13 +31,15 @@ _BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets libra
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that can be read any number of times; ``digest`` identifies their content."""
+    """Rows that can be read any number of times; ``digest`` identifies their content. ``sampled_from``: the number of
+    all rows, if ``rows`` gives a sample of them."""
 
     name: str
     rows: Callable[[], Iterator[Placed]]
     digest: Callable[[], str]
     path: Path | None = None
     beside: Sequence[str] = ()  # files of the same directory that are not read; of its first source only
+    sampled_from: int = 0
 
 
 def is_hub_id(source: object) -> bool:

@@ -165,15 +165,11 @@ class _Words(dict[str, tuple[int, ...]]):
             self[word] = ids
         return ids
 
-    def token_at(self, word: str, first: int, last: int, *, ends: bool) -> int | None:
-        """The token of ``word`` that contains its character ``first``; with ``ends``, the last one of those with a
-        character up to ``last``. None if the library does not say."""
-        if ODD.search(word):
-            encoding = self._library.encode(word, add_special_tokens=False)
-            found = _token_spans(encoding, [(first, last + 1)], len(encoding.ids))
-            return (found[-1][1] - 1 if ends else found[0][0]) if found else None
-        place, reached = last if ends else first, accumulate(self.lengths[index] for index in self[word])
-        return next(token for token, end in enumerate(reached) if place < end)
+    def tokens_of(self, stretch: str, span: Span) -> Span | None:
+        """The first and the last token of ``stretch`` with a character of ``span``; None if no token has one."""
+        encoding = self._library.encode(stretch, add_special_tokens=False)
+        found = _token_spans(encoding, [span], len(encoding.ids))
+        return (found[0][0], found[-1][1] - 1) if found else None
 
 
 class WordCache:
@@ -220,10 +216,16 @@ class WordCache:
             for place in (start, end - 1) if start < end else ():
                 word = bisect_right(ends, place)
                 begin = ends[word] - len(words[word])
-                clip = max(start, begin) - begin, min(end, ends[word]) - 1 - begin
-                token = self._words.token_at(words[word], *clip, ends=bool(edges))
-                if token is None:
-                    return None
+                if plain or not ODD.search(words[word]):
+                    reached = accumulate(self._words.lengths[index] for index in parts[word])
+                    token = next(number for number, length in enumerate(reached) if place < begin + length)
+                else:
+                    tokens = self._words.tokens_of(
+                        words[word], (max(start, begin) - begin, min(end, ends[word]) - begin)
+                    )
+                    if tokens is None:
+                        return None
+                    token = tokens[len(edges)]
                 edges.append(counts[word] + token)
             if edges and joined and edges[0] <= joined[-1][1]:
                 edges[0] = joined.pop()[0]

@@ -91,23 +91,24 @@ def read_rows(
     return rows
 
 
-def hold_out(config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Any, Any]:
-    """(rows to train on, rows held out): other sources, or a seeded share of the training rows."""
+def hold_out(
+    config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: int, *, sample: bool = False
+) -> tuple[Any, Any]:
+    """(rows to train on, rows held out): other sources (a ``sample`` of their rows), or a seeded share of the training
+    rows."""
+    read = partial(_held_out, config, tokenizer=tokenizer, max_seq_len=max_seq_len, sample=sample)
     share = config.data.eval
     if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
         share = float(share)
     if sets := named_sets(share):
         problems: list[str] = []
-        found = {
-            name: collect(problems, f"data.eval.{name}", partial(_held_out, config, source, tokenizer, max_seq_len))
-            for name, source in sets.items()
-        }
+        found = {name: collect(problems, f"data.eval.{name}", partial(read, source)) for name, source in sets.items()}
         parts = {name: rows for name, rows in found.items() if rows is not None}
         if problems:
             raise ConfigError(problems)
         return train, JoinedDataset(parts)
     if not isinstance(share, int | float):
-        return train, _held_out(config, share, tokenizer, max_seq_len)
+        return train, read(share)
     if not 0 < share < 1:
         raise ConfigError([f"data.eval: a share must be between 0 and 1, got {share}; 5 % is 0.05"])
     if len(train) < 2:
@@ -117,7 +118,7 @@ def hold_out(config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: i
     return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))
 
 
-def _held_out(config: RunConfig, source: Any, tokenizer: Tokenizer, max_seq_len: int) -> Any:
+def _held_out(config: RunConfig, source: Any, *, tokenizer: Tokenizer, max_seq_len: int, sample: bool) -> Any:
     is_file = isinstance(source, str) and Path(source).is_file()  # data.split is that of data.train
     own = replace(config, data=replace(config.data, split=None)) if is_file else config
-    return read_rows(own, source, tokenizer, max_seq_len)
+    return read_rows(own, source, tokenizer, max_seq_len, sample=sample)
