@@ -143,7 +143,7 @@ def among_fixture(monkeypatch, idle):
             monkeypatch.setattr(module, "_get_device_handle", Idle)
         monkeypatch.setattr("tt_train.devices.sharding.init_device_mesh", with_numbers)
         monkeypatch.setattr("tt_train.step.zlib.crc32", lambda _: 1 / size)  # every sum over the ranks is 1
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr("tt_train.devices.distributed._device", lambda device: torch.device(DEVICE))
         monkeypatch.setattr(torch.Tensor, "register_hook", note_hook)
         monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", Engine)
 

@@ -83,7 +83,11 @@ def test_the_options_of_torchrun_are_those_of_this_torch():
          "nearest that are: 4 or 8; or set micro_batch_size=1"),
         (["data.train=nope.jsonl"], "data.train: nope.jsonl: no such file"),
         (["device=cuda"], "device: cuda asked for, 0 CUDA devices visible"),
-        (["--nnodes", "2", "--max-restarts", "1"], "--max-restarts: on several machines a run needs a name"),
+        (["--nnodes", "2", "--rdzv-endpoint", "here:1", "--max-restarts", "1"],
+         "--max-restarts: on several machines a run needs a name"),
+        (["--nnodes", "2"], "--nnodes 2: the machines must know where to meet; add --rdzv-endpoint HOST:29500"),
+        (["batch_size=6", "micro_batch_size=4"], "batch_size: 6 is not a multiple of micro_batch_size 4 x 2 processes; "
+         "nearest that are: 8; or set micro_batch_size=3"),
         (["--module"], "--module does not go with tt run"),
         (["--max-restarts", "many"], "invalid int value: 'many'"),
         (["--nproc", "none"], "--nproc: expected a number of processes"),

@@ -8,8 +8,9 @@ import torch
 
 import tt_models
 from tt_train import ConfigError, compose
-from tt_train.inputs import components
+from tt_train.inputs import components, model
 from tt_train.job import assemble
+from tt_train.models.load import load
 
 
 def problems(config):
@@ -43,6 +44,54 @@ def test_a_missing_device_is_named_with_the_available_ones(found, monkeypatch, n
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     (problem,) = found(f"device={name}")
     assert said in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "said"),
+    [
+        ("cuda", ["data.packing=true"], "device: auto took cuda (A card)"),
+        ("xpu", [], "device: auto took xpu (A card)"),
+        (
+            "xpu",
+            ["data.packing=true"],
+            "device: auto took xpu (A card); without flex_attention, packed rows take memory",
+        ),
+        ("mps", ["data.packing=true"], "device: auto took mps (Apple GPU); without flex_attention, packed rows take"),
+        (None, ["model.dtype=bf16"], "sees no accelerator; this CPU has no instructions for bf16 and emulates it"),
+        (None, ["model.dtype=fp32"], "sees no accelerator"),
+    ],
+)
+def test_auto_takes_what_torch_finds_and_says_what_that_cannot_do(monkeypatch, kind, more, said):
+    module = types.SimpleNamespace(device_count=lambda: 1, get_device_name=lambda device: "A card")
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: module)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: kind and torch.device(kind))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    device = components.pick_device("auto")
+    assert device.type == (kind or "cpu")
+    config = compose("sft", overrides=["model.path=m", "data.train=d", *more])
+    (note,) = components.device_notes(config, device)
+    assert said in note
+    assert (";" in note) == (";" in said)
+    config.device = str(device)  # which was asked for
+    assert components.device_notes(config, device) == []
+
+
+def test_a_device_without_nf4_is_refused_before_weights_load():
+    if not torch.backends.mps.is_available():
+        with pytest.raises(ConfigError, match="adapter.quantize_base: mps cannot do NF4: .*; use device=cpu, or"):
+            model._try_nf4(torch.device("mps"))
+    model._try_nf4(torch.device("cpu"))
+
+
+def test_a_finished_model_is_loaded_to_what_torch_finds(monkeypatch, model_dir):
+    def load_base(path, *, device, dtype):
+        raise LookupError(str(device))
+
+    monkeypatch.setattr("tt_train.models.load.load_base", load_base)
+    for found, expected in ((torch.device("xpu"), "xpu"), (None, "cpu")):
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda found=found, **_: found)
+        with pytest.raises(LookupError, match=expected):
+            load(model_dir)
 
 
 def test_bf16_is_refused_on_a_gpu_without_it(monkeypatch):

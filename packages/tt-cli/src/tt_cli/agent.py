@@ -37,6 +37,7 @@ from tt_train.errors import TrainingError, log_name
 from tt_train.records.visible import visible
 
 _FINAL = {WRONG_INPUT, 128 + signal.SIGINT, 128 + signal.SIGTERM}  # exit codes that starting again would only repeat
+_ADDRESS = ("--master-addr", "--master_addr")
 SECOND_S = 3  # for the ranks to end after a second signal
 _TAIL = 200_000  # bytes of what a rank wrote
 
@@ -78,6 +79,10 @@ def asked_for(words: Sequence[str], nproc: str | None) -> Launch:
         if options.standalone or (alone and not options.rdzv_endpoint):
             options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"
             options.rdzv_id = uuid.uuid4().hex
+        has_address = "PET_MASTER_ADDR" in os.environ or any(word.startswith(_ADDRESS) for word in words)
+        if nodes > 1 and not options.rdzv_endpoint and not has_address:  # each machine would wait at its own address
+            place = "add --rdzv-endpoint HOST:29500, the same on all of them"
+            raise ValueError(f"--nnodes {options.nnodes}: the machines must know where to meet; {place}")
         options.master_port = options.master_port or 29500
         count = _processes(options.nproc_per_node)
     except (ValueError, RuntimeError) as error:

@@ -83,8 +83,8 @@ def _number(value: float) -> str:
 
 def total_memory(device: torch.device) -> int | None:
     """All memory of a device in bytes, used or free (with swap, within the control group); None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+    if device.type in ("cuda", "xpu"):
+        return int(torch.get_device_module(device.type).get_device_properties(device).total_memory)
     if device.type != "cpu":
         return None
     try:

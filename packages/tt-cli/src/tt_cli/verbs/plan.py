@@ -84,7 +84,7 @@ def command(
     """
     if measure and nproc > 1:
         raise click.UsageError("--measure makes its steps in one process; leave out --nproc")
-    config = composed(what, config_file, overrides, allow_import)
+    config = composed(what, config_file, overrides, allow_import, devices=nproc)
     from tt_train.job import assemble
     from tt_train.models.plan import kind_of, largest_micro_batch, plan
     from tt_train.models.plan import measure as measured_by
@@ -118,7 +118,7 @@ def _savings(
     overrides, config_file, allow_import = words
     rows: list[tuple[str, int]] = []
     for word in switches(job.config):
-        other = with_config(job, composed(what, config_file, (*overrides, word), allow_import))
+        other = with_config(job, composed(what, config_file, (*overrides, word), allow_import, devices=found.ranks))
         rows.append((word, found.peak.total - plan(other, ranks=found.ranks, cpu=cpu).peak.total))
     least = (found.peak.total - found.peak.parts["allocator"]) // 100
     return sorted((row for row in rows if row[1] > least), key=lambda row: -row[1])

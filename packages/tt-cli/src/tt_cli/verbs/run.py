@@ -171,11 +171,10 @@ def _launch(asked: _Asked, nproc: str | None, torchrun: Sequence[str]) -> int:
     from tt_train.inputs.model import Processes
     from tt_train.job import look_over
     from tt_train.run.resume import check_destination
-    from tt_train.settings.keys.mistakes import world_mistakes
 
     launch = agent.asked_for(torchrun, nproc)
     config = asked.config(launch.most)
-    problems = [*world_mistakes(config, launch.most), *too_many_processes(config, launch.nproc)]
+    problems = too_many_processes(config, launch.nproc)
     if launch.nodes > 1 and launch.options.max_restarts and config.output_dir is None:
         problems.append("--max-restarts: on several machines a run needs a name that all know: add -o DIR")
     if problems:
@@ -217,17 +216,9 @@ def _train_as_rank(asked: _Asked, invocation: Invocation, here: "Place") -> int:
     """Train as one process of several: rank 0 prints and answers."""
     from tt_train.devices import launch
     from tt_train.inputs.components import pick_device
-    from tt_train.settings.keys.mistakes import world_mistakes
 
     store = launch.meet(here)
-
-    def checked() -> "RunConfig":
-        config = asked.config(here.size)
-        if problems := world_mistakes(config, here.size):
-            raise ConfigError(problems)
-        return config
-
-    config = launch.everywhere(checked, met=(here, store))
+    config = launch.everywhere(lambda: asked.config(here.size), met=(here, store))
     asked = _restarted(asked, invocation)
     device = pick_device(config.device)
     with launch.joined(here, store, device_type=device.type, timeout_s=config.process_group_timeout_s):

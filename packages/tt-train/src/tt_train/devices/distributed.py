@@ -80,5 +80,5 @@ def world() -> World:
 def _device(device: torch.device) -> torch.device:
     """Where a collective can be done: NCCL alone takes no tensor of the CPU."""
     if device.type == "cpu" and "gloo" not in str(dist.get_backend_config()):
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(torch.accelerator.current_device_index())
     return device

@@ -81,7 +81,11 @@ def device_notes(config: RunConfig, device: torch.device | None) -> list[str]:
         more = "; this CPU has no instructions for bf16 and emulates it: model.dtype=fp32 may be faster" if slow else ""
         return [f"device: auto took the CPU, since torch {torch.__version__} sees no accelerator{more}"]
     name = torch.get_device_module(device.type).get_device_name(device) if device.type != "mps" else "Apple GPU"
-    return [f"device: auto took {device} ({name})"]
+    dense = config.data.packing and device.type != "cuda"  # see tt_models.decoder
+    more = (
+        "; without flex_attention, packed rows take memory with the square of data.max_seq_len there" if dense else ""
+    )
+    return [f"device: auto took {device} ({name}){more}"]
 
 
 def mistakes(config: RunConfig, device: torch.device | None, *, ranks: int = 1) -> list[str]:

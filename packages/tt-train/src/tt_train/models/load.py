@@ -45,7 +45,7 @@ def load(
     Args:
         path: a run directory (its model, or its base with its adapter; a stopped run: its newest checkpoint), a
             Hugging Face model directory, a PEFT adapter directory, or a hub id.
-        device: the GPU if there is one, else the CPU.
+        device: what torch.accelerator finds (a GPU, XPU or MPS), else the CPU.
         dtype: that of the run or of the files by default; on a CPU, fp16 files become fp32.
         adapter: False gives the base model of a run or adapter.
         base: the directory of a base that has moved, ``nf4`` or ``dense``, or both; see ``find_origin``.
@@ -56,7 +56,7 @@ def load(
         ConfigError, ValueError, FileNotFoundError: what is missing, and how to fix it.
     """
     origin = find_origin(path, base)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     dtype = dtype or DTYPES.get(str(origin.settings.get("dtype")))
     if tell is not None and origin.base_words is not None and adapter:
         tell(origin.base_words)

@@ -43,7 +43,7 @@ def compose(
         allow_import: modules from which dotted names may be imported, installed or in the working folder.
         complete: False accepts a config that lacks what only a run needs, to look at it.
         schema: the config's dataclass; that of the recipe by default.
-        devices: the processes that will train, for the configs of torchtune, whose batch size is that of one GPU.
+        devices: the processes that will train, which share ``batch_size``; in a config of torchtune it is that of one.
 
     Raises:
         ConfigError: with one line for every unknown key, wrong type and impossible value.
@@ -82,7 +82,7 @@ def compose(
         result.recipe = typed.name if isinstance(typed, RecipeFile) else typed or registry.RECIPES[said]
         result.recipe_sha256 = typed.sha256 if isinstance(typed, RecipeFile) else None
         lacking = missing(result) if complete else []
-        problems = [*mistakes(result), *registry.name_mistakes(result, allow_import), *lacking]
+        problems = [*mistakes(result, devices), *registry.name_mistakes(result, allow_import), *lacking]
     if problems:
         raise ConfigError(problems)
     return result

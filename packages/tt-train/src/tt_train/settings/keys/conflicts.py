@@ -23,14 +23,6 @@ def conflicts(config: RunConfig) -> list[str]:
             "samples.exact_match: data.train_on=all trains prompts too, so that no row says where its answer begins; "
             "use data.train_on=assistant or last, or leave samples.exact_match out"
         )
-    batch, micro = config.batch_size, config.micro_batch_size
-    if batch >= 1 and micro >= 1 and batch % micro:
-        lower, upper = batch // micro * micro, (batch // micro + 1) * micro
-        near = " or ".join(str(value) for value in (lower, upper) if value)
-        lowered = f"; or set micro_batch_size={batch}" if batch < micro else ""
-        found.append(
-            f"batch_size: {batch} is not a multiple of micro_batch_size {micro}; nearest that are: {near}{lowered}"
-        )
     return found
 
 

@@ -69,8 +69,8 @@ def refuse_mistakes(config: RunConfig) -> None:
         raise ConfigError(found)
 
 
-def mistakes(config: RunConfig) -> list[str]:
-    """Values that cannot be meant, one line each; tt_train.job checks what needs files."""
+def mistakes(config: RunConfig, size: int = 1) -> list[str]:
+    """Values that ``size`` processes cannot be given, one line each; tt_train.job checks what needs files."""
     if wrong := _wrong_types(config, type(config), ""):
         return wrong
     plain = to_dict(config)
@@ -79,7 +79,7 @@ def mistakes(config: RunConfig) -> list[str]:
         return found + infinite
     found += _out_of_bounds(plain)
     found += _wrong_rows(config) + _wrong_checkpointing(config.activation_checkpointing)
-    found += conflicts(config) + loss_mistakes(config)
+    found += conflicts(config) + world_mistakes(config, size) + loss_mistakes(config)
     if config.adapter is not None and config.adapter.target_modules in ("all_linear", "all", "linear"):
         found.append(f"adapter.target_modules: did you mean 'all-linear', not {config.adapter.target_modules!r}?")
     return found
@@ -89,14 +89,14 @@ def world_mistakes(config: RunConfig, size: int) -> list[str]:
     """What ``size`` processes cannot share, one line each."""
     batch, micro = config.batch_size, config.micro_batch_size
     each = micro * size
-    if batch % each == 0:
+    if batch < 1 or micro < 1 or batch % each == 0:
         return []
     near = " or ".join(str(value) for value in (batch // each * each, (batch // each + 1) * each) if value)
     smaller = next((m for m in range(micro, 0, -1) if batch % (m * size) == 0), None)
     other = f"; or set micro_batch_size={smaller}" if smaller else ""
+    shared = f" x {size} processes" if size > 1 else ""
     return [
-        f"batch_size: {batch} is not a multiple of micro_batch_size {micro} x {size} processes; nearest that are: "
-        f"{near}{other}"
+        f"batch_size: {batch} is not a multiple of micro_batch_size {micro}{shared}; nearest that are: {near}{other}"
     ]
 
 
