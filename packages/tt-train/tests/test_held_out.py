@@ -111,6 +111,20 @@ def test_every_held_out_row_counts_once_whatever_the_batch_size(words, packing):
 # ---- perplexity ----
 
 
+def test_a_run_of_hardly_a_step_because_its_few_rows_are_packed_is_reported(words, tmp_path):
+    packed = [*words, "data.packing=true", "data.max_seq_len=64", "max_steps=null", "epochs=1"]
+    notes = assemble(compose("sft", overrides=[*packed, "batch_size=64"])).notes
+    assert any(
+        note.startswith("data.packing: ") and "make a run of 1 step; for more steps, lower" in note for note in notes
+    )
+    for more in (["batch_size=1", "micro_batch_size=1"], ["max_steps=3"], ["data.packing=false"]):
+        notes = assemble(compose("sft", overrides=[*packed, "batch_size=64", *more])).notes
+        assert not any("data.packing" in note for note in notes)
+    (tmp_path / "few.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    with pytest.raises(ConfigError, match="1 pack of rows cannot be split; set data.packing=false, or give data.eval"):
+        assemble(compose("sft", overrides=[*packed, f"data.train={tmp_path}/few.jsonl", "data.eval=0.1"]))
+
+
 def test_perplexity_is_given_only_if_the_mean_cross_entropy_per_token_is_known(words):
     job, model = made(words, "data.eval=0.2", "loss.label_smoothing=0.1")
     assert set(figures_of(job, model)) == {"eval_loss"}

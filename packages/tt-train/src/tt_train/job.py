@@ -33,6 +33,7 @@ from tt_train.inputs.rows import (
     evaluation_mistakes,
     hold_out,
     kind_mistakes,
+    packing_notes,
     sequence_length,
     training_rows,
     wanted_rows,
@@ -238,7 +239,7 @@ def _assemble(
             raise ConfigError(
                 [f"profile.first_step: step {first} to {last} are traced, the run has {job.steps_total} steps; {cure}"]
             )
-    job.notes += schedule_notes(config, job.steps_total)
+    job.notes += schedule_notes(config, job.steps_total) + packing_notes(config, train, job.steps_total)
     return job
 
 

@@ -10,9 +10,10 @@ import torch
 import tt_data
 from tt_data import Dataset, JoinedDataset, Stream, Subset, Tokenizer
 from tt_train.config import PreferenceSection, RunConfig, named_sets
-from tt_train.errors import ConfigError, collect
+from tt_train.errors import ConfigError, collect, counted
 
 Kind = Literal["single", "pair", "judged"]  # of rows: what each one holds
+_FEW_STEPS = 10  # of a run: hardly enough to learn from
 
 
 def count_rows(rows: Dataset | Stream) -> int | None:
@@ -91,6 +92,21 @@ def read_rows(
     return rows
 
 
+def packing_notes(config: RunConfig, train: Dataset | Stream, steps_total: int) -> list[str]:
+    """A line if rows are so few that packing leaves hardly a step."""
+    if (
+        not config.data.packing
+        or isinstance(train, Stream)
+        or config.max_steps is not None
+        or steps_total >= _FEW_STEPS
+    ):
+        return []
+    return [
+        f"data.packing: {counted(train.num_rows, 'row')} in {counted(len(train), 'pack')} make a run of "
+        f"{counted(steps_total, 'step')}; for more steps, lower batch_size or set data.packing=false"
+    ]
+
+
 def hold_out(
     config: RunConfig, train: Any, tokenizer: Tokenizer, max_seq_len: int, *, sample: bool = False
 ) -> tuple[Any, Any]:
@@ -112,7 +128,8 @@ def hold_out(
     if not 0 < share < 1:
         raise ConfigError([f"data.eval: a share must be between 0 and 1, got {share}; 5 % is 0.05"])
     if len(train) < 2:
-        raise ConfigError([f"data.eval: {len(train)} row cannot be split; give data.eval a separate file"])
+        what, more = ("pack of rows", "set data.packing=false, or ") if config.data.packing else ("row", "")
+        raise ConfigError([f"data.eval: {len(train)} {what} cannot be split; {more}give data.eval a separate file"])
     number = min(len(train) - 1, max(1, round(share * len(train))))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed)).tolist()
     return Subset(train, sorted(order[number:])), Subset(train, sorted(order[:number]))
