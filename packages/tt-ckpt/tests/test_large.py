@@ -18,8 +18,9 @@ from tt_ckpt.formats.pickles import _data_offsets, read_pickled
 from tt_ckpt.hf.save import encode_index, split
 from tt_ckpt.hf.stored_tensors import open_tensors
 from tt_ckpt.hf.weights import is_finite, num_not_finite, same_bytes
+from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.ranks import box, is_cover
-from tt_ckpt.safetensors_file import MappedFile, TensorSpec, byte_views, encode_header, read_header, read_tensor
+from tt_ckpt.safetensors_file import TensorSpec, byte_views, encode_header, read_header, read_tensor
 from tt_ckpt.train import tensor_groups
 
 ABOVE_24, ABOVE_31 = 2**24 + 3, 2**31 + 5

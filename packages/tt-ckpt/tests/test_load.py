@@ -210,6 +210,22 @@ class Fused(nn.Module):
         return {"gate.weight": gate, "up.weight": up}
 
 
+def test_a_stack_of_experts_is_split_once_and_not_for_each_of_its_experts(tmp_path):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.calls = nn.Parameter(torch.randn(30, 2, 3)), nn.Parameter(torch.randn(30, 3, 2)), 0
+
+        def split_for_hf(self, name, tensor):
+            self.calls += 1
+            return {f"experts.{at}.{name}.weight": one for at, one in enumerate(tensor)}
+
+    model = Experts()
+    tt_ckpt.save_hf(model, tmp_path / "out", config={})
+    assert model.calls == 2 * 2  # to know the names, and to write and compare
+    assert torch.equal(tt_ckpt.open_tensors(tmp_path / "out")["experts.7.up.weight"], model.up[7])
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_parameter_that_is_on_disk_as_in_the_model_is_read_so(tmp_path, device):
     """transformers 5 can write the experts of a mixture stacked, as it holds them (save_original_format=False)."""

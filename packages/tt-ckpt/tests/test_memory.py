@@ -1,6 +1,7 @@
 """What a process holds while files stream through it: its own memory, and the pages of mapped files. Linux only."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -33,17 +34,22 @@ def held_of(folder):
     return total
 
 
-def forked_peak(tmp_path, action, measure=held):
-    """By how much ``measure()`` of a fresh child grows while ``action(progress)`` runs, sampled after each tensor."""
+def forked_peak(tmp_path, action, measure=held, *, every=1):
+    """By how much ``measure()`` of a fresh child grows while ``action(progress)`` runs, sampled after each tensor.
+
+    ``every``: only after so many tensors and at the end, since reading all mappings takes long.
+    """
     result = tmp_path / "peak"
     child = os.fork()
     if child == 0:
         try:
-            start, peak = measure(), 0
+            start, peak, calls = measure(), 0, 0
 
             def progress(done, total):
-                nonlocal peak
-                peak = max(peak, measure() - start)
+                nonlocal peak, calls
+                calls += 1
+                if done == total or calls % every == 0:
+                    peak = max(peak, measure() - start)
 
             action(progress)
             result.write_text(str(peak))
@@ -60,11 +66,42 @@ def large(model_dir, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["hf", "meta", "torchtune"])
-def test_a_conversion_holds_a_tensor_not_the_model(large, tmp_path, to):
-    size = (large / "model.safetensors").stat().st_size
-    assert size > 70 * MB
-    peak = forked_peak(tmp_path, lambda progress: tt_ckpt.convert(large, tmp_path / "out", to, progress=progress))
-    assert peak < 20 * MB
+def test_a_conversion_and_the_way_back_hold_neither_the_model_nor_pages_of_its_files(large, tmp_path, to):
+    assert (large / "model.safetensors").stat().st_size > 70 * MB
+    for source, target, kind in ((large, tmp_path / "there", to), (tmp_path / "there", tmp_path / "back", "hf")):
+
+        def convert(progress, source=source, target=target, kind=kind):
+            tt_ckpt.convert(source, target, kind, allow_pickle=True, progress=progress)
+
+        assert forked_peak(tmp_path, convert, lambda: held() + held_of(tmp_path), every=10) < 20 * MB
+
+
+def test_a_large_tensor_is_converted_cast_and_saved_in_pieces(tmp_path, model_dir):
+    source = model_dir(hidden_size=512, vocab_size=40_000, num_hidden_layers=1, tie_word_embeddings=True)  # 82 MB
+    half, same = tmp_path / "half", tmp_path / "same"
+
+    def convert(progress):
+        tt_ckpt.convert(source, half, dtype=torch.bfloat16, progress=progress)
+
+    def highest(action):  # also inside of a tensor
+        def watched(progress):
+            stop, thread = threading.Event(), threading.Thread(target=lambda: watch(progress))
+
+            def watch(progress):
+                while not stop.wait(0.02):
+                    progress(0, 0)
+
+            thread.start()
+            action(lambda *_: None)
+            stop.set()
+            thread.join()
+
+        return forked_peak(tmp_path, watched, lambda: held() + held_of(tmp_path))
+
+    assert highest(convert) < 40 * MB
+    model = nn.ModuleDict({"model": nn.ModuleDict({"embed_tokens": nn.Embedding(40_000, 512)})})
+    config = {"model_type": "llama"}
+    assert highest(lambda progress: tt_ckpt.save_hf(model, same, config=config, progress=progress)) < 40 * MB
 
 
 def test_the_pages_of_a_mapped_tensor_are_counted(large, tmp_path):
@@ -85,7 +122,7 @@ def test_loading_copies_takes_no_page_of_the_files(large, tmp_path, tiny, dtype)
     def load(progress):
         tt_ckpt.load_weights(model, large, dtype=dtype, progress=progress)
 
-    assert forked_peak(tmp_path, load, lambda: held_of(large)) == 0
+    assert forked_peak(tmp_path, load, lambda: held_of(large), every=10) == 0
     expected = (large / "model.safetensors").stat().st_size * dtype.itemsize // 4
     assert forked_peak(tmp_path, load) < expected + 10 * MB
 

@@ -2,6 +2,7 @@ import ast
 import io
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,31 @@ def test_what_is_written_torch_reads_lazily_or_not(tmp_path):
             assert spec_of(loaded[name]) == spec_of(tensor)
             assert torch.equal(loaded[name].float(), tensor.float())
     assert read_pickled(path, allow_pickle=True).keys() == tensors.keys()
+
+
+def test_bytes_in_the_order_of_another_machine_keep_their_values_when_pages_are_dropped(tmp_path):
+    values = {name: torch.arange(8192.0) + at for at, name in enumerate("ab")}
+    swapped = {name: torch.from_numpy(tensor.numpy().byteswap()) for name, tensor in values.items()}
+    torch.save(swapped, tmp_path / "little.pth")
+    other = b"big" if sys.byteorder == "little" else b"little"
+    with zipfile.ZipFile(tmp_path / "little.pth") as read, zipfile.ZipFile(tmp_path / "f.pth", "w") as written:
+        for entry in read.infolist():
+            written.writestr(entry.filename, other if entry.filename.endswith("byteorder") else read.read(entry))
+    tensors = read_pickled(tmp_path / "f.pth", allow_pickle=True)
+    for _ in range(2):
+        for name, tensor in values.items():
+            assert torch.equal(tensors[name], tensor)
+            assert torch.equal(torch.cat(list(tensors.rows(name))).view(-1), tensor)
+
+
+def test_values_whose_pages_were_dropped_are_read_again(tmp_path):
+    values = {"a": torch.randn(4096, 5), "strided": torch.randn(300, 70).T, "c": torch.randn(3)}
+    tensors = read_pickled(save(tmp_path / "f.pth", values), allow_pickle=True)
+    first = {name: tensors[name] for name in values}
+    for name, tensor in values.items():
+        assert torch.equal(torch.cat([piece.clone() for piece in tensors.rows(name)]).view_as(tensor), tensor)
+        assert torch.equal(tensors[name], tensor)
+    assert all(torch.equal(first[name], tensor) for name, tensor in values.items())
 
 
 def test_data_is_aligned_for_mapping(tmp_path):

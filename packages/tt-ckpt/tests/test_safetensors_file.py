@@ -9,15 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from tt_ckpt.safetensors_file import (
-    DTYPES,
-    MappedFile,
-    TensorSpec,
-    read_header,
-    spec_of,
-    write_tensor_dict,
-    write_tensors,
-)
+from tt_ckpt.mapped_file import MappedFile
+from tt_ckpt.safetensors_file import DTYPES, TensorSpec, read_header, spec_of, write_tensor_dict, write_tensors
 
 
 def one_of_each():

@@ -10,14 +10,13 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
@@ -177,42 +176,31 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
         read_tensor(header, name, whole)
         out.copy_(whole)
         return
-    direct = out.dtype == spec.dtype and out.device.type == "cpu"
-    size = max(1, spec.nbytes if direct else min(spec.nbytes, _CAST_BYTES))
-    buffer = flat_bytes(out) if direct else torch.empty(size, dtype=torch.uint8)
+    if out.dtype == spec.dtype and out.device.type == "cpu":
+        for _ in read_pieces(header, name, max(1, spec.numel), out.view(-1)):
+            pass
+        return
+    first = 0
+    for piece in read_pieces(header, name, max(1, _CAST_BYTES // spec.dtype.itemsize)):
+        out.view(-1)[first : first + piece.numel()].copy_(piece)
+        first += piece.numel()
+
+
+def read_pieces(header: Header, name: str, numel: int, into: Tensor | None = None) -> Iterator[Tensor]:
+    """The values of a tensor of the file, ``numel`` at a time, in memory that the next piece overwrites (``into``)."""
+    spec = header.tensors[name]
+    buffer = torch.empty(min(numel, spec.numel), dtype=spec.dtype) if into is None else into
     with header.path.open("rb", buffering=0) as file:
         file.seek(header.offsets[name])
-        for begin in range(0, spec.nbytes, size):
-            piece = buffer[: min(size, spec.nbytes - begin)]
-            view = memoryview(piece.numpy())  # type: ignore[arg-type]
+        for begin in range(0, spec.numel, numel):
+            piece = buffer[: spec.numel - begin]
+            view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
             while view:
                 count = file.readinto(view)
                 if not count:
                     raise ValueError(f"{header.path}: cut short while it was read; {DOWNLOAD}")
                 view = view[count:]
-            if not direct:
-                values = piece.view(spec.dtype)
-                first = begin // spec.dtype.itemsize
-                out.view(-1)[first : first + values.numel()].copy_(values)
-
-
-class MappedFile:
-    """A safetensors file whose tensors are views of a private memory map: pages are read when a tensor is used."""
-
-    def __init__(self, path: str | Path, header: Header | None = None) -> None:
-        self.header = header or read_header(path)
-        try:
-            self._file: Any = safe_open(path, framework="pt", device="cpu")
-        except SafetensorError as error:
-            raise ValueError(f"{plain(self.header.path)}: not read ({quoted(str(error))}); {DOWNLOAD}") from None
-
-    def tensor(self, name: str) -> Tensor:
-        try:
-            result: Tensor = self._file.get_tensor(name)
-        except (SafetensorError, RuntimeError) as error:
-            reason = f"tensor {quoted(name)} is not read ({quoted(str(error))})"
-            raise ValueError(f"{plain(self.header.path)}: {reason}; {DOWNLOAD}") from None
-        return result
+            yield piece
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -237,7 +225,7 @@ def encode_header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] |
 def write_tensors(
     path: str | Path,
     specs: Mapping[str, TensorSpec],
-    get: Callable[[str], Tensor],
+    get: Callable[[str], Tensor | Iterable[Tensor]],
     *,
     metadata: Mapping[str, str] | None = None,
     hashed: bool = False,
@@ -245,17 +233,15 @@ def write_tensors(
 ) -> str | None:
     """Write the tensors ``get(name)``, one at a time and in the order of ``specs``, to a new file, and fsync it.
 
-    Returns the sha256 of the file if ``hashed``. ``progress`` is called with the bytes of each tensor written.
+    ``get`` may give a tensor in pieces, which need not be in memory together. Returns the sha256 of the file if
+    ``hashed``. ``progress`` is called with the bytes of each tensor written.
     """
     header = encode_header(specs, metadata)
     digest = hashlib.sha256(header) if hashed else None
     with create(path) as file, ThreadPoolExecutor(1) as hasher:
         file.write(header)
         for name, spec in specs.items():
-            tensor = get(name)
-            if spec_of(tensor) != spec:
-                raise ValueError(f"{path}: tensor {name!r} is {spec_of(tensor)}, announced as {spec}")
-            for piece in byte_views(tensor):
+            for piece in announced(path, name, spec, get(name)):
                 hashing = hasher.submit(digest.update, piece) if digest else None
                 file.write(piece)  # hashing takes longer than writing: do both at once
                 if hashing:
@@ -276,6 +262,20 @@ def write_tensor_dict(path: str | Path, tensors: Mapping[str, Tensor], *, hashed
 def flat_bytes(tensor: Tensor) -> Tensor:
     """The bytes of a tensor; no copy if it is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def announced(path: str | Path, name: str, spec: TensorSpec, given: Tensor | Iterable[Tensor]) -> Iterator[memoryview]:
+    """The bytes of a tensor, which may be given in pieces; ValueError unless they are of ``spec``."""
+    if isinstance(given, Tensor) and spec_of(given) != spec:
+        raise ValueError(f"{path}: tensor {name!r} is {spec_of(given)}, announced as {spec}")
+    numel = 0
+    for piece in (given,) if isinstance(given, Tensor) else given:
+        numel += piece.numel()
+        if piece.dtype != spec.dtype or numel > spec.numel:
+            raise ValueError(f"{path}: tensor {name!r} has pieces {spec_of(piece)}, announced as {spec}")
+        yield from byte_views(piece)
+    if numel != spec.numel:
+        raise ValueError(f"{path}: tensor {name!r} has {numel} values, announced as {spec}")
 
 
 def byte_views(tensor: Tensor) -> Iterator[memoryview]:

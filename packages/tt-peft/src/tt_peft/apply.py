@@ -18,6 +18,7 @@ from tt_peft.lora import LoRAEmbedding, LoRALinear, QLoRALinear
 from tt_peft.lowrank import (
     AdapterModule,
     LowRank,
+    LowRankSpec,
     assign_,
     low_ranks,
     normal,
@@ -74,8 +75,11 @@ def apply_lora_(model: nn.Module, config: LoRAConfig, *, adapter: str = "default
         save_module_(modules[name], adapter, dtype=config.dtype)
     for name in names:
         _adapt_(modules[name], config).add_adapter_(adapter, spec_of(name, config))
-    for owner in dict.fromkeys(name.rpartition(".")[0] for name in stacked):
-        specs = {name.rpartition(".")[2]: spec_of(name, config) for name in stacked if name.rpartition(".")[0] == owner}
+    by_owner: dict[str, dict[str, LowRankSpec]] = {}
+    for name in stacked:
+        owner, _, local = name.rpartition(".")
+        by_owner.setdefault(owner, {})[local] = spec_of(name, config)
+    for owner, specs in by_owner.items():
         stack_lora_(modules[owner], adapter, specs)
     for name in to_quantize:
         quantize_linear_(modules[name], name=f"{name}.weight")

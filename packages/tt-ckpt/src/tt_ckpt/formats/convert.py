@@ -69,8 +69,8 @@ def convert(
 ) -> Conversion:
     """Write the model of ``source`` (directory, hub id or GGUF file) to ``destination`` in the format ``to``.
 
-    One tensor at a time is copied from mapped files to the new ones. Everything is read back and compared before
-    ``destination`` appears. Tokenizer, template and generation files are copied; those of a GGUF file are made from it.
+    Some rows of a tensor are copied at a time. Everything is read back and compared before ``destination`` appears.
+    Tokenizer, template and generation files are copied; those of a GGUF file are made from it.
 
     ``allow_pickle``: read ``.pth``, ``.pt`` and ``.bin`` files (by a restricted unpickler; still only if you trust
     them). ``config``: a directory with the config.json or params.json that the source lacks; for a GGUF file, the

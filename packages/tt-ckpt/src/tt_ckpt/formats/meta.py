@@ -3,8 +3,9 @@
 Mistral publishes in this form too: ``consolidated.safetensors`` with its own ``params.json``.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from torch import Tensor
 from tt_ckpt import commit
 from tt_ckpt.formats.meta_params import LLAMA3_VOCAB, config_from_params, params_from_config
 from tt_ckpt.formats.pickles import write_pickled
-from tt_ckpt.formats.translation import Rename, positive, rotated_heads, specs_of, to_half_split, to_interleaved
+from tt_ckpt.formats.translation import (
+    Rename,
+    pieces_of,
+    positive,
+    rotated_heads,
+    specs_of,
+    to_half_split,
+    to_interleaved,
+)
 from tt_ckpt.hf.base_tensors import meta
-from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights
+from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, in_pieces
 from tt_ckpt.safetensors_file import spec_of
 from tt_ckpt.shown import plain
 
@@ -86,7 +95,10 @@ def from_meta(
             return whole
         return to_half_split(whole, heads[name.rsplit(".", 2)[1]], f"{files[0]}: {name}")
 
-    return Weights(specs=shapes, get=get, config=dict(config), format="meta", files=tuple(files))
+    def pieces(name: str) -> Iterator[Tensor]:
+        return in_pieces(get(name)) if len(parts) > 1 or _is_rotated(name) else pieces_of(parts[0], keys[name])
+
+    return Weights(specs=shapes, get=get, rows=pieces, config=dict(config), format="meta", files=tuple(files))
 
 
 def _check_parts(
@@ -122,13 +134,15 @@ def write_meta(
     def dim_of(key: str) -> int | None:
         return _split_dim(RENAME.back(key), None, hidden, vocab=positive(weights.config, "vocab_size"))
 
-    def get(key: str, part: int) -> Tensor:
+    def get(key: str, part: int) -> Iterator[Tensor]:
         name = names[key]
+        if not _is_rotated(name) and (num_parts == 1 or dim_of(key) is None):
+            return weights.pieces(name)
         tensor = weights.get(name)
         if _is_rotated(name):
             tensor = to_interleaved(tensor, heads[name.rsplit(".", 2)[1]], name)
         dim = dim_of(key)
-        return tensor if dim is None else tensor.chunk(num_parts, dim)[part]
+        return in_pieces(tensor if dim is None else tensor.chunk(num_parts, dim)[part])
 
     for part in range(num_parts):
         specs = {}
@@ -166,5 +180,13 @@ def _is_tied(
     """Whether output and embedding are equal. The format has no flag for it."""
     if OUTPUT not in keys:
         return True
-    embedding, output = (joined(name, [part[keys[name]] for part in parts]) for name in (EMBEDDING, OUTPUT))
-    return embedding.shape == output.shape and torch.equal(embedding, output)
+    if len(parts) == 1:
+        embedding, output = (pieces_of(parts[0], keys[name]) for name in (EMBEDDING, OUTPUT))
+    else:
+        embedding, output = (
+            in_pieces(joined(name, [part[keys[name]] for part in parts])) for name in (EMBEDDING, OUTPUT)
+        )
+    return all(
+        ours is not None and theirs is not None and torch.equal(ours, theirs)
+        for ours, theirs in zip_longest(embedding, output)
+    )

@@ -7,8 +7,9 @@ full one. Files that are written contain a dict of tensors and nothing else.
 import io
 import re
 import struct
+import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD, create, read_start, sync
 from tt_ckpt.formats.pickle_records import MAX_BYTES, read_inert
-from tt_ckpt.safetensors_file import DTYPES, TensorSpec, byte_views, is_shape, spec_of
+from tt_ckpt.hf.weights import in_pieces
+from tt_ckpt.mapped_file import release_mapped
+from tt_ckpt.safetensors_file import DTYPES, TensorSpec, announced, is_shape
 from tt_ckpt.shown import plain, quoted
 
 _MAX_ENTRIES = 100_000
@@ -39,7 +42,37 @@ class _NotArchive(ValueError):  # noqa: N818
     """A file of another kind, or part of one."""
 
 
-def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
+class MappedTensors(dict[str, Tensor]):
+    """Tensors by name, views of memory maps. The pages of one leave memory when the next is asked for.
+
+    ``swapped``: the names of those whose bytes torch has put into the order of this machine, which stay in memory.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], swapped: Iterable[str] = ()) -> None:
+        super().__init__(tensors)
+        self.swapped = frozenset(swapped)
+        self._last: Tensor | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._last is not None:
+            release_mapped(self._last)
+        found = super().__getitem__(name)
+        self._last = found if self._is_view(name, found) else None
+        return found
+
+    def _is_view(self, name: str, tensor: Tensor) -> bool:
+        return tensor.is_contiguous() and name not in self.swapped
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The tensor as ``in_pieces`` gives it; the pages of a piece leave memory when the next is asked for."""
+        tensor = self[name]
+        for piece in in_pieces(tensor):
+            yield piece
+            if self._is_view(name, tensor):
+                release_mapped(piece)
+
+
+def read_pickled(path: Path, *, allow_pickle: bool) -> MappedTensors:
     """The tensors of a file that ``torch.save`` wrote, as views of its memory map.
 
     ValueError for anything but a flat dict of dense tensors, and for a file whose pickle asks for code.
@@ -49,7 +82,7 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
     read_start(path)
     try:
         with path.open("rb") as file:
-            _check_archive(file)
+            order = _check_archive(file)
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except _NotArchive as error:
         cure = f"cut short, or saved before torch 1.6; {DOWNLOAD}, or save it again"
@@ -60,7 +93,7 @@ def read_pickled(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
         raise ValueError(f"{path}: expected a dict of tensors, found {type(content).__name__}; {_CURE}")
     for name, tensor in content.items():
         _check_dense(path, name, tensor)
-    return content
+    return MappedTensors(content, swapped=content if order not in ("", sys.byteorder) else ())
 
 
 def tensor_from_bytes(data: bytes, *, where: str) -> Tensor:
@@ -98,8 +131,12 @@ class _Short:
         return data
 
 
-def _check_archive(file: IO[bytes]) -> None:
-    """Refuse an archive that torch does not write: compressed, larger inside than outside, or not of dense tensors."""
+def _check_archive(file: IO[bytes]) -> str:
+    """Refuse an archive that torch does not write: compressed, larger inside than outside, or not of dense tensors.
+
+    Returns the order of bytes that it states; nothing if it states none, which torch reads as they are.
+    """
+    order = b""
     if file.read(4) != b"PK\x03\x04":  # torch reads anything else as its format before 1.6
         raise _NotArchive("it does not begin as one")
     try:
@@ -115,12 +152,15 @@ def _check_archive(file: IO[bytes]) -> None:
             if sum(entry.file_size for entry in entries) > size:
                 raise ValueError("its entries overlap")
             for entry in entries:
+                if entry.filename.endswith("byteorder") and entry.file_size < 10:
+                    order = archive.read(entry)
                 if entry.filename.endswith("data.pkl"):
                     if entry.file_size > MAX_BYTES:
                         raise ValueError(f"a pickle of {entry.file_size} bytes")
                     read_inert(archive.read(entry), _is_named, _CALLED.__contains__)
     except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError) as error:
         raise _NotArchive(_reason(error)) from None
+    return order.decode("ascii", "replace")
 
 
 def _check_dense(path: object, name: Any, tensor: Any) -> None:
@@ -141,7 +181,7 @@ def _check_dense(path: object, name: Any, tensor: Any) -> None:
 def write_pickled(
     path: Path,
     specs: Mapping[str, TensorSpec],
-    get: Callable[[str], Tensor],
+    get: Callable[[str], Tensor | Iterable[Tensor]],
     *,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -154,11 +194,8 @@ def write_pickled(
         del hollow
         file.flush()
         for offset, (name, spec) in zip(_data_offsets(path, len(specs)), specs.items(), strict=True):
-            tensor = get(name)
-            if spec_of(tensor) != spec:
-                raise ValueError(f"{path}: tensor {name!r} is {spec_of(tensor)}, announced as {spec}")
             file.seek(offset)
-            for piece in byte_views(tensor):
+            for piece in announced(path, name, spec, get(name)):
                 file.write(piece)
             if progress:
                 progress(spec.nbytes)

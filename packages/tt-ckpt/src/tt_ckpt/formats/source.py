@@ -3,8 +3,9 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ from torch import Tensor
 from tt_ckpt.files import DOWNLOAD, inside, read_json
 from tt_ckpt.formats.dcp import METADATA_NAME, DistributedFolder
 from tt_ckpt.formats.meta import from_meta
-from tt_ckpt.formats.pickles import read_pickled
+from tt_ckpt.formats.pickles import MappedTensors, read_pickled
 from tt_ckpt.formats.torchtune import from_torchtune
-from tt_ckpt.formats.translation import specs_of
+from tt_ckpt.formats.translation import pieces_of, specs_of
 from tt_ckpt.hf.directory import CONFIG_BYTES, read_config
 from tt_ckpt.hf.mismatch import WRAPPERS, describe_tie
 from tt_ckpt.hf.save import stored_weights
-from tt_ckpt.hf.stored_tensors import INDEX_NAME, SINGLE_NAME, describe_no_weights, shard_names
+from tt_ckpt.hf.stored_tensors import INDEX_NAME, SINGLE_NAME, StoredTensors, describe_no_weights, shard_names
 from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, same_bytes
 from tt_ckpt.safe_names import safe_file
-from tt_ckpt.safetensors_file import MappedFile
+from tt_ckpt.safetensors_file import read_header
 from tt_ckpt.shown import listed, plain, quoted
 
 MISTRAL_NAME = "consolidated.safetensors"
@@ -55,22 +56,18 @@ def _open(folder: Path, known: Mapping[str, dict[str, Any]], allow_pickle: bool)
     if os.path.lexists(folder / INDEX_NAME) or os.path.lexists(folder / SINGLE_NAME):
         return stored_weights(folder, known.get("config.json", {}))
     if names := _mistral_files(folder):
-        opened = [MappedFile(safe_file(folder, name)) for name in names]
-        together: dict[str, Tensor] = {}
-        for file in opened:
-            together |= {name: file.tensor(name) for name in file.header.tensors}
-        counts = Counter(name for file in opened for name in file.header.tensors)
+        headers = {name: read_header(safe_file(folder, name)) for name in names}
+        counts = Counter(name for header in headers.values() for name in header.tensors)
         if twice := [name for name, count in counts.items() if count > 1]:
             raise ValueError(f"{folder}: tensor {quoted(twice[0])} is in two of {listed(names)}; download them again")
-        return _by_names([together], known, [opened[0].header.path])
+        where = {name: file for file, header in headers.items() for name in header.tensors}
+        return _by_names([StoredTensors(folder, headers, where, has_index=False)], known, [headers[names[0]].path])
     if (folder / METADATA_NAME).exists():
         if not allow_pickle:
             raise ValueError(f"{folder / METADATA_NAME}: a pickle; if you trust it: --allow-pickle")
         return _by_names([_model_of(DistributedFolder(folder))], known, [folder / METADATA_NAME])
     files = _pickle_files(folder)
-    parts: list[Mapping[str, Tensor]] = [
-        read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files
-    ]
+    parts = [read_pickled(safe_file(folder, name), allow_pickle=allow_pickle) for name in files]
     return _by_names(parts, known, [folder / name for name in files])
 
 
@@ -149,7 +146,7 @@ def _model_of(found: DistributedFolder) -> Mapping[str, Tensor]:
     return found.below("model.") if nested else found
 
 
-def _by_names(parts: list[Mapping[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
+def _by_names(parts: Sequence[Mapping[str, Tensor]], known: Mapping[str, dict[str, Any]], files: list[Path]) -> Weights:
     """The weights in the format that the names of the tensors show."""
     config = known.get("config.json")
     keys = parts[0].keys()
@@ -158,12 +155,15 @@ def _by_names(parts: list[Mapping[str, Tensor]], known: Mapping[str, dict[str, A
     if len(parts) == 1:
         return _by_keys(parts[0], config, files)
     together: dict[str, Tensor] = {}
+    swapped: set[str] = set()
     for file, part in zip(files, parts, strict=True):
         twice = sorted(together.keys() & part.keys())
         if twice:
             raise ValueError(f"{file}: {plain(twice[0])} is in another file too; keep one model in {file.parent}")
+        assert isinstance(part, MappedTensors)  # nothing else is in several files here
         together |= part
-    return _by_keys(together, config, files)
+        swapped |= part.swapped
+    return _by_keys(MappedTensors(together, swapped), config, files)
 
 
 def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files: list[Path]) -> Weights:
@@ -174,7 +174,10 @@ def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files
         return from_torchtune(tensors, config=config, files=files)
     if any("embed_tokens" in key or ".self_attn." in key for key in keys):
         specs = specs_of(tensors)
-        return Weights(specs=specs, get=tensors.__getitem__, config=dict(config or {}), format="hf", files=tuple(files))
+        return Weights(
+            specs=specs, get=tensors.__getitem__, rows=partial(pieces_of, tensors), config=dict(config or {}),
+            format="hf", files=tuple(files),
+        )  # fmt: skip
     shown = listed(sorted(keys)) or "none"
     known = "known: Hugging Face, Meta, torchtune"
     raise ValueError(f"{files[0]}: tensors of no format known here ({shown}); {known}; give the files of one model")
@@ -189,8 +192,9 @@ def without_copies(weights: Weights) -> Weights:
     specs = {name: spec for name, spec in weights.specs.items() if not name.endswith("rotary_emb.inv_freq")}
     tied = weights.config.get("tie_word_embeddings", weights.family.startswith("gemma"))  # as transformers defaults it
     if tied and OUTPUT in specs and EMBEDDING in specs:
-        if not same_bytes(weights.get(OUTPUT), weights.get(EMBEDDING)):
-            shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
+        shapes = weights.specs[EMBEDDING].shape, weights.specs[OUTPUT].shape
+        pairs = zip(weights.pieces(OUTPUT), weights.pieces(EMBEDDING), strict=False)
+        if shapes[0] != shapes[1] or not all(same_bytes(ours, theirs) for ours, theirs in pairs):
             raise ValueError(describe_tie(weights.files[0].parent, EMBEDDING, OUTPUT, shapes))
         del specs[OUTPUT]
     return replace(weights, specs=specs)
@@ -204,4 +208,9 @@ def _unwrapped(weights: Weights) -> Weights:
         what = "belongs to an adapter that was saved with its base; merge it first"
         raise ValueError(f"{weights.files[0]}: {plain(odd)} {what}")
     specs = {name: weights.specs[key] for name, key in names.items()}
-    return replace(weights, specs=specs, get=lambda name: weights.get(names[name]))
+    return replace(
+        weights,
+        specs=specs,
+        get=lambda name: weights.get(names[name]),
+        rows=lambda name: weights.pieces(names[name]),
+    )

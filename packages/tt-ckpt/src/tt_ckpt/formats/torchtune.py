@@ -1,6 +1,6 @@
 """torchtune's own format, 0.1 to 0.6: a file of tensors under its own names, beside config.json."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,17 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.formats.pickles import write_pickled
-from tt_ckpt.formats.translation import Rename, positive, rotated_heads, specs_of, to_half_split, to_interleaved
+from tt_ckpt.formats.translation import (
+    Rename,
+    pieces_of,
+    positive,
+    rotated_heads,
+    specs_of,
+    to_half_split,
+    to_interleaved,
+)
 from tt_ckpt.hf.base_tensors import meta
-from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights
+from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, in_pieces
 from tt_ckpt.safetensors_file import spec_of
 from tt_ckpt.shown import quoted
 
@@ -98,7 +106,12 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
         pieces = [single(piece) for piece in parts[name]]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    return Weights(specs=specs, get=get, config=dict(config), format="torchtune", files=tuple(files))
+    def rows(name: str) -> Iterator[Tensor]:
+        if len(parts[name]) > 1 or _is_rotated(name, family):
+            return in_pieces(get(name))
+        return pieces_of(tensors, keys[name])
+
+    return Weights(specs=specs, get=get, rows=rows, config=dict(config), format="torchtune", files=tuple(files))
 
 
 def _group(names: Mapping[str, str], family: Family) -> dict[str, tuple[str, ...]]:
@@ -135,10 +148,13 @@ def write_torchtune(weights: Weights, folder: Path, *, progress: Callable[[int],
         if start != spec.shape[0]:
             raise ValueError(f"{_file(weights)}: {name} has {spec.shape[0]} rows, its config.json says {start}")
 
-    def get(key: str) -> Tensor:
+    def get(key: str) -> Iterator[Tensor]:
         name, start, rows = origin[key]
+        is_rotated = _is_rotated(name, family)
+        if not is_rotated and rows == weights.specs[name].shape[0]:
+            return weights.pieces(name)
         tensor = weights.get(name)[start : start + rows]
-        return to_interleaved(tensor, heads[_projection(name)], name) if _is_rotated(name, family) else tensor
+        return in_pieces(to_interleaved(tensor, heads[_projection(name)], name) if is_rotated else tensor)
 
     hollow = {name: meta(spec) for name, spec in weights.specs.items()}
     specs = {key: spec_of(hollow[name][start : start + rows]) for key, (name, start, rows) in origin.items()}

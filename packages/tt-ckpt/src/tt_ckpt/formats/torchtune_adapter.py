@@ -21,9 +21,10 @@ from tt_ckpt.formats.pickles import read_pickled
 from tt_ckpt.formats.torchtune import Family, family_of
 from tt_ckpt.formats.translation import rotated_heads, to_half_split
 from tt_ckpt.hf.directory import CONFIG_BYTES, check_destination, new_directory, read_config
+from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.model_path import resolve
 from tt_ckpt.safe_names import from_home
-from tt_ckpt.safetensors_file import MappedFile, write_tensor_dict
+from tt_ckpt.safetensors_file import write_tensor_dict
 from tt_ckpt.shown import plain, quoted
 
 _KINDS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}

@@ -6,12 +6,13 @@ head of size D, pair i is rows (i, i + D/2) in the first and rows (2i, 2i + 1) i
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from tt_ckpt.hf.weights import in_pieces
 from tt_ckpt.safetensors_file import TensorSpec, spec_of
 from tt_ckpt.shown import plain, quoted
 
@@ -103,6 +104,12 @@ def number(
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise ValueError(f"{where}: {key}: expected a number above 0, found {quoted(value)}")
     return float(value)
+
+
+def pieces_of(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """A tensor as ``in_pieces`` gives it, not in memory whole if it need not be."""
+    rows: Callable[[str], Iterator[Tensor]] | None = getattr(tensors, "rows", None)
+    return in_pieces(tensors[name]) if rows is None else rows(name)
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

@@ -86,6 +86,7 @@ def load_weights(
         if progress:
             progress(done, tensors.nbytes)
         del new
+        tensors.release()
     for (old, new_dtype), count in casts.items():
         logger.info("%s: %d tensors cast from %s to %s", directory, count, old, new_dtype)
     if bad:

@@ -7,8 +7,9 @@ files are the same as those that transformers writes.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tt_ckpt.files import copy, read_text
 from tt_ckpt.hf.base_tensors import base_tensors, meta, split_sources
 from tt_ckpt.hf.directory import copy_companions, new_directory, write_config
 from tt_ckpt.hf.stored_tensors import INDEX_NAME, SINGLE_NAME, open_tensors
-from tt_ckpt.hf.weights import Weights, cast_tensor, compare
+from tt_ckpt.hf.weights import Weights, cast_pieces, cast_tensor, compare, in_pieces
 from tt_ckpt.model_path import resolve
 from tt_ckpt.ranks import is_dtensor
 from tt_ckpt.safe_names import check_basename, from_home
@@ -91,7 +92,7 @@ def save_weights(
         advance = counter(progress, 2 * weights.nbytes) if progress else None
         write_shards(weights, tmp, layout, advance)
         written = open_tensors(tmp)  # read, not mapped: mapped pages would count as memory of this process
-        again = replace(weights, specs=written.specs, get=written.borrow)
+        again = replace(weights, specs=written.specs, get=written.borrow, rows=written.rows)
         compare(again, weights, where=folder, progress=advance)
 
 
@@ -100,26 +101,32 @@ def weights_of(
 ) -> Weights:
     """The base tensors of ``model`` under the names in the files; each is split, gathered and cast when it is read."""
     specs: dict[str, TensorSpec] = {}
-    origin: dict[str, tuple[str, Tensor]] = {}  # name in the files -> its parameter's name, and that parameter
+    origin: dict[str, str] = {}  # name in the files -> its parameter's
+    tensors: dict[str, Tensor] = {}
     for base in base_tensors(model):
         tensor, name = base.tensor, base.names[0]
         if tensor.device.type == "meta":
             raise ValueError(f"parameter {name} is on the meta device: load weights before saving")
         if type(tensor.data) is not Tensor and not is_dtensor(tensor):
             raise ValueError(f"parameter {name} is a {type(tensor.data).__name__}: merge or dequantize before saving")
+        tensors[name] = tensor
         for key, piece in split_sources(model, name, meta(spec_of(tensor))).items():
             asked = dtype.get(key, dtype.get(name)) if isinstance(dtype, Mapping) else dtype
             kind = asked if asked is not None and tensor.is_floating_point() else tensor.dtype
-            specs[key], origin[key] = TensorSpec(dtype=kind, shape=tuple(piece.shape)), (name, tensor)
+            specs[key], origin[key] = TensorSpec(dtype=kind, shape=tuple(piece.shape)), name
+
+    @lru_cache(maxsize=2)  # in the order of the files the two stacks of a layer's experts take turns
+    def parts(name: str) -> dict[str, Tensor]:
+        whole = tensors[name].detach()
+        return split_sources(model, name, whole.full_tensor() if is_dtensor(whole) else whole)
 
     def get(key: str) -> Tensor:
-        name, tensor = origin[key]
-        whole = tensor.detach()
-        whole = whole.full_tensor() if is_dtensor(whole) else whole
-        piece = split_sources(model, name, whole)[key]
-        return piece if piece.dtype == specs[key].dtype else cast_tensor(key, piece, specs[key].dtype)
+        return cast_tensor(key, parts(origin[key])[key], specs[key].dtype)
 
-    return Weights(specs=specs, get=get, config=dict(config), format="hf", files=())
+    def rows(key: str) -> Iterator[Tensor]:
+        return cast_pieces(key, lambda: in_pieces(parts(origin[key])[key]), specs[key].dtype)
+
+    return Weights(specs=specs, get=get, rows=rows, config=dict(config), format="hf", files=())
 
 
 def _write_together(weights: Weights, order: list[str], write: Callable[[Weights], None]) -> None:
@@ -139,7 +146,7 @@ def _write_together(weights: Weights, order: list[str], write: Callable[[Weights
     failure: Exception | None = None
     if among.is_first:
         try:
-            write(replace(weights, get=get))
+            write(replace(weights, get=get, rows=None))
         except Exception as error:
             failure = error
     for key in order[position:]:  # also after a failure: the other ranks are waiting in these reads
@@ -155,9 +162,15 @@ def _write_together(weights: Weights, order: list[str], write: Callable[[Weights
 def stored_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
     """The safetensors files of a directory."""
     tensors = open_tensors(folder)
+
+    def get(name: str) -> Tensor:
+        tensors.release()  # the pages of the tensor before
+        return tensors.mapped(name)
+
     return Weights(
         specs=tensors.specs,
-        get=tensors.mapped,
+        get=get,
+        rows=tensors.rows,
         config=dict(config),
         format="hf",
         files=tuple(header.path for header in tensors.headers.values()),
@@ -168,7 +181,7 @@ def write_shards(weights: Weights, folder: Path, layout: "Layout", advance: Call
     """Write the safetensors files of a layout and their index."""
     for name, keys in layout.files.items():
         held = {key: weights.specs[key] for key in keys}
-        write_tensors(folder / name, held, weights.get, metadata=layout.metadata[name], progress=advance)
+        write_tensors(folder / name, held, weights.pieces, metadata=layout.metadata[name], progress=advance)
     if layout.index is not None:
         commit.write_bytes(folder / INDEX_NAME, layout.index.encode())
 

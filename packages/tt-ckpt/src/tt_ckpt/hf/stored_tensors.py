@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD, HALF_FETCHED, half_fetched, read_json
+from tt_ckpt.hf.weights import rows_at_once
+from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.model_path import resolve
 from tt_ckpt.safe_names import check_basename, safe_file
-from tt_ckpt.safetensors_file import Header, MappedFile, read_header, read_tensor
+from tt_ckpt.safetensors_file import Header, read_header, read_pieces, read_tensor
 from tt_ckpt.shown import format_size, listed, quoted
 
 logger = logging.getLogger(__name__)
@@ -77,12 +79,23 @@ class StoredTensors(Mapping[str, Tensor]):
         self.read_into(name, out)
         return out
 
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """The tensor as ``in_pieces`` gives it, each piece in memory that the next one overwrites."""
+        step, width = rows_at_once(self.specs[name].shape)
+        pieces = read_pieces(self.headers[self.where[name]], name, step * width)
+        return (piece.view(-1, width) for piece in pieces)
+
     def mapped(self, name: str) -> Tensor:
         """The tensor as a view of a memory map, without a copy. Cutting the file short then ends the process."""
         file = self.where[name]
         if file not in self._maps:
             self._maps[file] = MappedFile(self.headers[file].path, self.headers[file])
         return self._maps[file].tensor(name)
+
+    def release(self) -> None:
+        """Drop the pages of all tensors that ``mapped`` has given from memory; they are read again if used again."""
+        for file in self._maps.values():
+            file.release()
 
 
 def open_tensors(path: str | Path) -> StoredTensors:

@@ -1,6 +1,6 @@
 """The weights of a model on their way to files: cast, checked for values that are not finite, compared."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,28 @@ from tt_ckpt.shown import plain
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 _WORDS = 1 << 17  # compared at once
+_PIECE = 1 << 20  # values that are read, cast, written and compared at once
 _VALUES = 1 << 22  # summed at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The tensors of a model under their Hugging Face names: ``specs`` in the best order to read, ``get`` gives one."""
+    """The tensors of a model under their Hugging Face names: ``specs`` in the best order to read, ``get`` gives one.
+
+    ``rows`` gives a tensor as ``in_pieces`` does, if it need not be in memory whole.
+    """
 
     specs: dict[str, TensorSpec]
     get: Callable[[str], Tensor]
+    rows: Callable[[str], Iterator[Tensor]] | None = None
     config: dict[str, Any]
     format: str  # hf, meta, torchtune or gguf
     files: tuple[Path, ...]
     companions: Mapping[str, str] = field(default_factory=dict)  # files to write beside the weights: name -> text
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor as ``in_pieces`` gives it; the next piece may overwrite this one."""
+        return in_pieces(self.get(name)) if self.rows is None else self.rows(name)
 
     @property
     def nbytes(self) -> int:
@@ -48,16 +57,35 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
         weights,
         specs={name: TensorSpec(dtype=target(spec), shape=spec.shape) for name, spec in weights.specs.items()},
         get=lambda name: cast_tensor(name, weights.get(name), target(weights.specs[name])),
+        rows=lambda name: cast_pieces(name, lambda: weights.pieces(name), target(weights.specs[name])),
     )
 
 
 def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``; a ValueError if finite values become infinite."""
-    result = tensor.to(dtype)
-    if result is not tensor and not is_finite(result) and is_finite(tensor):
-        count = num_not_finite(result)
-        raise ValueError(f"{name}: {count} values overflow {str(dtype).removeprefix('torch.')}; choose a wider dtype")
-    return result
+    return next(cast_pieces(name, lambda: iter([tensor]), dtype))
+
+
+def cast_pieces(name: str, pieces: Callable[[], Iterator[Tensor]], dtype: torch.dtype) -> Iterator[Tensor]:
+    """What ``pieces()`` gives in ``dtype``; a ValueError if finite values become infinite."""
+    for piece in pieces():
+        result = piece.to(dtype)
+        if result is not piece and not is_finite(result) and is_finite(piece):
+            count, kind = sum(num_not_finite(one.to(dtype)) for one in pieces()), str(dtype).removeprefix("torch.")
+            raise ValueError(f"{name}: {count} values overflow {kind}; choose a wider dtype")
+        yield result
+
+
+def rows_at_once(shape: Sequence[int]) -> tuple[int, int]:
+    """How many rows are in a piece of a tensor, and the values in a row."""
+    width = max(1, shape[-1] if shape else 1)
+    return max(1, _PIECE // width), width
+
+
+def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor as matrices of some of its rows each; no copy if it is contiguous."""
+    step, width = rows_at_once(tensor.shape)
+    return iter(torch.split(tensor.detach().reshape(-1, width), step))
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -93,8 +121,8 @@ def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable
         what = "extra" if name in written.specs else "missing"
         raise ValueError(f"{where}: reading back: {plain(name)} is {what}; please report it")
     for name, spec in written.specs.items():
-        ours, theirs = written.get(name), meant.get(name)
-        if spec_of(theirs) != spec or not same_bytes(ours, theirs):
+        pairs = zip(written.pieces(name), meant.pieces(name), strict=True)
+        if meant.specs[name] != spec or not all(same_bytes(ours, theirs) for ours, theirs in pairs):
             raise ValueError(f"{where}: reading back: {name} differs from what was written; the disk may be failing")
         if progress:
             progress(spec.nbytes)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.files import read_json
+from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.ranks import box, chunk_of, is_cover, is_dtensor, like_dtensor
 from tt_ckpt.safe_names import check_basename, safe_file
-from tt_ckpt.safetensors_file import DTYPES, Header, MappedFile, read_header
+from tt_ckpt.safetensors_file import DTYPES, Header, read_header
 from tt_ckpt.shown import quoted
 
 Groups = Mapping[str, Mapping[str, Tensor]]

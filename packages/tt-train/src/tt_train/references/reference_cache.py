@@ -17,7 +17,8 @@ from torch import Tensor
 import tt_data
 from tt_ckpt.commit import fsync_dir, make_tmp, read_manifest, remove_tree, sha256_of, verify, write_manifest
 from tt_ckpt.files import regular
-from tt_ckpt.safetensors_file import MappedFile, write_tensor_dict
+from tt_ckpt.mapped_file import MappedFile
+from tt_ckpt.safetensors_file import write_tensor_dict
 from tt_ckpt.shown import plain, quoted
 from tt_data.token_rows.dataset import LogProbs
 from tt_train.config import RunConfig

@@ -1,6 +1,7 @@
 """The model in a GGUF file under Hugging Face names. Tensors are dequantized when they are asked for."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tt_ckpt.formats.gguf.file import GGUF, GGUFTensor, read_gguf, read_rows
 from tt_ckpt.formats.gguf.names import IGNORED, Architecture, architecture_of, check_blocks, rename
 from tt_ckpt.formats.gguf.tokenizer import tokenizer_files
 from tt_ckpt.formats.translation import rotated_heads, to_half_split
-from tt_ckpt.hf.weights import Weights
+from tt_ckpt.hf.weights import Weights, in_pieces, rows_at_once
 from tt_ckpt.safetensors_file import TensorSpec
 from tt_ckpt.shown import quoted
 
@@ -47,9 +48,18 @@ def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
         name, first, _ = sources[key]
         return _tensor(key, tensors[name], first, specs[key], arch, config)
 
+    def rows(key: str) -> Iterator[Tensor]:
+        (name, first, _), (step, width) = sources[key], rows_at_once(specs[key].shape)
+        if (arch.norm_offset and key.endswith("norm.weight")) or (arch.interleaved and _ROTATED.search(key)):
+            yield from in_pieces(get(key))
+            return
+        for begin in range(0, count := specs[key].numel // width, step):
+            yield read_rows(tensors[name], first + begin, min(step, count - begin), dtype)
+
     return Weights(
         specs=specs,
         get=get,
+        rows=rows,
         config=config | {"torch_dtype": str(dtype).removeprefix("torch.")},
         format="gguf",
         files=tuple(dict.fromkeys(tensor.file for tensor in gguf.tensors.values())),

@@ -14,9 +14,10 @@ from tt_ckpt.formats.gguf.keys import attention_note, rope_tensors, values_of
 from tt_ckpt.formats.gguf.names import ARCHITECTURES, architecture_for, gguf_names
 from tt_ckpt.formats.gguf.tokenizer import tokenizer_files
 from tt_ckpt.formats.gguf.vocabulary import vocabulary_of
-from tt_ckpt.formats.gguf.writer import GGUFPlan, in_pieces
+from tt_ckpt.formats.gguf.writer import GGUFPlan
 from tt_ckpt.formats.translation import rotated_heads, to_interleaved
-from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, is_finite, num_not_finite
+from tt_ckpt.hf.base_tensors import meta
+from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, in_pieces, is_finite, num_not_finite
 from tt_ckpt.safetensors_file import TensorSpec
 from tt_ckpt.shown import listed, plain, quoted
 
@@ -63,12 +64,13 @@ def plan_model(
         if name in extra:
             yield extra[name].view(1, -1)
         for key in parts.get(name, ()):
-            tensor = weights.get(key)
-            if not is_finite(tensor):
-                raise ValueError(
-                    f"{plain(key)}: {num_not_finite(tensor)} values are not finite; use another checkpoint"
-                )
-            yield from in_pieces(_as_in_gguf(tensor, key, config))
+            hollow = meta(weights.specs[key])
+            is_same = _as_in_gguf(hollow, key, config) is hollow
+            for piece in weights.pieces(key) if is_same else in_pieces(_as_in_gguf(weights.get(key), key, config)):
+                if not is_finite(piece):
+                    count = sum(map(num_not_finite, weights.pieces(key)))
+                    raise ValueError(f"{plain(key)}: {count} values are not finite; use another checkpoint")
+                yield piece
 
     return GGUFPlan(kind=kind, values=found, kinds=kinds, shapes=shapes, rows=rows, notes=tuple(notes))
 

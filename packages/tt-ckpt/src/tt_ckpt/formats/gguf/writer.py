@@ -22,7 +22,6 @@ from tt_ckpt.shown import plain
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-PIECE = 1 << 22  # values that are encoded or compared at once
 _FAILING = "the disk may be failing"
 Rows = Callable[[str], Iterator[Tensor]]
 
@@ -169,11 +168,3 @@ def _equal(found: Any, meant: Any) -> bool:
     if isinstance(meant, list) and meant and isinstance(meant[0], float):
         return len(found) == len(meant) and all(map(_equal, found, meant))
     return bool(found == meant)
-
-
-def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor as matrices of some of its rows each."""
-    matrix = tensor.reshape(-1, tensor.shape[-1])
-    step = max(1, PIECE // matrix.shape[1])
-    for begin in range(0, len(matrix), step):
-        yield matrix[begin : begin + step]
