@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from tt_data import Schema, load_dataset, register_schema
+from tt_data.encoding import workers
 from tt_data.examples import Completion
+from tt_data.processes import map_in_processes
 from tt_data.rows import schemas
 
 
@@ -28,6 +30,23 @@ def test_processes_change_nothing(chatml: Any, write_jsonl: Any, make_chat_rows:
     assert helped.report["dropped"] == {"duplicate": 10, "empty": 1, "null": 1}
     assert helped.fingerprint == alone.fingerprint
     assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+def test_spare_processes_encode_what_is_left_of_a_large_source_and_change_nothing(
+    chatml: Any, make_chat_rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+    monkeypatch.setattr(workers, "_ALONE", 1)
+    monkeypatch.setattr(workers, "map_in_processes", lambda *a, **k: started.append(1) or map_in_processes(*a, **k))
+    rows = [*make_chat_rows(1100), {"messages": []}, *make_chat_rows(10), {"messages": None}]
+    alone, helped = load_dataset(rows, chatml), load_dataset(rows, chatml, spare_workers=2)
+    assert list(helped) == list(alone)
+    assert (helped.report, helped.fingerprint) == (alone.report, alone.fingerprint)
+    assert started == [1]
+    load_dataset(rows[:512], chatml, spare_workers=2)
+    monkeypatch.setattr(workers, "CAN_FORK", False)
+    assert load_dataset(rows, chatml, spare_workers=2).report == alone.report
+    assert started == [1]
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ Task = TypeVar("Task")
 Answer = TypeVar("Answer")
 _AHEAD = 2  # tasks of a process: the one that it works on, and the next one
 _END = object()
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods()  # not on Windows
 
 
 def map_in_processes(

@@ -118,7 +118,7 @@ class _Builder:
         encode = partial(encode_rows, name, tally=self.tally, read=read, tokenizer=self.tokenizer, settings=settings)
         every = chain([first], rows)
         batches = iter(lambda: list(islice(every, int(min(_BATCH, self.left)))), [])
-        processes = bool(settings.num_workers) and settings.limit is None
+        processes = bool(settings.num_workers or settings.spare_workers) and settings.limit is None
         work = encode_in_processes(encode, batches, name, self.tally, settings) if processes else map(encode, batches)
         with closing(work) if isinstance(work, Generator) else nullcontext():
             for kept in work:

@@ -54,6 +54,7 @@ class LoadOptions(TypedDict, total=False):
     buffer: int
     cache_dir: str | Path | None
     num_workers: int
+    spare_workers: int
     timeout_s: float
     data_dir: str | None
     data_files: Any
@@ -100,8 +101,8 @@ def load_dataset(
     seed: int = 0, streaming: bool = False, template: str | None = None, schema: str | None = None,
     on_bad_row: OnBadRow = "drop", special_tokens: SpecialTokensInText = "text", drop_duplicates: bool = True,
     max_dropped_share: float | None = None, buffer: int = 10_000, cache_dir: str | Path | None = None,
-    num_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None, data_files: Any = None,
-    revision: str | None = None, limit: int | None = None, sample: bool = False,
+    num_workers: int = 0, spare_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None,
+    data_files: Any = None, revision: str | None = None, limit: int | None = None, sample: bool = False,
 ) -> Dataset | Stream:  # fmt: skip
     """Token ids and labels of the rows of a file, several files, a directory, a hub id, a registered name, rows in
     memory, or a mix ``{source: weight}`` of these.
@@ -130,6 +131,8 @@ def load_dataset(
         cache_dir: keep token rows there and read them next time.
         num_workers: processes that encode rows (for a stream: an argument of ``batches``). A process that does not
             answer within ``timeout_s`` seconds is an error.
+        spare_workers: processes that encode the rows of a source behind its first 8,192, unless there are
+            ``num_workers``. The rows are the same.
 
     Raises ValueError or FileNotFoundError that names the file and the line.
     """
@@ -137,7 +140,8 @@ def load_dataset(
         columns={} if columns is None else columns, train_on=train_on, max_seq_len=max_seq_len, packing=packing,
         seed=seed, streaming=streaming, template=template, schema=schema, on_bad_row=on_bad_row,
         special_tokens=special_tokens, drop_duplicates=drop_duplicates, max_dropped_share=max_dropped_share,
-        buffer=buffer, cache_dir=cache_dir, num_workers=num_workers, timeout_s=timeout_s, limit=limit, sample=sample,
+        buffer=buffer, cache_dir=cache_dir, num_workers=num_workers, spare_workers=spare_workers, timeout_s=timeout_s,
+        limit=limit, sample=sample,
         part=Part(split=split, data_dir=data_dir, data_files=data_files, revision=revision),
     )  # fmt: skip
     return load(source, tokenizer, settings)

@@ -63,6 +63,7 @@ class Settings:
     buffer: int = 10_000
     cache_dir: str | Path | None = None
     num_workers: int = 0
+    spare_workers: int = 0
     timeout_s: float = 300.0
     limit: int | None = None
     sample: bool = False
@@ -91,6 +92,8 @@ class Settings:
             raise ValueError(f"max_dropped_share must be between 0 and 1, got {self.max_dropped_share}")
         if self.num_workers < 0:
             raise ValueError(f"num_workers must be at least 0, got {self.num_workers}")
+        if self.spare_workers < 0:
+            raise ValueError(f"spare_workers must be at least 0, got {self.spare_workers}")
         if self.timeout_s <= 0:
             raise ValueError(f"timeout_s must be positive, got {self.timeout_s}")
         if self.packing and self.max_seq_len is None:
@@ -114,8 +117,8 @@ _COUNT, _NUMBER = ("a whole number", int), ("a number", int, float)
 _TYPES: Mapping[str, tuple[Any, ...]] = {
     "columns": ("an object of names", Mapping), "packing": _FLAG, "split": _NAME, "seed": _COUNT, "streaming": _FLAG,
     "template": _NAME, "schema": _NAME, "max_seq_len": _COUNT, "drop_duplicates": _FLAG, "max_dropped_share": _NUMBER,
-    "buffer": _COUNT, "num_workers": _COUNT, "timeout_s": _NUMBER, "data_dir": _NAME, "revision": _NAME,
-    "limit": _COUNT, "train_on": _NAME, "on_bad_row": _NAME, "special_tokens": _NAME,
+    "buffer": _COUNT, "num_workers": _COUNT, "spare_workers": _COUNT, "timeout_s": _NUMBER, "data_dir": _NAME,
+    "revision": _NAME, "limit": _COUNT, "train_on": _NAME, "on_bad_row": _NAME, "special_tokens": _NAME,
 }  # fmt: skip
 _OF_A_PART = ("split", "data_dir", "revision")
 _OPTIONAL = (*_OF_A_PART, "template", "schema", "max_seq_len", "max_dropped_share", "limit")

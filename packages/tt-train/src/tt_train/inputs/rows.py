@@ -1,5 +1,6 @@
 """The rows that a config names: read, checked for their kind, counted, and held out."""
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 import tt_data
 from tt_data import Dataset, JoinedDataset, Stream, Subset, Tokenizer
 from tt_train.config import PreferenceSection, RunConfig, named_sets
+from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError, collect, counted
 
 Kind = Literal["single", "pair", "judged"]  # of rows: what each one holds
+_MOST_WORKERS = 8  # beyond these, one process does not read rows as fast as they are encoded
 _FEW_STEPS = 10  # of a run: hardly enough to learn from
 
 
@@ -88,6 +91,9 @@ def read_rows(
     given |= {"columns": config.data.columns or None, "max_seq_len": max_seq_len, "seed": config.seed}
     given |= {"streaming": streaming, "cache_dir": config.data.cache_dir}
     given["num_workers"] = 0 if streaming else config.data.num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = min(cores // world().local_size, _MOST_WORKERS)  # of this rank
+    given["spare_workers"] = share if share > 1 and not streaming else 0
     rows: Dataset | Stream = tt_data.load_dataset(source, tokenizer, **given | options)
     return rows
 
