@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tt_train.records import run_files
+from tt_train.run.dir import find_run
+from tt_train.run.listing import list_runs
+
 
 def make(name: str, *, when: int, rows: list[dict], size: int = 0, **manifest) -> Path:
     run = Path("runs") / name
@@ -70,6 +74,55 @@ def test_a_run_is_listed_with_its_figures(tt):
     assert " meta-llama/Llama-3.2-1B-Instruct " in text
 
 
+def evaluate(run: Path, stamp: str, *figures: tuple[str, str, float]) -> None:
+    (run / "evals").mkdir(exist_ok=True)
+    rows = [{"task": task, "metric": metric, "filter": "none", "value": value} for task, metric, value in figures]
+    (run / "evals" / f"{stamp}-results.json").write_text(json.dumps({"results": rows}))
+
+
+def test_a_run_is_listed_with_the_first_figure_of_its_newest_evaluation(tt):
+    assert "TT EVAL" not in tt("ls", "runs").out
+    evaluate(Path("runs/old"), "20260101-000000", ("piqa", "acc", 0.5))
+    evaluate(Path("runs/old"), "20260102-000000", ("arc_easy", "acc", 0.25), ("arc_easy", "acc_norm", 0.375))
+    answer = tt("ls", "runs")
+    assert "TT EVAL" in answer.out.splitlines()[0]
+    (line,) = (line for line in answer.out.splitlines() if "old" in line)
+    assert "arc_easy acc 0.2500 +1" in line
+    listed = {Path(run["path"]).name: run["evaluation"] for run in tt("ls", "runs", "--json").json["runs"]}
+    assert [figure["metric"] for figure in listed["old"]] == ["acc", "acc_norm"]
+    assert listed["new"] == []
+
+
+def test_a_broken_evaluation_is_told_and_its_run_is_listed(tt, caplog):
+    evaluate(Path("runs/old"), "20260101-000000")
+    (Path("runs/old/evals") / "20260101-000000-results.json").write_text("{")
+    assert names(tt) == ["new", "mid", "old"]
+    assert "runs/old: evals/20260101-000000-results.json: left out" in caplog.messages[0]
+
+
+def test_a_long_run_is_listed_with_few_of_its_rows_parsed(monkeypatch):
+    """200,000 rows: the end and the evaluations are parsed; of a finished run, none."""
+    steps = 200_000
+    lines = [json.dumps({"step": step, "loss": 2.0 + step % 2, "tokens": step, "epoch": 0.1})
+             for step in range(1, steps + 1)]  # fmt: skip
+    lines[999], lines[-2] = json.dumps(row(1000, 2.0, 0.25)), json.dumps(row(steps - 1, 3.0, 0.5))
+    text = "\n".join(lines) + "\n"
+    for name, more in {"long": {"state": "stopped"}, "done": {"summary": {"steps": steps, "loss_last": 1.5}}}.items():
+        (make(name, when=4000, rows=[], **more) / "metrics.jsonl").write_text(text)
+    parsed = []
+    monkeypatch.setattr(run_files, "is_plain", lambda value: not parsed.append(value))
+    listed = {Path(run["path"]).name: run for run in list_runs()}
+    assert {key: listed["long"][key] for key in ("step", "best_eval_loss", "best_step")} == {
+        "step": steps, "best_eval_loss": 0.25, "best_step": 1000,
+    }  # fmt: skip
+    assert listed["long"]["loss"] == pytest.approx(2.5, abs=0.01)
+    assert (listed["done"]["step"], listed["done"]["loss"]) == (steps, 1.5)
+    assert len(parsed) < steps / 10
+    parsed.clear()
+    assert find_run().name in ("long", "done")
+    assert not parsed
+
+
 @pytest.mark.parametrize(("words", "said"), [
     (["ls", "--sort", "loss"], "--sort is for runs; did you mean tt ls runs --sort ...?"),
     (["ls", "configs", "--recipe", "sft"], "--recipe is for runs"),
@@ -104,7 +157,7 @@ def test_the_states_are_those_of_a_run():
 def test_a_file_that_is_missing_is_named_in_words_and_a_run_that_vanishes_is_left_out(tt, caplog, monkeypatch):
     Path("runs/old/metrics.jsonl").unlink()
     assert tt("ls", "runs").code == 0
-    assert caplog.messages == ["runs/old/metrics.jsonl: No such file or directory"]
+    assert caplog.messages == ["runs/old/metrics.jsonl: no such file"]
     monkeypatch.setattr("tt_train.run.listing.is_run", lambda path: True)
     (Path("runs") / "gone").mkdir()
     assert names(tt) == ["new", "mid", "old"]

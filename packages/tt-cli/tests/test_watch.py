@@ -130,6 +130,27 @@ def test_a_run_that_ends_otherwise_is_exit_1_with_the_reason(tt, run, state, sai
     assert (again.code, again.out.splitlines()[-1]) == (1, answer.out.splitlines()[-1])
 
 
+def test_a_run_that_has_ended_already_is_waited_for_if_that_is_asked(tt, run):
+    run.steps(1, 2)
+    run.set("stopped")
+    thread = in_background(lambda: run.set("running"), lambda: run.steps(3), lambda: run.set("finished"))
+    answer = tt("watch", str(run.path), "--wait", "20")
+    thread.join()
+    assert answer.code == 0
+    stopped, third, finished = answer.out.splitlines()[2:]
+    assert stopped.endswith("--resume auto continues it; waiting 20 s for a resume")
+    assert (third.split()[:2], finished.split()[0]) == (["step", "3"], "finished")
+
+
+def test_of_the_past_of_a_long_run_only_what_is_shown_is_kept(run):
+    run.steps(*range(1, 2000))
+    follower = Follower(run.path, past=3)
+    assert [row["step"] for row in follower.look().new] == [1997, 1998, 1999]
+    assert (len(follower.rows), follower.rows[2], follower.last["lr"]) == (1999, {"step": 2, "loss": 0.5}, 1e-3)
+    run.steps(*range(2000, 2010))
+    assert len(follower.look().new) == 10
+
+
 def test_only_the_last_steps_of_the_past_are_printed(tt, run):
     run.steps(*range(1, 10))
     run.set("finished")

@@ -22,7 +22,7 @@ class Silent(Console):
 
 @pytest.fixture
 def train(words, monkeypatch):
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
 
     def run(path, *more, **kwargs):
         config = compose("sft", overrides=[*words, "samples.num=0", f"output_dir={path}", *more])

@@ -61,7 +61,7 @@ def judged_file(tmp_path_factory):
 @pytest.fixture
 def run(words, pairs_file, judged_file, tmp_path, monkeypatch):
     """``run("loss.name=hinge", ...)``: the rows of metrics.jsonl of a run on pairs, or judged rows for kto."""
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
 
     def made(*more, name="run", resume=None, console=None):
         rows = judged_file if "loss.name=kto" in more else pairs_file

@@ -40,7 +40,7 @@ def preferences(tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_prefer_as_one_process_does(case, words, preferences, ranks, monkeypatch):
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))  # which takes longer than the rest
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))  # it takes longest
     rows = preferences / ("judged.jsonl" if case == "kto" else "pairs.jsonl")
     size = [] if case == "packed" else ["micro_batch_size=2"]
     words = [*words, *CASES[case], f"data.train={rows}", "samples.num=0", "loss.beta=0.5", *size, "save_last=false"]

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True, scope="module")
 def no_report():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+        patch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
         yield
 
 

@@ -16,7 +16,7 @@ def test_a_base_of_random_weights_is_taught_answers_that_it_then_generates(
 ):
     """Of 8 questions none is answered before, and each afterwards, by greedy decoding to the end token. A full
     fine-tune is held to the same by ``test_held_out.py``."""
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:8]))
     more = ["micro_batch_size=8", "max_steps=80", "optimizer.lr=3e-2", "samples.exact_match=8", "samples.num=0"]

@@ -34,7 +34,7 @@ class Heard(Console):
 
 @pytest.fixture
 def train(words, monkeypatch):
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
 
     def run(path, *more, console=None, allow_import=(), **kwargs):
         small = ["samples.num=0", "adapter.rank=2", "schedule.name=constant"]

@@ -29,7 +29,9 @@ def muon_run(words, *more, steps=4):
 def test_muon_is_torchs_for_matrices_of_blocks_and_adamw_for_the_rest(words):
 
     losses, optimizer = muon_run(words)
-    assert [type(one) for one in optimizer.optimizers] == [torch.optim.Muon, torch.optim.AdamW]
+    muon, adamw = optimizer.optimizers
+    assert isinstance(muon, torch.optim.Muon)
+    assert isinstance(adamw, torch.optim.AdamW)
     job = assemble(compose("sft", overrides=words))
     plain = load_model(job)
     hidden = [parameter for parameter in blocks(plain).parameters() if parameter.dim() == 2]

@@ -36,7 +36,7 @@ class Heard(Console):
 @pytest.fixture
 def train(words, monkeypatch):
     """``train(path, *overrides, resume=..., console=...)``: a run without its report, which takes most of the time."""
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
 
     def run(path, *more, console=None, **kwargs):
         overrides = [*words, "samples.num=1", "max_steps=4", *more]

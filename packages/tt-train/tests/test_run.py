@@ -92,7 +92,7 @@ def curves():
 @pytest.fixture
 def plain_curve(curves, tmp_path, words, monkeypatch):
     """The losses of the small run, made once for each set of words, without the report (most of the time)."""
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
 
     def curve(*more):
         if more not in curves:

@@ -65,7 +65,7 @@ SMALL_STATE = {"8 bits": ["optimizer.name=adamw8bit"]}
 
 @pytest.mark.parametrize("method", [*METHODS, *SMALL_STATE])
 def test_resume_is_bitwise_at_the_same_world_size_and_close_at_another(method, words, ranks, tmp_path, monkeypatch):
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
     more = (METHODS | SMALL_STATE)[method]
     words = [*words, *more, "save_every=2", "keep_last=9", "micro_batch_size=2", "samples.num=0"]
     ranks(2, run, [*words, f"output_dir={tmp_path / 'two'}"])

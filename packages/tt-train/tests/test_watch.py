@@ -22,7 +22,7 @@ class Heard(Console):
 
 @pytest.fixture
 def train(words, monkeypatch):
-    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs: ("", ""))
+    monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
 
     def run(path, *more, console=None, **kwargs):
         small = ["samples.num=0", "adapter.rank=2", "data.eval=0.2", "eval_every=1"]

@@ -62,7 +62,7 @@ class Screen:
         if not rows:
             table.add_row("step", "none yet")
             return table
-        last = rows[-1]
+        last = follower.last
         self._add_progress(table, last["step"], said.get("steps_total"), last.get("eta_s"))
         losses = [row["loss"] for row in rows if row.get("loss") is not None]
         if losses:

@@ -20,6 +20,7 @@ from tt_peft.lowrank import (
     LowRank,
     LowRankSpec,
     assign_,
+    is_sharded,
     low_ranks,
     normal,
     principal_factors,
@@ -192,7 +193,13 @@ def materialise_(name: str, module: AdapterModule, adapter: str) -> None:
         base = next(iter(module.parameters(recurse=isinstance(module, SavedModule))))
         if base.is_meta:
             raise ValueError(f"{name} is on the meta device: load the base weights before the adapter's values")
-        part.to_empty(device=base.device)
+        if any(map(is_sharded, part.parameters())):
+            part.to_empty(device=base.device)
+            return
+        for owner in part.modules():  # to_empty imports sympy for a tensor on the meta device
+            for local, old in list(owner.named_parameters(recurse=False)):
+                fresh = torch.empty(old.shape, dtype=old.dtype, device=base.device)
+                setattr(owner, local, nn.Parameter(fresh, requires_grad=old.requires_grad))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from tt_cli.names import source_of
 from tt_cli.options import json_option
 from tt_cli.terminal import print_json, say, wants_color
 from tt_train.errors import did_you_mean
+from tt_train.records.visible import visible
 from tt_train.settings import registry
 from tt_train.settings.torchtune import names as torchtune
 
@@ -55,6 +56,7 @@ def command(
     """List recipes and configs, or one kind of thing; runs are those in ./runs.
 
     The loss of a run is its training loss over the last epoch or the last steps; HELD-OUT is its lowest held-out loss.
+    TT EVAL is the first figure of its newest evaluation by tt eval, and how many more there are.
     """
     given = {"--sort": sort, "--recipe": recipe, "--base": base, "--status": status}
     if kind != "runs" and (option := next((name for name, value in given.items() if value is not None), None)):
@@ -68,7 +70,7 @@ def command(
     for name, rows in found.items():
         if kind is None:
             say(click.style(name, bold=True) if wants_color(sys.stdout) else name, styled=True)
-        shown = [_in_columns(row) for row in rows] if name == "runs" else rows
+        shown = _in_columns(rows) if name == "runs" else rows
         filtered = any(value is not None for option, value in given.items() if option != "--sort")
         nothing = f"no such {name} here" if filtered else f"no {name} here"
         for line in _table(shown, headed=name in ("runs", "configs")) or [nothing]:
@@ -134,8 +136,15 @@ def _chosen(
     return sorted(kept, key=SORTS[sort])
 
 
-def _in_columns(run: dict[str, Any]) -> dict[str, Any]:
-    """A run for people: the end of a long base, steps of how many, a size with its unit."""
+def _in_columns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs for people; without the column of evaluations if none has any."""
+    rows = [_row(run) for run in runs]
+    evaluated = any(row["tt eval"] for row in rows)
+    return [{key: value for key, value in row.items() if evaluated or key != "tt eval"} for row in rows]
+
+
+def _row(run: dict[str, Any]) -> dict[str, Any]:
+    """The end of a long base, steps of how many, the first figure of the newest evaluation, a size with its unit."""
     from tt_ckpt.shown import format_size
 
     model, step, total = run["model"] or "", run["step"], run["steps_total"]
@@ -149,9 +158,18 @@ def _in_columns(run: dict[str, Any]) -> dict[str, Any]:
         "step": f"{step}/{total}" if step is not None and total is not None else step,
         "held-out": held_out,
         "loss": run["loss"],
+        "tt eval": _first_figure(run["evaluation"]),
         "size": format_size(run["bytes"]),
         "changed": run["changed"][:16].replace("T", " "),
     }
+
+
+def _first_figure(evaluation: list[dict[str, Any]]) -> str | None:
+    if not evaluation:
+        return None
+    first, *rest = evaluation
+    more = f" +{len(rest)}" if rest else ""
+    return visible(f"{first['task']} {first['metric']} {first['value']:.4f}{more}")
 
 
 _LISTS = {"recipes": _recipes, "configs": _configs, "models": _models, "runs": _runs}

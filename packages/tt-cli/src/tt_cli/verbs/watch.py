@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tt_train.run.follow import Follower, Look
 
 POLL_S = 1.0
+WAIT_S = 60
 
 
 @click.command(
@@ -37,12 +38,11 @@ POLL_S = 1.0
     "--wait",
     type=COUNT,
     metavar="SECONDS",
-    default=60,
-    show_default=True,
+    show_default="60; 0 if the run has ended already",
     help="Time to wait for a resume if the run is stopped, fails or is killed.",
 )
 @json_option
-def command(run: str | None, num: int, wait: int, as_json: bool) -> int:
+def command(run: str | None, num: int, wait: int | None, as_json: bool) -> int:
     """Follow RUN (default: the newest run) until it ends; nothing that the run does changes.
 
     On a terminal this is a screen that redraws itself, in a pipe or a file a line for each step. --json prints where
@@ -50,14 +50,14 @@ def command(run: str | None, num: int, wait: int, as_json: bool) -> int:
     and 130 after Ctrl-C.
     """
     from tt_train.run.dir import find_run
-    from tt_train.run.follow import Follower
+    from tt_train.run.follow import Follower, place
 
-    follower = Follower(find_run(run))
+    path = find_run(run)
     if as_json:
-        follower.look()
-        print_json(_snapshot(follower))
+        print_json(place(path))
         return 0
-    with _view(num) as view:
+    follower = Follower(path, past=num)
+    with _view() as view:
         return _follow(follower, view, wait)
 
 
@@ -70,7 +70,7 @@ class View(Protocol):
 
 
 @contextmanager
-def _view(num: int) -> Iterator[View]:
+def _view() -> Iterator[View]:
     if sys.stdout.isatty():
         from tt_cli.console import Terminal
         from tt_cli.screen import Screen
@@ -80,13 +80,17 @@ def _view(num: int) -> Iterator[View]:
             with Screen(terminal) as screen:
                 yield screen
             return
-    yield _Lines(num)
+    yield _Lines()
 
 
-def _follow(follower: "Follower", view: View, wait: int) -> int:
-    """Until the run is finished, or has ended otherwise and is not resumed in time."""
+def _follow(follower: "Follower", view: View, asked: int | None) -> int:
+    """Until the run is finished, or has ended otherwise and is not resumed in time.
+
+    A run that had ended before is waited for only if that was ``asked``.
+    """
     seen: str | None = None
-    until = 0.0
+    wait = WAIT_S if asked is None else asked
+    until = 0.0 if asked is None else time.monotonic() + asked
     while True:
         look = follower.look()
         if look.resumed_after is not None:
@@ -99,7 +103,8 @@ def _follow(follower: "Follower", view: View, wait: int) -> int:
         if state == "running":
             until = time.monotonic() + wait
         elif state != seen:
-            view.note(_ending(follower) + (f"; waiting {wait} s for a resume" if seen == "running" and wait else ""))
+            waits = wait and (seen == "running" or asked is not None)
+            view.note(_ending(follower) + (f"; waiting {wait} s for a resume" if waits else ""))
         if state != "running" and time.monotonic() >= until:
             return 1
         seen = state
@@ -118,31 +123,13 @@ def _ending(follower: "Follower") -> str:
     return f"{said} after step {step}{f': {why}' if why else ''}; {again}"
 
 
-def _snapshot(follower: "Follower") -> dict[str, Any]:
-    from tt_train.run.listing import best_of
-
-    rows = [follower.rows[step] for step in sorted(follower.rows)]
-    best, best_step = best_of(follower.manifest, rows)
-    last = rows[-1] if rows else {}
-    return {
-        "run": str(follower.path), "state": follower.state, "step": last.get("step"),
-        "steps_total": follower.manifest.get("steps_total"), "eta_s": last.get("eta_s"),
-        "best_eval_loss": best, "best_step": best_step, "figures": last,
-    }  # fmt: skip
-
-
 class _Lines:
-    """A line on stdout for each step, the last ``num`` of the past ones."""
-
-    def __init__(self, num: int) -> None:
-        self.num: int | None = num
+    """A line on stdout for each step."""
 
     def show(self, follower: "Follower", look: "Look") -> None:
         from tt_train.run.console import step_line
 
-        new = look.new if self.num is None else look.new[len(look.new) - min(self.num, len(look.new)) :]
-        self.num = None  # later looks have new steps only
-        for row in new:
+        for row in look.new:
             say(step_line(row))
 
     def note(self, text: str) -> None:

@@ -232,7 +232,10 @@ def _sample(tensor: Tensor) -> list[float]:
     tensor = whole(tensor)
     last, count = tensor.numel() - 1, min(_SAMPLES, tensor.numel())
     places = torch.tensor([i * last // max(1, count - 1) for i in range(count)], dtype=torch.long, device=tensor.device)
-    chosen = tensor.detach()[torch.unravel_index(places, tensor.shape)]  # no flat copy of a transposed weight
+    index: list[Tensor] = []
+    for size in reversed(tensor.shape):  # no flat copy of a transposed weight; torch.unravel_index imports sympy
+        index, places = [places % size, *index], places // size
+    chosen = tensor.detach()[tuple(index)]
     return [float(v) for v in chosen.reshape(-1).to(torch.bfloat16).tolist()]
 
 

@@ -1,5 +1,6 @@
 """Optimizers by name."""
 
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -86,7 +87,26 @@ def _torch_optimizer(groups: list[dict[str, Any]], section: OptimizerSection) ->
 
 def _resolved(name: str) -> Any:
     with quietly():
-        return resolve(name, OPTIMIZERS)
+        found = resolve(name, OPTIMIZERS)
+    return _eager(found) if found.__module__.startswith("torch.optim.") else found
+
+
+@functools.cache
+def _eager(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same optimizer without the wrappers that its methods have for torch.compile, which nobody asks of it here.
+
+    They import torch._dynamo, and sympy with it: about 700 modules before the first step.
+    """
+    bare_step = inspect.unwrap(optimizer_class.step)
+
+    def step(self: torch.optim.Optimizer, *given: Any, **named: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
+            return bare_step(self, *given, **named)
+
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    bare = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
+    more = {"step": step, "__module__": optimizer_class.__module__, "__doc__": optimizer_class.__doc__}
+    return type(optimizer_class.__name__, (optimizer_class,), bare | more)
 
 
 def _wrong_options(section: OptimizerSection, accepted: Mapping[str, inspect.Parameter]) -> list[str]:

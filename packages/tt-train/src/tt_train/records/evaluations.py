@@ -9,10 +9,11 @@ FOLDER = "evals"  # of a run directory
 _TEXTS = ("task", "metric", "filter")
 
 
-def newest(run: Path, problems: list[str]) -> list[dict[str, Any]]:
+def newest(run: Path, problems: list[str], *, last_only: bool = False) -> list[dict[str, Any]]:
     """The figures in a run's evaluations: of each task and metric the newest, in the order of the files.
 
-    A file that is not as ``tt eval`` writes it is left out, and ``problems`` says why.
+    A file that is not as ``tt eval`` writes it is left out, and ``problems`` says why. ``last_only``: the figures of
+    the newest file alone.
     """
     found: dict[tuple[str, ...], dict[str, Any]] = {}
     try:
@@ -21,7 +22,7 @@ def newest(run: Path, problems: list[str]) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         problems.append(f"{FOLDER}: left out ({str(error).splitlines()[0]})")
         return []
-    for path in files:
+    for path in files[-1:] if last_only else files:
         try:
             rows = read_json(path).get("results")
         except (OSError, ValueError) as error:

@@ -150,18 +150,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_plain(value: Any) -> bool:
     """Whether a value of a file can be written again: neither nested too deeply nor a number of thousands of digits."""
-    level = [value]
-    for _ in range(_DEPTH):
-        if not level:
+    level, below = [value], list[Any]()
+    for _ in range(_DEPTH - 1):
+        for item in level:
+            if isinstance(item, dict):
+                below.extend(item.values())
+            elif isinstance(item, list):
+                below.extend(item)
+            elif isinstance(item, int) and item.bit_length() > 10_000:
+                return False
+        if not below:
             return True
-        if any(isinstance(item, int) and item.bit_length() > 10_000 for item in level):
-            return False
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
+        level, below = below, []
     return False
 
 
@@ -189,11 +189,15 @@ def read_manifest(run: Path) -> dict[str, Any]:
 _KINDS = {str: "a text", dict: "an object", int: "a whole number"}
 
 
-def json_lines(path: Path, problems: list[str], *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+def json_lines(
+    path: Path, problems: list[str], *, last_bytes: int | None = None, key: str | None = None
+) -> Iterator[dict[str, Any]]:
     """The JSON objects of a ``.jsonl`` file, if it exists. Any other line is left out, and ``problems`` says why.
 
     last_bytes: of a larger file, the whole lines in its last bytes only; lines are then counted from there.
+    key: only lines that contain this key. The others are not parsed, which takes a twentieth of the time.
     """
+    mark = b"" if key is None else json.dumps(key).encode()
     if not os.path.lexists(path):
         return
     with files.regular(path).open("rb") as file:
@@ -205,6 +209,8 @@ def json_lines(path: Path, problems: list[str], *, last_bytes: int | None = None
         number = 0
         while line := file.readline(_LINE_BYTES):
             number, whole = number + 1, len(line) < _LINE_BYTES
+            if whole and mark not in line:
+                continue
             while len(line) == _LINE_BYTES and not line.endswith(b"\n"):
                 line = file.readline(_LINE_BYTES)
             try:
@@ -220,14 +226,14 @@ def json_lines(path: Path, problems: list[str], *, last_bytes: int | None = None
 
 
 def read_rows(
-    path: Path, problems: list[str] | None = None, *, last_bytes: int | None = None
+    path: Path, problems: list[str] | None = None, *, last_bytes: int | None = None, key: str | None = None
 ) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl or samples.jsonl: ``step`` is a whole number, a figure is finite or None.
 
-    last_bytes: see ``json_lines``.
+    last_bytes, key: see ``json_lines``.
     """
     told = [] if problems is None else problems
-    for row in json_lines(path, told, last_bytes=last_bytes):
+    for row in json_lines(path, told, last_bytes=last_bytes, key=key):
         step = row.get("step")
         if type(step) is not int or not 0 <= step < LAST_STEP:
             told.append(f"{path.name}: a row left out (its step is {quoted(step)})")
@@ -242,6 +248,8 @@ def read_rows(
 
 def number(value: Any) -> float | None:
     """``value`` if it is a finite number that can be drawn, else None."""
+    if type(value) is float and -_LARGEST < value < _LARGEST:  # nearly every one of a run's
+        return value
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

@@ -12,7 +12,6 @@ from typing import Any
 
 from tt_ckpt.redaction import redact
 from tt_train.records.series import SERIES, Series, charts
-from tt_train.report.figure import NO_PICTURE
 from tt_train.report.read import Run, measured, smooth, thin
 from tt_train.report.samples import COLOURS, html_text, samples_section
 from tt_train.report.sections import (
@@ -34,8 +33,8 @@ SMOOTHED = 8  # rows; with more of them, a smoothed curve is drawn as well
 Chart = dict[str, Any]
 
 
-def page(runs: Sequence[Run], *, has_picture: bool = True) -> str:
-    """The whole page. Every text that comes from a run is escaped; secrets are blanked."""
+def page(runs: Sequence[Run], *, has_picture: bool = True, notice: str | None = None) -> str:
+    """The whole page, with ``notice`` above it. Every text that comes from a run is escaped; secrets are blanked."""
     others = list({one.name: one for run in runs for one in run.others}.values())
     drawn = [_chart(series) for series in charts(others, measured=measured(runs)).values()]
     folder = files("tt_train.report")
@@ -47,7 +46,7 @@ def page(runs: Sequence[Run], *, has_picture: bool = True) -> str:
         "title": html_text(_title(runs)),
         "eyebrow": "Fine-tuning report" if len(runs) == 1 else "Comparison",
         "facts": "".join(f"<span>{html_text(text)}</span>" for text in _facts(runs)),
-        "notices": _notices(runs, has_picture),
+        "notices": _notices(runs, [] if notice is None else [notice]),
         "headline": tiles(runs[0]) if len(runs) == 1 else comparison(runs),
         "charts": _charts(drawn, data, has_picture),
         "thinned": "Long runs are drawn by the lowest and highest of every stretch." if thinned else "",
@@ -106,11 +105,10 @@ def _device(run: Run) -> str:
     return str(names[int(index)] if index.isdigit() and int(index) < len(names) else names[0])
 
 
-def _notices(runs: Sequence[Run], has_picture: bool) -> str:
-    """What was wrong with the run directories."""
-    problems = [] if has_picture else [NO_PICTURE]
-    problems += [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
-    problems += [f"{run.name}: no step was recorded" for run in runs if not run.rows]
+def _notices(runs: Sequence[Run], problems: list[str]) -> str:
+    """``problems``, and what was wrong with the run directories."""
+    found = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
+    problems = problems + found + [f"{run.name}: no step was recorded" for run in runs if not run.rows]
     if not problems:
         return ""
     more = [f"and {len(problems) - NOTICES:,} more like these"] if len(problems) > NOTICES else []

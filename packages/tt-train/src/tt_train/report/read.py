@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ Row = dict[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run. ``rows`` are sorted by step, one row for each step. A figure that is not finite is None."""
+    """One run. ``rows`` are sorted by step, one row for each step. A figure that is not finite is None or missing."""
 
     path: Path
     name: str
@@ -30,8 +31,14 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @cached_property
+    def _columns(self) -> dict[str, list[float | None]]:
+        return {}
+
     def column(self, name: str) -> list[float | None]:
-        return [row.get(name) for row in self.rows]
+        if name not in self._columns:  # the page and the picture ask for each many times
+            self._columns[name] = [row.get(name) for row in self.rows]
+        return self._columns[name]
 
     def figures(self, name: str) -> list[float]:
         """The finite values of a column."""
@@ -64,14 +71,14 @@ def read_run(path: Path, *, name: str) -> Run:
     left_out: set[str] = set()  # the first name that is too many
     for record in json_lines(path / "metrics.jsonl", problems):
         metrics = _other_metrics(record, others, left_out)
-        row = {key: number(record.get(key)) for key in (*SERIES, *metrics)}
-        step = row["step"]
+        row = {key: number(value) for key, value in record.items() if key in SERIES or key in metrics}
+        step = row.get("step")
         if step is not None:
             rows[step] = row  # a resumed run writes a step again: the later row is the one that counts
             problems.extend(
                 f"step {step:g}: {key} was {quoted(record[key])}"
                 for key in ("loss", "grad_norm", "eval_loss", *metrics)
-                if row[key] is None and record.get(key) is not None
+                if row.get(key) is None and record.get(key) is not None
             )
     for key in left_out:
         problems.append(f"metrics.jsonl: left out: metric {key!r:.100} and later ones, after {MOST_OTHERS} others")

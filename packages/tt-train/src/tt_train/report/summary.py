@@ -121,7 +121,7 @@ class Headline:
 
 def headline(run: Run) -> Headline:
     losses, evals = run.figures("loss"), run.figures("eval_loss")
-    held = [(value, row["step"]) for row in run.rows if (value := row["eval_loss"]) is not None]
+    held = [(value, row["step"]) for row in run.rows if (value := row.get("eval_loss")) is not None]
     best = min(held, default=(None, None), key=lambda pair: pair[0])
     dropped = at(run.manifest, "data.report.dropped")
     return Headline(

@@ -5,18 +5,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tt_train.records.run_files import naming
-from tt_train.report.figure import GENERATOR, picture
+from tt_train.report.figure import GENERATOR, NO_PICTURE, picture
 from tt_train.report.page import page
 from tt_train.report.read import read_runs
 
 
-def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -> tuple[Path, Path | None]:
+def write_report(
+    runs: Sequence[str | Path], output: str | Path | None = None, *, with_picture: bool = True
+) -> tuple[Path, Path | None]:
     """Write the report of one run, or of several compared, and return its HTML page and its PNG.
 
     The page is a single self-contained file. ``output`` is the page's name (``*.html``; the picture is beside it) or a
     folder. By default a run's report is in its directory as ``report.html``, and a comparison beside the first run as
     ``comparison.html``. The PNG needs matplotlib. Without it the second path is None, and
-    the page says so.
+    the page says so; it is also None without ``with_picture``.
 
     An older report is replaced, any other file is not. Raises FileExistsError for one, and FileNotFoundError for a
     directory without metrics.jsonl. A cut last line, rows without a figure, and a
@@ -31,15 +33,17 @@ def write_report(runs: Sequence[str | Path], output: str | Path | None = None) -
     for path in (html, png) if html.parent not in paths else ():  # a run's own report is the run's to replace
         if os.path.lexists(path) and not _is_ours(path):
             raise FileExistsError(f"{path} exists and is not a report of tt; name another page with -o, or remove it")
+    drawn, notice = None, None
     try:
-        drawn = picture(read)
+        drawn = picture(read) if with_picture else None
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
             raise
-        drawn = None
+        notice = NO_PICTURE
     html.parent.mkdir(parents=True, exist_ok=True)
     with naming(html):
-        files.replace_bytes(html, page(read, has_picture=drawn is not None).encode("utf-8", "backslashreplace"))
+        text = page(read, has_picture=drawn is not None, notice=notice)
+        files.replace_bytes(html, text.encode("utf-8", "backslashreplace"))
     if drawn is None:
         png.unlink(missing_ok=True)  # of an older report
         return html, None

@@ -18,7 +18,7 @@ from tt_ckpt.redaction import redact, redact_data
 from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
 from tt_train.records.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
 from tt_train.records.visible import visible
-from tt_train.run.listing import list_runs
+from tt_train.run.listing import run_paths
 from tt_train.run.lock import LOCK, RunLock
 
 log = logging.getLogger("tt_train")
@@ -103,9 +103,9 @@ class RunDir:
             for leftover in (part, old):
                 commit.remove_tree(leftover)
 
-    def rows(self, name: str) -> list[dict[str, Any]]:
+    def rows(self, name: str) -> Iterator[dict[str, Any]]:
         """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out."""
-        return list(read_rows(self.path / name))
+        return read_rows(self.path / name)
 
     def keep_until(self, step: int) -> None:
         """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
@@ -114,10 +114,10 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if os.path.lexists(self.path / name):
                 problems: list[str] = []
-                kept = [row for row in read_rows(self.path / name, problems) if row["step"] <= step]
+                kept = _lines(row for row in read_rows(self.path / name, problems) if row["step"] <= step)
                 if problems:
                     log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
-                self._replace(name, _lines(kept))
+                self._replace(name, kept)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace a file by ``value`` as JSON."""
@@ -207,15 +207,15 @@ class _RedactingFormatter(logging.Formatter):
 def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Path:
     """The run at ``path``, or the newest one under ``root``; ConfigError with a cure where there is none."""
     if path is None:
-        runs = list_runs(root)
+        runs = run_paths(root)
         if not runs:
             raise ConfigError([f"no run found under {Path(root).absolute()}; name one, or start with: tt run sft ..."])
-        return Path(runs[0]["path"])
+        return runs[0]
     folder = Path(path)
     if is_run(folder):
         return folder
     if not folder.exists():
-        known = [os.path.relpath(run["path"]) for run in list_runs(root)]
+        known = [os.path.relpath(run) for run in run_paths(root)]
         raise ConfigError([f"{path}: no such run{did_you_mean(str(path), known)}; tt ls runs lists them"])
     holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) if folder.is_dir() else "a file"
     raise ConfigError([f"{path}: not a run directory (no config.yaml and manifest.json; found: {holds or 'nothing'})"])

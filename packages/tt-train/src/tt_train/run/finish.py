@@ -63,7 +63,7 @@ def finish(metrics: Metrics) -> None:
     if job.lora is not None:
         _or_warn(console, "what a merge needs of the tokenizer", lambda: _record_serving(job, run))
     _or_warn(console, "README.md", lambda: _write_card(job, run, summary))
-    _or_warn(console, "the report", lambda: _write_report(run, console))
+    _or_warn(console, "the report", lambda: _write_report(run, state, console))
     console.end({**summary, "next": next_commands(run.path, job.method)})
     if best := _best(run, state):
         _tell_best(console, run, best, steps=state.step)
@@ -168,9 +168,11 @@ def precision(job: Job[RunConfig]) -> dict[str, str]:
 
 
 def _summary(job: Job[RunConfig], run: RunDir, state: TrainingState) -> dict[str, Any]:
-    rows = run.rows("metrics.jsonl")
-    losses = [row["loss"] for row in rows if row.get("loss") is not None]
-    evaluated = [row for row in rows if row.get("eval_loss") is not None]
+    rows, evaluated = [], []
+    for row in run.rows("metrics.jsonl"):
+        rows.append({key: row.get(key) for key in ("step", "epoch", "loss", "tokens", "tokens_per_s")})
+        evaluated += [row] if row.get("eval_loss") is not None else []
+    losses = [row["loss"] for row in rows if row["loss"] is not None]
     return {
         "run_dir": str(run.path),
         "steps": state.step,
@@ -219,8 +221,10 @@ def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: in
         console.note(f"  {again} max_steps={best['step']} -o {place} --resume {checkpoint}")
 
 
-def _write_report(run: RunDir, console: Console) -> None:
-    if write_report([run.path])[1] is None:
+def _write_report(run: RunDir, state: TrainingState, console: Console) -> None:
+    """The page, and the picture if there are several steps: one has no curve, and loading matplotlib takes longer."""
+    has_curves = state.step > 1
+    if write_report([run.path], with_picture=has_curves)[1] is None and has_curves:
         console.note(NO_PICTURE)
 
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
+from tt_ckpt import files
 from tt_ckpt.shown import plain
+from tt_train.records.evaluations import newest
 from tt_train.records.run_files import is_run, number, read_manifest, read_rows
 from tt_train.report.summary import training_loss
 from tt_train.run.lock import writer_of
@@ -17,14 +19,15 @@ from tt_train.run.lock import writer_of
 log = logging.getLogger("tt_train")
 
 STATES = ("running", "stopped", "failed", "dead", "finished", "damaged")
-_HEADLINE = ("step", "epoch", "loss", "tokens", "eval_loss")
-_LAST_BYTES = 8_000_000  # of metrics.jsonl, for the last step and the losses of a run that is not finished
+_HEADLINE = ("step", "epoch", "loss", "tokens")
+_LAST_BYTES = 1_000_000  # of metrics.jsonl, for the last step and the loss of a run that is not finished
 
 
 class ListedRun(TypedDict):
     """A row of ``tt ls runs``; None if the run does not say. ``loss``: see ``training_loss``.
 
-    ``best_eval_loss``: the lowest held-out loss after step 0, at ``best_step``. ``bytes``: of all files of the run.
+    ``best_eval_loss``: the lowest held-out loss after step 0, at ``best_step``. ``evaluation``: the figures of the
+    newest ``tt eval`` of the run, as ``records.evaluations.newest`` gives them. ``bytes``: of all files of the run.
     ``changed``: when its state last changed, in the local time zone.
     """
 
@@ -38,6 +41,7 @@ class ListedRun(TypedDict):
     loss: float | None
     best_eval_loss: float | None
     best_step: int | None
+    evaluation: list[dict[str, Any]]
     bytes: int
     changed: str
 
@@ -45,48 +49,77 @@ class ListedRun(TypedDict):
 def list_runs(root: str | Path = "runs") -> list[ListedRun]:
     """The runs under ``root``, newest first: path, state, model, last step, losses and size.
 
-    A run whose files are not as a run writes them has the state ``damaged``.
+    A run whose files are not as a run writes them has the state ``damaged``. A finished run's figures are those of its
+    manifest. The loss of another run is that of the end of its metrics.jsonl.
     """
+    return [_describe(path, changed) for path, changed in _runs(root)]
+
+
+def run_paths(root: str | Path = "runs") -> list[Path]:
+    """The runs under ``root``, newest first, with no file of them read."""
+    return [path for path, _ in _runs(root)]
+
+
+def _runs(root: str | Path) -> list[tuple[Path, float]]:
+    """Each run with the time when its state last changed, newest first."""
     folder = Path(root)
     times: dict[Path, int] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
         with suppress(FileNotFoundError):  # removed at this moment
             times |= {path: (path / "manifest.json").stat().st_mtime_ns} if is_run(path) else {}
-    return [_describe(path, times[path] / 1e9) for path in sorted(times, key=lambda path: -times[path])]
+    return [(path, times[path] / 1e9) for path in sorted(times, key=lambda path: -times[path])]
 
 
 def _describe(path: Path, changed: float) -> ListedRun:
     manifest: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    loss, best, best_step = None, None, None
+    state: str | None = "damaged"
+    figures = Figures()
+    problems: list[str] = []
+    evaluation = newest(path, problems, last_only=True)
+    for problem in problems:
+        log.warning("%s: %s", plain(path), problem)
     try:
         manifest = read_manifest(path)
-        state = state_of(path, manifest)
-        rows = [
-            {key: row.get(key) for key in _HEADLINE}
-            for row in read_rows(path / "metrics.jsonl", last_bytes=_LAST_BYTES)
-        ]
-        loss, (best, best_step) = training_loss(rows), best_of(manifest, rows)
-        if state == "finished" and (path / "metrics.jsonl").stat().st_size > _LAST_BYTES:
-            loss = number((manifest.get("summary") or {}).get("loss_last"))  # over all rows that count
+        figures, state = figures_of(path, manifest), state_of(path, manifest)
     except (OSError, ValueError) as error:
         said = f"{plain(error.filename)}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         log.warning("%s", said)
-        state = "damaged"
     return {
         "path": str(path),
         "recipe": manifest.get("recipe"),
         "model": manifest.get("base_model"),
         "method": manifest.get("method"),
         "state": state,
-        "step": rows[-1].get("step") if rows else None,
+        "step": figures.step,
         "steps_total": manifest.get("steps_total"),
-        "loss": loss,
-        "best_eval_loss": best,
-        "best_step": best_step,
+        "loss": figures.loss,
+        "best_eval_loss": figures.best,
+        "best_step": figures.best_step,
+        "evaluation": evaluation,
         "bytes": size_of(path),
         "changed": datetime.fromtimestamp(changed).astimezone().isoformat(timespec="seconds"),
     }
+
+
+class Figures(NamedTuple):
+    """How far a run is: its last step, its training loss, and its lowest held-out loss with the step."""
+
+    step: int | None = None
+    loss: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+
+
+def figures_of(path: Path, manifest: Mapping[str, Any]) -> Figures:
+    """Those that the manifest of a finished run contains; else of the rows, of which few are parsed."""
+    summary, metrics = manifest.get("summary") or {}, path / "metrics.jsonl"
+    if manifest.get("state") == "finished" and not manifest.get("extension"):
+        files.regular(metrics).stat()  # there must be one
+        if type(summary.get("steps")) is int:
+            return Figures(summary["steps"], number(summary.get("loss_last")), *best_of(manifest, ()))
+    rows = [{key: row.get(key) for key in _HEADLINE} for row in read_rows(metrics, last_bytes=_LAST_BYTES)]
+    best = best_of(manifest, read_rows(metrics, key="eval_loss"))
+    return Figures(rows[-1]["step"] if rows else None, training_loss(rows), *best)
 
 
 def best_of(manifest: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> tuple[float | None, int | None]:

@@ -1,6 +1,7 @@
 """Where a run goes: a new directory, or the run and checkpoint that ``--resume`` means, if they fit the config."""
 
 import json
+import logging
 import os
 import re
 import secrets
@@ -16,10 +17,12 @@ from tt_ckpt.shown import listed, plain
 from tt_train.config import RunConfig, to_dict
 from tt_train.errors import ConfigError, counted, did_you_mean
 from tt_train.job import Job
-from tt_train.records.run_files import MARKER, FinishedRun, is_run
-from tt_train.run.listing import list_runs
+from tt_train.records.run_files import MARKER, FinishedRun, is_run, read_manifest
+from tt_train.run.listing import run_paths, state_of
 from tt_train.run.saved import check_state
 from tt_train.settings.registry import imports_of
+
+log = logging.getLogger("tt_train")
 
 # keys that may differ when a run is resumed: they change how long, how often and where, but not which steps are made
 _MAY_CHANGE = {
@@ -74,8 +77,16 @@ def find_origin(config: RunConfig, resume: str | Path | None) -> Origin | None:
     if config.output_dir is not None:
         path = Path(config.output_dir)
         return Origin(run=path) if is_run(path) else None
-    unfinished = (Path(run["path"]) for run in list_runs() if run["state"] not in ("finished", "damaged"))
+    unfinished = (path for path in run_paths() if _is_unfinished(path))
     return next((Origin(run=path) for path in unfinished if not changed_keys(FinishedRun(path).config, config)), None)
+
+
+def _is_unfinished(path: Path) -> bool:
+    try:
+        return state_of(path, read_manifest(path)) != "finished"
+    except (OSError, ValueError) as error:  # a damaged run, which is not resumed unasked
+        log.warning("%s", error)
+        return False
 
 
 def check_destination(config: RunConfig, resume: str | Path | None) -> None:
@@ -89,7 +100,7 @@ def _named(path: Path, output_dir: str | None) -> Origin:
     checkpoint = path if path.name.startswith("step-") else None
     run = path if checkpoint is None else (path if len(path.parts) > 2 else path.absolute()).parent.parent
     if not is_run(run):
-        near = did_you_mean(str(path), [*(entry["path"] for entry in list_runs()), "auto"])
+        near = did_you_mean(str(path), [*map(str, run_paths()), "auto"])
         cure = near or "; to start from a model's weights, set model.path"
         raise ConfigError([f"--resume: {path} is not a run with training state{cure}"])
     if checkpoint is not None and not checkpoint.is_dir():

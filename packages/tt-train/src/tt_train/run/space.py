@@ -63,7 +63,7 @@ def remove_checkpoints(
 
 
 def _best_checkpoint(run: FinishedRun) -> str:
-    step = best_of(run.manifest, read_rows(run.path / "metrics.jsonl"))[1]
+    step = best_of(run.manifest, read_rows(run.path / "metrics.jsonl", key="eval_loss"))[1]
     if step is None:
         raise ConfigError([f"--keep-best: {run.path} has no held-out loss, so no step is the best; use --keep-last N"])
     name = run_folder.name_of(step)

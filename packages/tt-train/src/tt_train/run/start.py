@@ -1,5 +1,6 @@
 """What comes before the loop of every recipe: a run directory, new or resumed, and what is said before step 1."""
 
+import itertools
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -56,7 +57,9 @@ def start(
         assert saved is not None  # explicit
         run = _new_run(job, continued_from={"run": str(origin.run.resolve()), "step": saved.step})
         for name in ("metrics.jsonl", "samples.jsonl"):
-            run.append(name, *(row for row in read_rows(origin.run / name) if row["step"] <= saved.step))
+            rows = (row for row in read_rows(origin.run / name) if row["step"] <= saved.step)
+            while some := list(itertools.islice(rows, 10_000)):  # a long run has millions
+                run.append(name, *some)
         return run, saved
     if origin.checkpoint is None and (reason := decided(lambda: nothing_left(job, origin.run))):
         console.note(reason)

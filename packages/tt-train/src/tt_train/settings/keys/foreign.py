@@ -266,7 +266,7 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "push_to_hub": ("", _UPLOAD),
     "hub_model_id": ("", _UPLOAD),
     "hub_token": ("", "the token comes from HF_TOKEN or the login of the hub, never from a config"),
-    "plot_loss": ("", "report.html and report.png are always written"),
+    "plot_loss": ("", "report.html is always written, and report.png of a run of several steps"),
     # several devices
     "deepspeed": ("parallel.shard", "weights, gradients and optimizer state are sharded with FSDP2, as in ZeRO-3"),
     "fsdp": ("parallel.shard", "a full fine-tune is sharded over all processes unless this says otherwise"),
