@@ -100,7 +100,8 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
 
     parts = _group(keys, family)
     hollow = {name: [meta(known[keys[piece]]) for piece in pieces] for name, pieces in parts.items()}
-    specs = {name: spec_of(torch.cat(pieces)) for name, pieces in hollow.items()}
+    # torch.cat on meta imports much of torch: only if something is fused
+    specs = {name: spec_of(ones[0] if len(ones) == 1 else torch.cat(ones)) for name, ones in hollow.items()}
 
     def get(name: str) -> Tensor:
         pieces = [single(piece) for piece in parts[name]]
