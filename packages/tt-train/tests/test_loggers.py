@@ -141,6 +141,7 @@ def test_tensorboard_is_cut_back_to_the_step_that_is_resumed(train, tmp_path, mo
 
     class SummaryWriter:
         def __init__(self, folder, purge_step=None):
+            assert pathlib.Path(folder).is_absolute()  # its thread may write while a logger is in another folder
             opened.append([purge_step, False])
             pathlib.Path(folder).mkdir(exist_ok=True)
 
@@ -160,8 +161,9 @@ def test_tensorboard_is_cut_back_to_the_step_that_is_resumed(train, tmp_path, mo
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.ModuleType("torch.utils.tensorboard"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", module)
-    train(tmp_path / "r", "loggers=[tensorboard]", "max_steps=2")
-    train(tmp_path / "r", "loggers=[tensorboard]", "max_steps=4", resume="auto")
+    monkeypatch.chdir(tmp_path)
+    train("r", "loggers=[tensorboard]", "max_steps=2")
+    train("r", "loggers=[tensorboard]", "max_steps=4", resume="auto")
     assert opened == [[None, True], [3, True]]
     assert "    recipe: sft\n" in texts[0]
 
@@ -175,8 +177,9 @@ def clients(monkeypatch):
         return lambda *words, **options: calls.append((name, words, options))
 
     trackio = types.ModuleType("trackio")
-    run = types.SimpleNamespace(log=tell("log"), finish=tell("finish"))
-    trackio.init = lambda **options: calls.append(("init", (), options)) or run
+    run = types.SimpleNamespace(log=tell("log"))
+    trackio.init = lambda **options: print("Created") or calls.append(("init", (), options)) or run
+    trackio.finish = lambda: print("Finished") or calls.append(("finish", (), {}))
     mlflow, entities = types.ModuleType("mlflow"), types.ModuleType("mlflow.entities")
     entities.Metric = lambda key, value, time, step: (key, value, step)
     mlflow.MlflowClient = lambda uri: types.SimpleNamespace(
@@ -199,12 +202,14 @@ def clients(monkeypatch):
     return calls
 
 
-def test_trackio_gets_the_figures_of_every_step_and_is_finished(train, tmp_path, clients):
+def test_trackio_gets_the_figures_of_every_step_and_is_finished(train, tmp_path, clients, capsys):
     train(tmp_path / "r", "loggers={trackio: {project: p, group: g}}", "max_steps=2")
     assert [name for name, *_ in clients] == ["init", "log", "log", "finish"]
     opened = clients[0][2]
     assert [opened[key] for key in ("project", "group", "name", "resume")] == ["p", "g", "r", "allow"]
     assert clients[1][2] == {"step": 1}
+    said = capsys.readouterr()
+    assert (said.out, said.err.split()) == ("", ["Created", "Finished"])  # stdout ends with the run directory
     assert "loss" in clients[1][1][0]
     assert "step" not in clients[1][1][0]
 
@@ -223,8 +228,10 @@ def test_mlflow_continues_its_run_and_says_how_it_ended(train, tmp_path, clients
     assert clients[-1][2] == {"status": "FINISHED"}
 
 
-def test_comet_uploads_nothing_but_figures_and_the_config(train, tmp_path, clients):
-    train(tmp_path / "r", "loggers={comet: {project: p, mode: offline}}", "max_steps=1")
+def test_comet_uploads_nothing_but_figures_and_the_config(train, tmp_path, clients, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train("r", "loggers={comet: {project: p, mode: offline}}", "max_steps=1")
+    assert read_json(tmp_path / "r" / "manifest.json")["comet_id"] == clients[0][2]["experiment_key"]
     assert [name for name, *_ in clients] == ["init", "log_parameters", "log_asset", "log", "finish"]
     opened = clients[0][2]
     assert (opened["project_name"], opened["online"], len(opened["experiment_key"])) == ("p", False, 32)

@@ -6,7 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, chdir, contextmanager
+from contextlib import ExitStack, chdir, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def open_loggers(config: RunConfig, run: RunDir, step: int, console: Console | N
     A logger is what ``factory(run, config, step, **options)`` gives: a function that takes a row of metrics.jsonl. What
     it holds of later steps belongs to a continuation that was given up. It must start, and its first row must succeed.
     If a later one fails, such as without network, the logger gets no more rows, a warning says so, and training
-    continues.
+    continues. What a client prints when it starts and ends goes to stderr: stdout ends with the run directory.
     """
     console = console or Console()
     if not world().is_main:
@@ -42,7 +42,7 @@ def open_loggers(config: RunConfig, run: RunDir, step: int, console: Console | N
     with ExitStack() as stack:
         loggers: list[Logger] = []
         for name, options in logger_options(config).items():
-            with _named(name, "does not start"):
+            with _named(name, "does not start"), redirect_stdout(sys.stderr):
                 logger = resolve(name, LOGGERS)(run, redact_data(to_dict(config)), step, **options)
             if callable(close := getattr(logger, "close", None)):
                 stack.callback(_or_warn, close, f"{name} could not be closed", console)
@@ -81,7 +81,8 @@ def _named(name: str, consequence: str) -> Iterator[None]:
 def _or_warn(action: Callable[[], None], consequence: str, console: Console) -> bool:
     """Whether ``action`` succeeded. What a logger cannot do ends no run: metrics.jsonl has every figure."""
     try:
-        action()
+        with redirect_stdout(sys.stderr):
+            action()
     except Exception as error:
         console.warn(f"loggers: {consequence}: {type(error).__name__}: {error}; metrics.jsonl has all figures")
         logging.getLogger("tt_train").warning("loggers: %s", consequence, exc_info=error)
@@ -109,7 +110,7 @@ class TensorBoard:
     def __init__(self, run: RunDir, config: dict[str, Any], step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        folder = own_folder(run.path, "tb")
+        folder = own_folder(run.path.resolve(), "tb")  # a thread writes, and another logger may change the folder
         self.writer = SummaryWriter(str(folder), purge_step=step + 1 if folder.is_dir() else None)
         self.writer.add_text("config.yaml", "".join(f"    {line}\n" for line in _yaml(config).splitlines()))
 
@@ -154,6 +155,7 @@ class Trackio:
     def __init__(self, run: RunDir, config: dict[str, Any], step: int, **options: Any) -> None:
         import trackio
 
+        self.finish = trackio.finish  # also known to trackio, which would finish the run again when Python ends
         named = {"project": os.environ.get("TRACKIO_PROJECT", "tt"), "name": redact(run.path.resolve().name)}
         self.run = trackio.init(config=config, resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
                                 **named | options)  # fmt: skip
@@ -162,7 +164,7 @@ class Trackio:
         self.run.log(_figures(row), step=row["step"])
 
     def close(self) -> None:
-        self.run.finish()
+        self.finish()
 
 
 class MLflow:
@@ -212,23 +214,24 @@ class Comet:
         self, run: RunDir, config: dict[str, Any], step: int, *, project: str | None = None,
         workspace: str | None = None, name: str | None = None, tags: list[str] | None = None, mode: str = "online",
     ) -> None:  # fmt: skip
-        folder = own_folder(run.path, "comet")
+        home, key = run.path.resolve(), _id_of(run, "comet", 32)
+        folder = own_folder(home, "comet")
         with chdir(Path(__file__).parent):  # a .comet.config of the working folder would choose who gets the key
             import comet_ml
 
             off = ("log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch", "log_env_details",
                    "auto_param_logging", "auto_metric_logging", "auto_log_co2")  # fmt: skip
             settings = comet_ml.ExperimentConfig(
-                **dict.fromkeys(off, False), auto_output_logging=False, offline_directory=str(folder.resolve()),
-                name=name or redact(run.path.resolve().name), tags=tags,
+                **dict.fromkeys(off, False), auto_output_logging=False, offline_directory=str(folder),
+                name=name or redact(home.name), tags=tags,
             )  # fmt: skip
             self.experiment = comet_ml.start(
                 project_name=project or os.environ.get("COMET_PROJECT_NAME", "tt"), workspace=workspace,
-                experiment_key=_id_of(run, "comet", 32), mode="get_or_create", online=mode == "online",
+                experiment_key=key, mode="get_or_create", online=mode == "online",
                 experiment_config=settings,
             )  # fmt: skip
         self.experiment.log_parameters(config)
-        self.experiment.log_asset(str(run.path.resolve() / "config.yaml"), file_name="config.yaml")
+        self.experiment.log_asset(str(home / "config.yaml"), file_name="config.yaml")
 
     def __call__(self, row: Row) -> None:
         self.experiment.log_metrics(_figures(row), step=row["step"])
