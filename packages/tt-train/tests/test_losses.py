@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tt_models
+import tt_peft
 from tt_train.losses.chunks import probabilities
 from tt_train.losses.cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -68,6 +70,31 @@ def test_probabilities_and_their_normalizer_are_as_exact_as_those_of_log_softmax
 def test_no_trained_position_gives_a_zero_sum():
     hidden, weight, labels = pair(dtype=torch.float32)
     assert linear_cross_entropy(hidden, weight, torch.full_like(labels, -100), reduction="sum") == 0
+
+
+@pytest.mark.parametrize("head", ["matrix", "adapter"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_ignored_labels_cost_no_row_of_a_product_with_the_head(head, packed):
+    model = tt_models.build(tt_models.config_from_hf(CONFIG))
+    if head == "adapter":
+        tt_peft.apply_lora_(model, tt_peft.LoRAConfig(target_modules=("q_proj", "lm_head")))
+    ids, positions = torch.randint(0, 90, (2, 12)), torch.arange(12).expand(2, -1)
+    labels = torch.full_like(ids, -100)
+    labels[0, 3:5], labels[1, 11] = ids[0, 3:5], ids[1, 11]
+    batch = {"input_ids": ids, "labels": labels} | ({"position_ids": positions % 6} if packed else {})
+    rows = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            shapes = [tuple(x.shape) for x in args if isinstance(x, torch.Tensor)]
+            if "mm" in str(func) and any(90 in shape for shape in shapes):
+                rows.append({size for shape in shapes for size in shape} - {90, 32, 8})
+            return func(*args, **(kwargs or {}))
+
+    with Products():
+        cross_entropy(model, batch).loss.backward()
+    assert len(rows) >= 2
+    assert all(sizes == {3} for sizes in rows)
 
 
 def test_half_precision_sums_in_fp32():
