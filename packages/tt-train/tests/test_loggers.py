@@ -13,13 +13,14 @@ import torch
 import tt_models
 import tt_peft
 from tt_train import ConfigError, TrainingError, compose
-from tt_train.config import AdapterSection, SFTConfig
+from tt_train.config import AdapterSection, ProfileSection, SFTConfig
 from tt_train.inputs.components import logger_mistakes
 from tt_train.inputs.model import lora_config
 from tt_train.recipes import sft
 from tt_train.records.run_files import read_json, read_rows
 from tt_train.run import mfu
 from tt_train.run.console import Console
+from tt_train.run.profile import Profile
 
 
 class Heard(Console):
@@ -428,6 +429,22 @@ def test_a_trace_that_is_too_large_is_not_kept(train, tmp_path, monkeypatch):
     train(tmp_path / "r", "profile.first_step=2", console=console)
     assert not list((tmp_path / "r" / "profile").iterdir())
     assert any("was not kept; lower profile.num_steps" in line for line in console.said)
+
+
+def test_on_cuda_a_memory_snapshot_is_written_and_recording_ends(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: calls.append(enabled))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(pathlib.Path(path).name))
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+    said = []
+    section = ProfileSection(first_step=2, num_steps=1)
+    profile = Profile(section, tmp_path, torch.device("cuda"), after=0, say=said.append)
+    for step in (1, 2, 3):
+        profile.begin(step)
+        torch.ones(2) + 1
+        profile.end(step)
+    assert calls == ["all", "steps-000002-000002-memory.pickle", None]
+    assert "steps-000002-000002-memory.pickle" in said[0]
 
 
 def test_the_profiler_is_stopped_by_a_failure_within_its_steps(train, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Many devices as gloo processes on the CPU: each trains what one process does."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -142,6 +143,27 @@ def another_order():
     loss = weights[1 - world().rank].sum()
     with pytest.raises(TrainingError, match="in another order on another rank"), optimizer.updating(1.0, None):
         loss.backward()
+
+
+def test_each_block_is_gathered_alone_in_bf16_while_the_one_before_computes(words, ranks):
+    ranks(2, groups, [*words, "model.dtype=bf16"])
+
+
+def groups(words):
+    model = load_model(assemble(compose("sft", overrides=words)))
+    every = [module._get_fsdp_state() for module in (*blocks(model), model)]
+    held = [{(id(each._module_info.module), each._module_info.param_name)
+             for each in state._fsdp_param_group.fsdp_params} for state in every]  # fmt: skip
+    assert sum(map(len, held)) == len(set().union(*held)) == len(list(model.parameters()))
+    for block, own in zip(blocks(model), held, strict=False):
+        assert own == {(id(module), name) for module in block.modules() for name in module._parameters
+                       if module._parameters[name] is not None}  # fmt: skip
+    for state in every:
+        policy = state._mp_policy
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs  # positions and norms stay fp32 where the block computes them so
+    for before, after in pairwise(every[:-1]):
+        assert before._states_to_forward_prefetch == [after]
 
 
 # ---- traps ----
