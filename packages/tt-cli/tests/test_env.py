@@ -2,11 +2,13 @@
 
 import copy
 import importlib.metadata
+import typing
 from pathlib import Path
 
 import pytest
 
 from tt_cli.verbs import env
+from tt_models.cpu import products
 
 GIB = 2**30
 
@@ -20,7 +22,8 @@ def machine():
 def facts(machine):
     """A machine without problems."""
     sound = {"cuda": "12.6", "nvidia_driver": None, "amd_gpu": False, "accelerators": [], "torch_threads": 2,
-             "cpu_usable": 2.0, "disk": {"here": 99 * GIB, "hub_cache": 99 * GIB, "temporary": 99 * GIB},
+             "cpu_usable": 2.0, "cpu_load": 2.0, "variables": {},
+             "disk": {"here": 99 * GIB, "hub_cache": 99 * GIB, "temporary": 99 * GIB},
              "memory": {"total": 8 * GIB, "available": 6 * GIB, "container_limit": None, "shared": GIB}}  # fmt: skip
     return {**copy.deepcopy(machine), **sound}
 
@@ -45,11 +48,21 @@ def problems(facts) -> list[str]:
     ({"memory": {"available": 9 * GIB, "shared": 2**26}}, "data.num_workers needs more (docker run --shm-size=1g)"),
     ({"torch_threads": 64}, "torch uses 64 threads on 2 CPUs, which is slower; set OMP_NUM_THREADS=2"),
     ({"torch_threads": 1, "cpu_usable": 0.5}, None),
+    ({"cpu_load": 2.4}, "the load is 2.4 on 2 CPUs, where torch's threads wait busily; set OMP_WAIT_POLICY=PASSIVE"),
+    ({"cpu_load": 2.4, "torch_threads": 1}, None),
+    ({"cpu_load": 2.4, "variables": {"OMP_WAIT_POLICY": "PASSIVE"}}, None),
+    ({"cpu_load": None}, None),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_with_the_cure(facts, change, said):
     found = problems({**facts, **change})
     assert len(found) == (said is not None), found
     assert said is None or said in found[0]
+
+
+@pytest.mark.parametrize("kernel", typing.get_args(products.Kernel))
+def test_how_weights_are_read_in_decoding_is_said(kernel, monkeypatch):
+    monkeypatch.setattr(products, "kernel", lambda: kernel)
+    assert env.collect()["cpu_decoding"] == env.DECODING[kernel]
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(facts, tmp_path, monkeypatch):

@@ -19,13 +19,14 @@ from tt_cli.terminal import print_json
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve", "i8mm")
 VARIABLES = re.compile(
-    r"(HF_|HUGGINGFACE_|TRANSFORMERS_|CUDA_|HIP_|ROCR_|NCCL_|GLOO_|OMP_|MKL_|PYTORCH_|TORCH|TOKENIZERS_|SLURM_(NTASKS|PROCID|"
+    r"(HF_|HUGGINGFACE_|TRANSFORMERS_|CUDA_|HIP_|ROCR_|NCCL_|GLOO_|OMP_|GOMP_|KMP_|MKL_|ONEDNN_|DNNL_|ATEN_|PYTORCH_|TORCH|TOKENIZERS_|SLURM_(NTASKS|PROCID|"
     r"JOB_NUM_NODES)$|(HTTPS?|ALL|NO)_PROXY$|(WORLD_SIZE|RANK|LOCAL_RANK|MASTER_ADDR|TERM|NO_COLOR|LANG|LC_ALL|TMPDIR)$)",
     re.IGNORECASE,
 )
 TORCH_BUILDS = "https://pytorch.org/get-started/locally/"
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}  # of a CUDA: https://docs.nvidia.com/deploy/cuda-compatibility/
 LOW_DISK, LOW_MEMORY, LOW_SHARED = 10 * 2**30, 2 * 2**30, 2**28  # bytes
+DECODING = {"amx": "the weight as left factor", "avx512_bf16": "a rearranged copy", "other": "as in training"}
 SHARED = Path("/dev/shm")  # noqa: S108  (only its size is read)
 WHEELS = ("tt-cli", "tt-train", "tt-models", "tt-peft", "tt-data", "tt-ckpt", "torchao", "torchvision", "torchaudio",
           "transformers", "peft", "trl", "datasets", "huggingface_hub", "tokenizers", "lm-eval")  # fmt: skip
@@ -79,6 +80,7 @@ def collect() -> dict[str, Any]:
     """Plain data about this machine; sizes are bytes."""
     import torch
 
+    from tt_models.cpu.products import kernel
     from tt_train.run.environment import collect as of_a_run
 
     facts = of_a_run()
@@ -91,6 +93,8 @@ def collect() -> dict[str, Any]:
         "cpu_flags": _cpu_flags(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_usable": _usable_cpus(),
+        "cpu_load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
+        "cpu_decoding": DECODING[kernel()],
         "accelerators": [_accelerator(index) for index in range(torch.accelerator.device_count())],
         "nvidia_driver": _nvidia_driver(),
         "amd_gpu": Path("/dev/kfd").exists(),
@@ -262,10 +266,11 @@ def memory(facts: Facts) -> Iterator[str]:
 
 
 def threads(facts: Facts) -> Iterator[str]:
-    used, usable = facts["torch_threads"], facts["cpu_usable"]
+    used, usable, load = facts["torch_threads"], facts["cpu_usable"], facts["cpu_load"] or 0.0
     if used > max(1.0, usable):
-        cure = f"OMP_NUM_THREADS={max(1, int(usable))}"
-        yield f"torch uses {used} threads on {usable:g} CPUs, which is slower; set {cure}"
+        yield f"torch uses {used} threads on {usable:g} CPUs, which is slower; set OMP_NUM_THREADS={int(usable) or 1}"
+    elif load > usable and used > 1 and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & facts["variables"].keys():
+        yield f"the load is {load:g} on {usable:g} CPUs, where torch's threads wait busily; set OMP_WAIT_POLICY=PASSIVE"
 
 
 def wheels(_: Facts) -> Iterator[str]:
