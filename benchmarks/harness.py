@@ -132,7 +132,9 @@ def prepare(cell: Cell, folder: Path) -> dict[str, Any]:
         request["folder"] = str(place)
     if "rows" in cell.inputs:
         rows = (
-            folder / "-".join(str(asked.get(word, "")) for word in ("kind", "rows", "shape", "longest")) / "rows.jsonl"
+            folder
+            / "-".join(str(asked.get(word, "")) for word in ("kind", "rows", "shape", "longest", "length"))
+            / "rows.jsonl"
         )
         if not rows.exists():
             workloads.write_rows(rows, asked)

@@ -62,6 +62,8 @@ def train(build: Callable[[], tuple[Callable[..., tuple[float, float]], list[Any
         first, norm = step(own, norm=True)
         loss = first
         reset_peak()
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(request["steps"]):
             loss, _ = step(own)
@@ -131,7 +133,7 @@ def epoch(batches: Iterable[Any], step: Callable[..., tuple[float, float]], para
         work += trained(batch)
     moved = math.dist(before, sums_of(parameters))
     checks = {"gradient norm": norms[0], "change of the parameters": moved}
-    return {"work": work, "equal": {"first loss": first}, "positive": checks}
+    return {"work": work, "equal": {"first loss": first, "trained tokens": work}, "positive": checks}
 
 
 def loss_run(loss_of: Callable[[Any, Any, Any], Any], request: Request) -> Run:
@@ -199,6 +201,14 @@ def evaluated(model: str, words: dict[str, Any], request: Request) -> Run:
         name = f"bench_{request['task']}"
         found = lm_eval.simple_evaluate(built, tasks=[name], task_manager=manager, bootstrap_iters=0)
         values = {key: value for key, value in found["results"][name].items() if isinstance(value, float)}
-        return {"work": request["rows"], "equal": values}
+        answers = [sample["resps"] for sample in found["samples"][name]]
+        return {"work": request["rows"], "equal": values | {"sum of the answers": _sum(answers)}}
 
     return run
+
+
+def _sum(answers: Any) -> float:
+    """Log-likelihoods added up, and the lengths of texts."""
+    if isinstance(answers, list | tuple):
+        return sum(map(_sum, answers))
+    return float(len(answers) if isinstance(answers, str) else answers)

@@ -147,7 +147,7 @@ def evaluation() -> list[Cell]:
 
 def startup() -> list[Cell]:
     """Commands; their CPU seconds are those of the whole process and its children."""
-    model = ["model.path={folder}", "data.train={rows_file}", "max_steps=1", "data.max_seq_len=64", "batch_size=2"]
+    model = ["model.path={folder}", "data.train={rows_file}", "max_steps=1", "data.max_seq_len=512", "batch_size=2"]
     own = ["-o", "{scratch}/run"]
     cells: dict[str, dict[str, list[str]]] = {
         "help": {
@@ -165,7 +165,7 @@ def startup() -> list[Cell]:
         "a run of one step": {
             "tt": ["tt", "run", "sft", *model, "micro_batch_size=2", "samples.num=0", *own],
             "trl": ["trl", "sft", "--model_name_or_path", "{folder}", "--dataset_name", "{rows_folder}", "--max_steps",
-                    "1", "--use_cpu", "--bf16", "false", "--max_length", "64", "--per_device_train_batch_size", "2",
+                    "1", "--use_cpu", "--bf16", "false", "--max_length", "512", "--per_device_train_batch_size", "2",
                     "--report_to", "none", "--output_dir", "{scratch}/trl"],
             "limits": ["python", "-c", "import torch"],
         },

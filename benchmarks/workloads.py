@@ -15,7 +15,7 @@ TARGETS = {"full": [], "lora q,v": ["q_proj", "v_proj"], "lora": ALL_LINEAR, "ql
 _COLUMNS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads")  # fmt: skip
 SHAPES = {
-    "tiny": (512, 64, 128, 2, 4, 2),
+    "tiny": (512, 128, 256, 2, 4, 4),  # the least that every NF4 takes
     "10.5M": (4096, 256, 688, 8, 4, 4),
     "134M": (32000, 768, 2048, 12, 12, 12),
     "42M": (8192, 512, 1536, 12, 8, 4),
@@ -140,7 +140,7 @@ def write_rows(file: Path, request: dict[str, Any]) -> None:
     character that is not ASCII in each; ``chats``: conversations of 2 to 6 turns.
     """
     draw, sentence = random.Random(1), sentences(0)
-    vocabulary, longest = SHAPES[request.get("shape", "10.5M")][0], request.get("longest", 1024)
+    vocabulary, longest = SHAPES[request.get("shape", "10.5M")][0], request.get("longest", request.get("length", 1024))
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8") as stream:
         for _ in range(request["rows"]):

@@ -57,7 +57,7 @@ def _run(trainer_class: Any, config_class: Any, request: Request, **options: Any
         before = sums_of(parameters)
         trainer.train()
         moved = {"change of the parameters": math.dist(before, sums_of(parameters))}
-        return {"work": work, "equal": {"first loss": seen.losses[0]}, "positive": moved}
+        return {"work": work, "equal": {"first loss": seen.losses[0], "trained tokens": work}, "positive": moved}
 
     return run
 

@@ -171,8 +171,9 @@ def layer(request: Request) -> Run:
     if request["kind"] == "nf4":
         tt_peft.quantize_nf4_(model)
         weight = model["layer"].weight
-        torchao = functools.partial(torch.nn.functional.linear, weight=weight)  # its NF4Tensor takes over F.linear
-        return layer_run(torchao if request.get("torchao") else model["layer"], request)
+        return layer_run(
+            (lambda x: torch.nn.functional.linear(x, weight)) if request.get("torchao") else model["layer"], request
+        )  # torchao's NF4Tensor takes over F.linear
     tt_peft.apply_lora_(model, tt_peft.LoRAConfig(rank=8, target_modules="layer"))
     tt_peft.LoRALinear.fused = not request.get("plain", False)
     return layer_run(model["layer"], request)
