@@ -52,6 +52,13 @@ def test_gb_are_powers_of_ten_and_gib_of_two(text, size):
     assert _bytes(None, None, text) == size
 
 
+def test_a_config_of_torchtune_is_planned_with_the_batch_of_all_processes(tt, model_dir, rows_file):
+    words = ["--config", "llama2/7B_full", *config(model_dir, rows_file)[1:3], "epochs=1", "max_steps=null"]
+    found = tt("plan", "full_finetune_distributed", *words, "device=cpu", "--nproc", "2", "--json")
+    assert found.code == 0, found.err
+    assert found.json["steps"] == len(rows_file.read_text().splitlines()) // (2 * 2)  # torchtune's 2 on each of 2
+
+
 def test_processes_that_cannot_share_the_weights_are_named_as_in_a_run(tt, model_dir, rows_file):
     words = ["parallel.shard=2", "batch_size=6", "micro_batch_size=1"]
     found = tt("plan", *config(model_dir, rows_file, *words), "--nproc", "3")
