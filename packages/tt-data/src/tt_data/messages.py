@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from tt_data.wording import nearest
@@ -102,5 +102,6 @@ def mask_messages(messages: Sequence[Message], train_on: TrainOn) -> list[Messag
     last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
     kept = {last} if train_on == "last" else {i for i, m in enumerate(messages) if m.role == "assistant"}
     return [
-        message if i in kept or message.masked else replace(message, masked=True) for i, message in enumerate(messages)
+        m if i in kept or m.masked else Message(m.role, m.content, True, m.extra, m.asked)  # replace is slower
+        for i, m in enumerate(messages)
     ]

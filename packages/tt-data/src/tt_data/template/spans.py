@@ -128,6 +128,8 @@ class SpecialTokens:
 
 
 def _notes(found: set[str]) -> tuple[str, ...]:
+    if not found:
+        return ()
     cure = "it stays text; data.special_tokens=tokens (special_tokens='tokens') makes it the token"
     if len(found) > _MOST_NAMED:
         return (f"more than {_MOST_NAMED} special tokens are spelt out in the data: {cure}",)

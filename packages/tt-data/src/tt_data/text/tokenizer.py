@@ -46,9 +46,7 @@ class Tokenizer:
         ``template_name``: where ``templates`` came from, for messages. ``extra_eos_ids``: more ids that end an answer.
         ``text_specials``: control tokens that text may become. ``more_specials``: added tokens that are special, too.
         """
-        self._backend = backend
-        self._names = dict(names)
-        self._extra_eos_ids = tuple(extra_eos_ids)
+        self._backend, self._names, self._extra_eos_ids = backend, dict(names), tuple(extra_eos_ids)
         self._template_name, self.templates = template_name, dict(templates or {})
         self.vocab_size = backend.vocab_size
         self.bos_id, self.eos_id = self._named_id("bos_token"), self._named_id("eos_token")
@@ -57,6 +55,7 @@ class Tokenizer:
         self.pad_id = next((i for i in ids if i is not None and 0 <= i < self.vocab_size), 0)
         self.adds_bos = adds_bos and self.bos_id is not None
         self._eos_ids: tuple[int, ...] | None = None
+        self._blank: dict[int, bool] = {}  # whether a token is white space, of those that were asked for
         # what generation_config.json adds must not change token rows, so it is not among these
         named = [self._names.get(name) for name in ("eos_token", "eot_token")]
         self._ends = [token for token in named if isinstance(token, str) and backend.token_id(token) is not None]
@@ -138,7 +137,9 @@ class Tokenizer:
         for index in reversed(ids):
             if index == self.eos_id or index in self.eos_ids:
                 return True
-            if not self.decode([index], skip_special=False).isspace():
+            if index not in self._blank:
+                self._blank[index] = self.decode([index], skip_special=False).isspace()
+            if not self._blank[index]:
                 return False
         return False
 
@@ -191,8 +192,7 @@ class Tokenizer:
         """The conversation as the model's chat template writes it. ``variables`` reach the template
         (``enable_thinking=False``). Raises TemplateError."""
         content = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": variables}
-        template = self._template(tools)
-        written = json.dumps({**content, "prompt": add_generation_prompt}, default=str)
+        template, written = self._template(tools), json.dumps({**content, "prompt": add_generation_prompt}, default=str)
         answer = template.run([Job(written, len(messages))])[0]
         if "error" in answer:
             raise template.error(answer)
