@@ -34,6 +34,12 @@ def test_of_one_epoch_the_last_twentieth_counts_but_no_fewer_than_ten_steps():
     assert part_name(make([1.0], [1])) == "one step"
 
 
+def test_steps_that_log_every_left_out_are_not_among_those_that_are_named():
+    rows = make([9.0, 9.0, 9.0, 1.0, 2.0, 8.0], [1] * 6, per_epoch=3)
+    assert part_name(rows[1::2]) == "2 steps of the last epoch"
+    assert part_name(make([1.0] * 6, [1] * 6, per_epoch=6)[1::2]) == "last 3 steps that were written"
+
+
 def test_the_evaluation_before_step_1_is_no_step():
     before = {"step": 0, "epoch": None, "loss": None, "tokens": 0, "tokens_per_s": None, "eval_loss": 3.0}
     rows = make([4.0, 1.0], [3, 1])

@@ -7,6 +7,7 @@ the report writes numbers.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tt_train.records.run_files import number
@@ -42,12 +43,16 @@ def last_part(rows: Sequence[Row]) -> Sequence[Row]:
 
 
 def part_name(rows: Sequence[Row]) -> str:
-    """What ``training_loss`` is the mean of, for people."""
-    end = rows[-1].get("epoch") if rows else None
+    """What ``training_loss`` is the mean of, for people; with ``log_every`` not every step has a figure."""
+    part = last_part(rows)
+    end, count = rows[-1].get("epoch") if rows else None, len(part)
+    apart = max((after["step"] - before["step"] for before, after in pairwise(part)
+                 if before.get("step") and after.get("step")), default=1)  # fmt: skip
     if end is not None and end > 1:
-        return "last epoch"
-    count = len(last_part(rows))
-    return f"last {count:,} steps" if count != 1 else "one step"
+        return f"{count:,} steps of the last epoch" if apart > 1 else "last epoch"
+    if count == 1:
+        return "one step"
+    return f"last {count:,} steps that were written" if apart > 1 else f"last {count:,} steps"
 
 
 def _steps(rows: Sequence[Row]) -> Sequence[Row]:
