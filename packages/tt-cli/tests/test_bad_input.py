@@ -464,7 +464,7 @@ def test_a_header_that_asks_for_more_than_there_is(refused, here):
 @pytest.mark.parametrize("words", [
     ("generate", "~no-such-user/run", "hi"), ("convert", "~no-such-user/model", "out"),
     ("convert", "{m}", "~no-such-user/out"), ("merge", "{m}", "-o", "~no-such-user/out"),
-    ("validate", "~/config.yaml"),
+    ("validate", "~/config.yaml"), ("run", "sft", "model.path={m}", "data.train=x", "-o", "~no-such-user/z"),
 ])  # fmt: skip
 def test_a_home_folder_that_is_not_there_is_wrong_input_and_no_fault_of_ours(tt, model_dir, monkeypatch, words):
     monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for a user who has none

@@ -140,6 +140,7 @@ def test_the_settings_of_the_model_are_followed_and_told(
     ('{"prompt": "a", "id": [1e999]}', "line 1: id: NaN and infinity are not JSON"),
     ('{"prompt": "a", "id": "\\udcff"}', "line 1: id: character 2 is not UTF-8"),
     ('{"prompt": "a", "id": ' + "9" * 5000 + "}", "line 1: has a number of too many digits"),
+    ('{"prompt": "a", "prompt": "b"}', "line 1: 'prompt' is there twice; leave one out"),
     ('[\n {"prompt": "a"}\n]', "line 1: JSON of several lines is not read; write each object on a line of its own"),
     ('{\n "prompt": "a"\n}', "line 1: JSON of several lines is not read"),
     ('[{"prompt": "a"}, {"prompt": "b"}]', "line 1: expected an object"),

@@ -1,5 +1,6 @@
 """``tt run --nproc 2``: ranks start, print once, fail with the exit code of the fault, and stop together."""
 
+import json
 import os
 import signal
 import socket
@@ -161,9 +162,10 @@ def test_a_rendezvous_endpoint_alone_means_c10d():
 @needs_proc
 def test_two_ranks_train_one_prints_and_the_others_keep_a_log(words, tmp_path):
     run = tmp_path / "run"
-    code, out, err = Started(*words, "max_steps=3", "--nproc", "2", "-o", run).end()
+    code, out, err = Started(*words, "max_steps=3", "--nproc", "2", "-o", run, "--json").end()
     assert code == 0, err
-    assert out == f"{run}\n"
+    answer = json.loads(out)  # one object
+    assert (answer["ok"], answer["run"], answer["summary"]["steps"]) == (True, str(run), 3)
     assert err.count("step 3 loss") == 1
     assert "on 2 x cpu" in err
     assert "step 3 loss" in (run / "logs" / "rank-1.log").read_text()

@@ -146,6 +146,14 @@ def test_a_task_that_cannot_run_is_told_before_weights_load(model_dir, tasks, na
     assert len(refused.value.problems) == 1
 
 
+def test_a_name_in_no_task_file_is_refused_without_the_index_of_lm_evals_tasks(monkeypatch):
+    from tt_train.evals.tasks import Settings, find_tasks
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", None)
+    with pytest.raises(ConfigError, match="there is no task 'arc_esay'; did you mean 'arc_easy'?"):
+        find_tasks(Settings(tasks=("arc_easy", "arc_esay")))
+
+
 def _without_defaults(monkeypatch):
     """lm-eval's own 14,000 files take seconds to read."""
     from lm_eval.tasks import TaskManager

@@ -84,7 +84,9 @@ def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
     if number == 1 and text.strip() in ("[", "{"):
         raise ValueError(f"{where}: JSON of several lines is not read; write each object on a line of its own")
     try:
-        row = json.loads(text)
+        row = json.loads(text, object_pairs_hook=_each_key_once)
+    except _TwiceError as error:
+        raise ValueError(f"{where}: {error}") from None
     except json.JSONDecodeError as error:
         column = error.colno
         near = text[max(0, column - 20) : column + 20]
@@ -108,6 +110,18 @@ def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
         check_text(content, where)
     _check_json(row.get("id"), f"{where}: id")
     return Prompt(line=number, id=row.get("id"), key="prompt" if key == "text" else key, content=content)
+
+
+class _TwiceError(ValueError):
+    """A key that an object has twice: JSON would take the last."""
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise _TwiceError(f"{twice!r} is there twice; leave one out")
+    return found
 
 
 def _turns(value: Any, where: str) -> list[dict[str, Any]]:

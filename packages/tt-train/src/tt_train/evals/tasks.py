@@ -5,8 +5,9 @@ import importlib.util
 import logging
 import os
 import random
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tt_ckpt.shown import plain
 from tt_train.errors import ConfigError, did_you_mean, one_line, shell_word
 from tt_train.evals.results import Figure, figures_of
 
+_PATTERN = re.compile(r"[*?\[]")
+_NAMED = re.compile(rb"^\s*(?:task|group|tag):[ \t]*[\"']?([A-Za-z0-9_.-]+)", re.MULTILINE)
 Tell = Callable[[str], None]
 Loaded = dict[str, dict[str, Any]]  # tasks, groups and group_map, as lm-eval's TaskManager gives them
 
@@ -59,6 +62,7 @@ def find_tasks(settings: Settings) -> Any:
     require_lm_eval()
     if lacking := [path for path in settings.include_path if not path.is_dir()]:
         raise ConfigError([f"--include-path: {plain(path)} is not a folder of task files (YAML)" for path in lacking])
+    _refuse_unmentioned(settings)
     quiet_libraries()
     from lm_eval.tasks import TaskManager
 
@@ -68,8 +72,28 @@ def find_tasks(settings: Settings) -> Any:
         manager = TaskManager(include_path=paths or None)
     unknown = [name for name in settings.tasks if not _matches(manager, name)]
     if unknown:
-        raise ConfigError([f"--tasks: there is no task {name!r}{_meant(name, manager)}" for name in unknown])
+        raise ConfigError([f"--tasks: there is no task {name!r}{_meant(name, manager.all_tasks)}" for name in unknown])
     return manager
+
+
+def _refuse_unmentioned(settings: Settings) -> None:
+    """ConfigError for a name that is in the text of no task file. lm-eval takes longer to know all names."""
+    spec = importlib.util.find_spec("lm_eval")
+    own = [Path(folder) / "tasks" for folder in (spec.submodule_search_locations or ())] if spec else []
+    wanted = [name for name in settings.tasks if not _PATTERN.search(name)]
+    known: set[bytes] = set()
+    for root in (*settings.include_path, *own):
+        for place, _, files in os.walk(root):
+            for file in files:
+                path = Path(place, file)
+                if path.suffix not in (".py", ".md") and path.is_file():  # a file that is included has any name
+                    text = path.read_bytes()
+                    wanted = [name for name in wanted if name.encode() not in text]
+                    known.update(_NAMED.findall(text))
+            if not wanted:
+                return
+    names = sorted(name.decode() for name in known)
+    raise ConfigError([f"--tasks: there is no task {name!r}{_meant(name, names)}" for name in wanted])
 
 
 def _matches(manager: Any, name: str) -> list[str]:
@@ -78,11 +102,11 @@ def _matches(manager: Any, name: str) -> list[str]:
     return found
 
 
-def _meant(name: str, manager: Any) -> str:
+def _meant(name: str, known: Sequence[str]) -> str:
     """What an unknown name may mean. A file is not taken: it may name Python, which only --include-path allows."""
     if name.endswith((".yaml", ".yml")):
         return f"; give the name in the file, and its folder: --include-path {shell_word(Path(name).parent)}"
-    return did_you_mean(name, manager.all_tasks) or "; lm_eval ls tasks lists them all"
+    return did_you_mean(name, known) or "; lm_eval ls tasks lists them all"
 
 
 def load_tasks(manager: Any, settings: Settings) -> Loaded:

@@ -1,5 +1,6 @@
 """The keys of a config that name files: which they are, and how their paths are read."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -38,8 +39,16 @@ def _with_paths(config: C, change: Callable[[Any], Any], folder: Callable[[Any],
 
 
 def home(path: Any) -> Any:
-    """A path, a list of paths or the names of a mapping, with ``~/`` as the home folder."""
-    return _each(path, lambda text: str(from_home(text)) if text.startswith("~/") else text)
+    """A path, a list of paths or the names of a mapping, with ``~/`` and ``~user/`` as a home folder.
+
+    FileNotFoundError if there is no such user; a file whose name begins with ``~`` is itself.
+    """
+    return _each(path, lambda text: str(from_home(text)) if _is_at_home(text) else text)
+
+
+def _is_at_home(text: str) -> bool:
+    first = text.partition("/")[0]
+    return text.startswith("~/") or (text.startswith("~") and not os.path.lexists(first))
 
 
 def _absolute(path: Any) -> Any:
