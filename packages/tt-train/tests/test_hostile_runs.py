@@ -22,7 +22,7 @@ from tt_train.report.page import page
 from tt_train.report.read import read_runs
 from tt_train.run.console import Console
 from tt_train.run.dir import RunDir
-from tt_train.run.listing import list_runs
+from tt_train.run.listing import figures_of, list_runs
 from tt_train.run.lock import RunLock, writer_of
 from tt_train.run.resume import new_path, probe_writable
 
@@ -257,7 +257,8 @@ def test_a_run_whose_rows_are_nonsense_is_listed_reported_and_continued(evil, tm
     text = "\n".join([*ROWS, '{"step": 1, "loss": "x", "tokens": "y", "epoch": []}', '{"step": 0, "eval_loss": {}}'])
     for name in ("metrics.jsonl", "samples.jsonl"):
         (evil / name).write_text(text + "\n")
-    assert list_runs(tmp_path)[0]["loss"] is None
+    of_manifest = read_manifest(evil)["summary"]["loss_last"]  # the run is finished
+    assert (list_runs(tmp_path)[0]["loss"], figures_of(evil, {}).loss) == (of_manifest, None)
     write_report([evil])
     train(evil, model_dir, rows_file, "max_steps=2", resume="auto")
     assert [row["step"] for row in read_rows(evil / "metrics.jsonl")] == [1, 0, 2]
