@@ -339,7 +339,7 @@ def server(tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     fake = FakeHub()
-    threading.Thread(target=fake.serve_forever, daemon=True).start()
+    threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", fake.url)  # read from the environment when the library is imported
     template = fake.url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

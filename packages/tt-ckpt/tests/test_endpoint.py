@@ -187,7 +187,7 @@ def other_host():
             pass
 
     other = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=other.serve_forever, daemon=True).start()
+    threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield f"http://127.0.0.1:{other.server_port}", got
     other.shutdown()
     other.server_close()

@@ -66,7 +66,7 @@ class Hub(ThreadingHTTPServer):
         self.other = other
         self.got: list[dict[str, str]] = []
         self.url = f"http://{address}:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
 
 class Handler(BaseHTTPRequestHandler):

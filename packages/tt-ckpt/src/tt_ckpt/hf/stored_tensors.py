@@ -4,14 +4,14 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tt_ckpt.files import DOWNLOAD, HALF_FETCHED, half_fetched, read_json
+from tt_ckpt.files import DOWNLOAD, HALF_FETCHED, read_json
 from tt_ckpt.hf.weights import rows_at_once
 from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.model_path import resolve
@@ -164,13 +164,15 @@ def _whole_set(directory: Path) -> list[str]:
 
 def _index_files(directory: Path, index: Any) -> list[str]:
     names = shard_names(directory / INDEX_NAME, index, ".safetensors")
-    missing = [name for name in names if not safe_file(directory, name).exists()]
+    there = {entry.name for entry in directory.iterdir()}  # an index may name half a million files: one look at all
+    missing = [name for name in names if name not in there or not safe_file(directory, name).exists()]
     if missing:
-        begun = [name for name in missing if half_fetched(directory / name)]
+        begun = [name for name in missing if any(name + ending in there for ending in HALF_FETCHED)]
+        found = there.intersection(names).difference(missing)
         partly = f" ({begun[0]} is half downloaded)" if begun else ""
         raise FileNotFoundError(
             f"{directory}: {len(missing)} of {len(names)} shards missing: {listed(missing)}{partly}"
-            f"{_missing_size(directory, index, names)}; run tt download again, it resumes{_or_without(directory)}"
+            f"{_missing_size(directory, index, found)}; run tt download again, it resumes{_or_without(directory)}"
         )
     return names
 
@@ -201,12 +203,12 @@ def _or_without(directory: Path) -> str:
     return f"; or, if {found[0]} is of the whole model and the index is old, remove {INDEX_NAME}" if found else ""
 
 
-def _missing_size(directory: Path, index: dict[str, Any], names: list[str]) -> str:
+def _missing_size(directory: Path, index: dict[str, Any], found: Iterable[str]) -> str:
     metadata = index.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if not isinstance(total, int) or not 0 <= total < 1 << 60:
         return ""
-    present = sum((directory / name).stat().st_size for name in names if (directory / name).exists())
+    present = sum((directory / name).stat().st_size for name in found)
     return f" (about {format_size(max(total - present, 0))})"
 
 
