@@ -20,7 +20,7 @@ from torch import Tensor
 BLOCK = 64
 _SCALER_BLOCK = 256
 _PART = 2048  # blocks quantized at a time: 256 kB of weights, in a cache with all that comes of them
-_TILE = 32768  # codes of two bytes looked up at a time: 256 kB of weights
+_TILE = 2**17  # codes of two bytes looked up at a time: 1 MB of weights, which a cache holds
 
 
 @functools.cache
