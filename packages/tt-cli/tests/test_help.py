@@ -29,6 +29,7 @@ def test_no_line_of_a_help_page_is_wider_than_the_terminal(page, columns, tt, mo
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = tt(*page.split(), "--help").out.splitlines()
     assert max(map(len, lines)) <= columns - 2
+    assert not any("<=x" in line for line in lines)  # click's bounds
     assert lines[0].startswith(f"Usage: tt {page}".rstrip())
 
 

@@ -43,8 +43,7 @@ def _one_of(words: Sequence[str]) -> str:
 @click.option(
     "--sort",
     type=click.Choice(list(SORTS)),
-    show_default="time",
-    help="Order of runs: newest, lowest held-out loss, or largest first.",
+    help="Order of runs: newest (the default), lowest held-out loss, or largest first.",
 )
 @click.option("--recipe", metavar="NAME", help="Only runs of this recipe.")
 @click.option("--base", metavar="TEXT", help="Only runs whose base model has TEXT in its name.")

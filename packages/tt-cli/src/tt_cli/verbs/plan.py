@@ -8,7 +8,7 @@ import click
 
 from tt_cli.group import ConfigVerb
 from tt_cli.names import composed
-from tt_cli.options import config_words, json_option
+from tt_cli.options import Number, config_words, json_option
 from tt_cli.terminal import print_json, tell
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _flops(_ctx: click.Context, _param: click.Parameter, text: str | None) -> fl
     ],
 )
 @config_words()
-@click.option("--nproc", metavar="N", type=click.IntRange(1, 2**16), default=1, show_default=True,
+@click.option("--nproc", metavar="N", type=Number(click.IntRange(1, 2**16)), default=1, show_default=True,
               help="Number of processes; memory is that of one of them.")  # fmt: skip
 @click.option("--memory", metavar="SIZE", callback=_bytes,
               help="Find the largest micro_batch_size that fits: 24GiB (of 2**30 bytes) or 80GB (10**9).")  # fmt: skip

@@ -38,8 +38,8 @@ WAIT_S = 60
     "--wait",
     type=COUNT,
     metavar="SECONDS",
-    show_default="60; 0 if the run has ended already",
-    help="Time to wait for a resume if the run is stopped, fails or is killed.",
+    help="Time to wait for a resume if the run is stopped, fails or is killed: 60 by default, none if it has ended "
+    "already.",
 )
 @json_option
 def command(run: str | None, num: int, wait: int | None, as_json: bool) -> int:
