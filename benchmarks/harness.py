@@ -35,7 +35,7 @@ HF = ["transformers==5.23.0", "peft==0.21.2", "datasets==5.2.0", "bitsandbytes==
 ENVIRONMENTS = {
     "hf": [TORCH, *HF, "trl==1.16.0", "lm-eval==0.4.13", "sentencepiece==0.2.1"],
     "torchtune": [TORCH, "torchtune==0.6.1", "torchao==0.15.0"],  # torchao 0.16 and later fail
-    "litgpt": [TORCH, "litgpt==0.5.13"],
+    "litgpt": [TORCH, "litgpt==0.5.13", "requests==2.34.2"],  # its command line needs requests
 }
 UNWANTED = {"litgpt": ["torchvision"]}  # a build for another torch, which fails to import
 HOME = {"tt": None, "limits": None, "transformers": "hf", "trl": "hf", "torchtune": "torchtune", "litgpt": "litgpt"}
