@@ -111,13 +111,20 @@ def test_selective_checkpointing_keeps_what_attention_gives(how, calls):
     assert attention_calls(model, gradients) == calls
 
 
-def test_selective_checkpointing_keeps_the_attention_of_each_packed_document():
+@pytest.mark.parametrize(("tiles", "calls"), [(True, 5), (False, 5 * 2 * 2)])
+def test_selective_checkpointing_keeps_the_attention_of_packed_documents(tiles, calls, monkeypatch):
+    from tt_models.cpu import attention
+
+    monkeypatch.setattr(attention, "FASTER_IN", {torch.float32} if tiles else set())
     model, plain = decoder(), decoder()
     checkpoint_activations_(model, "selective")
-    positions = torch.cat([torch.arange(12), torch.arange(8)]).expand(2, -1)
-    calls = attention_calls(model, lambda model: gradients(model, position_ids=positions))
-    assert calls == attention_calls(plain, lambda model: gradients(model, position_ids=positions)) == 5 * 2 * 2
-    assert_same(gradients(model, position_ids=positions), gradients(plain, position_ids=positions))
+    positions = torch.cat([torch.arange(12), torch.arange(58)]).expand(2, -1)
+
+    def step(model):
+        return gradients(model, seq_len=70, position_ids=positions)
+
+    assert attention_calls(model, step) == attention_calls(plain, step) == calls
+    assert_same(step(model), step(plain))
 
 
 @pytest.mark.parametrize("how", MODES)
@@ -232,10 +239,10 @@ def test_selective_checkpointing_is_refused_where_attention_is_no_single_operati
 
     config = compose("sft", overrides=[*words, "activation_checkpointing=selective"])
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert activation_mistakes(decoder(), config, cpu, []) == []
     bounded = decoder()
     bounded.model.layers[0].self_attn.softcap = 30.0
-    assert "bounds its attention scores or has sinks; use full" in activation_mistakes(bounded, config, cpu, [])[0]
+    assert activation_mistakes(decoder(), config, cpu, []) == activation_mistakes(bounded, config, cpu, []) == []
+    assert "bounds its attention scores or has sinks; use full" in activation_mistakes(bounded, config, cuda, [])[0]
     (line,) = activation_mistakes(decoder(attention_dropout=0.1), config, cpu, [])
     assert "on the CPU attention with dropout is no single operation; use full" in line
     config.data.packing = True

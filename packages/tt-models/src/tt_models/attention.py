@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tt_models.cpu.attention import attend_in_tiles, can_tile, is_faster, plain_attend
 from tt_models.cpu.elementwise import rotate
 from tt_models.cpu.one_query import attend_one_query
 from tt_models.cpu.products import linear, linears
 from tt_models.kv_cache import LayerCache
-from tt_models.masks import Documents, Mask, flex_attend, interval_mask
+from tt_models.masks import Intervals, Mask, flex_attend, split_documents
 from tt_models.rope import Rope
 
 
@@ -115,15 +116,20 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """[B, H, S, D]. Without a mask one query sees all keys, and S queries see as many keys causally."""
-    if isinstance(mask, Documents):
-        settings = {"scale": scale, "softcap": softcap, "sinks": sinks, "dropout": dropout}
-        return attend_each_document(q_BHSD, k_BNKD, v_BNKD, mask, **settings)
     causal = False
     if mask is None and q_BHSD.shape[2] > 1:  # a branch: with a dynamic length the comparison itself is not a bool
         causal = True
     assert not causal or q_BHSD.shape[2] == k_BNKD.shape[2], "a chunk after a cache needs its mask"
+    extras: dict[str, Any] = {"scale": scale, "softcap": softcap, "sinks": sinks}
+    if (causal or isinstance(mask, Intervals)) and not dropout and can_tile(q_BHSD):
+        seen = mask if isinstance(mask, Intervals) else Intervals(None, None)
+        mixed = attend_on_cpu(q_BHSD, k_BNKD, v_BNKD, seen, **extras)
+        if mixed is not None:
+            return mixed
+    if isinstance(mask, Intervals):
+        mask = mask.dense(q_BHSD.shape[2], k_BNKD.shape[2], q_BHSD.device)
     if mask is not None and not isinstance(mask, Tensor):
-        return flex_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale=scale, softcap=softcap, sinks=sinks)
+        return flex_attend(q_BHSD, k_BNKD, v_BNKD, mask, **extras)
     if softcap is not None or sinks is not None:
         return plain_attend(q_BHSD, k_BNKD, v_BNKD, mask, scale, softcap, sinks, dropout)
     if not causal and q_BHSD.shape[2] == 1 and q_BHSD.device.type == "cpu" and not dropout:
@@ -134,46 +140,21 @@ def attend(
     )
 
 
-def attend_each_document(q_BHSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, documents: Documents, **how: Any) -> Tensor:
-    """The same for packed rows on a CPU: the cost is that of the documents, not of the whole row."""
+def attend_on_cpu(q_BHSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, seen: Intervals, **extras: Any) -> Tensor | None:
+    """The same in tiles, or document by document; None if nothing is faster than one call of torch's attention."""
+    if is_faster(q_BHSD) or extras["softcap"] is not None or extras["sinks"] is not None:
+        return attend_in_tiles(q_BHSD, k_BNKD, v_BNKD, seen, **extras)
+    whole = q_BHSD.shape[2] == k_BNKD.shape[2] and not torch.compiler.is_compiling()
+    lengths = split_documents(seen.starts.expand(q_BHSD.shape[0], -1)) if whole and seen.starts is not None else None
+    if lengths is None:
+        return attend_in_tiles(q_BHSD, k_BNKD, v_BNKD, seen, **extras) if seen.window is not None else None
     rows = []
-    for index, lengths in enumerate(documents.lengths):
-        parts = []
-        split = [torch.split(x[index, None], lengths, dim=2) for x in (q_BHSD, k_BNSD, v_BNSD)]
-        for q, k, v in zip(*split, strict=True):
-            columns, window = torch.arange(q.shape[2], device=q.device), documents.window
-            mask = interval_mask(None, columns, columns, window) if window and q.shape[2] > window else None
-            parts.append(attend(q, k, v, mask=mask, **how))
-        rows.append(torch.cat(parts, dim=2))
+    for index, row in enumerate(lengths):
+        split = [torch.split(x[index, None], row, dim=2) for x in (q_BHSD, k_BNKD, v_BNKD)]
+        narrow = [Intervals(None, seen.window) if seen.window and length > seen.window else None for length in row]
+        parts = zip(*split, narrow, strict=True)
+        rows.append(torch.cat([attend(q, k, v, mask=mask, **extras) for q, k, v, mask in parts], dim=2))
     return torch.cat(rows)
-
-
-def plain_attend(
-    q_BHSD: Tensor,
-    k_BNKD: Tensor,
-    v_BNKD: Tensor,
-    mask: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout: float,
-) -> Tensor:
-    """Attention that SDPA does not have: softmax in fp32 over bounded scores, and over a sink."""
-    batch, heads, queries, _ = q_BHSD.shape
-    kv_heads, keys = k_BNKD.shape[1:3]
-    q_BNGD = q_BHSD.reshape(batch, kv_heads, heads // kv_heads * queries, -1)  # the queries of a group share their keys
-    scores = (q_BNGD @ k_BNKD.transpose(2, 3)).view(batch, heads, queries, keys) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is None and queries > 1:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        scores = torch.cat((scores, sinks.to(scores.dtype)[:, None, None].expand(batch, -1, queries, 1)), dim=-1)
-    weights = scores.float().softmax(dim=-1).to(q_BHSD.dtype)[..., :keys]
-    weights = F.dropout(weights, dropout) if dropout else weights
-    return (weights.reshape(batch, kv_heads, -1, keys) @ v_BNKD).view(batch, heads, queries, -1)
 
 
 def check_heads(hidden_size: int, heads: int, kv_heads: int, head_dim: int | None, dropout: float) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from tt_models.attention import Attention
 from tt_models.config import ModelConfig
+from tt_models.cpu.attention import FEWEST
 from tt_models.cpu.products import linear, product
 from tt_models.kv_cache import KVCache
-from tt_models.masks import Mask, block_mask, document_lengths, document_starts, interval_mask, split_documents
+from tt_models.masks import Intervals, Mask, block_mask, document_lengths, document_starts, interval_mask
 from tt_models.rope import Rope
 
 
@@ -140,17 +141,11 @@ class Stack(nn.Module):
         fresh = length == 0 and seq_len > 1  # queries and keys are the same columns
         if fresh and device.type == "cuda" and not (self.training and self.dropout):
             return block_mask(starts, seq_len, window, device)
-        if fresh and starts is not None and device.type == "cpu" and not self.is_compiled():
-            documents = split_documents(starts.expand(x_BSE.shape[0], -1), window)
-            if documents is not None:
-                return documents
+        if device.type == "cpu" and seq_len >= FEWEST:
+            hidden = length + seq_len - num_keys  # columns that a ring has forgotten
+            return Intervals(starts if starts is None or not hidden else (starts - hidden).clamp(min=0), window)
         queries = torch.arange(length, length + seq_len, device=device)
         return interval_mask(starts, queries, queries if keys is None else keys, window)
-
-    def is_compiled(self) -> bool:
-        """Whether lists of lengths would be compiled into the blocks, each time anew."""
-        blocks = any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self.layers)
-        return blocks or torch.compiler.is_compiling()
 
 
 def locate(input_ids_BS: Tensor, position_ids_BS: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:

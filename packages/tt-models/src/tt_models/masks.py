@@ -15,17 +15,22 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128  # what flex_attention skips or computes as a whole
-SHORTEST = 8  # mean tokens of a document below which one masked product beats a product per document
+SHORTEST = 8  # mean tokens of a document below which documents together beat a product per document
 
 
-class Documents(NamedTuple):
-    """Rows cut into documents; each of them attends to itself only."""
+class Intervals(NamedTuple):
+    """Queries of the last S of K columns, each of which sees from its start, or from its window, to itself."""
 
-    lengths: list[list[int]]  # of the documents of each row
+    starts: Tensor | None  # int64[B or 1, S]: columns; None: column 0
     window: int | None
 
+    def dense(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """The same as a boolean mask."""
+        columns = torch.arange(keys, device=device)
+        return interval_mask(self.starts, columns[keys - queries :], columns, self.window)
 
-Mask: TypeAlias = "Tensor | BlockMask | Documents | None"  # True if a query sees a key; None: itself, all before it
+
+Mask: TypeAlias = "Tensor | BlockMask | Intervals | None"  # True if a query sees a key; None: itself, all before it
 
 
 def document_starts(position_ids_BS: Tensor, *, offset: int = 0, first_B: Tensor | None = None) -> Tensor:
@@ -53,14 +58,14 @@ def document_lengths(position_ids_BS: Tensor, starts_BS: Tensor | None, *, offse
     return torch.zeros_like(counts).scatter_reduce(1, index, counts, "amax").gather(1, index)
 
 
-def split_documents(starts_BS: Tensor, window: int | None) -> Documents | None:
-    """The documents of rows that begin with one; None if there are so many that a mask is faster."""
+def split_documents(starts_BS: Tensor) -> list[list[int]] | None:
+    """The lengths of the documents of rows that begin with one; None if they are too short to be attended alone."""
     batch, seq_len = starts_BS.shape
     begins = [torch.unique_consecutive(row).tolist() for row in starts_BS.unbind(0)]
     if sum(len(row) for row in begins) * SHORTEST > batch * seq_len:
         return None
     ends = [[*row[1:], seq_len] for row in begins]
-    return Documents([[e - b for b, e in zip(*pair, strict=True)] for pair in zip(begins, ends, strict=True)], window)
+    return [[e - b for b, e in zip(*pair, strict=True)] for pair in zip(begins, ends, strict=True)]
 
 
 def interval_mask(starts_BS: Tensor | None, queries_S: Tensor, keys_K: Tensor, window: int | None) -> Tensor:

@@ -246,7 +246,7 @@ def _without_kernel(model: nn.Module, config: RunConfig, device: torch.device | 
     """Why the attention of a model is more than one operation, whose result could be kept; None if it is one."""
     attentions: list[Any] = [block.self_attn for block in blocks(model)]
     kind = device.type if device is not None else "cpu"
-    if any(attention.softcap is not None or attention.sinks is not None for attention in attentions):
+    if kind != "cpu" and any(attention.softcap is not None or attention.sinks is not None for attention in attentions):
         return "since this model bounds its attention scores or has sinks"
     if any(attention.dropout for attention in attentions) and kind == "cpu":
         return "since on the CPU attention with dropout is no single operation"

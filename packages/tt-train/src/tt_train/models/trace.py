@@ -133,6 +133,12 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
         return int(sdpa_flop_count(*(arg.shape for arg in args[:3])))  # type: ignore[no-untyped-call]
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
         return int(sdpa_backward_flop_count(*(arg.shape for arg in args[:4])))  # type: ignore[no-untyped-call]
+    if func in (torch.ops.tt_models.attention.default, torch.ops.tt_models.attention_backward.default):
+        backward = func is torch.ops.tt_models.attention_backward.default
+        q, k = args[backward : backward + 2]
+        every = (*q.shape[:2], *k.shape[2:])  # as above, where each query head has keys of its own
+        shapes = (q.shape, q.shape, every, every) if backward else (q.shape, every, every)
+        return int((sdpa_backward_flop_count if backward else sdpa_flop_count)(*shapes))
     return 0
 
 
