@@ -1,5 +1,6 @@
 """Attention in tiles of scores against fp64, and when it is used."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tt_models
 from tt_models.attention import attend
-from tt_models.cpu import attention
-from tt_models.cpu.attention import attend_in_tiles, faster_in, pieces
+from tt_models.cpu import attention, tiles
+from tt_models.cpu.attention import attend_in_tiles, faster_in
 from tt_models.cpu.blocks import shapes_alone
+from tt_models.cpu.tiles import pieces
 from tt_models.masks import Intervals
 
 
@@ -115,11 +117,11 @@ def test_large_scores_in_bf16_are_as_exact_as_torch():
 
 
 def test_pieces_are_documents_and_short_ones_together(monkeypatch):
-    monkeypatch.setattr(attention, "SHORT", 3)
+    monkeypatch.setattr(tiles, "SHORT", 3)
     starts = torch.tensor([2, 2, 5, 6, 6, 8, 8, 8, 8, 12, 12])  # the queries are in columns 3 to 13
     assert list(pieces(starts, 11, 14, None)) == [
-        (slice(0, 5), slice(2, 8), [0, 0, 3, 4, 4]),
-        (slice(5, 9), slice(8, 12), None),
+        (slice(0, 3), slice(2, 6), [0, 0, 3]),
+        (slice(3, 9), slice(6, 12), [0, 0, 2, 2, 2, 2]),
         (slice(9, 11), slice(12, 14), None),
     ]
     assert list(pieces(None, 3, 5, 2)) == [(slice(0, 3), slice(1, 5), [0, 1, 2])]
@@ -127,9 +129,9 @@ def test_pieces_are_documents_and_short_ones_together(monkeypatch):
 
 
 def test_tiles_can_be_differentiated_twice():
-    inputs, _ = drawn(queries=6, dim=4, batch=1, dtype=torch.float64)
-    inputs = [x.detach().requires_grad_() for x in [*inputs, torch.randn(4, dtype=torch.float64)]]
-    how = {"seen": Intervals(torch.tensor([[0, 0, 2, 2, 2, 2]]), 3), "scale": 0.5, "softcap": 2.0}
+    inputs, _ = drawn(heads=2, kv_heads=1, queries=5, dim=2, batch=1, dtype=torch.float64)
+    inputs = [x.detach().requires_grad_() for x in [*inputs, torch.randn(2, dtype=torch.float64)]]
+    how = {"seen": Intervals(torch.tensor([[0, 0, 2, 2, 2]]), 2), "scale": 0.5, "softcap": 2.0}
     assert torch.autograd.gradcheck(lambda *x: in_tiles(*x, **how), inputs)
     assert torch.autograd.gradgradcheck(lambda *x: in_tiles(*x, **how), inputs)
 
@@ -147,8 +149,9 @@ def test_autocast_computes_in_its_dtype_with_scores_in_fp32():
 
 def test_under_torch_func_the_formula_is_used():
     (q, k, v), _ = drawn(queries=70, batch=3)
-    expected = attend(q, k, v, mask=None, scale=0.25)
-    found = torch.func.vmap(lambda q, k, v: attend(q[None], k[None], v[None], mask=None, scale=0.25)[0])(q, k, v)
+    how = {"mask": None, "scale": 0.25, "softcap": 2.0}
+    expected = attend(q, k, v, **how)
+    found = torch.func.vmap(lambda q, k, v: attend(q[None], k[None], v[None], **how)[0])(q, k, v)
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -185,8 +188,8 @@ def test_tiles_take_the_place_of_torch_only_on_a_cpu_that_gains(cpu, faster, mon
     monkeypatch.setattr(attention, "FASTER_IN", faster_in(cpu))
     for dtype in (torch.bfloat16, torch.float32):
         for queries in (attention.FEWEST, attention.FEWEST - 1):
-            (q, k, v), _ = drawn(queries=queries, dtype=dtype)
-            calls, _ = operators(lambda: attend(q, k, v, mask=None, scale=0.25))
+            inputs, _ = drawn(queries=queries, dtype=dtype)
+            calls, _ = operators(functools.partial(attend, *inputs, mask=None, scale=0.25))
             assert calls["attention"] == (dtype in faster and queries == attention.FEWEST)
 
 

@@ -7,6 +7,7 @@ import tt_models
 from tt_models import decoder
 from tt_models.attention import attend, plain_attend
 from tt_models.auto import FAMILIES
+from tt_models.cpu import attention as cpu_attention
 from tt_models.masks import block_mask, document_lengths, document_starts, interval_mask, split_documents
 from tt_models.parity import relative_error
 
@@ -88,24 +89,29 @@ def test_a_decoder_over_flex_is_the_same(model_type, small, monkeypatch, close):
     close(found, expected, 256)
 
 
+@pytest.mark.parametrize("faster", [set(), {torch.float32}])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_documents_attended_one_by_one_are_the_same_as_under_a_mask(model_type, small, monkeypatch):
+def test_documents_in_tiles_or_one_by_one_are_the_same_as_under_a_mask(model_type, faster, small, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "FASTER_IN", faster)
     model = small(model_type, 2)
-    ids = torch.randint(4, 60, (2, 40))
-    positions = torch.tensor([[*range(9), *range(20), *range(11)], [*range(40)]])
-    used, split = [], decoder.split_documents
+    ids = torch.randint(4, 60, (2, 80))
+    positions = torch.tensor([[*range(9), *range(60), *range(11)], [*range(80)]])
 
-    def run(replacement):
-        monkeypatch.setattr(decoder, "split_documents", replacement)
+    def run(fewest):
+        monkeypatch.setattr(decoder, "FEWEST", fewest)
         model.zero_grad()
         logits = model(ids, positions)
         logits.square().sum().backward()
         gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
         return logits, gradients
 
-    expected, gradients = run(lambda *_: None)
-    logits, found = run(lambda *args: used.append(split(*args)) or used[-1])
-    assert used[0].lengths == [[9, 20, 11], [40]]
+    masks = []
+    monkeypatch.setattr(decoder, "interval_mask", lambda *args: masks.append(args) or interval_mask(*args))
+    expected, gradients = run(81)
+    assert masks
+    masks.clear()
+    logits, found = run(64)
+    assert not masks
     limit = 256 * torch.finfo(logits.dtype).eps  # as for fixture close
     assert relative_error(logits, expected) < limit
     floor = 1e-2 * max(gradient.abs().max().item() for gradient in gradients.values())
@@ -113,10 +119,11 @@ def test_documents_attended_one_by_one_are_the_same_as_under_a_mask(model_type, 
         assert relative_error(found[name], gradient, floor=floor) < limit, name
 
 
-def test_many_tiny_documents_are_left_to_a_mask():
+def test_many_tiny_documents_are_not_attended_one_by_one():
     starts = torch.arange(64)[None]
-    assert split_documents(starts, None) is None
-    assert split_documents(torch.zeros_like(starts), 5).lengths == [[64]]
+    assert split_documents(starts) is None
+    assert split_documents(torch.zeros_like(starts)) == [[64]]
+    assert split_documents(torch.tensor([[0] * 20 + [20] * 12])) == [[20, 12]]
 
 
 def test_no_document_sees_another(small):

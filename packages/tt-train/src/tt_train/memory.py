@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-import tt_models.cpu.attention  # which registers an operator
+from tt_models.cpu import attention
 from tt_train.errors import TrainingError, counted
 from tt_train.losses.cross_entropy import Batch
 
@@ -70,12 +70,12 @@ def blocks(model: nn.Module) -> nn.ModuleList:
 # ---- activations ----
 
 KEEPS_BY_HOOKS = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters  # torch >= 2.14
-# attention is one of these, unless scores are bounded or have sinks on a device that is not a CPU; see tt_models.attention
+# attention is one of these, unless scores are bounded or have sinks and no CPU computes them; see tt_models.attention
 _ATTENTION = {getattr(torch.ops.aten, name).default for name in (
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
     "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_fused_attention_overrideable",
     "_scaled_dot_product_flash_attention_for_cpu",
-)} | {torch.ops.tt_models.attention.default}  # fmt: skip
+)} | {attention.OPERATOR}  # fmt: skip
 
 
 def checkpoint_activations_(model: nn.Module, how: bool | int | str = True) -> None:
