@@ -176,21 +176,26 @@ def operators(action):
 @pytest.mark.parametrize(
     ("cpu", "faster"),
     [
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_tile": False}, {torch.bfloat16, torch.float32}),
-        ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False}, {torch.float32}),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_tile": True}, set()),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_tile": False}, {torch.bfloat16}),
-        ({"architecture": "aarch64"}, set()),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_tile": False}, True),
+        ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False}, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_tile": True}, False),
+        ({"architecture": "aarch64"}, False),
     ],
 )
-def test_tiles_take_the_place_of_torch_only_on_a_cpu_that_gains(cpu, faster, monkeypatch):
-    assert faster_in(cpu) == faster
+def test_tiles_take_the_place_of_torch_only_in_bf16_on_a_cpu_and_at_lengths_that_gain(cpu, faster, monkeypatch):
     monkeypatch.setattr(attention, "FASTER_IN", faster_in(cpu))
     for dtype in (torch.bfloat16, torch.float32):
-        for queries in (attention.FEWEST, attention.FEWEST - 1):
-            inputs, _ = drawn(queries=queries, dtype=dtype)
+        for heads, queries, gains in ((8, 256, True), (8, 255, False), (1, 724, False), (1, 725, True)):
+            inputs, _ = drawn(heads, 1, queries=queries, dim=8, batch=1, dtype=dtype)
             calls, _ = operators(functools.partial(attend, *inputs, mask=None, scale=0.25))
-            assert calls["attention"] == (dtype in faster and queries == attention.FEWEST)
+            assert calls["attention"] == (faster and gains and dtype == torch.bfloat16)
+    longest = torch.empty(1, 2, attention.LONGEST + 1, 8, dtype=torch.bfloat16)
+    assert not attention.is_faster(longest)
+    assert attention.is_faster(longest[:, :, :-1]) == faster
+    with torch.no_grad():
+        assert attention.is_faster(longest[:, :, :512]) == faster
+        assert not attention.is_faster(longest[:, :, :511])
+        assert not attention.is_faster(longest[:, :, :512], documents=True)
 
 
 @pytest.mark.parametrize("faster", [set(), {torch.float32}])

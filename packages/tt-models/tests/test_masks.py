@@ -93,6 +93,7 @@ def test_a_decoder_over_flex_is_the_same(model_type, small, monkeypatch, close):
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_documents_in_tiles_or_one_by_one_are_the_same_as_under_a_mask(model_type, faster, small, monkeypatch):
     monkeypatch.setattr(cpu_attention, "FASTER_IN", faster)
+    monkeypatch.setattr(cpu_attention, "WORTH", 1)
     model = small(model_type, 2)
     ids = torch.randint(4, 60, (2, 80))
     positions = torch.tensor([[*range(9), *range(60), *range(11)], [*range(80)]])

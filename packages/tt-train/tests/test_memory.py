@@ -116,6 +116,7 @@ def test_selective_checkpointing_keeps_the_attention_of_packed_documents(tiles, 
     from tt_models.cpu import attention
 
     monkeypatch.setattr(attention, "FASTER_IN", {torch.float32} if tiles else set())
+    monkeypatch.setattr(attention, "WORTH", 1)
     model, plain = decoder(), decoder()
     checkpoint_activations_(model, "selective")
     positions = torch.cat([torch.arange(12), torch.arange(58)]).expand(2, -1)

@@ -142,7 +142,8 @@ def attend(
 
 def attend_on_cpu(q_BHSD: Tensor, k_BNKD: Tensor, v_BNKD: Tensor, seen: Intervals, **extras: Any) -> Tensor | None:
     """The same in tiles, or document by document; None if nothing is faster than one call of torch's attention."""
-    if is_faster(q_BHSD) or extras["softcap"] is not None or extras["sinks"] is not None:
+    faster = is_faster(q_BHSD, documents=seen.starts is not None)
+    if faster or extras["softcap"] is not None or extras["sinks"] is not None:
         return attend_in_tiles(q_BHSD, k_BNKD, v_BNKD, seen, **extras)
     whole = q_BHSD.shape[2] == k_BNKD.shape[2] and not torch.compiler.is_compiling()
     lengths = split_documents(seen.starts.expand(q_BHSD.shape[0], -1)) if whole and seen.starts is not None else None

@@ -15,7 +15,10 @@ from tt_models.cpu.elementwise import _with_graph
 from tt_models.cpu.tiles import LOG2E, Scores, by_token, exact_dtype, mix, mix_backward, parts
 from tt_models.masks import Intervals
 
-FEWEST = 64  # queries from which tiles are faster than torch
+FEWEST = 64  # queries from which an interval per query is better than a mask
+WORTH = 2**19  # scores of all heads of a row from which tiles pay their calls
+LONGEST = 4096  # queries up to which they were measured to be faster
+FEWEST_FORWARD = 512  # queries of one document from which the forward alone is
 
 
 def can_tile(q_BHSD: Tensor) -> bool:
@@ -25,20 +28,26 @@ def can_tile(q_BHSD: Tensor) -> bool:
     return q_BHSD.device.type == "cpu" and is_eager(q_BHSD)
 
 
-def is_faster(q_BHSD: Tensor) -> bool:
-    """Whether it is faster than torch's attention if each query sees all before it, on this CPU."""
-    return q_BHSD.dtype in FASTER_IN and (torch.compiler.is_compiling() or q_BHSD.shape[2] >= FEWEST)
+def is_faster(q_BHSD: Tensor, *, documents: bool = False) -> bool:
+    """Whether it is faster than torch's attention without a window, on this CPU; its backward is what gains most.
+
+    A compiled graph serves all lengths: there the dtype alone decides.
+    """
+    if q_BHSD.dtype not in FASTER_IN or torch.compiler.is_compiling():
+        return q_BHSD.dtype in FASTER_IN
+    heads, queries = q_BHSD.shape[1:3]
+    if not torch.is_grad_enabled() and (documents or queries < FEWEST_FORWARD):
+        return False
+    return queries <= LONGEST and heads * queries * queries >= WORTH
 
 
 def faster_in(cpu: Mapping[str, Any]) -> frozenset[torch.dtype]:
     """In which dtypes a CPU, with ``torch.cpu.get_capabilities()``, multiplies batches much faster than torch attends.
 
     torch's attention makes many small products by MKL. Batches in bf16 are multiplied by oneDNN: with AVX512-BF16 at
-    several times that rate. With AMX both are fast. In fp32 both are MKL's, whose small products are slow on AMD.
+    several times that rate. With AMX both are fast, and in fp32 both are MKL's.
     """
-    bf16 = cpu.get("avx512_bf16") and not cpu.get("amx_tile")
-    fp32 = str(cpu.get("cpu_name", "")).startswith("AMD")
-    return frozenset(dtype for dtype, fast in ((torch.bfloat16, bf16), (torch.float32, fp32)) if fast)
+    return frozenset([torch.bfloat16] if cpu.get("avx512_bf16") and not cpu.get("amx_tile") else [])
 
 
 FASTER_IN = faster_in(torch.cpu.get_capabilities())

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE = 2**19  # scores of a tile, of all its heads, per thread
+TILE = 2**19  # scores of a tile, of all its heads, per thread; half of it in the forward
 ROWS, COLUMNS = 512, 128  # of a tile in the backward
 WHOLE_ROWS = 128  # of a tile in the forward, which has all columns
 SHORT = 64  # documents of fewer tokens are attended together, under a mask
@@ -40,7 +40,7 @@ def parts(
                 size = WHOLE_ROWS * min(width, width if window is None else window + WHOLE_ROWS)
             else:
                 size = min(ROWS, group * length) * min(COLUMNS, width)
-            count = max(1, TILE * torch.get_num_threads() // size)
+            count = max(1, TILE * torch.get_num_threads() // (2 * size if forward else size))
             for n in range(0, kv_heads, count):
                 last = min(n + count, kv_heads)
                 yield (b, slice(n * group, last * group), rows), (b, slice(n, last), columns), low
