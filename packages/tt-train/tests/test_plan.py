@@ -106,12 +106,12 @@ def test_shards_divide_what_trains(words):
 
 
 def test_the_largest_micro_batch_of_sharded_ranks_is_larger_and_fits_each(words):
-    job = job_of(words, "model.dtype=fp32", "batch_size=8", "micro_batch_size=1")
-    other = with_config(job, dataclasses.replace(job.config, micro_batch_size=2, batch_size=16))
-    memory = plan(other, ranks=4).peak.total
+    job = job_of(words, "model.dtype=fp32", "batch_size=16", "micro_batch_size=1")
+    other = with_config(job, dataclasses.replace(job.config, micro_batch_size=2, batch_size=32))
+    memory = plan(other, ranks=8).peak.total
     assert memory < plan(job).peak.total  # one process cannot do it
     assert largest_micro_batch(job, memory) == 0
-    assert largest_micro_batch(job, memory, ranks=4) >= 2
+    assert largest_micro_batch(job, memory, ranks=8) >= 2
 
 
 def test_shards_that_are_offloaded_are_not_on_the_gpu(words):
