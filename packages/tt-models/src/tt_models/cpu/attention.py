@@ -70,8 +70,7 @@ def attend_in_tiles(
     return mixed
 
 
-@torch.library.custom_op("tt_models::attention", mutates_args=())
-def attention(
+def _forward(
     q_BHSD: Tensor,
     k_BNKD: Tensor,
     v_BNKD: Tensor,
@@ -94,8 +93,7 @@ def attention(
     return mixed, log_sum
 
 
-@torch.library.custom_op("tt_models::attention_backward", mutates_args=())
-def attention_backward(
+def _gradients_of(
     grad_BHSD: Tensor,
     q_BHSD: Tensor,
     k_BNKD: Tensor,
@@ -128,8 +126,15 @@ def _gradients(q_BHSD: Tensor, k_BNKD: Tensor, log_sum_BHS: Tensor) -> tuple[Ten
     return by_token(q_BHSD), by_token(k_BNKD), by_token(k_BNKD), torch.empty_like(log_sum_BHS)
 
 
-attention.register_fake(lambda q, *_: _results(q))
-attention_backward.register_fake(lambda grad, q, k, v, mixed, log_sum, *_: _gradients(q, k, log_sum))
+# not by torch.library.custom_op, whose first call would load torch._dynamo
+for name, function in (("attention", _forward), ("attention_backward", _gradients_of)):
+    torch.library.define(f"tt_models::{name}", torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(f"tt_models::{name}", "CPU", function)
+attention, attention_backward = torch.ops.tt_models.attention, torch.ops.tt_models.attention_backward
+torch.library.register_fake("tt_models::attention", lambda q, *_: _results(q))
+torch.library.register_fake(
+    "tt_models::attention_backward", lambda grad, q, k, v, mixed, log_sum, *_: _gradients(q, k, log_sum)
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,7 +162,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return *grads, grad_sinks, None, None, None, None
 
 
-attention.register_autograd(_backward, setup_context=_keep)
+torch.library.register_autograd("tt_models::attention", _backward, setup_context=_keep)
 OPERATOR = torch.ops.tt_models.attention.default
 
 
