@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROW_LIMITS = (60, 12)  # functions, files
-MERGE_LIMITS = (128, 25)  # a tensor is read, checked, written and compared in pieces
+MERGE_LIMITS = (120, 25)
 
 
 def walk(action: Callable[[], object]) -> list[tuple[str, str]]:

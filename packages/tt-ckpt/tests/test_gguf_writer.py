@@ -13,7 +13,7 @@ from tt_ckpt.formats.gguf.blocks import is_within
 from tt_ckpt.formats.gguf.plan import plan_adapter, plan_model, read_back_tokenizer
 from tt_ckpt.formats.gguf.splits import SPLITS
 from tt_ckpt.formats.gguf.writer import write_gguf
-from tt_ckpt.hf.weights import Weights
+from tt_ckpt.hf.weights import Weights, in_pieces
 from tt_ckpt.safetensors_file import spec_of
 
 gguf = pytest.importorskip("gguf")
@@ -43,7 +43,10 @@ def weights(config=None, **changes) -> Weights:
     tensors |= {"model.embed_tokens.weight": torch.randn(ROWS, 32), "model.norm.weight": torch.randn(32)}
     tensors |= changes
     specs = {name: spec_of(tensor) for name, tensor in tensors.items()}
-    return Weights(specs=specs, get=tensors.__getitem__, config=config or CONFIG, format="hf", files=())
+    return Weights(
+        specs=specs, get=tensors.__getitem__, pieces=lambda name: in_pieces(tensors[name]), config=config or CONFIG,
+        format="hf", files=(),
+    )  # fmt: skip
 
 
 def split_as(name):

@@ -20,7 +20,7 @@ from tt_ckpt.hf.stored_tensors import open_tensors
 from tt_ckpt.hf.weights import is_finite, num_not_finite, same_bytes
 from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.ranks import box, is_cover
-from tt_ckpt.safetensors_file import TensorSpec, byte_views, encode_header, read_header, read_tensor
+from tt_ckpt.safetensors_file import TensorSpec, announced, encode_header, read_header, read_tensor, spec_of
 from tt_ckpt.train import tensor_groups
 
 ABOVE_24, ABOVE_31 = 2**24 + 3, 2**31 + 5
@@ -94,7 +94,7 @@ def test_shards_are_planned_and_counted_in_whole_numbers():
 
 def test_nothing_of_a_large_tensor_is_left_out_when_it_is_checked_or_written():
     tensor = zeros(ABOVE_31, torch.float8_e4m3fn)
-    assert sum(len(piece) for piece in byte_views(tensor)) == ABOVE_31
+    assert sum(len(piece) for piece in announced("large", "one", spec_of(tensor), tensor)) == ABOVE_31
     for dtype in (torch.bfloat16, torch.float16):
         values = zeros(ABOVE_24, dtype)
         assert is_finite(values)

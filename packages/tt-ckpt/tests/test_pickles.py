@@ -57,7 +57,7 @@ def test_bytes_in_the_order_of_another_machine_keep_their_values_when_pages_are_
     for _ in range(2):
         for name, tensor in values.items():
             assert torch.equal(tensors[name], tensor)
-            assert torch.equal(torch.cat(list(tensors.rows(name))).view(-1), tensor)
+            assert torch.equal(torch.cat(list(tensors.pieces(name))).view(-1), tensor)
 
 
 def test_values_whose_pages_were_dropped_are_read_again(tmp_path):
@@ -65,7 +65,7 @@ def test_values_whose_pages_were_dropped_are_read_again(tmp_path):
     tensors = read_pickled(save(tmp_path / "f.pth", values), allow_pickle=True)
     first = {name: tensors[name] for name in values}
     for name, tensor in values.items():
-        assert torch.equal(torch.cat([piece.clone() for piece in tensors.rows(name)]).view_as(tensor), tensor)
+        assert torch.equal(torch.cat([piece.clone() for piece in tensors.pieces(name)]).view_as(tensor), tensor)
         assert torch.equal(tensors[name], tensor)
     assert all(torch.equal(first[name], tensor) for name, tensor in values.items())
 

@@ -177,7 +177,7 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
         out.copy_(whole)
         return
     if out.dtype == spec.dtype and out.device.type == "cpu":
-        for _ in read_pieces(header, name, max(1, spec.numel), out.view(-1)):
+        for _ in read_pieces(header, name, max(1, out.numel()), out.view(-1)):
             pass
         return
     first = 0
@@ -189,11 +189,12 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
 def read_pieces(header: Header, name: str, numel: int, into: Tensor | None = None) -> Iterator[Tensor]:
     """The values of a tensor of the file, ``numel`` at a time, in memory that the next piece overwrites (``into``)."""
     spec = header.tensors[name]
-    buffer = torch.empty(min(numel, spec.numel), dtype=spec.dtype) if into is None else into
+    total = spec.nbytes // spec.dtype.itemsize
+    buffer = torch.empty(min(numel, total), dtype=spec.dtype) if into is None else into
     with header.path.open("rb", buffering=0) as file:
         file.seek(header.offsets[name])
-        for begin in range(0, spec.numel, numel):
-            piece = buffer[: spec.numel - begin]
+        for begin in range(0, total, numel):
+            piece = buffer[: total - begin]
             view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
             while view:
                 count = file.readinto(view)
@@ -268,18 +269,13 @@ def announced(path: str | Path, name: str, spec: TensorSpec, given: Tensor | Ite
     """The bytes of a tensor, which may be given in pieces; ValueError unless they are of ``spec``."""
     if isinstance(given, Tensor) and spec_of(given) != spec:
         raise ValueError(f"{path}: tensor {name!r} is {spec_of(given)}, announced as {spec}")
-    numel = 0
+    nbytes = 0
     for piece in (given,) if isinstance(given, Tensor) else given:
-        numel += piece.numel()
-        if piece.dtype != spec.dtype or numel > spec.numel:
+        nbytes += piece.nbytes
+        if piece.dtype != spec.dtype or nbytes > spec.nbytes:
             raise ValueError(f"{path}: tensor {name!r} has pieces {spec_of(piece)}, announced as {spec}")
-        yield from byte_views(piece)
-    if numel != spec.numel:
-        raise ValueError(f"{path}: tensor {name!r} has {numel} values, announced as {spec}")
-
-
-def byte_views(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor in pieces; no copy if it is contiguous on the CPU."""
-    flat = flat_bytes(tensor)
-    for start in range(0, flat.numel(), _WRITE_BYTES):
-        yield memoryview(flat[start : start + _WRITE_BYTES].numpy())  # type: ignore[arg-type]
+        flat = flat_bytes(piece)
+        for start in range(0, flat.numel(), _WRITE_BYTES):
+            yield memoryview(flat[start : start + _WRITE_BYTES].numpy())  # type: ignore[arg-type]
+    if nbytes != spec.nbytes:
+        raise ValueError(f"{path}: tensor {name!r} has {nbytes} bytes, announced as {spec}")

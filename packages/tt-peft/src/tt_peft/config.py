@@ -55,8 +55,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         self._make_tuples()
-        _check_rank("rank", self.rank)
-        _check_alpha("alpha", self.alpha)
+        _check_number("rank", self.rank)
+        _check_number("alpha", self.alpha)
         if type(self.dropout) not in (int, float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {shown(self.dropout)}")
         for name in ("rank_pattern", "alpha_pattern"):
@@ -70,9 +70,9 @@ class LoRAConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         for pattern, rank in self.rank_pattern.items():
-            _check_rank("rank_pattern", rank, pattern)
+            _check_number("rank_pattern", rank, pattern)
         for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha("alpha_pattern", alpha, pattern)
+            _check_number("alpha_pattern", alpha, pattern)
         if not (self.target_modules or self.target_parameters):
             raise ValueError("target_modules is empty: name at least one module, such as 'q_proj', or use 'all-linear'")
         if self.init not in get_args(Init):
@@ -144,16 +144,13 @@ def _check_count(name: str, count: int) -> None:
         raise ValueError(f"{name} has {count:,} names, expected at most {MOST_NAMES:,}: {_SHORTER}")
 
 
-def _check_rank(name: str, value: object, pattern: str | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MOST_RANK:
-        name = name if pattern is None else f"{name}[{shown(pattern)}]"
-        raise ValueError(f"{name} must be a positive whole number, got {shown(value)}: expected 1 to {MOST_RANK}")
-
-
-def _check_alpha(name: str, value: object, pattern: str | None = None) -> None:
-    if not is_alpha(value):
-        name = name if pattern is None else f"{name}[{shown(pattern)}]"
-        raise ValueError(f"{name} must be a positive number, got {shown(value)}: expected at most {MOST_ALPHA}")
+def _check_number(name: str, value: object, pattern: str | None = None) -> None:
+    is_rank = name.startswith("rank")
+    if is_alpha(value) and (not is_rank or (type(value) is int and value <= MOST_RANK)):
+        return
+    kind, most = ("whole number", f"1 to {MOST_RANK}") if is_rank else ("number", f"at most {MOST_ALPHA}")
+    name = name if pattern is None else f"{name}[{shown(pattern)}]"
+    raise ValueError(f"{name} must be a positive {kind}, got {shown(value)}: expected {most}")
 
 
 def is_alpha(value: object) -> bool:

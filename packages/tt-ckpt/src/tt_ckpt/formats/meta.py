@@ -98,7 +98,7 @@ def from_meta(
     def pieces(name: str) -> Iterator[Tensor]:
         return in_pieces(get(name)) if len(parts) > 1 or _is_rotated(name) else pieces_of(parts[0], keys[name])
 
-    return Weights(specs=shapes, get=get, rows=pieces, config=dict(config), format="meta", files=tuple(files))
+    return Weights(specs=shapes, get=get, pieces=pieces, config=dict(config), format="meta", files=tuple(files))
 
 
 def _check_parts(

@@ -63,7 +63,7 @@ class MappedTensors(dict[str, Tensor]):
     def _is_view(self, name: str, tensor: Tensor) -> bool:
         return tensor.is_contiguous() and name not in self.swapped
 
-    def rows(self, name: str) -> Iterator[Tensor]:
+    def pieces(self, name: str) -> Iterator[Tensor]:
         """The tensor as ``in_pieces`` gives it; the pages of a piece leave memory when the next is asked for."""
         tensor = self[name]
         for piece in in_pieces(tensor):

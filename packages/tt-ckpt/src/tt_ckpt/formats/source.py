@@ -175,7 +175,7 @@ def _by_keys(tensors: Mapping[str, Tensor], config: dict[str, Any] | None, files
     if any("embed_tokens" in key or ".self_attn." in key for key in keys):
         specs = specs_of(tensors)
         return Weights(
-            specs=specs, get=tensors.__getitem__, rows=partial(pieces_of, tensors), config=dict(config or {}),
+            specs=specs, get=tensors.__getitem__, pieces=partial(pieces_of, tensors), config=dict(config or {}),
             format="hf", files=tuple(files),
         )  # fmt: skip
     shown = listed(sorted(keys)) or "none"
@@ -212,5 +212,5 @@ def _unwrapped(weights: Weights) -> Weights:
         weights,
         specs=specs,
         get=lambda name: weights.get(names[name]),
-        rows=lambda name: weights.pieces(names[name]),
+        pieces=lambda name: weights.pieces(names[name]),
     )

@@ -107,12 +107,12 @@ def from_torchtune(tensors: Mapping[str, Tensor], *, config: Mapping[str, Any], 
         pieces = [single(piece) for piece in parts[name]]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def rows(name: str) -> Iterator[Tensor]:
+    def pieces(name: str) -> Iterator[Tensor]:
         if len(parts[name]) > 1 or _is_rotated(name, family):
             return in_pieces(get(name))
         return pieces_of(tensors, keys[name])
 
-    return Weights(specs=specs, get=get, rows=rows, config=dict(config), format="torchtune", files=tuple(files))
+    return Weights(specs=specs, get=get, pieces=pieces, config=dict(config), format="torchtune", files=tuple(files))
 
 
 def _group(names: Mapping[str, str], family: Family) -> dict[str, tuple[str, ...]]:

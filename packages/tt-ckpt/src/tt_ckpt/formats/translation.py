@@ -108,8 +108,8 @@ def number(
 
 def pieces_of(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
     """A tensor as ``in_pieces`` gives it, not in memory whole if it need not be."""
-    rows: Callable[[str], Iterator[Tensor]] | None = getattr(tensors, "rows", None)
-    return in_pieces(tensors[name]) if rows is None else rows(name)
+    pieces: Callable[[str], Iterator[Tensor]] | None = getattr(tensors, "pieces", None)
+    return in_pieces(tensors[name]) if pieces is None else pieces(name)
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

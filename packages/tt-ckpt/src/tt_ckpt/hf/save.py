@@ -92,7 +92,7 @@ def save_weights(
         advance = counter(progress, 2 * weights.nbytes) if progress else None
         write_shards(weights, tmp, layout, advance)
         written = open_tensors(tmp)  # read, not mapped: mapped pages would count as memory of this process
-        again = replace(weights, specs=written.specs, get=written.borrow, rows=written.rows)
+        again = replace(weights, specs=written.specs, get=written.borrow, pieces=written.pieces)
         compare(again, weights, where=folder, progress=advance)
 
 
@@ -123,10 +123,10 @@ def weights_of(
     def get(key: str) -> Tensor:
         return cast_tensor(key, parts(origin[key])[key], specs[key].dtype)
 
-    def rows(key: str) -> Iterator[Tensor]:
+    def pieces(key: str) -> Iterator[Tensor]:
         return cast_pieces(key, lambda: in_pieces(parts(origin[key])[key]), specs[key].dtype)
 
-    return Weights(specs=specs, get=get, rows=rows, config=dict(config), format="hf", files=())
+    return Weights(specs=specs, get=get, pieces=pieces, config=dict(config), format="hf", files=())
 
 
 def _write_together(weights: Weights, order: list[str], write: Callable[[Weights], None]) -> None:
@@ -146,7 +146,7 @@ def _write_together(weights: Weights, order: list[str], write: Callable[[Weights
     failure: Exception | None = None
     if among.is_first:
         try:
-            write(replace(weights, get=get, rows=None))
+            write(replace(weights, get=get, pieces=lambda key: in_pieces(get(key))))
         except Exception as error:
             failure = error
     for key in order[position:]:  # also after a failure: the other ranks are waiting in these reads
@@ -170,7 +170,7 @@ def stored_weights(folder: Path, config: Mapping[str, Any]) -> Weights:
     return Weights(
         specs=tensors.specs,
         get=get,
-        rows=tensors.rows,
+        pieces=tensors.pieces,
         config=dict(config),
         format="hf",
         files=tuple(header.path for header in tensors.headers.values()),

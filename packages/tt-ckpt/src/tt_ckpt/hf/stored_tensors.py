@@ -45,7 +45,7 @@ class StoredTensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         spec = self.specs[name]
         out = torch.empty(spec.shape, dtype=spec.dtype)
-        self.read_into(name, out)
+        read_tensor(self.headers[self.where[name]], name, out)
         return out
 
     def __iter__(self) -> Iterator[str]:
@@ -76,10 +76,10 @@ class StoredTensors(Mapping[str, Tensor]):
             self._buffer = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is allocated
             self._buffer = torch.empty(spec.nbytes, dtype=torch.uint8)
         out = self._buffer[: spec.nbytes].view(spec.dtype).view(spec.shape)
-        self.read_into(name, out)
+        read_tensor(self.headers[self.where[name]], name, out)
         return out
 
-    def rows(self, name: str) -> Iterator[Tensor]:
+    def pieces(self, name: str) -> Iterator[Tensor]:
         """The tensor as ``in_pieces`` gives it, each piece in memory that the next one overwrites."""
         step, width = rows_at_once(self.specs[name].shape)
         pieces = read_pieces(self.headers[self.where[name]], name, step * width)

@@ -1,6 +1,6 @@
 """The weights of a model on their way to files: cast, checked for values that are not finite, compared."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tt_ckpt.safetensors_file import TensorSpec, flat_bytes, spec_of
+from tt_ckpt.safetensors_file import TensorSpec, flat_bytes
 from tt_ckpt.shown import plain
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -23,20 +23,16 @@ _VALUES = 1 << 22  # summed at once
 class Weights:
     """The tensors of a model under their Hugging Face names: ``specs`` in the best order to read, ``get`` gives one.
 
-    ``rows`` gives a tensor as ``in_pieces`` does, if it need not be in memory whole.
+    ``pieces`` gives one as ``in_pieces`` does, without the whole in memory if it can; the next piece may overwrite it.
     """
 
     specs: dict[str, TensorSpec]
     get: Callable[[str], Tensor]
-    rows: Callable[[str], Iterator[Tensor]] | None = None
+    pieces: Callable[[str], Iterator[Tensor]]
     config: dict[str, Any]
     format: str  # hf, meta, torchtune or gguf
     files: tuple[Path, ...]
     companions: Mapping[str, str] = field(default_factory=dict)  # files to write beside the weights: name -> text
-
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor as ``in_pieces`` gives it; the next piece may overwrite this one."""
-        return in_pieces(self.get(name)) if self.rows is None else self.rows(name)
 
     @property
     def nbytes(self) -> int:
@@ -57,23 +53,24 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
         weights,
         specs={name: TensorSpec(dtype=target(spec), shape=spec.shape) for name, spec in weights.specs.items()},
         get=lambda name: cast_tensor(name, weights.get(name), target(weights.specs[name])),
-        rows=lambda name: cast_pieces(name, lambda: weights.pieces(name), target(weights.specs[name])),
+        pieces=lambda name: cast_pieces(name, lambda: weights.pieces(name), target(weights.specs[name])),
     )
 
 
-def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor`` in ``dtype``; a ValueError if finite values become infinite."""
-    return next(cast_pieces(name, lambda: iter([tensor]), dtype))
+def cast_tensor(
+    name: str, tensor: Tensor, dtype: torch.dtype, pieces: Callable[[], Iterable[Tensor]] | None = None
+) -> Tensor:
+    """``tensor``, one of ``pieces()`` or whole, in ``dtype``; a ValueError if finite values become infinite."""
+    result = tensor.to(dtype)
+    if result is not tensor and not is_finite(result) and is_finite(tensor):
+        count = sum(num_not_finite(one.to(dtype)) for one in (pieces() if pieces else [tensor]))
+        raise ValueError(f"{name}: {count} values overflow {str(dtype).removeprefix('torch.')}; choose a wider dtype")
+    return result
 
 
 def cast_pieces(name: str, pieces: Callable[[], Iterator[Tensor]], dtype: torch.dtype) -> Iterator[Tensor]:
     """What ``pieces()`` gives in ``dtype``; a ValueError if finite values become infinite."""
-    for piece in pieces():
-        result = piece.to(dtype)
-        if result is not piece and not is_finite(result) and is_finite(piece):
-            count, kind = sum(num_not_finite(one.to(dtype)) for one in pieces()), str(dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: {count} values overflow {kind}; choose a wider dtype")
-        yield result
+    return (cast_tensor(name, piece, dtype, pieces) for piece in pieces())
 
 
 def rows_at_once(shape: Sequence[int]) -> tuple[int, int]:
@@ -130,7 +127,7 @@ def compare(written: Weights, meant: Weights, *, where: Path, progress: Callable
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether dtype, shape and every bit are equal (NaN equals the same NaN, 0.0 is not -0.0)."""
-    if spec_of(a) != spec_of(b):
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
     x, y = flat_bytes(a).numpy(), flat_bytes(b).numpy()
     words = x.nbytes // 8 * 8  # compared eight bytes at a time, which is several times as fast

@@ -18,7 +18,7 @@ from tt_ckpt.files import TMP_PREFIX, create
 from tt_ckpt.hf.directory import check_room
 from tt_ckpt.hf.save import Layout, choose_layout, save_weights
 from tt_ckpt.hf.stored_tensors import open_tensors
-from tt_ckpt.hf.weights import EMBEDDING, Weights, cast_tensor, is_finite
+from tt_ckpt.hf.weights import EMBEDDING, Weights, cast_tensor, in_pieces, is_finite
 from tt_ckpt.shown import plain
 from tt_peft.adapter_files.low_rank import read_low_rank
 from tt_peft.merge import merged_weight
@@ -123,7 +123,10 @@ def merged_tensors(origin: Origin, dtype: torch.dtype | None) -> MergedTensors |
             raise RefusedError from error
         return merged
 
-    weights = Weights(specs=specs, get=get, config=tt_ckpt.read_config(origin.model), format="hf", files=())
+    config = tt_ckpt.read_config(origin.model)
+    weights = Weights(
+        specs=specs, get=get, pieces=lambda name: in_pieces(get(name)), config=config, format="hf", files=()
+    )
     return MergedTensors(weights=weights, layout=layout, rows=embedding.shape[0], serving=serving, losses=losses)
 
 

@@ -119,9 +119,10 @@ def _read_base(base: Base) -> tuple[str | None, bool | None]:
 
 
 def _resolve_base(file: Path, key: str, moved: str | None, named: object = None) -> Path:
-    """The directory of the base: ``moved``, else what ``file`` names."""
+    """The directory of the base: ``moved``, else what ``file`` names; of a run without an adapter, its model."""
     if moved is not None:
-        return tt_ckpt.resolve(_own_model(moved))
+        run = FinishedRun.at(moved)
+        return tt_ckpt.resolve(moved if run is None or run.model is None else run.model)
     named = named or read_json(file).get(key)
     if not named:
         raise ConfigError([f"{file}: names no base model ({key}); give --base DIR"])
@@ -132,7 +133,8 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
     if not (Path(str(named)) / "config.json").is_file() and (beside / "config.json").is_file():
         named = beside  # relative to the adapter, not to the working directory
     try:
-        found = tt_ckpt.resolve(_own_model(str(named)))
+        run = FinishedRun.at(str(named))
+        found = tt_ckpt.resolve(str(named) if run is None or run.model is None else run.model)
     except (FileNotFoundError, ValueError) as error:
         why = "which does not exist" if str(named).startswith(("/", ".", "~")) else f"which was not found ({error})"
         raise ConfigError(
@@ -153,12 +155,6 @@ def _resolve_base(file: Path, key: str, moved: str | None, named: object = None)
              "--base DIR (with --base nf4 it computes in 4 bits)"]
         ) from None  # fmt: skip
     return found
-
-
-def _own_model(path: str) -> str:
-    """The model of a run that trained a whole model, else ``path``."""
-    run = FinishedRun.at(path)
-    return path if run is None or run.model is None else str(run.model)
 
 
 def refuse_absent_run(path: Path, *, root: str | Path = "runs") -> None:

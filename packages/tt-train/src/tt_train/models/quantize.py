@@ -17,7 +17,7 @@ import tt_data
 import tt_models
 from tt_ckpt.hf.base_tensors import base_tensors, split_sources
 from tt_ckpt.hf.save import choose_layout, save_weights
-from tt_ckpt.hf.weights import Weights
+from tt_ckpt.hf.weights import Weights, in_pieces
 from tt_ckpt.safetensors_file import spec_of
 from tt_ckpt.shown import format_size, plain
 from tt_models.limits import weight_bytes
@@ -196,7 +196,10 @@ def _weights(model: nn.Module, config: Mapping[str, Any]) -> Weights:
     for base in base_tensors(model):
         held |= split_sources(model, base.names[0], base.tensor.detach())
     specs = {name: spec_of(tensor) for name, tensor in held.items()}
-    return Weights(specs=specs, get=held.__getitem__, config=dict(config), format="hf", files=())
+    return Weights(
+        specs=specs, get=held.__getitem__, pieces=lambda name: in_pieces(held[name]), config=dict(config),
+        format="hf", files=(),
+    )  # fmt: skip
 
 
 def _check_again(model: tt_models.Decoder, folder: Path, rows: list[Row]) -> None:

@@ -48,7 +48,7 @@ def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
         name, first, _ = sources[key]
         return _tensor(key, tensors[name], first, specs[key], arch, config)
 
-    def rows(key: str) -> Iterator[Tensor]:
+    def pieces(key: str) -> Iterator[Tensor]:
         (name, first, _), (step, width) = sources[key], rows_at_once(specs[key].shape)
         if (arch.norm_offset and key.endswith("norm.weight")) or (arch.interleaved and _ROTATED.search(key)):
             yield from in_pieces(get(key))
@@ -59,7 +59,7 @@ def from_gguf(path: Path, *, tokenizer: bool = True) -> Weights:
     return Weights(
         specs=specs,
         get=get,
-        rows=rows,
+        pieces=pieces,
         config=config | {"torch_dtype": str(dtype).removeprefix("torch.")},
         format="gguf",
         files=tuple(dict.fromkeys(tensor.file for tensor in gguf.tensors.values())),
