@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import tt_models
-from tt_models import attention, cpu, decoder
+from tt_models import attention, decoder
 from tt_models.auto import FAMILIES
+from tt_models.cpu import elementwise
 from tt_models.kv_cache import LayerCache
 from tt_models.norm import RMSNorm
 from tt_models.parity import (
@@ -178,7 +179,7 @@ def interleaved_rope(model, monkeypatch):
     def rotate(x, cos, sin):
         half = cos.shape[-1] // 2
         pairs = torch.stack((x[..., :half], x[..., half:]), -1).flatten(-2)
-        return cpu.rotate(pairs, cos, sin)
+        return elementwise.rotate(pairs, cos, sin)
 
     monkeypatch.setattr(attention, "rotate", rotate)
 
