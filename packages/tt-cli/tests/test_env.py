@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tt_cli.verbs import env
-from tt_models.cpu import products
+from tt_models.cpu import attention, blocks, products
 
 GIB = 2**30
 
@@ -62,7 +62,10 @@ def test_what_is_wrong_is_said_with_the_cure(facts, change, said):
 @pytest.mark.parametrize("kernel", typing.get_args(products.Kernel))
 def test_how_weights_are_read_in_decoding_is_said(kernel, monkeypatch):
     monkeypatch.setattr(products, "kernel", lambda: kernel)
-    assert env.collect()["cpu_decoding"] == env.DECODING[kernel]
+    found = env.collect()["cpu_kernels"]
+    assert found["decoding"] == env.DECODING[kernel]
+    assert found["tiles"] == bool(attention.FASTER_IN)
+    assert found["block"] == blocks.BLOCK
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(facts, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def collect() -> dict[str, Any]:
     """Plain data about this machine; sizes are bytes."""
     import torch
 
-    from tt_models.cpu.products import kernel
+    from tt_models.cpu import attention, blocks, products
     from tt_train.run.environment import collect as of_a_run
 
     facts = of_a_run()
@@ -94,7 +94,11 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_usable": _usable_cpus(),
         "cpu_load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "cpu_decoding": DECODING[kernel()],
+        "cpu_kernels": {
+            "decoding": DECODING[products.kernel()],
+            "tiles": bool(attention.FASTER_IN),
+            "block": blocks.BLOCK,
+        },
         "accelerators": [_accelerator(index) for index in range(torch.accelerator.device_count())],
         "nvidia_driver": _nvidia_driver(),
         "amd_gpu": Path("/dev/kfd").exists(),
