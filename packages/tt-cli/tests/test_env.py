@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said_with_the_cure(facts, change, said):
 def test_how_weights_are_read_in_decoding_is_said(kernel, monkeypatch):
     monkeypatch.setattr(products, "kernel", lambda: kernel)
     found = env.collect()["cpu_kernels"]
-    assert found["decoding"] == env.DECODING[kernel]
+    assert found["decode"] == env.DECODING[kernel]
     assert found["tiles"] == bool(attention.FASTER_IN)
     assert found["block"] == blocks.BLOCK
 

@@ -95,7 +95,7 @@ def collect() -> dict[str, Any]:
         "cpu_usable": _usable_cpus(),
         "cpu_load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "cpu_kernels": {
-            "decoding": DECODING[products.kernel()],
+            "decode": DECODING[products.kernel()],
             "tiles": bool(attention.FASTER_IN),
             "block": blocks.BLOCK,
         },
