@@ -62,7 +62,7 @@ def test_what_is_wrong_is_said_with_the_cure(facts, change, said):
 @pytest.mark.parametrize("kernel", typing.get_args(products.Kernel))
 def test_how_weights_are_read_in_decoding_is_said(kernel, monkeypatch):
     monkeypatch.setattr(products, "kernel", lambda: kernel)
-    found = env.collect()["cpu_kernels"]
+    found = env.collect()["kernels"]
     assert found["decode"] == env.DECODING[kernel]
     assert found["tiles"] == bool(attention.FASTER_IN)
     assert found["block"] == blocks.BLOCK

@@ -94,11 +94,7 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_usable": _usable_cpus(),
         "cpu_load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "cpu_kernels": {
-            "decode": DECODING[products.kernel()],
-            "tiles": bool(attention.FASTER_IN),
-            "block": blocks.BLOCK,
-        },
+        "kernels": {"decode": DECODING[products.kernel()], "tiles": bool(attention.FASTER_IN), "block": blocks.BLOCK},
         "accelerators": [_accelerator(index) for index in range(torch.accelerator.device_count())],
         "nvidia_driver": _nvidia_driver(),
         "amd_gpu": Path("/dev/kfd").exists(),
