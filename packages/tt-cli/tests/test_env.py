@@ -48,7 +48,7 @@ def problems(facts) -> list[str]:
     ({"memory": {"available": 9 * GIB, "shared": 2**26}}, "data.num_workers needs more (docker run --shm-size=1g)"),
     ({"torch_threads": 64}, "torch uses 64 threads on 2 CPUs, which is slower; set OMP_NUM_THREADS=2"),
     ({"torch_threads": 1, "cpu_usable": 0.5}, None),
-    ({"cpu_load": 2.4}, "the load is 2.4 on 2 CPUs, where torch's threads wait busily; set OMP_WAIT_POLICY=PASSIVE"),
+    ({"cpu_load": 2.4}, "the load is 2.4 on 2 CPUs, and torch's waiting threads spin; set OMP_WAIT_POLICY=PASSIVE"),
     ({"cpu_load": 2.4, "torch_threads": 1}, None),
     ({"cpu_load": 2.4, "variables": {"OMP_WAIT_POLICY": "PASSIVE"}}, None),
     ({"cpu_load": None}, None),

@@ -54,9 +54,9 @@ def test_a_missing_device_is_named_with_the_available_ones(found, monkeypatch, n
         (
             "xpu",
             ["data.packing=true"],
-            "device: auto took xpu (A card); without flex_attention, packed rows take memory",
+            "device: auto took xpu (A card); it has no flex_attention, so packed rows need memory quadratic",
         ),
-        ("mps", ["data.packing=true"], "device: auto took mps (Apple GPU); without flex_attention, packed rows take"),
+        ("mps", ["data.packing=true"], "device: auto took mps (Apple GPU); it has no flex_attention, so packed rows"),
         (None, ["model.dtype=bf16"], "sees no accelerator; this CPU has no instructions for bf16 and emulates it"),
         (None, ["model.dtype=fp32"], "sees no accelerator"),
     ],

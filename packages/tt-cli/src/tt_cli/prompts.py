@@ -113,7 +113,7 @@ def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
 
 
 class _TwiceError(ValueError):
-    """A key that an object has twice: JSON would take the last."""
+    """A key that an object has twice: Python's json would take the last."""
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

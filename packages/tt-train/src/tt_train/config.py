@@ -66,7 +66,7 @@ class DataSection:
     max_dropped_share: float = 0.1  # of the rows: more that cannot be used stop the run
     drop_duplicates: bool = True  # of rows that are the same, keep one; a file that is given twice counts twice
     special_tokens: str = "text"  # text | tokens: what </s> and its like become when they are typed in rows
-    num_workers: int = 0  # processes that encode and collate; 0: spare cores encode what follows 8,192 rows
+    num_workers: int = 0  # processes that encode and collate; 0: spare cores encode rows after the first 8,192
     worker_timeout_s: float = 300.0  # a process that prepares no batch for so long ends the run
     cache_dir: str | None = None  # keep token rows there, so that the next run need not make them
     shuffle: bool = True

@@ -270,7 +270,7 @@ def threads(facts: Facts) -> Iterator[str]:
     if used > max(1.0, usable):
         yield f"torch uses {used} threads on {usable:g} CPUs, which is slower; set OMP_NUM_THREADS={int(usable) or 1}"
     elif load > usable and used > 1 and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & facts["variables"].keys():
-        yield f"the load is {load:g} on {usable:g} CPUs, where torch's threads wait busily; set OMP_WAIT_POLICY=PASSIVE"
+        yield f"the load is {load:g} on {usable:g} CPUs, and torch's waiting threads spin; set OMP_WAIT_POLICY=PASSIVE"
 
 
 def wheels(_: Facts) -> Iterator[str]:

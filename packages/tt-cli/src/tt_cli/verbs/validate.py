@@ -17,7 +17,7 @@ from tt_cli.terminal import print_json, tell, tell_rows
     ],
 )
 @config_words()
-@click.option("--all-rows", is_flag=True, help="Check every row, also of data with more than 10,000 rows.")
+@click.option("--all-rows", is_flag=True, help="Check every row, also of sources with more than 10,000 rows.")
 @json_option
 def command(
     what: str, overrides: tuple[str, ...], config_file: str | None, allow_import: tuple[str, ...], all_rows: bool,
@@ -25,7 +25,7 @@ def command(
 ) -> None:  # fmt: skip
     """Check everything about a config that needs no weights: keys, paths, columns, shapes, devices and loggers.
 
-    Of data with more than 10,000 rows, a sample is checked, and the report says which rows. tt run checks all rows.
+    Of a source with more than 10,000 rows it checks a sample, and says which rows. tt run checks all rows.
     """
     config = composed(what, config_file, overrides, allow_import)
     from tt_train.job import assemble

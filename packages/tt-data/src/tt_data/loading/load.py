@@ -126,12 +126,12 @@ def load_dataset(
         split, data_dir, data_files, revision: as in ``datasets.load_dataset``; all but the last work for directories.
         limit: stop reading after this many usable rows.
         sample: of a source of more than 10,000 rows, read the first, the last and others at even distances, to check
-            it quickly.
+            it quickly. Not with ``streaming`` or ``limit``.
         streaming: read during training, shuffled within ``buffer`` rows.
         cache_dir: keep token rows there and read them next time.
         num_workers: processes that encode rows (for a stream: an argument of ``batches``). A process that does not
             answer within ``timeout_s`` seconds is an error.
-        spare_workers: processes that encode the rows of a source behind its first 8,192, unless there are
+        spare_workers: processes that encode the rows of a source after its first 8,192, unless there are
             ``num_workers``. The rows are the same.
 
     Raises ValueError or FileNotFoundError that names the file and the line.

@@ -82,9 +82,7 @@ def device_notes(config: RunConfig, device: torch.device | None) -> list[str]:
         return [f"device: auto took the CPU, since torch {torch.__version__} sees no accelerator{more}"]
     name = torch.get_device_module(device.type).get_device_name(device) if device.type != "mps" else "Apple GPU"
     dense = config.data.packing and device.type != "cuda"  # see tt_models.decoder
-    more = (
-        "; without flex_attention, packed rows take memory with the square of data.max_seq_len there" if dense else ""
-    )
+    more = "; it has no flex_attention, so packed rows need memory quadratic in data.max_seq_len" if dense else ""
     return [f"device: auto took {device} ({name}){more}"]
 
 

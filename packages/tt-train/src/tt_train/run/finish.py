@@ -222,7 +222,7 @@ def _tell_best(console: Console, run: RunDir, best: dict[str, Any], *, steps: in
 
 
 def _write_report(run: RunDir, state: TrainingState, console: Console) -> None:
-    """The page, and the picture if there are several steps: one has no curve, and loading matplotlib takes longer."""
+    """The page, and the picture if there are several steps: one step has no curve, and matplotlib is slow to load."""
     has_curves = state.step > 1
     if write_report([run.path], with_picture=has_curves)[1] is None and has_curves:
         console.note(NO_PICTURE)

@@ -70,7 +70,7 @@ def refuse_mistakes(config: RunConfig) -> None:
 
 
 def mistakes(config: RunConfig, size: int = 1) -> list[str]:
-    """Values that ``size`` processes cannot be given, one line each; tt_train.job checks what needs files."""
+    """Values that cannot be meant for ``size`` processes, one line each; tt_train.job checks what needs files."""
     if wrong := _wrong_types(config, type(config), ""):
         return wrong
     plain = to_dict(config)
