@@ -2,7 +2,7 @@
 
 nox -s bench -- --suite cpu                    # everything that the suite has; README.md beside this file
 nox -s bench -- --suite decode --quick         # tiny shapes, two rounds: whether it runs
-nox -s bench -- --tables                       # the tables of README.md and docs/ again, from results/*.json
+nox -s bench -- --tables                       # write the tables of README.md and docs/ from results/*.json
 """
 
 import argparse
