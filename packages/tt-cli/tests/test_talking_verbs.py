@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import tt_train
 
 
 @pytest.fixture
@@ -35,6 +38,23 @@ def test_generate_answers_on_stdout_alone(tt, lora_run):
 
 def test_the_prompt_may_be_the_word_behind_the_run(tt, lora_run):
     assert generate(tt, str(lora_run), "Repeat red.") == generate(tt, str(lora_run), "-p", "Repeat red.")
+
+
+@pytest.mark.parametrize("verb", ["generate", "chat"])
+def test_a_device_can_be_chosen_and_one_that_is_not_there_is_refused_before_weights_load(
+    tt, lora_run, monkeypatch, verb
+):
+    chosen = []
+    original = tt_train.load
+    monkeypatch.setattr("tt_train.load", lambda *words, **how: chosen.append(how["device"]) or original(*words, **how))
+    pipe(monkeypatch, "red")
+    assert tt(verb, str(lora_run), "--device", "cpu", "--max-new-tokens", "1").code == 0
+    assert chosen == [torch.device("cpu")]
+    pipe(monkeypatch, "red")
+    answer = tt(verb, str(lora_run), "--device", "gpu")
+    assert answer.code == 2
+    assert "did you mean 'cuda'?" in answer.err
+    assert len(chosen) == 1
 
 
 def test_a_prompt_alone_is_for_the_newest_run(tt, beside_the_run):

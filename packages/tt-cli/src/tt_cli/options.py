@@ -96,6 +96,13 @@ def base_option(function: Function) -> Function:
     )(function)
 
 
+def device_option(function: Function) -> Function:
+    """``--device`` of a verb that computes with a model; ``pick_device`` reads it."""
+    return click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="Device to compute on.")(
+        function
+    )
+
+
 def dtype_option(default: str) -> Callable[[Function], Function]:
     """``--dtype``; ``default`` says what is written without it."""
     kinds = click.Choice(["fp32", "bf16", "fp16"])

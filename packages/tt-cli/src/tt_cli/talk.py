@@ -39,15 +39,18 @@ class Sampling:
 class Speaker:
     """A model with its tokenizer, asked in the form in which its run was trained. The weights load at ``load``."""
 
-    def __init__(self, path: str | None, *, adapter: bool = True, base: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str | None, *, adapter: bool = True, base: Sequence[str] = (), device: str = "auto"
+    ) -> None:
         from tt_train.run.dir import find_run
 
         self.path = str(path if path is not None else find_run())
+        from tt_train.inputs.components import pick_device
         from tt_train.models.generation_config import sampling_defaults  # loads torch: an absent run is told before
         from tt_train.models.load import model_config
         from tt_train.models.origin import find_origin, load_tokenizer
 
-        self._adapter, self._base = adapter, base or None
+        self._adapter, self._base, self._device = adapter, base or None, pick_device(device)
         origin = find_origin(self.path, self._base)
         self.defaults = sampling_defaults(origin.places)
         self.tokenizer: Any = load_tokenizer(origin)
@@ -65,7 +68,9 @@ class Speaker:
         if self.model is None:
             from tt_train import load
 
-            self.model, self.tokenizer = load(self.path, adapter=self._adapter, base=self._base, tell=tell)
+            self.model, self.tokenizer = load(
+                self.path, device=self._device, adapter=self._adapter, base=self._base, tell=tell
+            )
             self.limit = self.model.config.max_position_embeddings
 
     def sampling(self, given: Mapping[str, Any]) -> Sampling:

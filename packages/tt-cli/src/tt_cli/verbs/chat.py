@@ -12,7 +12,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
-from tt_cli.options import base_option, sampling_options
+from tt_cli.options import base_option, device_option, sampling_options
 from tt_cli.prompts import check_text, read_lines
 from tt_cli.reply import Reply, Stats
 from tt_cli.talk import Messages, Sampling, Speaker, tell_cut, tell_room
@@ -45,17 +45,18 @@ _NARROWEST = 60  # columns of a terminal on which two answers fit beside each ot
 @click.option("--system", metavar="TEXT", help="System message to start the conversation with.")
 @click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option
+@device_option
 @sampling_options
 @click.option("--stats", is_flag=True, help="Show tokens per second, the time to the first token and peak memory.")
 def command(
-    model: str | None, system: str | None, no_adapter: bool, base: tuple[str, ...], stats: bool, **sampling: object
+    model: str | None, system: str | None, no_adapter: bool, base: tuple[str, ...], stats: bool, **sampling: Any
 ) -> None:
     """Chat with RUN or MODEL (default: the newest run).
 
     Each line of standard input is a prompt; on a terminal, several lines go between two lines of three quotes.
     /help lists the commands of the conversation. Ctrl-C stops an answer.
     """
-    speaker = Speaker(model, adapter=not no_adapter, base=base)
+    speaker = Speaker(model, adapter=not no_adapter, base=base, device=sampling.pop("device"))
     chat = Chat(speaker, speaker.sampling(sampling), stats=stats)
     chat.start_over(None if system is None else check_text(system, "--system"))
     speaker.load()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tt_cli.group import Invocation, Verb
-from tt_cli.options import AT_LEAST_ONE, COUNT, SEED, TOKENS, Number, base_option, json_option
+from tt_cli.options import AT_LEAST_ONE, COUNT, SEED, TOKENS, Number, base_option, device_option, json_option
 from tt_cli.terminal import print_json, say, tell, tell_rows
 from tt_train.errors import ConfigError, LostRank
 
@@ -104,7 +104,7 @@ class EvalVerb(Verb):
 )
 @click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option
-@click.option("--device", metavar="DEVICE", default="auto", show_default=True, help="Device to compute on.")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["fp32", "bf16", "fp16"]),

@@ -11,7 +11,7 @@ import click
 
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
-from tt_cli.options import AT_LEAST_ONE, SAMPLES, base_option, json_option, sampling_options
+from tt_cli.options import AT_LEAST_ONE, SAMPLES, base_option, device_option, json_option, sampling_options
 from tt_cli.prompts import Prompt, check_text, read_prompt, read_prompts, row_file
 from tt_cli.reply import CUT, Reply
 from tt_cli.talk import Messages, Sampling, Speaker, show_answer, tell_cut, tell_room
@@ -59,6 +59,7 @@ _CHUNK = 8  # batches whose prompts are sorted by length together
 @click.option("--raw", is_flag=True, help="Continue the prompt as plain text, without a template.")
 @click.option("--no-adapter", is_flag=True, help="Use the base model of a run, without its adapter.")
 @base_option
+@device_option
 @sampling_options
 @click.option("--stats", is_flag=True, help="Show tokens per second, the time to the first token and peak memory.")
 @json_option
@@ -74,6 +75,7 @@ def command(
     raw: bool,
     no_adapter: bool,
     base: tuple[str, ...],
+    device: str,
     stats: bool,
     as_json: bool,
     **sampling: object,
@@ -95,7 +97,7 @@ def command(
             _check_new(path)
         rows = read_prompts(prompts)
         _check_turns(rows, raw=raw, system=system)
-    speaker = Speaker(model, adapter=not no_adapter, base=base)
+    speaker = Speaker(model, adapter=not no_adapter, base=base, device=device)
     settings = speaker.sampling(sampling)
     if num_samples > 1 and not settings.temperature:
         raise ValueError("--num-samples: at temperature 0 all answers are the same; add --temperature 0.8, or another")
