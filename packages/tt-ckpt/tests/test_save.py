@@ -404,6 +404,14 @@ def test_a_link_to_nothing_is_explained(tiny, tmp_path):
         tt_ckpt.save_hf(tiny(), tmp_path / "link", config={})
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0)])
+def test_an_empty_parameter_is_written_and_read_back(tmp_path, shape):
+    model = nn.Linear(3, 2)
+    model.rows = nn.Parameter(torch.empty(shape))
+    tt_ckpt.save_hf(model, tmp_path / "out", config={}, dtype=torch.bfloat16)
+    assert tt_ckpt.open_tensors(tmp_path / "out")["rows"].shape == shape
+
+
 def test_values_that_a_dtype_cannot_hold_are_an_error(tiny, tmp_path):
     model = tiny()
     model.model.norm.weight.data[:2] = 1e6

@@ -193,7 +193,7 @@ def read_pieces(header: Header, name: str, numel: int, into: Tensor | None = Non
     buffer = torch.empty(min(numel, total), dtype=spec.dtype) if into is None else into
     with header.path.open("rb", buffering=0) as file:
         file.seek(header.offsets[name])
-        for begin in range(0, total, numel):
+        for begin in range(0, max(total, 1), numel):  # an empty tensor is one empty piece
             piece = buffer[: total - begin]
             view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
             while view:
