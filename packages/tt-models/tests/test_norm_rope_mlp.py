@@ -193,6 +193,21 @@ def test_a_weight_that_changed_is_not_read_from_its_copy():
         assert linear(layer, x).eq(128).all()
 
 
+@pytest.mark.skipif(products.kernel() != "avx512_bf16", reason="no weight is packed here")
+@pytest.mark.parametrize("how", ["fused step", "data"])
+def test_a_weight_that_changed_without_a_new_version_is_not_read_from_its_copy(how):
+    layer, x = nn.Linear(64, 8, bias=False).bfloat16(), torch.ones(1, 64).bfloat16()
+    packed = products.Packed(layer)
+    with torch.no_grad(), products.reading(packed):
+        linear(layer, x)
+        if how == "data":
+            layer.weight.data = torch.ones(8, 64).bfloat16()
+        else:
+            layer.weight.grad = torch.ones_like(layer.weight)
+            torch.optim.SGD(layer.parameters(), lr=1.0, fused=True).step()
+        assert linear(layer, x).equal(nn.functional.linear(x, layer.weight))
+
+
 def test_no_more_weights_are_packed_than_fit_in_half_of_the_memory(monkeypatch):
     monkeypatch.setattr(products, "kernel", lambda: "avx512_bf16")
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, _: weight)

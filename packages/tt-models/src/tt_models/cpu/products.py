@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tt_models.limits import total_memory, weight_bytes
 
@@ -47,7 +48,8 @@ class Packed:
     def __init__(self, model: nn.Module) -> None:
         total = total_memory(torch.device("cpu"))
         self.room = total // 2 - weight_bytes(model) if total is not None and kernel() == "avx512_bf16" else 0
-        self.copies: dict[int, tuple[list[Tensor], list[int], Tensor | None]] = {}  # weights, their versions, the copy
+        self.copies: dict[int, tuple[list[Tensor], list[int], Tensor | None]] = {}  # weights, their state, the copy
+        self.held: list[Tensor] = []  # the memory of these weights, so that no other weight is put at its address
 
     def copy_of(self, *weights: Tensor) -> Tensor | None:
         """The copy of weights that share their input; None if it does not fit, or if they have changed since."""
@@ -59,10 +61,27 @@ class Packed:
                 self.room -= nbytes
                 together = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
                 copy = torch.ops.mkldnn._reorder_linear_weight(together, MOST_ROWS)
-            self.copies[id(weights[0])] = list(weights), [weight._version for weight in weights], copy
-        kept, versions, copy = self.copies[id(weights[0])]
+            self.copies[id(weights[0])] = list(weights), _state(weights), copy
+            self.held += [weight.detach() for weight in weights]
+        kept, state, copy = self.copies[id(weights[0])]
         same = len(kept) == len(weights) and all(a is b for a, b in zip(kept, weights, strict=True))
-        return copy if same and [weight._version for weight in weights] == versions else None
+        return copy if same and _state(weights) == state else None
+
+
+_steps = 0  # of all optimizers: torch's fused ones change weights without a new version
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+def _state(weights: Sequence[Tensor]) -> list[int]:
+    """What is another number once weights have changed, by whatever but an operation on their ``data`` in place."""
+    return [_steps, *(number for weight in weights for number in (weight._version, weight.data_ptr()))]
 
 
 _READ = threading.local()
