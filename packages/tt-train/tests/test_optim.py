@@ -1,5 +1,8 @@
 """Optimizers against torch's."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -41,6 +44,30 @@ def test_optimizers_are_torchs_with_every_argument(section, reference):
         first.step()
         second.step()
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "adagrad", "rmsprop", "muon"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+def test_a_copy_of_an_optimizer_makes_the_steps_that_the_optimizer_makes(name, copied):
+    parameter = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = make_optimizer(decayed([parameter]), OptimizerSection(name=name, lr=0.1))
+    parameter.grad = torch.ones(4, 3)
+    optimizer.step()
+    its, other = copied((parameter, optimizer))
+    for weight, each in ((parameter, optimizer), (its, other)):
+        weight.grad = torch.arange(12.0).view(4, 3)
+        each.step()
+    assert torch.equal(its, parameter)
+    assert type(other.optimizers[0]) is type(optimizer.optimizers[0])
+
+
+def test_a_state_that_an_optimizer_begins_with_is_fp32_for_a_bf16_weight():
+    parameter = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    optimizer = make_optimizer(decayed([parameter]), OptimizerSection(name="adagrad", lr=0.5))
+    parameter.grad = torch.ones(3)
+    optimizer.step()  # torch's fused kernel refuses a sum in bf16
+    assert optimizer.state[parameter]["sum"].dtype == torch.float32
+    assert parameter.eq(-0.5).all()
 
 
 def test_an_argument_that_the_optimizer_lacks_is_refused():

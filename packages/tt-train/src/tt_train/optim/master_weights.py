@@ -47,6 +47,10 @@ class MasterWeights:
         split_(parameter.data.to(torch.float32), nearest, self.lost[parameter])
         parameter.data = nearest
         parameter.grad_dtype = torch.float32  # micro-batches are added up there
+        for optimizer in self.optimizers:  # Adagrad has a state before its first step
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if value.dtype == torch.bfloat16:
+                    optimizer.state[parameter][key] = value.float()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

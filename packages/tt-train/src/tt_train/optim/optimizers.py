@@ -103,10 +103,18 @@ def _eager(optimizer_class: type[torch.optim.Optimizer]) -> type[torch.optim.Opt
         with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             return bare_step(self, *given, **named)
 
+    def reduce(self: torch.optim.Optimizer) -> Any:  # by the name of the class a pickle would find torch's
+        return _empty, (optimizer_class,), self.__getstate__()
+
     names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
     bare = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in names}
-    more = {"step": step, "__module__": optimizer_class.__module__, "__doc__": optimizer_class.__doc__}
-    return type(optimizer_class.__name__, (optimizer_class,), bare | more)
+    named = {"__module__": optimizer_class.__module__, "__doc__": optimizer_class.__doc__}
+    more = {"step": step, "__reduce__": reduce}
+    return type(optimizer_class.__name__, (optimizer_class,), bare | more | named)
+
+
+def _empty(optimizer_class: Any) -> Any:
+    return object.__new__(_eager(optimizer_class))
 
 
 def _wrong_options(section: OptimizerSection, accepted: Mapping[str, inspect.Parameter]) -> list[str]:
