@@ -274,3 +274,15 @@ def test_an_exported_model_has_no_operator_of_ours(small, monkeypatch):
     assert not [node for node in exported.graph.nodes if "tt_models" in str(node.target)]
     ids = torch.randint(4, 60, (1, 97))
     assert torch.allclose(exported.module()(ids), model(ids), atol=1e-5)
+
+
+def test_a_compiled_function_may_use_the_gradients_of_torch_func():
+    torch._dynamo.reset()
+    (q, k, v), _ = drawn(queries=80)
+
+    def loss(q):
+        return attend(q, k, v, mask=Intervals(None, 7), scale=0.3).square().sum()
+
+    gradient = torch.func.grad(loss)
+    found = torch.compile(gradient, backend="eager", fullgraph=True)(q)
+    assert torch.allclose(found, gradient(q), atol=1e-5)

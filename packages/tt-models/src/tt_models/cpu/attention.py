@@ -24,7 +24,8 @@ FEWEST_FORWARD = 512  # queries of one document from which the forward alone is
 def can_tile(q_BHSD: Tensor) -> bool:
     """Whether ``attend_in_tiles`` may be used: on a CPU, and not under torch.func, a DTensor or torch.export."""
     if torch.compiler.is_compiling():
-        return q_BHSD.device.type == "cpu" and not torch.compiler.is_exporting()
+        formula = torch.compiler.is_exporting() or torch._C._are_functorch_transforms_active()
+        return q_BHSD.device.type == "cpu" and not formula
     return q_BHSD.device.type == "cpu" and is_eager(q_BHSD)
 
 
