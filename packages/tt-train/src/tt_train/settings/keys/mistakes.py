@@ -92,7 +92,7 @@ def world_mistakes(config: RunConfig, size: int) -> list[str]:
     if batch < 1 or micro < 1 or batch % each == 0:
         return []
     near = " or ".join(str(value) for value in (batch // each * each, (batch // each + 1) * each) if value)
-    smaller = next((m for m in range(micro, 0, -1) if batch % (m * size) == 0), None)
+    smaller = next((m for m in range(min(micro, 10_000), 0, -1) if batch % (m * size) == 0), None)
     other = f"; or set micro_batch_size={smaller}" if smaller else ""
     shared = f" x {size} processes" if size > 1 else ""
     return [
