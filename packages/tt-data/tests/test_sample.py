@@ -49,6 +49,15 @@ def test_the_report_of_a_sample_says_so_and_names_its_bad_rows(
     assert (mix.report["read"], mix.report["sampled_from"]) == (4201, ROWS + 1)
 
 
+def test_empty_lines_do_not_count_among_the_rows_that_a_sample_stands_for(
+    chatml: tt_data.Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row no {i}"}) + "\n\n" for i in range(20_000)))
+    report = tt_data.load_dataset(path, chatml, sample=True).report
+    assert abs(report["sampled_from"] - 20_000) < 100
+
+
 def test_data_of_few_rows_is_read_whole(large: Path, chatml: tt_data.Tokenizer, tmp_path: Path) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(large.read_text().splitlines(keepends=True)[:10_000]))

@@ -17,7 +17,7 @@ from tt_data.encoding.unread import bad_rows, leave_unwritten, not_trained, untr
 from tt_data.encoding.workers import encode_in_processes
 from tt_data.examples import Answer, BadRowError, Completion, Conversation, Example, Judged, Kind, Pair, Tokens, Turns
 from tt_data.messages import TrainOn, mask_messages
-from tt_data.report import DUPLICATE, Tally
+from tt_data.report import DUPLICATE, SAMPLE_ENDS, SAMPLE_SPREAD, Tally
 from tt_data.rows.conversations import TrackedColumns
 from tt_data.rows.converters import InstructReader
 from tt_data.rows.schemas import OUR_READERS, Read, Settings, choose_schema, fingerprint_of, read_row
@@ -67,7 +67,10 @@ def build(
             break
         before = tally.seen
         builder.read(number, source)
-        tally.sampled_from += source.sampled_from or tally.seen - before
+        read = tally.seen - before
+        if source.sampled_from:  # lines; among all of them as many are empty, and no rows, as in the sample
+            read = round(source.sampled_from * read / (2 * SAMPLE_ENDS + SAMPLE_SPREAD))
+        tally.sampled_from += read
     if not any(source.sampled_from for source in sources):
         tally.sampled_from = 0
     tally.partial = tally.partial or bool(tally.sampled_from)
