@@ -81,7 +81,7 @@ register_optimizer_step_post_hook(_count_step)
 
 def _state(weights: Sequence[Tensor]) -> list[int]:
     """What is another number once weights have changed, by whatever but an operation on their ``data`` in place."""
-    return [_steps, *(number for weight in weights for number in (weight._version, weight.data_ptr()))]
+    return [_steps, *[weight._version for weight in weights], *[weight.data_ptr() for weight in weights]]
 
 
 _READ = threading.local()
