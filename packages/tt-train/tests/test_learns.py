@@ -19,7 +19,7 @@ def test_a_base_of_random_weights_is_taught_answers_that_it_then_generates(
     monkeypatch.setattr("tt_train.run.finish.write_report", lambda runs, **more: ("", ""))
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:8]))
-    more = ["micro_batch_size=8", "max_steps=80", "optimizer.lr=3e-2", "samples.exact_match=8", "samples.num=0"]
+    more = ["micro_batch_size=8", "max_steps=80", "optimizer.lr=1e-2", "samples.exact_match=8", "samples.num=0"]
     overrides = [*words, *more, *METHODS[method], f"data.train={rows}", f"data.eval={rows}"]
     path = sft.main(compose("sft", overrides=[*overrides, f"output_dir={tmp_path / 'run'}"]))
     found = [row["eval_exact_match"] for row in read_rows(path / "metrics.jsonl") if "eval_exact_match" in row]

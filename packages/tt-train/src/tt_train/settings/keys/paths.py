@@ -41,14 +41,14 @@ def _with_paths(config: C, change: Callable[[Any], Any], folder: Callable[[Any],
 def home(path: Any) -> Any:
     """A path, a list of paths or the names of a mapping, with ``~/`` and ``~user/`` as a home folder.
 
-    FileNotFoundError if there is no such user; a file whose name begins with ``~`` is itself.
+    FileNotFoundError if there is no such user; a file or folder here whose name begins with ``~`` is itself.
     """
     return _each(path, lambda text: str(from_home(text)) if _is_at_home(text) else text)
 
 
 def _is_at_home(text: str) -> bool:
-    first = text.partition("/")[0]
-    return text.startswith("~/") or (text.startswith("~") and not os.path.lexists(first))
+    first, slash, _ = text.partition("/")
+    return bool(slash) and first.startswith("~") and (first == "~" or not os.path.lexists(first))
 
 
 def _absolute(path: Any) -> Any:
