@@ -231,7 +231,7 @@ def cpu_name() -> str:
 
 def machine() -> dict[str, Any]:
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = {"cpu": cpu_name(), "cores": os.cpu_count(), "load_average": os.getloadavg(), "threads": 1,
+    found = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": 1,
              "features": [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {name}" in flags],
              "python": platform.python_version(), "torch": version("torch"),
              "variables": {name: os.environ[name] for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
@@ -250,11 +250,18 @@ def commit() -> str:
 
 
 def run(suite: str, options: argparse.Namespace) -> Answer:
-    """Every chosen cell of a suite. The file is written again after each, so that a stopped suite keeps what it has."""
-    cells = [cell for cell in cells_of(suite, quick=options.quick) if options.only in cell.name]
+    """Every chosen cell of a suite. The file is written again after each, so that a stopped suite keeps what it has.
+
+    Cells that the file had before, measured on this machine with this torch, stay until they are measured again.
+    """
+    every = cells_of(suite, quick=options.quick)
+    cells = [cell for cell in every if re.search(options.only, cell.name)]
     wanted = options.contestants.split(",") if options.contestants else list(HOME)
-    report = {"suite": suite, "commit": commit(), "date": time.strftime("%Y-%m-%d"), "quick": options.quick,
-              "rounds": options.rounds, "machine": machine(), "cells": []}  # fmt: skip
+    report: Answer = {"suite": suite, "quick": options.quick, "machine": machine(), "cells": []}
+    if options.output.exists():
+        before = json.loads(options.output.read_text())
+        if all(before.get(key) == report[key] for key in ("suite", "quick", "machine")):
+            report["cells"] = before["cells"]
     pythons: dict[str, str | None] = {}
 
     def python_of(contestant: str) -> str | None:
@@ -269,9 +276,12 @@ def run(suite: str, options: argparse.Namespace) -> Answer:
                 for label, more in cell.contestants.items()
                 if label.split()[0] in wanted and not (options.skip and options.skip in label)
             }
-            chosen = Cell(**{**vars(cell), "contestants": labels})
-            report["cells"].append(measure(chosen, options.rounds, Path(folder), python_of))
-            report["machine"]["load_average_after"] = os.getloadavg()
+            load = os.getloadavg()[0]
+            made = measure(Cell(**{**vars(cell), "contestants": labels}), options.rounds, Path(folder), python_of)
+            made |= {"commit": commit(), "date": time.strftime("%Y-%m-%d"), "rounds": options.rounds}
+            kept = {one["name"]: one for one in report["cells"]}
+            kept[cell.name] = made | {"load_average": [load, os.getloadavg()[0]]}
+            report["cells"] = [kept[one.name] for one in every if one.name in kept]
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -287,7 +297,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("script", nargs="*", help="a script beside this file, such as parity, with its own words")
     parser.add_argument("--suite", choices=list(SUITES), help="which cells to measure")
-    parser.add_argument("--only", default="", metavar="WORD", help="only cells with WORD in their names")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only cells whose names have a match")
     parser.add_argument("--contestants", metavar="A,B", help=f"only these of {', '.join(HOME)}")
     parser.add_argument("--skip", metavar="WORD", help="no contestants with WORD in their labels, such as compiled")
     parser.add_argument("--rounds", type=int, help="how often each contestant runs (5; with --quick 2)")

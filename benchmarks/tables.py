@@ -26,15 +26,21 @@ def number(value: float) -> str:
 
 
 def machine_line(report: dict[str, Any]) -> str:
-    machine = report["machine"]
+    machine, cells = report["machine"], report["cells"]
     features = f" ({', '.join(machine['features'])})" if machine["features"] else ""
-    after = machine.get("load_average_after", machine["load_average"])
     gpu = f"{machine['gpu']}, " if machine.get("gpu") and report["suite"] == "gpu" else ""
+    commits = sorted({cell["commit"] for cell in cells})
+    loads = [load for cell in cells for load in cell["load_average"]]
+    dates, rounds = ({cell[key] for cell in cells} for key in ("date", "rounds"))
     return (
-        f"{gpu}{machine['cpu']}{features}, one thread, torch {machine['torch']}, commit {report['commit']}, "
-        f"{report['date']}, load average {machine['load_average'][0]:.1f} to {after[0]:.1f}; "
-        f"medians of {report['rounds']} alternated runs{', tiny shapes' if report['quick'] else ''}."
+        f"{gpu}{machine['cpu']}{features}, one thread, torch {machine['torch']}, commit{'s' * (len(commits) > 1)} "
+        f"{', '.join(commits)}, {_span(dates)}, load average {min(loads):.1f} to {max(loads):.1f}; "
+        f"medians of {_span(rounds)} alternated runs{', tiny shapes' if report['quick'] else ''}."
     )
+
+
+def _span(values: set[Any]) -> str:
+    return str(min(values)) if len(values) == 1 else f"{min(values)} to {max(values)}"
 
 
 def table(report: dict[str, Any]) -> str:

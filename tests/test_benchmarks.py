@@ -20,10 +20,11 @@ def test_a_suite_of_tt_alone_keeps_figures_machine_and_versions(tmp_path, capsys
     words = ["--suite", "cpu", "--quick", "--only", "10.5M full fp32", "--contestants", "tt", "--rounds", "1"]
     assert harness.main([*words, "--no-build", "--output", str(tmp_path / "cpu.json")]) == 0
     report = json.loads((tmp_path / "cpu.json").read_text())
-    assert report.keys() == {"suite", "commit", "date", "quick", "rounds", "machine", "cells"}
-    assert {"cpu", "features", "load_average", "load_average_after", "torch", "python"} <= report["machine"].keys()
+    assert report.keys() == {"suite", "quick", "machine", "cells"}
+    assert {"cpu", "features", "torch", "python"} <= report["machine"].keys()
     [cell] = report["cells"]
-    assert cell.keys() == {"name", "workload", "unit", "request", "contestants", "without"}
+    assert cell.keys() == {"name", "workload", "unit", "request", "contestants", "without", "commit", "date", "rounds",
+                           "load_average"}  # fmt: skip
     own = cell["contestants"]["tt"]
     for figure in ("rate", "cpu_s", "wall_s", "peak_mb", "grown_mb"):
         assert own[figure].keys() == {"mean", "std", "min", "max", "median"}
@@ -31,6 +32,29 @@ def test_a_suite_of_tt_alone_keeps_figures_machine_and_versions(tmp_path, capsys
     assert own["work"] == 4 * 63 * 2  # trained tokens: the first of each row is not predicted
     assert {"torch", "capability"} <= own["versions"].keys() | own.keys()
     assert "10.5M full fp32 | tt |" in capsys.readouterr().out
+
+
+def test_cells_that_are_measured_later_join_those_of_the_same_machine(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(harness, "measure", lambda cell, rounds, *_: _measured(cell.name, rounds))
+    file = tmp_path / "loss.json"
+
+    def names_after(*words):
+        harness.main(["--suite", "loss", "--contestants", "tt", "--output", str(file), *words])
+        return [(cell["name"], cell["rounds"]) for cell in json.loads(file.read_text())["cells"]]
+
+    names_after("--only", "^log-probabilities, trained")
+    found = names_after("--only", "^cross entropy, frozen", "--rounds", "2")
+    assert found == [("cross entropy, frozen head", 2), ("log-probabilities, trained head", 5)]
+    assert names_after("--only", "log.*trained", "--rounds", "3")[1] == ("log-probabilities, trained head", 3)
+    assert "medians of 2 to 3 alternated runs" in capsys.readouterr().out
+    report = json.loads(file.read_text())
+    report["machine"]["cpu"] = "another"
+    file.write_text(json.dumps(report))
+    assert names_after("--only", "cross entropy, frozen") == [("cross entropy, frozen head", 5)]
+
+
+def _measured(name, rounds):
+    return {"name": name, "unit": "tokens", "contestants": {}, "without": {}, "rounds": rounds}
 
 
 def trained(**changes):
@@ -76,8 +100,9 @@ def test_an_environment_is_not_made_if_that_is_not_wanted(tmp_path):
 
 
 def _report(cells):
-    machine = {"cpu": "A", "features": [], "torch": "2", "load_average": [1, 1, 1]}
-    return {"suite": "cpu", "commit": "c", "date": "d", "quick": False, "rounds": 2, "machine": machine, "cells": cells}
+    when = {"commit": "c", "date": "d", "rounds": 2, "load_average": [1, 1]}
+    machine = {"cpu": "A", "features": [], "torch": "2"}
+    return {"suite": "cpu", "quick": False, "machine": machine, "cells": [cell | when for cell in cells]}
 
 
 def test_a_summary_has_the_lowest_cell_and_the_geometric_mean():
