@@ -180,6 +180,10 @@ def quickstart(session: nox.Session) -> None:
     install(session, *wheels("tt-cli"))
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("tt", "quickstart", *session.posargs, env=offline)
+    if os.name != "nt":
+        session.log(
+            f"to type these commands in this shell, run first: . {Path(session.bin).relative_to(ROOT)}/activate"
+        )
 
 
 @nox.session(requires=["build"], default=False)

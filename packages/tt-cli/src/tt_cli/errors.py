@@ -244,6 +244,8 @@ def _usage(error: click.UsageError) -> str:
             text = f"missing {error.param.human_readable_name}: one of {', '.join(map(repr, words))}"
     elif isinstance(error, click.BadParameter):
         text = text.replace("integer range", "whole number").replace("float range", "number")
+    elif "extra argument" in text and error.ctx and any(one.name == "question" for one in error.ctx.command.params):
+        text += "; put a prompt of several words in quotes"
     where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
     return text[:1].lower() + text[1:] + where
 

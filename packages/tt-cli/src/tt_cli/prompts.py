@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tt_cli.terminal import is_utf8, tell
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, closest
 
 LONGEST = 1 << 20  # bytes of a prompt: a hundred pages, more than most models read
 _KEYS = ("prompt", "text", "messages")
@@ -100,7 +100,8 @@ def _row(text: str, number: int, where: str, unused: Counter[str]) -> Prompt:
     keys = [key for key in _KEYS if row.get(key) is not None]
     if len(keys) != 1:
         have = " and ".join(keys) if keys else f"only {', '.join(map(repr, list(row)[:5])) or 'an empty object'}"
-        raise ValueError(f"{where}: expected one of prompt, text and messages, got {have}")
+        near = next((f"; did you mean {one!r}?" for key in row if (one := closest(str(key), _KEYS))), "")
+        raise ValueError(f"{where}: expected one of prompt, text and messages, got {have}{'' if keys else near}")
     key = keys[0]
     unused.update(str(other) for other in row if other not in (key, "id"))
     content = _turns(row[key], where) if key == "messages" else row[key]
@@ -144,8 +145,12 @@ def _lines_of(source: str) -> Iterable[bytes]:
     if source == "-":
         return iter(lambda: _stdin_bytes(1), b"")
     from tt_ckpt.files import regular
+    from tt_data.files import similar_file
 
-    path = regular(source)
+    try:
+        path = regular(source)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} (looked in {Path.cwd()}){similar_file(Path(source))}") from None
     return _of_file(path)
 
 

@@ -85,9 +85,9 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
             "read: use a text-only model"
         )
     if model_type not in FAMILIES:
-        other = f" architectures {shown(config['architectures'])};" if config.get("architectures") else ""
-        supported = f"{other} supported: {', '.join(FAMILIES)}"
-        raise ValueError(f"config.json: model_type {nearest(model_type, FAMILIES)}{supported}")
+        other = f"architectures {shown(config['architectures'])}; " if config.get("architectures") else ""
+        close = nearest(model_type, FAMILIES).partition("known are ")[0]
+        raise ValueError(f"config.json: model_type {close.rstrip()} {other}supported: {', '.join(FAMILIES)}")
     try:
         return FAMILIES[model_type].config.from_hf(config)
     except ValueError as error:

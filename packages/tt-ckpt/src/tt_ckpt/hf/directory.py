@@ -50,7 +50,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not os.path.lexists(file):
         present = listed(sorted(entry.name for entry in directory.iterdir()), 8) or "nothing"
-        hint = "; a Meta checkpoint: run tt convert" if (directory / "params.json").exists() else ""
+        convert = f"; a Meta checkpoint: run tt convert {plain(directory)} DEST --to hf --allow-pickle"
+        hint = convert if (directory / "params.json").exists() else ""
         if (gguf := next(directory.glob("*.gguf"), None)) is not None:
             hint = f"; a GGUF file: run tt convert {plain(gguf)} DEST"
         begun = half_fetched(file)

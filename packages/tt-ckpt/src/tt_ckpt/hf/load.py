@@ -90,7 +90,8 @@ def load_weights(
     for (old, new_dtype), count in casts.items():
         logger.info("%s: %d tensors cast from %s to %s", directory, count, old, new_dtype)
     if bad:
-        raise ValueError(f"{directory}: {len(bad)} tensors are not finite: {', '.join(bad[:3])}; download again")
+        many = f"{len(bad)} tensors are" if len(bad) > 1 else "1 tensor is"
+        raise ValueError(f"{directory}: {many} not finite: {', '.join(bad[:3])}; download again")
 
 
 def check_weights(model: nn.Module, path: str | Path) -> None:

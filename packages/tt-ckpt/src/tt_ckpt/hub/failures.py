@@ -76,7 +76,7 @@ def explained(error: Exception, repo_id: str, revision: str | None) -> Exception
         return ValueError(f"{repo_id}: neither a directory here nor a repository id such as Qwen/Qwen3-0.6B")
     if constants.HF_HUB_OFFLINE:
         why = f"not completely in the cache, and HF_HUB_OFFLINE is set{_similar(repo_id)}"
-        return FileNotFoundError(f"{repo_id}: {why}")
+        return FileNotFoundError(f"{repo_id}: {why}; correct the name, or unset HF_HUB_OFFLINE and run tt download")
     if _is_passing(error) or isinstance(error, errors.LocalEntryNotFoundError):
         return ConnectionError(f"{repo_id}: {_host()}: {_first_line(error)}; run the same command again, it resumes")
     if isinstance(error, OSError | ValueError) and not isinstance(error, errors.HfHubHTTPError):

@@ -159,6 +159,7 @@ def go_on(folders: Folders, scale: Scale, question: str, *, seed: int) -> list[s
         typed("tt", "chat", folders.lora_run, "--no-adapter") + "  # the base model, which has not changed",
         run_command("sft", both_words(folders, scale, seed=seed), folders.root / "runs" / "both")
         + "  # an adapter for both",
+        typed("tt", "chat", folders.lora_run),
         typed("tt", "generate", folders.merged, "-p", question),
         typed("tt", "report", folders.lora_run, folders.pretrain_run),
     ]

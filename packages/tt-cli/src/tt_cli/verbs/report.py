@@ -7,7 +7,7 @@ import click
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
 from tt_cli.options import json_option
-from tt_cli.terminal import answer, print_json
+from tt_cli.terminal import answer, print_json, say
 
 
 @click.command(
@@ -33,8 +33,12 @@ def command(runs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     from tt_train.report import write_report
     from tt_train.run.dir import find_run
 
-    html, png = write_report([find_run(run) for run in runs or (None,)], output)
+    html, png = write_report([find_run(run) for run in runs or (None,)], output, tell=_warn)
     if as_json:
         print_json({"html": str(html), "png": None if png is None else str(png)})
     else:
         answer(str(html) if png is None else f"{html}\n{png}")
+
+
+def _warn(text: str) -> None:
+    say(f"warning: {text}", err=True)

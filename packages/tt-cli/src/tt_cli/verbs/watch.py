@@ -114,6 +114,8 @@ def _follow(follower: "Follower", view: View, asked: int | None) -> int:
 def _ending(follower: "Follower") -> str:
     """What became of the run, and the next command."""
     run, step = follower.path, max(follower.rows, default=0)
+    if follower.state == "finished" and not follower.rows:
+        return f"finished, but {run / 'metrics.jsonl'} has no step that can be read"
     if follower.state == "finished":
         return f"finished after step {step}; tt report {shell_word(run)} shows it"
     why = follower.last_words() if follower.state == "failed" else None

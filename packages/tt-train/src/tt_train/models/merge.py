@@ -50,6 +50,8 @@ def merge_run(
             run, its adapter or its base is missing.
     """
     origin, target = find_origin(path, base), refuse_full(output)
+    if tell is not None and origin.adapter is None and origin.stopped is None:
+        tell(f"{plain(origin.path)} has no adapter to merge; its weights are written as they are")
     merged = merged_tensors(origin, dtype)
     if merged is None or not _merge_tensors(merged, origin, target, files or {}, dry_run=dry_run, tell=tell):
         _merge_model(origin, target, dtype, files or {}, dry_run=dry_run, tell=tell)

@@ -73,6 +73,8 @@ def find_origin(path: str | Path, base: Base = None) -> Origin:
     if base is not None:
         raise ConfigError([f"--base: {path} is neither a run nor an adapter, so it has no base; leave out --base"])
     refuse_absent_run(folder)
+    if (folder / "adapter_model.safetensors").is_file() and not (folder / "config.json").is_file():
+        raise ConfigError([f"{path}: an adapter without adapter_config.json; save or download the adapter again"])
     model = tt_ckpt.resolve(str(path))
     if not (model / "config.json").is_file() and (inside := sorted(model.glob("*/adapter_config.json"))):
         raise ConfigError([f"{path}: neither a run nor a model, but {inside[0].parent} is an adapter; give that"])

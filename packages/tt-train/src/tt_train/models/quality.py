@@ -66,6 +66,8 @@ def rows_of(data: str | Path | None, tokenizer: tt_data.Tokenizer, *, longest: i
         made = [tokenizer.encode(text, add_bos=tokenizer.adds_bos, add_eos=False)[:longest] for text in _TEXTS]
         return [{"input_ids": ids, "labels": [IGNORE, *ids[1:]]} for ids in made if len(ids) > 1]
     dataset = tt_data.load_dataset(data, tokenizer, max_seq_len=longest, limit=ROWS)
+    if dataset.kind != "single":
+        raise ValueError(f"--data: {data}: {dataset.schema} rows compare answers; give rows of one answer each")
     rows = [{key: list(dataset[index][key]) for key in ("input_ids", "labels")} for index in range(len(dataset))]
     if not any(label != IGNORE for row in rows for label in row["labels"][1:]):
         raise ValueError(f"{data}: its first {ROWS} rows have no answer to measure; take rows with answers or text")

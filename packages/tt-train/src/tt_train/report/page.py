@@ -46,7 +46,7 @@ def page(runs: Sequence[Run], *, has_picture: bool = True, notice: str | None = 
         "title": html_text(_title(runs)),
         "eyebrow": "Fine-tuning report" if len(runs) == 1 else "Comparison",
         "facts": "".join(f"<span>{html_text(text)}</span>" for text in _facts(runs)),
-        "notices": _notices(runs, [] if notice is None else [notice]),
+        "notices": _notices(notices(runs, [] if notice is None else [notice])),
         "headline": tiles(runs[0]) if len(runs) == 1 else comparison(runs),
         "charts": _charts(drawn, data, has_picture),
         "thinned": "Long runs are drawn by the lowest and highest of every stretch." if thinned else "",
@@ -105,14 +105,17 @@ def _device(run: Run) -> str:
     return str(names[int(index)] if index.isdigit() and int(index) < len(names) else names[0])
 
 
-def _notices(runs: Sequence[Run], problems: list[str]) -> str:
+def notices(runs: Sequence[Run], problems: Sequence[str] = ()) -> list[str]:
     """``problems``, and what was wrong with the run directories."""
     found = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
-    problems = problems + found + [f"{run.name}: no step was recorded" for run in runs if not run.rows]
-    if not problems:
+    found = [*problems, *found, *(f"{run.name}: no step was recorded" for run in runs if not run.rows)]
+    return found[:NOTICES] + ([f"and {len(found) - NOTICES:,} more like these"] if len(found) > NOTICES else [])
+
+
+def _notices(lines: Sequence[str]) -> str:
+    if not lines:
         return ""
-    more = [f"and {len(problems) - NOTICES:,} more like these"] if len(problems) > NOTICES else []
-    items = "".join(f"<li>{html_text(problem)}</li>" for problem in problems[:NOTICES] + more)
+    items = "".join(f"<li>{html_text(line)}</li>" for line in lines)
     return f'<div class="notices card" role="note"><ul>{items}</ul></div>'
 
 

@@ -1,17 +1,21 @@
 """One page, and one picture, of what a run or several runs came to."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tt_train.records.run_files import naming
 from tt_train.report.figure import GENERATOR, NO_PICTURE, picture
-from tt_train.report.page import page
+from tt_train.report.page import notices, page
 from tt_train.report.read import read_runs
 
 
 def write_report(
-    runs: Sequence[str | Path], output: str | Path | None = None, *, with_picture: bool = True
+    runs: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    with_picture: bool = True,
+    tell: Callable[[str], None] | None = None,
 ) -> tuple[Path, Path | None]:
     """Write the report of one run, or of several compared, and return its HTML page and its PNG.
 
@@ -22,7 +26,7 @@ def write_report(
 
     An older report is replaced, any other file is not. Raises FileExistsError for one, and FileNotFoundError for a
     directory without metrics.jsonl. A cut last line, rows without a figure, and a
-    missing manifest, config or samples are named on the page instead.
+    missing manifest, config or samples are named on the page instead, and given to ``tell``.
     """
     from tt_ckpt import files
 
@@ -42,6 +46,9 @@ def write_report(
         notice = NO_PICTURE
     html.parent.mkdir(parents=True, exist_ok=True)
     with naming(html):
+        if tell is not None:
+            for line in notices(read):
+                tell(line)
         text = page(read, has_picture=drawn is not None, notice=notice)
         files.replace_bytes(html, text.encode("utf-8", "backslashreplace"))
     if drawn is None:

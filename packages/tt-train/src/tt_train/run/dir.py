@@ -218,7 +218,12 @@ def find_run(path: str | Path | None = None, *, root: str | Path = "runs") -> Pa
         known = [os.path.relpath(run) for run in run_paths(root)]
         raise ConfigError([f"{path}: no such run{did_you_mean(str(path), known)}; tt ls runs lists them"])
     holds = ", ".join(sorted(entry.name for entry in folder.iterdir())[:6]) if folder.is_dir() else "a file"
-    raise ConfigError([f"{path}: not a run directory (no config.yaml and manifest.json; found: {holds or 'nothing'})"])
+    raise ConfigError(
+        [
+            f"{path}: not a run directory (no config.yaml and manifest.json; found: {holds or 'nothing'}); "
+            "tt ls runs lists them"
+        ]
+    )
 
 
 def results_of(path: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tt_ckpt import files
-from tt_train.errors import ConfigError
+from tt_train.errors import ConfigError, did_you_mean
 
 LIMIT = 256_000  # bytes; the largest config and the largest recipe are far below
 MAX_DEPTH = 32
@@ -25,6 +25,9 @@ def read_text(path: Path, what: str, *, root: Path | None = None) -> str:
     try:
         anchor = Path(path).absolute().anchor
         text = files.read_text(path, root or anchor, limit=LIMIT, cure=f"check that it is a {what}, saved as UTF-8")
+    except FileNotFoundError as error:
+        near = did_you_mean(path.name, (file.name for file in path.parent.glob("*") if file.is_file()))
+        raise ConfigError([f"{error} (looked in {Path.cwd()}){near}"]) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConfigError([f"{path}: cannot be read ({reason}); check its name and its permissions"]) from None

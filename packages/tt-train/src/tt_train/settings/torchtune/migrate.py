@@ -47,7 +47,10 @@ def migrate_file(path: Path, *, devices: int = 1) -> Migration:
         raise ConfigError([f"{path}:{error.place}: {error}"]) from None
     if not isinstance(values, dict) or not any("_component_" in str(value) for value in values.values()):
         raise ConfigError(
-            [f"{path}: not a config of torchtune, which has components (_component_); give its YAML file"]
+            [
+                f"{path}: not a config of torchtune, which has components (_component_); give its YAML file "
+                "(for axolotl and LLaMA-Factory: docs/coming-from.md)"
+            ]
         )
     try:
         return migrate(values, devices=devices)
