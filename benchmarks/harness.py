@@ -90,12 +90,17 @@ def ask(python: str, contestant: str, request: dict[str, Any]) -> Answer:
     if request["workload"] == "command":
         return _command(python, request)
     words = [python, str(HERE / "contestant.py"), contestant, json.dumps(request)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | CALM)
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=_variables(request))
     if done.returncode or not done.stdout.strip():
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         return {"failed": lines[-1][:300]}
     found: Answer = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _variables(request: dict[str, Any]) -> dict[str, str]:
+    """The environment of a run; what ``datasets`` kept of an earlier one is not there, so that each does the work."""
+    return os.environ | CALM | {"HF_DATASETS_CACHE": f"{request['scratch']}/datasets"}
 
 
 def _command(python: str, request: dict[str, Any]) -> Answer:
@@ -106,7 +111,7 @@ def _command(python: str, request: dict[str, Any]) -> Answer:
         return {"missing": f"there is no command {words[0]}"}
     began = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen([str(beside), *words[1:]], stdout=output, stderr=output, env=os.environ | CALM,
+        process = subprocess.Popen([str(beside), *words[1:]], stdout=output, stderr=output, env=_variables(request),
                                    cwd=request["scratch"])  # fmt: skip
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)

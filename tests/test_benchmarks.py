@@ -5,6 +5,7 @@ import json
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,6 +90,19 @@ def test_a_contestant_that_is_not_installed_is_named(tmp_path, monkeypatch):
     assert found["without"] == {"litgpt": "missing: its environment is not installed"}
     assert list(found["contestants"]) == ["tt"]
     assert "litgpt | missing: its environment is not installed" in tables.table(_report([found]))
+
+
+def test_each_run_has_a_cache_of_its_own(tmp_path, monkeypatch):
+    seen = []
+
+    def run(*_, env, **__):
+        seen.append(env["HF_DATASETS_CACHE"])
+        return SimpleNamespace(returncode=0, stdout='{"cpu_s": 1.0, "wall_s": 1.0, "work": 1}\n', stderr="")
+
+    monkeypatch.setattr(harness.subprocess, "run", run)
+    cell = Cell(name="x", workload="data", request={}, contestants={"trl": {}}, inputs=())
+    harness.measure(cell, 2, tmp_path, lambda _: sys.executable)
+    assert len({folder for folder in seen if folder.startswith(str(tmp_path))}) == 2
 
 
 def test_an_environment_is_not_made_if_that_is_not_wanted(tmp_path):
