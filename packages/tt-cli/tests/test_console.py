@@ -143,7 +143,7 @@ def test_figures_that_a_run_does_not_have_are_left_out():
 
 
 def test_tokens_per_second_are_over_the_whole_run():
-    assert dict(summary_rows(SUMMARY))["tokens"] == "6,200 (120 per second)"
+    assert dict(summary_rows(SUMMARY))["trained tokens"] == "6,200 (120 per second)"
 
 
 def test_a_pipe_gets_plain_lines_and_the_run_directory_is_known_once_it_began(capsys):

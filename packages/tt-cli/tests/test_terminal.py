@@ -103,10 +103,26 @@ def test_chat_on_a_terminal_answers_commands_and_remembers_until_exit(screen):
     assert chat.wait_for("\n> ").count("\n") >= 2
     chat.type("/exti")
     assert "no command /exti; did you mean '/exit'?" in chat.wait_for("\n> ")
+    chat.type("/xyz")
+    assert "no command /xyz; /help lists them" in chat.wait_for("\n> ")
     chat.type("/help")
-    assert "/reset" in chat.wait_for("\n> ")
+    shown = chat.wait_for("\n> ")
+    assert "/reset" in shown
+    assert max(map(len, shown.splitlines())) < 80
+    chat.type("/reset")
+    assert "(a new conversation)" in chat.wait_for("\n> ")
     chat.type("/exit")
     assert chat.end()[0] == 0
+
+
+@pytest.mark.parametrize(("columns", "left_out"), [(60, True), (200, False)])
+def test_a_list_of_runs_leaves_columns_out_before_it_breaks_its_lines(screen, columns, left_out):
+    code, text = screen("ls", "runs", COLUMNS=str(columns)).end()
+    lines = text.splitlines()
+    assert code == 0
+    assert max(map(len, [line for line in lines if "narrow" not in line])) <= columns
+    assert ("left out, since the terminal is narrow: CHANGED, " in text) == left_out
+    assert ("CHANGED" in next(line for line in lines if line.startswith("PATH"))) != left_out
 
 
 def test_the_end_of_input_ends_the_chat(screen):

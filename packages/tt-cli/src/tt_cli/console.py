@@ -264,7 +264,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if tokens is not None:
         speed = summary.get("tokens_per_s")
         rate = f" ({speed:,.0f} per second)" if speed else ""
-        rows.append(("tokens", f"{tokens:,}{rate}"))
+        rows.append(("trained tokens", f"{tokens:,}{rate}"))
     rows.append(("run", str(summary["run_dir"])))
     return rows
 

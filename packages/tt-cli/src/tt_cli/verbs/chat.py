@@ -22,10 +22,10 @@ from tt_train.errors import did_you_mean
 COMMANDS = {
     "/help": "show these lines",
     "/reset": "forget the conversation, but not the system message",
-    "/system": "TEXT: start over with this system message, or without one if TEXT is left out",
+    "/system": "TEXT: start over with this system message, or with none",
     "/retry": "answer the last message again",
-    "/compare": "TEXT: answer TEXT, or the last message, with the adapter and without it",
-    "/save": "FILE.jsonl: append the conversation to a file that tt run can train on",
+    "/compare": "TEXT: answer TEXT or the last message, with and without the adapter",
+    "/save": "FILE.jsonl: append the conversation to a file of rows for tt run",
     "/exit": "leave the chat, as Ctrl-D does",
 }
 _BLOCK = '"""'
@@ -72,7 +72,7 @@ def command(
         if word in COMMANDS:
             chat.obey(word, rest.strip())
         elif chat.interactive and word.startswith("/") and "\n" not in line:
-            say(f"no command {word}{did_you_mean(word, COMMANDS)}", err=True)
+            say(f"no command {word}{did_you_mean(word, COMMANDS) or '; /help lists them'}", err=True)
         else:
             chat.ask(line)
 
@@ -95,6 +95,8 @@ class Chat:
 
     def forget(self) -> None:
         """An empty conversation."""
+        if self.turns and self.interactive:
+            tell("(a new conversation)")
         self.turns, self.first = [], 0
 
     def obey(self, word: str, rest: str) -> None:
@@ -189,7 +191,7 @@ class Chat:
         from tt_ckpt.safe_names import from_home
 
         if not name.endswith(".jsonl"):
-            raise ValueError("/save needs the name of a file, such as /save chat.jsonl")
+            raise ValueError("/save needs the name of a .jsonl file, such as /save chat.jsonl")
         if not self.turns:
             raise ValueError("there is nothing to save yet")
         rows = _rows(self.speaker.form, self.opening, self.turns)

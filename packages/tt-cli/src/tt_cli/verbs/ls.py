@@ -1,5 +1,6 @@
 """``tt ls``: what there is to run, to copy, to build and to talk to."""
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
@@ -10,13 +11,14 @@ import click
 from tt_cli.group import Verb
 from tt_cli.names import source_of
 from tt_cli.options import json_option
-from tt_cli.terminal import print_json, say, wants_color
+from tt_cli.terminal import print_json, say, tell, wants_color
 from tt_train.errors import did_you_mean
 from tt_train.records.visible import visible
 from tt_train.settings import registry
 from tt_train.settings.torchtune import names as torchtune
 
 KINDS = ("recipes", "configs", "models", "runs")
+_LEAST = ("changed", "recipe", "size", "method", "loss")  # columns that a narrow terminal leaves out, in this order
 SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {  # the list is in the order of time
     "time": lambda run: 0,
     "loss": lambda run: tuple((run[key] is None, run[key]) for key in ("best_eval_loss", "loss")),
@@ -69,7 +71,7 @@ def command(
     for name, rows in found.items():
         if kind is None:
             say(click.style(name, bold=True) if wants_color(sys.stdout) else name, styled=True)
-        shown = _in_columns(rows) if name == "runs" else rows
+        shown = _fitting(_in_columns(rows)) if name == "runs" else rows
         filtered = any(value is not None for option, value in given.items() if option != "--sort")
         nothing = f"no such {name} here" if filtered else f"no {name} here"
         for line in _table(shown, headed=name in ("runs", "configs")) or [nothing]:
@@ -140,6 +142,19 @@ def _in_columns(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = [_row(run) for run in runs]
     evaluated = any(row["tt eval"] for row in rows)
     return [{key: value for key, value in row.items() if evaluated or key != "tt eval"} for row in rows]
+
+
+def _fitting(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without the columns that say least, if the terminal is too narrow for all of them."""
+    width, left_out = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize, list[str]()
+    for name in _LEAST:
+        if max(map(len, _table(rows, headed=True)), default=0) <= width:
+            break
+        left_out.append(name.upper())
+        rows = [{key: value for key, value in row.items() if key != name} for row in rows]
+    if left_out:
+        tell(f"left out, since the terminal is narrow: {', '.join(left_out)} (--json has them)")
+    return rows
 
 
 def _row(run: dict[str, Any]) -> dict[str, Any]:
