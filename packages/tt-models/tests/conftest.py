@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+from tt_models.cpu import blocks, elementwise
+
 ROPES = ["default", "linear", "dynamic", "llama3", "yarn"]
 
 
@@ -170,3 +172,16 @@ def small_fixture(random_hf_config):
         return tt_models.build(tt_models.config_from_hf(config)).eval()
 
     return build
+
+
+@pytest.fixture
+def in_small_blocks(monkeypatch):
+    """A function of a number of elements: kernels are used at every size, in blocks of so many."""
+
+    def change(elements):
+        for module, name in ((elementwise, "NORMED"), (elementwise, "ROTATED"), (blocks, "KEPT")):
+            monkeypatch.setattr(module, name, 0)
+        monkeypatch.setattr(blocks, "BLOCK", elements)
+        monkeypatch.setattr(elementwise, "GATED_BLOCK", elements)
+
+    return change

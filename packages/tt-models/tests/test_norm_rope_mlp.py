@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tt_models.cpu import blocks, elementwise, products
@@ -268,13 +269,13 @@ def test_linear_calls_the_layer_wherever_somebody_may_be_watching():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [RMSNorm, LateRoundingRMSNorm, OffsetRMSNorm])
-def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch, close):
+def test_norms_in_blocks_are_norms(kind, dtype, in_small_blocks, close):
     norm = away_from_neutral(kind(24)).to(dtype)
     x, upstream = torch.randn(3, 5, 24, dtype=dtype, requires_grad=True), torch.randn(3, 5, 24, dtype=dtype)
     with torch.no_grad():
         expected = norm(x)
     gradients = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
-    monkeypatch.setattr(blocks, "BLOCK", 100)  # 4 rows
+    in_small_blocks(100)  # 4 rows
     with torch.no_grad():
         assert norm(x).equal(expected)
     found = torch.autograd.grad(norm(x), (x, norm.weight), upstream)
@@ -283,15 +284,14 @@ def test_norms_in_blocks_are_norms(kind, dtype, monkeypatch, close):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_gating_in_blocks_is_gating_with_the_same_gradients(activation, dtype, monkeypatch):
-    act = ACTIVATIONS[activation]
+def test_gating_in_blocks_is_gating_with_the_same_gradients(dtype, in_small_blocks):
+    act = ACTIVATIONS["silu"]
     gate, up = (torch.randn(3, 7, 16, dtype=dtype, requires_grad=True) for _ in range(2))
     expected, upstream = act(gate) * up, torch.randn(3, 7, 16, dtype=dtype)
     gradients = torch.autograd.grad(expected, (gate, up), upstream)
-    monkeypatch.setattr(elementwise, "GATED_BLOCK", 64)
+    in_small_blocks(64)
     found = elementwise.gated(act, gate, up)
-    assert found.grad_fn.name() == "GatedActivationBackward"
+    assert found.grad_fn.name() == "GatedSiluBackward"
     assert found.equal(expected)
     for one, other in zip(torch.autograd.grad(found, (gate, up), upstream), gradients, strict=True):
         assert one.equal(other)
@@ -300,8 +300,8 @@ def test_gating_in_blocks_is_gating_with_the_same_gradients(activation, dtype, m
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, monkeypatch, close):
-    monkeypatch.setattr(blocks, "BLOCK", 60)  # two columns
+def test_rotation_in_place_and_its_gradient_are_the_bits_of_the_formula(dtype, in_small_blocks, close):
+    in_small_blocks(60)
     x, upstream = (torch.randn(2, 3, 5, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(2))
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(3)[None], dtype)
     expected = x * cos + x.roll(4, -1) * sin
@@ -314,6 +314,29 @@ def test_rotation_in_blocks_and_its_gradient_are_the_bits_of_the_formula(dtype, 
         close(one, other)
     with torch.no_grad():
         assert rotate(x, cos, sin).equal(expected)
+
+
+def test_small_tensors_take_the_formulas_and_so_do_gates_that_are_not_mapped_anew(monkeypatch):
+    for elements, kernels in ((64, False), (72, True)):
+        monkeypatch.setattr(elementwise, "NORMED", 64)
+        monkeypatch.setattr(elementwise, "ROTATED", 64)
+        monkeypatch.setattr(blocks, "KEPT", 64 * 4)
+        x = torch.randn(elements // 8, 8, requires_grad=True)
+        cos, sin = Rope(8, theta=100.0).tables(torch.arange(len(x))[None], torch.float32)
+        found = RMSNorm(8)(x), rotate(x[None, None], cos, sin), elementwise.gated(F.silu, x, x)
+        names = [y.grad_fn.name() for y in found]
+        assert (names == ["NormAndWeightBackward", "RotateBackward", "GatedSiluBackward"]) == kernels
+        assert any(name.removesuffix("Backward") in vars(elementwise) for name in names) == kernels
+        assert elementwise.gated(F.gelu, x, x).grad_fn.name() == "MulBackward0"
+
+
+def test_a_rotation_with_tables_of_another_dtype_promotes_like_the_formula(in_small_blocks):
+    cos, sin = Rope(8, theta=100.0).tables(torch.arange(6)[None], torch.float32)
+    x = torch.randn(1, 2, 6, 8).bfloat16()
+    expected = rotate(x, cos, sin)
+    in_small_blocks(8)
+    assert rotate(x, cos, sin).equal(expected)
+    assert expected.dtype == torch.float32
 
 
 def test_a_block_fills_the_cache_of_a_core_within_bounds(tmp_path):
@@ -340,9 +363,8 @@ def test_the_norm_of_one_row_is_that_of_many(dtype, close):
     assert bare(nothing).isnan().all()
 
 
-def test_gradients_per_sample_go_through_every_block(monkeypatch, close):
-    monkeypatch.setattr(elementwise, "GATED_BLOCK", 8)
-    monkeypatch.setattr(blocks, "BLOCK", 8)
+def test_gradients_per_sample_go_through_every_block(in_small_blocks, close):
+    in_small_blocks(8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
     parameters, x = dict(layers.named_parameters()), torch.randn(3, 4, 8)
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)
@@ -359,9 +381,8 @@ def test_gradients_per_sample_go_through_every_block(monkeypatch, close):
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch, close):
-    monkeypatch.setattr(elementwise, "GATED_BLOCK", 8)
-    monkeypatch.setattr(blocks, "BLOCK", 8)
+def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch, in_small_blocks, close):
+    in_small_blocks(8)
     layers = nn.Sequential(away_from_neutral(RMSNorm(8)), MLP(8, 16))
     x = torch.randn(3, 4, 8, requires_grad=True)
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(4)[None], torch.float32)
@@ -383,21 +404,22 @@ def test_second_derivatives_are_those_of_the_formulas(create_graph, monkeypatch,
         close(one, other, 256)
 
 
-def test_gradients_with_a_graph_are_wanted_for_some_inputs_only(monkeypatch, close):
-    monkeypatch.setattr(elementwise, "GATED_BLOCK", 8)
+def test_gradients_with_a_graph_are_wanted_for_some_inputs_only(in_small_blocks, close):
+    in_small_blocks(8)
     gate, up = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
-    (slope,) = torch.autograd.grad(elementwise.gated(torch.sigmoid, gate, up).sum(), gate, create_graph=True)
+    (slope,) = torch.autograd.grad(elementwise.gated(F.silu, gate, up).sum(), gate, create_graph=True)
     s = gate.sigmoid()
-    close(slope, s * (1 - s) * up)
-    close(torch.autograd.grad(slope.sum(), gate)[0], s * (1 - s) * (1 - 2 * s) * up)
-    (slope,) = torch.autograd.grad(elementwise.gated(torch.sigmoid, gate, gate * 2).sum(), gate, create_graph=True)
-    close(slope, 2 * gate * s * (1 - s) + 2 * s)  # each factor counted once
+    d = s * (1 - s)
+    close(slope, (s + gate * d) * up)
+    close(torch.autograd.grad(slope.sum(), gate)[0], d * (2 + gate * (1 - 2 * s)) * up)
+    (slope,) = torch.autograd.grad(elementwise.gated(F.silu, gate, gate * 2).sum(), gate, create_graph=True)
+    close(slope, 2 * gate * (s + gate * d) + 2 * gate * s)  # each factor counted once
 
 
-def test_norm_with_weights_of_another_dtype_promotes_however_many_rows_there_are(monkeypatch):
+def test_norm_with_weights_of_another_dtype_promotes_however_many_rows_there_are(in_small_blocks):
     norm, x = away_from_neutral(RMSNorm(8)), torch.randn(30, 8).bfloat16()
     expected = norm(x)
-    monkeypatch.setattr(blocks, "BLOCK", 100)
+    in_small_blocks(100)
     with torch.no_grad():
         assert norm(x).equal(expected)
         assert norm(x).dtype == torch.float32

@@ -10,10 +10,9 @@ from tt_models.parity import certify, is_within, relative_error
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_family_equals_transformers(model_type, seed, random_hf_config, reference_of, monkeypatch):
+def test_family_equals_transformers(model_type, seed, random_hf_config, reference_of, in_small_blocks):
     if seed == 4:  # so that the small tensors of this test are cut into blocks of rows, too
-        monkeypatch.setattr(tt_models.cpu.blocks, "BLOCK", 64)
-        monkeypatch.setattr(tt_models.cpu.elementwise, "GATED_BLOCK", 64)
+        in_small_blocks(64)
     config = random_hf_config(model_type, seed)
     reference = reference_of(config)
     model = tt_models.build(tt_models.config_from_hf(config), device="meta")

@@ -31,9 +31,16 @@ def block_size(cache: int) -> int:
 BLOCK = block_size(core_cache())
 
 
+# bytes up to which glibc can keep a freed buffer (``man 3 mallopt``, M_MMAP_THRESHOLD): larger ones are mapped anew
+KEPT = 2**25 - 2**16
+
+
 def by_rows(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``formula(x)``, which treats each row alone and keeps the shape; without gradient, block by block."""
-    if torch.is_grad_enabled() or x.numel() <= BLOCK or not in_blocks(x):
+    """``formula(x)``, which treats each row alone, in fp32, and keeps the shape.
+
+    Without gradient it goes block by block if a buffer of all rows is too large to be kept.
+    """
+    if torch.is_grad_enabled() or 4 * x.numel() <= KEPT or not in_blocks(x):
         return formula(x)
     y = torch.empty_like(x, dtype=formula(x.view(-1, x.shape[-1])[:1]).dtype)
     for y_block, x_block in row_blocks(y, x):
@@ -45,10 +52,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed buffers of up to 32 MB, as it does once one of that size was freed.
 
     Until then each activation of such a size is mapped, zeroed and unmapped again, layer by layer: a fifth of a forward
-    pass of 134M in a fresh process (``man 3 mallopt``, M_MMAP_THRESHOLD).
+    pass of 134M in a fresh process.
     Nothing is written to the buffer, so this costs next to nothing; other allocators just free it.
     """
-    torch.empty(2**25 - 2**16, dtype=torch.uint8, device="cpu")
+    torch.empty(KEPT, dtype=torch.uint8, device="cpu")
 
 
 def has_numbers(x: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """``rms_norm``, ``gated`` and ``rotate``.
 
 Each computes its formula as written. On a CPU, if nobody watches (no compiler, torch.func or DTensor), it computes the
-same bits in blocks of rows that fit in the cache of a core, with its own backward pass (suite cpu of benchmarks/).
+same bits with its own backward pass, and in blocks of rows if that is faster, from a size on where it never loses.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from tt_models.cpu import blocks
 from tt_models.cpu.blocks import by_rows, in_blocks, is_eager, row_blocks
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
+NORMED, ROTATED = 3 * 2**16, 2**16  # elements from which the calls of a kernel are paid
 GATED_BLOCK = 2 * blocks.BLOCK  # elements of a block of gate and up
 
 
@@ -22,17 +23,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, rounded to the dtype of ``x`` before the weight."""
     if not torch.is_grad_enabled():
         return by_rows(lambda rows: _norm_rows(rows, weight, eps), x)
-    if x.dtype == weight.dtype and in_blocks(x, weight):
-        y: Tensor = NormAndWeight.apply(x, weight, eps)[0]  # type: ignore[no-untyped-call]
+    if x.numel() > NORMED and x.dtype == weight.dtype and in_blocks(x, weight):
+        y: Tensor = NormAndWeight.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return y
     return _norm_and_weight(x, weight, eps)
 
 
 def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     """``activation(gate) * up``."""
-    if gate.numel() <= GATED_BLOCK or not in_blocks(gate, up):
+    if gate.nbytes <= blocks.KEPT or activation is not F.silu or not in_blocks(gate, up):
         return activation(gate) * up
-    y: Tensor = GatedActivation.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    y: Tensor = GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -44,10 +45,11 @@ def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dim = cos.shape[-1]
     if dim != x_BHSD.shape[-1]:
         return torch.cat((rotate(x_BHSD[..., :dim], cos, sin), x_BHSD[..., dim:]), dim=-1)
-    if x_BHSD.numel() <= blocks.BLOCK or x_BHSD.device.type != "cpu" or not is_eager(x_BHSD):
+    few, kernel = x_BHSD.numel() <= ROTATED, x_BHSD.device.type == "cpu" and is_eager(x_BHSD)
+    if few or not kernel or x_BHSD.dtype != cos.dtype:
         return x_BHSD * cos + x_BHSD.roll(dim // 2, -1) * sin  # rolling by a half exchanges the pairs
     if not torch.is_grad_enabled():
-        return _rotate_halves(x_BHSD, cos, sin)
+        return _rotated(x_BHSD, cos, sin)
     y: Tensor = Rotate.apply(x_BHSD, cos, sin)  # type: ignore[no-untyped-call]
     return y
 
@@ -73,24 +75,19 @@ class NormAndWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """``y``, and ``1 / sqrt(mean(x^2) + eps)`` of each row."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """``y``; it keeps ``1 / sqrt(mean(x^2) + eps)`` of each row."""
         y, scale = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
         for x_block, y_block, scale_block in row_blocks(x, y, scale):
             x_32 = x_block.float()
             torch.rsqrt(x_32.square().mean(-1, keepdim=True).add_(eps), out=scale_block)
             torch.mul(_times(x_32, scale_block, of=x_block).to(x.dtype), weight, out=y_block)
-        return y, scale
+        ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
+        return y
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        """Keep what backward needs."""
-        ctx.save_for_backward(inputs[0], inputs[1], output[1])
-        ctx.eps = inputs[2]
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """With ``g = grad_y w`` and ``s`` the scale: ``grad_x = s g - x s^3 mean(g x)``."""
         x, weight, scale = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -114,83 +111,57 @@ def _times(x_32: Tensor, scale: Tensor, *, of: Tensor) -> Tensor:
     return x_32 * scale if x_32 is of else x_32.mul_(scale)
 
 
-class GatedActivation(torch.autograd.Function):
-    """``gated``, both ways in blocks of rows; backward computes ``activation(gate)`` again instead of keeping it.
+class GatedSilu(torch.autograd.Function):
+    """``silu(gate) * up``, both ways in blocks of rows; backward computes ``silu(gate)`` again instead of keeping it.
 
-    The same bits as automatic differentiation gives.
+    The same bits as automatic differentiation gives. Faster only if the formula's buffers are too large to be kept.
     """
 
     @staticmethod
-    def forward(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         """The shape of both."""
+        ctx.save_for_backward(gate, up)
         y = torch.empty_like(up)
         for g, u, out in row_blocks(gate, up, y, size=GATED_BLOCK):
-            torch.mul(activation(g), u, out=out)
+            torch.mul(F.silu(g), u, out=out)
         return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what backward needs."""
-        ctx.save_for_backward(*inputs[:2])
-        ctx.activation = inputs[2]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of gate and up."""
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_with_graph(lambda gate, up: ctx.activation(gate) * up, (gate, up), grad), None
+            return _with_graph(lambda gate, up: F.silu(gate) * up, (gate, up), grad)
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for g, u, dy, dg, du in row_blocks(gate, up, grad.contiguous(), grad_gate, grad_up, size=GATED_BLOCK):
-            if ctx.activation is F.silu:
-                active = F.silu(g)
-                torch.mul(dy, active, out=du)
-                _silu_backward(torch.mul(dy, u, out=active), g, grad_input=dg)
-                continue
-            with torch.enable_grad():
-                leaf = g.detach().requires_grad_()
-                active = ctx.activation(leaf)
-            torch.mul(dy, active.detach(), out=du)
-            dg.copy_(torch.autograd.grad(active, leaf, dy * u)[0])
-        return grad_gate, grad_up, None
+            active = F.silu(g)
+            torch.mul(dy, active, out=du)
+            _silu_backward(torch.mul(dy, u, out=active), g, grad_input=dg)
+        return grad_gate, grad_up
 
 
 class Rotate(torch.autograd.Function):
-    """``rotate``, block by block; its gradient is rotated back."""
+    """``rotate``; its gradient is rotated back."""
 
     @staticmethod
-    def forward(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The shape of ``x``."""
-        return _rotate_halves(x_BHSD, cos, sin)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep what backward needs."""
-        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x_BHSD, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Of ``x``."""
         cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
+        back = rotate(grad, cos, -sin) if torch.is_grad_enabled() else _rotated(grad, cos, sin, sign=-1)
+        return back, None, None
 
 
-def _rotate_halves(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same bits as the formula of ``rotate``.
-
-    Heads that lie side by side are one row, against tables repeated for each head: short rows are slow.
-    """
-    x_BSHD, half = x_BHSD.transpose(1, 2), x_BHSD.shape[-1] // 2
-    if not x_BSHD.is_contiguous():
-        return x_BHSD * cos + x_BHSD.roll(half, -1) * sin
-    y_BSHD = torch.empty_like(x_BSHD)
-    parts = x_BSHD, y_BSHD, cos.transpose(1, 2), sin.transpose(1, 2)
-    each = x_BSHD.numel() // x_BSHD.shape[1]  # elements of a column
-    columns = max(1, (blocks.BLOCK if blocks.has_numbers(x_BHSD) else x_BHSD.numel()) // each)
-    for x, y, c, s in zip(*(torch.split(part, columns, dim=1) for part in parts), strict=True):
-        c, s = (table.expand(-1, -1, x.shape[2], -1).flatten(2) for table in (c, s))
-        torch.mul(x.flatten(2), c, out=y.flatten(2)).add_(x.roll(half, -1).flatten(2).mul_(s))
-    return y_BSHD.transpose(1, 2)
+def _rotated(x_BHSD: Tensor, cos: Tensor, sin: Tensor, *, sign: int = 1) -> Tensor:
+    """The same bits as the formula of ``rotate``, in the layout that projections give and with one buffer besides."""
+    x, half = x_BHSD.transpose(1, 2), x_BHSD.shape[-1] // 2
+    y = x * cos.transpose(1, 2)
+    return y.add_(x.roll(half, -1).mul_(sin.transpose(1, 2)), alpha=sign).transpose(1, 2)
 
 
 def _with_graph(formula: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
