@@ -88,6 +88,14 @@ def test_merging_in_bf16_rounds_once_from_fp32_and_reports_what_is_lost(make_lm,
     assert f"merged 12 weights; rounding to bfloat16 {taken}" in str(report)
 
 
+def test_a_merge_that_loses_nothing_says_so(make_lm, randomise):
+    model = make_lm()
+    apply_lora_(model, LoRAConfig(rank=2))
+    randomise(model)
+    said = str(merge_lora_(model.float()))
+    assert said == "merged 4 weights; rounding to float32 takes nothing of an adapter's change"
+
+
 def test_a_change_below_the_dtype_s_resolution_is_reported_as_lost(make_lm, randomise):
     model = make_lm()
     apply_lora_(model, LoRAConfig(rank=2))

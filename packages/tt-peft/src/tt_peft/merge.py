@@ -49,11 +49,13 @@ class MergeReport:
 
     def __str__(self) -> str:
         text = f"merged {len(self.layers)} weights"
-        if self.worst is not None:
+        if self.worst is not None and not self.worst.lost:
+            text += f"; rounding to {str(self.worst.dtype).removeprefix('torch.')} takes nothing of an adapter's change"
+        elif self.worst is not None:
             kind = str(self.worst.dtype).removeprefix("torch.")
             text += (
                 f"; rounding to {kind} takes {self.median:.2%} of an adapter's change at the median and "
-                f"{self.worst.lost:.2%} at most{f' ({self.worst.name})' if self.worst.lost else ''}"
+                f"{self.worst.lost:.2%} at most ({self.worst.name})"
             )
         quantized = sum(layer.from_nf4 for layer in self.layers) + len(self.dequantized)
         if quantized:

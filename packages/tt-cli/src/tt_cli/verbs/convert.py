@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from tt_ckpt.shown import format_size
 from tt_cli.group import Verb
 from tt_cli.options import Number, dry_run_option, dtype_option, json_option, torch_dtype
 from tt_cli.terminal import answer, print_json, tell
@@ -118,7 +119,7 @@ def command(
         print_json({**asdict(done), "dry_run": dry_run})
         return
     verb = "would write" if dry_run else "wrote and read back"
-    size = f"{done.num_bytes / 1e9:.2f} GB, {', '.join(done.dtypes)}"
+    size = f"{format_size(done.num_bytes)}, {', '.join(done.dtypes)}"
     tell(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}{_of(done.epochs)}")
     answer(done.destination)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from tt_ckpt.shown import listed
+from tt_ckpt.shown import format_size, listed
 from tt_cli.group import Verb
 from tt_cli.options import dry_run_option, json_option
 from tt_cli.terminal import answer, print_json, tell
@@ -69,7 +69,7 @@ def command(
     if as_json:
         print_json({**asdict(done), "dry_run": dry_run})
         return
-    size = f"{counted(len(done.files), 'file')}, {done.num_bytes / 1e9:.2f} GB"
+    size = f"{counted(len(done.files), 'file')}, {format_size(done.num_bytes)}"
     tell(f"would download {size}: {listed(done.files)}" if dry_run else f"{size}, {done.num_verified} checked by hash")
     answer(done.path)
 

@@ -126,7 +126,7 @@ class EvalVerb(Verb):
 def command(ctx: click.Context, /, nproc: str | None, **asked: Any) -> int | None:
     """Evaluate RUN or MODEL (default: the newest run), or several side by side.
 
-    --tasks runs lm-evaluation-harness (pip install 'tt-train[eval]'); values are those of its own hf model. --data
+    --tasks runs lm-evaluation-harness (pip install lm-eval); values are those of its own hf model. --data
     needs only tt.
     """
     from tt_train.devices import launch

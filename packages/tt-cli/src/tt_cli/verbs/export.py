@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from tt_ckpt.shown import format_size
 from tt_cli.group import Verb
 from tt_cli.names import complete_runs
 from tt_cli.options import (
@@ -89,7 +90,7 @@ def command(
         print_json({**done, "gguf": written and asdict(written)})
         return
     if written is not None:
-        size = f"{written.num_bytes / 1e9:.2f} GB, {written.type}, relative error {written.error:.2g}"
+        size = f"{format_size(written.num_bytes)}, {written.type}, relative error {written.error:.2g}"
         tell(f"wrote and read back {written.num_tensors} tensors ({size})")
     if dry_run:
         tell(f"would write {target} to {done['path']}")

@@ -51,7 +51,9 @@ class Evaluation:
 def require_lm_eval() -> None:
     """ConfigError if lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError(["--tasks needs lm-evaluation-harness, which is not installed: pip install 'tt-train[eval]'"])
+        raise ConfigError(
+            ["--tasks needs lm-evaluation-harness, which is not installed: pip install 'lm-eval>=0.4.13'"]
+        )
 
 
 def find_tasks(settings: Settings) -> Any:
