@@ -66,6 +66,7 @@ def test_how_weights_are_read_in_decoding_is_said(kernel, monkeypatch):
     assert found["decode"] == env.DECODING[kernel]
     assert found["tiles"] == bool(attention.FASTER_IN)
     assert found["block"] == blocks.BLOCK
+    assert found["fp32"] == ("oneDNN" if products.BY_ONEDNN else "as torch")
 
 
 def test_a_cache_that_cannot_be_written_is_a_problem(facts, tmp_path, monkeypatch):

@@ -377,6 +377,7 @@ def test_packed_weights_give_the_same_logits(model_type, small, monkeypatch):
         assert not made  # the answer is short
         with monkeypatch.context() as patch:
             patch.setattr(generate_module, "PACK_AFTER", 2)
+            patch.setattr(generate_module, "PACK_FROM", 6)
             found = tt_models.generate(model, prompts, **settings)
         assert found[0].equal(expected[0])
         assert found[1].equal(expected[1])

@@ -221,6 +221,51 @@ def test_no_more_weights_are_packed_than_fit_in_half_of_the_memory(monkeypatch):
     assert products.Packed(nn.ParameterList([first])).copy_of(first) is None
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 200])
+def test_a_product_in_fp32_is_as_exact_by_onednn_and_by_a_copy_as_by_torch(rows, bias, monkeypatch):
+    monkeypatch.setattr(products, "BY_ONEDNN", {torch.float32})
+    monkeypatch.setattr(products, "WORTH", 0)
+    called, inner = [], products.by_onednn
+    monkeypatch.setattr(products, "by_onednn", lambda *words: called.append(words[1]) or inner(*words))
+    layer, x = nn.Linear(300, 70, bias=bias), torch.randn(rows, 1, 300)
+    exact = nn.functional.linear(x.double(), *(p.double() for p in layer.parameters()))
+    with torch.no_grad():
+        most = 2 * float((layer(x) - exact).abs().max()) + 1e-6
+        for packed in (None, products.Packed(layer)):
+            with products.reading(packed):
+                assert (linear(layer, x) - exact).abs().max() <= most
+    copied = rows <= products.MOST_PACKED_ROWS
+    assert [weight is layer.weight for weight in called] == [True] * (rows >= 4) + [not copied] * (rows >= 4 or copied)
+    called.clear()
+    assert linear(layer, x).requires_grad
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(layer, x).dtype == torch.bfloat16
+    assert not called
+
+
+@pytest.mark.parametrize(
+    ("cpu", "narrowed", "expected"),
+    [
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, None, True),
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, "avx512_core", True),
+        ({"avx512_f": True, "cpu_name": "AMD EPYC"}, "AVX2", False),
+        ({"avx512_f": False, "cpu_name": "AMD EPYC"}, None, False),
+        ({"avx512_f": True, "cpu_name": "Intel Xeon"}, None, False),
+        ({"avx512_f": True}, None, False),
+        ({}, None, False),
+    ],
+)
+def test_fp32_is_multiplied_by_onednn_if_only_mkl_leaves_avx512_unused(cpu, narrowed, expected, monkeypatch):
+    monkeypatch.setattr(torch._C, "has_mkl", True)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if narrowed:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", narrowed)
+    assert products.fp32_by_onednn(cpu) == (expected and torch._C._has_mkldnn)
+
+
 @pytest.mark.parametrize(
     ("narrowed", "amx", "bf16", "expected"),
     [

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from tt_models.cpu.products import Packed, reading
+from tt_models.cpu.products import PACK_FROM, Packed, being_read, reading
 from tt_models.decoder import Decoder
 from tt_models.kv_cache import KVCache
 from tt_models.prompts import Prompts, checked_lengths, left_padded, left_padded_positions
@@ -67,7 +67,7 @@ def evaluating(modules: Collection[nn.Module]) -> Iterator[None]:
                     module.__dict__["training"] = True
 
 
-PACK_AFTER = 8  # steps: packing takes as long as it saves in about twelve, and many answers are short
+PACK_AFTER = 8  # steps, since many answers are short
 
 
 class Step(NamedTuple):
@@ -97,7 +97,7 @@ def steps(
     cache = KVCache(model.config, batch_size=batch, max_seq_len=room, device=weight.device, dtype=weight.dtype)
     decode = compiled_decode_one_token() if compile else decode_one_token
     seen_BV = seen_tokens(input_ids_BS, lengths_B, weight.shape[0]) if sampling.repetition_penalty != 1.0 else None
-    modules, rows, packed = list(model.modules()), list(range(batch)), None
+    modules, rows, packed = list(model.modules()), list(range(batch)), being_read()
     with evaluating(modules):
         logits = prefill(model, input_ids_BS, cache, left_padded_positions(input_ids_BS, lengths_B))
     for step in range(num_steps):
@@ -113,7 +113,7 @@ def steps(
             places = cache.keep_([place for place, row in enumerate(rows) if row not in finished])
             rows, kept = [rows[place] for place in places], torch.tensor(places, device=token.device)
             input_ids_BS, token, seen_BV = input_ids_BS[kept], token[kept], None if seen_BV is None else seen_BV[kept]
-        if step + 1 == PACK_AFTER and num_steps >= 3 * PACK_AFTER and not compile:
+        if step + 1 == PACK_AFTER and num_steps >= PACK_FROM and packed is None and not compile:
             packed = Packed(model)
         with evaluating(modules), reading(packed):
             outgrown = model.model.outgrows_context(cache, 1)

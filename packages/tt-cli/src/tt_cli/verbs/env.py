@@ -94,16 +94,16 @@ def collect() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_usable": _usable_cpus(),
         "cpu_load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
-        "kernels": {"decode": DECODING[products.kernel()], "tiles": bool(attention.FASTER_IN), "block": blocks.BLOCK},
+        "kernels": {"decode": DECODING[products.kernel()], "tiles": bool(attention.FASTER_IN), "block": blocks.BLOCK,
+                    "fp32": "oneDNN" if products.BY_ONEDNN else "as torch"},
         "accelerators": [_accelerator(index) for index in range(torch.accelerator.device_count())],
         "nvidia_driver": _nvidia_driver(),
         "amd_gpu": Path("/dev/kfd").exists(),
         "memory": {**_memory(), "shared": _free(SHARED)},
         "disk": {"here": _free(Path.cwd()), "hub_cache": _free(cache), "temporary": _free(Path(_tmp()))},
-        "hub_cache": _tilde(cache),
-        "hub_token": _has_token(),
+        "hub_cache": _tilde(cache), "hub_token": _has_token(),
         "encoding": locale.getencoding(),
-    }
+    }  # fmt: skip
 
 
 def _installed(package: str) -> str | None:

@@ -1,4 +1,6 @@
-"""``linear`` and ``product``: a few rows in bf16, as in decoding, use the product that reads the weight fastest.
+"""``linear`` and ``product``: a product without gradient is done by the library that is fastest at it on this CPU.
+
+In bf16 these are a few rows, as in decoding, whose product takes as long as reading the weight.
 
 Instructions that multiply bf16 (avx512_bf16, AMX) want a weight in pairs of its columns, so each product rearranges it,
 which takes longer than the product of a few rows. With avx512_bf16 a long generation keeps rearranged copies
@@ -9,19 +11,23 @@ rearranged. On any other CPU F.linear is as fast as both. Measured by the suite 
 import functools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from tt_models.cpu.blocks import is_eager
 from tt_models.limits import total_memory, weight_bytes
 
 MOST_ROWS = 16  # of a product in decoding: from 32 rows on nothing is gained
 MOST_PACKED_ROWS = 64  # at 128 rows a packed weight saves 5 % of a product
+PACK_FROM = 24  # steps: packing takes as long as it saves in about twelve
+FEWEST_ROWS = 4  # from which oneDNN is faster in fp32
+WORTH = 2**22  # multiplications from which it pays for compiling a product for a new number of rows, in eight layers
 
 Kernel = Literal["amx", "avx512_bf16", "other"]
 
@@ -31,23 +37,46 @@ def kernel() -> Kernel:
     """The instructions by which oneDNN multiplies bf16 here, of those that want the weight rearranged."""
     if not torch._C._has_mkldnn or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return "other"
-    narrowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    every = narrowed in ("", "ALL", "DEFAULT") or "AMX" in narrowed or narrowed.startswith("AVX10")
+    narrowed, every = _narrowed()
+    every = every or "AMX" in narrowed or narrowed.startswith("AVX10")
     if torch.cpu._is_amx_tile_supported() and every:
         return "amx"
     bf16 = every or narrowed in ("AVX512_CORE_BF16", "AVX512_CORE_FP16")
     return "avx512_bf16" if bf16 and torch.cpu._is_avx512_bf16_supported() else "other"
 
 
+def _narrowed() -> tuple[str, bool]:
+    """The instructions that oneDNN may use at most, and whether these are all."""
+    named = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    return named, named in ("", "ALL", "DEFAULT")
+
+
+def fp32_by_onednn(cpu: Mapping[str, Any]) -> bool:
+    """Whether oneDNN may use AVX-512 and MKL does not, on a CPU with ``torch.cpu.get_capabilities()``."""
+    narrowed, every = _narrowed()
+    allowed = every or narrowed.startswith(("AVX512", "AVX10"))
+    both = torch._C.has_mkl and torch._C._has_mkldnn
+    return both and allowed and bool(cpu.get("avx512_f")) and "intel" not in str(cpu.get("cpu_name", "intel")).lower()
+
+
+BY_ONEDNN = frozenset([torch.float32] if fp32_by_onednn(torch.cpu.get_capabilities()) else [])
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether a copy of a weight of this dtype is faster than the weight."""
+    return dtype in BY_ONEDNN or (dtype == torch.bfloat16 and kernel() == "avx512_bf16")
+
+
 class Packed:
     """Rearranged copies of the weights that a model's decoding reads, made when they are first read.
 
-    A product by a copy has the bits of F.linear. Model and copies together take at most half of the machine's memory.
+    A product by a copy has the bits of F.linear in bf16. Model and copies together take at most half of the machine's
+    memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
         total = total_memory(torch.device("cpu"))
-        self.room = total // 2 - weight_bytes(model) if total is not None and kernel() == "avx512_bf16" else 0
+        self.room = 0 if total is None else total // 2 - weight_bytes(model)
         self.copies: dict[int, tuple[list[Tensor], list[int], Tensor | None]] = {}  # weights, their state, the copy
         self.held: list[Tensor] = []  # the memory of these weights, so that no other weight is put at its address
 
@@ -57,7 +86,7 @@ class Packed:
             return None
         if id(weights[0]) not in self.copies:
             copy, nbytes = None, sum(weight.nbytes for weight in weights)
-            if nbytes <= self.room:
+            if nbytes <= self.room and packs(weights[0].dtype):
                 self.room -= nbytes
                 together = weights[0].detach() if len(weights) == 1 else torch.cat([w.detach() for w in weights])
                 copy = torch.ops.mkldnn._reorder_linear_weight(together, MOST_ROWS)
@@ -87,10 +116,15 @@ def _state(weights: Sequence[Tensor]) -> list[int]:
 _READ = threading.local()
 
 
+def being_read() -> Packed | None:
+    """What this thread is ``reading`` now."""
+    return getattr(_READ, "packed", None)
+
+
 @contextmanager
 def reading(packed: Packed | None) -> Iterator[None]:
     """Inside, this thread's products of a few rows use these copies."""
-    before = getattr(_READ, "packed", None)
+    before = being_read()
     _READ.packed = packed
     try:
         yield
@@ -113,20 +147,31 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 
 def linears(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """``layer(x)`` of each: one product if their weights are packed together."""
-    packed: Packed | None = getattr(_READ, "packed", None)
+    packed = being_read()
     if packed is not None and not any(type(layer) is not nn.Linear or is_watched(layer) for layer in layers):
         weights = [weight for layer in layers if (weight := layer._parameters["weight"]) is not None]
         biased = any(layer._parameters["bias"] is not None for layer in layers)
-        if not biased and all(is_decoding(x, weight) and not weight.is_inference() for weight in weights):
+        few = x.numel() <= MOST_PACKED_ROWS * x.shape[-1]
+        if few and not biased and all(is_plain(x, weight) and not weight.is_inference() for weight in weights):
             copy = packed.copy_of(*weights)
             if copy is not None:
-                return torch.split(by_copy(x, copy, None), [len(weight) for weight in weights], dim=-1)
+                return torch.split(by_onednn(x, copy, None), [len(weight) for weight in weights], dim=-1)
     return [linear(layer, x) for layer in layers]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, as ``linear`` computes it."""
-    return few_rows(x, weight, bias) if is_decoding(x, weight) else F.linear(x, weight, bias)
+    if not is_plain(x, weight):
+        return F.linear(x, weight, bias)
+    rows, packed = x.numel() // x.shape[-1], being_read()
+    copy = packed.copy_of(weight) if packed is not None and rows <= MOST_PACKED_ROWS else None
+    if copy is not None:
+        return by_onednn(x, copy, bias)
+    if x.dtype in BY_ONEDNN and rows >= FEWEST_ROWS and rows * weight.numel() >= WORTH:
+        return by_onednn(x, weight, bias)
+    if x.dtype == torch.bfloat16 and rows <= MOST_ROWS and kernel() == "amx":
+        return weight_left(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def is_watched(layer: nn.Module) -> bool:
@@ -135,28 +180,17 @@ def is_watched(layer: nn.Module) -> bool:
     return bool(hooks) or "forward" in layer.__dict__ or "weight" not in layer._parameters
 
 
-def is_decoding(x: Tensor, weight: Tensor) -> bool:
-    """Whether these are a few rows in bf16 on a CPU, and no gradient is wanted."""
-    if torch.is_grad_enabled() or x.dtype != torch.bfloat16 or x.numel() > MOST_PACKED_ROWS * x.shape[-1]:
+def is_plain(x: Tensor, weight: Tensor) -> bool:
+    """Whether no gradient is wanted of a product on a CPU, in a dtype in which F.linear is not always the fastest."""
+    if torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu" or type(weight) is not nn.Parameter:
         return False
-    plain = type(weight) is nn.Parameter and weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling()
+    known = x.dtype == torch.bfloat16 or x.dtype in BY_ONEDNN
+    return known and not torch.is_autocast_enabled("cpu") and is_eager(x)
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b`` by a copy of the weight, or with the weight as the left factor, or as it is."""
-    packed: Packed | None = getattr(_READ, "packed", None)
-    copy = None if packed is None else packed.copy_of(weight)
-    if copy is not None:
-        return by_copy(x, copy, bias)
-    if kernel() != "amx" or x.numel() > MOST_ROWS * x.shape[-1]:
-        return F.linear(x, weight, bias)
-    return weight_left(x, weight, bias)
-
-
-def by_copy(x: Tensor, copy: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b``; the same bits as F.linear."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, copy, bias, "none", [], "")  # type: ignore[no-any-return]
+def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` of a weight as it is, or of its copy; in bf16 the same bits as F.linear."""
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def weight_left(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
