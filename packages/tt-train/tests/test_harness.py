@@ -209,6 +209,42 @@ def test_a_context_is_read_once_for_all_of_its_continuations(model_dir, monkeypa
     assert sum(read) < 3 * len(ours.tok_encode(context))
 
 
+def test_choices_that_differ_in_their_last_token_are_read_with_their_context_at_once(model_dir, monkeypatch):
+    ours, read = tt(model_dir, batch_size=4), []
+    inner = ours.scorer.model.hidden_states
+    monkeypatch.setattr(ours.scorer.model, "hidden_states", lambda ids: read.append(ids.shape) or inner(ids))
+    contexts = [tuple(ours.tok_encode(text(random.Random(seed), 40))) for seed in range(4)]
+    same, other = (5, 6), (7, 8, 9)
+    choices = {
+        0: [(*same, last) for last in (7, 8, 9)],
+        1: [(*other, last) for last in (5, 6)],
+        2: [(5,), (6,)],
+        3: [same],
+    }
+    asked = [(contexts[number], after) for number, of in choices.items() for after in of]
+    found = ours.scorer.log_probs(asked)
+    assert len(read) == 1
+    assert read[0][0] == 4
+    for (context, after), (value, _) in zip(asked, found, strict=True):
+        logits = (inner(torch.tensor([[*context, *after]])) @ ours.scorer.model.output_weight.T).detach()
+        places = range(len(context) - 1, len(context) + len(after) - 1)
+        expected = sum(
+            float(logits[0, place].log_softmax(-1)[token]) for place, token in zip(places, after, strict=True)
+        )
+        assert value == pytest.approx(expected, abs=1e-4)
+
+
+def test_weights_are_packed_once_for_all_batches_of_answers(model_dir, monkeypatch):
+    from tt_train.evals import score
+
+    ours, made = tt(model_dir, batch_size=1), []
+    monkeypatch.setattr(score, "Packed", lambda model: made.append(model))
+    ours.generate_until(requests(*((text(random.Random(6), 3), {"max_gen_toks": 5}) for _ in range(6))))
+    assert made == [ours.scorer.model]
+    ours.generate_until(requests((text(random.Random(6), 3), {"max_gen_toks": 5})))
+    assert len(made) == 1  # packing would take longer than it saves
+
+
 def test_sampled_answers_do_not_depend_on_the_batches(model_dir):
     asked = requests(*((text(random.Random(6), length), {"do_sample": True, "temperature": 0.9, "max_gen_toks": 12})
                        for length in (3, 9, 14, 3)))  # fmt: skip

@@ -24,6 +24,12 @@ class Scored(NamedTuple):
     greedy: bool
 
 
+def in_one_row(group: Group) -> bool:
+    """Whether the continuations differ in their last token only: then one text has all of their positions."""
+    first = group[1][0]
+    return all(after[:-1] == first[:-1] for after in group[1])
+
+
 @torch.no_grad()
 def score(model: tt_models.Decoder, batch: Sequence[Group]) -> list[Scored]:
     """Of each continuation of each context, in their order. A context is read once for all of its continuations."""
@@ -32,20 +38,17 @@ def score(model: tt_models.Decoder, batch: Sequence[Group]) -> list[Scored]:
     counts = torch.tensor([len(of) for _, of in batch], device=device)
     lengths = torch.tensor([len(after) for after in conts], device=device)
     labels_RC = _padded(conts, device)
-    if max(map(len, conts)) == 1:  # the next token of each context
-        hidden_GSD = _read(model, [context for context, _ in batch])
-        last = torch.tensor([len(context) - 1 for context, _ in batch], device=device)
-        hidden_ND = hidden_GSD[torch.arange(len(batch), device=device), last].repeat_interleave(counts, dim=0)
-    elif len(conts) == len(batch):
-        hidden_RSD = _read(model, [(*context, *of[0][:-1]) for context, of in batch])
-        ends = torch.tensor([len(context) + len(of[0]) - 1 for context, of in batch], device=device)
-        columns = torch.arange(hidden_RSD.shape[1], device=device)
-        hidden_ND = hidden_RSD[(columns < ends[:, None]) & (columns >= (ends - lengths)[:, None])]
+    filled_RC = _filled(lengths, labels_RC)
+    if all(map(in_one_row, batch)):
+        hidden_GSD = _read(model, [(*context, *of[0][:-1]) for context, of in batch])
+        first = torch.tensor([len(context) - 1 for context, _ in batch], device=device).repeat_interleave(counts)
+        row_N, column_N = filled_RC.nonzero(as_tuple=True)
+        row_of = torch.arange(len(batch), device=device).repeat_interleave(counts)
+        hidden_ND = hidden_GSD[row_of[row_N], first[row_N] + column_N]
     else:
         hidden_RCD = _read_on(model, [context for context, _ in batch], counts, labels_RC[:, :-1])
-        hidden_ND = hidden_RCD[_filled(lengths, labels_RC)]
-    log_probs_N, likeliest_N = _next_token(model, hidden_ND, labels_RC[_filled(lengths, labels_RC)])
-    row_N = torch.arange(len(conts), device=device).repeat_interleave(lengths)
+        row_N, hidden_ND = filled_RC.nonzero()[:, 0], hidden_RCD[filled_RC]
+    log_probs_N, likeliest_N = _next_token(model, hidden_ND, labels_RC[filled_RC])
     sums = torch.zeros(len(conts), dtype=torch.float64, device=device).index_add_(0, row_N, log_probs_N.double())
     misses = torch.zeros(len(conts), dtype=torch.int64, device=device).index_add_(0, row_N, (~likeliest_N).long())
     return [Scored(total, missed == 0) for total, missed in zip(sums.tolist(), misses.tolist(), strict=True)]

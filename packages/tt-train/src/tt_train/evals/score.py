@@ -9,10 +9,11 @@ import torch
 import tt_ckpt
 import tt_data
 import tt_models
+from tt_models.cpu.products import PACK_FROM, Packed, reading
 from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError
 from tt_train.evals.answer import Answer, Wanted, answer
-from tt_train.evals.likelihood import Group, Ids, Scored, score
+from tt_train.evals.likelihood import Group, Ids, Scored, in_one_row, score
 from tt_train.inputs.components import pick_device
 from tt_train.memory import DTYPES
 from tt_train.models.load import load
@@ -158,7 +159,7 @@ class Scorer:
         return self._share("scored", list(self._groups(list(asked))), work)
 
     def _groups(self, pairs: Sequence[tuple[Ids, Ids]]) -> Iterator[list["Group"]]:
-        """Batches of contexts, each with its continuations, the longest first."""
+        """Batches of contexts, each with its continuations; of each kind the longest first."""
         rows = self.batch_size or AT_ONCE
         groups: dict[Any, Group] = {}
         shares = not any(rope.by_length for rope in self.model.model.ropes if rope is not None)
@@ -176,9 +177,11 @@ class Scorer:
             before, after = (
                 max(map(len, texts)) for texts in zip(*((one[0], one[1][0]) for one in batch), strict=True)
             )
-            return before + after - 1 <= self.max_length and self._fits(sum(len(of) for _, of in batch), before + after)
+            read = sum(1 if in_one_row(group) else len(group[1]) for group in batch)
+            return before + after - 1 <= self.max_length and self._fits(read, before + after)
 
-        return _batched(parts, fits)
+        for kind in (True, False):
+            yield from _batched([group for group in parts if in_one_row(group) == kind], fits)
 
     def _fits(self, rows: int, length: int) -> bool:
         """Whether a batch of ``rows`` texts of up to ``length`` tokens is not too large."""
@@ -199,8 +202,10 @@ class Scorer:
             texts = answer(self.model, self.tokenizer, [prompt for prompt, _ in batch], wanted, seeds)
             return {index: text for (_, index), text in zip(batch, texts, strict=True)}
 
-        batches = _batched(kept, lambda batch: self._fits(len(batch), len(batch[0][0]) + wanted.max_new_tokens))
-        return self._share("answered", list(batches), work)
+        batches = list(_batched(kept, lambda batch: self._fits(len(batch), len(batch[0][0]) + wanted.max_new_tokens)))
+        many = len(batches) * wanted.max_new_tokens >= PACK_FROM * world().size
+        with reading(Packed(self.model) if many else None):  # one copy for all batches
+            return self._share("answered", batches, work)
 
 
 def open_model(
