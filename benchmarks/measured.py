@@ -191,11 +191,13 @@ def prompts_of(request: Request) -> list[list[int]]:
 def evaluated(model: str, words: dict[str, Any], request: Request) -> Run:
     """One task of lm-eval by a model that it knows; loading is not timed, making requests of rows is."""
     import lm_eval
+    import transformers  # noqa: F401  (lm-eval imports it for its report, if nobody has before)
     from lm_eval.api.registry import get_model
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=request["tasks"], include_defaults=False)
     built = get_model(model)(**words, batch_size=request["batch"])
+    _ = built.max_length  # of tt: its weights load with the first question
 
     def run() -> dict[str, Any]:
         name = f"bench_{request['task']}"
