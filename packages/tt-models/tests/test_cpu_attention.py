@@ -173,29 +173,26 @@ def operators(action):
     return calls, largest
 
 
-@pytest.mark.parametrize(
-    ("cpu", "faster"),
-    [
-        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_tile": False}, True),
-        ({"cpu_name": "AMD EPYC 7763", "avx512_bf16": False}, False),
-        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_bf16": True, "amx_tile": True}, False),
-        ({"architecture": "aarch64"}, False),
-    ],
-)
-def test_tiles_take_the_place_of_torch_only_in_bf16_on_a_cpu_and_at_lengths_that_gain(cpu, faster, monkeypatch):
-    monkeypatch.setattr(attention, "FASTER_IN", faster_in(cpu))
+@pytest.mark.parametrize(("kernel", "faster"), [("avx512_bf16", True), ("amx", False), ("other", False)])
+def test_tiles_take_the_place_of_torch_only_in_bf16_on_a_cpu_and_at_lengths_that_gain(kernel, faster, monkeypatch):
+    monkeypatch.setattr(attention, "FASTER_IN", faster_in(kernel))
     for dtype in (torch.bfloat16, torch.float32):
-        for heads, queries, gains in ((8, 256, True), (8, 255, False), (1, 724, False), (1, 725, True)):
+        for heads, queries, gains in ((8, 256, True), (8, 255, False), (2, 511, False), (2, 512, True)):
             inputs, _ = drawn(heads, 1, queries=queries, dim=8, batch=1, dtype=dtype)
             calls, _ = operators(functools.partial(attend, *inputs, mask=None, scale=0.25))
             assert calls["attention"] == (faster and gains and dtype == torch.bfloat16)
-    longest = torch.empty(1, 2, attention.LONGEST + 1, 8, dtype=torch.bfloat16)
-    assert not attention.is_faster(longest)
-    assert attention.is_faster(longest[:, :, :-1]) == faster
+
+
+@pytest.mark.parametrize(("dim", "longest"), [(16, 512), (63, 512), (64, 4096), (256, 4096)])
+def test_narrow_heads_are_computed_in_tiles_up_to_shorter_lengths_and_only_with_gradients(dim, longest, monkeypatch):
+    monkeypatch.setattr(attention, "FASTER_IN", {torch.bfloat16})
+    rows = torch.empty(1, 2, longest + 1, dim, dtype=torch.bfloat16, device="meta")
+    assert not attention.is_faster(rows)
+    assert attention.is_faster(rows[:, :, :-1])
     with torch.no_grad():
-        assert attention.is_faster(longest[:, :, :512]) == faster
-        assert not attention.is_faster(longest[:, :, :511])
-        assert not attention.is_faster(longest[:, :, :512], documents=True)
+        assert attention.is_faster(rows[:, :, :512]) == (dim >= 64)
+        assert not attention.is_faster(rows[:, :, :511])
+        assert not attention.is_faster(rows[:, :, :512], documents=True)
 
 
 @pytest.mark.parametrize("faster", [set(), {torch.float32}])
@@ -232,6 +229,7 @@ def test_a_plan_of_memory_sees_what_tiles_keep(monkeypatch):
 
 NARROW = """
 import sys, torch
+from tt_models.cpu.attention import FASTER_IN
 from tt_models.cpu.attention import attend_in_tiles
 from tt_models.masks import Intervals
 q, k, v = (torch.randn(1, 130, h, 32).to(torch.bfloat16).transpose(1, 2).requires_grad_() for h in (4, 2, 2))
@@ -242,11 +240,14 @@ found.sum().backward(), right.sum().backward()
 for ours, exact in ((found, right), (q.grad, q64.grad), (k.grad, k64.grad), (v.grad, v64.grad)):
     assert (ours.double() - exact).norm() / exact.norm() < 0.01
 assert "torch._dynamo" not in sys.modules
+assert not FASTER_IN
 """
 
 
-def test_tiles_compute_the_same_on_a_narrower_cpu_and_do_not_load_the_compiler():
-    narrow = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+@pytest.mark.parametrize(
+    "narrow", [{"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}]
+)
+def test_tiles_compute_the_same_on_a_narrower_cpu_are_not_chosen_there_and_do_not_load_the_compiler(narrow):
     subprocess.run([sys.executable, "-c", NARROW], env={**os.environ, **narrow}, check=True)
 
 

@@ -375,6 +375,30 @@ def test_small_tensors_take_the_formulas_and_so_do_gates_that_are_not_mapped_ane
         assert elementwise.gated(F.gelu, x, x).grad_fn.name() == "MulBackward0"
 
 
+def test_a_compiled_graph_does_not_compile_again_where_kernels_begin(in_small_blocks, monkeypatch):
+    torch._dynamo.reset()
+    layers, graphs = nn.Sequential(RMSNorm(8), MLP(8, 16)), []
+
+    def both(x, cos, sin):
+        return rotate(layers(x)[None, None], cos, sin)
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    in_small_blocks(8)
+    monkeypatch.setattr(elementwise, "NORMED", 99)
+    monkeypatch.setattr(elementwise, "ROTATED", 99)
+    compiled = torch.compile(both, backend=counting, dynamic=True)
+    for length in (10, 12, 14, 40):
+        x = torch.randn(length, 8)
+        tables = Rope(8, theta=100.0).tables(torch.arange(length)[None], torch.float32)
+        assert compiled(x, *tables).allclose(both(x, *tables), atol=1e-6)
+        with torch.no_grad():
+            assert compiled(x, *tables).allclose(both(x, *tables), atol=1e-6)
+    assert len(graphs) == 2  # with gradients, and without
+
+
 def test_a_rotation_with_tables_of_another_dtype_promotes_like_the_formula(in_small_blocks):
     cos, sin = Rope(8, theta=100.0).tables(torch.arange(6)[None], torch.float32)
     x = torch.randn(1, 2, 6, 8).bfloat16()

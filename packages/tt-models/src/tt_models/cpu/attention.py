@@ -3,7 +3,6 @@
 B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimension.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,13 +11,15 @@ from torch import Tensor
 
 from tt_models.cpu.blocks import is_eager
 from tt_models.cpu.elementwise import _with_graph
+from tt_models.cpu.products import Kernel, kernel
 from tt_models.cpu.tiles import LOG2E, Scores, by_token, exact_dtype, mix, mix_backward, parts
 from tt_models.masks import Intervals
 
 FEWEST = 64  # queries from which an interval per query is better than a mask
 WORTH = 2**19  # scores of all heads of a row from which tiles pay their calls
-LONGEST = 4096  # queries up to which they were measured to be faster
-FEWEST_FORWARD = 512  # queries of one document from which the forward alone is
+LONGEST, LONGEST_NARROW = 4096, 512  # queries up to which they were measured to be faster; of narrow heads
+WIDE = 64  # elements of a head that is not narrow: the calls of a tile grow less than its products
+FEWEST_FORWARD = 512  # queries of one document from which the forward alone is, of heads that are not narrow
 
 
 def can_tile(q_BHSD: Tensor) -> bool:
@@ -32,26 +33,27 @@ def can_tile(q_BHSD: Tensor) -> bool:
 def is_faster(q_BHSD: Tensor, *, documents: bool = False) -> bool:
     """Whether it is faster than torch's attention without a window, on this CPU; its backward is what gains most.
 
-    A compiled graph serves all lengths: there the dtype alone decides.
+    A compiled graph serves all lengths: there the dtype and the width of a head decide.
     """
+    wide = q_BHSD.shape[3] >= WIDE
     if q_BHSD.dtype not in FASTER_IN or torch.compiler.is_compiling():
-        return q_BHSD.dtype in FASTER_IN
+        return wide and q_BHSD.dtype in FASTER_IN
     heads, queries = q_BHSD.shape[1:3]
-    if not torch.is_grad_enabled() and (documents or queries < FEWEST_FORWARD):
+    if not torch.is_grad_enabled() and (documents or queries < FEWEST_FORWARD or not wide):
         return False
-    return queries <= LONGEST and heads * queries * queries >= WORTH
+    return queries <= (LONGEST if wide else LONGEST_NARROW) and heads * queries * queries >= WORTH
 
 
-def faster_in(cpu: Mapping[str, Any]) -> frozenset[torch.dtype]:
-    """In which dtypes a CPU, with ``torch.cpu.get_capabilities()``, multiplies batches much faster than torch attends.
+def faster_in(products: Kernel) -> frozenset[torch.dtype]:
+    """In which dtypes a CPU with these instructions multiplies batches much faster than torch attends.
 
     torch's attention makes many small products by MKL. Batches in bf16 are multiplied by oneDNN: with AVX512-BF16 at
     several times that rate. With AMX both are fast, and in fp32 both are MKL's.
     """
-    return frozenset([torch.bfloat16] if cpu.get("avx512_bf16") and not cpu.get("amx_tile") else [])
+    return frozenset([torch.bfloat16] if products == "avx512_bf16" else [])
 
 
-FASTER_IN = faster_in(torch.cpu.get_capabilities())
+FASTER_IN = faster_in(kernel())
 
 
 def attend_in_tiles(

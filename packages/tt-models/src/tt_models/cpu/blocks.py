@@ -40,7 +40,7 @@ def by_rows(formula: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
     Without gradient it goes block by block if a buffer of all rows is too large to be kept.
     """
-    if torch.is_grad_enabled() or 4 * x.numel() <= KEPT or not in_blocks(x):
+    if torch.is_grad_enabled() or not in_blocks(x) or 4 * x.numel() <= KEPT:
         return formula(x)
     y = torch.empty_like(x, dtype=formula(x.view(-1, x.shape[-1])[:1]).dtype)
     for y_block, x_block in row_blocks(y, x):

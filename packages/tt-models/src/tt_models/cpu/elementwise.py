@@ -15,7 +15,8 @@ from tt_models.cpu import blocks
 from tt_models.cpu.blocks import by_rows, in_blocks, is_eager, row_blocks
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
-NORMED, ROTATED = 3 * 2**16, 2**16  # elements from which the calls of a kernel are paid
+# elements from which the calls of a kernel are paid; compared last, since a compiled graph would compile again for it
+NORMED, ROTATED = 3 * 2**16, 2**16
 GATED_BLOCK = 2 * blocks.BLOCK  # elements of a block of gate and up
 
 
@@ -23,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``w * x / sqrt(mean(x^2) + eps)`` over the last dimension, rounded to the dtype of ``x`` before the weight."""
     if not torch.is_grad_enabled():
         return by_rows(lambda rows: _norm_rows(rows, weight, eps), x)
-    if x.numel() > NORMED and x.dtype == weight.dtype and in_blocks(x, weight):
+    if x.dtype == weight.dtype and in_blocks(x, weight) and x.numel() > NORMED:
         y: Tensor = NormAndWeight.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return y
     return _norm_and_weight(x, weight, eps)
@@ -31,7 +32,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     """``activation(gate) * up``."""
-    if gate.nbytes <= blocks.KEPT or activation is not F.silu or not in_blocks(gate, up):
+    if activation is not F.silu or not in_blocks(gate, up) or gate.nbytes <= blocks.KEPT:
         return activation(gate) * up
     y: Tensor = GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
     return y
@@ -45,8 +46,8 @@ def rotate(x_BHSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     dim = cos.shape[-1]
     if dim != x_BHSD.shape[-1]:
         return torch.cat((rotate(x_BHSD[..., :dim], cos, sin), x_BHSD[..., dim:]), dim=-1)
-    few, kernel = x_BHSD.numel() <= ROTATED, x_BHSD.device.type == "cpu" and is_eager(x_BHSD)
-    if few or not kernel or x_BHSD.dtype != cos.dtype:
+    kernel = is_eager(x_BHSD) and x_BHSD.device.type == "cpu" and x_BHSD.dtype == cos.dtype
+    if not kernel or x_BHSD.numel() <= ROTATED:
         return x_BHSD * cos + x_BHSD.roll(dim // 2, -1) * sin  # rolling by a half exchanges the pairs
     if not torch.is_grad_enabled():
         return _rotated(x_BHSD, cos, sin)
