@@ -10,7 +10,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from tt_ckpt.mapped_file import MappedFile
-from tt_ckpt.safetensors_file import DTYPES, TensorSpec, read_header, spec_of, write_tensor_dict, write_tensors
+from tt_ckpt.safetensors_file import (
+    DTYPES,
+    TensorSpec,
+    announced,
+    read_header,
+    read_tensor,
+    spec_of,
+    write_tensor_dict,
+    write_tensors,
+)
 
 
 def one_of_each():
@@ -57,6 +66,16 @@ def test_a_tensor_larger_than_the_copy_buffer_is_whole(tmp_path):
     tensor = torch.arange(5_000_000, dtype=torch.int32)
     write_tensor_dict(tmp_path / "file", {"t": tensor})
     assert torch.equal(load_file(tmp_path / "file")["t"], tensor)
+    read = torch.empty_like(tensor)
+    read_tensor(read_header(tmp_path / "file"), "t", read)
+    assert torch.equal(read, tensor)
+
+
+def test_a_large_tensor_is_written_in_pieces_that_are_smaller_than_a_huge_page():
+    tensor = torch.arange(1_000_000)
+    pieces = list(announced("file", "t", spec_of(tensor), tensor))
+    assert max(piece.nbytes for piece in pieces) < 2**21
+    assert b"".join(pieces) == tensor.numpy().tobytes()
 
 
 def test_the_hash_is_the_files(tmp_path):

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
+from tt_ckpt.pages import fault_in
 from tt_ckpt.shown import plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
-_WRITE_BYTES = 1 << 24
+_READ_BYTES = 1 << 22  # memory is given to a tensor and filled this much at a time, while it is in a cache
+_WRITE_BYTES = 1 << 18  # for 2 MiB the system looks for contiguous memory, which can cost more than the copy
 _CAST_BYTES = 1 << 20  # fits into a cache
 
 # In the order in which the safetensors library writes tensors (widest first), so that our files equal its files.
@@ -167,7 +170,8 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
     """Fill ``out`` with a tensor of the file, cast and moved to another device a piece at a time if need be.
 
     There is no memory map: no page of the file counts as this process's, and a file that is cut short while it is read
-    is an error, not the end of the process.
+    is an error, not the end of the process. transformers maps its files, which costs no copy; there a file that is
+    written over later changes the weights, and one that is cut short ends the process.
     """
     spec = header.tensors[name]
     assert tuple(out.shape) == spec.shape
@@ -177,8 +181,10 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
         out.copy_(whole)
         return
     if out.dtype == spec.dtype and out.device.type == "cpu":
-        for _ in read_pieces(header, name, max(1, out.numel()), out.view(-1)):
-            pass
+        with _opened(header, name) as file:
+            for piece in torch.split(out.view(-1), max(1, _READ_BYTES // spec.dtype.itemsize)):
+                fault_in(piece)
+                _fill(file, piece, header.path)
         return
     first = 0
     for piece in read_pieces(header, name, max(1, _CAST_BYTES // spec.dtype.itemsize)):
@@ -186,22 +192,30 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
         first += piece.numel()
 
 
-def read_pieces(header: Header, name: str, numel: int, into: Tensor | None = None) -> Iterator[Tensor]:
-    """The values of a tensor of the file, ``numel`` at a time, in memory that the next piece overwrites (``into``)."""
+def read_pieces(header: Header, name: str, numel: int) -> Iterator[Tensor]:
+    """The values of a tensor of the file, ``numel`` at a time, in memory that the next piece overwrites."""
     spec = header.tensors[name]
     total = spec.nbytes // spec.dtype.itemsize
-    buffer = torch.empty(min(numel, total), dtype=spec.dtype) if into is None else into
-    with header.path.open("rb", buffering=0) as file:
-        file.seek(header.offsets[name])
+    buffer = torch.empty(min(numel, total), dtype=spec.dtype)
+    with _opened(header, name) as file:
         for begin in range(0, max(total, 1), numel):  # an empty tensor is one empty piece
-            piece = buffer[: total - begin]
-            view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise ValueError(f"{header.path}: cut short while it was read; {DOWNLOAD}")
-                view = view[count:]
-            yield piece
+            yield _fill(file, buffer[: total - begin], header.path)
+
+
+def _opened(header: Header, name: str) -> FileIO:
+    file = header.path.open("rb", buffering=0)
+    file.seek(header.offsets[name])
+    return file
+
+
+def _fill(file: FileIO, piece: Tensor, path: Path) -> Tensor:
+    view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise ValueError(f"{path}: cut short while it was read; {DOWNLOAD}")
+        view = view[count:]
+    return piece
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -5,16 +5,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from tt_ckpt.pages import same_memory
 from tt_ckpt.safetensors_file import TensorSpec, flat_bytes
 from tt_ckpt.shown import plain
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
-_WORDS = 1 << 17  # compared at once
 _PIECE = 1 << 20  # values that are read, cast, written and compared at once
 _VALUES = 1 << 22  # summed at once
 
@@ -129,9 +128,4 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
     """Whether dtype, shape and every bit are equal (NaN equals the same NaN, 0.0 is not -0.0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    x, y = flat_bytes(a).numpy(), flat_bytes(b).numpy()
-    words = x.nbytes // 8 * 8  # compared eight bytes at a time, which is several times as fast
-    if not np.array_equal(x[words:], y[words:]):
-        return False
-    x, y = x[:words].view(np.int64), y[:words].view(np.int64)
-    return all(np.array_equal(x[at : at + _WORDS], y[at : at + _WORDS]) for at in range(0, len(x), _WORDS))
+    return same_memory(flat_bytes(a), flat_bytes(b))
