@@ -68,13 +68,15 @@ def quantize_run(
     asked = chosen(to, group_size, trained_for(origin), say)
     name = asked.format
     _refuse_quantized(origin)
+    rows = (
+        rows_of(data, load_tokenizer(origin), longest=LONGEST_ROW) if data is not None else None
+    )  # before torchao loads
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if problem := format_problem(name, device):
         raise ConfigError(
             [f"--to {name}: does not run on this machine ({problem}); tt quantize --list shows what does"]
         )
     shape = None if origin.model is None else tt_models.build(model_config(origin.model), device="meta")
-    rows = rows_of(data, load_tokenizer(origin), longest=LONGEST_ROW) if data is not None else None
     if shape is not None:
         plan = plan_of(shape, asked)
         refuse_small(target, weight_bytes(shape))
