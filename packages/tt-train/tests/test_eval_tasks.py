@@ -178,7 +178,7 @@ def test_a_task_that_fixes_its_examples_keeps_them_and_that_is_told(model_dir, t
 
 def test_a_missing_harness_is_named_with_its_pip_line(model_dir, tasks, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'tt-train\[eval\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'lm-eval"):
         run([model_dir], settings(tasks, "made_text"))
 
 
