@@ -73,7 +73,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("adapter_files",),
     ),
     "tt_ckpt": (
-        ("shown", "redaction", "files", "safe_names", "pages", "safetensors_file", "mapped_file", "commit", "ranks"),
+        ("shown", "redaction", "files", "safe_names", "safetensors_file", "mapped_file", "commit", "ranks"),
         ("hub", "train"),
         ("model_path",),
         ("hf",),

@@ -1,12 +1,13 @@
 """Tensors as views of a memory map, whose pages leave memory when they are done with."""
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD
-from tt_ckpt.pages import release_mapped
 from tt_ckpt.safetensors_file import Header, read_header
 from tt_ckpt.shown import plain, quoted
 
@@ -38,3 +39,15 @@ class MappedFile:
         for tensor in self._given:
             release_mapped(tensor)
         self._given.clear()
+
+
+def release_mapped(tensor: Tensor) -> None:
+    """Drop the pages of a contiguous view of a private, unchanged memory map from memory, if the system can do so.
+
+    They are read again from the file when they are used again. Other memory would lose its values.
+    """
+    advice, page = getattr(mmap, "MADV_DONTNEED", None), mmap.PAGESIZE
+    if advice is not None and tensor.nbytes:
+        begin = tensor.data_ptr() // page * page
+        size = tensor.data_ptr() + tensor.nbytes - begin
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), ctypes.c_int(advice))

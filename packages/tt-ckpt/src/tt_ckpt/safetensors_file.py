@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
-from tt_ckpt.pages import fault_in
 from tt_ckpt.shown import plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
-_READ_BYTES = 1 << 22  # memory is given to a tensor and filled this much at a time, while it is in a cache
 _WRITE_BYTES = 1 << 18  # for 2 MiB the system looks for contiguous memory, which can cost more than the copy
 _CAST_BYTES = 1 << 20  # fits into a cache
 
@@ -181,10 +178,8 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
         out.copy_(whole)
         return
     if out.dtype == spec.dtype and out.device.type == "cpu":
-        with _opened(header, name) as file:
-            for piece in torch.split(out.view(-1), max(1, _READ_BYTES // spec.dtype.itemsize)):
-                fault_in(piece)
-                _fill(file, piece, header.path)
+        for _ in read_pieces(header, name, max(1, out.numel()), out.view(-1)):
+            pass
         return
     first = 0
     for piece in read_pieces(header, name, max(1, _CAST_BYTES // spec.dtype.itemsize)):
@@ -192,30 +187,22 @@ def read_tensor(header: Header, name: str, out: Tensor) -> None:
         first += piece.numel()
 
 
-def read_pieces(header: Header, name: str, numel: int) -> Iterator[Tensor]:
-    """The values of a tensor of the file, ``numel`` at a time, in memory that the next piece overwrites."""
+def read_pieces(header: Header, name: str, numel: int, into: Tensor | None = None) -> Iterator[Tensor]:
+    """The values of a tensor of the file, ``numel`` at a time, in memory that the next piece overwrites (``into``)."""
     spec = header.tensors[name]
     total = spec.nbytes // spec.dtype.itemsize
-    buffer = torch.empty(min(numel, total), dtype=spec.dtype)
-    with _opened(header, name) as file:
+    buffer = torch.empty(min(numel, total), dtype=spec.dtype) if into is None else into
+    with header.path.open("rb", buffering=0) as file:
+        file.seek(header.offsets[name])
         for begin in range(0, max(total, 1), numel):  # an empty tensor is one empty piece
-            yield _fill(file, buffer[: total - begin], header.path)
-
-
-def _opened(header: Header, name: str) -> FileIO:
-    file = header.path.open("rb", buffering=0)
-    file.seek(header.offsets[name])
-    return file
-
-
-def _fill(file: FileIO, piece: Tensor, path: Path) -> Tensor:
-    view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise ValueError(f"{path}: cut short while it was read; {DOWNLOAD}")
-        view = view[count:]
-    return piece
+            piece = buffer[: total - begin]
+            view = memoryview(flat_bytes(piece).numpy())  # type: ignore[arg-type]
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{header.path}: cut short while it was read; {DOWNLOAD}")
+                view = view[count:]
+            yield piece
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

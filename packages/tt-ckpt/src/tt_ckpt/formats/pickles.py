@@ -19,7 +19,7 @@ from torch import Tensor
 from tt_ckpt.files import DOWNLOAD, create, read_start, sync
 from tt_ckpt.formats.pickle_records import MAX_BYTES, read_inert
 from tt_ckpt.hf.weights import in_pieces
-from tt_ckpt.pages import release_mapped
+from tt_ckpt.mapped_file import release_mapped
 from tt_ckpt.safetensors_file import DTYPES, TensorSpec, announced, is_shape
 from tt_ckpt.shown import plain, quoted
 
