@@ -239,10 +239,37 @@ def test_a_product_in_fp32_is_as_exact_by_onednn_and_by_a_copy_as_by_torch(rows,
     copied = rows <= products.MOST_PACKED_ROWS
     assert [weight is layer.weight for weight in called] == [True] * (rows >= 4) + [not copied] * (rows >= 4 or copied)
     called.clear()
-    assert linear(layer, x).requires_grad
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(layer, x).dtype == torch.bfloat16
     assert not called
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "bias", "input"])
+def test_gradients_in_fp32_are_as_exact_by_onednn_as_by_torch(frozen, monkeypatch):
+    monkeypatch.setattr(products, "BY_ONEDNN", {torch.float32})
+    monkeypatch.setattr(products, "WORTH", 0)
+    layer, x = nn.Linear(300, 70), torch.randn(3, 40, 300, requires_grad=True)
+    tensors = {"input": x, "weight": layer.weight, "bias": layer.bias}
+    if frozen in tensors:
+        tensors.pop(frozen).requires_grad_(False)
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in (x, layer.weight, layer.bias)]
+    upstream = torch.randn(40, 3, 70).transpose(0, 1)
+
+    def derivatives(y, inputs):
+        first = torch.autograd.grad(y, inputs, upstream.to(y.dtype), create_graph=True)
+        total = sum(g.square().sum() for g in first)
+        second = torch.autograd.grad(total, inputs, allow_unused=True) if total.requires_grad else ()
+        return [*torch.autograd.grad(y, inputs, upstream.to(y.dtype)), *first, *(g for g in second if g is not None)]
+
+    y = linear(layer, x)
+    assert "ByOneDNN" in type(y.grad_fn).__name__
+    mine = derivatives(y, [*tensors.values()])
+    expected = derivatives(nn.functional.linear(*exact), [tensor for tensor in exact if tensor.requires_grad])
+    theirs = derivatives(nn.functional.linear(x, layer.weight, layer.bias), [*tensors.values()])
+    assert len(mine) == len(expected) >= 2 * len(tensors)
+    for found, reference, plain in zip(mine, expected, theirs, strict=True):
+        assert (found - reference).norm() <= 2 * (plain - reference).norm() + 1e-6 * reference.norm()
 
 
 @pytest.mark.parametrize(

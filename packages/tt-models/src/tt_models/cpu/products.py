@@ -1,7 +1,6 @@
-"""``linear`` and ``product``: a product without gradient is done by the library that is fastest at it on this CPU.
+"""``linear`` and ``product``: a product is done by the library that is fastest at it on this CPU.
 
-In bf16 these are a few rows, as in decoding, whose product takes as long as reading the weight.
-
+In bf16 this is F.linear but for a few rows without gradient, as in decoding: they take as long as reading the weight.
 Instructions that multiply bf16 (avx512_bf16, AMX) want a weight in pairs of its columns, so each product rearranges it,
 which takes longer than the product of a few rows. With avx512_bf16 a long generation keeps rearranged copies
 (``Packed``), and without a copy F.linear is the fastest. With AMX the weight is read as the left factor, which is not
@@ -148,7 +147,11 @@ def linear(layer: nn.Module, x: Tensor) -> Tensor:
 def linears(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     """``layer(x)`` of each: one product if their weights are packed together."""
     packed = being_read()
-    if packed is not None and not any(type(layer) is not nn.Linear or is_watched(layer) for layer in layers):
+    if (
+        packed is not None
+        and not torch.is_grad_enabled()
+        and not any(type(layer) is not nn.Linear or is_watched(layer) for layer in layers)
+    ):
         weights = [weight for layer in layers if (weight := layer._parameters["weight"]) is not None]
         biased = any(layer._parameters["bias"] is not None for layer in layers)
         few = x.numel() <= MOST_PACKED_ROWS * x.shape[-1]
@@ -164,10 +167,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_plain(x, weight):
         return F.linear(x, weight, bias)
     rows, packed = x.numel() // x.shape[-1], being_read()
+    large = x.dtype in BY_ONEDNN and rows >= FEWEST_ROWS and rows * weight.numel() >= WORTH
+    if torch.is_grad_enabled():
+        return _ByOneDNN.apply(x, weight, bias) if large else F.linear(x, weight, bias)  # type: ignore[no-untyped-call]
     copy = packed.copy_of(weight) if packed is not None and rows <= MOST_PACKED_ROWS else None
     if copy is not None:
         return by_onednn(x, copy, bias)
-    if x.dtype in BY_ONEDNN and rows >= FEWEST_ROWS and rows * weight.numel() >= WORTH:
+    if large:
         return by_onednn(x, weight, bias)
     if x.dtype == torch.bfloat16 and rows <= MOST_ROWS and kernel() == "amx":
         return weight_left(x, weight, bias)
@@ -181,8 +187,8 @@ def is_watched(layer: nn.Module) -> bool:
 
 
 def is_plain(x: Tensor, weight: Tensor) -> bool:
-    """Whether no gradient is wanted of a product on a CPU, in a dtype in which F.linear is not always the fastest."""
-    if torch.is_grad_enabled() or x.dtype != weight.dtype or x.device.type != "cpu" or type(weight) is not nn.Parameter:
+    """Whether this is a product on a CPU in a dtype in which F.linear is not always the fastest."""
+    if x.dtype != weight.dtype or x.device.type != "cpu" or type(weight) is not nn.Parameter:
         return False
     known = x.dtype == torch.bfloat16 or x.dtype in BY_ONEDNN
     return known and not torch.is_autocast_enabled("cpu") and is_eager(x)
@@ -191,6 +197,27 @@ def is_plain(x: Tensor, weight: Tensor) -> bool:
 def by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x W^T + b`` of a weight as it is, or of its copy; in bf16 the same bits as F.linear."""
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _ByOneDNN(torch.autograd.Function):
+    """``by_onednn``, and its gradients by the same product of transposed factors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        times: Any = F.linear if torch.is_grad_enabled() else by_onednn  # the former can be differentiated again
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        x_RI, grad_RO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        return (
+            times(grad, weight.t(), None) if needs_x else None,
+            times(grad_RO.t(), x_RI.t(), None) if needs_weight else None,
+            grad_RO.sum(0) if needs_bias else None,
+        )
 
 
 def weight_left(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
