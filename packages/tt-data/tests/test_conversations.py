@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tt_data import Message, load_dataset, sharegpt_to_llama2_messages, validate_messages
+from tt_data.examples import BadRowError
 from tt_data.rows.conversations import as_turns, read_messages
 
 U, A = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -169,3 +170,15 @@ def test_a_system_message_or_a_tools_answer_may_say_nothing(chatml: Any) -> None
         assert [m.content for m in read_messages([U, call, {"role": "tool", "content": nothing}, A])][2] == (
             nothing or ""
         )
+
+
+@pytest.mark.parametrize("words", ["Hello", " Hello", "\n", "", "x" * 5000])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_turn_of_a_role_and_words_alone_is_read_as_one_with_more_keys(role: str, words: str) -> None:
+    def read(turn: dict[str, object]) -> object:
+        try:
+            return read_messages([{"role": "user", "content": "Hi"}, turn])
+        except BadRowError as bad:
+            return bad.reason, str(bad)
+
+    assert read({"role": role, "content": words}) == read({"role": role, "content": words, "weight": None})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tt_data import TokenDataset, load_dataset
+from tt_data import TokenDataset, Tokenizer, load_dataset
 from tt_data.token_rows.dataset import IGNORE_INDEX
 
 USER, ANSWER = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "{}<|im_end|>"
@@ -280,3 +280,17 @@ def test_user_functions_can_be_registered(chatml: Any, monkeypatch: pytest.Monke
     dataset = load_dataset([{"q": "hello", "a": "the cat", "text": "x"}], chatml)
     assert dataset.report["schema"] == "quiz"
     assert whole(dataset) == "Q: hello the cat<|im_end|>"
+
+
+def test_the_collector_of_circles_is_as_it_was_after_rows_are_encoded(chatml: Tokenizer) -> None:
+    import gc
+
+    for collects in (True, False):
+        (gc.enable if collects else gc.disable)()
+        try:
+            load_dataset([{"text": "one"}, {"text": ""}], chatml)
+            with pytest.raises(ValueError, match="none can be used"):
+                load_dataset([{"text": ""}], chatml)
+            assert gc.isenabled() == collects
+        finally:
+            gc.enable()

@@ -106,6 +106,8 @@ def read_chat(row: Row, columns: Columns) -> Conversation:
 
 def conversation(row: Row, columns: Columns, messages: Sequence[Message]) -> Conversation:
     """``messages`` with the system message, the tools and the template's variables of the row's other columns."""
+    if len(row) == 1:
+        return Conversation(messages)
     system, first = cell(row, columns, *SYSTEM, optional=True), messages[0]
     if system is not None and as_text(system, find(row, columns, *SYSTEM) or "", may_be_empty=True).strip():
         if first.role != "system":
@@ -207,6 +209,10 @@ def _by_turn(value: Mapping[str, Any]) -> Any:
 def _message(turn: Any, i: int) -> Message:
     if isinstance(turn, Message):
         return turn
+    if type(turn) is dict and len(turn) == 2 and turn.get("role") in ("system", "user", "assistant"):
+        words = turn.get("content")
+        if type(words) is str and not words[:1].isspace() and words:
+            return Message(turn["role"], words)  # as nearly every one is; what follows gives the same, in more time
     if not isinstance(turn, Mapping):
         raise BadRowError(
             "wrong type", f"message {i} is {type(turn).__name__}, expected an object with role and content"

@@ -131,6 +131,8 @@ def read_text(row: Row, columns: Columns) -> Text | Conversation:
     found = turns_or_text(row, columns, "text")
     if not isinstance(found, str) and as_turns(found):
         return Conversation(read_messages(found))
+    if isinstance(found, str) and found and not found.isspace():
+        return Text(found)
     return Text(text(row, columns, "text"))
 
 

@@ -19,6 +19,7 @@ from tt_data.template.limits import HAS_LIMITS
 from tt_data.wording import visible
 
 Process: TypeAlias = "subprocess.Popen[bytes]"
+TO_JSON = json.JSONEncoder(default=str)  # of the content of jobs
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_OUTPUT_CHARACTERS = 8_000_000
 _OUTPUT_PER_CHARACTER, _OUTPUT_AT_LEAST = 32, 1 << 15  # characters that a template may write of a conversation
@@ -240,6 +241,8 @@ def _stop(process: Process, owner: int) -> None:
 def template_dict(message: Message | Mapping[str, Any]) -> dict[str, Any]:
     """What a template sees of a message: no None values, the reasoning under each of its names."""
     if isinstance(message, Message):
+        if not message.extra:  # nearly every one
+            return {"role": message.role, "content": message.content}
         message = {"role": message.role, "content": message.content, **message.extra}
     if not isinstance(message, Mapping):
         raise ValueError(

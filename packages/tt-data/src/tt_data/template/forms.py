@@ -120,6 +120,8 @@ def _in_order(words: list[str], text: str) -> bool:
 def _has_more(message: dict[str, Any]) -> bool:
     """Whether there is more to a message than plain words."""
     is_plain = isinstance(message.get("content"), str) and "</think>" not in message["content"]
+    if is_plain and len(message) == 2:  # its role and its words
+        return bool(message["role"] == "tool")
     return (
         not is_plain
         or message["role"] == "tool"

@@ -100,6 +100,7 @@ class _Template:
         environment = make_environment()
         environment.globals["strftime_now"] = self._today
         self.template = environment.from_string(setup["source"])
+        self.template.globals = dict(self.template.globals)  # every rendering walks them: a ChainMap is slow at it
         self.variables: dict[str, Any] = setup["variables"]
         self.most = _STUDY_CHARACTERS
         self._refuses: dict[str, bool] = {}

@@ -158,7 +158,7 @@ class _Words(dict[str, tuple[int, ...]]):
         if ODD.search(word):
             ids = tuple(self._library.encode(word, add_special_tokens=False).ids)
         else:
-            tokens = self._model.tokenize("".join(self._letters[ord(c)] for c in word))
+            tokens = self._model.tokenize(word.translate(self._letters))
             ids = tuple(token.id for token in tokens)
             self.lengths.update((token.id, len(token.value)) for token in tokens)
         if len(self) < _MAX_WORDS and len(word) <= _MAX_LETTERS:
@@ -204,19 +204,21 @@ class WordCache:
                     words += (part,) if place % 2 else self._pattern.findall(part)
         parts = list(map(self._words.__getitem__, words))
         ids = list(chain.from_iterable(parts))
-        ends = list(accumulate(map(len, words)))  # the characters behind each word
-        if (ends[-1] if ends else 0) != len(text):
+        if sum(map(len, words)) != len(text):
             return None
         if not spans or spans == [(0, len(text))]:
             return Encoded(ids, [(0, len(ids))] if spans and ids else [])
-        counts = list(accumulate(map(len, parts), initial=0))  # the tokens before each word
+        ends = list(accumulate(map(len, words)))  # the characters up to the end of each word
+        passed = count = 0  # words, and their tokens
         joined: list[Span] = []
         for start, end in spans:
             edges: list[int] = []
             for place in (start, end - 1) if start < end else ():
                 word = bisect_right(ends, place)
                 begin = ends[word] - len(words[word])
-                if plain or not ODD.search(words[word]):
+                if place == begin and parts[word] and words[word].isascii():
+                    token = 0
+                elif plain or not ODD.search(words[word]):
                     reached = accumulate(self._words.lengths[index] for index in parts[word])
                     token = next(number for number, length in enumerate(reached) if place < begin + length)
                 else:
@@ -226,7 +228,8 @@ class WordCache:
                     if tokens is None:
                         return None
                     token = tokens[len(edges)]
-                edges.append(counts[word] + token)
+                count, passed = count + sum(map(len, parts[passed:word])), word
+                edges.append(count + token)
             if edges and joined and edges[0] <= joined[-1][1]:
                 edges[0] = joined.pop()[0]
             joined += [(edges[0], edges[1] + 1)] if edges else []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
 from tt_data.messages import Message
-from tt_data.template.chat_template import ChatTemplate, Job, TemplateError, template_dict
+from tt_data.template.chat_template import TO_JSON, ChatTemplate, Job, TemplateError, template_dict
 from tt_data.template.spans import BLANKS, Encoded, MarkedText, Span, SpecialTokens, check_unicode
 from tt_data.text.backend import Backend
 
@@ -192,7 +191,7 @@ class Tokenizer:
         """The conversation as the model's chat template writes it. ``variables`` reach the template
         (``enable_thinking=False``). Raises TemplateError."""
         content = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": variables}
-        template, written = self._template(tools), json.dumps({**content, "prompt": add_generation_prompt}, default=str)
+        written, template = TO_JSON.encode({**content, "prompt": add_generation_prompt}), self._template(tools)
         answer = template.run([Job(written, len(messages))])[0]
         if "error" in answer:
             raise template.error(answer)
@@ -227,10 +226,10 @@ class Tokenizer:
             given = {"messages": [template_dict(m) for m in messages], "tools": tools or None, "extra": dict(variables)}
             content = {**given, "prompt": True} if prompt else {**given, "trained": trained}
             try:
-                written, notes = json.dumps(content, default=str), tuple[str, ...]()
+                written, notes = TO_JSON.encode(content), tuple[str, ...]()
                 if self._apart.suspect.search(written):
                     safe, notes = self._apart.broken(content, nonce)
-                    written = written if safe is content else json.dumps(safe, default=str)
+                    written = written if safe is content else TO_JSON.encode(safe)
             except RecursionError:
                 results[place] = TemplateError("messages, tools or variables are nested too deeply to be rendered")
                 continue
