@@ -564,3 +564,33 @@ def test_a_text_of_several_lines_is_one_line_of_the_config():
         ("model.path", r'  path: "a\nb\Lc"'),
         ("model.dtype", "  dtype: bf16"),
     ]
+
+
+def test_a_long_run_is_summed_up_from_eight_bytes_a_figure(make_run):
+    many = 4_000
+    records = [row | ({"eval_loss": 2.0} if row["step"] % 100 == 0 else {}) for row in rows(many)]
+    run = read_run(make_run(records=records), name="run")
+    kept = sum(column.itemsize * len(column) for column in run.rows.columns.values())
+    assert kept == 8 * many * len({*records[-1]})
+    assert run.rows[-1] == records[-1]
+    assert run.column("eval_loss")[:100] == [None] * 99 + [2.0]
+    one = headline(run)
+    assert one.loss_last == pytest.approx(sum(3.0 / step for step in range(many - 199, many + 1)) / 200)
+    assert (one.steps, one.eval_best, one.eval_best_step) == (many, 2.0, 100)
+
+
+def test_figures_of_steps_that_were_made_again_are_the_later_ones_in_order(make_run):
+    records = [{"step": 2, "loss": 1.0}, {"step": 1, "loss": 5.0, "lr": 0.1}, {"step": 2, "loss": 3.0}]
+    run = read_run(make_run(records=records), name="run")
+    assert [*run.rows] == [{"step": 1, "loss": 5.0, "lr": 0.1}, {"step": 2, "loss": 3.0, "lr": None}]
+    assert [*run.rows[1:].only("lr", "loss")] == [{"lr": None, "loss": 3.0}]
+
+
+@needs_matplotlib
+def test_the_picture_draws_no_more_points_than_it_can_show_and_every_spike(make_run):
+    records = rows(9_000)
+    records[4321]["grad_norm"] = 77.0
+    figure = _figure([read_run(make_run(records=records), name="run")])
+    lines = [line for axes in figure.axes for line in axes.lines]
+    assert max(len(line.get_xdata()) for line in lines) <= 2 * 1500 + 2
+    assert (4322, 77.0) in [point for line in lines for point in zip(*line.get_data(), strict=True)]

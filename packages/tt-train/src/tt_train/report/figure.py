@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tt_ckpt.redaction import redact
 from tt_train.records.series import charts
-from tt_train.report.read import Run, measured, smooth
+from tt_train.report.read import Run, measured, smooth, thin
 from tt_train.report.summary import as_count, as_figure, as_percent, as_time, headline
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 NO_PICTURE = "the report has no PNG: it needs matplotlib; pip install matplotlib"
 GENERATOR = "tt report"  # in every page and picture, so that they can be told from other files
 COLOURS = ("#2f5fd0", "#d9622b", "#16876b", "#a8429b", "#b38600", "#2492b8", "#c2405a", "#6b6f78")
+_BUCKETS = 1500  # of the rows of a line, which has about as many points across
 INK, SOFT, GRID = "#1b1d21", "#5c626c", "#e8e8e4"
 
 
@@ -94,8 +95,7 @@ def _draw_loss(axes: "Axes", runs: Sequence[Run]) -> None:
 
 def _draw_held_out(axes: "Axes", run: Run, name: str, *, color: str, tag: str = "", **style: Any) -> None:
     """A figure of some steps: a mark at each, and at the end the name of the set."""
-    held = [(row["step"], value) for row in run.rows if (value := row.get(name)) is not None]
-    if held:
+    if held := run.held(name):
         steps, values = zip(*held, strict=True)
         style = {"markersize": 3.5, "markerfacecolor": "white", **style}
         axes.plot(steps, values, "o:" if tag else "o--", color=color, **style)
@@ -105,9 +105,10 @@ def _draw_held_out(axes: "Axes", run: Run, name: str, *, color: str, tag: str = 
 
 
 def _line(axes: "Axes", run: Run, values: Sequence[float | None], **style: Any) -> None:
-    known = [math.nan if value is None else value for value in values]
-    alone = len(run.figures("step")) < 3  # a line through one point is invisible
-    axes.plot(run.figures("step"), known, marker="o" if alone else None, markersize=4, **style)
+    steps, drawn = run.figures("step"), thin([values], buckets=_BUCKETS)
+    known = [math.nan if (value := values[row]) is None else value for row in drawn]
+    alone = len(steps) < 3  # a line through one point is invisible
+    axes.plot([steps[row] for row in drawn], known, marker="o" if alone else None, markersize=4, **style)
 
 
 def _dress(axes: "Axes", title: str) -> None:

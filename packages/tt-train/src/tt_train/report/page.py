@@ -121,12 +121,14 @@ def _notices(lines: Sequence[str]) -> str:
 
 def _data(run: Run, index: int) -> dict[str, Any]:
     """The columns that the script draws, without rows that would make no visible difference."""
-    columns = {series.key: run.column(series.name) for series in (*SERIES.values(), *run.others) if series.on_page}
+    spiky = ("loss", "eval_loss", "grad_norm", "tokens_per_s", *(series.name for series in run.others))
+    rows = sorted({row for name in spiky for row in thin([run.column(name)], buckets=BUCKETS)})
+    columns = {series.key: series.name for series in (*SERIES.values(), *run.others) if series.on_page}
+    found = ((key, run.column(name)) for key, name in columns.items())  # one at a time: a long run's are large
+    kept = {key: [_rounded(values[row]) for row in rows] for key, values in found}
     if len(run.rows) > SMOOTHED:
-        columns["smooth"] = smooth(columns["loss"])
-    spiky = [columns[name] for name in ("loss", "eval_loss", "grad_norm", "tokens_per_s")]
-    rows = thin([*spiky, *(columns[series.key] for series in run.others)], buckets=BUCKETS)
-    kept = {name: [_rounded(values[row]) for row in rows] for name, values in columns.items()}
+        smoothed = smooth(run.column("loss"))
+        kept["smooth"] = [_rounded(smoothed[row]) for row in rows]
     kept = {name: values for name, values in kept.items() if any(value is not None for value in values)}
     return {"name": run.name, "colour": index % COLOURS, "columns": kept}
 
@@ -189,8 +191,7 @@ def _table(run: Run, others: Sequence[Series], *, several: bool) -> str:
         *(series for chart in charts(others, measured=measured([run])).values() for series in chart),
     ]
     stride = max(1, -(-len(run.rows) // TABLE_ROWS))
-    last = len(run.rows) - 1
-    shown = [row for index, row in enumerate(run.rows) if index % stride == 0 or index == last]
+    shown = [run.rows[index] for index in sorted({*range(0, len(run.rows), stride), len(run.rows) - 1})]
     head = "".join(f'<th scope="col">{html_text(series.column)}</th>' for series in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{as_figure(row.get(series.name))}</td>" for series in columns) + "</tr>" for row in shown

@@ -1,20 +1,20 @@
 """Reading a run directory for the report: rows, samples, manifest and config, in whatever state they are."""
 
 import os
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from tt_ckpt.shown import plain, quoted
 from tt_train.config import named_sets
 from tt_train.records.evaluations import newest
+from tt_train.records.figures import Figures
 from tt_train.records.run_files import FinishedRun, json_lines, number
 from tt_train.records.series import MOST_OTHERS, SERIES, Series, other_series
 from tt_train.records.visible import visible
-
-Row = dict[str, float | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Run:
 
     path: Path
     name: str
-    rows: list[Row]
+    rows: Figures
     others: list[Series] = field(default_factory=list)  # metrics that SERIES does not know
     config: dict[str, Any] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
@@ -31,18 +31,17 @@ class Run:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    @cached_property
-    def _columns(self) -> dict[str, list[float | None]]:
-        return {}
-
     def column(self, name: str) -> list[float | None]:
-        if name not in self._columns:  # the page and the picture ask for each many times
-            self._columns[name] = [row.get(name) for row in self.rows]
-        return self._columns[name]
+        return self.rows.column(name)
 
     def figures(self, name: str) -> list[float]:
         """The finite values of a column."""
         return [value for value in self.column(name) if value is not None]
+
+    def held(self, name: str) -> list[tuple[float, float]]:
+        """The steps that have a figure, with its values."""
+        pairs = zip(self.column("step"), self.column(name), strict=True)
+        return [(step or 0, value) for step, value in pairs if value is not None]
 
 
 def measured(runs: Sequence[Run]) -> set[str]:
@@ -66,7 +65,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def read_run(path: Path, *, name: str) -> Run:
     problems: list[str] = []
-    rows: dict[float, Row] = {}
+    rows = Figures()
     others: dict[str, int] = {}  # metric: number of rows that have it
     left_out: set[str] = set()  # the first name that is too many
     for record in json_lines(path / "metrics.jsonl", problems):
@@ -74,7 +73,7 @@ def read_run(path: Path, *, name: str) -> Run:
         row = {key: number(value) for key, value in record.items() if key in SERIES or key in metrics}
         step = row.get("step")
         if step is not None:
-            rows[step] = row  # a resumed run writes a step again: the later row is the one that counts
+            rows.append(row)
             problems.extend(
                 f"step {step:g}: {key} was {quoted(record[key])}"
                 for key in ("loss", "grad_norm", "eval_loss", *metrics)
@@ -82,14 +81,14 @@ def read_run(path: Path, *, name: str) -> Run:
             )
     for key in left_out:
         problems.append(f"metrics.jsonl: left out: metric {key!r:.100} and later ones, after {MOST_OTHERS} others")
-    run = FinishedRun(path)
+    rows, run = rows.by_step(), FinishedRun(path)
     config = _unless_damaged("config.yaml", run.config_file, path, problems)
     section = config.get("data")
     sets = [str(name) for name in named_sets(section.get("eval") if isinstance(section, dict) else None)]
     return Run(
         path=path,
         name=name,
-        rows=[rows[step] for step in sorted(rows)],
+        rows=rows,
         others=[other_series(key, dashed=2 * count < len(rows), sets=sets) for key, count in others.items()],
         config=config,
         manifest=_unless_damaged("manifest.json", lambda: run.manifest, path, problems),
@@ -118,31 +117,27 @@ def smooth(values: Sequence[float | None]) -> list[float | None]:
 
     A mean would bend the ends of a falling curve towards its middle. Gaps stay gaps.
     """
-    behind, ahead = _moments(values), _moments(values[::-1])[::-1]
-    return [
-        None if value is None else _intercept(value, before, after)
-        for value, before, after in zip(values, behind, ahead, strict=True)
-    ]
+    before = array("d", chain.from_iterable(_moments(values)))
+    smoothed: list[float | None] = [None] * len(values)
+    for place, after in zip(reversed(range(len(values))), _moments(values[::-1]), strict=True):
+        if (value := values[place]) is not None:
+            smoothed[place] = _intercept(value, before[5 * place : 5 * place + 5], after)
+    return smoothed
 
 
-_Moments = tuple[float, float, float, float, float]
-
-
-def _moments(values: Sequence[float | None]) -> list[_Moments]:
+def _moments(values: Sequence[float | None]) -> Iterator[tuple[float, float, float, float, float]]:
     """Before each value: the sums of w, w d, w d^2, w y and w d y over distance d, weight w and value y."""
     decay = 1 - 1 / max(1.0, len(values) / 40)
     w = wd = wdd = wy = wdy = 0.0
-    sums = []
     for value in values:
         wdd, wd, wdy = decay * (wdd + 2 * wd + w), decay * (wd + w), decay * (wdy + wy)
         w, wy = decay * w, decay * wy
-        sums.append((w, wd, wdd, wy, wdy))
+        yield w, wd, wdd, wy, wdy
         if value is not None:
             w, wy = w + 1, wy + value
-    return sums
 
 
-def _intercept(value: float, before: _Moments, after: _Moments) -> float:
+def _intercept(value: float, before: Sequence[float], after: Sequence[float]) -> float:
     """The height at d = 0 of the line through a value and what is before (d < 0) and after it."""
     w, wdd, wy = 1 + before[0] + after[0], before[2] + after[2], value + before[3] + after[3]
     wd, wdy = after[1] - before[1], after[4] - before[4]

@@ -26,7 +26,7 @@ def training_loss(rows: Sequence[Row]) -> float | None:
     begin = len(rows) - len(last_part(rows))
     weighted = [
         (row["loss"], tokens)
-        for row, tokens in list(zip(rows, step_tokens(rows), strict=True))[begin:]
+        for row, tokens in zip(rows[begin:], step_tokens(rows)[begin:], strict=True)
         if row.get("loss") is not None and tokens > 0
     ]
     total = sum(tokens for _, tokens in weighted)
@@ -38,7 +38,7 @@ def last_part(rows: Sequence[Row]) -> Sequence[Row]:
     rows = _steps(rows)
     end = rows[-1].get("epoch") if rows else None
     if end is not None and end > 1:
-        return [row for row in rows if row.get("epoch") is not None and row["epoch"] > end - 1 + 1e-6]
+        return rows[next(i for i, row in enumerate(rows) if (row.get("epoch") or 0) > end - 1 + 1e-6) :]
     return rows[-max(FEWEST, math.ceil(SHARE * len(rows))) :]
 
 
@@ -57,7 +57,7 @@ def part_name(rows: Sequence[Row]) -> str:
 
 def _steps(rows: Sequence[Row]) -> Sequence[Row]:
     """The rows without the evaluation before the first step."""
-    return [row for row in rows if row.get("step") != 0]
+    return rows[next((i for i, row in enumerate(rows) if row.get("step") != 0), len(rows)) :]
 
 
 def tokens_per_second(rows: Sequence[Row]) -> float | None:
@@ -126,17 +126,17 @@ class Headline:
 
 def headline(run: Run) -> Headline:
     losses, evals = run.figures("loss"), run.figures("eval_loss")
-    held = [(value, row["step"]) for row in run.rows if (value := row.get("eval_loss")) is not None]
-    best = min(held, default=(None, None), key=lambda pair: pair[0])
+    best = min(run.held("eval_loss"), default=(None, None), key=lambda pair: pair[1])
+    rows = run.rows.only("step", "epoch", "loss", "tokens", "tokens_per_s")
     dropped = at(run.manifest, "data.report.dropped")
     return Headline(
         steps=int(run.rows[-1]["step"] or 0) if run.rows else 0,
         loss_first=losses[0] if losses else None,
-        loss_last=training_loss(run.rows),
-        loss_over=part_name(run.rows),
+        loss_last=training_loss(rows),
+        loss_over=part_name(rows),
         eval_last=evals[-1] if evals else None,
-        eval_best=best[0],
-        eval_best_step=best[1],
+        eval_best=best[1],
+        eval_best_step=best[0],
         eval_sets={
             one.tag: found[-1] for one in run.others if one.chart == "loss" and (found := run.figures(one.name))
         },
@@ -144,7 +144,7 @@ def headline(run: Run) -> Headline:
         exact_match=next(reversed(run.figures("eval_exact_match")), None),
         tokens=max(run.figures("tokens"), default=None),
         seconds=max(run.figures("elapsed_s"), default=None),
-        tokens_per_s=tokens_per_second(run.rows),
+        tokens_per_s=tokens_per_second(rows),
         memory_gib=max(run.figures("memory_gib"), default=None),
         epochs=max(run.figures("epoch"), default=None),
         parameters=_number(run.manifest, "parameters"),

@@ -114,10 +114,12 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if os.path.lexists(self.path / name):
                 problems: list[str] = []
-                kept = _lines(row for row in read_rows(self.path / name, problems) if row["step"] <= step)
+                with naming(self.path / name), files.replacing(self.path / name) as file:
+                    for row in read_rows(self.path / name, problems):
+                        if row["step"] <= step:
+                            file.write(_lines([row]).encode("utf-8", "backslashreplace"))
                 if problems:
                     log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
-                self._replace(name, kept)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace a file by ``value`` as JSON."""

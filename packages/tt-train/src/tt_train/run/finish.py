@@ -21,6 +21,7 @@ from tt_train.errors import counted, shell_word
 from tt_train.inputs.rows import count_rows
 from tt_train.job import Job
 from tt_train.memory import DTYPES
+from tt_train.records.figures import Figures
 from tt_train.records.run_files import TEMPLATE_FILE, read_manifest
 from tt_train.records.series import set_of
 from tt_train.report import write_report
@@ -168,11 +169,11 @@ def precision(job: Job[RunConfig]) -> dict[str, str]:
 
 
 def _summary(job: Job[RunConfig], run: RunDir, state: TrainingState) -> dict[str, Any]:
-    rows, evaluated = [], []
+    rows, evaluated = Figures(), list[dict[str, Any]]()
     for row in run.rows("metrics.jsonl"):
         rows.append({key: row.get(key) for key in ("step", "epoch", "loss", "tokens", "tokens_per_s")})
-        evaluated += [row] if row.get("eval_loss") is not None else []
-    losses = [row["loss"] for row in rows if row["loss"] is not None]
+        evaluated = [*evaluated[:1], row] if row.get("eval_loss") is not None else evaluated
+    losses = [loss for loss in rows.column("loss") if loss is not None]
     return {
         "run_dir": str(run.path),
         "steps": state.step,
