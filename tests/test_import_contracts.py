@@ -67,7 +67,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("auto",),
     ),
     "tt_peft": (
-        ("shown", "nf4", "expressions", "names", "config"),
+        ("shown", "nf4", "product", "expressions", "names", "config"),
         ("lowrank", "nf4_linear", "lora", "stacked", "full_modules", "dora", "switch", "modules"),
         ("merge", "quantize", "apply"),
         ("adapter_files",),

@@ -272,6 +272,18 @@ def test_gradients_in_fp32_are_as_exact_by_onednn_as_by_torch(frozen, monkeypatc
         assert (found - reference).norm() <= 2 * (plain - reference).norm() + 1e-6 * reference.norm()
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("add", [False, True])
+def test_matrices_are_multiplied_into_another_part_by_part(add, monkeypatch):
+    monkeypatch.setattr(products, "BY_ONEDNN", {torch.float32})
+    monkeypatch.setattr(products, "WORTH", 0)
+    monkeypatch.setattr(products, "BUFFER", 70 * 8)
+    a, b, out = torch.randn(96, 30).T, torch.randn(70, 96).T, torch.randn(30, 70)
+    expected = a.double() @ b.double() + out.double() * add
+    assert products.multiply_(out, a, b, add=add) is out
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("cpu", "narrowed", "expected"),
     [

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tt_peft
-from tt_peft import LoRAConfig, LoRALinear, apply_lora_, lora
+from tt_peft import LoRAConfig, LoRALinear, apply_lora_, lora, product
 from tt_peft.lora import fused_lora
 from tt_peft.nf4 import dequantize, to_nf4
 
@@ -105,3 +105,27 @@ def test_it_is_not_chosen_where_it_does_not_apply(case):
         assert model["layer"].weight.grad is not None
     if case == "few rows":
         assert "Fused" in str(model["layer"](torch.randn(2, 128, 4)).grad_fn)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("nf4", [True, False])
+def test_a_base_in_fp32_is_multiplied_by_onednn_as_exactly_as_by_torch(nf4, monkeypatch, as_near):
+    weight = torch.randn(192, 128)
+    base = to_nf4(weight) if nf4 else weight
+    leaves = [torch.randn(300, 128), torch.randn(4, 128), torch.randn(192, 4)]
+
+    def results(dtype, base):
+        inputs = [leaf.to(dtype, copy=True).requires_grad_() for leaf in leaves]
+        y = fused_lora(inputs[0], base, None, *inputs[1:], scale=0.7)
+        return [y.detach(), *torch.autograd.grad(y.square().mean(), inputs)]
+
+    truth = results(torch.float64, dequantize(base).double() if nf4 else base.double())
+    found = {}
+    for chosen in (False, True):
+        monkeypatch.setattr(product, "fp32_by_onednn", lambda chosen=chosen: chosen)
+        found[chosen] = results(torch.float32, base)
+    for ours, theirs, exact in zip(found[True], found[False], truth, strict=True):
+        as_near(ours, theirs, exact)
+    x = leaves[0].clone().requires_grad_()
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    assert product.product(x, weight).requires_grad  # F.linear, which can be differentiated

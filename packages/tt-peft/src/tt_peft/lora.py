@@ -14,6 +14,7 @@ from tt_peft.config import LoRAConfig
 from tt_peft.lowrank import AdapterModule, LowRank, LowRankSpec, row_norms, start_from_loss_
 from tt_peft.nf4 import dense, frozen_linear
 from tt_peft.nf4_linear import NF4Base
+from tt_peft.product import product
 
 FUSE_FROM_ROWS = 256  # measured: the suite layer of benchmarks/
 
@@ -94,7 +95,7 @@ class _FusedLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, dense(weight, reuse=True).to(x.dtype), bias)
+        y = product(flat, dense(weight, reuse=True).to(x.dtype), bias)
         h = flat @ A.T
         y.addmm_(h, B.T, alpha=scale)
         ctx.weight, ctx.scale, ctx.shape = weight, scale, x.shape
@@ -110,7 +111,8 @@ class _FusedLoRA(torch.autograd.Function):
         grad_B = (h.T @ grad_y).mul_(ctx.scale).T  # this order is the faster one on CPU
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_y @ dense(ctx.weight, reuse=True).to(grad_y.dtype)).addmm_(grad_h, A).view(ctx.shape)
+            weight = dense(ctx.weight, reuse=True).to(grad_y.dtype)
+            grad_x = product(grad_y, weight.t()).addmm_(grad_h, A).view(ctx.shape)
         if ctx.needs_input_grad[2]:
             grad_bias = grad_y.sum(0)
         return grad_x, None, grad_bias, grad_A, grad_B, None

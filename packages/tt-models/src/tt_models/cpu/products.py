@@ -1,4 +1,4 @@
-"""``linear`` and ``product``: a product is done by the library that is fastest at it on this CPU.
+"""``linear``, ``product`` and ``multiply_``: a product is done by the library that is fastest at it on this CPU.
 
 In bf16 this is F.linear but for a few rows without gradient, as in decoding: they take as long as reading the weight.
 Instructions that multiply bf16 (avx512_bf16, AMX) want a weight in pairs of its columns, so each product rearranges it,
@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from tt_models.cpu.blocks import is_eager
+from tt_models.cpu.blocks import has_numbers, is_eager
 from tt_models.limits import total_memory, weight_bytes
 
 MOST_ROWS = 16  # of a product in decoding: from 32 rows on nothing is gained
 MOST_PACKED_ROWS = 64  # at 128 rows a packed weight saves 5 % of a product
 PACK_FROM = 24  # steps: packing takes as long as it saves in about twelve
 FEWEST_ROWS = 4  # from which oneDNN is faster in fp32
+BUFFER = 2**21  # elements of a result on its way to another place
 WORTH = 2**22  # multiplications from which it pays for compiling a product for a new number of rows, in eight layers
 
 Kernel = Literal["amx", "avx512_bf16", "other"]
@@ -218,6 +219,18 @@ class _ByOneDNN(torch.autograd.Function):
             times(grad_RO.t(), x_RI.t(), None) if needs_weight else None,
             grad_RO.sum(0) if needs_bias else None,
         )
+
+
+def multiply_(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+    """``out = a b``, or with ``add`` ``out += a b``, of matrices; without gradient, and returned."""
+    known = a.dtype in BY_ONEDNN and b.dtype == a.dtype and a.device.type == "cpu" and len(a) * b.numel() >= WORTH
+    if not known or not all(is_eager(each) and has_numbers(each) for each in (a, b)):
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    each = max(FEWEST_ROWS, BUFFER // out.shape[1])
+    for out_rows, a_rows in zip(out.split(each), a.split(each), strict=True):  # type: ignore[no-untyped-call]
+        made = by_onednn(a_rows, b.t(), None)
+        out_rows.add_(made) if add else out_rows.copy_(made)
+    return out
 
 
 def weight_left(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

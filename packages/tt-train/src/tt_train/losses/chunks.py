@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from tt_models.cpu.products import multiply_ as multiply_  # of the losses, too
+
 CHUNK_BYTES = 64 * 2**20  # of logits alive at a time
 CACHED_BYTES = 2**20  # of fp32 logits: they stay in the cache of a CPU's core from the first operation to the last
 PRODUCTS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
@@ -34,7 +36,7 @@ def chunks(
     for start in range(0, num, each):
         part = slice(start, min(start + each, num))
         logits_CV = buffer_CV[: part.stop - start]
-        yield part, torch.mm(hidden_ND[part], weight_VD.T, out=logits_CV)
+        yield part, multiply_(logits_CV, hidden_ND[part], weight_VD.T)
 
 
 def by_rows_(formula: Callable[..., Tensor | None], logits_CV: Tensor, *others: Tensor) -> None:
@@ -96,7 +98,7 @@ class WeightGradient:
         if self.products == PRODUCTS_IN_LOW_PRECISION and self.few_VD.dtype.itemsize < 4:
             self.many_VD, self.products = self.total().float(), 0
             self.few_VD.zero_()
-        self.few_VD.addmm_(grad_CV.T, hidden_CD)
+        multiply_(self.few_VD, grad_CV.T, hidden_CD, add=True)
         self.products += 1
 
     def total(self) -> Tensor:

@@ -16,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from tt_peft import NF4Linear
 from tt_peft.full_modules import SavedModule
 from tt_peft.lowrank import AdapterModule
-from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable, probabilities
+from tt_train.losses.chunks import (
+    WeightGradient,
+    by_rows_,
+    cap_,
+    chunk_of,
+    chunks,
+    differentiable,
+    multiply_,
+    probabilities,
+)
 
 T = TypeVar("T")
 
@@ -174,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part, logits_CV in chunks(hidden_ND, weight_VD, size=size, trains=needs_weight):
             by_rows_(formula, logits_CV, labels_N[part], loss_N[part])
             if grad_hidden_ND is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
+                multiply_(grad_hidden_ND[part], logits_CV, weight_VD)
             if grad_weight is not None:
                 grad_weight.add(logits_CV, hidden_ND[part])
         ctx.gradients = grad_hidden_ND, None if grad_weight is None else grad_weight.total()

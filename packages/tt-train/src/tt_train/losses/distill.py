@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunk_of, chunks, differentiable, multiply_
 from tt_train.losses.cross_entropy import IGNORE, Batch, CausalLM, Summed, output_projection
 
 
@@ -138,7 +138,7 @@ class _LinearDistillation(torch.autograd.Function):
         for part, logits_CV in chunks(hidden_ND, weight_VD, trains=needs_weight):
             by_rows_(of_rows, logits_CV, formula.teacher.logits(teacher_ND[part]), targets_N[part])
             if grad_hidden_ND is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
+                multiply_(grad_hidden_ND[part], logits_CV, weight_VD)
             if grad_weight is not None:
                 grad_weight.add(logits_CV, hidden_ND[part])
         ctx.gradients = grad_hidden_ND, None if grad_weight is None else grad_weight.total()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunks, differentiable, probabilities
+from tt_train.losses.chunks import WeightGradient, by_rows_, cap_, chunks, differentiable, multiply_, probabilities
 from tt_train.losses.cross_entropy import IGNORE, CausalLM, by_chunks, output_projection
 
 
@@ -76,7 +76,7 @@ class _LinearLogProbs(torch.autograd.Function):
         for part, logits_CV in chunks(hidden_ND, weight_VD, size=size):
             by_rows_(formula, logits_CV, labels_N[part], log_probs_N[part], mean_logits_N[part])
             if grad_hidden_ND is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
+                multiply_(grad_hidden_ND[part], logits_CV, weight_VD)
         ctx.softcap, ctx.size = softcap, size
         ctx.save_for_backward(*((hidden_ND, weight_VD, labels_N) if ctx.trains else (grad_hidden_ND,)))
         ctx.mark_non_differentiable(mean_logits_N)
@@ -95,7 +95,7 @@ class _LinearLogProbs(torch.autograd.Function):
             by_rows_(formula, logits_CV, labels_N[part], grad_N[part])
             grad_weight.add(logits_CV, hidden_ND[part])
             if grad_hidden_ND is not None:
-                torch.mm(logits_CV, weight_VD, out=grad_hidden_ND[part])
+                multiply_(grad_hidden_ND[part], logits_CV, weight_VD)
         return grad_hidden_ND, grad_weight.total(), None, None, None
 
 
