@@ -1,8 +1,9 @@
 """What ``tt plan`` says of nine runs, and the growth of the resident memory that each of them has on this CPU.
 
-python benchmarks/plan_memory.py MODEL
+python benchmarks/plan_memory.py MODEL [RUN ...]
 
-MODEL: a model directory with a tokenizer, such as a SmolLM2-135M. Each run makes three steps in a process of its own.
+MODEL: a model directory with a tokenizer, such as a SmolLM2-135M. RUN: the names of some of the runs; all by default.
+Each run makes three steps in a process of its own.
 """
 
 import json
@@ -48,6 +49,9 @@ def one(rank: int, name: str, model: str, folder: str) -> None:
 
 
 def main() -> None:
+    model, *names = sys.argv[1:]
+    if unknown := set(names) - set(RUNS):
+        sys.exit(f"no such run: {', '.join(sorted(unknown))}; there are: {', '.join(RUNS)}")
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         words = [f"word{number}" for number in range(5000)]
@@ -62,9 +66,9 @@ def main() -> None:
                 row = {"prompt": f"Tell me story {index}", "chosen": chosen, "rejected": rejected}
                 file.write(json.dumps(row) + "\n")
         print("| run | planned, GiB | measured, GiB | off |\n|---|---|---|---|")
-        for name in RUNS:
+        for name in names or RUNS:
             processes = 2 if name == "2 ranks" else 1
-            start_processes(one, (name, sys.argv[1], folder), nprocs=processes, start_method="spawn")
+            start_processes(one, (name, model, folder), nprocs=processes, start_method="spawn")
 
 
 if __name__ == "__main__":

@@ -381,19 +381,19 @@ def test_tied_tensors_that_differ_are_refused(model_dir, tmp_path):
 @pytest.mark.parametrize("to", ["hf", "meta", "torchtune"])
 def test_a_bit_that_flips_while_writing_is_found_by_reading_back(model_dir, tmp_path, monkeypatch, to):
     from tt_ckpt import safetensors_file
+    from tt_ckpt.formats import pickles
 
     source = model_dir()
-    original, calls = safetensors_file.flat_bytes, []
+    original, written = safetensors_file.announced, []
 
-    def flipping(tensor):
-        data = original(tensor)
-        calls.append(None)
-        if len(calls) == 5:
-            data = data.clone()
-            data[3] ^= 8
-        return data
+    def flipping(*words):
+        for data in original(*words):
+            written.append(bytearray(data))
+            written[-1][3] ^= 8 * (len(written) == 5)
+            yield memoryview(written[-1])
 
-    monkeypatch.setattr(safetensors_file, "flat_bytes", flipping)
+    monkeypatch.setattr(safetensors_file, "announced", flipping)
+    monkeypatch.setattr(pickles, "announced", flipping)
     with pytest.raises(ValueError, match="reading back: .* differs from what was written"):
         tt_ckpt.convert(source, tmp_path / "out", to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]

@@ -180,7 +180,7 @@ def test_offloading_takes_the_inputs_of_checkpointed_blocks_and_nothing_inside_o
         gradients(one)
     taken, every = (sum(tensor.nbytes for tensor in one.model.forward.args[0].taken) for one in (model, plain))
     inputs = 2 * 20 * 32 * 4
-    outside = 3 * inputs  # of the embedding, the final norm and the position tables, at most
+    outside = 4 * inputs  # of the embedding, the formula of the final norm and the position tables, at most
     inside = every // 5
     blocks = 5 * inputs if how == "full" else 3 * inputs + 2 * inside
     assert blocks <= taken <= blocks + outside

@@ -212,7 +212,7 @@ def test_another_base_and_a_broken_one_are_refused_with_the_words_of_a_load(mode
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name].view(-1)[7] = float("nan")
     save_file(tensors, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"1 tensors are not finite: {name} \(1 of"):
+    with pytest.raises(ValueError, match=rf"1 tensor is not finite: {name} \(1 of"):
         tt_train.merge_run(adapter, tmp_path / "out", base=str(tmp_path / "other"))
     assert not (tmp_path / "out").exists()
 

@@ -111,7 +111,14 @@ def test_the_largest_micro_batch_of_sharded_ranks_is_larger_and_fits_each(words)
     memory = plan(other, ranks=8).peak.total
     assert memory < plan(job).peak.total  # one process cannot do it
     assert largest_micro_batch(job, memory) == 0
-    assert largest_micro_batch(job, memory, ranks=8) >= 2
+    most = largest_micro_batch(job, memory, ranks=8)
+
+    def peak_of(size):
+        config = dataclasses.replace(job.config, micro_batch_size=size, batch_size=2 * 8 * size)
+        return plan(with_config(job, config), ranks=8).peak.total
+
+    assert most >= 2
+    assert peak_of(most) <= memory < peak_of(most + 1)
 
 
 def test_shards_that_are_offloaded_are_not_on_the_gpu(words):

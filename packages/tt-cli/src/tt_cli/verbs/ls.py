@@ -18,7 +18,8 @@ from tt_train.settings import registry
 from tt_train.settings.torchtune import names as torchtune
 
 KINDS = ("recipes", "configs", "models", "runs")
-_LEAST = ("changed", "recipe", "size", "method", "loss")  # columns that a narrow terminal leaves out, in this order
+# columns that a narrow terminal leaves out, in this order
+_LEAST = ("changed", "recipe", "size", "method", "loss", "base", "held-out", "tt eval")
 SORTS: dict[str, Callable[[dict[str, Any]], Any]] = {  # the list is in the order of time
     "time": lambda run: 0,
     "loss": lambda run: tuple((run[key] is None, run[key]) for key in ("best_eval_loss", "loss")),

@@ -25,7 +25,8 @@ aten = torch.ops.aten
 _MASKED = (aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default,
            aten._index_put_impl_.default)  # fmt: skip
 _FROM_THE_HEAP = 2**25 - 2**16  # bytes: glibc maps a larger tensor, and unmaps it when it is freed
-_SCATTERED = 0.2  # of the tensors that come and go in the heap, fitted to benchmarks/plan_memory.py
+_SCATTERED = 0.047  # of all that comes and goes in the heap in a step, fitted to benchmarks/plan_memory.py
+_PASSING = ("activations", "logits")
 _LIBRARIES = 60 * 2**20  # bytes: code and buffers that a first step loads, measured
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 2**14  # of a weight: its code, its block's scale, and the scale of the scales
 
@@ -202,12 +203,12 @@ def _held_back(live: _Live) -> int:
     """What a process on Linux keeps beyond the tensors in use.
 
     glibc maps large tensors, and takes smaller ones from its heap, which does not shrink: its largest size counts, and
-    what small objects between freed tensors keep from being used again.
+    the holes that no other tensor fits into. These become more with each tensor that comes and goes.
     """
     heap = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP)
     mapped = live.most_at_once(lambda piece: piece.size >= _FROM_THE_HEAP)
-    passing = live.most_at_once(lambda piece: piece.size < _FROM_THE_HEAP and piece.part in ("activations", "logits"))
-    return heap + mapped - live.peak + round(_SCATTERED * passing) + _LIBRARIES
+    small = (piece.size for piece in live.pieces if piece.size < _FROM_THE_HEAP and piece.part in _PASSING)
+    return heap + mapped - live.peak + round(_SCATTERED * sum(small)) + _LIBRARIES
 
 
 def _drop_gradient(parameter: Tensor) -> None:
