@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tt_models
 import tt_peft
+from tt_models.cpu import products
 from tt_train.losses.chunks import probabilities
 from tt_train.losses.cross_entropy import cross_entropy, linear_cross_entropy
 
@@ -152,3 +153,22 @@ def test_wrong_use_is_named(arguments, words):
     hidden, weight, labels = pair()
     with pytest.raises(ValueError, match=words):
         linear_cross_entropy(**{"hidden": hidden, "weight": weight, "labels": labels, **arguments})
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("chosen", [True, False])
+def test_gradients_in_fp32_are_near_fp64_whichever_library_multiplies(chosen, monkeypatch):
+    monkeypatch.setattr(products, "BY_ONEDNN", {torch.float32} if chosen else set())
+    monkeypatch.setattr(products, "WORTH", 0)
+    monkeypatch.setattr(products, "BUFFER", 500)  # several parts, the last one smaller
+    called, inner = [], products.by_onednn
+    monkeypatch.setattr(products, "by_onednn", lambda *words: called.append(words) or inner(*words))
+    labels, leaves = torch.randint(0, 90, (50,)), [torch.randn(50, 24), torch.randn(90, 24)]
+    exact = [leaf.double().requires_grad_() for leaf in leaves]
+    found = [leaf.clone().requires_grad_() for leaf in leaves]
+    expected = F.cross_entropy(exact[0] @ exact[1].T, labels)
+    loss = linear_cross_entropy(*found, labels, chunk_size=20)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(torch.autograd.grad(loss, found), torch.autograd.grad(expected, exact), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-6)
+    assert bool(called) == chosen

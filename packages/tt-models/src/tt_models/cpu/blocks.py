@@ -31,7 +31,7 @@ def block_size(cache: int) -> int:
 BLOCK = block_size(core_cache())
 
 
-# bytes up to which glibc can keep a freed buffer (``man 3 mallopt``, M_MMAP_THRESHOLD): larger ones are mapped anew
+# bytes: glibc can keep a freed buffer of this size (``man 3 mallopt``, M_MMAP_THRESHOLD), and maps larger ones again
 KEPT = 2**25 - 2**16
 
 

@@ -1,7 +1,7 @@
 """``rms_norm``, ``gated`` and ``rotate``.
 
 Each computes its formula as written. On a CPU, if nobody watches (no compiler, torch.func or DTensor), it computes the
-same bits with its own backward pass, and in blocks of rows if that is faster, from a size on where it never loses.
+same bits with its own backward pass, and in blocks of rows if that is faster. Small tensors take the formula.
 """
 
 from collections.abc import Callable
