@@ -142,10 +142,12 @@ def test_a_batch_that_does_not_divide_by_the_ranks_is_named(words):
 
 
 def test_operations_are_those_of_its_matrices(words):
-    job = job_of(words, "model.dtype=fp32", "batch_size=2", "micro_batch_size=2")
+    words = [*words, "model.dtype=fp32", "batch_size=2", "micro_batch_size=2"]
+    job = job_of(words, "data.train_on=all")
     found = plan(job)
     matrices = sum(p.numel() for p in load_model(job).parameters() if p.dim() == 2)
     assert found.flops == pytest.approx(6 * matrices * found.tokens, rel=0.5)
+    assert plan(job_of(words)).flops < 0.8 * found.flops  # tokens without a loss leave the last block early
 
 
 def test_a_plan_changes_no_weights_and_loads_none(words, monkeypatch):

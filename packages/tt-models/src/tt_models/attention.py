@@ -3,6 +3,7 @@
 B: batch, S: queries, K: keys, H: query heads, N: key-value heads, D: head dimension, E: hidden size.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +84,9 @@ class Attention(nn.Module):
         mask: Mask = None,
         cache: LayerCache | None = None,
         length: int = 0,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, E] to the same shape.
+        """[B, S, E] to the same shape, or [1, N, E] for ``rows`` [N]: see ``take``.
 
         ``rope``: cos and sin. ``mask``: True if a query sees a key; None: each sees itself and all before it.
         ``cache``: has ``length`` columns already.
@@ -96,12 +98,31 @@ class Attention(nn.Module):
             k, v = cache.update(k, v, length)
         dropout = self.dropout if self.training else 0.0
         mixed = attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks, dropout=dropout)
-        return linear(self.o_proj, mixed.transpose(1, 2).flatten(2))
+        return linear(self.o_proj, take(mixed.transpose(1, 2).flatten(2), rows))
 
     def reset_parameters(self, std: float) -> None:
         """The sinks; all other parameters belong to submodules."""
         if self.sinks is not None:
             nn.init.normal_(self.sinks, std=std)
+
+
+def kept_rows(keep_BS: Tensor, input_ids_BS: Tensor) -> Tensor | None:
+    """The numbers of the tokens to keep among all B x S, [N]; None for all of them."""
+    if keep_BS.shape != input_ids_BS.shape or keep_BS.dtype != torch.bool:
+        got = f"{list(keep_BS.shape)} of {keep_BS.dtype}"
+        raise ValueError(f"keep must be booleans of the shape of input_ids, {list(input_ids_BS.shape)}; got {got}")
+    rows = keep_BS.flatten().nonzero().squeeze(1)
+    return None if rows.numel() == keep_BS.numel() else rows
+
+
+def takes_rows(block: nn.Module) -> bool:
+    """Whether a block can leave tokens out; one that only hands its keywords on would add what does not fit."""
+    return "rows" in inspect.signature(type(block).forward).parameters
+
+
+def take(x_BSE: Tensor, rows: Tensor | None) -> Tensor:
+    """[1, N, E]: the tokens numbered ``rows`` among all B x S; None takes all, as they are."""
+    return x_BSE if rows is None else x_BSE.flatten(0, 1).index_select(0, rows)[None]
 
 
 def attend(

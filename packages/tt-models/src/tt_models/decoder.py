@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_models.attention import Attention
+from tt_models.attention import Attention, kept_rows, take, takes_rows
 from tt_models.config import ModelConfig
 from tt_models.cpu.attention import FEWEST
 from tt_models.cpu.products import linear, product
@@ -29,9 +29,9 @@ class Block(nn.Module):
         self.input_layernorm = input_norm
         self.post_attention_layernorm = post_norm
 
-    def forward(self, x_BSE: Tensor, **shared: Any) -> Tensor:
-        """[B, S, E] to the same shape; the keywords are those of ``Attention.forward``."""
-        x_BSE = x_BSE + self.self_attn(self.input_layernorm(x_BSE), **shared)
+    def forward(self, x_BSE: Tensor, *, rows: Tensor | None = None, **shared: Any) -> Tensor:
+        """[B, S, E] to the same shape, or [1, N, E] for ``rows``; the keywords are those of ``Attention.forward``."""
+        x_BSE = take(x_BSE, rows) + self.self_attn(self.input_layernorm(x_BSE), rows=rows, **shared)
         return x_BSE + self.mlp(self.post_attention_layernorm(x_BSE))  # type: ignore[no-any-return]
 
 
@@ -58,9 +58,16 @@ class Stack(nn.Module):
         self.windows: list[int | None] = [attention.window for attention in attentions]
 
     def forward(
-        self, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids_BS: Tensor,
+        position_ids_BS: Tensor | None = None,
+        cache: KVCache | None = None,
+        keep_BS: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, E], after the final norm."""
+        """[B, S, E], after the final norm; [N, E] of the tokens where ``keep_BS`` is True.
+
+        The last block computes nothing for other tokens behind its attention, if its ``forward`` takes ``rows``.
+        """
         if len(self.layers) != len(self.windows):  # layers were removed
             self.read_layers()
         length = self.check_length(input_ids_BS, cache, position_ids_BS)
@@ -70,15 +77,19 @@ class Stack(nn.Module):
         positions, starts = locate(input_ids_BS, position_ids_BS, cache)
         tables = self.tables(positions, starts, length, x_BSE.dtype)
         masks = {window: self.mask(window, x_BSE, starts, cache) for window in set(self.windows)}
+        rows = None if keep_BS is None else kept_rows(keep_BS, input_ids_BS)
         for index, layer in enumerate(self.layers):
             shared: dict[str, Any] = {"rope": tables[self.ropes[index]], "mask": masks[self.windows[index]]}
             if cache is not None:
                 shared |= {"cache": cache.layers[index], "length": length}
+            if rows is not None and layer is self.layers[-1] and takes_rows(layer):
+                shared["rows"], rows = rows, None
             x_BSE = layer(x_BSE, **shared)
         if cache is not None:
-            cache.rows, cache.length = x_BSE.shape[0], cache.length + x_BSE.shape[1]
+            cache.rows, cache.length = input_ids_BS.shape[0], cache.length + input_ids_BS.shape[1]
             cache.first = None if starts is None else starts[:, -1]
-        return self.norm(x_BSE)  # type: ignore[no-any-return]
+        x_BSE = self.norm(take(x_BSE, rows))
+        return x_BSE if keep_BS is None else x_BSE.flatten(0, 1)  # type: ignore[no-any-return]
 
     def check_length(self, input_ids_BS: Tensor, cache: KVCache | None, position_ids_BS: Tensor | None = None) -> int:
         """How many tokens came before; ValueError if there are too many. Packed rows may be longer than a document."""
@@ -199,10 +210,19 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden_states(
-        self, input_ids: Tensor, position_ids: Tensor | None = None, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """[B, S, E] after the final norm; arguments as in ``forward``."""
-        return self.model(input_ids, position_ids, cache)  # type: ignore[no-any-return]
+        """[B, S, E] after the final norm; arguments as in ``forward``.
+
+        ``keep`` [B, S]: booleans; then [N, E], the hidden states of the N tokens where it is True, row by row. The last
+        block does less for the others. ValueError for another shape or dtype.
+        """
+        return self.model(input_ids, position_ids, cache, keep)  # type: ignore[no-any-return]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., E] to [..., V], in the dtype of ``hidden``."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from tt_models.attention import Attention
+from tt_models.attention import Attention, take
 from tt_models.config import FULL, QK_NORM, SLIDING, LayeredConfig, ModelConfig, sized
 from tt_models.config_keys import split_rope_parameters
 from tt_models.decoder import Decoder
@@ -142,9 +142,10 @@ class SandwichBlock(nn.Module):
         self.input_layernorm, self.post_attention_layernorm = norms[:2]
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norms[2:]
 
-    def forward(self, x_BSE: Tensor, **shared: Any) -> Tensor:
-        """[B, S, E] to the same shape; the keywords are those of ``Attention.forward``."""
-        x_BSE = x_BSE + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x_BSE), **shared))
+    def forward(self, x_BSE: Tensor, *, rows: Tensor | None = None, **shared: Any) -> Tensor:
+        """[B, S, E] to the same shape, or [1, N, E] for ``rows``; the keywords are those of ``Attention.forward``."""
+        mixed = self.self_attn(self.input_layernorm(x_BSE), rows=rows, **shared)
+        x_BSE = take(x_BSE, rows) + self.post_attention_layernorm(mixed)
         mixed = self.mlp(self.pre_feedforward_layernorm(x_BSE))
         return x_BSE + self.post_feedforward_layernorm(mixed)  # type: ignore[no-any-return]
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tt_models.attention import Attention
+from tt_models.attention import Attention, take
 from tt_models.config import QK_NORM, ModelConfig, sized
 from tt_models.cpu.products import linear
 from tt_models.decoder import Decoder
@@ -58,9 +58,9 @@ class PostNormBlock(nn.Module):
         self.post_attention_layernorm = attention_norm
         self.post_feedforward_layernorm = mlp_norm
 
-    def forward(self, x_BSE: Tensor, **shared: Any) -> Tensor:
-        """[B, S, E] to the same shape; the keywords are those of ``Attention.forward``."""
-        x_BSE = x_BSE + self.post_attention_layernorm(self.self_attn(x_BSE, **shared))
+    def forward(self, x_BSE: Tensor, *, rows: Tensor | None = None, **shared: Any) -> Tensor:
+        """[B, S, E] to the same shape, or [1, N, E] for ``rows``; the keywords are those of ``Attention.forward``."""
+        x_BSE = take(x_BSE, rows) + self.post_attention_layernorm(self.self_attn(x_BSE, rows=rows, **shared))
         return x_BSE + self.post_feedforward_layernorm(self.mlp(x_BSE))  # type: ignore[no-any-return]
 
 

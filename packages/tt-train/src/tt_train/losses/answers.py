@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tt_train.losses.cross_entropy import IGNORE, Batch, CausalLM, Summed
@@ -31,8 +32,9 @@ class Answers(NamedTuple):
 def answers_of(model: CausalLM, batch: Batch, *, side: str = "") -> Answers:
     """What ``model`` gives the answers of a batch, or the mismatched ones (``side="kl_"``) of judged rows."""
     own_AN, keep = _own(batch, side)
-    hidden = model.hidden_states(batch[f"{side}input_ids"], position_ids=batch.get(f"{side}position_ids"))
-    log_probs_N, logits_N = token_log_probs(model, hidden[:, :-1][keep], batch[f"{side}labels"][:, 1:][keep])
+    position_ids, before_next = batch.get(f"{side}position_ids"), F.pad(keep, (0, 1))
+    hidden_ND = model.hidden_states(batch[f"{side}input_ids"], position_ids=position_ids, keep=before_next)
+    log_probs_N, logits_N = token_log_probs(model, hidden_ND, batch[f"{side}labels"][:, 1:][keep])
     tokens = own_AN.sum(dim=1)
     # a sum of each row: on a GPU, index_add would add in another order each time
     sums = [torch.where(own_AN, values_N, 0.0).sum(dim=1) for values_N in (log_probs_N, logits_N)]

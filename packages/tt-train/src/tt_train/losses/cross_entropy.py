@@ -47,8 +47,10 @@ class CausalLM(Protocol):
     def output_weight(self) -> Tensor:
         """[V, D]: the output projection."""
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """[B, S, D] after the final norm."""
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor | None = None, *, keep: Tensor | None = None
+    ) -> Tensor:
+        """[B, S, D] after the final norm; [N, D] of the N positions where ``keep`` [B, S] is True."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] to [..., V]."""
@@ -80,10 +82,10 @@ def cross_entropy(model: CausalLM, batch: Batch, *, label_smoothing: float = 0.0
 
     Position t predicts ``labels[:, t + 1]``; -100 means no loss.
     """
-    hidden_BSD = model.hidden_states(batch["input_ids"], position_ids=batch.get("position_ids"))
     targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     keep = targets_BS != IGNORE
-    hidden_ND, targets_N = hidden_BSD[keep], targets_BS[keep]
+    hidden_ND = model.hidden_states(batch["input_ids"], position_ids=batch.get("position_ids"), keep=keep)
+    targets_N = targets_BS[keep]
     count, weight = targets_N.numel(), output_projection(model)
     options: dict[str, Any] = {"reduction": "sum", "label_smoothing": label_smoothing}
     if weight is None:

@@ -36,10 +36,10 @@ def distillation(
     """
     targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
     keep = targets_BS != IGNORE
-    inputs = {"position_ids": batch.get("position_ids")}
+    inputs = {"position_ids": batch.get("position_ids"), "keep": keep}
     with torch.no_grad():
-        teacher_ND = teacher.hidden_states(batch["input_ids"], **inputs)[keep]
-    hidden_ND, targets_N = model.hidden_states(batch["input_ids"], **inputs)[keep], targets_BS[keep]
+        teacher_ND = teacher.hidden_states(batch["input_ids"], **inputs)
+    hidden_ND, targets_N = model.hidden_states(batch["input_ids"], **inputs), targets_BS[keep]
     formula = _Formula(model, teacher, divergence, temperature, cross_entropy_weight)
     weight = output_projection(model)
     if weight is None:  # low-rank factors or NF4 on the head
