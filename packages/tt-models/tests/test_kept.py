@@ -42,6 +42,9 @@ def test_the_last_block_sees_no_more_than_the_tokens_that_are_kept(small):
     model.hidden_states(torch.randint(0, 60, (2, 12)), keep=keep)
     assert min(seen) == 8
     assert seen.count(24) == 2 * (len(model.model.layers) - 1)
+    seen.clear()
+    model.hidden_states(torch.randint(0, 60, (2, 12)), keep=torch.arange(24).view(2, 12) != 5)  # all but one
+    assert seen == [24] * 2 * len(model.model.layers) + [23] * (len(seen) - 2 * len(model.model.layers))
 
 
 def test_a_block_that_hands_its_keywords_on_still_computes_all_tokens(small):

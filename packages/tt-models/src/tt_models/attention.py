@@ -19,6 +19,8 @@ from tt_models.kv_cache import LayerCache
 from tt_models.masks import Intervals, Mask, flex_attend, split_documents
 from tt_models.rope import Rope
 
+MOST = 0.9  # of the tokens: copies of more (and a second compiled graph) would save next to nothing
+
 
 class Attention(nn.Module):
     """Causal self-attention with ``num_key_value_heads`` groups of query heads.
@@ -115,9 +117,12 @@ def kept_rows(keep_BS: Tensor, input_ids_BS: Tensor) -> Tensor | None:
     return None if rows.numel() == keep_BS.numel() else rows
 
 
-def takes_rows(block: nn.Module) -> bool:
-    """Whether a block can leave tokens out; one that only hands its keywords on would add what does not fit."""
-    return "rows" in inspect.signature(type(block).forward).parameters
+def leaves_out(block: nn.Module, rows: Tensor, tokens: int) -> bool:
+    """Whether a block computes ``rows`` alone: its ``forward`` names them, and enough others to pay for the copies.
+
+    A block that only hands its keywords on would add what does not fit.
+    """
+    return rows.numel() <= MOST * tokens and "rows" in inspect.signature(type(block).forward).parameters
 
 
 def take(x_BSE: Tensor, rows: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tt_models.attention import Attention, kept_rows, take, takes_rows
+from tt_models.attention import Attention, kept_rows, leaves_out, take
 from tt_models.config import ModelConfig
 from tt_models.cpu.attention import FEWEST
 from tt_models.cpu.products import linear, product
@@ -66,7 +66,7 @@ class Stack(nn.Module):
     ) -> Tensor:
         """[B, S, E], after the final norm; [N, E] of the tokens where ``keep_BS`` is True.
 
-        The last block computes nothing for other tokens behind its attention, if its ``forward`` takes ``rows``.
+        The last block computes nothing for other tokens behind its attention, if they are many.
         """
         if len(self.layers) != len(self.windows):  # layers were removed
             self.read_layers()
@@ -82,7 +82,7 @@ class Stack(nn.Module):
             shared: dict[str, Any] = {"rope": tables[self.ropes[index]], "mask": masks[self.windows[index]]}
             if cache is not None:
                 shared |= {"cache": cache.layers[index], "length": length}
-            if rows is not None and layer is self.layers[-1] and takes_rows(layer):
+            if rows is not None and layer is self.layers[-1] and leaves_out(layer, rows, input_ids_BS.numel()):
                 shared["rows"], rows = rows, None
             x_BSE = layer(x_BSE, **shared)
         if cache is not None:
