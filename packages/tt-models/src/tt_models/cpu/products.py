@@ -5,6 +5,8 @@ Instructions that multiply bf16 (avx512_bf16, AMX) want a weight in pairs of its
 which takes longer than the product of a few rows. With avx512_bf16 a long generation keeps rearranged copies
 (``Packed``), and without a copy F.linear is the fastest. With AMX the weight is read as the left factor, which is not
 rearranged. On any other CPU F.linear is as fast as both. Measured by the suite decode of benchmarks/.
+
+In fp32 oneDNN is faster than MKL on some CPUs (``fp32_by_onednn``), for one row as well, which needs no copy.
 """
 
 import functools
@@ -25,7 +27,8 @@ from tt_models.limits import total_memory, weight_bytes
 MOST_ROWS = 16  # of a product in decoding: from 32 rows on nothing is gained
 MOST_PACKED_ROWS = 64  # at 128 rows a packed weight saves 5 % of a product
 PACK_FROM = 24  # steps: packing takes as long as it saves in about twelve
-FEWEST_ROWS = 4  # from which oneDNN is faster in fp32
+FEWEST_ROWS = 4  # from which oneDNN is faster in fp32 with gradients
+FEWEST_PACKED_ROWS = 3  # in fp32: fewer rows are as fast by the weight itself
 BUFFER = 2**21  # elements of a result on its way to another place
 WORTH = 2**22  # multiplications from which it pays for compiling a product for a new number of rows, in eight layers
 
@@ -65,6 +68,11 @@ BY_ONEDNN = frozenset([torch.float32] if fp32_by_onednn(torch.cpu.get_capabiliti
 def packs(dtype: torch.dtype) -> bool:
     """Whether a copy of a weight of this dtype is faster than the weight."""
     return dtype in BY_ONEDNN or (dtype == torch.bfloat16 and kernel() == "avx512_bf16")
+
+
+def reads_copy(dtype: torch.dtype, rows: int) -> bool:
+    """Whether a product of so many rows is faster by a copy, if ``packs(dtype)``."""
+    return rows <= MOST_PACKED_ROWS and (dtype != torch.float32 or rows >= FEWEST_PACKED_ROWS)
 
 
 class Packed:
@@ -155,7 +163,7 @@ def linears(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
     ):
         weights = [weight for layer in layers if (weight := layer._parameters["weight"]) is not None]
         biased = any(layer._parameters["bias"] is not None for layer in layers)
-        few = x.numel() <= MOST_PACKED_ROWS * x.shape[-1]
+        few = reads_copy(x.dtype, x.numel() // x.shape[-1])
         if few and not biased and all(is_plain(x, weight) and not weight.is_inference() for weight in weights):
             copy = packed.copy_of(*weights)
             if copy is not None:
@@ -171,13 +179,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     large = x.dtype in BY_ONEDNN and rows >= FEWEST_ROWS and rows * weight.numel() >= WORTH
     if torch.is_grad_enabled():
         return _ByOneDNN.apply(x, weight, bias) if large else F.linear(x, weight, bias)  # type: ignore[no-untyped-call]
-    copy = packed.copy_of(weight) if packed is not None and rows <= MOST_PACKED_ROWS else None
+    copy = packed.copy_of(weight) if packed is not None and reads_copy(x.dtype, rows) else None
     if copy is not None:
         return by_onednn(x, copy, bias)
-    if large:
-        return by_onednn(x, weight, bias)
-    if x.dtype == torch.bfloat16 and rows <= MOST_ROWS and kernel() == "amx":
+    few = x.dtype in BY_ONEDNN and rows < FEWEST_ROWS
+    if (few and rows == 2) or (x.dtype == torch.bfloat16 and rows <= MOST_ROWS and kernel() == "amx"):
         return weight_left(x, weight, bias)
+    if large or few:
+        return by_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
