@@ -10,6 +10,7 @@ from tt_cli.console import WarningConsole, byte_progress, console_here
 from tt_cli.group import Verb
 from tt_cli.main import cli
 from tt_cli.terminal import guarded, hush, say, tell
+from tt_train.inputs import encoding
 
 NAMES = list(cli.table)
 
@@ -52,6 +53,17 @@ def test_quiet_keeps_warnings_and_drops_notes_and_bars(capsys):
         with byte_progress("bytes") as progress:
             assert progress is None
     assert capsys.readouterr().err.splitlines() == ["an error", "warning: a loss"]
+
+
+def test_quiet_says_nothing_of_rows_that_are_encoded(capsys, monkeypatch):
+    monkeypatch.setattr(encoding, "AFTER_S", 0.0)
+    with guarded():
+        hush()
+        with encoding.Encoding(lambda: "a hint") as progress:
+            for read in (512, 1024):
+                progress(read, lambda: 2000)
+        assert progress.said
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_later_command_of_the_same_process_is_not_quiet(tt, capfd):

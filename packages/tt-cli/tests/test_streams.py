@@ -18,6 +18,7 @@ from tt_cli import errors, terminal
 from tt_cli.group import Verb
 from tt_cli.prompts import LONGEST
 from tt_cli.terminal import Door, OutputLost, answer, guarded, say
+from tt_train.inputs import encoding
 from tt_train.records.visible import visible
 
 TT = f"{sys.executable} -m tt_cli"
@@ -190,6 +191,19 @@ def test_bars_of_tqdm_are_for_a_terminal(capsys):
         list(tqdm.tqdm(range(2), desc="drawn"))
         print("said", file=sys.stderr)
     assert capsys.readouterr().err == "said\n"
+
+
+def test_the_line_about_rows_that_are_encoded_replaces_itself(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(encoding, "AFTER_S", 0.0)
+    monkeypatch.setenv("TERM", "xterm")
+    with guarded(), encoding.Encoding() as progress:
+        for read in (512, 1024):
+            progress(read, lambda: 2000)
+    line, end, said = capsys.readouterr().err.removeprefix("\r").split("\r")
+    assert line.startswith("encoding rows: 1,024 of 2,000 (")
+    assert end.isspace()
+    assert said.startswith("encoded 1,024 rows in ")
 
 
 def test_an_exit_with_a_message_shows_it(capsys):

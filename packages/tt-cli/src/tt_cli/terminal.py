@@ -18,6 +18,7 @@ from tt_train.records.visible import visible
 
 _COLOR = re.compile(r"(\x1b\[(?:0|1|2|7|31|32|33|36)m)")  # of click.style and tt_data.as_text
 _BAR = re.compile(r"\r|\n*(?:\x1b\[A)+\Z")  # tqdm redraws a bar, or moves to another
+_LINE = "tt_train.inputs.encoding"  # the only other module that may return to the beginning of its line
 
 
 class OutputLost(Exception):  # noqa: N818  (what a closed pipe means is for the reader of the exit code)
@@ -52,11 +53,12 @@ class Door:
 
     def write(self, text: str) -> int:
         """Spelt out and without secrets; what draws the bars of libraries passes, to a terminal."""
-        drawn = _from_tqdm()
+        writer = _writer()
+        drawn = writer.startswith("tqdm.")
         if drawn and (self.hushed or not self.raw.isatty()):
             return len(text)
         bar = _BAR.match(text)
-        own = bar[0] if bar is not None and drawn else ""
+        own = bar[0] if bar is not None and (drawn or writer == _LINE) else ""
         return self.write_raw(own + visible(redact(text[len(own) :])))
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -113,10 +115,10 @@ class Door:
             raise self.lost
 
 
-def _from_tqdm() -> bool:
-    """Whether the bars of a library write this: the only ones who may return to the beginning of their line."""
-    module: str = sys._getframe(2).f_globals.get("__name__", "")
-    return module.startswith("tqdm.")
+def _writer() -> str:
+    """The module that writes to the door."""
+    name: str = sys._getframe(2).f_globals.get("__name__", "")
+    return name
 
 
 @contextmanager

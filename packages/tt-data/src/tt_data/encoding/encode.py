@@ -14,6 +14,7 @@ from itertools import chain, islice
 from typing import Any
 
 from tt_data.encoding.documents import as_pair, encode_formatted, finish_document, from_tokens, to_document
+from tt_data.encoding.progress import watched
 from tt_data.encoding.unread import bad_rows, leave_unwritten, not_trained, untrainable
 from tt_data.encoding.workers import encode_in_processes
 from tt_data.examples import Answer, BadRowError, Completion, Conversation, Example, Judged, Kind, Pair, Tokens, Turns
@@ -99,7 +100,7 @@ class _Builder:
     settings: Settings
     left: float  # rows that are still wanted
     tally: Tally = field(default_factory=Tally)
-    digests: dict[int, set[bytes]] = field(default_factory=dict)  # of the first, second, ... time a source is given
+    digests: dict[int, set[bytes]] = field(default_factory=dict)  # of a source's first, second, ... time
     schemas: dict[str, str] = field(default_factory=dict)  # an ordered set: schema -> the first source of its kind
     kind: Kind | None = None
     stores: list[TokenStore] = field(default_factory=lambda: [TokenStore()])
@@ -117,15 +118,14 @@ class _Builder:
             found = choose_schema(first[1], self.tokenizer, settings, where=f"{name}:{first[0]}")
             read, schema = found.read, found.name
         self.schemas.setdefault(schema, name)
-        given_before = [earlier.name for earlier in self.sources[:number]].count(name)
-        digests = self.digests.setdefault(given_before, set())  # a file that is named twice counts twice
+        digests = self.digests.setdefault([earlier.name for earlier in self.sources[:number]].count(name), set())
         encode = partial(encode_rows, name, tally=self.tally, read=read, tokenizer=self.tokenizer, settings=settings)
         every = chain([first], rows)
         batches = iter(lambda: list(islice(every, int(min(_BATCH, self.left)))), [])
         processes = bool(settings.num_workers or settings.spare_workers) and settings.limit is None
         work = encode_in_processes(encode, batches, name, self.tally, settings) if processes else map(encode, batches)
         with closing(work) if isinstance(work, Generator) else nullcontext():
-            for kept in work:
+            for kept in work if settings.progress is None else watched(work, self.tally, self.sources, settings):
                 for row in kept:
                     self.keep(number, row, digests)
                 if self.tally.seen > _MOST_BAD and not self.truncated:  # an endless source has no end to wait for

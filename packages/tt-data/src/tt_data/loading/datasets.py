@@ -30,7 +30,7 @@ P = ParamSpec("P")
 _PART = ("split", "data_dir", "data_files", "revision")
 _LOADING = (
     "on_bad_row", "special_tokens", "drop_duplicates", "max_dropped_share", "streaming", "packing", "seed", "buffer",
-    "cache_dir", "num_workers", "timeout_s", "limit",
+    "cache_dir", "num_workers", "timeout_s", "limit", "progress",
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from tt_data.loading.sample import sampled
 from tt_data.messages import TrainOn
 from tt_data.report import SAMPLE_ENDS, refuse_dropped
 from tt_data.rows.hub import Part
-from tt_data.rows.schemas import OnBadRow, Settings, fingerprint_of
+from tt_data.rows.schemas import OnBadRow, Progress, Settings, fingerprint_of
 from tt_data.rows.sources import is_hub_id, open_sources, resolve_name
 from tt_data.stream.packed import PackedMix, PackedStream
 from tt_data.stream.raw import RawStream, hub_stream, to_stream
@@ -61,6 +61,7 @@ class LoadOptions(TypedDict, total=False):
     revision: str | None
     limit: int | None
     sample: bool
+    progress: Progress | None
 
 
 @overload
@@ -103,6 +104,7 @@ def load_dataset(
     max_dropped_share: float | None = None, buffer: int = 10_000, cache_dir: str | Path | None = None,
     num_workers: int = 0, spare_workers: int = 0, timeout_s: float = 300.0, data_dir: str | None = None,
     data_files: Any = None, revision: str | None = None, limit: int | None = None, sample: bool = False,
+    progress: Progress | None = None,
 ) -> Dataset | Stream:  # fmt: skip
     """Token ids and labels of the rows of a file, several files, a directory, a hub id, a registered name, rows in
     memory, or a mix ``{source: weight}`` of these.
@@ -133,6 +135,8 @@ def load_dataset(
             answer within ``timeout_s`` seconds is an error.
         spare_workers: processes that encode the rows of a source after its first 8,192, unless there are
             ``num_workers``. The rows are the same.
+        progress: called about every 512 rows that are encoded, with the number of rows read so far and a function that
+            counts all rows in about a second: an int, a float if it is an estimate, or None. Not for a stream.
 
     Raises ValueError or FileNotFoundError that names the file and the line.
     """
@@ -141,7 +145,7 @@ def load_dataset(
         seed=seed, streaming=streaming, template=template, schema=schema, on_bad_row=on_bad_row,
         special_tokens=special_tokens, drop_duplicates=drop_duplicates, max_dropped_share=max_dropped_share,
         buffer=buffer, cache_dir=cache_dir, num_workers=num_workers, spare_workers=spare_workers, timeout_s=timeout_s,
-        limit=limit, sample=sample,
+        limit=limit, sample=sample, progress=progress,
         part=Part(split=split, data_dir=data_dir, data_files=data_files, revision=revision),
     )  # fmt: skip
     return load(source, tokenizer, settings)

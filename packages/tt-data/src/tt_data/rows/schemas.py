@@ -39,6 +39,7 @@ from tt_data.wording import did_you_mean, names_of, said, visible
 
 Read = Callable[[Row, Columns], Example]
 OnBadRow = Literal["drop", "error"]
+Progress = Callable[[int, Callable[[], float | None]], None]  # rows read so far, and a count of all of them
 _NEED_TEMPLATE = ("openai", "sharegpt")
 
 
@@ -69,6 +70,7 @@ class Settings:
     sample: bool = False
     read: Read | None = None
     read_as: str = ""
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         for name, (wanted, *kinds) in _TYPES.items():

@@ -32,7 +32,7 @@ _BUILDERS = ("json", "csv", "parquet", "arrow")  # sources of the datasets libra
 @dataclass(frozen=True)
 class Source:
     """Rows that can be read any number of times; ``digest`` identifies their content. ``sampled_from``: the number of
-    all rows, if ``rows`` gives a sample of them."""
+    all rows, if ``rows`` gives a sample of them. ``size``: that of rows in memory, if it is known."""
 
     name: str
     rows: Callable[[], Iterator[Placed]]
@@ -40,6 +40,7 @@ class Source:
     path: Path | None = None
     beside: Sequence[str] = ()  # files of the same directory that are not read; of its first source only
     sampled_from: int = 0
+    size: int | None = None
 
 
 def is_hub_id(source: object) -> bool:
@@ -225,9 +226,15 @@ def _from_rows(rows: Iterable[Any]) -> Source:
     if hasattr(rows, "iterrows"):  # a DataFrame would give the names of its columns
         rows = rows.to_dict("records")  # type: ignore[attr-defined]
     kept = _Rows(rows if hasattr(rows, "__getitem__") else list(rows), hasattr(rows, "features"))
-    return Source(kept.name, kept.placed, kept.digest)
+    return Source(kept.name, kept.placed, kept.digest, size=_size(kept.kept))
 
 
 def _from_hub(name: str, part: Part) -> Source:
     found = open_hub(name, part)
-    return Source(name, partial(rows_from, name, found), partial(getattr, found, "_fingerprint"))
+    return Source(
+        name, partial(rows_from, name, found), partial(getattr, found, "_fingerprint"), size=_size(found)
+    )  # fmt: skip
+
+
+def _size(rows: Any) -> int | None:
+    return len(rows) if hasattr(rows, "__len__") else None

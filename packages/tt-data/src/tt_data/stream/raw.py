@@ -10,15 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tt_data.files import BOM
-from tt_data.rows.data_files import KINDS
+from tt_data.rows.counts import count_lines, count_parquet, has_lines
 from tt_data.rows.hub import Part, open_hub, rows_from
-from tt_data.rows.json_files import DOCUMENT, Row, file_kind, lines_of, open_data, parse_line
+from tt_data.rows.json_files import Row, file_kind, lines_of, open_data, parse_line
 from tt_data.rows.sources import Source, quick_digest
 from tt_data.rows.tables import read_parquet
 
 Raw = tuple[int, Any]  # the line that a message names, and the row, perhaps not parsed yet
-_CHUNK = 1 << 20
 _MARK_EVERY = 4096
 
 
@@ -39,17 +37,12 @@ def to_stream(source: Source) -> RawStream:
     if path is None:
         return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), source.digest)
     digest = partial(quick_digest, path)
-    if kind in (".jsonl", ".ndjson") and path.suffix.lower() not in KINDS and not _is_one_document(path):
+    if has_lines(path):
         lines = _Lines(path)
-        return RawStream(source.name, lines.open_at, partial(_parse, path), lines.count, digest)
+        return RawStream(source.name, lines.open_at, partial(_parse, path), partial(count_lines, path), digest)
     if kind == ".parquet":
-        return RawStream(source.name, partial(read_parquet, path), _parsed, partial(_count_parquet, path), digest)
+        return RawStream(source.name, partial(read_parquet, path), _parsed, partial(count_parquet, path), digest)
     return RawStream(source.name, partial(_from, source.rows), _parsed, partial(_count, source.rows), digest)
-
-
-def _is_one_document(path: Path) -> bool:
-    with open_data(path) as stream:
-        return stream.readline(64).removeprefix(BOM).strip() in DOCUMENT
 
 
 def _from(rows: Callable[[], Iterator[Raw]], start: int) -> Iterator[Raw]:
@@ -86,20 +79,6 @@ class _Lines:
                 number += 1
                 if number == len(self.marks) * _MARK_EVERY:
                     self.marks.append(stream.tell())
-
-    def count(self) -> int:
-        total, last = 0, b"\n"
-        with open_data(self.path) as stream:
-            while chunk := stream.read(_CHUNK):
-                total += chunk.count(b"\n")
-                last = chunk[-1:]
-        return total + (last != b"\n")
-
-
-def _count_parquet(path: Path) -> int:
-    import pyarrow.parquet
-
-    return int(pyarrow.parquet.read_metadata(path).num_rows)
 
 
 def hub_stream(name: str, part: Part) -> RawStream:

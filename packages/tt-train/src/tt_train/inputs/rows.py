@@ -13,6 +13,7 @@ from tt_data import Dataset, JoinedDataset, Stream, Subset, Tokenizer
 from tt_train.config import PreferenceSection, RunConfig, named_sets
 from tt_train.devices.distributed import world
 from tt_train.errors import ConfigError, collect, counted
+from tt_train.inputs.encoding import Encoding, is_number, streaming_hint
 
 Kind = Literal["single", "pair", "judged"]  # of rows: what each one holds
 _MOST_WORKERS = 8  # beyond these, one process does not read rows as fast as they are encoded
@@ -94,7 +95,10 @@ def read_rows(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = min(cores // world().local_size, _MOST_WORKERS)  # of this rank
     given["spare_workers"] = share if share > 1 and not streaming else 0
-    rows: Dataset | Stream = tt_data.load_dataset(source, tokenizer, **given | options)
+    hint = partial(streaming_hint, config) if source is config.data.train else str
+    with Encoding(hint) as progress:
+        given["progress"] = progress if world().is_main else None  # every rank encodes all rows
+        rows: Dataset | Stream = tt_data.load_dataset(source, tokenizer, **given | options)
     return rows
 
 
@@ -120,7 +124,7 @@ def hold_out(
     rows."""
     read = partial(_held_out, config, tokenizer=tokenizer, max_seq_len=max_seq_len, sample=sample)
     share = config.data.eval
-    if isinstance(share, str) and share.replace(".", "", 1).replace("e-", "", 1).isdigit():
+    if isinstance(share, str) and is_number(share):
         share = float(share)
     if sets := named_sets(share):
         problems: list[str] = []
