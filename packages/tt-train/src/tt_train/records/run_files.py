@@ -5,7 +5,7 @@ Every file must be a regular file inside the directory (tt_ckpt.files), and no l
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -190,14 +190,28 @@ _KINDS = {str: "a text", dict: "an object", int: "a whole number"}
 
 
 def json_lines(
-    path: Path, problems: list[str], *, last_bytes: int | None = None, key: str | None = None
+    path: Path, problems: list[str], *, last_bytes: int | None = None, key: str | int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The JSON objects of a ``.jsonl`` file, if it exists. Any other line is left out, and ``problems`` says why.
 
     last_bytes: of a larger file, the whole lines in its last bytes only; lines are then counted from there.
-    key: only lines that contain this key. The others are not parsed, which takes a twentieth of the time.
+    key: only lines that contain this key, or number. The others are not parsed, which takes a twentieth of the time.
     """
     mark = b"" if key is None else json.dumps(key).encode()
+    for number, line, is_last in raw_lines(path, last_bytes=last_bytes):
+        if line is not None and mark not in line:
+            continue
+        if (record := record_of(line)) is not None:
+            yield record
+        elif line is None or line.strip():
+            problems.append(left_out(path.name, number, is_last=is_last()))
+
+
+def raw_lines(path: Path, *, last_bytes: int | None = None) -> Iterator[tuple[int, bytes | None, Callable[[], bool]]]:
+    """The number of each line, the line, and whether it is the last one; None for a line that is too long.
+
+    last_bytes: see ``json_lines``.
+    """
     if not os.path.lexists(path):
         return
     with files.regular(path).open("rb") as file:
@@ -207,43 +221,57 @@ def json_lines(
             file.seek(-last_bytes - 1, os.SEEK_END)
             file.readline(last_bytes)  # the rest of a line, or the end of the one before
         number = 0
+
+        def is_last() -> bool:
+            return not file.peek(1)
+
         while line := file.readline(_LINE_BYTES):
             number, whole = number + 1, len(line) < _LINE_BYTES
-            if whole and mark not in line:
-                continue
             while len(line) == _LINE_BYTES and not line.endswith(b"\n"):
                 line = file.readline(_LINE_BYTES)
-            try:
-                record = json.loads(line) if whole else None
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict) and is_plain(record):
-                yield record
-            elif line.strip() or not whole:
-                is_last = not file.peek(1)
-                where = "the last line, cut when the run was stopped" if is_last else "not a JSON object"
-                problems.append(f"{path.name}:{number}: left out ({where})")
+            yield number, line if whole else None, is_last
+
+
+def record_of(line: bytes | None) -> dict[str, Any] | None:
+    """The JSON object that a line is; None if it is anything else."""
+    try:
+        record = None if line is None else json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and is_plain(record) else None
+
+
+def left_out(name: str, number: int, *, is_last: bool) -> str:
+    """What is said of a line that is not a record."""
+    where = "the last line, cut when the run was stopped" if is_last else "not a JSON object"
+    return f"{name}:{number}: left out ({where})"
 
 
 def read_rows(
-    path: Path, problems: list[str] | None = None, *, last_bytes: int | None = None, key: str | None = None
+    path: Path, problems: list[str] | None = None, *, last_bytes: int | None = None, key: str | int | None = None
 ) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl or samples.jsonl: ``step`` is a whole number, a figure is finite or None.
 
     last_bytes, key: see ``json_lines``.
     """
     told = [] if problems is None else problems
-    for row in json_lines(path, told, last_bytes=last_bytes, key=key):
-        step = row.get("step")
-        if type(step) is not int or not 0 <= step < LAST_STEP:
-            told.append(f"{path.name}: a row left out (its step is {quoted(step)})")
-            continue
-        for key in SERIES:
-            value = row.get(key)
-            if value is not None and number(value) is None:
-                told.append(f"step {step}: {key} was {quoted(value)}")
-                row[key] = None
-        yield row
+    for record in json_lines(path, told, last_bytes=last_bytes, key=key):
+        if (row := checked_row(record, path.name, told)) is not None:
+            yield row
+
+
+def checked_row(row: dict[str, Any], name: str, problems: list[str]) -> dict[str, Any] | None:
+    """``row`` with None for figures that are not numbers; None if its step is not one. ``problems`` says which."""
+    step = row.get("step")
+    if type(step) is not int or not 0 <= step < LAST_STEP:
+        problems.append(f"{name}: a row left out (its step is {quoted(step)})")
+        return None
+    for key in SERIES:
+        value = row.get(key)
+        if value is not None and number(value) is None:
+            problems.append(f"step {step}: {key} was {quoted(value)}")
+            row[key] = None
+    return row
 
 
 def number(value: Any) -> float | None:

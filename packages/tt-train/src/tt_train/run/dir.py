@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, cast
 from tt_ckpt import commit, files
 from tt_ckpt.redaction import redact, redact_data
 from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
+from tt_train.records.cut import as_lines, rows_until
 from tt_train.records.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
 from tt_train.records.visible import visible
 from tt_train.run.listing import run_paths
@@ -78,7 +79,7 @@ class RunDir:
         if self.rank:
             return
         with naming(self.path / name):
-            files.append_text(self.path / name, _lines(rows))
+            files.append_text(self.path / name, as_lines(rows))
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[Path]:
@@ -103,23 +104,29 @@ class RunDir:
             for leftover in (part, old):
                 commit.remove_tree(leftover)
 
-    def rows(self, name: str) -> Iterator[dict[str, Any]]:
-        """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out."""
-        return read_rows(self.path / name)
+    def rows(self, name: str, *, key: str | int | None = None) -> Iterator[dict[str, Any]]:
+        """The rows of a ``.jsonl`` file; a broken last line (the run was killed while writing it) is left out.
+
+        key: see ``read_rows``.
+        """
+        return read_rows(self.path / name, key=key)
 
     def keep_until(self, step: int) -> None:
         """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
-        if self.rank:
-            return
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if os.path.lexists(self.path / name):
-                problems: list[str] = []
+        for name, problems in self.take_rows(self.path, step).items():
+            if problems:
+                log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
+
+    def take_rows(self, run: Path, step: int) -> dict[str, list[str]]:
+        """Put the metrics and samples of ``run`` up to ``step`` in place of this run's. What was wrong in each file."""
+        problems: dict[str, list[str]] = {}
+        for name in ("metrics.jsonl", "samples.jsonl") if self.rank == 0 else ():
+            if os.path.lexists(run / name):
+                problems[name] = []
                 with naming(self.path / name), files.replacing(self.path / name) as file:
-                    for row in read_rows(self.path / name, problems):
-                        if row["step"] <= step:
-                            file.write(_lines([row]).encode("utf-8", "backslashreplace"))
-                if problems:
-                    log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
+                    for piece in rows_until(run / name, step, problems[name]):
+                        file.write(piece)
+        return problems
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Replace a file by ``value`` as JSON."""
@@ -194,11 +201,6 @@ class _LogFile(logging.FileHandler):
             with naming(Path(self.baseFilename)):
                 raise error
         super().handleError(record)
-
-
-def _lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Lines of JSON; secrets are blanked in its texts, so that it stays JSON."""
-    return "".join(json.dumps(redact_data(row), ensure_ascii=False) + "\n" for row in rows)
 
 
 class _RedactingFormatter(logging.Formatter):

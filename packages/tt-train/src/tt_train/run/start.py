@@ -1,6 +1,5 @@
 """What comes before the loop of every recipe: a run directory, new or resumed, and what is said before step 1."""
 
-import itertools
 import time
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +16,7 @@ from tt_train.devices.launch import decided, everywhere, is_restarted
 from tt_train.errors import ConfigError
 from tt_train.job import Job
 from tt_train.optim.schedule import rate_change
-from tt_train.records.run_files import TEMPLATE_FILE, FinishedRun, read_rows
+from tt_train.records.run_files import TEMPLATE_FILE, FinishedRun
 from tt_train.references.reference_cache import weights_of
 from tt_train.run.checkpoints import TrainingState
 from tt_train.run.console import Console, RunFacts
@@ -56,10 +55,7 @@ def start(
         saved = everywhere(lambda: read_checkpoint(job, origin, explicit=explicit))
         assert saved is not None  # explicit
         run = _new_run(job, continued_from={"run": str(origin.run.resolve()), "step": saved.step})
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            rows = (row for row in read_rows(origin.run / name) if row["step"] <= saved.step)
-            while some := list(itertools.islice(rows, 10_000)):  # a long run has millions
-                run.append(name, *some)
+        run.take_rows(origin.run, saved.step)
         return run, saved
     if origin.checkpoint is None and (reason := decided(lambda: nothing_left(job, origin.run))):
         console.note(reason)
@@ -149,7 +145,8 @@ def announce(
     run.update_manifest(config=to_dict(config), parameters=facts.parameters, trainable=facts.trainable,
                         precision=facts.precision, steps_total=job.steps_total)  # fmt: skip
     run.set_state("running")
-    state.recorded(decided(lambda: next((r for r in run.rows("metrics.jsonl") if r.get("step") == state.step), None)))
+    rows = run.rows("metrics.jsonl", key=state.step)
+    state.recorded(decided(lambda: next((row for row in rows if row["step"] == state.step), None)))
     run.keep_until(state.step - 1 if state.row else state.step)
     if later := decided(lambda: state.checkpoints.remove_after(state.step)):
         console.note(f"checkpoints after step {state.step} will be written again: {', '.join(later)} removed")
