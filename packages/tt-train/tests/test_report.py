@@ -10,6 +10,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from tt_train.records.problems import Problems
+from tt_train.records.run_files import read_rows
 from tt_train.report import write_report
 from tt_train.report.figure import _figure
 from tt_train.report.read import differences, flatten, read_run, read_runs, smooth, thin
@@ -189,6 +191,17 @@ def test_a_figure_that_is_not_finite_is_named_with_its_step(make_run):
     assert "step 1: loss was nan" in page
     hidden = 3 if HAS_MATPLOTLIB else 4
     assert f"and {hidden} more like these" in page  # 8 steps and the missing manifest, six shown
+
+
+def test_problems_of_every_step_are_counted_and_few_are_kept(make_run):
+    path = make_run(records=rows(5000, loss=math.nan, grad_norm=math.inf))
+    run = read_run(path, name="run")
+    assert (len(run.rows), len(run.problems), run.problems.total) == (5000, 100, 10_001)
+    assert run.problems[:2] == ["step 1: loss was nan", "step 1: grad_norm was inf"]
+    assert "and 9,995 more like these" in page_of(path)  # all of them, and the missing manifest, but the six shown
+    kept = Problems()
+    assert sum(1 for _ in read_rows(path / "metrics.jsonl", kept)) == 5000
+    assert (len(kept), kept.total) == (100, 10_000)
 
 
 def test_a_step_written_again_after_a_resume_counts_once(make_run):

@@ -16,6 +16,7 @@ import yaml
 
 from tt_ckpt import files
 from tt_ckpt.shown import plain, quoted
+from tt_train.records.problems import Problems
 from tt_train.records.series import SERIES
 
 if TYPE_CHECKING:
@@ -254,7 +255,7 @@ def read_rows(
 
     last_bytes, key: see ``json_lines``.
     """
-    told = [] if problems is None else problems
+    told = Problems() if problems is None else problems
     for record in json_lines(path, told, last_bytes=last_bytes, key=key):
         if (row := checked_row(record, path.name, told)) is not None:
             yield row

@@ -109,7 +109,8 @@ def notices(runs: Sequence[Run], problems: Sequence[str] = ()) -> list[str]:
     """``problems``, and what was wrong with the run directories."""
     found = [(f"{run.name}: " if len(runs) > 1 else "") + problem for run in runs for problem in run.problems]
     found = [*problems, *found, *(f"{run.name}: no step was recorded" for run in runs if not run.rows)]
-    return found[:NOTICES] + ([f"and {len(found) - NOTICES:,} more like these"] if len(found) > NOTICES else [])
+    more = len(found[NOTICES:]) + sum(run.problems.more for run in runs)
+    return found[:NOTICES] + ([f"and {more:,} more like these"] if more else [])
 
 
 def _notices(lines: Sequence[str]) -> str:

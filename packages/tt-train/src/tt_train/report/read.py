@@ -12,6 +12,7 @@ from tt_ckpt.shown import plain, quoted
 from tt_train.config import named_sets
 from tt_train.records.evaluations import newest
 from tt_train.records.figures import Figures
+from tt_train.records.problems import Problems
 from tt_train.records.run_files import FinishedRun, json_lines, number
 from tt_train.records.series import MOST_OTHERS, SERIES, Series, other_series
 from tt_train.records.visible import visible
@@ -29,7 +30,7 @@ class Run:
     manifest: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
 
     def column(self, name: str) -> list[float | None]:
         return self.rows.column(name)
@@ -64,7 +65,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path, *, name: str) -> Run:
-    problems: list[str] = []
+    problems = Problems()
     rows = Figures()
     others: dict[str, int] = {}  # metric: number of rows that have it
     left_out: set[str] = set()  # the first name that is too many

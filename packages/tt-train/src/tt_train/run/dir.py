@@ -15,8 +15,9 @@ from typing import Any, cast
 
 from tt_ckpt import commit, files
 from tt_ckpt.redaction import redact, redact_data
-from tt_train.errors import ConfigError, Interrupted, did_you_mean, log_name
+from tt_train.errors import ConfigError, Interrupted, counted, did_you_mean, log_name
 from tt_train.records.cut import as_lines, rows_until
+from tt_train.records.problems import Problems
 from tt_train.records.run_files import FinishedRun, is_run, naming, own_folder, read_manifest, read_rows
 from tt_train.records.visible import visible
 from tt_train.run.listing import run_paths
@@ -115,14 +116,15 @@ class RunDir:
         """Drop metrics and samples of steps after ``step``: the run resumes there and writes them again."""
         for name, problems in self.take_rows(self.path, step).items():
             if problems:
-                log.warning("%s: %d lines were not as a run writes them: %s", name, len(problems), problems[0])
+                places = counted(problems.total, "place")
+                log.warning("%s: not as a run writes it in %s, first %s", name, places, problems[0])
 
-    def take_rows(self, run: Path, step: int) -> dict[str, list[str]]:
+    def take_rows(self, run: Path, step: int) -> dict[str, Problems]:
         """Put the metrics and samples of ``run`` up to ``step`` in place of this run's. What was wrong in each file."""
-        problems: dict[str, list[str]] = {}
+        problems: dict[str, Problems] = {}
         for name in ("metrics.jsonl", "samples.jsonl") if self.rank == 0 else ():
             if os.path.lexists(run / name):
-                problems[name] = []
+                problems[name] = Problems()
                 with naming(self.path / name), files.replacing(self.path / name) as file:
                     for piece in rows_until(run / name, step, problems[name]):
                         file.write(piece)
