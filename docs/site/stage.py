@@ -13,7 +13,7 @@ LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)|src=\"([^\"]+)\"")
 
 
 def stage(folder: Path) -> None:
-    """Fill ``folder`` with the pages, what they link to, and reference/."""
+    """Fill ``folder`` with the pages, what they link to, the site's style and script, and reference/."""
     shutil.rmtree(folder, ignore_errors=True)
     for page in sorted({page for pattern in PAGES for page in ROOT.glob(pattern)}):
         text = page.read_text(encoding="utf-8")
@@ -22,6 +22,8 @@ def stage(folder: Path) -> None:
             target = (page.parent / link).resolve()
             if "://" not in link and target.is_file() and target.is_relative_to(ROOT) and target.suffix != ".md":
                 _put(folder, target)
+    for name in ("site.css", "site.js"):
+        shutil.copyfile(Path(__file__).parent / name, folder / name)
     (folder / "reference").mkdir()
     for package in PACKAGES:
         name = package.replace("-", "_")
