@@ -18,15 +18,23 @@ def requests(rows):
     return [SimpleNamespace(args=row, task_name="made") for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["model", "merged"])
-def test_a_real_model_is_scored_as_by_hf_at_and_over_the_context_length(request, kind):
+@pytest.fixture(scope="session")
+def quantized(tt, model, folder):
+    """The model with int8 linear layers; what is left of it in fp32, so that both compute in it."""
+    tt("quantize", model, "-o", folder / "int8-fp32", "--to", "int8", "--dtype", "fp32")
+    return folder / "int8-fp32"
+
+
+@pytest.mark.parametrize("kind", ["model", "merged", "tuned", "quantized"])
+def test_a_real_model_is_scored_as_by_hf_at_and_over_the_context_length(request, kind, model):
     from lm_eval.models.huggingface import HFLM
 
     from tt_train.evals.harness import TT
 
-    folder = str(request.getfixturevalue(kind))
-    ours = TT(folder, device="cpu", dtype="fp32", max_length=LONGEST, tell=list)
-    theirs = HFLM(folder, device="cpu", dtype="float32", max_length=LONGEST, batch_size=1)
+    folder = request.getfixturevalue(kind)
+    base, more = (model, {"peft": str(folder / "adapter")}) if kind == "tuned" else (folder, {})
+    ours = TT(str(folder), device="cpu", dtype="fp32", max_length=LONGEST, tell=list)
+    theirs = HFLM(str(base), device="cpu", dtype="float32", max_length=LONGEST, batch_size=1, **more)
     asked = requests([(context, choice) for context, choices in CHOICES for choice in choices])
     for (value, greedy), (expected, expected_greedy) in zip(
         ours.loglikelihood(asked), theirs.loglikelihood(asked), strict=True
