@@ -331,6 +331,36 @@ def test_text_of_a_report_has_enough_contrast():
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (ink, ground)
 
 
+def test_the_dark_palettes_are_not_printed():
+    css = (files("tt_train.report") / "report.css").read_text()
+    dark = [css.index("--page: #111317"), css.rindex("--page: #111317")]
+    assert len(set(dark)) == 2
+    for place in dark:
+        medium = css[:place].rindex("@media")
+        assert css[medium:].startswith("@media screen"), css[medium : medium + 60]
+
+
+def test_a_long_key_or_path_breaks_after_a_sign(make_run):
+    page = page_of(make_run(config="recipe: sft\nmodel:\n  path: /models/a_b/1.5\nsamples:\n  max_new_tokens: 3\n"))
+    assert '<th scope="row">samples.<wbr>max_<wbr>new_<wbr>tokens</th><td>3</td>' in page
+    assert "<td>/models/<wbr>a_<wbr>b/1.5</td>" in page
+
+
+def test_figures_that_share_a_chart_have_lines_of_their_own_and_a_legend(make_run):
+    kinds = ("chosen", "rejected", "margin")
+    figures = {f"rewards_{kind}": float(number) for number, kind in enumerate(kinds)}
+    held_out = {f"eval_{name}": value for name, value in figures.items()}
+    page = page_of(make_run("one", [{**row, **figures, **held_out} for row in rows(5)]))
+    [chart] = [one for one in data_of(page)["charts"] if one["name"] == "rewards"]
+    dashes = {line["label"]: line["dash"] for line in chart["series"]}
+    assert len({dashes[kind] for kind in kinds}) == 3
+    assert all(dashes[f"held-out {kind}"] == dashes[kind] for kind in kinds)
+    legend = re.search(r'data-chart="rewards".*?<div class="legend">(.*?)</div>', page).group(1)
+    assert re.findall(r'<i class="(\w*)"></i>([\w-]+)', legend) == [
+        ("", "chosen"), ("dashed", "rejected"), ("dotted", "margin"), ("held", "held-out")
+    ]  # fmt: skip
+
+
 def luminance(colour):
     """https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
     parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -358,7 +388,7 @@ def test_an_answer_is_right_when_it_is_the_expected_one(sample, expected):
 def test_differences_between_configs_are_tabled_and_marked(make_run):
     other = CONFIG.replace("8", "16").replace("v_proj", "o_proj") + "seed: 3\noutput_dir: elsewhere\n"
     page = page_of(make_run("first"), make_run("second", config=other))
-    table = page[page.index("What differs") : page.index("The whole configs")]
+    table = page[page.index("What differs") : page.index("The whole configs")].replace("<wbr>", "")
     assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["adapter.rank", "adapter.target_modules", "seed"]
     assert "<td>8</td><td>16</td>" in table
     assert page.count('<span class="changed">') == 5  # rank and target_modules twice, seed once
@@ -385,7 +415,7 @@ def test_losses_are_not_ranked_across_tokenizers(make_run):
 def test_an_adapter_that_one_run_lacks_is_one_row(make_run):
     with_adapter = "adapter:\n  rank: 4\n  alpha: 16.0\n  target_modules: all-linear\nseed: 1\n"
     page = page_of(make_run("first", config=with_adapter), make_run("second", config="adapter: null\nseed: 2\n"))
-    table = page[page.index("What differs") : page.index("The whole configs")]
+    table = page[page.index("What differs") : page.index("The whole configs")].replace("<wbr>", "")
     assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["adapter", "seed"]
     assert "<td>rank: 4\ntarget_modules: all-linear</td><td>none</td>" in table
 
@@ -393,7 +423,7 @@ def test_an_adapter_that_one_run_lacks_is_one_row(make_run):
 def test_the_keys_that_were_set_come_first_and_the_whole_config_is_folded(make_run):
     config = "recipe: sft\nadapter:\n  rank: 8\n  alpha: 16.0\nepochs: 3\nbatch_size: 16\nown:\n  key: 5\n"
     page = page_of(make_run(config=config))
-    table = page[page.index("What was set") : page.index("<summary>The whole config</summary>")]
+    table = page[page.index("What was set") : page.index("<summary>The whole config</summary>")].replace("<wbr>", "")
     assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["adapter.rank", "epochs", "own.key"]
     assert '<td>3</td><td class="soft">1</td>' in table
     assert "No key was set." in page_of(make_run("bare", config="recipe: sft\n"))

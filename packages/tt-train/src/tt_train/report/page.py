@@ -28,6 +28,8 @@ BUCKETS = 300  # of rows that are drawn; each keeps the lowest and the highest v
 TABLE_ROWS = 30
 NOTICES = 6
 DASHES = ("1 4", "9 3 2 3", "3 3", "12 4")  # of the lines of named sets of held-out rows
+STYLES = {"": "none", "dashed": "7 4", "dotted": "2 3"}  # of the lines of one chart, such as chosen and rejected
+HELD_OUT = "held-out "  # before the label of such a line
 SMOOTHED = 8  # rows; with more of them, a smoothed curve is drawn as well
 
 Chart = dict[str, Any]
@@ -147,7 +149,7 @@ def _json(data: dict[str, Any]) -> str:
 def _chart(series: Sequence[Series]) -> Chart:
     """A chart for the script; the loss comes with a smoothed curve."""
     first, lines = series[0], []
-    dashes = itertools.cycle(DASHES)
+    dashes, styles = itertools.cycle(DASHES), _styles(series)
     for one in series:
         line: dict[str, Any] = {"key": one.key, "label": one.label, "width": 1.8}
         if one.name == "loss":
@@ -155,9 +157,18 @@ def _chart(series: Sequence[Series]) -> Chart:
             lines += [line, {"key": "smooth", "label": "train, smoothed", "width": 2.2, "opacity": 1}]
             continue
         line |= {"width": 1.6, "opacity": 1, "sparse": True} if one.dashed else {}
+        line |= {"dash": STYLES[styles[one.label.removeprefix(HELD_OUT)]]} if styles and not one.tag else {}
         line |= {"tag": one.tag, "dash": next(dashes)} if one.tag else {}
         lines.append(line)
-    return {"name": first.chart, "title": first.title, "unit": first.unit, "zero": first.from_zero, "series": lines}
+    head = {"name": first.chart, "title": first.title, "unit": first.unit, "zero": first.from_zero}
+    return {**head, "series": lines, "styles": styles}
+
+
+def _styles(series: Sequence[Series]) -> dict[str, str]:
+    """The style of each figure that shares a chart with others; nothing for the loss, whose lines differ anyway."""
+    labels = [] if series[0].chart == "loss" else [one.label.removeprefix(HELD_OUT) for one in series if not one.tag]
+    labels = list(dict.fromkeys(labels))
+    return dict(zip(labels, itertools.cycle(STYLES), strict=False)) if len(labels) > 1 else {}
 
 
 def _charts(drawn: Sequence[Chart], data: Sequence[dict[str, Any]], has_picture: bool) -> str:
@@ -167,13 +178,16 @@ def _charts(drawn: Sequence[Chart], data: Sequence[dict[str, Any]], has_picture:
         "smooth": "<i></i>smoothed",
         "eval_loss": '<i class="held"></i>held-out',
     }
-    shown = [f"<span>{text}</span>" for key, text in legend.items() if any(key in one["columns"] for one in data)]
+    shown = "".join(
+        f"<span>{text}</span>" for key, text in legend.items() if any(key in one["columns"] for one in data)
+    )
     figures = ""
     for chart in drawn:
         title, label = html_text(chart["title"]), html_text(f"{chart['title']} over the run")
         wide = len(chart["series"]) > 1
         unit = f'<span class="unit">{chart["unit"]}</span>' if chart["unit"] else ""
-        legends = f'<div class="legend">{"".join(shown)}</div>' if chart["name"] == "loss" else ""
+        legends = shown if chart["name"] == "loss" else _legend(chart)
+        legends = f'<div class="legend">{legends}</div>' if legends else ""
         figures += (
             f'<figure class="chart card{" wide" * wide}" data-chart="{html_text(chart["name"])}" data-label="{label}">'
             f"<figcaption><h3>{title}{unit}</h3>{legends}</figcaption>"
@@ -183,6 +197,14 @@ def _charts(drawn: Sequence[Chart], data: Sequence[dict[str, Any]], has_picture:
     missing += "The PNG beside this page shows the same, and so does" if has_picture else "The same figures are in"
     missing += " the table below."
     return f'<div class="charts">{figures}</div><noscript><p class="note">{missing}</p></noscript>'
+
+
+def _legend(chart: Chart) -> str:
+    legend = "".join(
+        f'<span><i class="{style}"></i>{html_text(label)}</span>' for label, style in chart["styles"].items()
+    )
+    held_out = legend and any(line["label"].startswith(HELD_OUT) for line in chart["series"])
+    return legend + ('<span><i class="held"></i>held-out</span>' if held_out else "")
 
 
 def _table(run: Run, others: Sequence[Series], *, several: bool) -> str:

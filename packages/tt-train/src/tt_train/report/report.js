@@ -4,6 +4,7 @@
   const { runs, charts } = JSON.parse(document.getElementById("data").textContent);
   const AXES = { step: "Steps", tokens: "Tokens", elapsed_s: "Time" };
   const view = { x: "step", log: false, hidden: new Set(), cross: null };
+  const PAPER = 620; // width of a chart on A4 or letter in pixels; a browser does not lay the page out for paper first
   const readout = document.getElementById("readout");
 
   const html = (name, attributes = {}, ...children) => {
@@ -77,10 +78,10 @@
   const present = (run, key) => run.columns[key] && run.columns[key].some((value) => value !== null);
 
   // ---- one chart
-  const draw = (figure) => {
+  const draw = (figure, paper) => {
     const chart = charts.find((one) => one.name === figure.dataset.chart);
     const plot = figure.querySelector(".plot");
-    const width = plot.clientWidth;
+    const width = paper ?? plot.clientWidth;
     const height = plot.clientHeight;
     const box = { left: 46, right: width - 8, top: 8, bottom: height - 24 };
     plot.querySelector("svg")?.remove();
@@ -196,7 +197,7 @@
   };
 
   const figures = [...document.querySelectorAll(".chart")];
-  const drawAll = () => figures.forEach(draw);
+  const drawAll = (paper) => figures.forEach((figure) => draw(figure, paper));
   const cross = (figure, x) => {
     view.figure = figure;
     view.cross = x;
@@ -279,6 +280,8 @@
     theme.querySelector("span").textContent = next;
   });
 
-  new ResizeObserver(drawAll).observe(document.getElementById("charts"));
+  new ResizeObserver(() => drawAll()).observe(document.getElementById("charts"));
+  addEventListener("beforeprint", () => drawAll(PAPER));
+  addEventListener("afterprint", () => drawAll());
   drawAll();
 })();

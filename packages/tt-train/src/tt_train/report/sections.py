@@ -1,5 +1,6 @@
 """The lower half of the report page: config, commands, manifest. Every text of a run is escaped here."""
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -94,14 +95,19 @@ def _table_of_keys(
     body = ""
     for key in keys:
         found = [value_at(run.config, key) for run in runs]
-        cells = "".join(f"<td>{html_text(_shown(value)) if known else DASH}</td>" for known, value in found)
+        cells = "".join(f"<td>{_breakable(_shown(value)) if known else DASH}</td>" for known, value in found)
         if defaults is not None:
             cells += f'<td class="soft">{html_text(scalar(defaults[key])) if key in defaults else DASH}</td>'
-        body += f'<tr><th scope="row">{html_text(key)}</th>{cells}</tr>'
+        body += f'<tr><th scope="row">{_breakable(key)}</th>{cells}</tr>'
     return (
         '<div class="card scroll" tabindex="0"><table class="keys">'
         f'<thead><tr><th scope="col">{title}</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _breakable(text: str) -> str:
+    """``text``, escaped; on a narrow screen, a key or path breaks after a sign and not in the middle of a word."""
+    return re.sub(r"(?<=\w)([._/])(?=[^\W\d])", r"\1<wbr>", html_text(text))
 
 
 def _shown(value: Any) -> str:
