@@ -217,7 +217,7 @@ def test_values_that_overflow_or_are_not_finite_are_named(folder, tmp_path):
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(ValueError, match="overflow F16; use --type bf16"):
         write_gguf(plan_model(weights(**{name: torch.full((32, 32), 1e5)}), folder, kind="F16"), tmp_path / "m.gguf")
-    with pytest.raises(ValueError, match=f"{name}: 1024 values are not finite"):
+    with pytest.raises(ValueError, match=f"{name}: 1,024 values are not finite"):
         write_gguf(plan_model(weights(**{name: torch.full((32, 32), torch.nan)}), folder), tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
 

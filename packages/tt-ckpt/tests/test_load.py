@@ -300,7 +300,7 @@ def test_values_that_do_not_fit_the_dtype_are_found(tiny, model_dir):
     weights = load_file(source / "model.safetensors")
     weights["lm_head.weight"][0, 0] = 1e6
     save_file(weights, source / "model.safetensors")
-    with pytest.raises(ValueError, match="1 values overflow float16"):
+    with pytest.raises(ValueError, match="1 value overflows float16"):
         tt_ckpt.load_weights(tiny(), source, dtype=torch.float16)
 
 

@@ -75,7 +75,7 @@ MISTAKES = {
     "export model -o x --to gguf": "x: --to gguf writes one file, whose name ends in .gguf, such as x.gguf",
     "export model -o x --to ollama --type q9": "--type: unknown type 'q9'; known: f32, f16, bf16, q8_0, q4_0",
     "export model -o x --adapter": "--adapter: model has no adapter; leave out --adapter",
-    "export nan -o x.gguf --to gguf": "model.norm.weight: 1 values are not finite; use another checkpoint",
+    "export nan -o x.gguf --to gguf": "model.norm.weight: 1 value is not finite; use another checkpoint",
     "quantize model -o q --to int9": "--to: unknown format 'int9'; did you mean 'int8'?; known: int8",
     "quantize model -o q --to 4w-gptq": "so it is not offered; the nearest is int4",
     "quantize model -o q --to int4 --group-size 7": "--group-size 7: int4 has kernels for 32, 64, 128 and 256",

@@ -74,7 +74,7 @@ def test_broken_lines_are_named_before_weights_load(tt, lora_run, tmp_path, monk
     ), strict=True):  # fmt: skip
         assert f"{prompts}, line {number}" in lines[number - 2]
         assert said in lines[number - 2]
-    assert "1 more lines like these" in lines[-1]
+    assert "1 more line like these" in lines[-1]
 
 
 def test_a_prompt_that_does_not_fit_has_an_error_in_its_place_and_the_others_are_answered(tt, lora_run, tmp_path):

@@ -188,7 +188,7 @@ def test_a_chat_turn_is_what_the_story_told(told: tuple[Folders, Outcome], tt_pr
     ({"before": {TARGET: 0.10}}, "sort before: 10.0 %"),
     ({"after": {TARGET: 0.90, PREFERRED: 0.01}}, "sort after: 90.0 %"),
     ({"logits_apart": 1e-3}, "logits 1e-03"),
-    ({"answers_apart": 1}, "1 answers differ"),
+    ({"answers_apart": 1}, "1 answer unlike"),
     ({"preferred": {PREFERRED: 0.8}}, "sort 3 or 7 after preferences: 80.0 % of held-out rows, expected over 80.0 %"),
     ({"after": {TARGET: 0.99, PREFERRED: 0.95}}, "after preferences: 95.0 % of held-out rows, expected over 95.0 %"),
     ({"pairs": 0}, "no wrong answer"),

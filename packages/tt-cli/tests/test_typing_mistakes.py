@@ -68,7 +68,7 @@ SLIPS = [
     ("cat rows.jsonl", "rows.jsonl: a file of rows, not a config; tt data show rows.jsonl"),
     ("cp c.yaml d.yaml", "this is already a file; copy it with cp"),
     ("data show rows.jsonl --tokenizer MODEL -n x", "'x' is not a valid whole number"),
-    ("data show rows.jsonl --tokenizer MODEL --start 100", "--start 100: there are 8 rows, counted from 0"),
+    ("data show rows.jsonl --tokenizer MODEL --start 100", "--start 100: the data set has 8 rows, counted from 0"),
     ("data show rows.jsonl --tokenizer MODEL --split trian", "it is one file and has no splits"),
     ("data show rows.jsonl MODEL", "a second source, 'MODEL'; did you mean --tokenizer MODEL?"),
     ("merge MODEL out --dtype fp8", "--dtype: 'fp8' is not one of"),

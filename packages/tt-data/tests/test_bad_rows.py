@@ -137,7 +137,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("rows.json", b'[{"text": "a"},\n {"text": }]', "rows.json:2:11: broken JSON"),
     ("rows.json", b'[{"text": "a"}, 5]', "row 2: expected an object with columns, found int"),
     ("rows.json", b'[{"text": "\xff"}]', "rows.json:1: not UTF-8"),
-    ("rows.csv", b"text,b\na,b\nc\n", "rows.csv:3: 1 values, but the header has 2 columns"),
+    ("rows.csv", b"text,b\na,b\nc\n", "rows.csv:3: 1 value, but the header has 2 columns"),
     ("rows.csv", b"text,b\na,b,c\n", "rows.csv:2: 3 values, but the header has 2 columns"),
     ("rows.csv", b"text\na\n\xff\n", "not UTF-8"),
     ("rows.parquet", b"PAR1 nonsense", "not a whole parquet file"),

@@ -133,7 +133,7 @@ def test_packed_sources_are_mixed_by_packs(chatml: Any, files: list[Path]) -> No
 
 def test_too_few_rows_for_a_round_are_refused(chatml: Any, files: list[Path]) -> None:
     with pytest.raises(
-        ValueError, match=r"b.jsonl: 30 rows are too few for one round of the mix \[1, 999\]; round the weights"
+        ValueError, match=r"b.jsonl: 30 rows, too few for one round of the mix \[1, 999\]; round the weights"
     ):
         load_dataset({files[0]: 0.001, files[1]: 0.999}, chatml)
     with pytest.raises(ValueError, match="no whole round of rows"):

@@ -40,7 +40,7 @@ FILES: list[tuple[str, bytes, str]] = [
     ("rows.csv", b"prompt\tcompletion\na\tb\n", "its separator is '\\t', expected ','; call it .tsv"),
     ("rows.tsv", b"prompt,completion\na,b\n", "its separator is ',', expected '\\t'; call it .csv"),
     ("rows.csv", b"text,text\na,b\n", ":1: two columns are called 'text'"),
-    ("rows.csv", b"text,b\na,b\nc\n", ":3: 1 values, but the header has 2 columns"),
+    ("rows.csv", b"text,b\na,b\nc\n", ":3: 1 value, but the header has 2 columns"),
 ]  # fmt: skip
 
 

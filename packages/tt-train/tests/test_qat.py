@@ -162,7 +162,7 @@ def held_out_loss(model, job):
 
 @pytest.mark.parametrize(("more", "said"), [
     (["quantization.group_size=24"], "quantization.group_size: 24 does not divide the inputs .32, 64. of 14 layers.*"
-                                     "would stay as they are; take 32, 16, 8"),
+                                     "would not be rounded; take 32, 16, 8"),
     (["adapter.rank=4", "adapter.quantize_base=true"], "adapter.quantize_base: .*set it to false"),
     (["adapter.rank=4", "adapter.dropout=0.1"], "adapter.dropout: .*set it to 0"),
 ])  # fmt: skip

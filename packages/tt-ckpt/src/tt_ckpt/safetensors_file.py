@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.files import DOWNLOAD, create, refuse_placeholder, regular, sync
-from tt_ckpt.shown import plain, quoted
+from tt_ckpt.shown import counted, plain, quoted
 
 MAX_HEADER_BYTES = 25_000_000  # the hub's limit; the library's own is 100 MB
 _WRITE_BYTES = 1 << 18  # for 2 MiB the system looks for contiguous memory, which can cost more than the copy
@@ -85,7 +85,7 @@ def read_header(path: str | Path, root: str | Path | None = None) -> Header:
         if first:
             refuse_placeholder(path, first)
         if len(first) < 8:
-            short = f"{size} bytes, too short for a safetensors file" if first else "0 bytes"
+            short = f"{counted(size, 'byte')}, too short for a safetensors file" if first else "0 bytes"
             raise ValueError(f"{plain(path)}: {short}; {DOWNLOAD}")
         if length > MAX_HEADER_BYTES:
             raise ValueError(f"{plain(path)}: not a safetensors file (its header would be {length} bytes); {DOWNLOAD}")

@@ -38,8 +38,13 @@ def listed(names: Iterable[object], count: int = 3) -> str:
     return ", ".join(map(plain, held[:count])) + (", ..." if len(held) > count else "")
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 tensor``, ``1,200 tensors``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def format_size(nbytes: int) -> str:
     for unit, size in reversed(UNITS.items()):
         if nbytes >= size:
             return f"{nbytes / size:.1f} {unit}"
-    return f"{nbytes} bytes"
+    return counted(nbytes, "byte")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tt_cli.terminal import is_utf8, tell
-from tt_train.errors import ConfigError, closest
+from tt_train.errors import ConfigError, closest, counted
 
 LONGEST = 1 << 20  # bytes of a prompt: a hundred pages, more than most models read
 _KEYS = ("prompt", "text", "messages")
@@ -67,7 +67,8 @@ def read_prompts(source: str) -> list[Prompt]:
             mistakes.append(str(error))
     if mistakes:
         more = len(mistakes) - _MOST_MISTAKES
-        raise ConfigError(mistakes[:_MOST_MISTAKES] + ([f"{name}: {more} more lines like these"] if more > 0 else []))
+        rest = [f"{name}: {counted(more, 'more line')} like these"] if more > 0 else []
+        raise ConfigError(mistakes[:_MOST_MISTAKES] + rest)
     if not found:
         raise ValueError(f'{name}: no prompts; write one per line, as text or as {{"prompt": ...}}')
     for key, count in sorted(unused.items()):

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from tt_train.errors import counted
+
 Finish = Literal["end", "stop", "length", "context"]
 CUT: tuple[Finish, ...] = ("length", "context")
 _WINDOW, _KEPT = 96, 32  # tokens decoded again for each new one, and those that stay of them
@@ -99,9 +101,10 @@ class Stats:
         """The same for people."""
         facts = self.facts()
         first = "" if self.first_token_seconds is None else f"first token after {self.first_token_seconds:.2f} s; "
+        asked, given = counted(self.prompt_tokens, "token"), counted(self.tokens, "token")
         return (
-            f"prompt: {self.prompt_tokens:,} tokens, {facts['prompt_tokens_per_s'] or 0:,.1f} per second; {first}"
-            f"answer: {self.tokens:,} tokens, {facts['answer_tokens_per_s'] or 0:,.1f} per second; "
+            f"prompt: {asked}, {facts['prompt_tokens_per_s'] or 0:,.1f} per second; {first}"
+            f"answer: {given}, {facts['answer_tokens_per_s'] or 0:,.1f} per second; "
             f"peak memory: {self.peak_memory_gib:.2f} GiB"
         )
 

@@ -10,6 +10,7 @@ from tt_data.report import Report
 from tt_data.template.spans import Span, alternatives
 from tt_data.text.tokenizer import Tokenizer
 from tt_data.token_rows.dataset import IGNORE_INDEX, Dataset, Piece
+from tt_data.wording import counted
 
 _COLOR, _INVERSE, _PLAIN = "\x1b[32m", "\x1b[7m", "\x1b[0m"
 _OPEN, _CLOSE = "\u27e6", "\u27e7"
@@ -127,7 +128,7 @@ def as_text(sample: Sample, *, color: bool = False) -> str:
     texts = [_marked(document, typed, color) for document, typed in zip(sample["documents"], spans, strict=True)]
     cut = ", cut at max_seq_len" if sample["truncated"] else ""
     where = sample["where"] if len({*_places(names)}) == 1 else f"{len(names)} documents"
-    head = f"[{sample['index']}] {where}: {sample['tokens']} tokens, {sample['trained']} trained{cut}"
+    head = f"[{sample['index']}] {where}: {counted(sample['tokens'], 'token')}, {sample['trained']} trained{cut}"
     if len(texts) > 1:
         texts = [f"--- {name} ---\n{text}" for name, text in zip(names, texts, strict=True)]
     legend = "inverse" if color else f"{_OPEN_TYPED}...{_CLOSE_TYPED}"

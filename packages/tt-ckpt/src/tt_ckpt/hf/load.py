@@ -13,9 +13,10 @@ from tt_ckpt.hf.base_tensors import BaseTensor, base_tensors, join_sources, meta
 from tt_ckpt.hf.directory import read_config
 from tt_ckpt.hf.mismatch import describe_mismatch, describe_tie, refuse_quantized
 from tt_ckpt.hf.stored_tensors import StoredTensors, open_tensors
-from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, is_finite, num_not_finite
+from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, is_finite, num_not_finite, overflowing
 from tt_ckpt.model_path import resolve
 from tt_ckpt.ranks import box, chunk_of, is_dtensor, like_dtensor
+from tt_ckpt.shown import counted
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -88,7 +89,7 @@ def load_weights(
         del new
         tensors.release()
     for (old, new_dtype), count in casts.items():
-        logger.info("%s: %d tensors cast from %s to %s", directory, count, old, new_dtype)
+        logger.info("%s: %s cast from %s to %s", directory, counted(count, "tensor"), old, new_dtype)
     if bad:
         many = f"{len(bad)} tensors are" if len(bad) > 1 else "1 tensor is"
         raise ValueError(f"{directory}: {many} not finite: {', '.join(bad[:3])}; download again")
@@ -212,5 +213,5 @@ def _not_finite(model: nn.Module, tensors: StoredTensors, fill: _Fill, filled: T
     """How many values are NaN or infinite, in words."""
     count = num_not_finite(filled)
     if is_finite(join_sources(model, fill.name, fill.keys, [tensors[key] for key in fill.keys])):
-        return f"{count} values overflow {str(filled.dtype).removeprefix('torch.')}"
+        return overflowing(count, filled.dtype)
     return f"{count} of {filled.numel()} values"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tt_ckpt.shown import plain, quoted
+from tt_ckpt.shown import counted, plain, quoted
 
 _SHOWN = 3
 _ONE = "use the weights and the config.json of one model"
@@ -53,7 +53,7 @@ def describe_mismatch(
     """One line: how many tensors are missing, unexpected or of another shape, which ones, and why if that is clear."""
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors missing ({_grouped(missing)})")
+        parts.append(f"{counted(len(missing), 'tensor')} missing ({_grouped(missing)})")
     if unexpected:
         parts.append(f"{len(unexpected)} unexpected ({_grouped(unexpected)})")
     if shapes:

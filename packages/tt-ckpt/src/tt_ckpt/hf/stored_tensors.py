@@ -17,7 +17,7 @@ from tt_ckpt.mapped_file import MappedFile
 from tt_ckpt.model_path import resolve
 from tt_ckpt.safe_names import check_basename, safe_file
 from tt_ckpt.safetensors_file import Header, read_header, read_pieces, read_tensor
-from tt_ckpt.shown import format_size, listed, quoted
+from tt_ckpt.shown import counted, format_size, listed, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,8 @@ def _check_index(directory: Path, where: Mapping[str, str], files: Mapping[str, 
     left = sorted({key for header in files.values() for key in header.tensors} - where.keys())
     if left:
         logger.warning(
-            "%s does not name %d tensors of its shards (%s), which are left out",
-            directory / INDEX_NAME, len(left), listed(left),
+            "%s does not name %s of its shards (%s), left out here",
+            directory / INDEX_NAME, counted(len(left), "tensor"), listed(left),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tt_ckpt.safetensors_file import TensorSpec, flat_bytes
-from tt_ckpt.shown import plain
+from tt_ckpt.shown import counted, plain
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
@@ -64,7 +64,7 @@ def cast_tensor(
     result = tensor.to(dtype)
     if result is not tensor and not is_finite(result) and is_finite(tensor):
         count = sum(num_not_finite(one.to(dtype)) for one in (pieces() if pieces else [tensor]))
-        raise ValueError(f"{name}: {count} values overflow {str(dtype).removeprefix('torch.')}; choose a wider dtype")
+        raise ValueError(f"{name}: {overflowing(count, dtype)}; choose a wider dtype")
     return result
 
 
@@ -83,6 +83,11 @@ def in_pieces(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor as matrices of some of its rows each; no copy if it is contiguous."""
     step, width = rows_at_once(tensor.shape)
     return iter(torch.split(tensor.detach().reshape(-1, width), step))
+
+
+def overflowing(count: int, dtype: torch.dtype) -> str:
+    """``2 values overflow float16``."""
+    return f"{counted(count, 'value')} {'overflows' if count == 1 else 'overflow'} {str(dtype).removeprefix('torch.')}"
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from tt_cli.quickstart.blank_model import llama_config, train_tokenizer, write_b
 from tt_cli.quickstart.commands import Folders, Scale
 from tt_cli.quickstart.narrator import Narrator, percent
 from tt_cli.quickstart.rows import KINDS, PREFERRED, TARGET, Row, Splits, make_splits, write_pairs, write_rows
+from tt_train.errors import counted
 
 BEFORE_BELOW, AFTER_ABOVE = 0.10, 0.90  # exact match on held-out rows of the target kind
 PREFERRED_ABOVE = 0.80  # the same after preference tuning, on held-out rows of the kind of the preferences
@@ -50,7 +51,8 @@ class Outcome:
         if self.logits_apart > SAME_LOGITS:
             found.append(f"merged model: logits {self.logits_apart:.0e} from the adapted, expected {SAME_LOGITS:.0e}")
         if self.answers_apart:
-            found.append(f"merged model: {self.answers_apart} answers differ from the adapted model's, expected none")
+            apart = counted(self.answers_apart, "answer")
+            found.append(f"merged model: {apart} unlike the adapted model's, expected none")
         if not self.pairs:
             found.append("preferences: the merged model gave no wrong answer to learn from, expected some")
         elif not self.preferred[PREFERRED] > (bar := max(self.after[PREFERRED], PREFERRED_ABOVE)):

@@ -11,6 +11,7 @@ from tt_ckpt.shown import format_size
 from tt_cli.group import Verb
 from tt_cli.options import Number, dry_run_option, dtype_option, json_option, torch_dtype
 from tt_cli.terminal import answer, print_json, tell
+from tt_train.errors import counted
 
 if TYPE_CHECKING:
     from tt_ckpt import AdapterConversion
@@ -120,7 +121,7 @@ def command(
         return
     verb = "would write" if dry_run else "wrote and read back"
     size = f"{format_size(done.num_bytes)}, {', '.join(done.dtypes)}"
-    tell(f"{verb} {done.num_tensors} tensors ({size}) from {done.source_format}{_of(done.epochs)}")
+    tell(f"{verb} {counted(done.num_tensors, 'tensor')} ({size}) from {done.source_format}{_of(done.epochs)}")
     answer(done.destination)
 
 
@@ -136,5 +137,5 @@ def _tell_adapter(adapter: "AdapterConversion", *, as_json: bool, dry_run: bool)
     tell(f"from {adapter.source}{_of(adapter.epochs)}")
     verb = "would write" if dry_run else "wrote and read back"
     facts = f"rank {adapter.rank}, alpha {adapter.alpha:g}, {', '.join(adapter.target_modules)}"
-    tell(f"{verb} {adapter.num_tensors} tensors: {facts}; the base is {adapter.base}")
+    tell(f"{verb} {counted(adapter.num_tensors, 'tensor')}: {facts}; the base is {adapter.base}")
     answer(adapter.destination)

@@ -9,7 +9,7 @@ from tt_cli.group import Verb
 from tt_cli.names import complete_runnable, source_of
 from tt_cli.options import dry_run_option, json_option
 from tt_cli.terminal import answer, print_json, tell
-from tt_train.errors import shell_word
+from tt_train.errors import counted, shell_word
 
 
 @click.command(
@@ -57,7 +57,7 @@ def command(
         tell(f"{target} exists and {'would be' if dry_run else 'was'} kept")
     else:
         if dry_run:
-            tell(f"would {'replace' if exists else 'write'} {target} ({len(text.splitlines())} lines)")
+            tell(f"would {'replace' if exists else 'write'} {target} ({counted(len(text.splitlines()), 'line')})")
         answer(target)
 
 

@@ -11,7 +11,7 @@ from tt_cli.group import ConfigVerb
 from tt_cli.names import composed, refuse_run, runnable_names
 from tt_cli.options import COUNT, Number, config_words, json_option
 from tt_cli.terminal import print_json, say, tell_rows, wants_color
-from tt_train.errors import shell_word
+from tt_train.errors import counted, shell_word
 
 if TYPE_CHECKING:
     import tt_data
@@ -125,7 +125,7 @@ def command(
             click.echo("\n".join([*lines, tt_data.stats_as_text(figures)]))
         return
     if start >= len(dataset) and num:
-        raise ValueError(f"--start {start}: there are {len(dataset):,} rows, counted from 0")
+        raise ValueError(f"--start {start}: the data set has {counted(len(dataset), 'row')}, counted from 0")
     shown = tt_data.show(dataset, rows=range(start, min(start + num, len(dataset))))
     if as_json:
         print_json(dataset.report, said={"shown": [_with_names(sample) for sample in shown]})

@@ -18,6 +18,7 @@ from tt_cli.options import (
     torch_dtype,
 )
 from tt_cli.terminal import answer, print_json, tell
+from tt_train.errors import counted
 
 
 @click.command(
@@ -91,7 +92,7 @@ def command(
         return
     if written is not None:
         size = f"{format_size(written.num_bytes)}, {written.type}, relative error {written.error:.2g}"
-        tell(f"wrote and read back {written.num_tensors} tensors ({size})")
+        tell(f"wrote and read back {counted(written.num_tensors, 'tensor')} ({size})")
     if dry_run:
         tell(f"would write {target} to {done['path']}")
     for line in done["commands"]:

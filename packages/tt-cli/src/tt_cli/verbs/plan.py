@@ -10,6 +10,7 @@ from tt_cli.group import ConfigVerb
 from tt_cli.names import composed
 from tt_cli.options import Number, config_words, json_option
 from tt_cli.terminal import print_json, tell
+from tt_train.errors import counted
 
 if TYPE_CHECKING:
     from tt_train.config import RunConfig
@@ -164,7 +165,8 @@ def _lines(
     if memory is not None:
         what = f"micro_batch_size={fitting} is the largest that fits" if fitting else "not even micro_batch_size=1 fits"
         lines.append(f"{what} into {memory / 2**30:.4g} GiB{each}")
-    lines.append(f"{found.steps:,} steps of about {found.tokens:,.0f} tokens, {found.flops:.3g} operations each")
+    steps = counted(found.steps, "step")
+    lines.append(f"{steps} of about {found.tokens:,.0f} tokens, {found.flops:.3g} operations each")
     if measured:
         lines.append(f"measured: {measured.seconds:.3g} s a step, {measured.growth / 2**30:.2f} GiB more at the peak")
     if seconds is not None:

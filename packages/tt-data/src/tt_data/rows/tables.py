@@ -12,7 +12,7 @@ from typing import Any
 from tt_data.files import stand_in
 from tt_data.rows.data_files import check_columns, data_error
 from tt_data.rows.json_files import MAX_LINE, Placed, open_data
-from tt_data.wording import said, visible
+from tt_data.wording import counted, said, visible
 
 _BATCH = 256  # rows that are made at once
 _MAX_CONTAINER = 50_000  # elements of a list in the footer of a parquet file
@@ -38,7 +38,8 @@ def read_csv(path: Path, delimiter: str = ",") -> Iterator[Placed]:
             for row in reader:
                 if None in row or None in row.values():
                     count = len(row.get(None, ())) + sum(v is not None for k, v in row.items() if k is not None)
-                    raise data_error(path, start, f"{count} values, but the header has {len(names)} columns; {_QUOTE}")
+                    found = f"{counted(count, 'value')}, but the header has {counted(len(names), 'column')}"
+                    raise data_error(path, start, f"{found}; {_QUOTE}")
                 yield start, {name: None if value in ("NaN", "nan") else value for name, value in row.items()}
                 start = reader.line_num + 1
         except UnicodeDecodeError as error:

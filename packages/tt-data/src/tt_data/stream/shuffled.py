@@ -27,6 +27,7 @@ from tt_data.text.tokenizer import Tokenizer
 from tt_data.token_rows.dataset import Row, TokenDataset, TokenStore, to_row
 from tt_data.token_rows.mismatched import mismatched
 from tt_data.token_rows.order import Permutation, interleave, place_in_mix, quotas_of, steps_per_epoch
+from tt_data.wording import counted
 
 _ENOUGH = 200  # rows of a stream, from which the share of bad ones is judged
 _OTHERS = 256  # judged rows at the beginning of a stream whose answers others are paired with
@@ -268,7 +269,7 @@ class StreamDataset(Stream):
                 if time.monotonic() > until:
                     break
             whole = whole and next(source, None) is None
-        name = ", ".join(self.names[:3]) + ("" if whole else f" (the first {tally.seen} rows)")
+        name = ", ".join(self.names[:3]) + ("" if whole else f" (the first {counted(tally.seen, 'row')})")
         tally.partial = not whole
         report = self._report(tally)
         if not report["rows"]:

@@ -14,6 +14,7 @@ from tt_data.report import Report, add_reports
 from tt_data.token_rows.dataset import Dataset, Piece, Row, TokenDataset, check_index
 from tt_data.token_rows.order import Permutation, interleave, quotas_of
 from tt_data.token_rows.packing import join_documents, pack
+from tt_data.wording import counted
 
 
 class View(ABC):
@@ -160,10 +161,8 @@ class MixedDataset(View):
         self._rounds = min(len(part) // quota for part, quota in zip(parts, self.quotas, strict=True))
         if self._rounds == 0:
             short = min(range(len(parts)), key=lambda i: len(parts[i]) / self.quotas[i])
-            raise ValueError(
-                f"{self.names[short]}: {len(parts[short])} rows are too few for one round of the mix {self.quotas}; "
-                "round the weights"
-            )
+            few = f"{self.names[short]}: {counted(len(parts[short]), 'row')}"
+            raise ValueError(f"{few}, too few for one round of the mix {self.quotas}; round the weights")
         for name, part in zip(names, parts, strict=True):
             if part[0].keys() != parts[0][0].keys():
                 raise ValueError(f"{name}: {part.schema} rows cannot be mixed with {parts[0].schema} rows")

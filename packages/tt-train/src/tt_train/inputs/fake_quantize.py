@@ -14,6 +14,7 @@ from tt_peft import NF4Linear, QLoRALinear
 from tt_peft.full_modules import SavedModule
 from tt_peft.lora import LoRALinear
 from tt_train.config import QuantizationSection
+from tt_train.errors import counted
 from tt_train.memory import blocks
 from tt_train.quantized.torchao import roundings, trained_config
 
@@ -60,7 +61,7 @@ def quantization_mistakes(model: nn.Module, section: QuantizationSection) -> lis
         cure = f"take {', '.join(map(str, fitting))}" if fitting else "set it to null: one scale for each row"
         found.append(
             f"quantization.group_size: {size} does not divide the inputs ({', '.join(map(str, widths))}) of "
-            f"{len(uneven)} layers, such as {uneven[0]}, which would stay as they are; {cure}"
+            f"{counted(len(uneven), 'layer')}, such as {uneven[0]}, which would not be rounded; {cure}"
         )
     if any(isinstance(layer, NF4Linear | QLoRALinear) for layer in layers.values()):
         found.append("adapter.quantize_base: the base would be rounded to NF4, and not stored so; set it to false")

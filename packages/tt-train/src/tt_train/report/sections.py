@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from tt_train.config import SCHEMAS, AdapterSection, SFTConfig, to_dict
-from tt_train.errors import shell_word
+from tt_train.errors import counted, shell_word
 from tt_train.report.read import Run, differences, flatten, value_at
 from tt_train.report.samples import clipped, dot, html_text
 from tt_train.report.summary import DASH, at
@@ -43,7 +43,7 @@ def _evaluated(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return DASH
     error = "" if figure["stderr"] is None else f" \u00b1 {figure['stderr']:.4f}"
-    rows = "" if figure["rows"] is None else f" ({figure['rows']:,.0f} rows)"
+    rows = "" if figure["rows"] is None else f" ({counted(round(figure['rows']), 'row')})"
     return html_text(f"{figure['value']:.4f}{error}{rows}")
 
 

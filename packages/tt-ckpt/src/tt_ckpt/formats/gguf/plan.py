@@ -19,7 +19,7 @@ from tt_ckpt.formats.translation import rotated_heads, to_interleaved
 from tt_ckpt.hf.base_tensors import meta
 from tt_ckpt.hf.weights import EMBEDDING, OUTPUT, Weights, in_pieces, is_finite, num_not_finite
 from tt_ckpt.safetensors_file import TensorSpec
-from tt_ckpt.shown import listed, plain, quoted
+from tt_ckpt.shown import counted, listed, plain, quoted
 
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}  # general.file_type
 _QUANTIZATION_VERSION = 2
@@ -58,7 +58,8 @@ def plan_model(
         found["general.quantization_version"] = _QUANTIZATION_VERSION
     notes = [*vocabulary.notes, *attention_note(config)]
     if odd := sorted(name for name, one in kinds.items() if one == "F16" and kind.startswith("Q")):
-        notes.append(f"{len(odd)} tensors are F16, since their rows do not divide into blocks of 32: {listed(odd, 2)}")
+        some = counted(len(odd), "tensor")
+        notes.append(f"{some} in F16, since rows do not divide into blocks of 32: {listed(odd, 2)}")
 
     def rows(name: str) -> Iterator[Tensor]:
         if name in extra:
@@ -69,7 +70,7 @@ def plan_model(
             for piece in weights.pieces(key) if is_same else in_pieces(_as_in_gguf(weights.get(key), key, config)):
                 if not is_finite(piece):
                     count = sum(map(num_not_finite, weights.pieces(key)))
-                    raise ValueError(f"{plain(key)}: {count} values are not finite; use another checkpoint")
+                    raise ValueError(f"{plain(key)}: {_not_finite(count)}; use another checkpoint")
                 yield piece
 
     return GGUFPlan(kind=kind, values=found, kinds=kinds, shapes=shapes, rows=rows, notes=tuple(notes))
@@ -157,7 +158,7 @@ def plan_adapter(
         a, b, own = layers[keys[0]]
         for key, tensor in ((keys[0], a), (keys[0], b)):
             if not is_finite(tensor):
-                raise ValueError(f"{plain(key)}: {num_not_finite(tensor)} values of its adapter are not finite")
+                raise ValueError(f"{plain(key)}: {_not_finite(num_not_finite(tensor), ' of its adapter')}")
         b = b if own == alpha / len(a) else b.float() * (own * len(a) / alpha)
         tensors[f"{name}.lora_a"] = a
         tensors[f"{name}.lora_b"] = _as_in_gguf(b, keys[0], config)
@@ -170,3 +171,7 @@ def plan_adapter(
         return in_pieces(tensors[name])
 
     return GGUFPlan(kind=kind, values=found, kinds=dict.fromkeys(tensors, kind), shapes=shapes, rows=rows)
+
+
+def _not_finite(count: int, where: str = "") -> str:
+    return f"{counted(count, 'value')}{where} {'is' if count == 1 else 'are'} not finite"
