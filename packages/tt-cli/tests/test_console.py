@@ -1,6 +1,7 @@
 """What a run shows: plain lines in a pipe, rich on a terminal."""
 
 import io
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,22 @@ def test_closing_gives_the_cursor_back_and_may_be_repeated(terminal):
 def test_long_text_of_a_note_is_not_wrapped(terminal):
     TerminalConsole(terminal).warn("x" * 300)
     assert "x" * 300 in shown(terminal)
+
+
+@pytest.mark.parametrize("width", [50, 60, 80])
+def test_a_narrow_terminal_tears_no_line_of_progress_and_no_word(width):
+    terminal = Terminal(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+    console = TerminalConsole(terminal)
+    console.start(replace(FACTS, steps_total=2000, run_dir="quick/runs/pretrain"))
+    console.step(ROW | {"step": 1640, "tokens_per_s": 2684.0, "eta_s": 136.0})
+    console.end(SUMMARY)
+    lines = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", shown(terminal)).replace("\r", "\n").splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("run   "))
+    end = next(number for number, line in enumerate(lines) if line.startswith("step 0/2000"))
+    assert max(map(len, lines[place:end])) <= width
+    assert " ".join(" ".join(lines[place:end]).split()).startswith("run quick/runs/pretrain, on cpu, forward pass in ")
+    assert any(line.startswith("step 1640/2000") for line in lines)
+    assert "left" not in {line.strip() for line in lines}
 
 
 @pytest.mark.parametrize(("width", "shown"), [(60, 0), (104, 1), (300, 4)])

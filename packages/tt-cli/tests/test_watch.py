@@ -223,7 +223,7 @@ def test_the_screen_shows_the_run_in_every_width(run, width, encoding):
         assert part in text
 
 
-def test_ctrl_c_on_a_terminal_is_exit_130_and_gives_the_cursor_back(run):
+def test_ctrl_c_on_a_terminal_is_exit_130_and_gives_screen_and_cursor_back(run):
     run.steps(1)
     ours, theirs = pty.openpty()
     process = subprocess.Popen([sys.executable, "-m", "tt_cli", "watch", str(run.path)], stdin=theirs, stdout=theirs,
@@ -243,6 +243,8 @@ def test_ctrl_c_on_a_terminal_is_exit_130_and_gives_the_cursor_back(run):
             sent = True
     assert process.wait(timeout=30) == 130, shown
     assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")  # the cursor
+    opened, left = shown.index(b"\x1b[?1049h"), shown.rindex(b"\x1b[?1049l")  # the other screen, which none can tear
+    assert opened < shown.index(b"1/9") < left < shown.rindex(b"1/9")  # and the last state below what was there
     assert b"Traceback" not in shown
 
 

@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.segment import Segment
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from tt_ckpt.redaction import redact
@@ -145,6 +145,7 @@ class WarningConsole(QuietConsole):
         say(f"warning: {text}", err=True)
 
 
+_BAR_AND_TIME = 16  # columns: four of the bar, ten of the time left, and a blank before each
 _BESIDE_FIGURES = 46  # columns of a line of progress: the step, ten of the bar, the time left
 
 
@@ -163,7 +164,7 @@ class TerminalConsole(LineConsole):
             self.warn(line) if number else self._line("data", line, soft_wrap=False)
         self._show_sample(facts)
         place = f"{facts.run_dir}{plain.continued(facts)}, on {facts.device}"
-        self._line("run", f"{place}, {plain.precision_line(facts)}")
+        self._line("run", f"{place}, {plain.precision_line(facts)}", soft_wrap=False)
         self.progress = Bars(
             TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
             BarColumn(bar_width=None),
@@ -184,6 +185,9 @@ class TerminalConsole(LineConsole):
         named = [text for text in plain.named_figures(row) if not text.startswith("eval_")]
         named.sort(key=lambda text: ("accuracy" not in text, "margin" not in text))  # those that say most come first
         figures += [] if speed is None else [f"{speed:,.0f} tokens/s"]
+        place = f"step {row['step']}/{self.facts.steps_total}" if self.facts else ""
+        if len("  ".join([place, *figures])) + _BAR_AND_TIME > self.terminal.width:
+            del figures[1:]
         room = self.terminal.width - _BESIDE_FIGURES - len("  ".join(figures))
         while named and len("  ".join(named)) + 2 > room:
             named.pop()
@@ -229,6 +233,9 @@ class TerminalConsole(LineConsole):
 
 class RunEta(ProgressColumn):
     """How long the rest of the run takes, evaluations and checkpoints included, as its metrics say."""
+
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
 
     def render(self, task: Task) -> Text:
         eta = task.fields.get("eta")

@@ -21,12 +21,16 @@ SMOOTHED = 10  # steps
 
 
 class Screen:
-    """What a run does, drawn anew after every look. Words about it stay below, the last few."""
+    """What a run does, drawn anew after every look. Words about it stay below, the last few.
+
+    It is the terminal's other screen, as of an editor: a window that changes its width tears no line, and what was
+    on the terminal is there again at the end, with the last state below it.
+    """
 
     def __init__(self, terminal: Terminal) -> None:
         self.terminal = terminal
         self.notes: deque[str] = deque(maxlen=5)
-        self.live = Live(console=self.terminal, auto_refresh=False)
+        self.live = Live(console=self.terminal, auto_refresh=False, screen=True)
         self._drawn: RenderableType = ""
 
     def __enter__(self) -> "Screen":
@@ -37,6 +41,7 @@ class Screen:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.live.__exit__(kind, error, trace)
+        self.terminal.print(self._page_and_notes())
 
     def show(self, follower: Follower, look: Look) -> None:
         self._drawn = self.page(follower)
@@ -47,7 +52,10 @@ class Screen:
         self._draw()
 
     def _draw(self) -> None:
-        self.live.update(Group(self._drawn, *(literal(note, "yellow") for note in self.notes)), refresh=True)
+        self.live.update(self._page_and_notes(), refresh=True)
+
+    def _page_and_notes(self) -> Group:
+        return Group(self._drawn, *(literal(note, "yellow") for note in self.notes))
 
     def page(self, follower: Follower) -> RenderableType:
         """The run as a table of names and values."""
