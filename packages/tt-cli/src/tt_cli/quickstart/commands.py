@@ -31,7 +31,7 @@ class Scale:
     num_base_held_out: int = 100
     pretrain: Stage = Stage(num_rows=3570, max_steps=700, learning_rate=2e-3)
     finetune: Stage = Stage(num_rows=9600, max_steps=600, learning_rate=4e-3)
-    preferences: Stage = Stage(num_rows=2000, max_steps=80, learning_rate=5e-4)
+    preferences: Stage = Stage(num_rows=2000, max_steps=120, learning_rate=1e-3)
 
 
 @dataclass(frozen=True)
