@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tt_cli.reply import Text
+from tt_cli.reply import Stats, Text
 from tt_cli.talk import prompt_form
 
 
@@ -85,3 +85,12 @@ def test_of_several_stop_texts_in_one_token_the_first_in_the_text_counts():
 ])  # fmt: skip
 def test_a_prompt_has_the_form_that_its_rows_had(report, template, has_chat_template, form):
     assert prompt_form(report, template, has_chat_template=has_chat_template) == form
+
+
+def test_the_lines_of_stats_fit_a_terminal_of_80_columns(capsys):
+    stats = Stats(prompt_tokens=123_456, tokens=12_345, prompt_seconds=9.0, seconds=99.0, first_token_seconds=12.34)
+    stats.peak_memory_gib = 123.4
+    stats.show()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["prompt", "answer"]
+    assert max(map(len, lines)) <= 80

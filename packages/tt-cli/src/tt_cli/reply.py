@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from tt_cli.terminal import say
 from tt_train.errors import counted
 
 Finish = Literal["end", "stop", "length", "context"]
@@ -97,16 +98,21 @@ class Stats:
             **{name: _rounded(rate) for name, rate in rates.items()},
         }
 
-    def line(self) -> str:
-        """The same for people."""
+    def lines(self) -> tuple[str, str]:
+        """The same for people, of prompts and of answers: one line would be torn on a terminal of 120 columns."""
         facts = self.facts()
-        first = "" if self.first_token_seconds is None else f"first token after {self.first_token_seconds:.2f} s; "
+        first = "" if self.first_token_seconds is None else f"; first token after {self.first_token_seconds:.2f} s"
         asked, given = counted(self.prompt_tokens, "token"), counted(self.tokens, "token")
         return (
-            f"prompt: {asked}, {facts['prompt_tokens_per_s'] or 0:,.1f} per second; {first}"
+            f"prompt: {asked}, {facts['prompt_tokens_per_s'] or 0:,.1f} per second{first}",
             f"answer: {given}, {facts['answer_tokens_per_s'] or 0:,.1f} per second; "
-            f"peak memory: {self.peak_memory_gib:.2f} GiB"
+            f"peak memory: {self.peak_memory_gib:.2f} GiB",
         )
+
+    def show(self) -> None:
+        """Print the two lines on stderr."""
+        for line in self.lines():
+            say(line, err=True)
 
     @staticmethod
     def _rate(count: int, seconds: float) -> float | None:

@@ -148,7 +148,7 @@ class Chat:
             tell_cut(replies[-1])
             self.turns = [*turns, {"role": "assistant", "content": "".join(said)}]
         if self.stats:
-            say(self.speaker.stats.line(), err=True)
+            self.speaker.stats.show()
 
     def retry(self) -> None:
         """Answer the last message again, and forget the first answer."""

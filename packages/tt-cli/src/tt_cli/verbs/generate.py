@@ -108,7 +108,7 @@ def command(
     else:
         failed = asker.all(rows, path, as_json=as_json)
     if stats:
-        say(speaker.stats.line(), err=True)
+        speaker.stats.show()
     return 1 if failed else 0
 
 
