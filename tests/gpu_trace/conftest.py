@@ -43,6 +43,8 @@ class Answers(TorchDispatchMode):
             return True
         if func is aten.unique_consecutive.default:  # all differ; only a CPU asks
             return args[0].clone(), args[0].new_empty(0), args[0].new_empty(0)
+        if func is aten.nonzero.default and isinstance(args[0], FakeTensor):
+            return torch.stack(everywhere(args[0]), dim=1)
         if func in MASKED:
             args = (args[0], [place for index in args[1] for place in everywhere(index)], *args[2:])
         return func(*args, **(kwargs or {}))

@@ -32,9 +32,9 @@ class Answers(NamedTuple):
 def answers_of(model: CausalLM, batch: Batch, *, side: str = "") -> Answers:
     """What ``model`` gives the answers of a batch, or the mismatched ones (``side="kl_"``) of judged rows."""
     own_AN, keep = _own(batch, side)
-    position_ids, before_next = batch.get(f"{side}position_ids"), F.pad(keep, (0, 1))
-    hidden_ND = model.hidden_states(batch[f"{side}input_ids"], position_ids=position_ids, keep=before_next)
-    log_probs_N, logits_N = token_log_probs(model, hidden_ND, batch[f"{side}labels"][:, 1:][keep])
+    position_ids = batch.get(f"{side}position_ids")
+    hidden_ND = model.hidden_states(batch[f"{side}input_ids"], position_ids=position_ids, keep=keep)
+    log_probs_N, logits_N = token_log_probs(model, hidden_ND, _next(batch[f"{side}labels"])[keep])
     tokens = own_AN.sum(dim=1)
     # a sum of each row: on a GPU, index_add would add in another order each time
     sums = [torch.where(own_AN, values_N, 0.0).sum(dim=1) for values_N in (log_probs_N, logits_N)]
@@ -47,11 +47,16 @@ def trained_tokens(batch: Batch) -> Tensor:
 
 
 def _own(batch: Batch, side: str) -> tuple[Tensor, Tensor]:
-    """Whether each of the N trained tokens is of each answer, [A, N]; where those tokens are, [R, S - 1]."""
-    keep, ids = batch[f"{side}labels"][:, 1:] != IGNORE, batch[f"{side}answer_ids"]
+    """Whether each of the N trained tokens is of each answer, [A, N]; where the tokens before them are, [R, S]."""
+    keep, ids = _next(batch[f"{side}labels"]) != IGNORE, batch[f"{side}answer_ids"]
     judged = batch.get("desirable")
     number = len(judged) if judged is not None else int(ids.max()) // 2 * 2 + 2  # -1: none
-    return ids[:, 1:][keep] == torch.arange(number, device=ids.device)[:, None], keep
+    return _next(ids)[keep] == torch.arange(number, device=ids.device)[:, None], keep
+
+
+def _next(of_RS: Tensor) -> Tensor:
+    """What each token predicts, and nothing for the last one of a row."""
+    return F.pad(of_RS[:, 1:], (0, 1), value=IGNORE)
 
 
 def pair_objective(
