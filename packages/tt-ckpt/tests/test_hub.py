@@ -250,7 +250,7 @@ def test_too_little_space_is_told_before_the_transfer(server, repository, monkey
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
-    with pytest.raises(OSError, match="needs .* KB, .* has 1 bytes free"):
+    with pytest.raises(OSError, match="needs .* KB, .* has 1 byte free"):
         tt_ckpt.download(REPO)
     assert not [path for method, path, _ in server.log if "/resolve/" in path]
 
