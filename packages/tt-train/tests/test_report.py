@@ -198,8 +198,8 @@ def test_problems_of_every_step_are_counted_and_few_are_kept(make_run):
     run = read_run(path, name="run")
     assert (len(run.rows), len(run.problems), run.problems.total) == (5000, 100, 10_001)
     assert run.problems[:2] == ["step 1: loss was nan", "step 1: grad_norm was inf"]
-    (more,) = re.findall(r"and ([\d,]+) more like these", page_of(path))
-    assert 9_990 < int(more.replace(",", "")) < 10_000  # all but those shown, and what else the page lacks here
+    more = 9_995 if HAS_MATPLOTLIB else 9_996  # all but the six shown; that there is no picture is one more
+    assert f"and {more:,} more like these" in page_of(path)
     kept = Problems()
     assert sum(1 for _ in read_rows(path / "metrics.jsonl", kept)) == 5000
     assert (len(kept), kept.total) == (100, 10_000)
