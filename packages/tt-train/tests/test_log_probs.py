@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import tt_models
 import tt_peft
+from tt_train.losses import chunks
 from tt_train.losses.chunks import WeightGradient
 from tt_train.losses.cross_entropy import cross_entropy, linear_cross_entropy
 from tt_train.losses.log_probs import linear_log_probs, token_log_probs
@@ -46,6 +47,27 @@ def test_log_probs_and_both_gradients_equal_those_of_all_logits(frozen, softcap,
     torch.testing.assert_close(found.mean_logits.double(), mean, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(torch.autograd.grad((found.log_probs * upstream).sum(), trained), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize(("heads", "computed"), [(0, 24), (1, 8), (2, 0)])
+def test_logits_of_at_most_two_heads_are_kept_for_one_backward_pass(heads, computed, softcap, monkeypatch):
+    monkeypatch.setattr(chunks, "KEPT_HEADS", heads)
+    hidden, weight, labels = inputs(rows=24)
+    product, rows = chunks.multiply_, []
+    monkeypatch.setattr(
+        chunks, "multiply_", lambda out, *factors, **kind: rows.append(len(out)) or product(out, *factors, **kind)
+    )
+    labels = labels.clamp(min=0)
+    total = (linear_log_probs(hidden, weight, labels, softcap=softcap, chunk_size=4).log_probs * labels).sum()
+    rows.clear()
+    first = torch.autograd.grad(total, [hidden, weight], retain_graph=True)
+    assert sum(count for count in rows if count == 4) == computed  # those of the gradient of the head have 97
+    for ours, again in zip(first, torch.autograd.grad(total, [hidden, weight]), strict=True):
+        assert torch.equal(ours, again)
+    (expected, _), wanted = reference(hidden, weight, labels, softcap), [hidden, weight]
+    for ours, theirs in zip(first, torch.autograd.grad((expected * labels).sum(), wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
 
 
 def test_a_shape_of_rows_is_kept_and_no_trained_position_gives_zeros():

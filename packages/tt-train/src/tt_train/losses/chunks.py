@@ -13,6 +13,7 @@ from tt_models.cpu.products import multiply_ as multiply_  # of the losses, too
 
 CHUNK_BYTES = 64 * 2**20  # of logits alive at a time
 CACHED_BYTES = 2**20  # of fp32 logits: they stay in the cache of a CPU's core from the first operation to the last
+KEPT_HEADS = 2  # logits that are kept for the backward pass take so many times the memory of the weight at most
 PRODUCTS_IN_LOW_PRECISION = 4  # parts of a bf16 gradient that are added up before their sum is added up in fp32
 
 
@@ -22,20 +23,36 @@ def chunk_of(weight_VD: Tensor, *, itemsize: int = 4) -> int:
 
 
 def chunks(
-    hidden_ND: Tensor, weight_VD: Tensor, *, size: int | None = None, trains: bool = False
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    *,
+    size: int | None = None,
+    trains: bool = False,
+    keep: dict[int, Tensor] | None = None,
+    kept: dict[int, Tensor] | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Chunks of positions, and their logits [C, V] in the dtype of the weight, which the next chunk overwrites.
 
     size: positions at a time; by default what takes 64 MB, or 128 MB if the weight ``trains`` in low precision: its
-    gradient is a sum of products, each of which is rounded.
+    gradient is a sum of products, each of which is rounded. keep: logits of the first chunks stay here, by their first
+    position, while they take no more than ``KEPT_HEADS`` weights. kept: those that are here are not computed again;
+    each is taken out, because its user writes over it.
     """
     num, itemsize = len(hidden_ND), weight_VD.dtype.itemsize
     most = size or chunk_of(weight_VD, itemsize=itemsize) * (2 if trains and itemsize < 4 else 1)
     each = -(-num // -(-num // most)) if num else 1  # chunks of one size
-    buffer_CV = hidden_ND.new_empty(each, weight_VD.shape[0])
+    room = 0 if keep is None else KEPT_HEADS * weight_VD.shape[1]  # positions
+    buffer_CV = hidden_ND.new_empty(0)
     for start in range(0, num, each):
         part = slice(start, min(start + each, num))
-        logits_CV = buffer_CV[: part.stop - start]
+        if kept and start in kept:
+            yield part, kept.pop(start)
+            continue
+        if part.stop <= room and keep is not None:
+            logits_CV = keep[start] = hidden_ND.new_empty(part.stop - start, weight_VD.shape[0])
+        else:
+            buffer_CV = buffer_CV if len(buffer_CV) else hidden_ND.new_empty(each, weight_VD.shape[0])
+            logits_CV = buffer_CV[: part.stop - start]
         yield part, multiply_(logits_CV, hidden_ND[part], weight_VD.T)
 
 

@@ -40,7 +40,8 @@ def linear_log_probs(
     """``log_softmax(hidden @ weight.T)`` at ``labels`` in fp32, a chunk of positions at a time.
 
     If the weight is frozen, the gradient by the hidden state of each position is computed in the forward pass and only
-    scaled in the backward pass. If the weight trains, the backward pass computes the logits of each chunk again.
+    scaled in the backward pass. If the weight trains, logits of up to twice its size are kept for the backward pass,
+    which computes those of the other positions again.
 
     Args:
         hidden: [..., D]; weight: [V, D]; labels: [...] the target of each position (not shifted), -100 to ignore.
@@ -73,11 +74,12 @@ class _LinearLogProbs(torch.autograd.Function):
         mean_logits_N = torch.empty_like(log_probs_N)
         grad_hidden_ND = torch.empty_like(hidden_ND) if needs_hidden and not ctx.trains else None
         formula = partial(_log_probs, softcap=softcap, needs_gradient=grad_hidden_ND is not None)
-        for part, logits_CV in chunks(hidden_ND, weight_VD, size=size):
+        ctx.softcap, ctx.size = softcap, size
+        ctx.kept = {} if ctx.trains else None
+        for part, logits_CV in chunks(hidden_ND, weight_VD, size=size, trains=ctx.trains, keep=ctx.kept):
             by_rows_(formula, logits_CV, labels_N[part], log_probs_N[part], mean_logits_N[part])
             if grad_hidden_ND is not None:
                 multiply_(grad_hidden_ND[part], logits_CV, weight_VD)
-        ctx.softcap, ctx.size = softcap, size
         ctx.save_for_backward(*((hidden_ND, weight_VD, labels_N) if ctx.trains else (grad_hidden_ND,)))
         ctx.mark_non_differentiable(mean_logits_N)
         return log_probs_N, mean_logits_N
@@ -91,7 +93,7 @@ class _LinearLogProbs(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         grad_weight = WeightGradient(weight_VD)
         formula = partial(_gradient, softcap=ctx.softcap)
-        for part, logits_CV in chunks(hidden_ND, weight_VD, size=ctx.size, trains=True):
+        for part, logits_CV in chunks(hidden_ND, weight_VD, size=ctx.size, trains=True, kept=ctx.kept):
             by_rows_(formula, logits_CV, labels_N[part], grad_N[part])
             grad_weight.add(logits_CV, hidden_ND[part])
             if grad_hidden_ND is not None:
@@ -108,7 +110,8 @@ def _log_probs(
     softcap: float | None,
     needs_gradient: bool,
 ) -> Tensor | None:
-    """Write both results; returns the gradient of the log-probabilities, if it is needed."""
+    """Write both results; returns the gradient of the log-probabilities, if it is needed. Else the logits stay."""
+    logits_RV = logits_RV.clone() if softcap and not needs_gradient else logits_RV
     slope_RV = cap_(logits_RV, softcap, slope=needs_gradient)
     torch.mean(logits_RV, dim=-1, out=mean_R)
     picked_R = logits_RV.gather(1, labels_R[:, None]).squeeze(1)
